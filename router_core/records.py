@@ -1,0 +1,83 @@
+"""The values that travel through the router: what is scored, how it was judged, what was learned from it.
+
+Plain frozen values without behaviour beyond their own invariants; every other module may import this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+TIE = -1
+"""Verdict of an RM whose best two rewards are equal, and of a group with one response."""
+
+
+class Signal(StrEnum):
+    """The kind of feedback of a run. A run never mixes kinds."""
+
+    LOSS = "loss"
+    """Per-pair DPO loss (the paper's); any finite number, lower is better."""
+    PREFERENCE = "preference"
+    """Index of the response that is better; the reward is whether the RM's verdict agrees."""
+    REWARD = "reward"
+    """A number in [0, 1] that already says how well the asked RM did."""
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One prompt with n >= 1 responses: what one RM is asked about. Two responses is the normal case."""
+
+    prompt: str
+    responses: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledPair:
+    """One recorded preference pair: an instance, which response is better, and what each RM said of it.
+
+    `label` is the index of the better response (0 or 1). `scores[name]` holds that RM's score per response; an RM that
+    is missing was not asked. `group` is what must not be split between training and test.
+    """
+
+    id: str
+    instance: Instance
+    label: int
+    scores: Mapping[str, tuple[float, ...]]
+    verdicts: Mapping[str, int]
+    domain: str = ""
+    subset: str = ""
+    group: str = ""
+
+    def correctness(self, model: str) -> float:
+        """1 if the RM ranks this pair rightly, 0 if wrongly, 0.5 on a tie.
+
+        Raises:
+            KeyError: the RM was not asked.
+        """
+        verdict = self.verdicts[model]
+        return 0.5 if verdict == TIE else float(verdict == self.label)
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """One raw feedback: the kind, and the number that came with it (for `preference`: the index, as a float)."""
+
+    signal: Signal
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One accepted feedback as the run's log holds it.
+
+    `x` is the context as little-endian float32 bytes, exactly as it was when the RM was drawn; `offset` the calibrated
+    probability o_k(x) of the asked arm at that time (0 for priors without offset).
+    """
+
+    arm: int
+    x: bytes
+    offset: float
+    verdict: int
+    feedback: Feedback
+    decision_id: str = ""

@@ -1,0 +1,1 @@
+"""The gateway: turns requests into calls on `router_core`, and remembers."""

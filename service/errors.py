@@ -1,0 +1,120 @@
+"""Errors of the service: each class fixes its HTTP status and its stable code.
+
+    ServiceError
+    ├── BadRequestError 400 · UnauthorizedError 401 · NotFoundError 404 · ConflictError 409 · GoneError 410
+    ├── PayloadTooLargeError 413 · ValidationError 422 · OverCapacityError 429
+    ├── StoreUnavailableError 503 · NotReadyError 503 · NoWorkerError 503
+    ├── ConfigurationError (start-up only: printed by the CLI, never sent)
+    └── service.workers.protocol.WorkerError and its children
+
+One renderer (`service.handlers.errors`) turns them into `{"error": {"code", "message", "details"}}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+
+class ServiceError(Exception):
+    """Base of every error that the service raises on purpose.
+
+    Args:
+        message: names the field, the value and the remedy.
+        details: more for programs: field names, limits, ids. JSON types only.
+        retry_after_seconds: sent as `Retry-After` when set.
+    """
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal"
+
+    def __init__(
+        self, message: str, *, details: Mapping[str, object] | None = None, retry_after_seconds: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = dict(details or {})
+        self.retry_after_seconds = retry_after_seconds
+
+
+class BadRequestError(ServiceError):
+    """The body is not JSON of the expected shape."""
+
+    status = 400
+    code = "bad_request"
+
+
+class UnauthorizedError(ServiceError):
+    """The API key is missing or wrong."""
+
+    status = 401
+    code = "unauthorized"
+
+
+class NotFoundError(ServiceError):
+    """No such decision, run, model or policy."""
+
+    status = 404
+    code = "not_found"
+
+
+class ConflictError(ServiceError):
+    """The decision already has another feedback value."""
+
+    status = 409
+    code = "feedback_conflict"
+
+
+class GoneError(ServiceError):
+    """The decision is older than the feedback window."""
+
+    status = 410
+    code = "decision_expired"
+
+
+class PayloadTooLargeError(ServiceError):
+    """The body is larger than the limit."""
+
+    status = 413
+    code = "payload_too_large"
+
+
+class ValidationError(ServiceError):
+    """A field is out of its bounds."""
+
+    status = 422
+    code = "validation"
+
+
+class OverCapacityError(ServiceError):
+    """More requests in flight than the limit."""
+
+    status = 429
+    code = "over_capacity"
+
+
+class StoreUnavailableError(ServiceError):
+    """Redis did not answer in time; nothing was acknowledged."""
+
+    status = 503
+    code = "store_unavailable"
+
+
+class NotReadyError(ServiceError):
+    """The run is still loading its posterior."""
+
+    status = 503
+    code = "not_ready"
+
+
+class NoWorkerError(ServiceError):
+    """No RM of the pool could be asked; there is no reward to give."""
+
+    status = 503
+    code = "no_worker"
+
+
+class ConfigurationError(ServiceError):
+    """Settings, pool file or checkpoint do not fit each other. Printed at start-up."""
+
+    code = "configuration"

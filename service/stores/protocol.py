@@ -1,0 +1,114 @@
+"""What the use cases know of a store: save decisions, apply feedback exactly once, read the log, keep a snapshot.
+
+Bytes in, bytes out: a store never looks inside a snapshot, and inside a decision only for `n`, the number of responses.
+Every method raises `StoreUnavailableError` when the server does not answer in time; then nothing was acknowledged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionRecord:
+    """One decision to be saved before the reply.
+
+    `payload` is a msgpack map with at least `n`, the number of responses. `content_key` (hash of run, prompt and
+    responses) lets feedback find the latest decision of that content without its id.
+    """
+
+    decision_id: str
+    payload: bytes
+    content_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackRecord:
+    """One feedback to be applied: exactly one of the two references, and the canonical bytes of its value.
+
+    `preferred` is the response index of a preference, checked against the decision's `n`; None for other signals.
+    """
+
+    value: bytes
+    decision_id: str | None = None
+    content_key: str | None = None
+    preferred: int | None = None
+
+
+class FeedbackStatus(StrEnum):
+    """What became of a feedback. Only `APPLIED` appended an event."""
+
+    APPLIED = "applied"
+    DUPLICATE = "duplicate"
+    CONFLICT = "conflict"
+    UNKNOWN = "unknown"
+    EXPIRED = "expired"
+    OUT_OF_RANGE = "out_of_range"
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackResult:
+    """The outcome, with the event's id in the log when there is one and the value that stands when it differs."""
+
+    status: FeedbackStatus
+    decision_id: str | None = None
+    event_id: str | None = None
+    standing_value: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """One event of a run's log: the decision's payload and the feedback's value, verbatim."""
+
+    event_id: str
+    decision_id: str
+    payload: bytes
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LogStatus:
+    """`appended` counts every event ever appended, trimmed ones included; `last_id` is "0-0" for an empty log."""
+
+    appended: int
+    last_id: str
+
+
+class Store(Protocol):
+    """One store for all runs; a run's keys share one hash tag and never meet another run's."""
+
+    async def ping(self) -> None:
+        """Return when the server answers."""
+
+    async def open_run(self, run: str, fingerprint: bytes) -> bytes:
+        """Set the run's fingerprint if it has none; return the one that stands."""
+
+    async def save_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> None:
+        """Save all of them, each for the feedback window; returns when the server has acknowledged them."""
+
+    async def apply_feedback(self, run: str, feedback: Sequence[FeedbackRecord]) -> list[FeedbackResult]:
+        """Apply each atomically and exactly once: mark the decision and append the event, or say why not."""
+
+    async def read_log(self, run: str, after: str, *, count: int, block_ms: int) -> list[LogEntry]:
+        """Events after id `after` ("0-0": from the first), oldest first; waits up to `block_ms` when there are none.
+
+        Blocking reads never delay the other methods.
+        """
+
+    async def log_status(self, run: str) -> LogStatus:
+        """How many events were ever appended, and the id of the last."""
+
+    async def load_snapshot(self, run: str) -> bytes | None:
+        """The newest snapshot, or None."""
+
+    async def save_snapshot(self, run: str, position: int, snapshot: bytes) -> bool:
+        """Keep the snapshot of the first `position` events unless a newer one is kept; True if it was kept."""
+
+    async def trim_log(self, run: str, before: str) -> int:
+        """Drop the events with ids lower than `before`; returns how many."""
+
+    async def close(self) -> None:
+        """Close connections."""

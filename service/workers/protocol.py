@@ -1,0 +1,72 @@
+"""What the use cases know of a reward model: a name, whether it can be asked, and a score per (prompt, response).
+
+`service.wiring` builds the concrete `service.workers.client.VllmArm`; unit tests hand in scripted ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from service.errors import ServiceError
+
+
+class Arm(Protocol):
+    """One reward model, behind any number of equal replicas."""
+
+    @property
+    def name(self) -> str:
+        """The RM's name in the pool."""
+
+    @property
+    def available(self) -> bool:
+        """False while every replica's circuit is open or the arm is over its limit of requests in flight."""
+
+    async def score(self, items: Sequence[tuple[str, str]], *, deadline: float) -> list[float]:
+        """Ask one replica for the raw reward (logit, no activation) of each (prompt, response).
+
+        Args:
+            items: (prompt, response) texts, at least one.
+            deadline: absolute time of `asyncio.get_running_loop().time()`, in seconds, retries included.
+
+        Returns:
+            One finite reward per item, in order.
+
+        Raises:
+            WorkerUnavailableError: no replica could answer (refused, dropped, 5xx, open circuit, over its limit).
+            WorkerTimeoutError: the deadline passed.
+            WorkerRejectedError: the worker refused this input (4xx); another replica would refuse it too.
+            WorkerProtocolError: the answer is not what `/classify` promises, or is NaN or infinite.
+        """
+
+
+class WorkerError(ServiceError):
+    """The asked RM gave no reward. The use case goes on to the next-best draw."""
+
+
+class WorkerUnavailableError(WorkerError):
+    """No replica could answer."""
+
+    status = 503
+    code = "worker_unavailable"
+
+
+class WorkerTimeoutError(WorkerError):
+    """The deadline passed before the worker answered."""
+
+    status = 503
+    code = "worker_timeout"
+
+
+class WorkerRejectedError(WorkerError):
+    """The worker refused the input: too long, unknown to a recorded worker, or malformed."""
+
+    status = 422
+    code = "worker_rejected"
+
+
+class WorkerProtocolError(WorkerError):
+    """The worker's answer is not what `/classify` promises."""
+
+    status = 502
+    code = "worker_protocol"
