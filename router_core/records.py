@@ -5,7 +5,7 @@ Plain frozen values without behaviour beyond their own invariants; every other m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -81,3 +81,16 @@ class Event:
     verdict: int
     feedback: Feedback
     decision_id: str = ""
+
+
+def verdict_of(rewards: Sequence[float]) -> int:
+    """Index of the response with the largest reward; TIE when the best two are equal, or when there is only one.
+
+    >>> verdict_of([0.1, 0.7]), verdict_of([0.5, 0.5]), verdict_of([1.0])
+    (1, -1, -1)
+    """
+    if len(rewards) < 2:
+        return TIE
+    best = max(rewards)
+    winners = [index for index, reward in enumerate(rewards) if reward == best]
+    return winners[0] if len(winners) == 1 else TIE

@@ -1,0 +1,47 @@
+"""`bayesian`: Thompson sampling from the posterior (arXiv 2510.02850, online stage), and `offline`: its prior alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_core.policies.base import Array, Beliefs
+from router_core.posterior import Posterior
+
+
+@dataclass(frozen=True, slots=True)
+class BayesianPolicy:
+    """θ_k ~ N(o_k(x) + xᵀμ_k, v² xᵀΣ_k x), one draw per arm per instance.
+
+    Drawing w ~ N(μ, Σ) and taking xᵀw is the same in distribution; the scalar needs no factorisation.
+    """
+
+    name: str = "bayesian"
+    asks_all: bool = False
+
+    def beliefs(self, x: NDArray[np.float32], offsets: Array, posterior: Posterior) -> Beliefs:
+        """One GEMM per arm for the batch: (B, d) by (d, d)."""
+        precise = x.astype(np.float64)
+        variances = np.empty(offsets.shape)
+        for k, arm in enumerate(posterior.arms):
+            projected = (arm.covariance32 @ x[0])[None] if len(x) == 1 else x @ arm.covariance32
+            variances[:, k] = np.einsum("bd,bd->b", projected, x)
+            if len(arm.corrections):
+                variances[:, k] -= np.square(precise @ arm.corrections.T).sum(axis=1)
+        means = offsets + precise @ posterior.means.T
+        return Beliefs(means, posterior.prior.hyper.v * np.sqrt(np.maximum(variances, 0.0)))
+
+
+@dataclass(frozen=True, slots=True)
+class OfflinePolicy:
+    """argmax of the prior: o_k(x) + xᵀμ₀_k, without draw or update (the paper's row "w/o online")."""
+
+    name: str = "offline"
+    asks_all: bool = False
+
+    def beliefs(self, x: NDArray[np.float32], offsets: Array, posterior: Posterior) -> Beliefs:
+        """Point masses at the prior's mean."""
+        means = offsets + x.astype(np.float64) @ posterior.prior.means.T
+        return Beliefs(means, np.zeros_like(means))

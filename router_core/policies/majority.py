@@ -1,0 +1,44 @@
+"""`majority`: ask every RM, each has one vote (the paper's row "Majority vote"). K calls per instance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_core.policies.base import Array, Beliefs
+from router_core.posterior import Posterior
+from router_core.records import TIE
+
+
+@dataclass(frozen=True, slots=True)
+class MajorityPolicy:
+    """Asks all; what is asked does not depend on the posterior."""
+
+    name: str = "majority"
+    asks_all: bool = True
+
+    def beliefs(self, x: NDArray[np.float32], offsets: Array, posterior: Posterior) -> Beliefs:
+        """The same of every arm: the order of asking does not matter."""
+        return Beliefs(np.zeros_like(offsets), np.zeros_like(offsets))
+
+
+def vote_shares(verdicts: Sequence[int], n_responses: int) -> list[float]:
+    """Share of the votes per response; an RM whose verdict is a tie gives every response the same part of its vote.
+
+    Args:
+        verdicts: one per RM that answered: a response's index, or TIE. At least one.
+        n_responses: n.
+
+    >>> vote_shares([0, 1, 1, TIE], 2)
+    [0.375, 0.625]
+    """
+    votes = [0.0] * n_responses
+    for verdict in verdicts:
+        if verdict == TIE:
+            votes = [v + 1 / n_responses for v in votes]
+        else:
+            votes[verdict] += 1.0
+    return [v / len(verdicts) for v in votes]

@@ -1,0 +1,397 @@
+"""The posterior of a run: Bayesian linear regression per arm, folded from the run's log (docs/math/router.md).
+
+`fold(state, events)` is the only way a state comes to be. It is pure, and equality is bit for bit: fold(fold(s, a), b) equals
+fold(s, a + b) wherever the log is cut, because floating-point sums are grouped by position, never by arrival:
+
+* an arm's canonical (Λ, b) and Σ = Λ⁻¹ advance in blocks: whenever `block_size` of its events are waiting (one rank-m update),
+  and for all arms at every `refresh_events`-th event of the log, where Σ is also inverted afresh from Λ;
+* an arm's waiting events, its tail, are applied one by one on top of the block, as rank-one corrections kept beside Σ;
+* a discount γ < 1 falls at every `block_size`-th event of the log, for all arms at once;
+* Σ's drift from Λ⁻¹ is probed at each block, and Σ inverted afresh at once when it exceeds `drift_tolerance`.
+
+A block that arrives whole never takes the one-by-one way. float64 throughout; draws read a float32 copy of Σ. States are
+immutable and share what did not change. Called by `service.usecases.learn` and `replay`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_core.errors import NotFiniteError, ShapeMismatchError
+from router_core.feedback import SignalAccumulator, SignalStatistics
+from router_core.linalg import inverse_probe, inverse_residual, inverse_spd
+from router_core.prior import Prior
+from router_core.records import Event
+
+Array = NDArray[np.float64]
+
+NO_ARM = -1
+"""`Event.arm` of a decision that asked several RMs: it is counted and kept, and moves no posterior."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoldSettings:
+    """Where the log is cut. Part of a run's identity: two replicas that differ here would differ in the last bits.
+
+    Attributes:
+        block_size: m, events per block.
+        refresh_events: events of the log between two inversions of Λ; a multiple of `block_size`. Snapshots are taken there.
+        drift_tolerance: largest |ΛΣp − p| (p = 1/√d) at a block's end before Σ is inverted afresh.
+    """
+
+    block_size: int = 64
+    refresh_events: int = 8192
+    drift_tolerance: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1 or self.refresh_events < 1 or self.refresh_events % self.block_size:
+            raise ShapeMismatchError(
+                f"block_size {self.block_size} and refresh_events {self.refresh_events}: give positive integers, the second a "
+                "multiple of the first"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ArmPosterior:
+    """One arm: Gaussian over weights after its last block, and the tail of t events since.
+
+    Attributes:
+        precision: (d, d) Λ.
+        information: (d,) b.
+        covariance: (d, d) Σ.
+        covariance32: (d, d) float32 copy of Σ, for draws.
+        mean: (d,) μ with the tail applied.
+        contexts: (t, d) the tail's x.
+        targets: (t,) the tail's reward minus offset.
+        corrections: (t, d) rows w with Σ_now = Σ − Σ_rows w wᵀ.
+    """
+
+    precision: Array
+    information: Array
+    covariance: Array
+    covariance32: NDArray[np.float32]
+    mean: Array
+    contexts: Array
+    targets: Array
+    corrections: Array
+
+    def variance(self, x: Array) -> float:
+        """xᵀΣ_now x in float64: the reference that draws are tested against. x: (d,)."""
+        return float(x @ self.covariance @ x - np.square(self.corrections @ x).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Posterior:
+    """What a run has learned from the first `count` events of its log.
+
+    Attributes:
+        prior: where it started; not part of the digest.
+        settings: where the log is cut.
+        count: events folded: the posterior's version.
+        arms: one per RM, in pool order.
+        statistics: running statistics per arm.
+        drift: largest |ΛΣ − I| over the arms, measured at the last inversion, before it.
+    """
+
+    prior: Prior
+    settings: FoldSettings
+    count: int
+    arms: tuple[ArmPosterior, ...]
+    statistics: SignalStatistics
+    drift: float = 0.0
+    _means: list[Array] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def n_arms(self) -> int:
+        """K."""
+        return len(self.arms)
+
+    @property
+    def dim(self) -> int:
+        """d."""
+        return self.prior.dim
+
+    @property
+    def at_refresh(self) -> bool:
+        """True where Σ is exactly the inverse of Λ: the positions at which a snapshot may be taken."""
+        return self.count % self.settings.refresh_events == 0
+
+    @property
+    def means(self) -> Array:
+        """μ of every arm, (K, d). Stacked once."""
+        if not self._means:
+            self._means.append(np.stack([arm.mean for arm in self.arms]))
+        return self._means[0]
+
+    def digest(self) -> str:
+        """sha256 over every number that the fold carries on: equal digests mean equal posteriors, bit for bit."""
+        h = hashlib.sha256(np.int64(self.count).tobytes())
+        for arm in self.arms:
+            for array in (
+                arm.precision,
+                arm.information,
+                arm.covariance,
+                arm.mean,
+                arm.contexts,
+                arm.targets,
+                arm.corrections,
+            ):
+                h.update(np.ascontiguousarray(array).tobytes())
+        stats = self.statistics
+        for array in (stats.count, stats.reward_sum, stats.reward_count, stats.loss_mean, stats.loss_square):
+            h.update(array.tobytes())
+        return h.hexdigest()
+
+
+def start(prior: Prior, settings: FoldSettings | None = None) -> Posterior:
+    """The posterior before any event: Λ = λ₀I, b = λ₀·mean, Σ = I/λ₀ for every arm.
+
+    Args:
+        prior: the run's prior.
+        settings: where the log is cut.
+    """
+    d, lambda0 = prior.dim, prior.hyper.lambda0
+    precision, covariance = np.eye(d) * lambda0, np.eye(d) / lambda0
+    arms = tuple(_arm(precision, lambda0 * mean, covariance, mean.copy()) for mean in prior.means)
+    return Posterior(prior, settings or FoldSettings(), 0, arms, SignalStatistics.empty(prior.n_arms))
+
+
+def restore(
+    prior: Prior,
+    settings: FoldSettings,
+    *,
+    count: int,
+    precision: Sequence[Array],
+    information: Array,
+    statistics: SignalStatistics,
+    drift: float,
+) -> Posterior:
+    """The posterior at a refresh position, from what a snapshot holds; bit for bit what the fold had there.
+
+    Args:
+        prior: the run's prior.
+        settings: where the log is cut.
+        count: the position, a positive multiple of `refresh_events`.
+        precision: K arrays (d, d).
+        information: (K, d).
+        statistics: running statistics at the position.
+        drift: as it was measured there.
+
+    Raises:
+        ShapeMismatchError: `count` is no refresh position, or the arrays do not fit the prior.
+    """
+    k, d = prior.n_arms, prior.dim
+    if count <= 0 or count % settings.refresh_events:
+        raise ShapeMismatchError(
+            f"snapshot at event {count} with refresh every {settings.refresh_events}: it was made with other fold settings"
+        )
+    if len(precision) != k or information.shape != (k, d) or any(p.shape != (d, d) for p in precision):
+        raise ShapeMismatchError(f"snapshot arrays do not fit K={k}, d={d}: the pool or the checkpoint was changed")
+    arms = []
+    for lam, b in zip(precision, information, strict=True):
+        covariance = inverse_spd(lam)
+        arms.append(_arm(lam, b.copy(), covariance, covariance @ b))
+    return Posterior(prior, settings, count, tuple(arms), statistics, drift)
+
+
+def fold(state: Posterior, events: Sequence[Event]) -> Posterior:
+    """Apply events in log order: Λ_k += x xᵀ/σ², b_k += (r − o)x/σ² for the asked arm k (arXiv 2510.02850, online stage).
+
+    One event costs one matrix-vector product, O(d²); a block of m events one rank-m update, O(m d²).
+
+    Args:
+        state: what was learned so far; not changed.
+        events: what comes next in the log.
+
+    Returns:
+        The state after them; `state` itself for no events.
+
+    Raises:
+        ShapeMismatchError: an event's context is not (d,), or its arm not in the pool.
+        NotFiniteError: a context, offset or value is NaN or infinite.
+    """
+    if not events:
+        return state
+    folding = _Folding(state)
+    for event in events:
+        folding.apply(event)
+    return folding.freeze()
+
+
+def events_to_refresh(state: Posterior) -> int:
+    """How many more events until the next refresh position (1 .. refresh_events)."""
+    every = state.settings.refresh_events
+    return every - state.count % every
+
+
+def _arm(precision: Array, information: Array, covariance: Array, mean: Array) -> ArmPosterior:
+    """An arm with an empty tail."""
+    d = len(mean)
+    return ArmPosterior(
+        precision,
+        information,
+        covariance,
+        covariance.astype(np.float32),
+        mean,
+        np.empty((0, d)),
+        np.empty(0),
+        np.empty((0, d)),
+    )
+
+
+class _Folding:
+    """The mutable half of one `fold` over all arms."""
+
+    def __init__(self, state: Posterior) -> None:
+        self._state = state
+        self._count = state.count
+        self._drift = state.drift
+        self._signal = SignalAccumulator(state.statistics)
+        self._touched: dict[int, _ArmFolding] = {}
+
+    def apply(self, event: Event) -> None:
+        x = np.frombuffer(event.x, dtype="<f4")
+        self._check(event, x)
+        settings = self._state.settings
+        if event.arm != NO_ARM:
+            reward = self._signal.observe(
+                event.arm, event.feedback, verdict=event.verdict, unit_rewards=self._state.prior.unit_rewards
+            )
+            if reward is not None:
+                self._arm(event.arm).append(x, reward - event.offset)
+        self._count += 1
+        if self._state.prior.hyper.gamma != 1.0 and self._count % settings.block_size == 0:
+            for k in range(self._state.n_arms):
+                self._arm(k).discount()
+        if self._count % settings.refresh_events == 0:
+            self._drift = max(self._arm(k).refresh() for k in range(self._state.n_arms))
+
+    def _arm(self, k: int) -> _ArmFolding:
+        if k not in self._touched:
+            self._touched[k] = _ArmFolding(self._state.arms[k], k, self._state)
+        return self._touched[k]
+
+    def _check(self, event: Event, x: NDArray[np.float32]) -> None:
+        if x.shape != (self._state.dim,):
+            raise ShapeMismatchError(
+                f"event {event.decision_id!r} has a context of {x.shape[0]} numbers, the posterior has d={self._state.dim}"
+            )
+        if not NO_ARM <= event.arm < self._state.n_arms:
+            raise ShapeMismatchError(f"event {event.decision_id!r} asked arm {event.arm} of {self._state.n_arms}")
+        if not (np.isfinite(x).all() and np.isfinite(event.offset) and np.isfinite(event.feedback.value)):
+            raise NotFiniteError(f"event {event.decision_id!r} holds NaN or infinity")
+
+    def freeze(self) -> Posterior:
+        arms = list(self._state.arms)
+        for k, folding in self._touched.items():
+            arms[k] = folding.freeze()
+        return replace(
+            self._state,
+            count=self._count,
+            arms=tuple(arms),
+            statistics=self._signal.freeze(),
+            drift=self._drift,
+            _means=[],
+        )
+
+
+class _ArmFolding:
+    """The mutable half of one `fold` over one arm: owns the tail's buffers, replaces the matrices, never writes to them."""
+
+    def __init__(self, arm: ArmPosterior, k: int, state: Posterior) -> None:
+        m, d = state.settings.block_size, state.dim
+        self._sigma2 = state.prior.hyper.sigma2
+        self._hyper = state.prior.hyper
+        self._prior_mean = state.prior.means[k]
+        self._settings = state.settings
+        self._precision, self._information, self._covariance = arm.precision, arm.information, arm.covariance
+        self._covariance32: NDArray[np.float32] | None = arm.covariance32
+        self._mean = arm.mean.copy()
+        self._rows = self._corrected = len(arm.targets)
+        self._contexts, self._targets, self._corrections = np.empty((m, d)), np.empty(m), np.empty((m, d))
+        self._contexts[: self._rows] = arm.contexts
+        self._targets[: self._rows] = arm.targets
+        self._corrections[: self._rows] = arm.corrections
+
+    def append(self, x: NDArray[np.float32], target: float) -> None:
+        self._contexts[self._rows] = x
+        self._targets[self._rows] = target
+        self._rows += 1
+        if self._rows == self._settings.block_size:
+            self._absorb()
+
+    def _correct(self, row: int) -> None:
+        """Sherman-Morrison on Σ_now = Σ − WᵀW: one more row w = Σx/√(σ² + xᵀΣx), and the mean moves along Σx."""
+        x = self._contexts[row]
+        gain = self._covariance @ x
+        if row:
+            earlier = self._corrections[:row]
+            gain -= (earlier @ x) @ earlier
+        scale = self._sigma2 + x @ gain
+        self._mean += gain * ((self._targets[row] - x @ self._mean) / scale)
+        np.divide(gain, np.sqrt(scale), out=self._corrections[row])
+
+    def _absorb(self) -> None:
+        """Rank-m update: Λ += XᵀX/σ², b += Xᵀt/σ², Σ −= ΣXᵀ(σ²I + XΣXᵀ)⁻¹XΣ (Woodbury), μ = Σb; the tail is empty then."""
+        x, targets = self._contexts[: self._rows], self._targets[: self._rows]
+        scaled = x / np.sqrt(self._sigma2)
+        precision = scaled.T @ scaled
+        precision += self._precision
+        gains = x @ self._covariance
+        inner = gains @ x.T
+        inner[np.diag_indices_from(inner)] += self._sigma2
+        half = np.linalg.solve(np.linalg.cholesky(inner), gains)
+        covariance = half.T @ half
+        np.subtract(self._covariance, covariance, out=covariance)
+        self._precision, self._covariance = precision, covariance
+        self._information = self._information + (targets @ x) / self._sigma2
+        if inverse_probe(precision, covariance) > self._settings.drift_tolerance:
+            self._covariance = inverse_spd(precision)
+        self._settle()
+
+    def discount(self) -> None:
+        """Λ ← γΛ + (1 − γ)Λ₀, b ← γb + (1 − γ)b₀: forget towards the prior."""
+        if self._rows:
+            self._absorb()
+        gamma, lambda0 = self._hyper.gamma, self._hyper.lambda0
+        precision = gamma * self._precision
+        precision[np.diag_indices_from(precision)] += (1 - gamma) * lambda0
+        self._precision = precision
+        self._information = gamma * self._information + (1 - gamma) * lambda0 * self._prior_mean
+        self._covariance = inverse_spd(precision)
+        self._settle()
+
+    def refresh(self) -> float:
+        """Σ = Λ⁻¹ afresh; returns the drift that had gathered since the last time."""
+        if self._rows:
+            self._absorb()
+        residual = inverse_residual(self._precision, self._covariance)
+        self._covariance = inverse_spd(self._precision)
+        self._settle()
+        return residual
+
+    def _settle(self) -> None:
+        self._mean = self._covariance @ self._information
+        self._covariance32 = None
+        self._rows = self._corrected = 0
+
+    def freeze(self) -> ArmPosterior:
+        """Correct Σ and μ for the rows that no block has absorbed, in log order, and return the arm."""
+        for row in range(self._corrected, self._rows):
+            self._correct(row)
+        rows = self._rows
+        return ArmPosterior(
+            self._precision,
+            self._information,
+            self._covariance,
+            self._covariance.astype(np.float32) if self._covariance32 is None else self._covariance32,
+            self._mean,
+            self._contexts[:rows].copy(),
+            self._targets[:rows].copy(),
+            self._corrections[:rows].copy(),
+        )

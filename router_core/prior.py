@@ -1,0 +1,162 @@
+"""What is believed before any feedback: a Gaussian per arm over the weights, and the offset it is added to.
+
+Three forms, selected by name (design: `docs/math/router.md`):
+
+* `paper`: o = 0, mean = unit-norm Bradley-Terry embedding of the RM, Λ₀ = λ₀I (λ₀ = σ² = v = 1).
+* `calibrated`: o_k(x) = calibrated probability that arm k is right; the posterior is over the residual, with zero mean.
+* `none`: nothing is known; o = 1/2, zero mean.
+
+Knows nothing of checkpoints: `from_parts` of each form takes arrays and a function. Called by `service.wiring`, `replay`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_core.errors import NotFiniteError, ShapeMismatchError
+
+Array = NDArray[np.float64]
+Offset = Callable[[NDArray[np.float32]], NDArray[np.floating]]
+"""x (B, d) -> o (B, K): calibrated probability that each arm ranks the pair rightly."""
+
+
+class PriorForm(StrEnum):
+    """How the offline stage enters the online one."""
+
+    PAPER = "paper"
+    CALIBRATED = "calibrated"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparameters:
+    """The scalars of the online stage.
+
+    Attributes:
+        lambda0: prior precision λ₀ of every weight.
+        sigma2: variance σ² of a reward around its mean; for rewards in {0, 1} near p(1 − p).
+        v: exploration scale; the draw's standard deviation is v·√(xᵀΣx).
+        gamma: discount per block of events; 1 never forgets.
+    """
+
+    lambda0: float
+    sigma2: float
+    v: float
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("lambda0", "sigma2"):
+            value = getattr(self, name)
+            if not (np.isfinite(value) and value > 0):
+                raise NotFiniteError(f"{name} is {value}: give a positive finite number")
+        if not (np.isfinite(self.v) and self.v >= 0):
+            raise NotFiniteError(f"v is {self.v}: give a finite number that is not negative")
+        if not 0 < self.gamma <= 1:
+            raise NotFiniteError(f"gamma is {self.gamma}: give a number in (0, 1]")
+
+
+PAPER_HYPERPARAMETERS = Hyperparameters(lambda0=1.0, sigma2=1.0, v=1.0)
+"""The paper's online setting: Λ₀ = I, unit noise, no scaling of the exploration."""
+
+CALIBRATED_HYPERPARAMETERS = Hyperparameters(lambda0=50.0, sigma2=0.12, v=0.3)
+"""Measured on recorded pairs (docs/experiments.md); a checkpoint may hold better ones for its own data."""
+
+NONE_HYPERPARAMETERS = Hyperparameters(lambda0=1.0, sigma2=0.25, v=0.3)
+"""Nothing known: weak prior, Bernoulli noise at its largest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prior:
+    """The state of knowledge at the start of a run.
+
+    Attributes:
+        form: which of the three forms.
+        means: (K, d) float64, prior mean of each arm's weights.
+        hyper: the scalars.
+        offset: o(x), or None for a constant one.
+        constant_offset: the offset where `offset` is None.
+        unit_rewards: whether the loss signal's z in [−2, 2] is mapped to [0, 1] before it is learned from.
+    """
+
+    form: PriorForm
+    means: Array
+    hyper: Hyperparameters
+    offset: Offset | None = None
+    constant_offset: float = 0.0
+    unit_rewards: bool = True
+
+    def __post_init__(self) -> None:
+        if self.means.ndim != 2 or 0 in self.means.shape:
+            raise ShapeMismatchError(f"prior means have shape {self.means.shape}: give (K, d) with K, d >= 1")
+        if not np.isfinite(self.means).all():
+            raise NotFiniteError("prior means hold NaN or infinity: train the checkpoint again")
+
+    @property
+    def n_arms(self) -> int:
+        """K."""
+        return int(self.means.shape[0])
+
+    @property
+    def dim(self) -> int:
+        """d."""
+        return int(self.means.shape[1])
+
+    def offsets(self, x: NDArray[np.float32]) -> Array:
+        """o_k(x) for a batch.
+
+        Args:
+            x: (B, d) float32, unit-norm contexts.
+
+        Returns:
+            (B, K) float64.
+        """
+        if self.offset is None:
+            return np.full((x.shape[0], self.n_arms), self.constant_offset)
+        return np.asarray(self.offset(x), dtype=np.float64)
+
+
+def paper_prior(bt_embeddings: NDArray[np.floating], hyper: Hyperparameters = PAPER_HYPERPARAMETERS) -> Prior:
+    """The paper's prior: mean_k = e_k / ‖e_k‖, Λ₀ = λ₀I (arXiv 2510.02850, online stage).
+
+    Args:
+        bt_embeddings: (K, d), the offline stage's Bradley-Terry embedding of each RM; rows are normalised here.
+        hyper: the scalars.
+
+    Raises:
+        NotFiniteError: an embedding is zero or not finite.
+    """
+    embeddings = np.asarray(bt_embeddings, dtype=np.float64)
+    norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    if not (np.isfinite(norms).all() and (norms > 0).all()):
+        raise NotFiniteError("a Bradley-Terry embedding is zero or not finite: train the checkpoint again")
+    return Prior(PriorForm.PAPER, embeddings / norms, hyper, constant_offset=0.0, unit_rewards=False)
+
+
+def calibrated_prior(
+    n_arms: int, dim: int, offset: Offset, hyper: Hyperparameters = CALIBRATED_HYPERPARAMETERS
+) -> Prior:
+    """Zero-mean residual on the calibrated probability o_k(x): a draw is N(o_k(x) + xᵀμ_k, v² xᵀΣ_k x).
+
+    Args:
+        n_arms: K.
+        dim: d.
+        offset: x (B, d) -> (B, K) probabilities.
+        hyper: the scalars.
+    """
+    return Prior(PriorForm.CALIBRATED, np.zeros((n_arms, dim)), hyper, offset=offset)
+
+
+def no_prior(n_arms: int, dim: int, hyper: Hyperparameters = NONE_HYPERPARAMETERS) -> Prior:
+    """Nothing known of any arm: zero mean around an even chance (the paper's row "w/o offline").
+
+    Args:
+        n_arms: K.
+        dim: d.
+        hyper: the scalars.
+    """
+    return Prior(PriorForm.NONE, np.zeros((n_arms, dim)), hyper, constant_offset=0.5)

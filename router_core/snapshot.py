@@ -1,0 +1,96 @@
+"""A posterior at a refresh position as safetensors bytes with a JSON header, and back, bit for bit. Never pickle.
+
+A snapshot is a cache of the log's first `count` events; it holds Λ, b and the statistics (Σ is derived). It names the run's
+fingerprint, so that a snapshot of another pool, prior or checkpoint is refused. Called by `service.usecases.learn`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from router_core.errors import SnapshotError
+from router_core.feedback import SignalStatistics
+from router_core.posterior import FoldSettings, Posterior, restore
+from router_core.prior import Prior
+
+FORMAT = "reward-router-snapshot/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A posterior and the id of the last event in it."""
+
+    posterior: Posterior
+    last_event_id: str
+
+
+def dump(snapshot: Snapshot, fingerprint: str) -> bytes:
+    """Serialise.
+
+    Raises:
+        SnapshotError: the posterior is not at a refresh position (`Posterior.at_refresh`).
+    """
+    posterior = snapshot.posterior
+    if not posterior.at_refresh:
+        raise SnapshotError(
+            f"posterior at event {posterior.count}: snapshots are taken at multiples of {posterior.settings.refresh_events}"
+        )
+    stats = posterior.statistics
+    tensors = {
+        "precision": np.stack([arm.precision for arm in posterior.arms]),
+        "information": np.stack([arm.information for arm in posterior.arms]),
+        "count": stats.count,
+        "reward_sum": stats.reward_sum,
+        "reward_count": stats.reward_count,
+        "loss_mean": stats.loss_mean,
+        "loss_square": stats.loss_square,
+    }
+    header = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "last_event_id": snapshot.last_event_id,
+        "position": posterior.count,
+        "drift": posterior.drift.hex(),
+    }
+    return save(
+        {name: np.ascontiguousarray(t) for name, t in tensors.items()}, metadata={"reward_router": json.dumps(header)}
+    )
+
+
+def parse(data: bytes, fingerprint: str, prior: Prior, settings: FoldSettings) -> Snapshot:
+    """Read what `dump` wrote, for the same run.
+
+    Raises:
+        SnapshotError: not a snapshot, of another format, or of another run.
+        ShapeMismatchError: its arrays do not fit the prior.
+    """
+    try:
+        tensors = load(data)
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["reward_router"])
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise SnapshotError(
+            f"snapshot of {len(data)} bytes cannot be read ({error}): delete it and the whole log is replayed"
+        ) from error
+    if header.get("format") != FORMAT:
+        raise SnapshotError(f"snapshot format is {header.get('format')!r}, this version reads {FORMAT!r}")
+    if header["fingerprint"] != fingerprint:
+        raise SnapshotError("snapshot is of another pool, prior or checkpoint: use a new run name, or delete the run")
+    statistics = SignalStatistics(
+        tensors["count"], tensors["reward_sum"], tensors["reward_count"], tensors["loss_mean"], tensors["loss_square"]
+    )
+    posterior = restore(
+        prior,
+        settings,
+        count=header["position"],
+        precision=[matrix.copy() for matrix in tensors["precision"]],
+        information=tensors["information"],
+        statistics=statistics,
+        drift=float.fromhex(header["drift"]),
+    )
+    return Snapshot(posterior, header["last_event_id"])
