@@ -1,0 +1,78 @@
+"""Names in the store: decision ids that carry their creation time, and what a run may be called.
+
+Knows nothing of a server. Time and randomness arrive as arguments. Called by the score use case (new ids) and by the
+stores (was this id ever ours, and how long ago?).
+"""
+
+from __future__ import annotations
+
+import re
+
+from service.errors import ValidationError
+
+RANDOM_BYTES = 10
+"""Random bytes in a decision id: 80 bits, so that ids of one millisecond collide once in 2^40 decisions."""
+
+MAX_RUN_LENGTH = 200
+"""Longest name of a run, in characters. It is part of every key."""
+
+_ALPHABET = "0123456789abcdefghijklmnopqrstuv"
+_PAIRS = [high + low for high in _ALPHABET for low in _ALPHABET]
+_ID = re.compile(r"d[0-9a-v]{26}")
+_RUN = re.compile(r"[^{}\x00-\x20\x7f]+")
+_MAX_MS = 1 << 48
+
+
+def new_decision_id(now_ms: int, rng_bytes: bytes) -> str:
+    """The letter "d" and 128 bits in base32hex (RFC 4648, lower case): 48 bits of time, then 80 random bits.
+
+    Ids of different milliseconds sort by time, as text and as bytes.
+
+    Args:
+        now_ms: creation time, milliseconds since 1970, in [0, 2^48).
+        rng_bytes: `RANDOM_BYTES` bytes from a source that callers cannot guess.
+
+    Raises:
+        ValueError: time or number of bytes out of range.
+
+    >>> new_decision_id(1, bytes(10))
+    'd00000000040000000000000000'
+    """
+    if not 0 <= now_ms < _MAX_MS:
+        raise ValueError(f"now_ms = {now_ms} is outside [0, 2^48); give milliseconds since 1970")
+    if len(rng_bytes) != RANDOM_BYTES:
+        raise ValueError(f"rng_bytes holds {len(rng_bytes)} bytes; give {RANDOM_BYTES}")
+    # 26 digits of 5 bits are 130 bits: two zero bits fill the last digit.
+    bits = (now_ms << 80 | int.from_bytes(rng_bytes, "big")) << 2
+    return "d" + "".join([_PAIRS[bits >> shift & 1023] for shift in range(120, -10, -10)])
+
+
+def created_ms(decision_id: str) -> int | None:
+    """Creation time of a decision id, milliseconds since 1970; None for what `new_decision_id` cannot have made.
+
+    >>> created_ms(new_decision_id(1_700_000_000_000, bytes(10)))
+    1700000000000
+    >>> created_ms("abc") is None
+    True
+    """
+    if _ID.fullmatch(decision_id) is None:
+        return None
+    # The first ten digits hold the 48 bits of time and two random ones.
+    return int(decision_id[1:11], 32) >> 2
+
+
+def check_run(run: str) -> str:
+    """Return the run's name if it can stand in a key.
+
+    Braces are refused because they end the hash tag that keeps a run's keys on one node.
+
+    Raises:
+        ValidationError: empty, too long, or with a brace, space or control character.
+    """
+    if len(run) > MAX_RUN_LENGTH or _RUN.fullmatch(run) is None:
+        raise ValidationError(
+            f"run = {run[:MAX_RUN_LENGTH]!r} cannot be a run's name; use 1 to {MAX_RUN_LENGTH} characters without "
+            "braces, spaces and control characters",
+            details={"field": "run"},
+        )
+    return run

@@ -1,0 +1,162 @@
+"""The store in one process's memory, for unit tests only: the contract of `service.stores.protocol.Store` in few lines.
+
+Knows no server and forgets everything with the process. The contract suite holds it to the same words as `RedisStore`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from service.stores.ids import check_run
+from service.stores.protocol import DecisionRecord, FeedbackRecord, FeedbackResult, FeedbackStatus, LogEntry, LogStatus
+from service.stores.records import check_reference, is_expired, response_count, system_ms
+
+
+def _parse_id(event_id: str) -> tuple[int, int]:
+    milliseconds, _, sequence = event_id.partition("-")
+    return int(milliseconds), int(sequence or 0)
+
+
+@dataclass(slots=True)
+class _Decision:
+    n: int
+    payload: bytes
+    dies_ms: int
+
+
+@dataclass(slots=True)
+class _Run:
+    """What the server's keys of one run hold."""
+
+    fingerprint: bytes | None = None
+    decisions: dict[str, _Decision] = field(default_factory=dict)
+    aliases: dict[str, tuple[str, int]] = field(default_factory=dict)
+    markers: dict[str, tuple[str, bytes, int]] = field(default_factory=dict)
+    log: list[LogEntry] = field(default_factory=list)
+    appended: int = 0
+    last: tuple[int, int] = (0, 0)
+    snapshot: tuple[int, bytes] | None = None
+    grown: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class MemoryStore:
+    """`Store` without durability.
+
+    Args:
+        window_seconds: feedback window.
+        now_ms: clock, milliseconds since 1970.
+    """
+
+    def __init__(self, *, window_seconds: float, now_ms: Callable[[], int] = system_ms) -> None:
+        self._window_ms = round(window_seconds * 1000)
+        self._now_ms = now_ms
+        self._runs: dict[str, _Run] = {}
+
+    def _run(self, run: str) -> _Run:
+        return self._runs.setdefault(check_run(run), _Run())
+
+    async def ping(self) -> None:
+        """Memory always answers."""
+
+    async def open_run(self, run: str, fingerprint: bytes) -> bytes:
+        """Set the run's fingerprint if it has none; return the one that stands."""
+        state = self._run(run)
+        if state.fingerprint is None:
+            state.fingerprint = fingerprint
+        return state.fingerprint
+
+    async def save_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> None:
+        """Save all of them, each for the feedback window."""
+        state, now = self._run(run), self._now_ms()
+        counts = [response_count(decision) for decision in decisions]
+        for decision, n in zip(decisions, counts, strict=True):
+            state.decisions[decision.decision_id] = _Decision(n, decision.payload, now + self._window_ms)
+            if decision.content_key is not None:
+                state.aliases[decision.content_key] = (decision.decision_id, now + 2 * self._window_ms)
+
+    async def apply_feedback(self, run: str, feedback: Sequence[FeedbackRecord]) -> list[FeedbackResult]:
+        """Apply each exactly once: mark the decision and append the event, or say why not."""
+        for item in feedback:
+            check_reference(item)
+        state = self._run(run)
+        return [self._apply(state, item, self._now_ms()) for item in feedback]
+
+    def _apply(self, state: _Run, item: FeedbackRecord, now: int) -> FeedbackResult:
+        decision_id = item.decision_id
+        if item.content_key is not None:
+            aliased, alias_dies = state.aliases.get(item.content_key, ("", now))
+            if alias_dies <= now:
+                return FeedbackResult(FeedbackStatus.UNKNOWN)
+            decision_id = aliased
+        assert decision_id is not None  # check_reference has seen to it
+        event_id, standing, marker_dies = state.markers.get(decision_id, ("", b"", now))
+        if marker_dies > now:
+            if standing == item.value:
+                return FeedbackResult(FeedbackStatus.DUPLICATE, decision_id, event_id)
+            return FeedbackResult(FeedbackStatus.CONFLICT, decision_id, event_id, standing)
+        decision = state.decisions.get(decision_id)
+        if decision is None or decision.dies_ms <= now:
+            expired = item.decision_id is None or is_expired(decision_id, now, self._window_ms)
+            return FeedbackResult(FeedbackStatus.EXPIRED if expired else FeedbackStatus.UNKNOWN, decision_id)
+        if item.preferred is not None and not 0 <= item.preferred < decision.n:
+            return FeedbackResult(FeedbackStatus.OUT_OF_RANGE, decision_id)
+        event_id = self._append(state, decision_id, decision.payload, item.value, now)
+        state.markers[decision_id] = (event_id, item.value, now + 2 * self._window_ms)
+        return FeedbackResult(FeedbackStatus.APPLIED, decision_id, event_id)
+
+    def _append(self, state: _Run, decision_id: str, payload: bytes, value: bytes, now: int) -> str:
+        # As XADD does: ids grow even when the clock goes back.
+        milliseconds, sequence = state.last
+        state.last = (now, 0) if now > milliseconds else (milliseconds, sequence + 1)
+        event_id = f"{state.last[0]}-{state.last[1]}"
+        state.log.append(LogEntry(event_id, decision_id, payload, value))
+        state.appended += 1
+        state.grown.set()
+        return event_id
+
+    async def read_log(self, run: str, after: str, *, count: int, block_ms: int) -> list[LogEntry]:
+        """Events after id `after`, oldest first; waits up to `block_ms` when there are none."""
+        state, position = self._run(run), _parse_id(after)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + block_ms / 1000
+        while True:
+            state.grown.clear()
+            entries = [entry for entry in state.log if _parse_id(entry.event_id) > position][:count]
+            if entries or loop.time() >= deadline:
+                return entries
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await state.grown.wait()
+            except TimeoutError:
+                return []
+
+    async def log_status(self, run: str) -> LogStatus:
+        """How many events were ever appended, and the id of the last."""
+        state = self._run(run)
+        return LogStatus(state.appended, f"{state.last[0]}-{state.last[1]}")
+
+    async def load_snapshot(self, run: str) -> bytes | None:
+        """The newest snapshot, or None."""
+        snapshot = self._run(run).snapshot
+        return None if snapshot is None else snapshot[1]
+
+    async def save_snapshot(self, run: str, position: int, snapshot: bytes) -> bool:
+        """Keep the snapshot unless a newer one is kept; True if it was kept."""
+        state = self._run(run)
+        if state.snapshot is not None and state.snapshot[0] > position:
+            return False
+        state.snapshot = (position, snapshot)
+        return True
+
+    async def trim_log(self, run: str, before: str) -> int:
+        """Drop the events with ids lower than `before`; returns how many."""
+        state, position = self._run(run), _parse_id(before)
+        kept = [entry for entry in state.log if _parse_id(entry.event_id) >= position]
+        dropped = len(state.log) - len(kept)
+        state.log = kept
+        return dropped
+
+    async def close(self) -> None:
+        """Nothing to close."""

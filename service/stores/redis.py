@@ -1,0 +1,249 @@
+"""The store on a Redis or Valkey server: decisions, exactly-once feedback, the log, snapshots.
+
+Knows the keys and scripts of `service.stores.protocol.Store`; never looks inside a payload or snapshot, but for the
+decision's `n`. Built by `service.wiring`, called by the use cases.
+
+Keys of a run R. All share the hash tag {R}, so a run lives on one node of a cluster:
+
+    rr:{R}:d:<id>     decision: "<n> <payload>"                           lives one feedback window
+    rr:{R}:c:<hash>   id of the latest decision of this content           two windows: expired is not unknown
+    rr:{R}:f:<id>     marker of an applied feedback: "<event id> <value>"  two windows: outlives its decision
+    rr:{R}:log        stream of events: d decision id, p payload, s value until trimmed
+    rr:{R}:snap       hash: position, data                                for ever
+    rr:{R}:meta       fingerprint of the run                              for ever
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import hiredis
+
+from service.errors import ConfigurationError
+from service.stores.ids import check_run
+from service.stores.protocol import DecisionRecord, FeedbackRecord, FeedbackResult, FeedbackStatus, LogEntry, LogStatus
+from service.stores.records import check_reference, is_expired, response_count, system_ms
+from service.stores.resp import Arg, Reply, ReplyError, RespClient
+
+BULK_TIMEOUT_FACTOR = 10
+"""Snapshots of tens of megabytes may take this many times longer than an ordinary call."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Script:
+    """A Lua script and the name under which the server caches it."""
+
+    text: str
+    sha1: str
+
+    @classmethod
+    def load(cls, name: str) -> _Script:
+        text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+        return cls(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+def _is_noscript(reply: Reply) -> bool:
+    return isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT")
+
+
+class RedisStore:
+    """`Store` on one Redis >= 7.0 or Valkey server (or one node of a cluster).
+
+    Three kinds of connection: pipelined ones for the hot path, one for snapshots (large values would hold up the
+    others), and one per reader of a log that is blocked at the same time.
+
+    Args:
+        url: `redis://`, `rediss://` or `unix://`, see `parse_endpoint`.
+        window_seconds: feedback window: how long a decision waits for its feedback.
+        timeout_seconds: how long a call waits before it counts as unavailable.
+        connections: pipelined connections for the hot path.
+        now_ms: clock, milliseconds since 1970; read only to tell an expired decision id from an unknown one.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        window_seconds: float,
+        timeout_seconds: float = 1.0,
+        connections: int = 1,
+        now_ms: Callable[[], int] = system_ms,
+    ) -> None:
+        if window_seconds < 0.001:
+            raise ConfigurationError(f"window_seconds = {window_seconds} must be at least 0.001")
+        self._url = url
+        self._window_ms = round(window_seconds * 1000)
+        self._timeout = timeout_seconds
+        self._now_ms = now_ms
+        self._hot = RespClient(url, timeout_seconds=timeout_seconds, connections=connections)
+        self._bulk_timeout = timeout_seconds * BULK_TIMEOUT_FACTOR
+        self._bulk = RespClient(url, timeout_seconds=timeout_seconds)
+        self._idle_readers: list[RespClient] = []
+        self._readers: list[RespClient] = []
+        self._apply = _Script.load("apply_feedback.lua")
+        self._save_snapshot = _Script.load("save_snapshot.lua")
+
+    async def ping(self) -> None:
+        """Return when the server answers."""
+        await self._hot.execute("PING")
+
+    async def open_run(self, run: str, fingerprint: bytes) -> bytes:
+        """Set the run's fingerprint if it has none; return the one that stands."""
+        key = _prefix(run) + "meta"
+        _, standing = [
+            self._hot.checked(reply)
+            for reply in await self._hot.pipeline([("SET", key, fingerprint, "NX"), ("GET", key)])
+        ]
+        return bytes(standing)
+
+    async def save_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> None:
+        """Save all of them, each for the feedback window, in one write; returns when the server has acknowledged them.
+
+        Raises:
+            ValueError: a payload without `n`; nothing was sent.
+        """
+        prefix = _prefix(run)
+        window, alias_window = self._window_ms, 2 * self._window_ms
+        commands: list[tuple[Arg, ...]] = []
+        for decision in decisions:
+            value = b"%d %b" % (response_count(decision), decision.payload)
+            commands.append(("SET", f"{prefix}d:{decision.decision_id}", value, "PX", window))
+            if decision.content_key is not None:
+                key = f"{prefix}c:{decision.content_key}"
+                commands.append(("SET", key, decision.decision_id, "PX", alias_window))
+        for reply in await self._hot.pipeline(commands):
+            self._hot.checked(reply)
+
+    async def apply_feedback(self, run: str, feedback: Sequence[FeedbackRecord]) -> list[FeedbackResult]:
+        """Apply each atomically and exactly once: mark the decision and append the event, or say why not.
+
+        Raises:
+            StoreUnavailableError: some may have been applied all the same; repeating is safe and says `DUPLICATE`.
+            ValueError: not exactly one reference; nothing was sent.
+        """
+        prefix = _prefix(run)
+        words = [self._feedback_words(prefix, item) for item in feedback]
+        replies = await self._run_script(self._hot, self._apply, words, self._timeout)
+        return [self._feedback_result(item, reply) for item, reply in zip(feedback, replies, strict=True)]
+
+    def _feedback_words(self, prefix: str, item: FeedbackRecord) -> tuple[Arg, ...]:
+        check_reference(item)
+        reference = f"d:{item.decision_id}" if item.content_key is None else f"c:{item.content_key}"
+        return (
+            *(2, prefix + "log", prefix + reference),
+            *(prefix, item.decision_id or "", item.value),
+            *("" if item.preferred is None else item.preferred, 2 * self._window_ms),
+        )
+
+    def _feedback_result(self, item: FeedbackRecord, reply: list[bytes]) -> FeedbackResult:
+        status, decision_id, event_id, standing = [*reply, None, None, None][:4]
+        found = item.decision_id if decision_id is None else decision_id.decode()
+        if status == b"missing":
+            # An alias outlives its decision, so a decision that is missing behind one has expired.
+            by_alias = item.decision_id is None and decision_id is not None
+            expired = by_alias or is_expired(item.decision_id, self._now_ms(), self._window_ms)
+            return FeedbackResult(FeedbackStatus.EXPIRED if expired else FeedbackStatus.UNKNOWN, found)
+        return FeedbackResult(
+            FeedbackStatus((status or b"").decode()), found, None if event_id is None else event_id.decode(), standing
+        )
+
+    async def _run_script(
+        self, client: RespClient, script: _Script, calls: Sequence[tuple[Arg, ...]], timeout_seconds: float
+    ) -> list[Reply]:
+        """EVALSHA for each call in one write; those that the server has no script for go again with its text."""
+        replies = await client.pipeline(
+            [("EVALSHA", script.sha1, *words) for words in calls], timeout_seconds=timeout_seconds
+        )
+        while again := [index for index, reply in enumerate(replies) if _is_noscript(reply)]:
+            # The first one brings the text, so the others need its name only.
+            commands = [("EVAL", script.text, *calls[again[0]])]
+            commands += [("EVALSHA", script.sha1, *calls[index]) for index in again[1:]]
+            for index, reply in zip(
+                again, await client.pipeline(commands, timeout_seconds=timeout_seconds), strict=True
+            ):
+                replies[index] = reply
+        return [client.checked(reply) for reply in replies]
+
+    async def read_log(self, run: str, after: str, *, count: int, block_ms: int) -> list[LogEntry]:
+        """Events after id `after` ("0-0": from the first), oldest first; waits up to `block_ms` when there are none.
+
+        Cancelling it closes the connection that it blocked; the next call makes another.
+        """
+        key = _prefix(run) + "log"
+        # BLOCK 0 would wait for ever.
+        block: tuple[Arg, ...] = ("BLOCK", block_ms) if block_ms > 0 else ()
+        reader = self._idle_readers.pop() if self._idle_readers else self._new_reader()
+        answered = False
+        try:
+            reply = await reader.execute(
+                *("XREAD", "COUNT", count, *block, "STREAMS", key, after),
+                timeout_seconds=self._bulk_timeout + block_ms / 1000,
+            )
+            answered = True
+        finally:
+            if not answered:
+                reader.disconnect("was left while waiting for the log")
+            self._idle_readers.append(reader)
+        return [] if reply is None else [_log_entry(entry) for entry in reply[0][1]]
+
+    def _new_reader(self) -> RespClient:
+        reader = RespClient(self._url, timeout_seconds=self._timeout)
+        self._readers.append(reader)
+        return reader
+
+    async def log_status(self, run: str) -> LogStatus:
+        """How many events were ever appended, and the id of the last.
+
+        Raises:
+            ConfigurationError: the server is older than Redis 7.0 and does not count.
+        """
+        (reply,) = await self._hot.pipeline([("XINFO", "STREAM", _prefix(run) + "log")])
+        if isinstance(reply, hiredis.ReplyError) and "no such key" in str(reply):
+            return LogStatus(0, "0-0")
+        info = self._hot.checked(reply)
+        fields = dict(zip(info[::2], info[1::2], strict=True))
+        if b"entries-added" not in fields:
+            raise ConfigurationError(f"store {self._hot.shown} is too old; use Valkey, or Redis 7.0 or newer")
+        return LogStatus(int(fields[b"entries-added"]), fields[b"last-generated-id"].decode())
+
+    async def load_snapshot(self, run: str) -> bytes | None:
+        """The newest snapshot, or None."""
+        snapshot: bytes | None = await self._bulk.execute(
+            "HGET", _prefix(run) + "snap", "data", timeout_seconds=self._bulk_timeout
+        )
+        return snapshot
+
+    async def save_snapshot(self, run: str, position: int, snapshot: bytes) -> bool:
+        """Keep the snapshot of the first `position` events unless a newer one is kept; True if it was kept."""
+        words = (1, _prefix(run) + "snap", position, snapshot)
+        (kept,) = await self._run_script(self._bulk, self._save_snapshot, [words], self._bulk_timeout)
+        return bool(kept)
+
+    async def trim_log(self, run: str, before: str) -> int:
+        """Drop the events with ids lower than `before`; returns how many."""
+        key = _prefix(run) + "log"
+        # "=": exactly. The default trims whole nodes and leaves some of the older events.
+        return int(await self._bulk.execute("XTRIM", key, "MINID", "=", before, timeout_seconds=self._bulk_timeout))
+
+    async def close(self) -> None:
+        """Close connections; blocked readers fail with `StoreUnavailableError`."""
+        for client in (self._hot, self._bulk, *self._readers):
+            await client.close()
+
+
+def _prefix(run: str) -> str:
+    return f"rr:{{{check_run(run)}}}:"
+
+
+def _log_entry(entry: Reply) -> LogEntry:
+    event_id, words = entry
+    fields = dict(zip(words[::2], words[1::2], strict=True))
+    try:
+        return LogEntry(event_id.decode(), fields[b"d"].decode(), fields[b"p"], fields[b"s"])
+    except KeyError as error:
+        raise ReplyError(
+            f"event {event_id.decode()} of the log lacks the field {error}; the stream was written by another program"
+        ) from error
