@@ -7,6 +7,7 @@ ranking for fallbacks, and propensities are written once, here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,10 +34,10 @@ class Choices:
 
     Attributes:
         ranking: (B, K) int64, arms by decreasing draw: [:, 0] is the drawn arm, the rest the order of fallback.
-        draws: (B, K) float64; −inf for arms that could not be drawn.
+        draws: (B, K) float64; −inf for arms that the policy never asks.
         means: (B, K) float64, the beliefs' means.
         sds: (B, K) float64, the beliefs' standard deviations.
-        propensities: (B, K) float64, P(arm is drawn) given the beliefs and which arms were available.
+        propensities: (B, K) float64, P(arm is drawn) given the beliefs.
     """
 
     ranking: NDArray[np.int64]
@@ -67,30 +68,28 @@ class Policy(Protocol):
         """
 
 
-def draw(beliefs: Beliefs, available: NDArray[np.bool_], rng: np.random.Generator) -> Choices:
+def draw(beliefs: Beliefs, rng: np.random.Generator) -> Choices:
     """One independent draw per arm and instance; ties (equal point masses) are broken evenly.
 
     Args:
         beliefs: (B, K) Gaussians.
-        available: (K,) bool; arms that are False are never drawn while another is True.
         rng: the run's generator.
     """
-    means = np.where(available, beliefs.means, -np.inf)
-    noise = rng.standard_normal(means.shape)
-    draws = means + beliefs.sds * noise
+    noise = rng.standard_normal(beliefs.means.shape)
+    draws = beliefs.means + beliefs.sds * noise
     ranking = np.lexsort((-noise, -draws), axis=-1)
-    return Choices(ranking, draws, beliefs.means, beliefs.sds, argmax_propensities(means, beliefs.sds))
+    return Choices(ranking, draws, beliefs.means, beliefs.sds, argmax_propensities(beliefs.means, beliefs.sds))
 
 
-def propensity_without(beliefs_means: Array, beliefs_sds: Array, gone: list[int], asked: int) -> float:
+def propensity_without(means: Array, sds: Array, gone: Sequence[int], asked: int) -> float:
     """P(`asked` has the largest draw among the arms that are not gone): the propensity of a fallback.
 
     Args:
-        beliefs_means: (K,).
-        beliefs_sds: (K,).
+        means: (K,) of the beliefs.
+        sds: (K,) of the beliefs.
         gone: arms that were unavailable or failed before `asked` was asked.
         asked: the arm that answered.
     """
-    means = beliefs_means.copy()
-    means[gone] = -np.inf
-    return float(argmax_propensities(means[None], beliefs_sds[None])[0, asked])
+    left = means.copy()
+    left[list(gone)] = -np.inf
+    return float(argmax_propensities(left[None], sds[None])[0, asked])

@@ -1,0 +1,94 @@
+"""The ASGI application: FastAPI for operators' routes and OpenAPI, the hot routes in front, lifespan around both."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from router_core.encoder.fuse import PairEncoder
+from service.errors import ServiceError
+from service.handlers import openapi
+from service.handlers.errors import render
+from service.handlers.hot import ApiKeys
+from service.handlers.system import system_router
+from service.pool import PoolFile
+from service.settings import Settings
+from service.stores.protocol import Store
+from service.wiring import Gateway, build_gateway
+from service.workers.protocol import Arm
+
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
+"""Paths that need no API key: probes and scrapes. Keep the port off public networks, or put a proxy before it."""
+
+
+def package_version() -> str:
+    """The installed version, or `0+unknown` in a source tree that is not installed."""
+    try:
+        return version("reward-router")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+def create_app(
+    settings: Settings,
+    pool: PoolFile,
+    *,
+    encoder: PairEncoder | None = None,
+    arms: Sequence[Arm] | None = None,
+    store: Store | None = None,
+) -> ASGIApp:
+    """The gateway as an ASGI application; arguments as `wiring.build_gateway`.
+
+    Raises:
+        ConfigurationError: settings, pool and checkpoint do not fit each other.
+    """
+    gateway = build_gateway(settings, pool, encoder=encoder, arms=arms, store=store)
+    return gateway.hot_routes(_operators_app(gateway))
+
+
+def _operators_app(gateway: Gateway) -> ASGIApp:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await gateway.start()
+        try:
+            yield
+        finally:
+            await gateway.stop()
+
+    app = FastAPI(
+        title="Reward router",
+        version=package_version(),
+        summary="Draws one reward model per instance, and learns from feedback which one.",
+        lifespan=lifespan,
+    )
+    app.state.status = gateway.status
+    app.include_router(system_router())
+    app.add_exception_handler(ServiceError, render)
+    app.add_exception_handler(HTTPException, render)
+    app.add_exception_handler(Exception, render)
+    openapi.install(app)
+    return _KeyCheck(app, ApiKeys(gateway.settings.api_keys))
+
+
+class _KeyCheck:
+    """Refuses operators' routes without a key, but for probes and scrapes."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            try:
+                self._keys.check(scope["headers"])
+            except ServiceError as error:
+                response = await render(Request(scope), error)
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)

@@ -1,0 +1,40 @@
+"""The command line `reward-router`: one file per command, composed here. The only part that may import the offline stage."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from router_core.errors import RouterCoreError
+from service.cli import demo, models, replay, serve, train, up, worker
+from service.errors import ServiceError
+
+app = typer.Typer(
+    name="reward-router",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help=(
+        "Asks ONE reward model per (prompt, responses) instance and learns from feedback which one.\n\n"
+        "First steps: [bold]reward-router demo[/] makes a pool, starts everything and shows what was learned; "
+        "[bold]reward-router up[/] keeps serving. Then POST /reward, and send what you find out to POST /feedback."
+    ),
+)
+app.command("demo")(demo.demo)
+app.command("up")(up.up)
+app.command("serve")(serve.serve)
+app.command("worker")(worker.worker)
+app.command("train")(train.train)
+app.command("replay")(replay.replay)
+app.command("models")(models.models)
+
+
+def main() -> None:
+    """Entry point: errors of ours are one sentence on standard error, and exit status 2."""
+    try:
+        app()
+    except (ServiceError, RouterCoreError) as error:
+        Console(stderr=True).print(f"[bold red]error[/] {error}", highlight=False)
+        sys.exit(2)

@@ -1,0 +1,46 @@
+"""`reward-router models`: the pool of a running gateway, and what it has learned of each RM."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from service.cli.http import GatewayClient
+
+
+def models(
+    url: Annotated[str, typer.Option(help="The gateway.")] = "http://127.0.0.1:8080",
+    run: Annotated[str | None, typer.Option(help="The run whose posterior is shown.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="API key.", envvar="REWARD_ROUTER_API_KEY")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show each reward model of a running gateway: its workers, feedbacks so far, mean reward."""
+    pool, posterior = asyncio.run(_ask(url, run, api_key))
+    if as_json:
+        typer.echo(json.dumps({"models": pool, "posterior": posterior}))
+        return
+    table = Table(title=f"run {posterior['run']}: {posterior['version']} events learned, prior {posterior['prior']}")
+    for column in ("model", "available", "replicas", "feedbacks", "mean reward", "weight sd"):
+        table.add_column(column)
+    for arm, learned in zip(pool, posterior["models"], strict=True):
+        mean = learned["mean_reward"]
+        table.add_row(
+            arm["name"],
+            "yes" if arm["available"] else "[red]no[/]",
+            ", ".join(f"{replica['url']} {replica['state']}" for replica in arm["replicas"]),
+            str(learned["feedbacks"]),
+            "–" if mean is None else f"{mean:.3f}",
+            f"{learned['sd']:.4f}",
+        )
+    Console().print(table)
+
+
+async def _ask(url: str, run: str | None, api_key: str | None) -> tuple[list[dict], dict]:  # type: ignore[type-arg]
+    async with GatewayClient(url, api_key=api_key) as client:
+        query = f"?run={run}" if run else ""
+        return await client.get("/models"), await client.get(f"/posterior{query}")

@@ -1,0 +1,79 @@
+"""`reward-router serve`: one gateway process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import uvicorn
+from pydantic import ValidationError
+
+from service.errors import ConfigurationError
+from service.settings import Settings
+from service.telemetry import configure_logging
+
+
+def serve(
+    pool: Annotated[Path, typer.Option(help="Pool file (YAML): the reward models and where they are served.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Directory of a trained checkpoint.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on [default: 8080].")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="redis://, rediss:// or unix:// URL, or `embedded` [default: embedded].")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where the embedded store keeps its file.")] = None,
+    run: Annotated[str | None, typer.Option(help="Name of the default run.")] = None,
+    policy: Annotated[str | None, typer.Option(help="bayesian, offline, random, majority, single:MODEL.")] = None,
+    signal: Annotated[str | None, typer.Option(help="Kind of feedback: preference, loss or reward.")] = None,
+    prior: Annotated[str | None, typer.Option(help="auto, paper, calibrated or none.")] = None,
+) -> None:
+    """Serve POST /reward and POST /feedback for a pool whose workers already run.
+
+    Every other setting is an environment variable REWARD_ROUTER_…; docs/settings.md lists them.
+    """
+    settings = read_settings(
+        pool=pool, checkpoint=checkpoint, host=host, port=port, store_url=store, data_dir=data_dir, run=run, policy=policy,
+        signal=signal, prior=prior,
+    )  # fmt: skip
+    run_gateway(settings)
+
+
+def read_settings(**given: Any) -> Settings:
+    """Settings from the environment, overridden by what was given on the command line.
+
+    Raises:
+        ConfigurationError: a value does not fit.
+    """
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigurationError(f"setting {where or 'combination'}: {first['msg']}") from error
+
+
+def run_gateway(settings: Settings) -> None:
+    """Serve until a signal; numerical libraries are told their threads before they are loaded."""
+    for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(variable, str(settings.blas_threads))
+    from service.app import create_app
+    from service.pool import load_pool
+
+    configure_logging(settings.log_level)
+    if settings.pool is None:
+        raise ConfigurationError("no pool file: give --pool, or set REWARD_ROUTER_POOL")
+    app = create_app(settings, load_pool(settings.pool))
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http="httptools",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=65,
+        timeout_graceful_shutdown=int(settings.request_timeout_seconds) + 1,
+    )

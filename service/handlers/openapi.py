@@ -1,0 +1,148 @@
+"""OpenAPI of the hot routes, from the same msgspec structs that parse them; merged into FastAPI's document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+
+from service import schemas
+
+_REF = "#/components/schemas/{name}"
+
+_EXAMPLE_REWARD: dict[str, Any] = {"prompt": "What is 7 + 5?", "responses": ["7 + 5 = 12", "7 + 5 = 13"]}
+_EXAMPLE_ID = "d06in5t2co4000000000000000"
+
+_ERRORS = {
+    "400": "The body is not JSON.",
+    "401": "API key missing or wrong.",
+    "413": "The body is too large.",
+    "422": "A field is out of its bounds, or every reward model refused the input.",
+    "429": "Over capacity; try again after `Retry-After` seconds.",
+    "503": "Store or workers away; nothing was acknowledged. May be retried.",
+}
+
+_FEEDBACK_ERRORS = {
+    "404": "Unknown decision.",
+    "409": "The decision already has another feedback; the first one stands.",
+    "410": "The decision is older than the feedback window.",
+}
+
+
+def install(app: FastAPI) -> None:
+    """Make `app.openapi()` hold the hot routes too."""
+    base = app.openapi
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            out = base()
+            types = [
+                schemas.RewardRequest,
+                schemas.RewardBatchRequest,
+                schemas.RewardReply,
+                schemas.FeedbackRequest,
+                schemas.FeedbackBatchRequest,
+                schemas.FeedbackReply,
+                schemas.ErrorReply,
+            ]
+            _, components = msgspec.json.schema_components(types, ref_template=_REF)
+            target = out.setdefault("components", {}).setdefault("schemas", {})
+            target.update(components)
+            for name, item in (("RewardBatchReply", "RewardReply"), ("FeedbackBatchReply", "FeedbackReply")):
+                target[name] = _batch_of(item)
+            out["paths"].update(_paths())
+            app.openapi_schema = out
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": _REF.format(name=name)}
+
+
+def _batch_of(item: str) -> dict[str, Any]:
+    return {
+        "title": item.replace("Reply", "BatchReply"),
+        "type": "object",
+        "required": ["results"],
+        "properties": {"results": {"type": "array", "items": {"anyOf": [_ref(item), _ref("ErrorReply")]}}},
+        "description": "One reply or error per item, in order.",
+    }
+
+
+def _post(
+    *, tag: str, summary: str, description: str, request: str, reply: str, example: Any, errors: dict[str, str]
+) -> dict[str, Any]:
+    return {
+        "post": {
+            "tags": [tag],
+            "summary": summary,
+            "description": description,
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": _ref(request), "example": example}},
+            },
+            "responses": {
+                "200": {"description": "Done.", "content": {"application/json": {"schema": _ref(reply)}}},
+                **{
+                    status: {"description": text, "content": {"application/json": {"schema": _ref("ErrorReply")}}}
+                    for status, text in sorted(errors.items())
+                },
+            },
+        }
+    }
+
+
+def _paths() -> dict[str, Any]:
+    feedback_errors = {**_ERRORS, **_FEEDBACK_ERRORS}
+    return {
+        "/reward": _post(
+            tag="routing",
+            summary="Reward for one prompt with its responses",
+            description=(
+                "Draws one reward model for the instance, asks it for a score per response, saves the decision, and answers. "
+                "If the drawn model cannot answer, the next-best draw is asked and the reply says so. There is no invented "
+                "reward: if no model answers, the reply is 503."
+            ),
+            request="RewardRequest",
+            reply="RewardReply",
+            example=_EXAMPLE_REWARD,
+            errors={**_ERRORS, "404": "Unknown policy.", "409": "The run's name belongs to another pool or checkpoint."},
+        ),
+        "/reward/batch": _post(
+            tag="routing",
+            summary="Rewards for many instances",
+            description=(
+                "The same as `/reward` for each item, with one encode batch, one matrix product, one call per reward model and "
+                "chunk, and one store pipeline. An item that failed has its error in its place."
+            ),
+            request="RewardBatchRequest",
+            reply="RewardBatchReply",
+            example={"items": [_EXAMPLE_REWARD]},
+            errors={**_ERRORS, "404": "Unknown policy.", "409": "The run's name belongs to another pool or checkpoint."},
+        ),
+        "/feedback": _post(
+            tag="learning",
+            summary="Feedback on one decision",
+            description=(
+                "Names the decision by `decision_id`, or by `run`, `prompt` and `responses`, and carries exactly the field of "
+                "the run's signal. When the reply is 200 the feedback is in the run's log, exactly once; sending the same again "
+                "answers `duplicate: true` and changes nothing."
+            ),
+            request="FeedbackRequest",
+            reply="FeedbackReply",
+            example={"decision_id": _EXAMPLE_ID, "preferred": 0},
+            errors=feedback_errors,
+        ),
+        "/feedback/batch": _post(
+            tag="learning",
+            summary="Feedback on many decisions",
+            description="The same as `/feedback` for each item; each is applied, or refused with its error, on its own.",
+            request="FeedbackBatchRequest",
+            reply="FeedbackBatchReply",
+            example={"items": [{"decision_id": _EXAMPLE_ID, "preferred": 0}]},
+            errors=_ERRORS,
+        ),
+    }

@@ -1,0 +1,76 @@
+"""The routes for operators: liveness, readiness, metrics, the pool and the posterior."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel, Field
+
+from service.usecases.status import ArmStatus, PosteriorStatus, StatusService
+
+
+class Live(BaseModel):
+    """The process serves."""
+
+    status: str = Field("live", examples=["live"])
+
+
+class Ready(BaseModel):
+    """The gateway can score and learn."""
+
+    status: str = Field("ready", examples=["ready"])
+    run: str
+    posterior_version: int
+
+
+def _status(request: Request) -> StatusService:
+    service: StatusService = request.app.state.status
+    return service
+
+
+def system_router() -> APIRouter:
+    """The routes; the services come from `app.state`."""
+    router = APIRouter()
+
+    @router.get("/healthz", tags=["operations"], summary="Is the process alive?")
+    async def healthz() -> Live:
+        """Always 200 while the process serves; says nothing of its surroundings."""
+        return Live(status="live")
+
+    @router.get(
+        "/readyz",
+        tags=["operations"],
+        summary="Can it score and learn?",
+        responses={503: {"description": "The store is away, no worker answers, or the log is still being replayed."}},
+    )
+    async def readyz(request: Request) -> Ready:
+        """200 when the default run's posterior is loaded, the store answers and at least one RM can be asked."""
+        run, version = await _status(request).check_ready()
+        return Ready(status="ready", run=run, posterior_version=version)
+
+    @router.get("/metrics", tags=["operations"], summary="Metrics for Prometheus", response_class=Response)
+    async def metrics(request: Request) -> Response:
+        """Prometheus' text format; names and units in docs/metrics.md."""
+        return Response(_status(request).render_metrics(), media_type=CONTENT_TYPE_LATEST)
+
+    @router.get("/models", tags=["routing"], summary="The pool and its workers")
+    async def models(request: Request) -> list[ArmStatus]:
+        """Each RM with its replicas: address, whether it is up, requests in flight, smoothed latency."""
+        return _status(request).models()
+
+    @router.get(
+        "/posterior",
+        tags=["routing"],
+        summary="What a run has learned",
+        responses={404: {"description": "No such run is open."}},
+    )
+    async def posterior(
+        request: Request, run: Annotated[str | None, Query(description="The run; by default the gateway's.")] = None
+    ) -> PosteriorStatus:
+        """Version, digest (equal digests mean equal posteriors, bit for bit), and per RM the feedbacks and mean reward."""
+        return await _status(request).posterior(run)
+
+    return router
+

@@ -1,0 +1,122 @@
+"""The words of the API's hot routes: msgspec structs that parse, check and document in one place.
+
+`service.handlers.openapi` turns them into the OpenAPI schemas; bounds that an operator sets are checked in the use cases.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+Index = Annotated[int, Meta(ge=0, description="Index of a response, 0 for the first.")]
+
+
+class RewardRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """One prompt with its responses; two is the normal case."""
+
+    prompt: Annotated[str, Meta(description="The prompt's text.", examples=["What is 7 + 5?"])]
+    responses: Annotated[
+        list[str], Meta(min_length=1, description="The responses to be scored by ONE reward model.", examples=[["12", "13"]])
+    ]
+    run: Annotated[str, Meta(description="The run; by default the gateway's.")] | None = None
+    policy: Annotated[str, Meta(description="Overrides the run's policy, for example `single:MODEL` or `random`.")] | None = None
+
+
+class RewardBatchRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """Many instances at once: one encode batch, one matrix product, one worker call per RM and chunk."""
+
+    items: Annotated[list[RewardRequest], Meta(description="The instances. Empty is allowed.")]
+    run: str | None = None
+    policy: str | None = None
+
+
+class Timings(msgspec.Struct):
+    """Where the time went, in milliseconds."""
+
+    encode_ms: float
+    draw_ms: float
+    worker_ms: float
+    store_ms: float
+    total_ms: float
+
+
+class Fallback(msgspec.Struct):
+    """An RM that was drawn and gave no reward, and why."""
+
+    model: str
+    reason: Annotated[str, Meta(description="Stable code: worker_unavailable, worker_timeout, worker_rejected, worker_protocol.")]
+
+
+class RewardReply(msgspec.Struct):
+    """The reward, which RM gave it, and what is needed to learn from it."""
+
+    decision_id: Annotated[str, Meta(description="Send it back to `/feedback`.")]
+    run: str
+    model: Annotated[str, Meta(description="The RM that was asked; `majority` where all were.")]
+    rewards: Annotated[list[float], Meta(description="Raw reward per response (for `majority`: its share of the votes).")]
+    preferred: Annotated[int | None, Meta(description="Index of the best response; null on a tie or a single response.")]
+    margin: Annotated[float | None, Meta(description="Best reward minus the second best; null for a single response.")]
+    propensity: Annotated[float, Meta(description="Probability that this RM would be asked, given what was known.")]
+    policy: str
+    posterior_version: Annotated[int, Meta(description="Events that the posterior had learned from.")]
+    fallback: Annotated[bool, Meta(description="True if the drawn RM gave no reward and the next-best draw was asked.")]
+    recorded: Annotated[bool, Meta(description="False if the decision could not be saved: feedback for it will be 404.")]
+    timings: Timings
+    fallbacks: list[Fallback] = []
+
+
+class ErrorBody(msgspec.Struct):
+    """What went wrong: a stable code, a sentence with the remedy, and details for programs."""
+
+    code: str
+    message: str
+    details: dict[str, object] = {}
+
+
+class ErrorReply(msgspec.Struct):
+    """Every error of the API."""
+
+    error: ErrorBody
+
+
+class RewardBatchReply(msgspec.Struct):
+    """One reply or error per item, in order."""
+
+    results: list[RewardReply | ErrorReply]
+
+
+class FeedbackRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """Feedback on one decision: its id (or run, prompt and responses), and exactly the field of the run's signal."""
+
+    decision_id: str | None = None
+    prompt: Annotated[str, Meta(description="With `responses`: names the latest decision of that content.")] | None = None
+    responses: list[str] | None = None
+    run: str | None = None
+    preferred: Annotated[Index, Meta(description="Signal `preference`: index of the response that is better.")] | None = None
+    loss: Annotated[float, Meta(description="Signal `loss`: the pair's DPO loss; lower is better.")] | None = None
+    reward: (
+        Annotated[float, Meta(ge=0, le=1, description="Signal `reward`: how well the asked RM did, in [0, 1].")] | None
+    ) = None
+
+
+class FeedbackBatchRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """Many feedbacks at once; each is applied, or refused, on its own."""
+
+    items: list[FeedbackRequest]
+    run: str | None = None
+
+
+class FeedbackReply(msgspec.Struct):
+    """An accepted feedback: it is in the run's log, exactly once."""
+
+    decision_id: str
+    event_id: Annotated[str, Meta(description="Its id in the run's log.")]
+    duplicate: Annotated[bool, Meta(description="True if the same value had been accepted before; nothing changed.")]
+
+
+class FeedbackBatchReply(msgspec.Struct):
+    """One reply or error per item, in order."""
+
+    results: list[FeedbackReply | ErrorReply]

@@ -1,0 +1,84 @@
+"""Metrics with stable names and units (docs/metrics.md), and structured logs that never hold prompts or responses.
+
+One `Telemetry` per process, on its own registry; built in `wiring` and handed down.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_STAGE_BUCKETS = (
+    0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+STAGES = ("encode", "draw", "worker", "store", "total")
+"""Values of the label `stage`."""
+
+
+class Telemetry:
+    """The process's metrics. Label values are bounded: routes, stages, models, runs (`max_runs`), stable codes."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        common: dict[str, Any] = {"registry": self.registry, "namespace": "reward_router"}
+        self.requests = Counter("requests_total", "Requests answered.", ["route", "status"], **common)
+        self.in_flight = Gauge("requests_in_flight", "Requests being answered.", **common)
+        self._stages = Histogram(
+            "stage_seconds", "Time per stage of a reward request.", ["stage"], buckets=_STAGE_BUCKETS, **common
+        )
+        self.stage = {stage: self._stages.labels(stage) for stage in STAGES}
+        self.choice_batch = Histogram(
+            "choice_batch_size", "Instances encoded and drawn together.", buckets=_SIZE_BUCKETS, **common
+        )
+        self.draws = Counter("draws_total", "Instances for which the RM had the largest draw.", ["run", "model"], **common)
+        self.calls = Counter("worker_calls_total", "Instances an RM was asked about.", ["model", "outcome"], **common)
+        self.fallbacks = Counter(
+            "fallbacks_total", "Instances that went on from this RM to the next-best draw.", ["model", "reason"], **common
+        )
+        self.feedback = Counter("feedback_total", "Feedbacks by what became of them.", ["run", "outcome"], **common)
+        self.unrecorded = Counter("unrecorded_decisions_total", "Rewards answered without a saved decision.", **common)
+        self.store_errors = Counter("store_errors_total", "Store calls that failed.", ["operation"], **common)
+        self.learner_errors = Counter("learner_errors_total", "Failures of the background learner.", ["run"], **common)
+        self.log_lag = Gauge("log_lag_events", "Events in the log that the posterior has not folded.", ["run"], **common)
+        self.version = Gauge("posterior_version_events", "Events the posterior has learned from.", ["run"], **common)
+        self.drift = Gauge(
+            "posterior_drift", "Largest entry of precision x covariance - I at the last refresh.", ["run"], **common
+        )
+        self.mean_reward = Gauge("mean_reward", "Mean learned reward of an RM.", ["run", "model"], **common)
+        self.snapshots = Counter("snapshots_total", "Snapshots written.", ["run"], **common)
+        self.worker_up = Gauge("worker_up", "1 while the replica's circuit is closed.", ["model", "url"], **common)
+
+    def render(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, event, and the fields given as `extra={"fields": {...}}`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Render one record."""
+        line: dict[str, object] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+        }
+        line.update(getattr(record, "fields", {}))
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def configure_logging(level: str) -> None:
+    """Send structured logs to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -1,0 +1,107 @@
+"""The decision as it is stored, and what of it comes back as an event when feedback arrives.
+
+msgpack on the wire; the numbers a fold needs are exact (float64, float32 bytes). Called by `score` and `learn`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import msgspec
+
+from router_core.errors import FeedbackError
+from router_core.feedback import validate
+from router_core.records import Event, Feedback, Signal
+
+
+class StoredDecision(msgspec.Struct, omit_defaults=True):
+    """One decision. The store reads only `n`; the log carries the whole of it.
+
+    Attributes:
+        n: number of responses.
+        arm: index of the asked RM; −1 where all were asked.
+        x: context, little-endian float32 bytes (d,).
+        offset: o_k(x) of the asked arm.
+        verdict: the asked RM's verdict, −1 for a tie.
+        propensity: probability of the asked arm among those that could answer.
+        propensities: of every arm, as drawn.
+        means: of the draws, per arm.
+        sds: of the draws, per arm.
+        rewards: raw reward per response.
+        policy: name of the policy that drew.
+        version: events the posterior had learned from.
+        fallback: whether the drawn arm gave no reward.
+        time_ms: Unix time.
+    """
+
+    n: int
+    arm: int
+    x: bytes
+    offset: float
+    verdict: int
+    propensity: float
+    propensities: list[float]
+    means: list[float]
+    sds: list[float]
+    rewards: list[float]
+    policy: str
+    version: int
+    time_ms: int
+    fallback: bool = False
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(StoredDecision)
+
+
+def encode_decision(decision: StoredDecision) -> bytes:
+    """The payload that `Store.save_decisions` takes."""
+    return _ENCODER.encode(decision)
+
+
+def decode_decision(payload: bytes) -> StoredDecision:
+    """Read a payload back.
+
+    Raises:
+        msgspec.ValidationError: it is not a decision.
+    """
+    return _DECODER.decode(payload)
+
+
+def encode_feedback(feedback: Feedback) -> bytes:
+    """Canonical bytes of a value: equal bytes mean the same feedback.
+
+    >>> encode_feedback(Feedback(Signal.PREFERENCE, 1.0))
+    b'preference:1.0'
+    """
+    return f"{feedback.signal}:{feedback.value!r}".encode()
+
+
+def decode_feedback(value: bytes) -> Feedback:
+    """Read `encode_feedback`'s bytes back.
+
+    Raises:
+        FeedbackError: they are not.
+    """
+    signal, _, number = value.decode().partition(":")
+    try:
+        return validate(Feedback(Signal(signal), float(number)))
+    except ValueError as error:
+        raise FeedbackError(f"log holds the feedback value {value!r}, which this version cannot read") from error
+
+
+def event_of(decision_id: str, payload: bytes, value: bytes) -> Event:
+    """The event that a log entry stands for."""
+    decision = decode_decision(payload)
+    return Event(decision.arm, decision.x, decision.offset, decision.verdict, decode_feedback(value), decision_id)
+
+
+def content_key(run: str, prompt: str, responses: Sequence[str]) -> str:
+    """Hash of run, prompt and responses (in order): names a decision for callers that cannot carry its id."""
+    h = hashlib.blake2b(digest_size=16)
+    for part in (run, prompt, *responses):
+        data = part.encode("utf-8", "surrogatepass")
+        h.update(len(data).to_bytes(8, "little"))
+        h.update(data)
+    return h.hexdigest()

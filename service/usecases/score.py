@@ -1,0 +1,370 @@
+"""Score: choose an RM for each instance, ask it, save the decision, answer (design: the way of `POST /reward`).
+
+One path for one instance and for many. An RM that fails hands its instances to their next-best draws; what every RM refused
+is an error of its own instance, never an invented reward.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from router_core.policies import Policy, propensity_without, vote_shares
+from router_core.records import TIE, Instance, verdict_of
+from service.errors import NoWorkerError, ServiceError, StoreUnavailableError, ValidationError
+from service.schemas import Fallback, RewardReply, RewardRequest, Timings
+from service.settings import OnStoreUnavailable
+from service.stores.ids import RANDOM_BYTES, new_decision_id
+from service.stores.protocol import DecisionRecord, Store
+from service.telemetry import Telemetry
+from service.usecases.choose import Chooser, Chosen
+from service.usecases.decisions import StoredDecision, content_key, encode_decision
+from service.usecases.runs import Run, RunRegistry
+from service.workers.protocol import WorkerError, WorkerRejectedError
+
+ALL_ARMS = -1
+"""`StoredDecision.arm` where every RM was asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreLimits:
+    """Bounds of one request; see `Settings`."""
+
+    max_responses: int
+    max_text_chars: int
+    max_batch: int
+    request_timeout_seconds: float
+    worker_timeout_seconds: float
+    on_store_unavailable: OnStoreUnavailable
+    content_keys: bool
+
+
+@dataclass(slots=True)
+class _Job:
+    """One instance on its way: which arms are still to be asked, and what came back."""
+
+    run: Run
+    policy: Policy
+    instance: Instance
+    chosen: Chosen
+    row: int
+    order: list[int]
+    gone: list[int] = field(default_factory=list)
+    fallbacks: list[Fallback] = field(default_factory=list)
+    arm: int = ALL_ARMS
+    rewards: list[float] | None = None
+    error: ServiceError | None = None
+    worker_seconds: float = 0.0
+    refusals: list[WorkerError] = field(default_factory=list)
+
+
+class Scorer:
+    """The use case behind `/reward` and `/reward/batch`.
+
+    Args:
+        runs: where runs are opened.
+        chooser: encodes and draws.
+        store: where decisions are saved.
+        telemetry: counters and stage times.
+        limits: bounds.
+    """
+
+    def __init__(
+        self, runs: RunRegistry, chooser: Chooser, store: Store, telemetry: Telemetry, limits: ScoreLimits
+    ) -> None:
+        self._runs = runs
+        self._chooser = chooser
+        self._store = store
+        self._telemetry = telemetry
+        self._limits = limits
+
+    async def score(self, request: RewardRequest) -> RewardReply:
+        """One instance.
+
+        Raises:
+            ServiceError: whatever kept the reward away; see `docs/api.md` for the codes.
+        """
+        result = (await self.score_many([request]))[0]
+        if isinstance(result, ServiceError):
+            raise result
+        return result
+
+    async def score_many(
+        self, requests: Sequence[RewardRequest], *, run: str | None = None, policy: str | None = None
+    ) -> list[RewardReply | ServiceError]:
+        """Many instances: one encode batch, one GEMM per arm, one worker call per arm and chunk, one store pipeline.
+
+        Args:
+            requests: the instances.
+            run: run of those that name none.
+            policy: policy of those that name none.
+
+        Returns:
+            A reply or the error per instance, in order.
+
+        Raises:
+            ServiceError: what concerns the whole call: a bad bound, an unknown run or policy, the store away.
+        """
+        started = time.perf_counter()
+        if len(requests) > self._limits.max_batch:
+            raise ValidationError(
+                f"items holds {len(requests)} instances: send at most {self._limits.max_batch} at once",
+                details={"field": "items", "limit": self._limits.max_batch},
+            )
+        deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_seconds
+        jobs = await self._choose(requests, run, policy)
+        await self._ask(jobs, deadline)
+        return await self._record_and_reply(jobs, started)
+
+    async def _choose(self, requests: Sequence[RewardRequest], run: str | None, policy: str | None) -> list[_Job]:
+        groups: dict[tuple[str | None, str | None], list[int]] = {}
+        for index, request in enumerate(requests):
+            self._check(request, index if len(requests) > 1 else None)
+            groups.setdefault((request.run or run, request.policy or policy), []).append(index)
+        jobs: list[_Job | None] = [None] * len(requests)
+        for (run_name, policy_name), indices in groups.items():
+            found = await self._runs.get(run_name)
+            chosen_policy = found.template.policy(policy_name) if policy_name else found.template.default_policy
+            instances = [Instance(requests[i].prompt, tuple(requests[i].responses)) for i in indices]
+            chosen = await self._chooser.choose(found, chosen_policy, instances)
+            rankings, draws = chosen.choices.ranking.tolist(), chosen.choices.draws.tolist()
+            for row, index in enumerate(indices):
+                order = [arm for arm in rankings[row] if draws[row][arm] != -float("inf")]
+                jobs[index] = _Job(found, chosen_policy, instances[row], chosen, row, order)
+                if not chosen_policy.asks_all:
+                    self._telemetry.draws.labels(found.name, found.template.pool[order[0]]).inc()
+        return [job for job in jobs if job is not None]
+
+    def _check(self, request: RewardRequest, index: int | None) -> None:
+        where = "" if index is None else f"items[{index}]."
+        limits = self._limits
+        if len(request.responses) > limits.max_responses:
+            raise ValidationError(
+                f"{where}responses holds {len(request.responses)} texts: send at most {limits.max_responses}",
+                details={"field": f"{where}responses", "limit": limits.max_responses},
+            )
+        for name, text in (("prompt", request.prompt), *((f"responses[{i}]", r) for i, r in enumerate(request.responses))):
+            if len(text) > limits.max_text_chars:
+                raise ValidationError(
+                    f"{where}{name} is {len(text)} characters long: send at most {limits.max_text_chars}",
+                    details={"field": f"{where}{name}", "limit": limits.max_text_chars},
+                )
+
+    async def _ask(self, jobs: Sequence[_Job], deadline: float) -> None:
+        """Rounds of asking: each round asks every open job's best arm that is left, one call per arm."""
+        everyone = [job for job in jobs if job.policy.asks_all]
+        single = [job for job in jobs if not job.policy.asks_all]
+        if everyone:
+            await asyncio.gather(*(self._ask_all(job, deadline) for job in everyone))
+        while single:
+            by_arm: dict[int, list[_Job]] = {}
+            for job in single:
+                arm = self._next_arm(job)
+                if arm is None:
+                    job.error = _nothing_left(job)
+                else:
+                    by_arm.setdefault(arm, []).append(job)
+            if len(by_arm) == 1:
+                [(arm, group)] = by_arm.items()
+                await self._ask_arm(arm, group, deadline)
+            else:
+                await asyncio.gather(*(self._ask_arm(arm, group, deadline) for arm, group in by_arm.items()))
+            single = [job for job in single if job.rewards is None and job.error is None]
+
+    def _next_arm(self, job: _Job) -> int | None:
+        """The best draw whose arm can be asked; arms that are passed over are noted as fallbacks."""
+        arms = job.run.template.arms
+        while job.order:
+            arm = job.order.pop(0)
+            if arms[arm].available:
+                return arm
+            self._give_up(job, arm, "worker_unavailable")
+        return None
+
+    def _give_up(self, job: _Job, arm: int, reason: str) -> None:
+        name = job.run.template.pool[arm]
+        job.gone.append(arm)
+        job.fallbacks.append(Fallback(name, reason))
+        self._telemetry.fallbacks.labels(name, reason).inc()
+
+    async def _ask_arm(self, arm: int, jobs: list[_Job], deadline: float) -> None:
+        """Ask one RM about all of them. What it refuses is halved, so that one bad instance spoils no other."""
+        loop = asyncio.get_running_loop()
+        worker = jobs[0].run.template.arms[arm]
+        items = [(job.instance.prompt, response) for job in jobs for response in job.instance.responses]
+        started = time.perf_counter()
+        limit = min(deadline, loop.time() + self._limits.worker_timeout_seconds)
+        try:
+            rewards = await worker.score(items, deadline=limit)
+        except WorkerRejectedError as error:
+            if len(jobs) > 1:
+                middle = len(jobs) // 2
+                await asyncio.gather(
+                    self._ask_arm(arm, jobs[:middle], deadline), self._ask_arm(arm, jobs[middle:], deadline)
+                )
+                return
+            self._failed(arm, jobs, error)
+        except WorkerError as error:
+            self._failed(arm, jobs, error)
+        else:
+            self._telemetry.calls.labels(worker.name, "ok").inc(len(jobs))
+            position = 0
+            for job in jobs:
+                n = len(job.instance.responses)
+                job.arm, job.rewards = arm, rewards[position : position + n]
+                position += n
+        seconds = time.perf_counter() - started
+        for job in jobs:
+            job.worker_seconds += seconds
+
+    def _failed(self, arm: int, jobs: Sequence[_Job], error: WorkerError) -> None:
+        for job in jobs:
+            job.refusals.append(error)
+            self._telemetry.calls.labels(job.run.template.pool[arm], error.code).inc()
+            self._give_up(job, arm, error.code)
+
+    async def _ask_all(self, job: _Job, deadline: float) -> None:
+        """Ask every RM; the rewards are the shares of their votes. An RM that fails does not vote."""
+        started = time.perf_counter()
+        asked: list[_Job] = []
+        for arm in range(len(job.run.template.arms)):
+            asked.append(_Job(job.run, job.policy, job.instance, job.chosen, job.row, [arm]))
+        await asyncio.gather(
+            *(self._ask_arm(vote.order[0], [vote], deadline) for vote in asked if self._is_available(vote))
+        )
+        verdicts = [verdict_of(vote.rewards) for vote in asked if vote.rewards is not None]
+        for vote in asked:
+            job.fallbacks.extend(vote.fallbacks)
+            job.refusals.extend(vote.refusals)
+        if verdicts:
+            job.rewards = vote_shares(verdicts, len(job.instance.responses))
+        else:
+            job.error = _nothing_left(job)
+        job.worker_seconds = time.perf_counter() - started
+
+    def _is_available(self, job: _Job) -> bool:
+        arm = job.order[0]
+        if not job.run.template.arms[arm].available:
+            self._give_up(job, arm, "worker_unavailable")
+            return False
+        return True
+
+    async def _record_and_reply(self, jobs: Sequence[_Job], started: float) -> list[RewardReply | ServiceError]:
+        now_ms = int(time.time() * 1000)
+        entropy = os.urandom(RANDOM_BYTES * len(jobs))
+        by_run: dict[str, list[DecisionRecord]] = {}
+        decisions: list[tuple[str, StoredDecision] | None] = []
+        for index, job in enumerate(jobs):
+            if job.rewards is None:
+                decisions.append(None)
+                continue
+            decision_id = new_decision_id(now_ms, entropy[index * RANDOM_BYTES : (index + 1) * RANDOM_BYTES])
+            stored = _decision(job, now_ms)
+            key = (
+                content_key(job.run.name, job.instance.prompt, job.instance.responses)
+                if self._limits.content_keys
+                else None
+            )
+            by_run.setdefault(job.run.name, []).append(DecisionRecord(decision_id, encode_decision(stored), key))
+            decisions.append((decision_id, stored))
+        store_started = time.perf_counter()
+        recorded = await self._save(by_run)
+        store_seconds = time.perf_counter() - store_started
+        if by_run:
+            self._telemetry.stage["store"].observe(store_seconds)
+        replies: list[RewardReply | ServiceError] = []
+        for job, made in zip(jobs, decisions, strict=True):
+            if made is None:
+                replies.append(job.error or NoWorkerError("no reward model answered"))
+                continue
+            self._telemetry.stage["worker"].observe(job.worker_seconds)
+            replies.append(_reply(job, *made, recorded=recorded, store_seconds=store_seconds, started=started))
+        self._telemetry.stage["total"].observe(time.perf_counter() - started)
+        return replies
+
+    async def _save(self, by_run: dict[str, list[DecisionRecord]]) -> bool:
+        try:
+            for run, records in by_run.items():
+                await self._store.save_decisions(run, records)
+        except StoreUnavailableError:
+            self._telemetry.store_errors.labels("save_decisions").inc()
+            if self._limits.on_store_unavailable is OnStoreUnavailable.REFUSE:
+                raise
+            self._telemetry.unrecorded.inc(sum(len(records) for records in by_run.values()))
+            return False
+        return True
+
+
+def _nothing_left(job: _Job) -> ServiceError:
+    """The error of an instance that no RM gave a reward for: the worker's own words when all refused it, else 503."""
+    details: dict[str, object] = {"tried": [{"model": f.model, "reason": f.reason} for f in job.fallbacks]}
+    if job.refusals and len(job.refusals) == len(job.fallbacks):
+        rejections = [error for error in job.refusals if isinstance(error, WorkerRejectedError)]
+        if len(rejections) == len(job.refusals):
+            return WorkerRejectedError(f"every reward model refused this input: {rejections[-1].message}", details=details)
+    tried = ", ".join(f"{f.model} ({f.reason})" for f in job.fallbacks)
+    return NoWorkerError(
+        f"no reward model could be asked; tried {tried or 'none'}. Check `GET /models` and the workers",
+        details=details,
+        retry_after_seconds=1,
+    )
+
+
+def _decision(job: _Job, now_ms: int) -> StoredDecision:
+    choices, row = job.chosen.choices, job.row
+    assert job.rewards is not None
+    if job.arm == ALL_ARMS:
+        propensity, offset = 1.0, 0.0
+    else:
+        offset = float(job.chosen.offsets[row, job.arm])
+        propensity = float(choices.propensities[row, job.arm])
+        away = [arm for arm in job.order if not job.run.template.arms[arm].available]
+        if job.gone or away:
+            propensity = propensity_without(choices.means[row], choices.sds[row], [*job.gone, *away], job.arm)
+    return StoredDecision(
+        n=len(job.instance.responses),
+        arm=job.arm,
+        x=job.chosen.x[row].tobytes(),
+        offset=offset,
+        verdict=verdict_of(job.rewards),
+        propensity=propensity,
+        propensities=choices.propensities[row].tolist(),
+        means=choices.means[row].tolist(),
+        sds=choices.sds[row].tolist(),
+        rewards=job.rewards,
+        policy=job.policy.name,
+        version=job.chosen.posterior.count,
+        time_ms=now_ms,
+        fallback=bool(job.fallbacks),
+    )
+
+
+def _reply(
+    job: _Job, decision_id: str, stored: StoredDecision, *, recorded: bool, store_seconds: float, started: float
+) -> RewardReply:
+    rewards = stored.rewards
+    ordered = sorted(rewards, reverse=True)
+    return RewardReply(
+        decision_id=decision_id,
+        run=job.run.name,
+        model=job.policy.name if job.arm == ALL_ARMS else job.run.template.pool[job.arm],
+        rewards=rewards,
+        preferred=None if stored.verdict == TIE else stored.verdict,
+        margin=ordered[0] - ordered[1] if len(ordered) > 1 else None,
+        propensity=stored.propensity,
+        policy=stored.policy,
+        posterior_version=stored.version,
+        fallback=stored.fallback,
+        recorded=recorded,
+        timings=Timings(
+            encode_ms=round(job.chosen.encode_seconds * 1e3, 4),
+            draw_ms=round(job.chosen.draw_seconds * 1e3, 4),
+            worker_ms=round(job.worker_seconds * 1e3, 4),
+            store_ms=round(store_seconds * 1e3, 4),
+            total_ms=round((time.perf_counter() - started) * 1e3, 4),
+        ),
+        fallbacks=job.fallbacks,
+    )

@@ -1,0 +1,154 @@
+"""Status: what operators ask of a gateway. Reads, never changes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+
+from pydantic import BaseModel, Field
+
+from service.errors import NotFoundError, NotReadyError
+from service.stores.protocol import Store
+from service.telemetry import Telemetry
+from service.usecases.runs import RunRegistry
+
+
+class ReplicaStatus(BaseModel):
+    """One worker process of an RM."""
+
+    url: str
+    state: str = Field(description="State of its circuit: closed (asked), half_open (on trial), open (not asked).")
+    in_flight: int
+    failures: int = Field(description="Failures in a row.")
+    latency_ms: float | None = Field(description="Smoothed time of a request; null before the first.")
+
+
+class ArmStatus(BaseModel):
+    """One RM of the pool."""
+
+    name: str
+    available: bool
+    replicas: list[ReplicaStatus]
+
+
+class ArmLearned(BaseModel):
+    """What a run knows of one RM."""
+
+    model: str
+    feedbacks: int
+    mean_reward: float | None = Field(description="Mean learned reward; null without feedback.")
+    mean_norm: float = Field(description="Length of the posterior mean.")
+    sd: float = Field(description="Root mean variance of a weight: how unsure the router still is.")
+
+
+class PosteriorStatus(BaseModel):
+    """One run's posterior."""
+
+    run: str
+    version: int = Field(description="Events it has learned from.")
+    last_event_id: str
+    digest: str = Field(description="sha256 over every number of it.")
+    prior: str
+    policy: str
+    signal: str
+    dim: int
+    drift: float = Field(description="Largest entry of ΛΣ − I at the last refresh.")
+    log_appended: int = Field(description="Events ever appended to the run's log.")
+    models: list[ArmLearned]
+
+
+class StatusService:
+    """The use case behind the routes for operators.
+
+    Args:
+        runs: the registry.
+        store: asked whether it answers.
+        telemetry: rendered.
+        models: describes the pool's workers.
+        executor: where digests are computed.
+    """
+
+    def __init__(
+        self,
+        runs: RunRegistry,
+        store: Store,
+        telemetry: Telemetry,
+        *,
+        models: Callable[[], list[ArmStatus]],
+        executor: Executor,
+    ) -> None:
+        self._runs = runs
+        self._store = store
+        self._telemetry = telemetry
+        self.models = models
+        self._executor = executor
+
+    def render_metrics(self) -> bytes:
+        """Prometheus' text format, with the workers' states as they are now."""
+        for arm in self.models():
+            for replica in arm.replicas:
+                self._telemetry.worker_up.labels(arm.name, replica.url).set(replica.state == "closed")
+        return self._telemetry.render()
+
+    async def check_ready(self) -> tuple[str, int]:
+        """The default run's name and version.
+
+        Raises:
+            NotReadyError: its log is being replayed, a learner failed, or no RM can be asked.
+            StoreUnavailableError: the store does not answer.
+        """
+        await self._store.ping()
+        for run in self._runs.runs.values():
+            if run.failure is not None:
+                raise NotReadyError(f"the learner of run {run.name!r} stopped: {run.failure}")
+        run = await self._runs.get(None)
+        models = self.models()
+        if not any(arm.available for arm in models):
+            raise NotReadyError(
+                "no reward model can be asked: start the workers, or check their addresses in the pool file",
+                details={"models": [arm.name for arm in models]},
+            )
+        return run.name, run.posterior.count
+
+    async def posterior(self, name: str | None) -> PosteriorStatus:
+        """What a run has learned.
+
+        Raises:
+            NotFoundError: no such run is open.
+        """
+        name = name or self._runs.default
+        run = self._runs.runs.get(name)
+        if run is None:
+            raise NotFoundError(f"run {name!r} is not open here: send it a request first", details={"run": name})
+        posterior, last_event_id = run.posterior, run.last_event_id
+        status = await self._store.log_status(name)
+        digest = await asyncio.get_running_loop().run_in_executor(self._executor, posterior.digest)
+        statistics = posterior.statistics
+        models = []
+        for k, model in enumerate(run.template.pool):
+            mean_reward = float(statistics.mean_reward()[k])
+            arm = posterior.arms[k]
+            variance = (arm.covariance.trace() - (arm.corrections**2).sum()) / posterior.dim
+            models.append(
+                ArmLearned(
+                    model=model,
+                    feedbacks=int(statistics.count[k]),
+                    mean_reward=None if mean_reward != mean_reward else mean_reward,
+                    mean_norm=float((arm.mean @ arm.mean) ** 0.5),
+                    sd=float(max(variance, 0.0) ** 0.5),
+                )
+            )
+        return PosteriorStatus(
+            run=name,
+            version=posterior.count,
+            last_event_id=last_event_id,
+            digest=digest,
+            prior=posterior.prior.form,
+            policy=run.template.default_policy.name,
+            signal=run.template.signal,
+            dim=posterior.dim,
+            drift=posterior.drift,
+            log_appended=status.appended,
+            models=models,
+        )

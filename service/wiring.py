@@ -1,0 +1,360 @@
+"""Builds everything from settings: the only module that knows the concrete classes. Called by `service.app`.
+
+Build order: store, arms, encoder, prior, run template, use cases, application. `Gateway.start` and `stop` run in lifespan.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from starlette.types import ASGIApp
+
+from router_core.checkpoint import Checkpoint
+from router_core.encoder.fuse import Fuse, PairEncoder
+from router_core.encoder.registry import load_backbone
+from router_core.errors import RouterCoreError
+from router_core.posterior import FoldSettings
+from router_core.prior import (
+    NONE_HYPERPARAMETERS,
+    PAPER_HYPERPARAMETERS,
+    Hyperparameters,
+    Prior,
+    PriorForm,
+    calibrated_prior,
+    no_prior,
+    paper_prior,
+)
+from service.errors import ConfigurationError, StoreUnavailableError
+from service.handlers.hot import ApiKeys, HotLimits, HotRoutes
+from service.pool import ModelEntry, PoolFile
+from service.settings import EMBEDDED, Settings
+from service.stores.embedded import EmbeddedStore
+from service.stores.protocol import Store
+from service.stores.redis import RedisStore
+from service.telemetry import Telemetry
+from service.usecases.choose import Chooser
+from service.usecases.learn import FeedbackService, Learner
+from service.usecases.runs import Run, RunRegistry, RunTemplate
+from service.usecases.score import ScoreLimits, Scorer
+from service.usecases.status import ArmStatus, ReplicaStatus, StatusService
+from service.workers.client import ArmConfig, VllmArm
+from service.workers.health import HealthMonitor, HealthPolicy
+from service.workers.probe import probe
+from service.workers.protocol import Arm
+from service.workers.render import load_rendering
+
+logger = logging.getLogger(__name__)
+
+PROBE_SECONDS = 10.0
+"""Longest wait for the workers' answers to the registration probe."""
+
+
+@dataclass(slots=True)
+class Gateway:
+    """One process's context: what lifespan starts and stops, and what handlers call."""
+
+    settings: Settings
+    telemetry: Telemetry
+    store: Store
+    runs: RunRegistry
+    scorer: Scorer
+    feedback: FeedbackService
+    status: StatusService
+    monitor: HealthMonitor | None
+    arms: tuple[Arm, ...]
+    chooser_thread: ThreadPoolExecutor
+    learner_thread: ThreadPoolExecutor
+    embedded: EmbeddedStore | None
+    tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    async def start(self) -> None:
+        """Probe the workers, begin health checks, and begin to load the default run."""
+        if self.monitor is not None:
+            await self.monitor.check_all()
+            await self._probe()
+            self.monitor.start()
+        self._spawn(self._open_default_run())
+
+    async def _open_default_run(self) -> None:
+        """Open it as soon as the store answers; readiness is false until then."""
+        while True:
+            try:
+                await self.runs.get(None)
+            except StoreUnavailableError as error:
+                logger.warning("store away, default run waits", extra={"fields": {"error": error.message}})
+                await asyncio.sleep(0.5)
+            else:
+                return
+
+    async def _probe(self) -> None:
+        deadline = asyncio.get_running_loop().time() + PROBE_SECONDS
+        for arm in self.arms:
+            if not isinstance(arm, VllmArm):
+                continue
+            for report in await probe(arm, deadline=deadline):
+                for text in (*report.problems, *report.warnings):
+                    logger.warning("worker probe", extra={"fields": {"model": arm.name, "url": report.url, "found": text}})
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("background task failed", exc_info=task.exception())
+
+    def follow(self, run: Run) -> None:
+        """Start the learner of an opened run."""
+        learner = Learner(
+            run,
+            self.store,
+            self.learner_thread,
+            self.telemetry,
+            keep_events=self.settings.log_keep_events,
+        )
+        self._spawn(learner.run_forever())
+
+    async def stop(self) -> None:
+        """Stop in the order in which things depend on each other."""
+        for task in list(self.tasks):
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        if self.monitor is not None:
+            await self.monitor.stop()
+        for arm in self.arms:
+            if isinstance(arm, VllmArm):
+                await arm.close()
+        await self.store.close()
+        self.chooser_thread.shutdown(wait=True)
+        self.learner_thread.shutdown(wait=True)
+        if self.embedded is not None:
+            self.embedded.stop()
+
+    def hot_routes(self, rest: ASGIApp) -> HotRoutes:
+        """The hot routes in front of the rest of the application."""
+        settings = self.settings
+        return HotRoutes(
+            scorer=self.scorer,
+            feedback=self.feedback,
+            telemetry=self.telemetry,
+            keys=ApiKeys(settings.api_keys),
+            limits=HotLimits(settings.max_body_bytes, settings.max_in_flight),
+            rest=rest,
+        )
+
+
+def build_gateway(
+    settings: Settings,
+    pool: PoolFile,
+    *,
+    encoder: PairEncoder | None = None,
+    arms: Sequence[Arm] | None = None,
+    store: Store | None = None,
+) -> Gateway:
+    """Everything, not yet started.
+
+    Args:
+        settings: the operator's choices.
+        pool: the reward models.
+        encoder: instead of the settings' or the checkpoint's; for tests and benchmarks.
+        arms: instead of clients of the pool's workers; for tests.
+        store: instead of the settings' store; for tests.
+
+    Raises:
+        ConfigurationError: settings, pool and checkpoint do not fit each other.
+    """
+    names = [model.name for model in pool.models]
+    checkpoint = _load_checkpoint(settings, names)
+    telemetry = Telemetry()
+    encoder = encoder or load_pair_encoder(settings, checkpoint)
+    prior = build_prior(settings, checkpoint, len(names), encoder.dim)
+    built = tuple(arms) if arms is not None else tuple(_build_arm(model, settings) for model in pool.models)
+    origin = checkpoint.digest if checkpoint is not None and prior.form is not PriorForm.NONE else f"encoder:{encoder.spec}"
+    template = RunTemplate(
+        arms=built,
+        encoder=encoder,
+        prior=prior,
+        fold_settings=FoldSettings(settings.block_size, settings.refresh_events),
+        signal=settings.signal,
+        policy=settings.policy,
+        origin=origin,
+        seed=settings.seed,
+    )
+    embedded = None
+    if store is None:
+        store, embedded = _open_store(settings)
+    chooser_thread = ThreadPoolExecutor(1, thread_name_prefix="choose")
+    learner_thread = ThreadPoolExecutor(1, thread_name_prefix="learn")
+    runs = RunRegistry(
+        template,
+        store,
+        default=settings.run,
+        max_runs=settings.max_runs,
+        on_open=lambda run: gateway.follow(run),
+        timeout_seconds=settings.request_timeout_seconds,
+    )
+    vllm_arms = [arm for arm in built if isinstance(arm, VllmArm)]
+    gateway = Gateway(
+        settings=settings,
+        telemetry=telemetry,
+        store=store,
+        runs=runs,
+        scorer=Scorer(runs, Chooser(chooser_thread, telemetry), store, telemetry, _score_limits(settings)),
+        feedback=FeedbackService(runs, store, telemetry, max_batch=settings.max_batch),
+        status=StatusService(
+            runs, store, telemetry, models=lambda: describe_arms(built), executor=learner_thread
+        ),
+        monitor=_build_monitor(vllm_arms, settings),
+        arms=built,
+        chooser_thread=chooser_thread,
+        learner_thread=learner_thread,
+        embedded=embedded,
+    )
+    return gateway
+
+
+def build_prior(settings: Settings, checkpoint: Checkpoint | None, n_arms: int, dim: int) -> Prior:
+    """The prior that the settings and the checkpoint name.
+
+    Raises:
+        ConfigurationError: a prior form that needs a checkpoint, without one.
+    """
+    if settings.prior == "auto":
+        form = PriorForm.NONE if checkpoint is None else PriorForm(checkpoint.prior_form)
+    else:
+        form = PriorForm(settings.prior)
+    if form is PriorForm.NONE:
+        return no_prior(n_arms, dim, _overridden(NONE_HYPERPARAMETERS, settings))
+    if checkpoint is None:
+        raise ConfigurationError(
+            f"prior is {form.value!r}, which a checkpoint holds, and none is given: train one (`reward-router train`) and pass "
+            "--checkpoint, or choose the prior `none`"
+        )
+    if form is PriorForm.PAPER:
+        return paper_prior(checkpoint.bt_embeddings, _overridden(PAPER_HYPERPARAMETERS, settings))
+    return calibrated_prior(
+        n_arms, dim, checkpoint.class_probabilities, _overridden(checkpoint_hyperparameters(checkpoint), settings)
+    )
+
+
+def checkpoint_hyperparameters(checkpoint: Checkpoint) -> Hyperparameters:
+    """The online hyper-parameters that a checkpoint recommends."""
+    given = checkpoint.hyperparameters
+    return Hyperparameters(given.lambda0, given.sigma2, given.v, given.gamma)
+
+
+def load_pair_encoder(settings: Settings, checkpoint: Checkpoint | None) -> PairEncoder:
+    """The checkpoint's encoder, or the settings' one with an untrained fuse.
+
+    Raises:
+        ConfigurationError: it cannot be loaded.
+    """
+    try:
+        if checkpoint is not None:
+            return PairEncoder(load_backbone(checkpoint.encoder_spec), checkpoint.fuse)
+        backbone = load_backbone(settings.encoder)
+        return PairEncoder(backbone, Fuse.identity(backbone.dim))
+    except RouterCoreError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def describe_arms(arms: Sequence[Arm]) -> list[ArmStatus]:
+    """The pool as operators see it."""
+    out = []
+    for arm in arms:
+        replicas = []
+        if isinstance(arm, VllmArm):
+            for replica in arm.snapshots():
+                latency = replica.latency_seconds
+                replicas.append(
+                    ReplicaStatus(
+                        url=replica.url,
+                        state=replica.state.value,
+                        in_flight=replica.in_flight,
+                        failures=replica.consecutive_failures,
+                        latency_ms=None if latency is None else latency * 1e3,
+                    )
+                )
+        out.append(ArmStatus(name=arm.name, available=arm.available, replicas=replicas))
+    return out
+
+
+def _load_checkpoint(settings: Settings, names: list[str]) -> Checkpoint | None:
+    if settings.checkpoint is None:
+        return None
+    try:
+        return Checkpoint.load(settings.checkpoint).select_pool(names)
+    except RouterCoreError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _overridden(hyper: Hyperparameters, settings: Settings) -> Hyperparameters:
+    given = {name: getattr(settings, name) for name in ("lambda0", "sigma2", "v", "gamma")}
+    return replace(hyper, **{name: value for name, value in given.items() if value is not None})
+
+
+def _build_arm(model: ModelEntry, settings: Settings) -> VllmArm:
+    if not model.urls:
+        raise ConfigurationError(
+            f"model {model.name!r} has no `urls` in the pool file: say where it is served, or let `reward-router up` start it"
+        )
+    try:
+        rendering = load_rendering(model.rendering, model.chat_template)
+    except (ValueError, OSError) as error:
+        raise ConfigurationError(f"model {model.name!r}: chat template {model.chat_template}: {error}") from error
+    return VllmArm(
+        ArmConfig(
+            name=model.name,
+            urls=model.urls,
+            model=model.served_name,
+            rendering=rendering,
+            max_in_flight=model.max_in_flight or settings.worker_max_in_flight,
+            attempt_timeout_seconds=settings.worker_timeout_seconds,
+            api_key=model.api_key,
+        )
+    )
+
+
+def _build_monitor(arms: Sequence[VllmArm], settings: Settings) -> HealthMonitor | None:
+    if not arms:
+        return None
+    policy = HealthPolicy(settings.health_interval_seconds, settings.worker_timeout_seconds)
+    return HealthMonitor(arms, policy, np.random.default_rng(settings.seed))
+
+
+def _open_store(settings: Settings) -> tuple[Store, EmbeddedStore | None]:
+    embedded = None
+    url = settings.store_url
+    if url == EMBEDDED:
+        embedded = EmbeddedStore(settings.data_dir, fsync=settings.store_fsync)
+        embedded.start()
+        url = embedded.url
+    try:
+        store = RedisStore(
+            url, window_seconds=settings.decision_ttl_seconds, timeout_seconds=settings.store_timeout_seconds
+        )
+    except ConfigurationError:
+        if embedded is not None:
+            embedded.stop()
+        raise
+    return store, embedded
+
+
+def _score_limits(settings: Settings) -> ScoreLimits:
+    return ScoreLimits(
+        max_responses=settings.max_responses,
+        max_text_chars=settings.max_text_chars,
+        max_batch=settings.max_batch,
+        request_timeout_seconds=settings.request_timeout_seconds,
+        worker_timeout_seconds=settings.worker_timeout_seconds,
+        on_store_unavailable=settings.on_store_unavailable,
+        content_keys=settings.content_keys,
+    )

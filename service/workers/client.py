@@ -1,0 +1,313 @@
+"""`VllmArm`: one reward model behind any number of equal replicas that speak vLLM's `/classify`.
+
+Chooses a replica, cuts batches into requests, retries elsewhere, reads and checks the answers. `service.wiring` builds
+one per RM of the pool; use cases see it as `service.workers.protocol.Arm`. Knows no routing policy and no store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from service.errors import ConfigurationError
+from service.workers.breaker import BreakerPolicy
+from service.workers.http import (
+    CONNECT_TIMEOUT_SECONDS,
+    IDLE_SECONDS,
+    MAX_RESPONSE_BYTES,
+    DeadlineError,
+    HttpError,
+    HttpPool,
+    HttpProtocolError,
+    ResponseTooLargeError,
+)
+from service.workers.protocol import (
+    WorkerError,
+    WorkerProtocolError,
+    WorkerRejectedError,
+    WorkerTimeoutError,
+    WorkerUnavailableError,
+)
+from service.workers.render import MessagesRendering, RenderError, Rendering
+from service.workers.replica import Replica, ReplicaSnapshot
+from service.workers.wire import CLASSIFY_PATH, ClassifyAnswer, error_message
+
+RETRIED_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
+"""Statuses that another replica may answer differently; scoring is idempotent. 501 is not one of them."""
+
+ATTEMPT_SHARE: Final = 0.6
+"""While another replica remains untried, one attempt takes at most this share of the time left."""
+
+CLOCK_SLACK_SECONDS: Final = 0.002
+"""uvloop's clock ticks in milliseconds, so a deadline's timer may fire this much before `loop.time()` reaches it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmConfig:
+    """One RM of the pool file.
+
+    Attributes:
+        name: the RM's name in the pool.
+        urls: one origin per replica; all serve the same weights.
+        model: the name under which the workers serve it; the arm's name when None.
+        rendering: what a request holds; see `service.workers.render`.
+        max_in_flight: requests at once per replica; also its connections.
+        items_per_request: (prompt, response) items per request where the rendering allows several; 64 = 32 pairs.
+        parallel_requests: requests of one `score` call in flight at once.
+        attempt_timeout_seconds: one replica's time for one request; set it below the callers' deadlines.
+        connect_timeout_seconds: of that, for connecting.
+        max_attempts: replicas asked for one request, the first included.
+        breaker: when a replica is taken out.
+        max_response_bytes: bound on one answer.
+        api_key: sent as a bearer token. vLLM itself does not check it on `/classify`; a proxy before it may.
+    """
+
+    name: str
+    urls: tuple[str, ...]
+    model: str | None = None
+    rendering: Rendering = field(default_factory=MessagesRendering)
+    max_in_flight: int = 64
+    items_per_request: int = 64
+    parallel_requests: int = 8
+    attempt_timeout_seconds: float = 10.0
+    connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS
+    max_attempts: int = 3
+    breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
+    max_response_bytes: int = MAX_RESPONSE_BYTES
+    api_key: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.urls:
+            raise ConfigurationError(f"RM {self.name!r} needs a name and at least one worker URL")
+        if len(set(self.urls)) != len(self.urls):
+            raise ConfigurationError(f"RM {self.name!r} names a worker URL twice: {', '.join(self.urls)}")
+        for option in ("max_in_flight", "items_per_request", "parallel_requests", "max_attempts"):
+            if getattr(self, option) < 1:
+                raise ConfigurationError(f"RM {self.name!r}: {option} is {getattr(self, option)}; use at least 1")
+        for option in ("attempt_timeout_seconds", "connect_timeout_seconds"):
+            if not 0 < getattr(self, option) < math.inf:
+                raise ConfigurationError(f"RM {self.name!r}: {option} is {getattr(self, option)}; use a positive time")
+
+    @property
+    def served_model(self) -> str:
+        """The `model` of every request."""
+        return self.model or self.name
+
+
+class VllmArm:
+    """One reward model behind equal replicas; implements `service.workers.protocol.Arm`.
+
+    The request goes to the replica with the fewest requests outstanding among those whose breaker allows it, ties in
+    turn. Not thread-safe; one event loop. The owner calls `close`.
+
+    Args:
+        config: what to ask and how.
+        clock: monotonic seconds, for breakers and latencies.
+
+    Raises:
+        ConfigurationError: a URL or the key cannot be used.
+    """
+
+    def __init__(self, config: ArmConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self.replicas = tuple(_build_replica(config, url, clock) for url in config.urls)
+        self._model = config.served_model
+        self._rendering = config.rendering
+        self._chunk = min(config.items_per_request, config.rendering.items_limit or config.items_per_request)
+        self._answer = msgspec.json.Decoder(ClassifyAnswer)
+        self._turn = 0
+
+    @property
+    def name(self) -> str:
+        """The RM's name in the pool."""
+        return self.config.name
+
+    @property
+    def available(self) -> bool:
+        """Whether some replica's breaker allows a request and is below its limit in flight."""
+        return any(replica.breaker.allows and not replica.full for replica in self.replicas)
+
+    def snapshots(self) -> tuple[ReplicaSnapshot, ...]:
+        """The replicas' states, in the order of `config.urls`."""
+        return tuple(replica.snapshot() for replica in self.replicas)
+
+    async def score(
+        self, items: Sequence[tuple[str, str]], *, deadline: float, request_id: str | None = None
+    ) -> list[float]:
+        """The raw reward of each (prompt, response); see `Arm.score`.
+
+        A batch is cut into requests of `items_per_request` items, a few in flight at once; the first that fails ends
+        the call. An arm that is not `available` when the call begins fails it at once; later requests of an admitted
+        call queue for a connection.
+
+        Args:
+            items: see `Arm.score`.
+            deadline: see `Arm.score`.
+            request_id: sent as `X-Request-Id` with every request of the call.
+
+        Raises:
+            ValueError: no items.
+            WorkerError: see `Arm.score`.
+        """
+        if not items:
+            raise ValueError("score needs at least one item")
+        if not self.available:
+            raise WorkerUnavailableError(
+                f"RM {self.name!r}: every replica is out or at its limit of {self.config.max_in_flight} requests",
+                details={"model": self.name},
+                retry_after_seconds=1,
+            )
+        size = self._chunk
+        if len(items) <= size:
+            return await self._ask(items, deadline, request_id)
+        return await self._ask_in_chunks(items, size, deadline, request_id)
+
+    async def close(self) -> None:
+        """Close all connections; requests in flight fail."""
+        for replica in self.replicas:
+            await replica.close()
+
+    async def _ask_in_chunks(
+        self, items: Sequence[tuple[str, str]], size: int, deadline: float, request_id: str | None
+    ) -> list[float]:
+        rewards = [math.nan] * len(items)
+        starts = iter(range(0, len(items), size))
+
+        async def ask_next(starts: Iterator[int]) -> None:
+            for start in starts:
+                stop = start + size
+                rewards[start:stop] = await self._ask(items[start:stop], deadline, request_id)
+
+        workers = min(self.config.parallel_requests, -(-len(items) // size))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(workers):
+                    group.create_task(ask_next(starts))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return rewards
+
+    async def _ask(self, items: Sequence[tuple[str, str]], deadline: float, request_id: str | None) -> list[float]:
+        try:
+            body = self._rendering.encode(self._model, items)
+        except RenderError as error:
+            raise WorkerRejectedError(f"RM {self.name!r}: {error}", details={"model": self.name}) from error
+        loop = asyncio.get_running_loop()
+        tried: list[Replica] = []
+        reasons: list[str] = []
+        for _ in range(self.config.max_attempts):
+            picked = self._pick(tried)
+            if picked is None:
+                break
+            replica, permit = picked
+            until = self._attempt_deadline(loop.time(), deadline, last=len(tried) + 1 >= len(self.replicas))
+            tried.append(replica)
+            try:
+                response = await replica.post(CLASSIFY_PATH, body, permit, deadline=until, request_id=request_id)
+            except (HttpProtocolError, ResponseTooLargeError) as error:
+                raise self._protocol_error(replica, str(error)) from error
+            except HttpError as error:
+                if isinstance(error, DeadlineError) and loop.time() >= deadline - CLOCK_SLACK_SECONDS:
+                    break
+                reasons.append(str(error))
+                continue
+            if response.status == 200:
+                try:
+                    rewards = self._rewards(replica, response.body, len(items))
+                except WorkerProtocolError as error:
+                    replica.blame(permit, error.message)
+                    raise
+                replica.accept(permit)
+                return rewards
+            if response.status not in RETRIED_STATUSES:
+                raise self._rejection(replica, response.status, response.body)
+            reasons.append(f"{replica.url}: {response.status} {error_message(response.body)}")
+        raise self._no_answer(loop.time() >= deadline - CLOCK_SLACK_SECONDS, reasons)
+
+    def _pick(self, tried: Sequence[Replica]) -> tuple[Replica, int] | None:
+        """The replica to ask and its permit. A full one is taken only when all are: its connections then queue."""
+        candidates = [replica for replica in self.replicas if replica not in tried and replica.breaker.allows]
+        if not candidates:
+            return None
+        turn = self._turn
+        self._turn = turn + 1
+        count = len(candidates)
+        replica = candidates[0]
+        if count > 1:
+            # min() keeps the first of equals, so rotating the list takes ties in turn.
+            replica = min(
+                (candidates[(turn + offset) % count] for offset in range(count)), key=lambda r: (r.full, r.in_flight)
+            )
+        permit = replica.breaker.acquire()
+        return None if permit is None else (replica, permit)
+
+    def _attempt_deadline(self, now: float, deadline: float, *, last: bool) -> float:
+        left = deadline - now
+        return now + min(self.config.attempt_timeout_seconds, left if last else ATTEMPT_SHARE * left)
+
+    def _rewards(self, replica: Replica, body: bytes, count: int) -> list[float]:
+        try:
+            rows = self._answer.decode(body).data
+        except msgspec.MsgspecError as error:
+            raise self._protocol_error(replica, f"the answer is not a /classify reply: {error}") from error
+        if len(rows) != count:
+            raise self._protocol_error(replica, f"{len(rows)} answers to {count} items")
+        rewards = [math.nan] * count
+        for row in rows:
+            if row.num_classes != 1 or len(row.probs) != 1:
+                reason = f"{row.num_classes} classes; a reward model has one (is it a classifier of several labels?)"
+                raise self._protocol_error(replica, reason)
+            if not 0 <= row.index < count or not math.isnan(rewards[row.index]):
+                raise self._protocol_error(replica, f"index {row.index} is out of range or repeated")
+            if not math.isfinite(row.probs[0]):
+                raise self._protocol_error(replica, f"the reward of item {row.index} is {row.probs[0]}")
+            rewards[row.index] = row.probs[0]
+        return rewards
+
+    def _protocol_error(self, replica: Replica, reason: str) -> WorkerProtocolError:
+        return WorkerProtocolError(
+            f"RM {self.name!r} at {replica.url}: {reason}", details={"model": self.name, "url": replica.url}
+        )
+
+    def _rejection(self, replica: Replica, status: int, body: bytes) -> WorkerRejectedError:
+        return WorkerRejectedError(
+            f"RM {self.name!r} at {replica.url} refused the input ({status}): {error_message(body)}",
+            details={"model": self.name, "url": replica.url, "worker_status": status},
+        )
+
+    def _no_answer(self, late: bool, reasons: Sequence[str]) -> WorkerError:
+        tail = "; ".join(reasons)
+        if late:
+            message = f"RM {self.name!r}: no answer before the deadline" + (f" ({tail})" if tail else "")
+            return WorkerTimeoutError(message, details={"model": self.name})
+        message = f"RM {self.name!r}: no replica could answer: {tail or 'all are out'}"
+        return WorkerUnavailableError(message, details={"model": self.name}, retry_after_seconds=1)
+
+
+def _build_replica(config: ArmConfig, url: str, clock: Callable[[], float]) -> Replica:
+    def pool(max_connections: int, idle_seconds: float) -> HttpPool:
+        return HttpPool(
+            url,
+            max_connections=max_connections,
+            idle_seconds=idle_seconds,
+            connect_timeout_seconds=config.connect_timeout_seconds,
+            max_response_bytes=config.max_response_bytes,
+            api_key=config.api_key,
+        )
+
+    try:
+        return Replica(
+            pool(config.max_in_flight, IDLE_SECONDS),
+            pool(2, 0.0),
+            max_in_flight=config.max_in_flight,
+            policy=config.breaker,
+            clock=clock,
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"RM {config.name!r}: {error}") from error

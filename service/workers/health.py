@@ -1,0 +1,109 @@
+"""The background task that keeps the breakers true: it scores a tiny conversation on every replica, again and again.
+
+Closes the breaker of a replica that answers and counts a failure on one that does not; a refused connection opens it
+at once and gives up what is in flight there. `service.wiring` starts one monitor for the whole pool and stops it when
+the service drains. Knows arms and replicas; nothing of runs or posteriors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from service.workers.client import VllmArm
+from service.workers.probe import ProbeError, readiness
+from service.workers.replica import Replica
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class HealthPolicy:
+    """How often replicas are checked.
+
+    Attributes:
+        interval_seconds: mean time between two checks of one replica.
+        timeout_seconds: time for one check. A busy CPU worker answers behind its queue, so keep it above one batch.
+        jitter: each wait is `interval_seconds` times a uniform factor in [1 - jitter, 1 + jitter], so that gateways
+            that started together do not check together.
+    """
+
+    interval_seconds: float = 2.0
+    timeout_seconds: float = 5.0
+    jitter: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.interval_seconds <= 0 or self.timeout_seconds <= 0 or not 0 <= self.jitter < 1:
+            raise ValueError(f"health policy {self}: times must be positive and 0 <= jitter < 1")
+
+
+class HealthMonitor:
+    """Checks every replica of the arms until stopped.
+
+    Args:
+        arms: the pool.
+        policy: how often.
+        rng: for the jitter.
+    """
+
+    def __init__(self, arms: Sequence[VllmArm], policy: HealthPolicy, rng: np.random.Generator) -> None:
+        self._arms = tuple(arms)
+        self._policy = policy
+        self._rng = rng
+        self._tasks: list[asyncio.Task[None]] = []
+        self._unexpected = 0
+
+    @property
+    def running(self) -> bool:
+        """Whether every checking task is alive."""
+        return bool(self._tasks) and not any(task.done() for task in self._tasks)
+
+    @property
+    def unexpected_errors(self) -> int:
+        """Checks that failed by a fault of ours rather than of a worker; 0 unless there is a bug."""
+        return self._unexpected
+
+    async def check_all(self) -> None:
+        """Check every replica once, all at once; for start-up, before the first traffic."""
+        await asyncio.gather(*(self._check(arm, replica) for arm in self._arms for replica in arm.replicas))
+
+    def start(self) -> None:
+        """Begin checking in the background of the running loop. No effect when already begun."""
+        if not self._tasks:
+            self._tasks = [
+                asyncio.create_task(self._watch(arm, replica), name=f"health {replica.url}")
+                for arm in self._arms
+                for replica in arm.replicas
+            ]
+
+    async def stop(self) -> None:
+        """Stop checking; returns when the tasks have ended."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _watch(self, arm: VllmArm, replica: Replica) -> None:
+        policy = self._policy
+        while True:
+            await asyncio.sleep(policy.interval_seconds * self._rng.uniform(1 - policy.jitter, 1 + policy.jitter))
+            try:
+                await self._check(arm, replica)
+            except Exception:  # noqa: BLE001 - a background task must outlive its own bugs
+                # The count is exported and the replica is not trusted.
+                self._unexpected += 1
+                _log.exception("health check failed unexpectedly", extra={"url": replica.url})
+                replica.report_check("the health check itself failed")
+
+    async def _check(self, arm: VllmArm, replica: Replica) -> None:
+        deadline = asyncio.get_running_loop().time() + self._policy.timeout_seconds
+        try:
+            await readiness(arm, replica, deadline=deadline)
+        except ProbeError as error:
+            replica.report_check(str(error))
+        else:
+            replica.report_check(None)

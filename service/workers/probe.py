@@ -1,0 +1,180 @@
+"""What a worker must show before its arm is used: it serves the model, gives raw logits, and reads the same text as we.
+
+`probe` is for registration: it asks every replica and lists what is wrong in words for the operator. `readiness` is the
+small part of it that health checks repeat. Both go past the breaker, on connections of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from service.workers.client import VllmArm
+from service.workers.http import HttpError
+from service.workers.render import MessagesRendering, RenderError, Rendering
+from service.workers.replica import Replica
+from service.workers.wire import (
+    CLASSIFY_PATH,
+    MODELS_PATH,
+    PROBE_PROMPT,
+    PROBE_RESPONSE,
+    ClassifyAnswer,
+    ModelList,
+    error_message,
+    sigmoid,
+)
+
+RELATIVE_TOLERANCE: Final = 0.01
+"""How far two answers about the same text may be apart: bfloat16 carries eight bits, batch shapes change the rest."""
+
+ABSOLUTE_TOLERANCE: Final = 0.01
+"""The same near zero. A second BOS changes a reward by about 0.2."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaProbe:
+    """What one replica answered.
+
+    Attributes:
+        url: the replica's origin.
+        served: the models that `/v1/models` lists.
+        raw: reward of the probe conversation with `use_activation: false`; None if it was not given.
+        default: the same without the flag; sigmoid(raw) for one label.
+        problems: why the replica must not be used; empty when it may.
+        warnings: what could not be made certain.
+    """
+
+    url: str
+    served: tuple[str, ...] = ()
+    raw: float | None = None
+    default: float | None = None
+    problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """No problems."""
+        return not self.problems
+
+
+class ProbeError(Exception):
+    """A replica did not give the answer that was asked for; the message says what it did instead."""
+
+
+async def probe(arm: VllmArm, *, deadline: float) -> tuple[ReplicaProbe, ...]:
+    """Ask every replica of the arm, all at once.
+
+    Checks that the model is served, that `use_activation: false` is obeyed (the default answer must be the sigmoid of
+    the raw one), and that a text templated here earns the same reward as the conversation templated by the worker.
+
+    Args:
+        arm: what was configured.
+        deadline: absolute `loop.time()` for the whole probe.
+
+    Returns:
+        One report per replica, in the order of the arm's URLs. Never raises for what a worker does.
+    """
+    return tuple(await asyncio.gather(*(_probe_replica(arm, replica, deadline) for replica in arm.replicas)))
+
+
+async def readiness(arm: VllmArm, replica: Replica, *, deadline: float) -> None:
+    """Score the probe conversation: `/health` stays 200 while vLLM sleeps or shuts down.
+
+    Raises:
+        ProbeError: the replica is not ready; the message says why.
+    """
+    await _classify(arm, replica, arm.config.rendering, deadline, use_activation=False)
+
+
+async def _probe_replica(arm: VllmArm, replica: Replica, deadline: float) -> ReplicaProbe:
+    model = arm.config.served_model
+    served: tuple[str, ...] = ()
+    raw = default = None
+    problems: list[str] = []
+    warnings: list[str] = []
+    try:
+        served = await _served_models(replica, deadline)
+        if model not in served:
+            raise ProbeError(f"serves {', '.join(served) or 'nothing'}, not {model!r}: check the served model name")
+        rendering = arm.config.rendering
+        raw = await _classify(arm, replica, rendering, deadline, use_activation=False)
+        default = await _classify(arm, replica, rendering, deadline, use_activation=None)
+        _judge_activation(raw, default, problems, warnings)
+        if not isinstance(rendering, MessagesRendering):
+            await _compare_templates(arm, replica, raw, deadline, problems, warnings)
+    except ProbeError as error:
+        problems.append(str(error))
+    return ReplicaProbe(replica.url, served, raw, default, tuple(problems), tuple(warnings))
+
+
+def _judge_activation(raw: float, default: float, problems: list[str], warnings: list[str]) -> None:
+    if _close(default, sigmoid(raw)):
+        return
+    if not _close(default, raw):
+        problems.append(f"the default answer {default:.4g} is neither the raw {raw:.4g} nor its sigmoid")
+    elif 0.0 < raw < 1.0:
+        # Either the flag is ignored and both are sigmoids, or the model is configured to give raw logits anyway.
+        warnings.append(
+            f"the answers with and without use_activation are both {raw:.4g}: the worker may ignore the flag (vLLM "
+            "before 0.16) and send sigmoids; routing still works, margins are squeezed"
+        )
+
+
+async def _compare_templates(
+    arm: VllmArm, replica: Replica, raw: float, deadline: float, problems: list[str], warnings: list[str]
+) -> None:
+    try:
+        own = await _classify(arm, replica, MessagesRendering(), deadline, use_activation=False)
+    except ProbeError as error:
+        warnings.append(f"the template could not be compared with the worker's own: {error}")
+        return
+    if not _close(own, raw):
+        problems.append(
+            f"the text templated here earns {raw:.4g}, the same conversation templated by the worker {own:.4g}: the "
+            "template or its special tokens differ; use the model's own template, or rendering mode 'messages'"
+        )
+
+
+async def _served_models(replica: Replica, deadline: float) -> tuple[str, ...]:
+    body = await _exchange(replica, "GET", MODELS_PATH, b"", deadline)
+    try:
+        return tuple(model.id for model in msgspec.json.decode(body, type=ModelList).data)
+    except msgspec.MsgspecError as error:
+        raise ProbeError(f"{MODELS_PATH} is not a list of models: {error}") from error
+
+
+async def _classify(
+    arm: VllmArm, replica: Replica, rendering: Rendering, deadline: float, *, use_activation: bool | None
+) -> float:
+    try:
+        request = rendering.encode(
+            arm.config.served_model, [(PROBE_PROMPT, PROBE_RESPONSE)], use_activation=use_activation
+        )
+    except RenderError as error:
+        raise ProbeError(str(error)) from error
+    body = await _exchange(replica, "POST", CLASSIFY_PATH, request, deadline)
+    try:
+        rows = msgspec.json.decode(body, type=ClassifyAnswer).data
+    except msgspec.MsgspecError as error:
+        raise ProbeError(f"the answer is not a /classify reply: {error}") from error
+    if len(rows) != 1 or len(rows[0].probs) != 1 or not math.isfinite(rows[0].probs[0]):
+        raise ProbeError("the answer is not one finite reward: is the model a reward model with one label?")
+    return rows[0].probs[0]
+
+
+async def _exchange(replica: Replica, method: str, path: str, body: bytes, deadline: float) -> bytes:
+    try:
+        response = await replica.check(method, path, body, deadline=deadline)
+    except HttpError as error:
+        raise ProbeError(str(error)) from error
+    if response.status != 200:
+        raise ProbeError(f"{path} answered {response.status}: {error_message(response.body)}")
+    return response.body
+
+
+def _close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=RELATIVE_TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE)

@@ -1,0 +1,193 @@
+"""One worker process behind an arm: its connections, its breaker, its load and its latency.
+
+Counts and times every exchange and reports it to the breaker; does not read bodies, choose among replicas or retry.
+`service.workers.client` asks it, `service.workers.health` checks it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from service.workers.breaker import BreakerPolicy, BreakerState, CircuitBreaker
+from service.workers.http import ConnectError, DeadlineError, HttpError, HttpPool, Response
+
+LATENCY_WEIGHT: Final = 0.1
+"""Weight of the newest answer in the moving average of latency."""
+
+FAULTY_STATUSES: Final = frozenset({500, 502, 503, 504})
+"""Statuses that blame the replica, not the request."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSnapshot:
+    """What metrics and the operator's page show of one replica.
+
+    Attributes:
+        url: the replica's origin.
+        state: its breaker's.
+        in_flight: requests sent or queued for a connection.
+        requests: exchanges begun since start, health checks excluded.
+        failures: exchanges that failed by the replica's fault, health checks included.
+        consecutive_failures: of those, since the last success.
+        latency_seconds: moving average over answers with status 200; None before the first.
+    """
+
+    url: str
+    state: BreakerState
+    in_flight: int
+    requests: int
+    failures: int
+    consecutive_failures: int
+    latency_seconds: float | None
+
+
+class Replica:
+    """One worker process. Not thread-safe; one event loop.
+
+    Args:
+        pool: connections for scoring.
+        check_pool: connections for health checks: never kept alive, so that each check also finds out whether the port
+            still accepts, and never queued behind scoring.
+        max_in_flight: requests at once before the replica counts as full.
+        policy: the breaker's.
+        clock: seconds; any monotonic origin.
+    """
+
+    def __init__(
+        self,
+        pool: HttpPool,
+        check_pool: HttpPool,
+        *,
+        max_in_flight: int,
+        policy: BreakerPolicy,
+        clock: Callable[[], float],
+    ) -> None:
+        self.url = pool.url
+        self.in_flight = 0
+        self.breaker = CircuitBreaker(policy, clock)
+        self._pool = pool
+        self._check_pool = check_pool
+        self._max_in_flight = max_in_flight
+        self._clock = clock
+        self._requests = 0
+        self._failures = 0
+        self._latency: float | None = None
+
+    @property
+    def full(self) -> bool:
+        """At its limit of requests in flight."""
+        return self.in_flight >= self._max_in_flight
+
+    def snapshot(self) -> ReplicaSnapshot:
+        """The state now."""
+        return ReplicaSnapshot(
+            url=self.url,
+            state=self.breaker.state,
+            in_flight=self.in_flight,
+            requests=self._requests,
+            failures=self._failures,
+            consecutive_failures=self.breaker.consecutive_failures,
+            latency_seconds=self._latency,
+        )
+
+    async def post(
+        self, path: str, body: bytes, permit: int, *, deadline: float, request_id: str | None = None
+    ) -> Response:
+        """One exchange on the scoring connections, whatever its status.
+
+        The breaker learns the outcome, except for status 200: only who reads the body knows whether it is an answer,
+        and must then call `accept` or `blame`.
+
+        Raises:
+            HttpError: no whole response.
+        """
+        self.in_flight += 1
+        self._requests += 1
+        began = self._clock()
+        try:
+            response = await self._pool.request("POST", path, body, deadline=deadline, request_id=request_id)
+        except HttpError as error:
+            self._failed(permit, error)
+            raise
+        except BaseException:
+            self.breaker.abandon(permit)
+            raise
+        finally:
+            self.in_flight -= 1
+        if response.status in FAULTY_STATUSES:
+            self.blame(permit, f"status {response.status}")
+        elif response.status == 200:
+            self._observe(self._clock() - began)
+        else:
+            self.breaker.success(permit)
+        return response
+
+    def accept(self, permit: int) -> None:
+        """The body of a 200 was an answer."""
+        self.breaker.success(permit)
+
+    async def check(self, method: str, path: str, body: bytes = b"", *, deadline: float) -> Response:
+        """One exchange on a fresh connection, past the breaker.
+
+        A refused connection opens the breaker and gives up everything in flight here: a worker that shuts down closes
+        its port first and may leave requests hanging.
+
+        Raises:
+            HttpError: no whole response.
+        """
+        try:
+            return await self._check_pool.request(method, path, body, deadline=deadline)
+        except ConnectError as error:
+            if error.refused:
+                self._refused(str(error))
+            raise
+
+    def blame(self, permit: int, reason: str) -> None:
+        """Count a failure by the replica's fault."""
+        self._failures += 1
+        if self.breaker.failure(permit):
+            _log.warning("worker replica taken out", extra={"url": self.url, "reason": reason})
+
+    def report_check(self, reason: str | None) -> None:
+        """The outcome of a whole health check: None for ready, else why not."""
+        if reason is None:
+            if self.breaker.state is not BreakerState.CLOSED:
+                _log.info("worker replica is back", extra={"url": self.url})
+            self.breaker.close()
+            return
+        permit = self.breaker.acquire()
+        if permit is not None:
+            self.blame(permit, reason)
+        else:
+            self._failures += 1
+
+    async def close(self) -> None:
+        """Close connections; requests in flight fail."""
+        await self._pool.close()
+        await self._check_pool.close()
+
+    def _failed(self, permit: int, error: HttpError) -> None:
+        if isinstance(error, DeadlineError) and not error.sent:
+            # Our own queue was too long; that says nothing about the replica.
+            self.breaker.abandon(permit)
+            return
+        self.blame(permit, str(error))
+        if isinstance(error, ConnectError) and error.refused:
+            self._refused(str(error))
+
+    def _refused(self, reason: str) -> None:
+        if self.breaker.state is BreakerState.CLOSED:
+            _log.warning("worker replica taken out", extra={"url": self.url, "reason": reason})
+        self.breaker.trip()
+        self._pool.abort_in_flight(reason)
+
+    def _observe(self, seconds: float) -> None:
+        if self._latency is None:
+            self._latency = seconds
+        else:
+            self._latency += LATENCY_WEIGHT * (seconds - self._latency)

@@ -1,0 +1,140 @@
+"""The words of vLLM's `/classify`, `/v1/models` and errors, as typed structs.
+
+Shared by the client and by our own workers, so that both speak one language. Knows no transport and no model.
+Unknown fields are ignored, as vLLM does.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import msgspec
+
+CLASSIFY_PATH: Final = "/classify"
+MODELS_PATH: Final = "/v1/models"
+HEALTH_PATH: Final = "/health"
+
+PROBE_PROMPT: Final = "ping"
+PROBE_RESPONSE: Final = "pong"
+"""The tiny conversation of readiness checks. Every worker can score it; a recorded worker answers it with 0.0."""
+
+
+class TextPart(msgspec.Struct):
+    """One part of a message's content; workers of this project take text only."""
+
+    type: str
+    text: str = ""
+
+
+class Message(msgspec.Struct):
+    """One turn of a conversation."""
+
+    role: str
+    content: str | list[TextPart]
+
+
+class ClassifyRequest(msgspec.Struct, omit_defaults=True):
+    """What `/classify` takes. With `messages` and `input` both given, `input` is ignored, as in vLLM."""
+
+    model: str | None = None
+    input: str | list[str | int | list[int]] | None = None
+    messages: list[Message] | None = None
+    use_activation: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+
+
+class Classified(msgspec.Struct):
+    """One answer as the client reads it."""
+
+    index: int
+    probs: list[float]
+    num_classes: int
+
+
+class ClassifyAnswer(msgspec.Struct):
+    """The part of a `/classify` reply that the client reads."""
+
+    data: list[Classified]
+
+
+class ClassifiedReply(msgspec.Struct):
+    """One answer as a worker writes it."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int = 1
+
+
+class Usage(msgspec.Struct):
+    """Token counts of one request."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int = 0
+    prompt_tokens_details: None = None
+
+
+class ClassifyReply(msgspec.Struct):
+    """A whole `/classify` reply."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    data: list[ClassifiedReply]
+    usage: Usage
+
+
+class ServedModel(msgspec.Struct):
+    """One entry of `/v1/models`."""
+
+    id: str
+    object: str = "model"
+    created: int = 0
+    owned_by: str = "reward-router"
+    root: str | None = None
+    parent: str | None = None
+    max_model_len: int | None = None
+
+
+class ModelList(msgspec.Struct):
+    """The reply of `/v1/models`."""
+
+    data: list[ServedModel]
+    object: str = "list"
+
+
+class ErrorBody(msgspec.Struct):
+    """vLLM's error: `code` is the HTTP status."""
+
+    message: str
+    type: str = "BadRequestError"
+    param: str | None = None
+    code: int = 400
+
+
+class ErrorReply(msgspec.Struct):
+    """The body of every error reply."""
+
+    error: ErrorBody
+
+
+def error_message(body: bytes, *, limit: int = 500) -> str:
+    """The worker's own words out of an error body, at most `limit` characters; never raises."""
+    try:
+        text = msgspec.json.decode(body, type=ErrorReply).error.message
+    except msgspec.MsgspecError:
+        text = body[: 4 * limit].decode("utf-8", "replace")
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + e⁻ˣ) without overflow.
+
+    >>> sigmoid(0.0)
+    0.5
+    """
+    return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))
