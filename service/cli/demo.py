@@ -1,1 +1,357 @@
-def demo() -> None: ...
+"""`reward-router demo`: make a pool, train a checkpoint, start everything, route a stream with feedback, show what was learned.
+
+Nothing is simulated: the four reward models are real (small) transformers that the project trains once, served by real
+workers; the router is asked over HTTP. The checkpoint is trained on offline data of other domains than the stream's, so that
+there is something left to learn online.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from router_core.demo.recipes import RECIPES
+from router_core.records import LabelledPair
+from service.cli.http import GatewayClient
+from service.cli.up import Stack, running_stack
+from service.errors import ConfigurationError
+from service.pool import ModelEntry, PoolFile, dump_pool
+from service.settings import EMBEDDED
+
+OFFLINE_PAIRS = 400
+"""Labelled pairs that the checkpoint is trained on."""
+
+OFFLINE_WEIGHTS = {"arithmetic": 0.5, "safety": 0.44, "code": 0.03, "format": 0.03}
+"""The offline data's domains; the stream has all four alike. What is rare here is learned online."""
+
+EVALUATION_PAIRS = 240
+"""Pairs the router is asked about before and after the stream, without feedback."""
+
+BATCH = 60
+"""Instances per /reward/batch of the comparisons."""
+
+CONCURRENCY = 4
+"""Instances in flight while streaming."""
+
+COLOURS = ("cyan", "magenta", "yellow", "green", "red", "blue")
+BAR_CELLS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One routed pair: its domain, the asked RM, whether the verdict was right, and the reply's timings."""
+
+    domain: str
+    model: str
+    correct: float
+    timings: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """What the demo saw.
+
+    Attributes:
+        before: the evaluation pairs, asked before any feedback.
+        stream: the stream, in order of completion.
+        after: the evaluation pairs again.
+        others: accuracy on the stream's pairs, RM calls per policy.
+        events: events that the posterior learned from.
+    """
+
+    before: list[Asked]
+    stream: list[Asked]
+    after: list[Asked]
+    others: dict[str, tuple[float, int]]
+    events: int
+
+
+def demo(
+    pairs: Annotated[int, typer.Option(min=50, help="Pairs of the stream.")] = 600,
+    data_dir: Annotated[Path, typer.Option(help="Where the pool, the store and the logs lie.")] = Path(".data"),
+    port: Annotated[int, typer.Option(help="Port of the gateway; another one if it is taken.")] = 8080,
+    worker_port: Annotated[int, typer.Option(help="First port of the workers.")] = 8101,
+    seed: Annotated[int, typer.Option(help="Seed of the stream.")] = 0,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Make the demo pool, start everything, route a stream with feedback, and show what was learned. About two minutes."""
+    console = Console()
+    started = time.perf_counter()
+    pool, checkpoint = ensure_demo_pool(data_dir, console, None)
+    from service.pool import load_pool
+
+    with running_stack(
+        load_pool(pool), checkpoint, data_dir=data_dir, host="127.0.0.1", port=port, worker_port=worker_port,
+        store_url=EMBEDDED, console=console,
+    ) as stack:  # fmt: skip
+        result = asyncio.run(_route(stack, pairs, seed, console))
+    models = [recipe.name for recipe in RECIPES]
+    _show(result, models, console)
+    figures = _figures(result, models)
+    picture = _plot(result, models, data_dir / "demo" / "demo.png")
+    if picture is not None:
+        console.print(f"picture: {picture}", highlight=False)
+    if json_out is not None:
+        json_out.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+    console.print(
+        f"done in {time.perf_counter() - started:.0f} s. `make up` (reward-router up) keeps serving this pool; "
+        "README.md says how to plug in your trainer.",
+        highlight=False,
+    )
+
+
+def ensure_demo_pool(data_dir: Path, console: Console, checkpoint: Path | None) -> tuple[Path, Path]:
+    """The demo pool's file and checkpoint, made if they are not there.
+
+    Args:
+        data_dir: they lie in its folder `demo`.
+        console: where progress is shown.
+        checkpoint: another checkpoint to be used instead of the demo's.
+
+    Raises:
+        ConfigurationError: torch or transformers is not installed.
+    """
+    try:
+        from router_core.demo.train import make_demo_pool
+    except ImportError as error:
+        raise ConfigurationError(
+            f"making the demo pool needs torch and transformers ({error}): pip install 'reward-router[embedded,train]'"
+        ) from error
+    folder = data_dir / "demo"
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
+        tasks = {recipe.name: progress.add_task(f"training {recipe.name}", total=1.0) for recipe in RECIPES}
+        models = make_demo_pool(
+            folder / "models", progress=lambda name, share: progress.update(tasks[name], completed=share)
+        )
+    pool_file = folder / "pool.yaml"
+    entries = tuple(
+        ModelEntry(name=model.name, path=model.directory.absolute(), rendering="template", chat_template="plain")
+        for model in models
+    )
+    dump_pool(PoolFile(name="demo", models=entries), pool_file)
+    if checkpoint is None:
+        checkpoint = folder / "checkpoint"
+        fresh = any(not model.reused for model in models)
+        if fresh or not (checkpoint / "metadata.json").exists():
+            with console.status("labelling offline pairs with the pool and training the checkpoint"):
+                _train_checkpoint(folder, [model.directory for model in models], checkpoint)
+    return pool_file, checkpoint
+
+
+def _train_checkpoint(folder: Path, directories: Sequence[Path], out: Path) -> None:
+    from router_core.dataset import write_pairs
+    from router_core.demo.domains import Split, generate_stream
+    from router_core.demo.label import label_pairs
+    from router_core.encoder.registry import load_backbone
+    from router_core.offline.train import train
+
+    rng = np.random.default_rng(1)
+    pairs = label_pairs(generate_stream(OFFLINE_PAIRS, rng, OFFLINE_WEIGHTS, split=Split.OFFLINE), list(directories))
+    write_pairs(folder / "offline.jsonl", pairs)
+    train(pairs, [directory.name for directory in directories], load_backbone("static")).save(out)
+
+
+async def _route(stack: Stack, n: int, seed: int, console: Console) -> DemoResult:
+    from router_core.demo.domains import generate_stream
+
+    rng = np.random.default_rng(seed)
+    stream, held_out = generate_stream(n, rng), generate_stream(EVALUATION_PAIRS, rng)
+    run = f"demo-{int(time.time())}"
+    async with GatewayClient(stack.url, connections=CONCURRENCY) as client:
+        before = await _ask_batches(client, held_out, run, "bayesian")
+        asked = await _stream(client, stream, run, console)
+        events = await _quiesce(client, run, len(stream))
+        after = await _ask_batches(client, held_out, run, "bayesian")
+        names = [model.name for model in stack.pool.models]
+        others = {}
+        with console.status("the same stream through the other policies"):
+            for policy in ("random", "majority", "offline", *(f"single:{name}" for name in names)):
+                results = await _ask_batches(client, stream, run, policy)
+                others[policy] = (_accuracy(results), len(names) if policy == "majority" else 1)
+    return DemoResult(before, asked, after, others, events)
+
+
+async def _ask_batches(client: GatewayClient, pairs: Sequence[LabelledPair], run: str, policy: str) -> list[Asked]:
+    """POST /reward/batch, no feedback."""
+    out = []
+    for start in range(0, len(pairs), BATCH):
+        part = pairs[start : start + BATCH]
+        items = [{"prompt": pair.instance.prompt, "responses": pair.instance.responses} for pair in part]
+        reply = await client.post("/reward/batch", {"items": items, "run": run, "policy": policy})
+        for pair, result in zip(part, reply["results"], strict=True):
+            if "error" in result:
+                raise ConfigurationError(f"the gateway could not score a pair: {result['error']['message']}")
+            out.append(_asked(pair, result))
+    return out
+
+
+async def _stream(client: GatewayClient, pairs: Sequence[LabelledPair], run: str, console: Console) -> list[Asked]:
+    """POST /reward, then POST /feedback with the true label, pair by pair."""
+    out: list[Asked] = []
+    waiting = iter(pairs)
+    columns = (TextColumn("routing with feedback"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[recent]}"))
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(pairs), recent="")
+
+        async def drain() -> None:
+            for pair in waiting:
+                instance = pair.instance
+                reply = await client.post(
+                    "/reward", {"prompt": instance.prompt, "responses": instance.responses, "run": run}
+                )
+                await client.post(
+                    "/feedback", {"decision_id": reply["decision_id"], "run": run, "preferred": pair.label}
+                )
+                out.append(_asked(pair, reply))
+                progress.update(task, advance=1, recent=f"right in the last 100: {_accuracy(out[-100:]):.2f}")
+
+        await asyncio.gather(*(drain() for _ in range(CONCURRENCY)))
+    return out
+
+
+async def _quiesce(client: GatewayClient, run: str, events: int) -> int:
+    """Wait until the posterior has learned from all feedback; it follows the log within milliseconds."""
+    for _ in range(200):
+        version = int((await client.get(f"/posterior?run={run}"))["version"])
+        if version >= events:
+            break
+        await asyncio.sleep(0.05)
+    return version
+
+
+def _asked(pair: LabelledPair, reply: dict[str, Any]) -> Asked:
+    preferred = reply["preferred"]
+    correct = 0.5 if preferred is None else float(preferred == pair.label)
+    return Asked(pair.domain, reply["model"], correct, reply["timings"])
+
+
+def _accuracy(asked: Sequence[Asked]) -> float:
+    return sum(item.correct for item in asked) / len(asked) if asked else float("nan")
+
+
+def _shares(asked: Sequence[Asked], models: Sequence[str]) -> dict[str, list[float]]:
+    """Per domain, the share of each RM among those asked."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for item in asked:
+        counts[item.domain][item.model] += 1
+    return {
+        domain: [counts[domain][model] / sum(counts[domain].values()) for model in models] for domain in sorted(counts)
+    }
+
+
+def _show(result: DemoResult, models: Sequence[str], console: Console) -> None:
+    console.print()
+    legend = Text("which RM is asked, per domain:  ")
+    for model, colour in zip(models, COLOURS, strict=False):
+        legend.append("█ ", colour).append(f"{model}  ")
+    console.print(legend)
+    table = Table(box=None, padding=(0, 1))
+    for column in ("domain", "", "share of each RM", "right"):
+        table.add_column(column)
+    before, after = _shares(result.before, models), _shares(result.after, models)
+    for domain in before:
+        for label, shares, asked in (("before", before, result.before), ("after", after, result.after)):
+            mine = [item for item in asked if item.domain == domain]
+            table.add_row(domain if label == "before" else "", label, _bar(shares[domain]), f"{_accuracy(mine):.2f}")
+    console.print(table)
+    console.print()
+    rows = [("router, whole stream (learning)", _accuracy(result.stream), 1)]
+    last = result.stream[-len(result.stream) // 3 :]
+    rows.append(("router, last third of the stream", _accuracy(last), 1))
+    singles = {name: value for name, value in result.others.items() if name.startswith("single:")}
+    best = max(singles, key=lambda name: singles[name][0])
+    rows.append((f"best single RM ({best.removeprefix('single:')})", *singles[best]))
+    rows.append(("random router", *result.others["random"]))
+    rows.append(("offline prior alone, no feedback", *result.others["offline"]))
+    rows.append(("majority vote", *result.others["majority"]))
+    scores = Table(title=f"{len(result.stream)} pairs routed over HTTP, {result.events} feedbacks learned")
+    for column in ("policy", "accuracy", "RM calls per pair"):
+        scores.add_column(column, justify="left" if column == "policy" else "right")
+    for name, accuracy, calls in rows:
+        scores.add_row(name, f"{accuracy:.3f}", str(calls))
+    console.print(scores)
+    stages = Table(title="milliseconds per stage of POST /reward")
+    for column in ("", "encode", "draw", "worker", "store", "total"):
+        stages.add_column(column, justify="right")
+    for label, q in (("median", 50), ("95 %", 95)):
+        stages.add_row(label, *(f"{value[str(q)]:.2f}" for value in _latencies(result.stream).values()))
+    console.print(stages)
+
+
+def _bar(shares: Sequence[float]) -> Text:
+    bar = Text()
+    edges = np.rint(np.cumsum([0.0, *shares]) * BAR_CELLS).astype(int)
+    for colour, low, high in zip(COLOURS, edges[:-1], edges[1:], strict=False):
+        bar.append("█" * int(high - low), colour)
+    return bar
+
+
+def _latencies(asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
+    stages = ("encode_ms", "draw_ms", "worker_ms", "store_ms", "total_ms")
+    return {
+        stage: {str(q): float(np.percentile([item.timings[stage] for item in asked], q)) for q in (50, 95)}
+        for stage in stages
+    }
+
+
+def _figures(result: DemoResult, models: Sequence[str]) -> dict[str, object]:
+    return {
+        "pairs": len(result.stream),
+        "events": result.events,
+        "router_accuracy": _accuracy(result.stream),
+        "router_accuracy_last_third": _accuracy(result.stream[-len(result.stream) // 3 :]),
+        "before": {"accuracy": _accuracy(result.before), "shares": _shares(result.before, models)},
+        "after": {"accuracy": _accuracy(result.after), "shares": _shares(result.after, models)},
+        "others": {name: {"accuracy": value, "calls": calls} for name, (value, calls) in result.others.items()},
+        "latency_ms": _latencies(result.stream),
+        "models": list(models),
+    }
+
+
+def _plot(result: DemoResult, models: Sequence[str], path: Path) -> Path | None:
+    """The same as a picture, if matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), gridspec_kw={"width_ratios": (3, 2)})
+    before, after = _shares(result.before, models), _shares(result.after, models)
+    labels = [f"{domain}\n{when}" for domain in before for when in ("before", "after")]
+    rows = np.array([shares[domain] for domain in before for shares in (before, after)])
+    base = np.zeros(len(rows))
+    for k, model in enumerate(models):
+        left.bar(labels, rows[:, k], bottom=base, label=model)
+        base += rows[:, k]
+    left.set_ylabel("share of each RM")
+    left.tick_params(axis="x", labelsize=7)
+    left.legend(fontsize=7, loc="lower right")
+    window = max(len(result.stream) // 8, 20)
+    correct = np.array([item.correct for item in result.stream])
+    right.plot(np.convolve(correct, np.ones(window) / window, "valid"), label=f"router, mean of {window}")
+    for name in ("random", "majority"):
+        right.axhline(result.others[name][0], linestyle="--", linewidth=1, label=name, color=f"C{len(right.lines)}")
+    best = max(value for name, (value, _) in result.others.items() if name.startswith("single:"))
+    right.axhline(best, linestyle=":", linewidth=1, label="best single RM", color="black")
+    right.set_xlabel("pairs routed")
+    right.set_ylabel("verdict is right")
+    right.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,33 @@
+"""Makers of contexts and events for the tests of the online half."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_core.records import Event, Feedback, Signal
+
+
+def unit_contexts(rng: np.random.Generator, n: int, d: int) -> NDArray[np.float32]:
+    """(n, d) float32 rows of norm 1."""
+    x = rng.standard_normal((n, d)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def make_events(
+    rng: np.random.Generator, n: int, d: int, k: int, *, signal: Signal = Signal.PREFERENCE, offset: float = 0.0
+) -> list[Event]:
+    """n events with random contexts, arms, verdicts and feedback."""
+    x = unit_contexts(rng, n, d)
+    events = []
+    for i in range(n):
+        value = float(rng.integers(2)) if signal is Signal.PREFERENCE else float(rng.random())
+        events.append(
+            Event(int(rng.integers(k)), x[i].tobytes(), offset, int(rng.integers(2)), Feedback(signal, value), f"d{i}")
+        )
+    return events
+
+
+def context_of(event: Event) -> NDArray[np.float64]:
+    """The event's x in float64."""
+    return np.frombuffer(event.x, dtype="<f4").astype(np.float64)

@@ -1,0 +1,101 @@
+"""Raw feedback to learned reward: the three signals, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from router_core.errors import FeedbackError
+from router_core.feedback import LOSS_WARM_UP, SignalAccumulator, SignalStatistics, validate
+from router_core.records import TIE, Feedback, Signal
+
+
+def test_preference_rewards_agreement() -> None:
+    signal = SignalAccumulator(SignalStatistics.empty(1))
+
+    def reward(verdict: int, preferred: float) -> float | None:
+        return signal.observe(0, Feedback(Signal.PREFERENCE, preferred), verdict=verdict, unit_rewards=True)
+
+    assert (reward(1, 1.0), reward(0, 1.0), reward(TIE, 1.0)) == (1.0, 0.0, 0.5)
+    stats = signal.freeze()
+    assert stats.count.tolist() == [3.0]
+    assert stats.mean_reward().tolist() == [0.5]
+
+
+def test_reward_is_taken_as_it_is() -> None:
+    signal = SignalAccumulator(SignalStatistics.empty(2))
+    assert signal.observe(1, Feedback(Signal.REWARD, 0.25), verdict=TIE, unit_rewards=True) == 0.25
+    means = signal.freeze().mean_reward()
+    assert math.isnan(means[0])
+    assert means[1] == 0.25
+
+
+def losses(values: list[float], *, unit: bool, arm: int = 0, signal: SignalAccumulator | None = None) -> list[float | None]:
+    signal = signal or SignalAccumulator(SignalStatistics.empty(2))
+    return [signal.observe(arm, Feedback(Signal.LOSS, v), verdict=0, unit_rewards=unit) for v in values]
+
+
+def test_the_first_losses_of_an_arm_only_warm_up() -> None:
+    out = losses([1.0, 2.0, 1.0, 2.0, 1.5, 1.5], unit=False)
+    assert out[:LOSS_WARM_UP] == [None] * LOSS_WARM_UP
+    # Mean 1.5 of the first five: an average loss is worth z = 0.
+    assert out[-1] == pytest.approx(0.0)
+
+
+def test_z_is_the_distance_below_the_mean_in_standard_deviations() -> None:
+    warm = [1.0, 2.0, 1.0, 2.0, 1.5]
+    mean, sd = 1.5, math.sqrt(np.mean(np.square(warm)) - 1.5**2)
+    assert losses([*warm, 1.2], unit=False)[-1] == pytest.approx((mean - 1.2) / sd)
+    assert losses([*warm, 1.2], unit=True)[-1] == pytest.approx(((mean - 1.2) / sd + 2) / 4)
+
+
+@pytest.mark.parametrize(("loss", "z", "unit"), [(-100.0, 2.0, 1.0), (100.0, -2.0, 0.0)])
+def test_z_is_clipped(loss: float, z: float, unit: float) -> None:
+    warm = [1.0, 2.0, 1.0, 2.0, 1.5]
+    assert losses([*warm, loss], unit=False)[-1] == z
+    assert losses([*warm, loss], unit=True)[-1] == unit
+
+
+def test_equal_losses_are_average() -> None:
+    assert losses([0.7] * 8, unit=True)[-1] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_arms_have_averages_of_their_own() -> None:
+    signal = SignalAccumulator(SignalStatistics.empty(2))
+    losses([1.0, 2.0, 1.0, 2.0, 1.5, 1.4], unit=False, arm=0, signal=signal)
+    assert losses([10.0] * LOSS_WARM_UP, unit=False, arm=1, signal=signal) == [None] * LOSS_WARM_UP
+    assert signal.freeze().loss_mean[1] == pytest.approx(10.0)
+
+
+def test_averages_become_the_papers_moving_average_once_the_window_is_full() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.random(300).tolist()
+    signal = SignalAccumulator(SignalStatistics.empty(1))
+    losses(values, unit=False, signal=signal)
+    expected = float(np.mean(values[:100]))
+    for value in values[100:]:
+        expected = 0.99 * expected + 0.01 * value
+    assert signal.freeze().loss_mean[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("signal", "value"),
+    [
+        (Signal.LOSS, math.nan),
+        (Signal.LOSS, math.inf),
+        (Signal.REWARD, 1.5),
+        (Signal.REWARD, -0.1),
+        (Signal.PREFERENCE, 0.5),
+        (Signal.PREFERENCE, -1.0),
+    ],
+)
+def test_values_outside_the_signals_domain_are_refused(signal: Signal, value: float) -> None:
+    with pytest.raises(FeedbackError, match="send"):
+        validate(Feedback(signal, value))
+
+
+def test_values_inside_pass() -> None:
+    for feedback in (Feedback(Signal.LOSS, -3.0), Feedback(Signal.REWARD, 1.0), Feedback(Signal.PREFERENCE, 2.0)):
+        assert validate(feedback) is feedback

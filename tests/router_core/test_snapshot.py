@@ -1,0 +1,65 @@
+"""Snapshots: exact round trip, and refusal of what belongs elsewhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from router_core.errors import ShapeMismatchError, SnapshotError
+from router_core.posterior import FoldSettings, fold, start
+from router_core.prior import Hyperparameters, Prior, no_prior
+from router_core.records import Signal
+from router_core.snapshot import Snapshot, dump, parse
+from tests.router_core.events import make_events
+
+SETTINGS = FoldSettings(block_size=4, refresh_events=16)
+
+
+def prior(gamma: float = 1.0, d: int = 6) -> Prior:
+    return no_prior(2, d, Hyperparameters(3.0, 0.2, 1.0, gamma))
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.95])
+@pytest.mark.parametrize("signal", [Signal.PREFERENCE, Signal.LOSS])
+def test_round_trip_and_what_follows_are_exact(gamma: float, signal: Signal) -> None:
+    events = make_events(np.random.default_rng(0), 53, 6, 2, signal=signal)
+    at = fold(start(prior(gamma), SETTINGS), events[:32])
+    data = dump(Snapshot(at, "77-3"), "run")
+    back = parse(data, "run", prior(gamma), SETTINGS)
+    assert back.last_event_id == "77-3"
+    assert back.posterior.digest() == at.digest()
+    assert back.posterior.drift == at.drift
+    assert fold(back.posterior, events[32:]).digest() == fold(start(prior(gamma), SETTINGS), events).digest()
+
+
+def test_only_refresh_positions_can_be_kept() -> None:
+    events = make_events(np.random.default_rng(0), 17, 6, 2)
+    with pytest.raises(SnapshotError, match="multiples of 16"):
+        dump(Snapshot(fold(start(prior(), SETTINGS), events), "1-1"), "run")
+
+
+def snapshot_bytes() -> bytes:
+    return dump(Snapshot(fold(start(prior(), SETTINGS), make_events(np.random.default_rng(0), 16, 6, 2)), "1-1"), "run")
+
+
+def test_another_runs_snapshot_is_refused() -> None:
+    with pytest.raises(SnapshotError, match="another pool"):
+        parse(snapshot_bytes(), "other", prior(), SETTINGS)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x80\x04K\x01.", b"{}" * 40])
+def test_bytes_that_are_no_snapshot_are_refused(data: bytes) -> None:
+    with pytest.raises(SnapshotError, match="cannot be read"):
+        parse(data, "run", prior(), SETTINGS)
+
+
+def test_truncated_bytes_are_refused() -> None:
+    with pytest.raises(SnapshotError, match="cannot be read"):
+        parse(snapshot_bytes()[:-9], "run", prior(), SETTINGS)
+
+
+def test_another_dimension_or_other_cuts_are_refused() -> None:
+    with pytest.raises(ShapeMismatchError, match="d=7"):
+        parse(snapshot_bytes(), "run", prior(d=7), SETTINGS)
+    with pytest.raises(ShapeMismatchError, match="other fold settings"):
+        parse(snapshot_bytes(), "run", prior(), FoldSettings(4, 32))
