@@ -53,7 +53,7 @@ def system_router() -> APIRouter:
     @router.get("/metrics", tags=["operations"], summary="Metrics for Prometheus", response_class=Response)
     async def metrics(request: Request) -> Response:
         """Prometheus' text format; names and units in docs/metrics.md."""
-        return Response(_status(request).render_metrics(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await _status(request).render_metrics(), media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/models", tags=["routing"], summary="The pool and its workers")
     async def models(request: Request) -> list[ArmStatus]:

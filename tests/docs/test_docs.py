@@ -1,0 +1,73 @@
+"""The documentation says what the code does: settings, metrics, error codes, paths, commands."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from service.errors import ServiceError
+from tests.docs.tables import ROOT, metrics_page, settings_page
+
+REMEDY = "run `python -m tests.docs.tables`"
+
+
+def test_settings_page_is_the_settings() -> None:
+    assert (ROOT / "docs/settings.md").read_text("utf-8") == settings_page(), REMEDY
+
+
+def test_metrics_page_is_the_metrics() -> None:
+    assert (ROOT / "docs/metrics.md").read_text("utf-8") == metrics_page(), REMEDY
+
+
+def error_classes() -> list[type[ServiceError]]:
+    import service.handlers.errors
+    import service.workers.protocol  # noqa: F401
+
+    found, waiting = [], [ServiceError]
+    while waiting:
+        cls = waiting.pop()
+        found.append(cls)
+        waiting.extend(cls.__subclasses__())
+    return found
+
+
+def test_every_error_that_is_sent_stands_in_the_api_page() -> None:
+    page = (ROOT / "docs/api.md").read_text("utf-8")
+    start_up_only = {"configuration", "gateway"}
+    for cls in error_classes():
+        if cls.code in start_up_only or not cls.__module__.startswith("service."):
+            continue
+        row = re.compile(rf"^\| {cls.status} \|.*`{cls.code}`", re.MULTILINE)
+        assert row.search(page), f"docs/api.md has no row for {cls.status} {cls.code} ({cls.__name__})"
+
+
+def markdown_files() -> list[str]:
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "loadtests/README.md"]
+    return [str(path.relative_to(ROOT)) for path in files]
+
+
+@pytest.mark.parametrize("name", markdown_files())
+def test_files_that_a_page_names_exist(name: str) -> None:
+    text = (ROOT / name).read_text("utf-8")
+    for path in re.findall(r"`((?:service|router_core|docs|loadtests|tests|deploy)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), f"{name} names {path}, which does not exist"
+    for path in re.findall(r"\]\((?!http)([\w./-]+)\)", text):
+        base = ROOT / name
+        assert (base.parent / path).exists(), f"{name} links to {path}, which does not exist"
+
+
+def readme_commands() -> list[str]:
+    text = (ROOT / "README.md").read_text("utf-8")
+    return sorted(set(re.findall(r"reward-router ([a-z]+)", text)))
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_commands_of_the_readme_have_help(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "service.cli", command, "--help"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
