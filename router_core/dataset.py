@@ -52,7 +52,7 @@ def load_pairs(path: str | os.PathLike[str]) -> list[LabelledPair]:
                 pair = _Row(file, number, line).parse()
                 if pair.id in first_line:
                     raise DatasetError(
-                        f"{file}, line {number}: field 'id' = {pair.id!r} occurs on line {first_line[pair.id]} already; "
+                        f"{file}, line {number}: field 'id' = {pair.id!r} is on line {first_line[pair.id]} already; "
                         "make ids unique"
                     )
                 first_line[pair.id] = number
@@ -255,7 +255,7 @@ class _Row:
             a, b = (self._score(judged, name, key) for key in ("score_a", "score_b"))
             derived = TIE if a == b else int(b > a)
             verdict = judged.get("verdict", _LETTERS[derived])
-            if verdict not in _VERDICTS:
+            if not isinstance(verdict, str) or verdict not in _VERDICTS:
                 raise self._error(f"rm[{name}].verdict", verdict, 'give "a", "b" or "tie", or leave it out')
             # Rounded scores may hide the order that the verdict was taken from; only a reversed order is a mistake.
             if derived != TIE and _VERDICTS[verdict] not in (derived, TIE):

@@ -4,6 +4,7 @@
     ├── NumericalError           a matrix or number cannot be used
     │   ├── NotFiniteError           NaN or infinity
     │   └── NotPositiveDefiniteError Cholesky failed on finite input
+    ├── HyperparameterError      a scalar of the online stage is outside its domain
     ├── ShapeMismatchError       an array has another shape than the posterior
     ├── FeedbackError            a feedback does not fit the run's signal
     ├── UnknownPolicyError       no policy of that name
@@ -32,6 +33,10 @@ class NotFiniteError(NumericalError):
 
 class NotPositiveDefiniteError(NumericalError):
     """A precision matrix is finite but has no Cholesky factor."""
+
+
+class HyperparameterError(RouterCoreError):
+    """A scalar of the online stage is outside its domain."""
 
 
 class ShapeMismatchError(RouterCoreError):

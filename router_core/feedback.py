@@ -24,6 +24,10 @@ LOSS_WARM_UP = 5
 Z_CLIP = 2.0
 """z is clipped to ±2 (paper)."""
 
+MAX_LOSS = 1e6
+"""Largest |loss| that is accepted. DPO losses are below a few hundred; a larger one would swamp the moving averages of its
+arm for thousands of feedbacks, and above 1e154 its square is infinite for good."""
+
 
 @dataclass(frozen=True, slots=True)
 class SignalStatistics:
@@ -123,11 +127,14 @@ def validate(feedback: Feedback) -> Feedback:
     """Return the feedback if its value is in the domain of its signal.
 
     Raises:
-        FeedbackError: NaN or infinity; a preference that is not an index; a reward outside [0, 1].
+        FeedbackError: NaN or infinity; a loss beyond ±`MAX_LOSS`; a preference that is not an index; a reward outside
+            [0, 1].
     """
     value = feedback.value
     if not math.isfinite(value):
         raise FeedbackError(f"{feedback.signal} is {value}: send a finite number")
+    if feedback.signal is Signal.LOSS and abs(value) > MAX_LOSS:
+        raise FeedbackError(f"loss is {value:g}: send a number in [{-MAX_LOSS:g}, {MAX_LOSS:g}]; is the training diverging?")
     if feedback.signal is Signal.PREFERENCE and (value < 0 or value != int(value)):
         raise FeedbackError(f"preferred is {value}: send the index of the better response, 0 for the first")
     if feedback.signal is Signal.REWARD and not 0 <= value <= 1:

@@ -11,6 +11,7 @@ Knows nothing of checkpoints: `from_parts` of each form takes arrays and a funct
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,7 +19,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.errors import NotFiniteError, ShapeMismatchError
+from router_core.errors import HyperparameterError, NotFiniteError, ShapeMismatchError
 
 Array = NDArray[np.float64]
 Offset = Callable[[NDArray[np.float32]], NDArray[np.floating]]
@@ -50,20 +51,25 @@ class Hyperparameters:
     gamma: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("lambda0", "sigma2"):
-            value = getattr(self, name)
-            if not (np.isfinite(value) and value > 0):
-                raise NotFiniteError(f"{name} is {value}: give a positive finite number")
-        if not (np.isfinite(self.v) and self.v >= 0):
-            raise NotFiniteError(f"v is {self.v}: give a finite number that is not negative")
-        if not 0 < self.gamma <= 1:
-            raise NotFiniteError(f"gamma is {self.gamma}: give a number in (0, 1]")
+        """Raises HyperparameterError if a value is outside its domain."""
+        inside = {
+            "lambda0": 0.0 < self.lambda0 < math.inf,
+            "sigma2": 0.0 < self.sigma2 < math.inf,
+            "v": 0.0 <= self.v < math.inf,
+            "gamma": 0.0 < self.gamma <= 1.0,
+        }
+        for name, good in inside.items():
+            if not good:
+                raise HyperparameterError(
+                    f"hyper-parameter {name} = {getattr(self, name)}: lambda0 and sigma2 must be positive and finite, v finite "
+                    "and at least 0, gamma inside (0, 1]"
+                )
 
 
 PAPER_HYPERPARAMETERS = Hyperparameters(lambda0=1.0, sigma2=1.0, v=1.0)
 """The paper's online setting: Λ₀ = I, unit noise, no scaling of the exploration."""
 
-CALIBRATED_HYPERPARAMETERS = Hyperparameters(lambda0=50.0, sigma2=0.12, v=0.3)
+CALIBRATED_HYPERPARAMETERS = Hyperparameters(lambda0=100.0, sigma2=0.12, v=0.3)
 """Measured on recorded pairs (docs/experiments.md); a checkpoint may hold better ones for its own data."""
 
 NONE_HYPERPARAMETERS = Hyperparameters(lambda0=1.0, sigma2=0.25, v=0.3)

@@ -75,6 +75,8 @@ def argmax_propensities(means: Array, sds: Array) -> Array:
     possible = np.isfinite(means)
     if not possible.all():
         return _masked(means, sds, possible)
+    # Only differences matter. Around zero, equal point masses keep a step that floating point can tell from none.
+    means = means - means.max(axis=1, keepdims=True)
     spread = np.ptp(means, axis=1) + sds.max(axis=1)
     sds = np.maximum(sds, np.maximum(_SD_FLOOR * spread, 1e-300)[:, None])
     if n_arms == 2:

@@ -228,7 +228,7 @@ def build_prior(settings: Settings, checkpoint: Checkpoint | None, n_arms: int, 
         ConfigurationError: a prior form that needs a checkpoint, without one.
     """
     if settings.prior == "auto":
-        form = PriorForm.NONE if checkpoint is None else PriorForm(checkpoint.prior_form)
+        form = PriorForm.NONE if checkpoint is None else checkpoint.prior_form
     else:
         form = PriorForm(settings.prior)
     if form is PriorForm.NONE:
@@ -241,14 +241,8 @@ def build_prior(settings: Settings, checkpoint: Checkpoint | None, n_arms: int, 
     if form is PriorForm.PAPER:
         return paper_prior(checkpoint.bt_embeddings, _overridden(PAPER_HYPERPARAMETERS, settings))
     return calibrated_prior(
-        n_arms, dim, checkpoint.class_probabilities, _overridden(checkpoint_hyperparameters(checkpoint), settings)
+        n_arms, dim, checkpoint.class_probabilities, _overridden(checkpoint.hyperparameters, settings)
     )
-
-
-def checkpoint_hyperparameters(checkpoint: Checkpoint) -> Hyperparameters:
-    """The online hyper-parameters that a checkpoint recommends."""
-    given = checkpoint.hyperparameters
-    return Hyperparameters(given.lambda0, given.sigma2, given.v, given.gamma)
 
 
 def load_pair_encoder(settings: Settings, checkpoint: Checkpoint | None) -> PairEncoder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from router_core.errors import NotFiniteError, ShapeMismatchError
+from router_core.errors import HyperparameterError, NotFiniteError, ShapeMismatchError
 from router_core.prior import Hyperparameters, Prior, PriorForm, calibrated_prior, no_prior, paper_prior
 
 
@@ -40,7 +40,7 @@ def test_embeddings_without_a_direction_are_refused(embeddings: list[list[float]
 )
 def test_hyperparameters_outside_their_domain_are_refused(field: str, value: float) -> None:
     given = {"lambda0": 1.0, "sigma2": 1.0, "v": 1.0, "gamma": 1.0, field: value}
-    with pytest.raises(NotFiniteError, match=field):
+    with pytest.raises(HyperparameterError, match=field):
         Hyperparameters(**given)
 
 

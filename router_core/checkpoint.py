@@ -1,0 +1,282 @@
+"""What the offline stage hands to the online stage: fuse, prior means, correctness heads, on disk as two checked files.
+
+Knows numpy, safetensors and JSON; no torch, no backbone, no network. Written by `router_core.offline`, read once at
+start-up by `service.wiring`, and by replay.
+
+A checkpoint is a directory:
+
+    weights.safetensors   float32 tensors: fuse.*, bt_embeddings, cls_*, calibration_*
+    metadata.json         pool, encoder, prior form, hyper-parameters, metrics, provenance, and the digest of all that
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from numpy.typing import NDArray
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from router_core.encoder.fuse import Fuse
+from router_core.errors import CheckpointError, HyperparameterError, ShapeMismatchError
+from router_core.prior import CALIBRATED_HYPERPARAMETERS, Hyperparameters, PriorForm
+
+FORMAT_VERSION = 1
+"""Raised when an older reader could misread a newer file."""
+WEIGHTS_FILE = "weights.safetensors"
+METADATA_FILE = "metadata.json"
+
+_ARM_TENSORS = ("bt_embeddings", "cls_weight", "cls_bias", "calibration_scale", "calibration_shift")
+_FUSE_TENSORS = ("shift", "projection", "w1", "b1", "w2", "b2")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """A trained offline stage for one pool and one encoder; K arms, context length d.
+
+    Fields:
+        pool: K names, in the order of every per-arm array.
+        encoder_spec: what `encoder.registry.load_backbone` takes.
+        fuse: backbone vectors to x.
+        bt_embeddings: (K, d), unit-norm; xᵀe_k is the Bradley-Terry score of arm k.
+        cls_weight, cls_bias: (K, d), (K,); the logit of "arm k is right" before calibration is w_kᵀx + b_k.
+        calibration_scale, calibration_shift: (K,), (K,), from held-out pairs; the calibrated logit is
+            scale_k (w_kᵀx + b_k) + shift_k.
+        prior_form: which prior the run should use unless told otherwise.
+        hyperparameters: of the online posterior.
+        metrics: held-out figures of the training, by name.
+        data_digest: `dataset.pairs_digest` of the training pairs; "" if there were none.
+        created_by: name and version of the program that wrote it.
+    """
+
+    pool: tuple[str, ...]
+    encoder_spec: str
+    fuse: Fuse
+    bt_embeddings: NDArray[np.float32]
+    cls_weight: NDArray[np.float32]
+    cls_bias: NDArray[np.float32]
+    calibration_scale: NDArray[np.float32]
+    calibration_shift: NDArray[np.float32]
+    prior_form: PriorForm = PriorForm.CALIBRATED
+    hyperparameters: Hyperparameters = CALIBRATED_HYPERPARAMETERS
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    data_digest: str = ""
+    created_by: str = field(default_factory=lambda: f"reward-router {_version()}")
+
+    def __post_init__(self) -> None:
+        """Raises CheckpointError if a shape, a number or the pool cannot be."""
+        K, d = len(self.pool), self.d
+        if not K or len(set(self.pool)) != K:
+            raise CheckpointError(f"pool = {list(self.pool)}: needs at least one name, each once")
+        if self.prior_form is PriorForm.NONE:
+            raise CheckpointError("prior_form = 'none': a checkpoint holds a prior; choose 'paper' or 'calibrated'")
+        for name in _ARM_TENSORS:
+            array = getattr(self, name)
+            expected = (K, d) if name in ("bt_embeddings", "cls_weight") else (K,)
+            if array.shape != expected:
+                raise CheckpointError(
+                    f"{name} has shape {array.shape}, expected {expected} for {K} arms and contexts of length {d}"
+                )
+        for name, array in self._tensors().items():
+            if array.dtype != np.float32 or not np.isfinite(array).all():
+                raise CheckpointError(f"{name}: must be finite float32 (is {array.dtype}); train again")
+
+    @property
+    def d(self) -> int:
+        """Length of a context."""
+        return self.fuse.dim
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over tensors and metadata: equal digests, equal behaviour."""
+        return _digest(save_tensors(self._tensors()), self._metadata())
+
+    def class_probabilities(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
+        """o_k(x) = 1 / (1 + exp(−scale_k (w_kᵀx + b_k) − shift_k)): calibrated probability that arm k is right.
+
+        Args:
+            x: (B, d) contexts.
+
+        Returns:
+            (B, K) float64 inside (0, 1).
+
+        Raises:
+            ShapeMismatchError: x has another width.
+        """
+        self._require_contexts(x)
+        logits = self.calibration_scale * (x @ self.cls_weight.T + self.cls_bias) + self.calibration_shift
+        # exp(30) is far inside float64 and sigmoid(30) differs from 1 by 1e-13: the bound only prevents overflow.
+        probabilities: NDArray[np.float64] = 1.0 / (1.0 + np.exp(-np.clip(logits.astype(np.float64), -30.0, 30.0)))
+        return probabilities
+
+    def bt_scores(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
+        """xᵀe_k for each context and arm: (B, d) to (B, K) float64; only differences between arms mean anything."""
+        self._require_contexts(x)
+        return np.asarray(x @ self.bt_embeddings.T, dtype=np.float64)
+
+    def require_pool(self, names: Sequence[str]) -> None:
+        """Raises CheckpointError unless `names` is this pool, in this order."""
+        if tuple(names) != self.pool:
+            raise CheckpointError(
+                f"the checkpoint was trained for pool {list(self.pool)}, the run asks for {list(names)}; "
+                "list the same names in the same order, use select_pool for a subset, or train for this pool"
+            )
+
+    def require_encoder(self, spec: str, dim: int) -> None:
+        """Raises CheckpointError unless a backbone of this spec and dim is the one trained with."""
+        if spec != self.encoder_spec or dim != self.fuse.input_dim:
+            raise CheckpointError(
+                f"the checkpoint was trained with encoder {self.encoder_spec!r} ({self.fuse.input_dim} columns), "
+                f"the run has {spec!r} ({dim}); set the encoder to {self.encoder_spec!r} or train with {spec!r}"
+            )
+
+    def select_pool(self, names: Sequence[str]) -> Checkpoint:
+        """The checkpoint restricted to these arms, in this order. Metrics are dropped: they held for the whole pool.
+
+        Raises:
+            CheckpointError: a name is unknown or repeated.
+        """
+        if tuple(names) == self.pool:
+            return self
+        unknown = [name for name in names if name not in self.pool]
+        if unknown:
+            raise CheckpointError(
+                f"the checkpoint knows no RM {unknown}; it was trained for {list(self.pool)}; "
+                "correct the names, or train with pairs that these RMs have judged"
+            )
+        rows = [self.pool.index(name) for name in names]
+        arrays = {name: getattr(self, name)[rows] for name in _ARM_TENSORS}
+        return replace(self, pool=tuple(names), metrics={}, **arrays)
+
+    def save(self, directory: str | os.PathLike[str]) -> str:
+        """Write the checkpoint and return its digest.
+
+        A reader sees the old checkpoint, the new one, or for an instant none, but never a mixture: both files are
+        written beside the target and the directory is renamed. An older checkpoint there is replaced.
+
+        Raises:
+            CheckpointError: the target exists and is something else, or cannot be written.
+        """
+        target = Path(directory)
+        if target.exists() and not (target / METADATA_FILE).is_file() and (target.is_file() or any(target.iterdir())):
+            raise CheckpointError(f"{target}: exists and is not a checkpoint; give another directory")
+        weights, metadata = save_tensors(self._tensors()), self._metadata()
+        metadata["digest"] = _digest(weights, metadata)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+                fresh = Path(scratch) / "new"
+                fresh.mkdir()
+                _write(fresh / WEIGHTS_FILE, weights)
+                _write(fresh / METADATA_FILE, (json.dumps(metadata, indent=2) + "\n").encode())
+                if target.exists():
+                    target.rename(Path(scratch) / "old")
+                fresh.rename(target)
+        except OSError as error:
+            raise CheckpointError(f"{target}: cannot be written ({error.strerror}); check path and space") from error
+        return str(metadata["digest"])
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Checkpoint:
+        """Read a checkpoint and verify format, digest and shapes.
+
+        Raises:
+            CheckpointError: something is missing, altered, of another format, or does not fit; the message says what
+                to do.
+        """
+        source = Path(directory)
+        weights, metadata = _read(source)
+        if metadata.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{source}: format version {metadata.get('format_version')!r}, this program reads {FORMAT_VERSION}; "
+                "write it again with this version's training command, or install the version that wrote it"
+            )
+        stated = metadata.pop("digest", None)
+        if stated != _digest(weights, metadata):
+            raise CheckpointError(f"{source}: the digest does not match; a file was altered or cut off: copy it again")
+        try:
+            tensors = load_tensors(weights)
+            return cls(
+                pool=tuple(metadata["pool"]),
+                encoder_spec=str(metadata["encoder_spec"]),
+                fuse=Fuse(**{name: tensors[f"fuse.{name}"] for name in _FUSE_TENSORS}, limit=metadata["fuse_limit"]),
+                **{name: tensors[name] for name in _ARM_TENSORS},
+                prior_form=PriorForm(metadata["prior_form"]),
+                hyperparameters=Hyperparameters(**metadata["hyperparameters"]),
+                metrics=metadata["metrics"],
+                data_digest=metadata["data_digest"],
+                created_by=metadata["created_by"],
+            )
+        except (KeyError, TypeError, ValueError, HyperparameterError, ShapeMismatchError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"{source}: lacks what its format promises ({error!r}); train again") from error
+
+    def _require_contexts(self, x: NDArray[np.floating]) -> None:
+        if x.ndim != 2 or x.shape[1] != self.d:
+            raise ShapeMismatchError(f"contexts have shape {x.shape}, expected (B, {self.d})")
+
+    def _tensors(self) -> dict[str, NDArray[np.float32]]:
+        named = {f"fuse.{name}": getattr(self.fuse, name) for name in _FUSE_TENSORS}
+        named.update({name: getattr(self, name) for name in _ARM_TENSORS})
+        # safetensors writes the buffer as it lies in memory: a transposed view would be stored with its axes mixed up.
+        return {name: np.ascontiguousarray(array) for name, array in named.items()}
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "created_by": self.created_by,
+            "pool": list(self.pool),
+            "encoder_spec": self.encoder_spec,
+            "d": self.d,
+            "fuse_limit": self.fuse.limit,
+            "prior_form": self.prior_form,
+            "hyperparameters": {f.name: getattr(self.hyperparameters, f.name) for f in fields(Hyperparameters)},
+            "metrics": {name: float(value) for name, value in self.metrics.items()},
+            "data_digest": self.data_digest,
+        }
+
+
+def _digest(weights: bytes, metadata: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True, separators=(",", ":")).encode())
+    digest.update(b"\n")
+    digest.update(weights)
+    return digest.hexdigest()
+
+
+def _read(source: Path) -> tuple[bytes, dict[str, Any]]:
+    try:
+        weights = (source / WEIGHTS_FILE).read_bytes()
+        metadata = json.loads((source / METADATA_FILE).read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"{source}: {error.strerror} ({Path(str(error.filename)).name}); give the directory of a checkpoint"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{source / METADATA_FILE}: is not JSON ({error}); copy the checkpoint again") from error
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{source / METADATA_FILE}: is not a JSON object; copy the checkpoint again")
+    return weights, metadata
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("reward-router")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,161 @@
+"""Checkpoints on disk: exact round trip, refusal of anything altered, and the arithmetic of the prior."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from router_core.checkpoint import METADATA_FILE, WEIGHTS_FILE, Checkpoint
+from router_core.encoder.fuse import Fuse
+from router_core.errors import CheckpointError, ShapeMismatchError
+from router_core.prior import Hyperparameters, PriorForm
+
+
+def make(K: int = 3, d: int = 4, seed: int = 0) -> Checkpoint:
+    rng = np.random.default_rng(seed)
+    bt = rng.standard_normal((K, d))
+    return Checkpoint(
+        pool=tuple(f"R{k}" for k in range(K)),
+        encoder_spec="static",
+        fuse=Fuse.identity(5, d, seed=seed),
+        bt_embeddings=(bt / np.linalg.norm(bt, axis=1, keepdims=True)).astype(np.float32),
+        cls_weight=rng.standard_normal((K, d)).astype(np.float32),
+        cls_bias=rng.standard_normal(K).astype(np.float32),
+        calibration_scale=np.full(K, 0.5, dtype=np.float32),
+        calibration_shift=np.zeros(K, dtype=np.float32),
+        hyperparameters=Hyperparameters(lambda0=30.0, sigma2=0.12, v=0.3, gamma=0.999),
+        metrics={"routing_accuracy_bt": 0.9},
+        data_digest="abc",
+    )
+
+
+def contexts(checkpoint: Checkpoint, rows: int = 6) -> np.ndarray:
+    x = np.random.default_rng(1).standard_normal((rows, checkpoint.d)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def test_a_saved_checkpoint_is_loaded_bit_for_bit(tmp_path: Path) -> None:
+    saved = make()
+    assert saved.save(tmp_path / "deep" / "ckpt") == saved.digest
+    loaded = Checkpoint.load(tmp_path / "deep" / "ckpt")
+    assert loaded.digest == saved.digest
+    assert (loaded.pool, loaded.encoder_spec, loaded.prior_form) == (saved.pool, "static", "calibrated")
+    assert loaded.hyperparameters == saved.hyperparameters
+    assert dict(loaded.metrics) == dict(saved.metrics)
+    x = contexts(saved)
+    np.testing.assert_array_equal(loaded.class_probabilities(x), saved.class_probabilities(x))
+    np.testing.assert_array_equal(loaded.bt_scores(x), saved.bt_scores(x))
+    z = np.random.default_rng(2).standard_normal((3, 10)).astype(np.float32)
+    np.testing.assert_array_equal(loaded.fuse.apply(z), saved.fuse.apply(z))
+
+
+def test_transposed_views_survive_saving(tmp_path: Path) -> None:
+    base = make(K=3, d=4)
+    view = replace(base, cls_weight=np.asfortranarray(base.cls_weight))
+    view.save(tmp_path / "ckpt")
+    np.testing.assert_array_equal(Checkpoint.load(tmp_path / "ckpt").cls_weight, base.cls_weight)
+    assert view.digest == base.digest
+
+
+def test_saving_again_replaces_the_old_checkpoint_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    make(seed=0).save(tmp_path / "ckpt")
+    make(seed=1).save(tmp_path / "ckpt")
+    assert Checkpoint.load(tmp_path / "ckpt").digest == make(seed=1).digest
+    assert [entry.name for entry in tmp_path.iterdir()] == ["ckpt"]
+
+
+def test_a_directory_that_is_something_else_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        make().save(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("file", [WEIGHTS_FILE, METADATA_FILE])
+def test_one_altered_value_is_noticed(tmp_path: Path, file: str) -> None:
+    make().save(tmp_path / "ckpt")
+    path = tmp_path / "ckpt" / file
+    content = path.read_bytes()
+    if file == METADATA_FILE:
+        path.write_bytes(content.replace(b'"lambda0": 30.0', b'"lambda0": 31.0'))
+    else:
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert path.read_bytes() != content
+    with pytest.raises(CheckpointError, match=r"digest does not match.*copy it again"):
+        Checkpoint.load(tmp_path / "ckpt")
+
+
+def test_a_missing_file_a_broken_json_and_a_newer_format_each_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="give the directory of a checkpoint"):
+        Checkpoint.load(tmp_path / "absent")
+    make().save(tmp_path / "ckpt")
+    metadata = tmp_path / "ckpt" / METADATA_FILE
+    content = json.loads(metadata.read_text())
+    metadata.write_text(json.dumps({**content, "format_version": 99}))
+    with pytest.raises(CheckpointError, match="format version 99"):
+        Checkpoint.load(tmp_path / "ckpt")
+    metadata.write_text("{")
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        Checkpoint.load(tmp_path / "ckpt")
+
+
+def test_probabilities_are_the_calibrated_sigmoid_by_hand() -> None:
+    checkpoint = replace(
+        make(K=2, d=4),
+        cls_weight=np.array([[2, 0, 0, 0], [0, 0, 0, 0]], dtype=np.float32),
+        cls_bias=np.array([0, 4], dtype=np.float32),
+        calibration_scale=np.array([0.5, 0.5], dtype=np.float32),
+        calibration_shift=np.array([0, -2], dtype=np.float32),
+    )
+    probabilities = checkpoint.class_probabilities(np.array([[1, 0, 0, 0]], dtype=np.float32))
+    np.testing.assert_allclose(probabilities, [[1 / (1 + np.exp(-1.0)), 0.5]], rtol=1e-6)
+
+
+def test_contexts_of_another_width_are_refused() -> None:
+    with pytest.raises(ShapeMismatchError, match=r"expected \(B, 4\)"):
+        make().class_probabilities(np.zeros((2, 5), dtype=np.float32))
+
+
+def test_a_sub_pool_keeps_each_arms_probabilities() -> None:
+    whole = make()
+    part = whole.select_pool(["R2", "R0"])
+    x = contexts(whole)
+    np.testing.assert_allclose(part.class_probabilities(x), whole.class_probabilities(x)[:, [2, 0]], rtol=1e-6)
+    np.testing.assert_allclose(part.bt_scores(x), whole.bt_scores(x)[:, [2, 0]], rtol=1e-6)
+    assert part.pool == ("R2", "R0")
+    assert part.digest != whole.digest
+    with pytest.raises(CheckpointError, match=r"knows no RM \['R9'\]"):
+        whole.select_pool(["R0", "R9"])
+    with pytest.raises(CheckpointError, match="each once"):
+        whole.select_pool(["R0", "R0"])
+
+
+def test_another_pool_or_encoder_is_refused() -> None:
+    checkpoint = make()
+    checkpoint.require_pool(["R0", "R1", "R2"])
+    checkpoint.require_encoder("static", 5)
+    with pytest.raises(CheckpointError, match="same order"):
+        checkpoint.require_pool(["R1", "R0", "R2"])
+    with pytest.raises(CheckpointError, match="set the encoder to 'static'"):
+        checkpoint.require_encoder("minilm", 5)
+    with pytest.raises(CheckpointError, match=r"\(6\)"):
+        checkpoint.require_encoder("static", 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"cls_bias": np.zeros(2, dtype=np.float32)}, "cls_bias has shape"),
+        ({"cls_bias": np.zeros(3, dtype=np.float64)}, "cls_bias: must be finite float32"),
+        ({"cls_bias": np.full(3, np.nan, dtype=np.float32)}, "cls_bias: must be finite"),
+        ({"pool": ("R0", "R0", "R1")}, "each once"),
+        ({"prior_form": PriorForm.NONE}, "choose 'paper'"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_is_never_built(changes: dict[str, object], named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        replace(make(), **changes)
