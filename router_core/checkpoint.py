@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -218,7 +217,14 @@ class Checkpoint:
                 data_digest=metadata["data_digest"],
                 created_by=metadata["created_by"],
             )
-        except (KeyError, TypeError, ValueError, HyperparameterError, ShapeMismatchError, safetensors.SafetensorError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            HyperparameterError,
+            ShapeMismatchError,
+            safetensors.SafetensorError,
+        ) as error:
             raise CheckpointError(f"{source}: lacks what its format promises ({error!r}); train again") from error
 
     def _require_contexts(self, x: NDArray[np.floating]) -> None:

@@ -1,7 +1,7 @@
 """Raw feedback to the reward that the posterior learns from (docs/math/router.md, "Signals").
 
-The only state is per arm: how many feedbacks, their mean reward, and for the loss signal the moving averages of the loss
-and of its square. Pure: `observe` returns a new value. Called by `posterior.fold`.
+The only state is per arm: how many feedbacks, their mean reward, and for the loss signal the moving averages of the
+loss and of its square. Pure: `observe` returns a new value. Called by `posterior.fold`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Z_CLIP = 2.0
 """z is clipped to ±2 (paper)."""
 
 MAX_LOSS = 1e6
-"""Largest |loss| that is accepted. DPO losses are below a few hundred; a larger one would swamp the moving averages of its
-arm for thousands of feedbacks, and above 1e154 its square is infinite for good."""
+"""Largest |loss| that is accepted. DPO losses are below a few hundred; a larger one would swamp the moving averages of
+its arm for thousands of feedbacks, and above 1e154 its square is infinite for good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,8 @@ class SignalAccumulator:
 
         * `preference`: 1 if the RM's verdict is the preferred response, 0 if it is another one, 1/2 on a tie.
         * `reward`: the number itself.
-        * `loss`: z = (mean − loss)/sd against the averages before this loss, clipped to ±2; mapped to (z + 2)/4 in [0, 1]
-          when `unit_rewards`. The averages use rate max(α, 1/n), the plain mean until the window is full.
+        * `loss`: z = (mean − loss)/sd against the averages before this loss, clipped to ±2; mapped to (z + 2)/4 in [0,
+          1] when `unit_rewards`. The averages use rate max(α, 1/n), the plain mean until the window is full.
 
         Args:
             arm: index of the asked arm.
@@ -134,7 +134,9 @@ def validate(feedback: Feedback) -> Feedback:
     if not math.isfinite(value):
         raise FeedbackError(f"{feedback.signal} is {value}: send a finite number")
     if feedback.signal is Signal.LOSS and abs(value) > MAX_LOSS:
-        raise FeedbackError(f"loss is {value:g}: send a number in [{-MAX_LOSS:g}, {MAX_LOSS:g}]; is the training diverging?")
+        raise FeedbackError(
+            f"loss is {value:g}: send a number in [{-MAX_LOSS:g}, {MAX_LOSS:g}]; is the training diverging?"
+        )
     if feedback.signal is Signal.PREFERENCE and (value < 0 or value != int(value)):
         raise FeedbackError(f"preferred is {value}: send the index of the better response, 0 for the first")
     if feedback.signal is Signal.REWARD and not 0 <= value <= 1:

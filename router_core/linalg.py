@@ -30,7 +30,9 @@ def inverse_spd(matrix: Array) -> Array:
     [[0.5, 0.0], [0.0, 0.25]]
     """
     if not np.isfinite(matrix).all():
-        raise NotFiniteError("precision matrix holds NaN or infinity: the log or the prior holds a value that is not finite")
+        raise NotFiniteError(
+            "precision matrix holds NaN or infinity: the log or the prior holds a value that is not finite"
+        )
     try:
         factor = np.linalg.cholesky(matrix)
     except np.linalg.LinAlgError as error:

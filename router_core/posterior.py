@@ -1,16 +1,16 @@
 """The posterior of a run: Bayesian linear regression per arm, folded from the run's log (docs/math/router.md).
 
-`fold(state, events)` is the only way a state comes to be. It is pure, and equality is bit for bit: fold(fold(s, a), b) equals
-fold(s, a + b) wherever the log is cut, because floating-point sums are grouped by position, never by arrival:
+`fold(state, events)` is the only way a state comes to be. It is pure, and equality is bit for bit: fold(fold(s, a), b)
+equals fold(s, a + b) wherever the log is cut, because floating-point sums are grouped by position, never by arrival:
 
-* an arm's canonical (Λ, b) and Σ = Λ⁻¹ advance in blocks: whenever `block_size` of its events are waiting (one rank-m update),
-  and for all arms at every `refresh_events`-th event of the log, where Σ is also inverted afresh from Λ;
+* an arm's canonical (Λ, b) and Σ = Λ⁻¹ advance in blocks: whenever `block_size` of its events are waiting (one rank-m
+  update), and for all arms at every `refresh_events`-th event of the log, where Σ is also inverted afresh from Λ;
 * an arm's waiting events, its tail, are applied one by one on top of the block, as rank-one corrections kept beside Σ;
 * a discount γ < 1 falls at every `block_size`-th event of the log, for all arms at once;
 * Σ's drift from Λ⁻¹ is probed at each block, and Σ inverted afresh at once when it exceeds `drift_tolerance`.
 
-A block that arrives whole never takes the one-by-one way. float64 throughout; draws read a float32 copy of Σ. States are
-immutable and share what did not change. Called by `service.usecases.learn` and `replay`.
+A block that arrives whole never takes the one-by-one way. float64 throughout; draws read a float32 copy of Σ. States
+are immutable and share what did not change. Called by `service.usecases.learn` and `replay`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class FoldSettings:
 
     Attributes:
         block_size: m, events per block.
-        refresh_events: events of the log between two inversions of Λ; a multiple of `block_size`. Snapshots are taken there.
+        refresh_events: events of the log between two inversions of Λ; a multiple of `block_size`. Snapshots are taken
+            there.
         drift_tolerance: largest |ΛΣp − p| (p = 1/√d) at a block's end before Σ is inverted afresh.
     """
 
@@ -51,8 +52,8 @@ class FoldSettings:
     def __post_init__(self) -> None:
         if self.block_size < 1 or self.refresh_events < 1 or self.refresh_events % self.block_size:
             raise ShapeMismatchError(
-                f"block_size {self.block_size} and refresh_events {self.refresh_events}: give positive integers, the second a "
-                "multiple of the first"
+                f"block_size {self.block_size} and refresh_events {self.refresh_events}: give positive integers, the "
+                "second a multiple of the first"
             )
 
 
@@ -188,7 +189,8 @@ def restore(
     k, d = prior.n_arms, prior.dim
     if count <= 0 or count % settings.refresh_events:
         raise ShapeMismatchError(
-            f"snapshot at event {count} with refresh every {settings.refresh_events}: it was made with other fold settings"
+            f"snapshot at event {count} with refresh every {settings.refresh_events}: it was made with other fold "
+            "settings"
         )
     if len(precision) != k or information.shape != (k, d) or any(p.shape != (d, d) for p in precision):
         raise ShapeMismatchError(f"snapshot arrays do not fit K={k}, d={d}: the pool or the checkpoint was changed")
@@ -200,7 +202,8 @@ def restore(
 
 
 def fold(state: Posterior, events: Sequence[Event]) -> Posterior:
-    """Apply events in log order: Λ_k += x xᵀ/σ², b_k += (r − o)x/σ² for the asked arm k (arXiv 2510.02850, online stage).
+    """Apply events in log order: Λ_k += x xᵀ/σ², b_k += (r − o)x/σ² for the asked arm k (arXiv 2510.02850, online
+    stage).
 
     One event costs one matrix-vector product, O(d²); a block of m events one rank-m update, O(m d²).
 
@@ -279,7 +282,8 @@ class _Folding:
     def _check(self, event: Event, x: NDArray[np.float32]) -> None:
         if x.shape != (self._state.dim,):
             raise ShapeMismatchError(
-                f"event {event.decision_id!r} has a context of {x.shape[0]} numbers, the posterior has d={self._state.dim}"
+                f"event {event.decision_id!r} has a context of {x.shape[0]} numbers, the posterior has "
+                f"d={self._state.dim}"
             )
         if not NO_ARM <= event.arm < self._state.n_arms:
             raise ShapeMismatchError(f"event {event.decision_id!r} asked arm {event.arm} of {self._state.n_arms}")
@@ -301,7 +305,9 @@ class _Folding:
 
 
 class _ArmFolding:
-    """The mutable half of one `fold` over one arm: owns the tail's buffers, replaces the matrices, never writes to them."""
+    """The mutable half of one `fold` over one arm: owns the tail's buffers, replaces the matrices, never writes to
+    them.
+    """
 
     def __init__(self, arm: ArmPosterior, k: int, state: Posterior) -> None:
         m, d = state.settings.block_size, state.dim
@@ -337,7 +343,9 @@ class _ArmFolding:
         np.divide(gain, np.sqrt(scale), out=self._corrections[row])
 
     def _absorb(self) -> None:
-        """Rank-m update: Λ += XᵀX/σ², b += Xᵀt/σ², Σ −= ΣXᵀ(σ²I + XΣXᵀ)⁻¹XΣ (Woodbury), μ = Σb; the tail is empty then."""
+        """Rank-m update: Λ += XᵀX/σ², b += Xᵀt/σ², Σ −= ΣXᵀ(σ²I + XΣXᵀ)⁻¹XΣ (Woodbury), μ = Σb; the tail is empty
+        then.
+        """
         x, targets = self._contexts[: self._rows], self._targets[: self._rows]
         scaled = x / np.sqrt(self._sigma2)
         precision = scaled.T @ scaled

@@ -6,7 +6,8 @@ Three forms, selected by name (design: `docs/math/router.md`):
 * `calibrated`: o_k(x) = calibrated probability that arm k is right; the posterior is over the residual, with zero mean.
 * `none`: nothing is known; o = 1/2, zero mean.
 
-Knows nothing of checkpoints: `from_parts` of each form takes arrays and a function. Called by `service.wiring`, `replay`.
+Knows nothing of checkpoints: `from_parts` of each form takes arrays and a function. Called by `service.wiring`,
+`replay`.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class Hyperparameters:
         for name, good in inside.items():
             if not good:
                 raise HyperparameterError(
-                    f"hyper-parameter {name} = {getattr(self, name)}: lambda0 and sigma2 must be positive and finite, v finite "
-                    "and at least 0, gamma inside (0, 1]"
+                    f"hyper-parameter {name} = {getattr(self, name)}: lambda0 and sigma2 must be positive and finite, "
+                    "v finite and at least 0, gamma inside (0, 1]"
                 )
 
 

@@ -55,9 +55,9 @@ def _cdf_and_density(z: Array) -> tuple[Array, Array]:
 def argmax_propensities(means: Array, sds: Array) -> Array:
     """P(arm k's draw is the largest) for independent draws N(mean_k, sd_k²).
 
-    P_k = ∫ Π_{j≠k} F_j(t) f_k(t) dt by trapezoids, then normalised to sum to one: on a uniform grid where its step resolves
-    the smallest sd (arms of like scale, the usual case), else on the union of all arms' quantile nodes, which resolves
-    every arm's scale however different they are.
+    P_k = ∫ Π_{j≠k} F_j(t) f_k(t) dt by trapezoids, then normalised to sum to one: on a uniform grid where its step
+    resolves the smallest sd (arms of like scale, the usual case), else on the union of all arms' quantile nodes, which
+    resolves every arm's scale however different they are.
 
     Args:
         means: (B, K) float64; −inf marks an arm that cannot be drawn.
@@ -102,7 +102,8 @@ def _on_uniform_grid(means: Array, sds: Array, low: Array, step: Array) -> Array
     cdf, density = _cdf_and_density(start[:, :, None] + stride[:, :, None] * np.arange(_UNIFORM_NODES))
     weight: Array = np.einsum("bkn,bkn->bk", _product_of_others(cdf), density)
     weight *= stride
-    return weight / weight.sum(axis=1, keepdims=True)
+    weight /= weight.sum(axis=1, keepdims=True)
+    return weight
 
 
 def _on_quantile_grid(means: Array, sds: Array) -> Array:
@@ -113,7 +114,8 @@ def _on_quantile_grid(means: Array, sds: Array) -> Array:
     others = _product_of_others(cdf)
     weight: Array = np.einsum("bkn,bkn->bk", others[:, :, 1:] + others[:, :, :-1], np.diff(cdf, axis=2))
     np.maximum(weight, 0.0, out=weight)
-    return weight / weight.sum(axis=1, keepdims=True)
+    weight /= weight.sum(axis=1, keepdims=True)
+    return weight
 
 
 def _product_of_others(cdf: Array) -> Array:

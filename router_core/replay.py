@@ -1,7 +1,7 @@
 """Recorded pairs through the policies, in process: what would each have earned on this stream?
 
-Also the bookkeeping that the replay over HTTP shares (`tabulate`, `summarise`, `report`), so that both print the same figures. Knows
-nothing of files or networks. Called by `service.cli` and `loadtests`.
+Also the bookkeeping that the replay over HTTP shares (`tabulate`, `summarise`, `report`), so that both print the same
+figures. Knows nothing of files or networks. Called by `service.cli` and `loadtests`.
 """
 
 from __future__ import annotations
@@ -174,7 +174,12 @@ def _one_pass(
             asked[i], correct[i] = arm, table.correctness[i, arm]
             value = float(table.labels[i]) if signal is Signal.PREFERENCE else float(correct[i])
             event = Event(
-                arm, x[i].tobytes(), float(offsets[i, arm]), int(table.verdicts[i, arm]), Feedback(signal, value), str(i)
+                arm,
+                x[i].tobytes(),
+                float(offsets[i, arm]),
+                int(table.verdicts[i, arm]),
+                Feedback(signal, value),
+                str(i),
             )
             state = fold(state, [event])
         if on_step is not None and (step % 64 == 0 or step == n):

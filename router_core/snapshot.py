@@ -1,7 +1,8 @@
 """A posterior at a refresh position as safetensors bytes with a JSON header, and back, bit for bit. Never pickle.
 
-A snapshot is a cache of the log's first `count` events; it holds Λ, b and the statistics (Σ is derived). It names the run's
-fingerprint, so that a snapshot of another pool, prior or checkpoint is refused. Called by `service.usecases.learn`.
+A snapshot is a cache of the log's first `count` events; it holds Λ, b and the statistics (Σ is derived). It names the
+run's fingerprint, so that a snapshot of another pool, prior or checkpoint is refused.
+Called by `service.usecases.learn`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def dump(snapshot: Snapshot, fingerprint: str) -> bytes:
     posterior = snapshot.posterior
     if not posterior.at_refresh:
         raise SnapshotError(
-            f"posterior at event {posterior.count}: snapshots are taken at multiples of {posterior.settings.refresh_events}"
+            f"posterior at event {posterior.count}: snapshots are taken at multiples of "
+            f"{posterior.settings.refresh_events}"
         )
     stats = posterior.statistics
     tensors = {

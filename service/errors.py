@@ -1,7 +1,8 @@
 """Errors of the service: each class fixes its HTTP status and its stable code.
 
     ServiceError
-    ├── BadRequestError 400 · UnauthorizedError 401 · NotFoundError 404 · ConflictError 409 · GoneError 410
+    ├── BadRequestError 400 · UnauthorizedError 401 · NotFoundError 404 · GoneError 410
+    ├── ConflictError 409 · RunConflictError 409
     ├── PayloadTooLargeError 413 · ValidationError 422 · OverCapacityError 429
     ├── StoreUnavailableError 503 · NotReadyError 503 · NoWorkerError 503
     ├── ConfigurationError (start-up only: printed by the CLI, never sent)
@@ -63,6 +64,13 @@ class ConflictError(ServiceError):
 
     status = 409
     code = "feedback_conflict"
+
+
+class RunConflictError(ServiceError):
+    """The run's name belongs to another pool, prior, checkpoint or fold setting."""
+
+    status = 409
+    code = "run_conflict"
 
 
 class GoneError(ServiceError):

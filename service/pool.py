@@ -36,8 +36,8 @@ class ModelEntry(BaseModel):
     chat_template: str = "plain"
     path: Path | None = None
     recorded: Path | None = None
-    max_in_flight: int | None = Field(None, ge=1)
-    api_key: str | None = Field(None, repr=False)
+    max_in_flight: int | None = Field(default=None, ge=1)
+    api_key: str | None = Field(default=None, repr=False)
 
     @model_validator(mode="after")
     def _startable(self) -> ModelEntry:
@@ -81,7 +81,9 @@ def load_pool(path: Path) -> PoolFile:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ConfigurationError(f"pool file {path}: {where}: {first['msg']} (see service/pool.py for the fields)") from error
+        raise ConfigurationError(
+            f"pool file {path}: {where}: {first['msg']} (see service/pool.py for the fields)"
+        ) from error
 
 
 def dump_pool(pool: PoolFile, path: Path) -> None:

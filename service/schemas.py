@@ -1,11 +1,12 @@
 """The words of the API's hot routes: msgspec structs that parse, check and document in one place.
 
-`service.handlers.openapi` turns them into the OpenAPI schemas; bounds that an operator sets are checked in the use cases.
+`service.handlers.openapi` turns them into the OpenAPI schemas; bounds that an operator sets are checked in the use
+cases.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -18,10 +19,13 @@ class RewardRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=Tr
 
     prompt: Annotated[str, Meta(description="The prompt's text.", examples=["What is 7 + 5?"])]
     responses: Annotated[
-        list[str], Meta(min_length=1, description="The responses to be scored by ONE reward model.", examples=[["12", "13"]])
+        list[str],
+        Meta(min_length=1, description="The responses to be scored by ONE reward model.", examples=[["12", "13"]]),
     ]
     run: Annotated[str, Meta(description="The run; by default the gateway's.")] | None = None
-    policy: Annotated[str, Meta(description="Overrides the run's policy, for example `single:MODEL` or `random`.")] | None = None
+    policy: (
+        Annotated[str, Meta(description="Overrides the run's policy, for example `single:MODEL` or `random`.")] | None
+    ) = None
 
 
 class RewardBatchRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -46,7 +50,9 @@ class Fallback(msgspec.Struct):
     """An RM that was drawn and gave no reward, and why."""
 
     model: str
-    reason: Annotated[str, Meta(description="Stable code: worker_unavailable, worker_timeout, worker_rejected, worker_protocol.")]
+    reason: Annotated[
+        str, Meta(description="Stable code: worker_unavailable, worker_timeout, worker_rejected, worker_protocol.")
+    ]
 
 
 class RewardReply(msgspec.Struct):
@@ -55,14 +61,20 @@ class RewardReply(msgspec.Struct):
     decision_id: Annotated[str, Meta(description="Send it back to `/feedback`.")]
     run: str
     model: Annotated[str, Meta(description="The RM that was asked; `majority` where all were.")]
-    rewards: Annotated[list[float], Meta(description="Raw reward per response (for `majority`: its share of the votes).")]
-    preferred: Annotated[int | None, Meta(description="Index of the best response; null on a tie or a single response.")]
+    rewards: Annotated[
+        list[float], Meta(description="Raw reward per response (for `majority`: its share of the votes).")
+    ]
+    preferred: Annotated[
+        int | None, Meta(description="Index of the best response; null on a tie or a single response.")
+    ]
     margin: Annotated[float | None, Meta(description="Best reward minus the second best; null for a single response.")]
     propensity: Annotated[float, Meta(description="Probability that this RM would be asked, given what was known.")]
     policy: str
     posterior_version: Annotated[int, Meta(description="Events that the posterior had learned from.")]
     fallback: Annotated[bool, Meta(description="True if the drawn RM gave no reward and the next-best draw was asked.")]
-    recorded: Annotated[bool, Meta(description="False if the decision could not be saved: feedback for it will be 404.")]
+    recorded: Annotated[
+        bool, Meta(description="False if the decision could not be saved: feedback for it will be 404.")
+    ]
     timings: Timings
     fallbacks: list[Fallback] = []
 
@@ -72,7 +84,7 @@ class ErrorBody(msgspec.Struct):
 
     code: str
     message: str
-    details: dict[str, object] = {}
+    details: dict[str, Any] = {}
 
 
 class ErrorReply(msgspec.Struct):
@@ -91,10 +103,14 @@ class FeedbackRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=
     """Feedback on one decision: its id (or run, prompt and responses), and exactly the field of the run's signal."""
 
     decision_id: str | None = None
-    prompt: Annotated[str, Meta(description="With `responses`: names the latest decision of that content.")] | None = None
+    prompt: Annotated[str, Meta(description="With `responses`: names the latest decision of that content.")] | None = (
+        None
+    )
     responses: list[str] | None = None
     run: str | None = None
-    preferred: Annotated[Index, Meta(description="Signal `preference`: index of the response that is better.")] | None = None
+    preferred: (
+        Annotated[Index, Meta(description="Signal `preference`: index of the response that is better.")] | None
+    ) = None
     loss: Annotated[float, Meta(description="Signal `loss`: the pair's DPO loss; lower is better.")] | None = None
     reward: (
         Annotated[float, Meta(ge=0, le=1, description="Signal `reward`: how well the asked RM did, in [0, 1].")] | None

@@ -1,4 +1,5 @@
-"""Everything an operator can choose, each with its unit and its default. Read once by `service.cli`; handed down from there.
+"""Everything an operator can choose, each with its unit and its default. Read once by `service.cli`; handed down from
+there.
 
 Every field is also an environment variable: `REWARD_ROUTER_` + the field's name in capitals.
 """
@@ -32,14 +33,22 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on. Beyond loopback an API key is needed.")
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on.")
-    api_keys: tuple[str, ...] = Field((), description="Accepted keys, sent as `Authorization: Bearer KEY` or `X-API-Key: KEY`.")
+    api_keys: tuple[str, ...] = Field(
+        (), description="Accepted keys, sent as `Authorization: Bearer KEY` or `X-API-Key: KEY`."
+    )
     allow_unauthenticated: bool = Field(False, description="Listen beyond loopback without a key.")
 
-    run: str = Field("default", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Name of the run that requests without `run` mean.")
+    run: str = Field(
+        "default", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Name of the run that requests without `run` mean."
+    )
     max_runs: int = Field(64, ge=1, description="Runs one gateway holds at most; a further name is refused.")
     pool: Path | None = Field(None, description="Pool file (YAML): the reward models and where they are served.")
-    checkpoint: Path | None = Field(None, description="Directory of a trained checkpoint; without one, nothing is known at the start.")
-    encoder: str = Field("static", description="Encoder when there is no checkpoint: static, minilm, smollm2-135m, torch:DIR.")
+    checkpoint: Path | None = Field(
+        None, description="Directory of a trained checkpoint; without one, nothing is known at the start."
+    )
+    encoder: str = Field(
+        "static", description="Encoder when there is no checkpoint: static, minilm, smollm2-135m, torch:DIR."
+    )
     prior: Literal["auto", "paper", "calibrated", "none"] = Field(
         "auto", description="Prior form; `auto` takes the checkpoint's, or `none` without one."
     )
@@ -51,14 +60,18 @@ class Settings(BaseSettings):
     signal: Signal = Field(Signal.PREFERENCE, description="Kind of feedback of the runs: preference, loss or reward.")
     seed: int | None = Field(None, description="Seed of the draws; by default drawn from the operating system.")
 
-    store_url: str = Field(EMBEDDED, description="`embedded`, or redis://, rediss:// or unix:// of a Redis or Valkey server.")
+    store_url: str = Field(
+        EMBEDDED, description="`embedded`, or redis://, rediss:// or unix:// of a Redis or Valkey server."
+    )
     data_dir: Path = Field(Path(".data/store"), description="Where the embedded store keeps its append-only file.")
     store_fsync: Literal["everysec", "always"] = Field(
-        "everysec", description="Embedded store: flush to disk each second (a power cut may lose it) or before each reply."
+        "everysec",
+        description="Embedded store: flush to disk each second (a power cut may lose it) or before each reply.",
     )
     store_timeout_seconds: float = Field(2.0, gt=0, description="Longest wait for the store.")
     on_store_unavailable: OnStoreUnavailable = Field(
-        OnStoreUnavailable.REFUSE, description="`/reward` without store: refuse (503), or answer and say `recorded: false`."
+        OnStoreUnavailable.REFUSE,
+        description="`/reward` without store: refuse (503), or answer and say `recorded: false`.",
     )
     decision_ttl_seconds: float = Field(86_400.0, gt=0, description="How long feedback may take; later it is 410.")
     content_keys: bool = Field(True, description="Let feedback name a decision by run, prompt and responses.")
@@ -68,13 +81,19 @@ class Settings(BaseSettings):
         8192, ge=1, description="Events between two snapshots; a multiple of `block_size`. Part of a run's identity."
     )
     log_keep_events: int = Field(
-        1_000_000, ge=0, description="Events kept in the log behind the newest snapshot, for audit and off-policy evaluation."
+        1_000_000,
+        ge=0,
+        description="Events kept in the log behind the newest snapshot, for audit and off-policy evaluation.",
     )
 
     request_timeout_seconds: float = Field(12.0, gt=0, description="Deadline of a request, fallbacks included.")
-    worker_timeout_seconds: float = Field(5.0, gt=0, description="Deadline of asking one RM, its replicas and retries included.")
+    worker_timeout_seconds: float = Field(
+        5.0, gt=0, description="Deadline of asking one RM, its replicas and retries included."
+    )
     worker_max_in_flight: int = Field(256, ge=1, description="Requests in flight per worker replica.")
-    health_interval_seconds: float = Field(2.0, gt=0, description="Pause between two health checks of a worker replica.")
+    health_interval_seconds: float = Field(
+        2.0, gt=0, description="Pause between two health checks of a worker replica."
+    )
     max_in_flight: int = Field(1024, ge=1, description="Requests in flight; one more is answered 429.")
     max_body_bytes: int = Field(8 << 20, ge=1024, description="Largest request body.")
     max_text_chars: int = Field(100_000, ge=1, description="Longest prompt or response, in characters.")
@@ -87,7 +106,9 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _check(self) -> Settings:
         if self.refresh_events % self.block_size:
-            raise ValueError(f"refresh_events is {self.refresh_events}: give a multiple of block_size, {self.block_size}")
+            raise ValueError(
+                f"refresh_events is {self.refresh_events}: give a multiple of block_size, {self.block_size}"
+            )
         if self.host not in ("127.0.0.1", "::1", "localhost") and not self.api_keys and not self.allow_unauthenticated:
             raise ValueError(
                 f"host is {self.host}: listening beyond loopback needs an API key (api_keys), or allow_unauthenticated"

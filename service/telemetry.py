@@ -37,16 +37,23 @@ class Telemetry:
         self.choice_batch = Histogram(
             "choice_batch_size", "Instances encoded and drawn together.", buckets=_SIZE_BUCKETS, **common
         )
-        self.draws = Counter("draws_total", "Instances for which the RM had the largest draw.", ["run", "model"], **common)
+        self.draws = Counter(
+            "draws_total", "Instances for which the RM had the largest draw.", ["run", "model"], **common
+        )
         self.calls = Counter("worker_calls_total", "Instances an RM was asked about.", ["model", "outcome"], **common)
         self.fallbacks = Counter(
-            "fallbacks_total", "Instances that went on from this RM to the next-best draw.", ["model", "reason"], **common
+            "fallbacks_total",
+            "Instances that went on from this RM to the next-best draw.",
+            ["model", "reason"],
+            **common,
         )
         self.feedback = Counter("feedback_total", "Feedbacks by what became of them.", ["run", "outcome"], **common)
         self.unrecorded = Counter("unrecorded_decisions_total", "Rewards answered without a saved decision.", **common)
         self.store_errors = Counter("store_errors_total", "Store calls that failed.", ["operation"], **common)
         self.learner_errors = Counter("learner_errors_total", "Failures of the background learner.", ["run"], **common)
-        self.log_lag = Gauge("log_lag_events", "Events in the log that the posterior has not folded.", ["run"], **common)
+        self.log_lag = Gauge(
+            "log_lag_events", "Events in the log that the posterior has not folded.", ["run"], **common
+        )
         self.version = Gauge("posterior_version_events", "Events the posterior has learned from.", ["run"], **common)
         self.drift = Gauge(
             "posterior_drift", "Largest entry of precision x covariance - I at the last refresh.", ["run"], **common

@@ -1,6 +1,7 @@
 """Builds everything from settings: the only module that knows the concrete classes. Called by `service.app`.
 
-Build order: store, arms, encoder, prior, run template, use cases, application. `Gateway.start` and `stop` run in lifespan.
+Build order: store, arms, encoder, prior, run template, use cases, application. `Gateway.start` and `stop` run in
+lifespan.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ class Gateway:
                 continue
             for report in await probe(arm, deadline=deadline):
                 for text in (*report.problems, *report.warnings):
-                    logger.warning("worker probe", extra={"fields": {"model": arm.name, "url": report.url, "found": text}})
+                    logger.warning(
+                        "worker probe", extra={"fields": {"model": arm.name, "url": report.url, "found": text}}
+                    )
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -177,7 +180,9 @@ def build_gateway(
     encoder = encoder or load_pair_encoder(settings, checkpoint)
     prior = build_prior(settings, checkpoint, len(names), encoder.dim)
     built = tuple(arms) if arms is not None else tuple(_build_arm(model, settings) for model in pool.models)
-    origin = checkpoint.digest if checkpoint is not None and prior.form is not PriorForm.NONE else f"encoder:{encoder.spec}"
+    origin = (
+        checkpoint.digest if checkpoint is not None and prior.form is not PriorForm.NONE else f"encoder:{encoder.spec}"
+    )
     template = RunTemplate(
         arms=built,
         encoder=encoder,
@@ -209,9 +214,7 @@ def build_gateway(
         runs=runs,
         scorer=Scorer(runs, Chooser(chooser_thread, telemetry), store, telemetry, _score_limits(settings)),
         feedback=FeedbackService(runs, store, telemetry, max_batch=settings.max_batch),
-        status=StatusService(
-            runs, store, telemetry, models=lambda: describe_arms(built), executor=learner_thread
-        ),
+        status=StatusService(runs, store, telemetry, models=lambda: describe_arms(built), executor=learner_thread),
         monitor=_build_monitor(vllm_arms, settings),
         arms=built,
         chooser_thread=chooser_thread,
@@ -235,8 +238,8 @@ def build_prior(settings: Settings, checkpoint: Checkpoint | None, n_arms: int, 
         return no_prior(n_arms, dim, _overridden(NONE_HYPERPARAMETERS, settings))
     if checkpoint is None:
         raise ConfigurationError(
-            f"prior is {form.value!r}, which a checkpoint holds, and none is given: train one (`reward-router train`) and pass "
-            "--checkpoint, or choose the prior `none`"
+            f"prior is {form.value!r}, which a checkpoint holds, and none is given: train one (`reward-router train`) "
+            "and pass --checkpoint, or choose the prior `none`"
         )
     if form is PriorForm.PAPER:
         return paper_prior(checkpoint.bt_embeddings, _overridden(PAPER_HYPERPARAMETERS, settings))
@@ -298,7 +301,8 @@ def _overridden(hyper: Hyperparameters, settings: Settings) -> Hyperparameters:
 def _build_arm(model: ModelEntry, settings: Settings) -> VllmArm:
     if not model.urls:
         raise ConfigurationError(
-            f"model {model.name!r} has no `urls` in the pool file: say where it is served, or let `reward-router up` start it"
+            f"model {model.name!r} has no `urls` in the pool file: say where it is served, or let "
+            "`reward-router up` start it"
         )
     try:
         rendering = load_rendering(model.rendering, model.chat_template)

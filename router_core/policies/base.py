@@ -1,8 +1,8 @@
 """What a policy is, and the draw that all one-call policies share.
 
-A policy turns contexts into an independent Gaussian belief per arm; the arm with the largest draw is asked. Deterministic
-policies believe with sd 0, `random` believes the same of every arm, `single:<model>` believes −inf of the others. So drawing,
-ranking for fallbacks, and propensities are written once, here.
+A policy turns contexts into an independent Gaussian belief per arm; the arm with the largest draw is asked.
+Deterministic policies believe with sd 0, `random` believes the same of every arm, `single:<model>` believes −inf of the
+others. So drawing, ranking for fallbacks, and propensities are written once, here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Beliefs:
-    """Independent Gaussians over what each arm is worth: means and sds (B, K) float64; mean −inf: never ask this arm."""
+    """Independent Gaussians over what each arm is worth: means and sds (B, K) float64; mean −inf: never ask this
+    arm.
+    """
 
     means: Array
     sds: Array

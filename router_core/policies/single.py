@@ -1,4 +1,6 @@
-"""`single:<model>`: always the same RM (the paper's rows RM0 … RM(K−1)). It has no fallback: another RM is another row."""
+"""`single:<model>`: always the same RM (the paper's rows RM0 … RM(K−1)). It has no fallback: another RM is another
+row.
+"""
 
 from __future__ import annotations
 

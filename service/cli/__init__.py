@@ -1,4 +1,6 @@
-"""The command line `reward-router`: one file per command, composed here. The only part that may import the offline stage."""
+"""The command line `reward-router`: one file per command, composed here. The only part that may import the offline
+stage.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""`reward-router demo`: make a pool, train a checkpoint, start everything, route a stream with feedback, show what was learned.
+"""`reward-router demo`: make a pool, train a checkpoint, start everything, route a stream with feedback, show what was
+learned.
 
 Nothing is simulated: the four reward models are real (small) transformers that the project trains once, served by real
-workers; the router is asked over HTTP. The checkpoint is trained on offline data of other domains than the stream's, so that
-there is something left to learn online.
+workers; the router is asked over HTTP. The checkpoint is trained on offline data of other domains than the stream's, so
+that there is something left to learn online.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the stream.")] = 0,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
-    """Make the demo pool, start everything, route a stream with feedback, and show what was learned. About two minutes."""
+    """Make the demo pool, start everything, route a stream with feedback, and show what was learned. About two
+    minutes.
+    """
     console = Console()
     started = time.perf_counter()
     pool, checkpoint = ensure_demo_pool(data_dir, console, None)
@@ -202,7 +205,12 @@ async def _stream(client: GatewayClient, pairs: Sequence[LabelledPair], run: str
     """POST /reward, then POST /feedback with the true label, pair by pair."""
     out: list[Asked] = []
     waiting = iter(pairs)
-    columns = (TextColumn("routing with feedback"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[recent]}"))
+    columns = (
+        TextColumn("routing with feedback"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[recent]}"),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(pairs), recent="")
 

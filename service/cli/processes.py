@@ -59,7 +59,9 @@ class ProcessGroup:
         self.stop()
 
     def start(self, name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Child:
-        """Start `reward-router ARGUMENTS` as a child in a process session of its own, so that Ctrl-C reaches only us."""
+        """Start `reward-router ARGUMENTS` as a child in a process session of its own, so that Ctrl-C reaches only
+        us.
+        """
         log = self._log_dir / f"{name}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -84,7 +86,9 @@ class ProcessGroup:
         for child in self.children:
             status = child.process.poll()
             if status is not None:
-                raise ConfigurationError(f"{child.name} left with status {status}; the end of {child.log}:\n{child.last_words()}")
+                raise ConfigurationError(
+                    f"{child.name} left with status {status}; the end of {child.log}:\n{child.last_words()}"
+                )
 
     def wait_until_ready(self, url: str, name: str, timeout_seconds: float, tick: Callable[[], None]) -> None:
         """Wait until GET url answers 200, while every child runs.

@@ -13,7 +13,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import Progress, TextColumn, BarColumn, MofNCompleteColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
 from router_core.checkpoint import Checkpoint
@@ -22,7 +22,8 @@ from router_core.encoder.fuse import Fuse, PairEncoder
 from router_core.encoder.registry import load_backbone
 from router_core.prior import Prior
 from router_core.records import LabelledPair, Signal
-from router_core.replay import Table, Trace, parse_policy, replay as replay_in_process, report, tabulate
+from router_core.replay import Table, Trace, parse_policy, report, tabulate
+from router_core.replay import replay as replay_in_process
 from service.cli.http import GatewayClient
 from service.cli.serve import read_settings
 from service.cli.train import parse_pool
@@ -36,24 +37,35 @@ Advance = Callable[[int], None]
 
 def replay(
     data: Annotated[Path, typer.Argument(help="JSONL of labelled pairs with each RM's scores (docs/data.md).")],
-    pool: Annotated[str | None, typer.Option(help="RMs, comma-separated, in arm order [default: all of the data].")] = None,
+    pool: Annotated[
+        str | None, typer.Option(help="RMs, comma-separated, in arm order [default: all of the data].")
+    ] = None,
     policies: Annotated[
-        str, typer.Option(help="Comma-separated; `singles` stands for single:MODEL of every RM; `bayesian:FORM` sets the prior.")
+        str,
+        typer.Option(
+            help="Comma-separated; `singles` stands for single:MODEL of every RM; `bayesian:FORM` sets the prior."
+        ),
     ] = DEFAULT_POLICIES,
-    signal: Annotated[Signal, typer.Option(help="Feedback that is sent: preference, or reward (was the asked RM right).")] = (
-        Signal.PREFERENCE
-    ),
+    signal: Annotated[
+        Signal, typer.Option(help="Feedback that is sent: preference, or reward (was the asked RM right).")
+    ] = (Signal.PREFERENCE),
     seeds: Annotated[int, typer.Option(min=1, help="Passes per policy; a seed fixes the order and the draws.")] = 3,
-    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint whose prior is used. Not trained on DATA, please.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint whose prior is used. Not trained on DATA, please.")
+    ] = None,
     encoder: Annotated[str, typer.Option(help="Encoder where there is no checkpoint, and for --folds.")] = "static",
     folds: Annotated[
         int, typer.Option(help="Grouped cross-validation: train on the other folds, stream each fold. 0: off.")
     ] = 0,
-    url: Annotated[str | None, typer.Option(help="Replay through this running gateway, over HTTP with feedback.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Replay through this running gateway, over HTTP with feedback.")
+    ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="With --url: instances in flight.")] = 4,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many pairs.")] = None,
     api_key: Annotated[str | None, typer.Option(help="With --url: API key.", envvar="REWARD_ROUTER_API_KEY")] = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file; `-` for standard output.")] = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file; `-` for standard output.")
+    ] = None,
 ) -> None:
     """What would each policy have earned on these recorded pairs?
 
@@ -95,16 +107,32 @@ def replay(
 def print_report(figures: dict[str, Any], console: Console | None = None) -> None:
     """The table that people read."""
     table = RichTable(title=f"{figures['n']} pairs")
-    for column, justify in (("policy", "left"), ("accuracy", "right"), ("95% interval", "right"), ("calls", "right"), ("regret", "right")):
+    for column, justify in (
+        ("policy", "left"),
+        ("accuracy", "right"),
+        ("95% interval", "right"),
+        ("calls", "right"),
+        ("regret", "right"),
+    ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for name, row in sorted(figures["policies"].items(), key=lambda item: -item[1]["accuracy"]):
         low, high = row["ci95"]
         table.add_row(
-            name, f"{row['accuracy']:.3f}", f"{low:.3f} – {high:.3f}", f"{row['calls_per_instance']:g}", f"{row['regret']:.3f}"
+            name,
+            f"{row['accuracy']:.3f}",
+            f"{low:.3f} – {high:.3f}",
+            f"{row['calls_per_instance']:g}",
+            f"{row['regret']:.3f}",
         )
     best = figures["best_single"]
     table.add_section()
-    table.add_row(f"best single: {best['model']}", f"{best['accuracy']:.3f}", "", "1", f"{figures['oracle'] - best['accuracy']:.3f}")
+    table.add_row(
+        f"best single: {best['model']}",
+        f"{best['accuracy']:.3f}",
+        "",
+        "1",
+        f"{figures['oracle'] - best['accuracy']:.3f}",
+    )
     table.add_row("oracle", f"{figures['oracle']:.3f}", "", "", "0.000")
     (console or Console()).print(table)
 
@@ -178,29 +206,53 @@ async def replay_over_http(
     """
     traces = {}
     suffix = secrets.token_hex(4)
-    arms = {name: k for k, name in enumerate(table.pool)}
     async with GatewayClient(url, api_key=api_key, connections=concurrency) as client:
-        for name in policies:
+        for position, name in enumerate(policies):
             policy, _ = parse_policy(name, table.pool)
-            correct = np.empty((len(seeds), len(pairs)))
-            asked = np.empty((len(seeds), len(pairs)), np.int64)
-            for row, seed in enumerate(seeds):
-                run = f"replay-{suffix}-{name.replace(':', '.')[:32]}-{seed}"
-                order = iter(np.random.default_rng(seed).permutation(len(pairs)).tolist())
-
-                async def drain(run: str = run, row: int = row, order: Any = order, name: str = name) -> None:
-                    for i in order:
-                        reply = await _score_and_teach(client, pairs[i], run, name, signal)
-                        asked[row, i] = arms.get(reply["model"], -1)
-                        preferred = reply["preferred"]
-                        correct[row, i] = 0.5 if preferred is None else float(preferred == pairs[i].label)
-                        if observe is not None:
-                            observe(i, reply)
-                        advance(1)
-
-                await asyncio.gather(*(drain() for _ in range(concurrency)))
-            traces[name] = Trace(correct, asked, float(len(table.pool) if policy.asks_all else 1))
+            passes = []
+            for seed in seeds:
+                run = f"replay-{suffix}-{position}-{seed}"
+                order = np.random.default_rng(seed).permutation(len(pairs)).tolist()
+                passes.append(
+                    await _http_pass(client, pairs, table, order, run, name, signal, concurrency, advance, observe)
+                )
+            traces[name] = Trace(
+                np.stack([correct for correct, _ in passes]),
+                np.stack([asked for _, asked in passes]),
+                float(len(table.pool) if policy.asks_all else 1),
+            )
     return traces
+
+
+async def _http_pass(
+    client: GatewayClient,
+    pairs: Sequence[LabelledPair],
+    table: Table,
+    order: Sequence[int],
+    run: str,
+    policy: str,
+    signal: Signal,
+    concurrency: int,
+    advance: Advance,
+    observe: Callable[[int, dict[str, Any]], None] | None,
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """One policy over the stream in one order, in a run of its own: correct (N,), asked (N,)."""
+    correct, asked = np.empty(len(pairs)), np.empty(len(pairs), np.int64)
+    arms = {name: k for k, name in enumerate(table.pool)}
+    waiting = iter(order)
+
+    async def drain() -> None:
+        for i in waiting:
+            reply = await _score_and_teach(client, pairs[i], run, policy, signal)
+            asked[i] = arms.get(reply["model"], -1)
+            preferred = reply["preferred"]
+            correct[i] = 0.5 if preferred is None else float(preferred == pairs[i].label)
+            if observe is not None:
+                observe(i, reply)
+            advance(1)
+
+    await asyncio.gather(*(drain() for _ in range(concurrency)))
+    return correct, asked
 
 
 async def _score_and_teach(client: GatewayClient, pair: LabelledPair, run: str, policy: str, signal: Signal) -> Any:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 import uvicorn
 from pydantic import ValidationError
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from service.errors import ConfigurationError
 from service.settings import Settings
@@ -34,9 +35,17 @@ def serve(
     Every other setting is an environment variable REWARD_ROUTER_…; docs/settings.md lists them.
     """
     settings = read_settings(
-        pool=pool, checkpoint=checkpoint, host=host, port=port, store_url=store, data_dir=data_dir, run=run, policy=policy,
-        signal=signal, prior=prior,
-    )  # fmt: skip
+        pool=pool,
+        checkpoint=checkpoint,
+        host=host,
+        port=port,
+        store_url=store,
+        data_dir=data_dir,
+        run=run,
+        policy=policy,
+        signal=signal,
+        prior=prior,
+    )
     run_gateway(settings)
 
 
@@ -55,12 +64,16 @@ def read_settings(**given: Any) -> Settings:
 
 
 def run_gateway(settings: Settings) -> None:
-    """Serve until a signal; numerical libraries are told their threads before they are loaded."""
-    for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(variable, str(settings.blas_threads))
+    """Serve until a signal, with `blas_threads` threads of linear algebra.
+
+    The number decides how BLAS groups its sums, and so the last bits of a fold: replicas of a run must have the same.
+    """
+    # For what is loaded later (torch); numpy is loaded already, so its BLAS is told by threadpoolctl.
+    os.environ.setdefault("OMP_NUM_THREADS", str(settings.blas_threads))
     from service.app import create_app
     from service.pool import load_pool
 
+    threadpool_limits(settings.blas_threads, user_api="blas")
     configure_logging(settings.log_level)
     if settings.pool is None:
         raise ConfigurationError("no pool file: give --pool, or set REWARD_ROUTER_POOL")

@@ -16,7 +16,9 @@ from service.errors import ConfigurationError
 def train(
     data: Annotated[Path, typer.Argument(help="JSONL of labelled pairs with each RM's scores (docs/data.md).")],
     out: Annotated[Path, typer.Option(help="Directory of the checkpoint; replaced if it exists.")],
-    pool: Annotated[str | None, typer.Option(help="RMs, comma-separated, in arm order [default: all of the data].")] = None,
+    pool: Annotated[
+        str | None, typer.Option(help="RMs, comma-separated, in arm order [default: all of the data].")
+    ] = None,
     encoder: Annotated[str, typer.Option(help="static, minilm, smollm2-135m or torch:DIR.")] = "static",
     seed: Annotated[int, typer.Option(help="Seed of the fit.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a sentence.")] = False,

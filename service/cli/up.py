@@ -43,9 +43,12 @@ class Stack:
 
 def up(
     pool: Annotated[
-        Path | None, typer.Option(help="Pool file; RMs without `urls` are started here. [default: the demo pool, made if absent]")
+        Path | None,
+        typer.Option(help="Pool file; RMs without `urls` are started here. [default: the demo pool, made if absent]"),
     ] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint. [default: the demo pool's, with the demo pool]")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint. [default: the demo pool's, with the demo pool]")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address of the gateway.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the gateway.")] = 8080,
     worker_port: Annotated[int, typer.Option(help="First port of the workers that are started.")] = 8101,
@@ -68,7 +71,7 @@ def up(
         console.print(
             f"\nserving on [bold]{stack.url}[/]   API: {stack.url}/docs   metrics: {stack.url}/metrics\n\n"
             f"  curl -s {stack.url}/reward -H 'content-type: application/json' \\\n"
-            "    -d '{\"prompt\": \"What is 7 + 5?\", \"responses\": [\"12\", \"13\"]}'\n\nCtrl-C ends everything.",
+            '    -d \'{"prompt": "What is 7 + 5?", "responses": ["12", "13"]}\'\n\nCtrl-C ends everything.',
             highlight=False,
         )
         wait_for_signal(stack.processes)
@@ -110,12 +113,22 @@ def running_stack(
         if embedded is not None:
             with console.status("store"):
                 store_url = embedded.start()
-            console.print("store     ready (Valkey, append-only file in", str(data_dir / "store") + ")", highlight=False)
+            console.print(
+                "store     ready (Valkey, append-only file in", str(data_dir / "store") + ")", highlight=False
+            )
         with ProcessGroup(data_dir / "logs") as processes:
             resolved = _start_workers(pool, processes, worker_port, console)
             pool_file = data_dir / "pool.yaml"
             dump_pool(resolved, pool_file)
-            arguments = ["serve", "--pool", str(pool_file), "--host", host, "--port", str(gateway_port := free_port(port))]
+            arguments = [
+                "serve",
+                "--pool",
+                str(pool_file),
+                "--host",
+                host,
+                "--port",
+                str(gateway_port := free_port(port)),
+            ]
             if checkpoint is not None:
                 arguments += ["--checkpoint", str(checkpoint)]
             processes.start("gateway", arguments, {"REWARD_ROUTER_STORE_URL": store_url, **(environment or {})})
@@ -162,7 +175,9 @@ def _start_workers(pool: PoolFile, processes: ProcessGroup, first_port: int, con
     waiting = [model for model in pool.models if not model.urls]
     for model in waiting:
         if model.path is None and model.recorded is None:
-            raise ConfigurationError(f"model {model.name!r} has no `urls`, `path` or `recorded` in the pool file: give one")
+            raise ConfigurationError(
+                f"model {model.name!r} has no `urls`, `path` or `recorded` in the pool file: give one"
+            )
         if model.path is not None:
             port = next_port()
             names[model.name] = f"worker-{model.name}"
@@ -190,5 +205,3 @@ def _start_workers(pool: PoolFile, processes: ProcessGroup, first_port: int, con
 
 def _placed(model: ModelEntry, urls: dict[str, str]) -> ModelEntry:
     return model if model.urls else model.model_copy(update={"urls": (urls[model.name],)})
-
-

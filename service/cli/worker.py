@@ -13,12 +13,17 @@ from service.errors import ConfigurationError
 def worker(
     model: Annotated[
         list[str],
-        typer.Option(help="A Hugging Face directory to serve; with --recorded, the name of a recorded RM. May be repeated."),
+        typer.Option(
+            help="A Hugging Face directory to serve; with --recorded, the name of a recorded RM. May be repeated."
+        ),
     ],
     recorded: Annotated[
-        Path | None, typer.Option(help="Answer from the scores recorded in this JSONL file, by content; 404 for the rest.")
+        Path | None,
+        typer.Option(help="Answer from the scores recorded in this JSONL file, by content; 404 for the rest."),
     ] = None,
-    name: Annotated[list[str] | None, typer.Option(help="Served name of each directory [default: its last part].")] = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help="Served name of each directory [default: its last part].")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8101,
     threads: Annotated[int, typer.Option(help="Threads of one forward pass.")] = 1,
@@ -44,6 +49,8 @@ def worker(
             ) from error
         names = name or [Path(directory).name for directory in model]
         if len(names) != len(model):
-            raise ConfigurationError(f"--name is given {len(names)} times and --model {len(model)} times: give one each")
+            raise ConfigurationError(
+                f"--name is given {len(names)} times and --model {len(model)} times: give one each"
+            )
         app = cpu_app({n: Path(m) for n, m in zip(names, model, strict=True)}, threads=threads)
     run_worker(app, host=host, port=port)

@@ -102,34 +102,42 @@ def _paths() -> dict[str, Any]:
             tag="routing",
             summary="Reward for one prompt with its responses",
             description=(
-                "Draws one reward model for the instance, asks it for a score per response, saves the decision, and answers. "
-                "If the drawn model cannot answer, the next-best draw is asked and the reply says so. There is no invented "
-                "reward: if no model answers, the reply is 503."
+                "Draws one reward model for the instance, asks it for a score per response, saves the decision, "
+                "and answers. If the drawn model cannot answer, the next-best draw is asked and the reply says so. There is "
+                "no invented reward: if no model answers, the reply is 503."
             ),
             request="RewardRequest",
             reply="RewardReply",
             example=_EXAMPLE_REWARD,
-            errors={**_ERRORS, "404": "Unknown policy.", "409": "The run's name belongs to another pool or checkpoint."},
+            errors={
+                **_ERRORS,
+                "404": "Unknown policy.",
+                "409": "The run's name belongs to another pool or checkpoint.",
+            },
         ),
         "/reward/batch": _post(
             tag="routing",
             summary="Rewards for many instances",
             description=(
-                "The same as `/reward` for each item, with one encode batch, one matrix product, one call per reward model and "
-                "chunk, and one store pipeline. An item that failed has its error in its place."
+                "The same as `/reward` for each item, with one encode batch, one matrix product, one call per reward "
+                "model and chunk, and one store pipeline. An item that failed has its error in its place."
             ),
             request="RewardBatchRequest",
             reply="RewardBatchReply",
             example={"items": [_EXAMPLE_REWARD]},
-            errors={**_ERRORS, "404": "Unknown policy.", "409": "The run's name belongs to another pool or checkpoint."},
+            errors={
+                **_ERRORS,
+                "404": "Unknown policy.",
+                "409": "The run's name belongs to another pool or checkpoint.",
+            },
         ),
         "/feedback": _post(
             tag="learning",
             summary="Feedback on one decision",
             description=(
-                "Names the decision by `decision_id`, or by `run`, `prompt` and `responses`, and carries exactly the field of "
-                "the run's signal. When the reply is 200 the feedback is in the run's log, exactly once; sending the same again "
-                "answers `duplicate: true` and changes nothing."
+                "Names the decision by `decision_id`, or by `run`, `prompt` and `responses`, and carries exactly the "
+                "field of the run's signal. When the reply is 200 the feedback is in the run's log, exactly once; sending "
+                "the same again answers `duplicate: true` and changes nothing."
             ),
             request="FeedbackRequest",
             reply="FeedbackReply",
@@ -139,7 +147,7 @@ def _paths() -> dict[str, Any]:
         "/feedback/batch": _post(
             tag="learning",
             summary="Feedback on many decisions",
-            description="The same as `/feedback` for each item; each is applied, or refused with its error, on its own.",
+            description="The same as `/feedback` for each item; each is applied, or refused, on its own.",
             request="FeedbackBatchRequest",
             reply="FeedbackBatchReply",
             example={"items": [{"decision_id": _EXAMPLE_ID, "preferred": 0}]},

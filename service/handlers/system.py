@@ -69,8 +69,9 @@ def system_router() -> APIRouter:
     async def posterior(
         request: Request, run: Annotated[str | None, Query(description="The run; by default the gateway's.")] = None
     ) -> PosteriorStatus:
-        """Version, digest (equal digests mean equal posteriors, bit for bit), and per RM the feedbacks and mean reward."""
+        """Version, digest (equal digests mean equal posteriors, bit for bit), and per RM the feedbacks and mean
+        reward.
+        """
         return await _status(request).posterior(run)
 
     return router
-

@@ -67,7 +67,11 @@ def readme_commands() -> list[str]:
 @pytest.mark.parametrize("command", readme_commands())
 def test_commands_of_the_readme_have_help(command: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "service.cli", command, "--help"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "service.cli", command, "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout

@@ -32,7 +32,9 @@ def test_reward_is_taken_as_it_is() -> None:
     assert means[1] == 0.25
 
 
-def losses(values: list[float], *, unit: bool, arm: int = 0, signal: SignalAccumulator | None = None) -> list[float | None]:
+def losses(
+    values: list[float], *, unit: bool, arm: int = 0, signal: SignalAccumulator | None = None
+) -> list[float | None]:
     signal = signal or SignalAccumulator(SignalStatistics.empty(2))
     return [signal.observe(arm, Feedback(Signal.LOSS, v), verdict=0, unit_rewards=unit) for v in values]
 

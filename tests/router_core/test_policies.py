@@ -84,7 +84,9 @@ def test_draw_ranks_by_draw_and_breaks_ties_evenly() -> None:
     first = np.bincount(choices.ranking[:, 0], minlength=3) / 3000
     # Standard error of a share of one third in 3,000 is 0.0086.
     np.testing.assert_allclose(first, 1 / 3, atol=0.04)
-    varied = draw(make_policy("random", POOL).beliefs(np.zeros((50, 4), np.float32), np.zeros((50, 3)), learned(0, 4)), rng)
+    varied = draw(
+        make_policy("random", POOL).beliefs(np.zeros((50, 4), np.float32), np.zeros((50, 3)), learned(0, 4)), rng
+    )
     ordered = np.take_along_axis(varied.draws, varied.ranking, axis=1)
     assert (np.diff(ordered, axis=1) <= 0).all()
     np.testing.assert_allclose(varied.propensities, 1 / 3, atol=1e-3)
@@ -102,7 +104,9 @@ def test_drawn_shares_are_the_logged_propensities() -> None:
 
 def test_single_asks_one_arm_and_no_other() -> None:
     policy = make_policy("single:b", POOL)
-    choices = draw(policy.beliefs(np.zeros((2, 4), np.float32), np.zeros((2, 3)), learned(0, 4)), np.random.default_rng(0))
+    choices = draw(
+        policy.beliefs(np.zeros((2, 4), np.float32), np.zeros((2, 3)), learned(0, 4)), np.random.default_rng(0)
+    )
     assert choices.ranking[:, 0].tolist() == [1, 1]
     assert np.isneginf(choices.draws[:, [0, 2]]).all()
     assert choices.propensities.tolist() == [[0, 1, 0], [0, 1, 0]]

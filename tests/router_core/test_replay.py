@@ -45,7 +45,12 @@ def test_the_router_learns_which_specialist_to_ask() -> None:
     pairs, x = specialists(400)
     table = tabulate(pairs, POOL)
     traces = replay(
-        table, x, ["bayesian", "random", "single:left", "majority"], priors=undecided, signal=Signal.PREFERENCE, seeds=[0, 1]
+        table,
+        x,
+        ["bayesian", "random", "single:left", "majority"],
+        priors=undecided,
+        signal=Signal.PREFERENCE,
+        seeds=[0, 1],
     )
     figures = report(traces, table)
     policies = figures["policies"]
@@ -74,7 +79,9 @@ def test_same_seed_same_trace_and_other_seed_another() -> None:
     table = tabulate(pairs, POOL)
 
     def asked(seed: int) -> list[list[int]]:
-        return replay(table, x, ["random"], priors=undecided, signal=Signal.PREFERENCE, seeds=[seed])["random"].asked.tolist()
+        return replay(table, x, ["random"], priors=undecided, signal=Signal.PREFERENCE, seeds=[seed])[
+            "random"
+        ].asked.tolist()
 
     assert asked(1) == asked(1)
     assert asked(1) != asked(2)
