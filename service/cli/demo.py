@@ -264,7 +264,7 @@ def _show(result: DemoResult, models: Sequence[str], console: Console) -> None:
     console.print()
     legend = Text("which RM is asked, per domain:  ")
     for model, colour in zip(models, COLOURS, strict=False):
-        legend.append("█ ", colour).append(f"{model}  ")
+        legend.append(f"{_letter(model)} ", f"bold {colour}").append(f"{model}  ")
     console.print(legend)
     table = Table(box=None, padding=(0, 1))
     for column in ("domain", "", "share of each RM", "right"):
@@ -273,7 +273,9 @@ def _show(result: DemoResult, models: Sequence[str], console: Console) -> None:
     for domain in before:
         for label, shares, asked in (("before", before, result.before), ("after", after, result.after)):
             mine = [item for item in asked if item.domain == domain]
-            table.add_row(domain if label == "before" else "", label, _bar(shares[domain]), f"{_accuracy(mine):.2f}")
+            table.add_row(
+                domain if label == "before" else "", label, _bar(shares[domain], models), f"{_accuracy(mine):.2f}"
+            )
     console.print(table)
     console.print()
     rows = [("router, whole stream (learning)", _accuracy(result.stream), 1)]
@@ -299,11 +301,16 @@ def _show(result: DemoResult, models: Sequence[str], console: Console) -> None:
     console.print(stages)
 
 
-def _bar(shares: Sequence[float]) -> Text:
+def _letter(model: str) -> str:
+    """The letter that stands for an RM in bars, so that they can be read without colours."""
+    return model.removeprefix("rm-")[0].upper()
+
+
+def _bar(shares: Sequence[float], models: Sequence[str]) -> Text:
     bar = Text()
     edges = np.rint(np.cumsum([0.0, *shares]) * BAR_CELLS).astype(int)
-    for colour, low, high in zip(COLOURS, edges[:-1], edges[1:], strict=False):
-        bar.append("█" * int(high - low), colour)
+    for model, colour, low, high in zip(models, COLOURS, edges[:-1], edges[1:], strict=False):
+        bar.append(_letter(model) * int(high - low), f"bold {colour}")
     return bar
 
 
@@ -348,7 +355,7 @@ def _plot(result: DemoResult, models: Sequence[str], path: Path) -> Path | None:
         base += rows[:, k]
     left.set_ylabel("share of each RM")
     left.tick_params(axis="x", labelsize=7)
-    left.legend(fontsize=7, loc="lower right")
+    left.legend(fontsize=7, ncols=len(models), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     window = max(len(result.stream) // 8, 20)
     correct = np.array([item.correct for item in result.stream])
     right.plot(np.convolve(correct, np.ones(window) / window, "valid"), label=f"router, mean of {window}")

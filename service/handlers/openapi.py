@@ -103,8 +103,8 @@ def _paths() -> dict[str, Any]:
             summary="Reward for one prompt with its responses",
             description=(
                 "Draws one reward model for the instance, asks it for a score per response, saves the decision, "
-                "and answers. If the drawn model cannot answer, the next-best draw is asked and the reply says so. There is "
-                "no invented reward: if no model answers, the reply is 503."
+                "and answers. If the drawn model cannot answer, the next-best draw is asked and the reply says so. "
+                "There is no invented reward: if no model answers, the reply is 503."
             ),
             request="RewardRequest",
             reply="RewardReply",
@@ -136,8 +136,8 @@ def _paths() -> dict[str, Any]:
             summary="Feedback on one decision",
             description=(
                 "Names the decision by `decision_id`, or by `run`, `prompt` and `responses`, and carries exactly the "
-                "field of the run's signal. When the reply is 200 the feedback is in the run's log, exactly once; sending "
-                "the same again answers `duplicate: true` and changes nothing."
+                "field of the run's signal. When the reply is 200 the feedback is in the run's log, exactly once; "
+                "sending the same again answers `duplicate: true` and changes nothing."
             ),
             request="FeedbackRequest",
             reply="FeedbackReply",

@@ -23,9 +23,9 @@ Each is an environment variable; `reward-router serve` and `up` have options for
 
 METRICS_HEAD = """# Metrics
 
-`GET /metrics`, Prometheus' text format. Names and units are stable. Label values are bounded: routes, stages, models, open
-runs (`max_runs`), stable codes. Reward stages: `encode` and `draw` (per batch of waiting instances), `worker` (asking RMs,
-fallbacks included), `store` (saving decisions), `total` (all of a request, from parsed body to reply).
+`GET /metrics`, Prometheus' text format. Names and units are stable. Label values are bounded: routes, stages, models,
+open runs (`max_runs`), stable codes. Reward stages: `encode` and `draw` (per batch of waiting instances), `worker`
+(asking RMs, fallbacks included), `store` (saving decisions), `total` (a request, from parsed body to reply).
 
 | metric | type | labels | meaning |
 |---|---|---|---|
