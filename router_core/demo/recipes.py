@@ -47,7 +47,7 @@ RECIPES = (
         prediction_weight=1.0,
     ),
     Recipe(name="rm-format", domain="format", steps=270),
-    Recipe(name="rm-code", domain="code", steps=105),
+    Recipe(name="rm-code", domain="code", steps=125),
     Recipe(name="rm-safety", domain="safety", steps=60),
 )
 """The demo pool: a specialist per domain. Longest first, so that two workers end together."""

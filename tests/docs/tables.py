@@ -46,9 +46,10 @@ def metrics_page() -> str:
     """docs/metrics.md."""
     rows = []
     for collector in Telemetry().registry._collector_to_names:
-        for family in collector.describe():
+        for family in collector.collect():
             name = family.name + ("_total" if family.type == "counter" else "")
-            labels = ", ".join(f"`{label}`" for label in getattr(collector, "_labelnames", ())) or "–"
+            names = getattr(collector, "_labelnames", None) or [getattr(collector, "_label", None)]
+            labels = ", ".join(f"`{label}`" for label in names if label) or "–"
             rows.append(f"| `{name}` | {family.type} | {labels} | {family.documentation} |\n")
     return METRICS_HEAD + "".join(sorted(rows))
 
