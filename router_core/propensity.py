@@ -16,6 +16,8 @@ _UNIFORM_NODES = 24
 _UNIFORM_REACH = 4.2
 """The uniform grid spans all that lies within this many sds of a mean and above where some arm surely is."""
 
+_UNIFORM_STEPS = np.arange(_UNIFORM_NODES, dtype=np.float64)
+
 _QUANTILE_NODES = 48
 """Nodes per arm of the union grid, for arms of very different scales; largest error found 8.6e-4 at K <= 9."""
 
@@ -75,6 +77,8 @@ def argmax_propensities(means: Array, sds: Array) -> Array:
     possible = np.isfinite(means)
     if not possible.all():
         return _masked(means, sds, possible)
+    if len(means) == 1 and n_arms > 2:
+        return _of_one(means[0].tolist(), sds[0].tolist())
     # Only differences matter. Around zero, equal point masses keep a step that floating point can tell from none.
     means = means - means.max(axis=1, keepdims=True)
     spread = np.ptp(means, axis=1) + sds.max(axis=1)
@@ -95,12 +99,34 @@ def argmax_propensities(means: Array, sds: Array) -> Array:
     return out
 
 
+def _of_one(means: list[float], sds: list[float]) -> Array:
+    """The same for one instance, (K,) -> (1, K): what precedes the grid costs less without arrays."""
+    best = max(means)
+    means = [mean - best for mean in means]
+    floor = max(_SD_FLOOR * (max(sds) - min(means)), 1e-300)
+    sds = [max(sd, floor) for sd in sds]
+    low = max([mean - _UNIFORM_REACH * sd for mean, sd in zip(means, sds, strict=True)])
+    high = max([mean + _UNIFORM_REACH * sd for mean, sd in zip(means, sds, strict=True)])
+    step = (high - low) / (_UNIFORM_NODES - 1)
+    if step > min(sds):
+        return _on_quantile_grid(np.array([means]), np.array([sds]))
+    start = [(low - mean) / sd for mean, sd in zip(means, sds, strict=True)]
+    return _trapezoids(np.array([start]), np.array([[step / sd for sd in sds]]))
+
+
 def _on_uniform_grid(means: Array, sds: Array, low: Array, step: Array) -> Array:
     """Trapezoids with constant step: low (B,), step (B,), means and sds (B, K) -> (B, K)."""
-    start = (low[:, None] - means) / sds
-    stride = step[:, None] / sds
-    cdf, density = _cdf_and_density(start[:, :, None] + stride[:, :, None] * np.arange(_UNIFORM_NODES))
-    weight: Array = np.einsum("bkn,bkn->bk", _product_of_others(cdf), density)
+    return _trapezoids((low[:, None] - means) / sds, step[:, None] / sds)
+
+
+def _trapezoids(start: Array, stride: Array) -> Array:
+    """∫ Π_{j≠k} F_j f_k in units of each arm's sd: first node and step, both (B, K) -> (B, K).
+
+    The first node is at least −`_UNIFORM_REACH`, so that no F_j is smaller than 1e-5 and division by it is safe.
+    """
+    cdf, density = _cdf_and_density(start[:, :, None] + stride[:, :, None] * _UNIFORM_STEPS)
+    density /= cdf
+    weight: Array = np.matmul(density, cdf.prod(axis=1)[:, :, None])[:, :, 0]
     weight *= stride
     weight /= weight.sum(axis=1, keepdims=True)
     return weight

@@ -95,10 +95,9 @@ class Gateway:
 
     async def _probe(self) -> None:
         deadline = asyncio.get_running_loop().time() + PROBE_SECONDS
-        for arm in self.arms:
-            if not isinstance(arm, VllmArm):
-                continue
-            for report in await probe(arm, deadline=deadline):
+        arms = [arm for arm in self.arms if isinstance(arm, VllmArm)]
+        for arm, reports in zip(arms, await asyncio.gather(*(probe(a, deadline=deadline) for a in arms)), strict=True):
+            for report in reports:
                 for text in (*report.problems, *report.warnings):
                     logger.warning(
                         "worker probe", extra={"fields": {"model": arm.name, "url": report.url, "found": text}}

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.policies.base import Array, Beliefs
-from router_core.posterior import Posterior
+from router_core.posterior import ArmPosterior, Posterior
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,16 +22,28 @@ class BayesianPolicy:
     asks_all: bool = False
 
     def beliefs(self, x: NDArray[np.float32], offsets: Array, posterior: Posterior) -> Beliefs:
-        """One GEMM per arm for the batch: (B, d) by (d, d)."""
+        """One GEMM per arm for the batch, (B, d) by (d, d); one matrix-vector product per arm for one instance."""
         precise = x.astype(np.float64)
         variances = np.empty(offsets.shape)
-        for k, arm in enumerate(posterior.arms):
-            projected = (arm.covariance32 @ x[0])[None] if len(x) == 1 else x @ arm.covariance32
-            variances[:, k] = np.einsum("bd,bd->b", projected, x)
-            if len(arm.corrections):
-                variances[:, k] -= np.square(precise @ arm.corrections.T).sum(axis=1)
-        means = offsets + precise @ posterior.means.T
+        if len(x) == 1:
+            variances[0] = [_variance(arm, x[0], precise[0]) for arm in posterior.arms]
+            means = offsets + posterior.means @ precise[0]
+        else:
+            for k, arm in enumerate(posterior.arms):
+                variances[:, k] = np.einsum("bd,bd->b", x @ arm.covariance32, x)
+                if len(arm.corrections):
+                    variances[:, k] -= np.square(precise @ arm.corrections.T).sum(axis=1)
+            means = offsets + precise @ posterior.means.T
         return Beliefs(means, posterior.prior.hyper.v * np.sqrt(np.maximum(variances, 0.0)))
+
+
+def _variance(arm: ArmPosterior, x: NDArray[np.float32], precise: Array) -> float:
+    """xᵀΣ_now x of one context: x (d,) in float32, and the same in float64."""
+    variance = float(arm.covariance32.dot(x).dot(x))
+    if len(arm.corrections):
+        along = arm.corrections.dot(precise)
+        variance -= float(along.dot(along))
+    return variance
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 import uvicorn
 from pydantic import ValidationError
+from starlette.types import ASGIApp
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from service.errors import ConfigurationError
@@ -77,16 +78,25 @@ def run_gateway(settings: Settings) -> None:
     configure_logging(settings.log_level)
     if settings.pool is None:
         raise ConfigurationError("no pool file: give --pool, or set REWARD_ROUTER_POOL")
-    app = create_app(settings, load_pool(settings.pool))
+    serve_app(create_app(settings, load_pool(settings.pool)), settings)
+
+
+def serve_app(app: ASGIApp, settings: Settings) -> None:
+    """uvicorn, as the gateway is served; returns when a signal has ended it and requests are drained."""
+    # Loaded only here: it loads uvicorn's parser, which the other commands do not need.
+    from service.handlers.corked import CorkedProtocol
+
     uvicorn.run(
         app,
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="httptools",
+        http=CorkedProtocol,
         access_log=False,
         log_config=None,
         server_header=False,
+        # Nothing here asks who the caller is behind a proxy.
+        proxy_headers=False,
         timeout_keep_alive=65,
         timeout_graceful_shutdown=int(settings.request_timeout_seconds) + 1,
     )

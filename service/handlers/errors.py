@@ -40,13 +40,20 @@ def as_service_error(error: Exception) -> ServiceError:
         if error.status_code == 404:
             return NotFoundError("no such path: see /docs for the API")
         if error.status_code == 405:
-            return MethodNotAllowedError("this path takes another method: see /docs for the API")
+            return wrong_method((error.headers or {}).get("Allow", ""))
         return BadRequestError(str(error.detail))
     if isinstance(error, RouterCoreError):
         logger.error("router_core refused", extra={"fields": {"error": f"{type(error).__name__}: {error}"}})
         return InternalError(f"the router refused its own numbers ({type(error).__name__}): see the gateway's log")
     logger.error("unexpected error", exc_info=error)
     return InternalError("unexpected error: see the gateway's log")
+
+
+def wrong_method(allow: str) -> MethodNotAllowedError:
+    """The error of a path that takes the methods `allow` only."""
+    return MethodNotAllowedError(
+        f"this path takes {allow or 'another method'}: see /docs for the API", details={"allow": allow}
+    )
 
 
 def error_reply(error: ServiceError) -> ErrorReply:
@@ -56,7 +63,10 @@ def error_reply(error: ServiceError) -> ErrorReply:
 
 def headers_of(error: ServiceError) -> dict[str, str]:
     """Extra headers of an error."""
-    return {} if error.retry_after_seconds is None else {"retry-after": str(error.retry_after_seconds)}
+    headers = {} if error.retry_after_seconds is None else {"retry-after": str(error.retry_after_seconds)}
+    if isinstance(error, MethodNotAllowedError):
+        headers["allow"] = str(error.details["allow"])
+    return headers
 
 
 async def render(_: Request, error: Exception) -> Response:

@@ -21,7 +21,7 @@ from service.errors import (
     UnauthorizedError,
     ValidationError,
 )
-from service.handlers.errors import as_service_error, error_reply, headers_of
+from service.handlers.errors import as_service_error, error_reply, headers_of, wrong_method
 from service.schemas import (
     FeedbackBatchReply,
     FeedbackBatchRequest,
@@ -60,7 +60,9 @@ class ApiKeys:
         if not self._keys:
             return
         for name, value in headers:
-            given = value.removeprefix(b"Bearer ") if name == b"authorization" else value if name == b"x-api-key" else None
+            given = (
+                value.removeprefix(b"Bearer ") if name == b"authorization" else value if name == b"x-api-key" else None
+            )
             if given is not None and any(hmac.compare_digest(given, key) for key in self._keys):
                 return
         raise UnauthorizedError("API key missing or wrong: send `Authorization: Bearer KEY` or `X-API-Key: KEY`")
@@ -114,13 +116,14 @@ class HotRoutes:
             "/feedback/batch": self._accept_batch,
         }
         self._ok = {path: telemetry.requests.labels(path, "200") for path in self._routes}
+        telemetry.in_flight.set_function(lambda: self._in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] == "http" and scope["method"] == "POST":
+        if scope["type"] == "http":
             handler = self._routes.get(scope["path"])
             if handler is not None:
-                await self._serve(scope, receive, send, handler)
+                await self._serve(scope, receive, send, handler if scope["method"] == "POST" else _refuse_method)
                 return
         await self._rest(scope, receive, send)
 
@@ -128,7 +131,6 @@ class HotRoutes:
         path, status, headers = scope["path"], 200, [_JSON_HEADER]
         self._in_flight += 1
         try:
-            self._telemetry.in_flight.set(self._in_flight)
             if self._in_flight > self._limits.max_in_flight:
                 raise OverCapacityError(
                     f"{self._limits.max_in_flight} requests are in flight (max_in_flight): try again, or add a gateway",
@@ -153,7 +155,8 @@ class HotRoutes:
         await send({"type": "http.response.body", "body": body})
 
     async def _read(self, receive: Receive) -> bytes:
-        chunks, size = [], 0
+        chunks: list[bytes] = []
+        size = 0
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -187,6 +190,10 @@ class HotRoutes:
         return FeedbackBatchReply([_item(result) for result in results])
 
 
+async def _refuse_method(_: bytes) -> Any:
+    raise wrong_method("POST")
+
+
 def _item(result: Any) -> Any:
     return error_reply(result) if isinstance(result, ServiceError) else result
 
@@ -197,6 +204,8 @@ def _parse(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     except msgspec.ValidationError as error:
         raise ValidationError(f"{error}: see /docs for the fields of this path") from error
     except msgspec.DecodeError as error:
-        raise BadRequestError(f"the body is not JSON ({error}): send a JSON object with content-type application/json") from error
+        raise BadRequestError(
+            f"the body is not JSON ({error}): send a JSON object with content-type application/json"
+        ) from error
     except UnicodeDecodeError as error:
         raise BadRequestError("the body is not UTF-8: send JSON in UTF-8") from error

@@ -135,7 +135,7 @@ class MemoryStore:
     async def log_status(self, run: str) -> LogStatus:
         """How many events were ever appended, and the id of the last."""
         state = self._run(run)
-        return LogStatus(state.appended, f"{state.last[0]}-{state.last[1]}")
+        return LogStatus(state.appended, f"{state.last[0]}-{state.last[1]}", state.appended - len(state.log))
 
     async def load_snapshot(self, run: str) -> bytes | None:
         """The newest snapshot, or None."""

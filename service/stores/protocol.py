@@ -71,10 +71,12 @@ class LogEntry:
 
 @dataclass(frozen=True, slots=True)
 class LogStatus:
-    """`appended` counts every event ever appended, trimmed ones included; `last_id` is "0-0" for an empty log."""
+    """`appended` counts every event ever appended, `trimmed` those of them that were dropped; `last_id` is "0-0" for an
+    empty log."""
 
     appended: int
     last_id: str
+    trimmed: int = 0
 
 
 class Store(Protocol):
@@ -99,7 +101,7 @@ class Store(Protocol):
         """
 
     async def log_status(self, run: str) -> LogStatus:
-        """How many events were ever appended, and the id of the last."""
+        """How many events were ever appended, the id of the last, and how many were dropped."""
 
     async def load_snapshot(self, run: str) -> bytes | None:
         """The newest snapshot, or None."""

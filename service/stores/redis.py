@@ -207,7 +207,8 @@ class RedisStore:
         fields = dict(zip(info[::2], info[1::2], strict=True))
         if b"entries-added" not in fields:
             raise ConfigurationError(f"store {self._hot.shown} is too old; use Valkey, or Redis 7.0 or newer")
-        return LogStatus(int(fields[b"entries-added"]), fields[b"last-generated-id"].decode())
+        appended = int(fields[b"entries-added"])
+        return LogStatus(appended, fields[b"last-generated-id"].decode(), appended - int(fields[b"length"]))
 
     async def load_snapshot(self, run: str) -> bytes | None:
         """The newest snapshot, or None."""

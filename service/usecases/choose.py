@@ -1,12 +1,14 @@
-"""Encode and draw, off the event loop, together for all requests that wait.
+"""Encode and draw together for all requests that wait: in a thread, or at once where that is the shorter way.
 
-While one batch is in the thread the next one gathers, so that a lone request never waits and a burst becomes one encode
-batch and one matrix product. The thread is the only user of the runs' generators.
+All requests that one turn of the event loop brings become one batch; while a batch is in the thread the next one
+gathers. So a lone request never waits and a burst becomes one encode batch and one matrix product. One batch is under
+way at a time: it is the only user of the runs' generators.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -22,7 +24,14 @@ from service.telemetry import Telemetry
 from service.usecases.runs import Run
 
 MAX_CHOICE_BATCH = 512
-"""Instances per pass through the thread; above this, memory grows and nothing gets faster."""
+"""Instances per pass; above this, memory grows and nothing gets faster."""
+
+INLINE_SECONDS = 0.001
+"""A pass expected to be shorter runs on the event loop. Handing work to a thread and back costs about 0.1 ms of CPU,
+and under load the thread waits up to `sys.getswitchinterval()`, 5 ms, whenever it has let go of the interpreter lock."""
+
+TEXT_CHARS_PER_UNIT = 1024
+"""Characters that count as much as one instance when passes are compared by size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +63,50 @@ class _Waiting:
     future: asyncio.Future[Chosen]
 
 
+class PassTimes:
+    """What a pass of a given size is expected to take, learned from those that were.
+
+    Sizes are told apart by powers of two. What was never seen is expected to take for ever, so that it goes to the
+    thread first: an encoder that calls a server or a large model never holds up the event loop.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+
+    def expected(self, units: int) -> float:
+        """Seconds of a pass of that size."""
+        return self._seconds.get(units.bit_length(), math.inf)
+
+    def observe(self, units: int, seconds: float, *, alone: bool) -> None:
+        """Learn from one pass.
+
+        Args:
+            units: its size.
+            seconds: wall time.
+            alone: it ran on the event loop. A time from the thread holds waits for the interpreter lock, so that only a
+                short one says much.
+        """
+        size = units.bit_length()
+        known = self._seconds.get(size, seconds)
+        self._seconds[size] = known + (seconds - known) * (0.2 if alone or seconds < known else 0.02)
+
+
 class Chooser:
     """The batcher. One per process.
 
     Args:
         executor: one thread.
         telemetry: stage times.
+        inline_seconds: passes expected to be shorter run on the event loop; 0 for none.
     """
 
-    def __init__(self, executor: Executor, telemetry: Telemetry) -> None:
+    def __init__(self, executor: Executor, telemetry: Telemetry, *, inline_seconds: float = INLINE_SECONDS) -> None:
         self._executor = executor
         self._telemetry = telemetry
+        self._inline_seconds = inline_seconds
+        self._times = PassTimes()
         self._waiting: list[_Waiting] = []
+        self._scheduled = False
         self._running = False
 
     async def choose(self, run: Run, policy: Policy, instances: Sequence[Instance]) -> Chosen:
@@ -74,13 +115,34 @@ class Chooser:
         Raises:
             RouterCoreError: the encoder or the draw failed.
         """
-        future: asyncio.Future[Chosen] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Chosen] = loop.create_future()
         self._waiting.append(_Waiting(run, policy, instances, future))
-        if not self._running:
-            self._start()
+        if not self._running and not self._scheduled:
+            # Not at once: whoever else is ready in this turn of the loop joins the batch.
+            self._scheduled = True
+            loop.call_soon(self._start, loop)
         return await future
 
-    def _start(self) -> None:
+    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._scheduled = False
+        batch, size = self._take()
+        units = size + sum(_characters(waiting.instances) for waiting in batch) // TEXT_CHARS_PER_UNIT
+        self._running = True
+        self._telemetry.choice_batch.observe(size)
+        began = time.perf_counter()
+        if self._times.expected(units) < self._inline_seconds:
+            try:
+                chosen: list[Chosen] | BaseException = _choose_all(batch)
+            except Exception as error:  # noqa: BLE001 - every waiting request is told; nothing is swallowed
+                chosen = error
+            self._finish(loop, batch, units, began, chosen, alone=True)
+            return
+        passed = loop.run_in_executor(self._executor, _choose_all, batch)
+        passed.add_done_callback(lambda done: self._finish(loop, batch, units, began, _outcome(done), alone=False))
+
+    def _take(self) -> tuple[list[_Waiting], int]:
+        """As many of the waiting as one pass may hold, at least one, and how many instances they are."""
         size, taken = 0, 0
         for waiting in self._waiting:
             if taken and size + len(waiting.instances) > MAX_CHOICE_BATCH:
@@ -88,27 +150,44 @@ class Chooser:
             size += len(waiting.instances)
             taken += 1
         batch, self._waiting = self._waiting[:taken], self._waiting[taken:]
-        self._running = True
-        self._telemetry.choice_batch.observe(size)
-        passed = asyncio.get_running_loop().run_in_executor(self._executor, _choose_all, batch)
-        passed.add_done_callback(lambda done: self._finish(batch, done))
+        return batch, size
 
-    def _finish(self, batch: list[_Waiting], done: asyncio.Future[list[Chosen]]) -> None:
+    def _finish(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        batch: list[_Waiting],
+        units: int,
+        began: float,
+        outcome: list[Chosen] | BaseException,
+        *,
+        alone: bool,
+    ) -> None:
         self._running = False
+        self._times.observe(units, time.perf_counter() - began, alone=alone)
         if self._waiting:
-            self._start()
-        error = asyncio.CancelledError() if done.cancelled() else done.exception()
-        if error is not None:
+            self._scheduled = True
+            loop.call_soon(self._start, loop)
+        if isinstance(outcome, BaseException):
             for waiting in batch:
                 if not waiting.future.done():
-                    waiting.future.set_exception(error)
+                    waiting.future.set_exception(outcome)
             return
-        for waiting, chosen in zip(batch, done.result(), strict=True):
+        for waiting, chosen in zip(batch, outcome, strict=True):
             if not waiting.future.done():
                 waiting.future.set_result(chosen)
-        stage, first = self._telemetry.stage, done.result()[0]
+        stage, first = self._telemetry.stage, outcome[0]
         stage["encode"].observe(first.encode_seconds)
         stage["draw"].observe(first.draw_seconds)
+
+
+def _outcome(done: asyncio.Future[list[Chosen]]) -> list[Chosen] | BaseException:
+    if done.cancelled():
+        return asyncio.CancelledError()
+    return done.exception() or done.result()
+
+
+def _characters(instances: Sequence[Instance]) -> int:
+    return sum(len(instance.prompt) + sum(map(len, instance.responses)) for instance in instances)
 
 
 def _choose_all(batch: list[_Waiting]) -> list[Chosen]:

@@ -1,7 +1,7 @@
 """Learn: accept feedback exactly once, and fold the run's log into its posterior (design: the way of `POST /feedback`).
 
-`FeedbackService` only appends to the log. `Learner`, one per run and gateway, tails the log and replaces the run's posterior;
-so every replica learns from every replica's feedback, in the same order, to the same bits.
+`FeedbackService` only appends to the log. `Learner`, one per run and gateway, tails the log and replaces the run's
+posterior; so every replica learns from every replica's feedback, in the same order, to the same bits.
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ BLOCK_MS = 1000
 
 RETRY_SECONDS = 0.5
 """Pause after the store did not answer."""
+
+MAX_RELOADS = 3
+"""How often in a row a learner starts again from the snapshot before it calls the log damaged."""
+
+
+class LogGapError(RouterCoreError):
+    """The posterior holds other events than the log: some were trimmed before they were read, or lost by the store."""
 
 
 class FeedbackService:
@@ -80,7 +87,15 @@ class FeedbackService:
         results: list[FeedbackReply | ServiceError | None] = [None] * len(requests)
         by_run: dict[str, list[tuple[int, FeedbackRecord]]] = {}
         for index, request in enumerate(requests):
-            found = await self._runs.get(request.run or run)
+            try:
+                found = await self._runs.get(request.run or run)
+            except StoreUnavailableError:
+                raise
+            except ServiceError as error:
+                if request.run is None:
+                    raise
+                results[index] = error
+                continue
             try:
                 record = _record(request, found)
             except ServiceError as error:
@@ -123,8 +138,8 @@ def _record(request: FeedbackRequest, run: Run) -> FeedbackRecord:
     except FeedbackError as error:
         raise ValidationError(str(error), details={"field": field}) from error
     preferred = int(feedback.value) if wanted is Signal.PREFERENCE else None
-    by_content = request.prompt is not None and request.responses is not None
-    if (request.decision_id is None) == (not by_content):
+    parts_of_content = (request.prompt is not None) + (request.responses is not None)
+    if parts_of_content != (2 if request.decision_id is None else 0):
         raise ValidationError(
             "name the decision by decision_id, or by prompt and responses; send one of the two",
             details={"field": "decision_id"},
@@ -156,17 +171,20 @@ def _answer(request: FeedbackRequest, record: FeedbackRecord, outcome: FeedbackR
             )
         case FeedbackStatus.EXPIRED:
             return GoneError(
-                f"decision {name} is older than the feedback window: send feedback sooner, or raise decision_ttl_seconds",
+                f"decision {name} is older than the feedback window: send feedback sooner, or raise "
+                "decision_ttl_seconds",
                 details=details,
             )
         case FeedbackStatus.OUT_OF_RANGE:
             return ValidationError(
-                f"preferred is {request.preferred}: decision {name} has fewer responses; send an index, 0 for the first",
+                f"preferred is {request.preferred}: decision {name} has fewer responses; send an index, 0 for the "
+                "first",
                 details={**details, "field": "preferred"},
             )
         case FeedbackStatus.UNKNOWN:
             return NotFoundError(
-                f"decision {name} is unknown in this run: send the decision_id of a reply with `recorded: true`, and its run",
+                f"decision {name} is unknown in this run: send the decision_id of a reply with `recorded: true`, and "
+                "its run",
                 details=details,
             )
 
@@ -191,11 +209,16 @@ class Learner:
         self._telemetry = telemetry
         self._keep_events = keep_events
         self._marks: deque[tuple[int, str]] = deque()
+        self._checked = 0
+        """Events that are known to be folded without a gap."""
+        self._reloads = 0
 
     async def run_forever(self) -> None:
         """Load the snapshot, replay the log, mark the run ready, then follow the log until cancelled.
 
-        The store may come and go. A log that cannot be folded stops the learner and makes the gateway not ready.
+        The store may come and go. A posterior that has missed events (this replica was behind when another one trimmed
+        the log) is made again from the newest snapshot. A log that cannot be folded stops the learner and makes the
+        gateway not ready.
         """
         loaded = False
         while True:
@@ -206,26 +229,59 @@ class Learner:
                 await self._follow()
             except StoreUnavailableError as error:
                 self._telemetry.store_errors.labels("read_log").inc()
-                logger.warning("store away, learner waits", extra={"fields": {"run": self._run.name, "error": str(error)}})
+                fields = {"run": self._run.name, "error": str(error)}
+                logger.warning("store away, learner waits", extra={"fields": fields})
                 await asyncio.sleep(RETRY_SECONDS)
+            except LogGapError as error:
+                self._reloads += 1
+                if self._reloads > MAX_RELOADS:
+                    self._stop(error)
+                    return
+                logger.warning("learner starts again", extra={"fields": {"run": self._run.name, "error": str(error)}})
+                loaded = False
             except Exception as error:  # noqa: BLE001 - the one place that may: it counts, logs and fails readiness
-                self._telemetry.learner_errors.labels(self._run.name).inc()
-                self._run.failure = f"{type(error).__name__}: {error}"
-                logger.exception("learner stopped", extra={"fields": {"run": self._run.name}})
+                self._stop(error)
                 return
 
+    def _stop(self, error: Exception) -> None:
+        self._telemetry.learner_errors.labels(self._run.name).inc()
+        self._run.failure = f"{type(error).__name__}: {error}"
+        logger.error("learner stopped", exc_info=error, extra={"fields": {"run": self._run.name}})
+
     async def _load(self) -> None:
-        run, template = self._run, self._run.template
-        run.posterior = start(template.prior, template.fold_settings)
-        run.last_event_id = "0-0"
-        data = await self._store.load_snapshot(run.name)
-        if data is not None:
-            loop = asyncio.get_running_loop()
-            snapshot = await loop.run_in_executor(
-                self._executor, parse, data, template.fingerprint(), template.prior, template.fold_settings
+        run = self._run
+        snapshot = await self._load_snapshot()
+        status = await self._store.log_status(run.name)
+        while status.trimmed > snapshot.posterior.count:
+            # Another replica may have saved a newer one and trimmed behind it, between our two calls.
+            newer = await self._load_snapshot()
+            if newer.posterior.count == snapshot.posterior.count:
+                raise RouterCoreError(
+                    f"the log of run {run.name!r} has lost its first {status.trimmed} of {status.appended} events and "
+                    f"the newest snapshot holds {snapshot.posterior.count}: a snapshot is missing; restore the store "
+                    "from a backup, or use a new run name"
+                )
+            snapshot = newer
+        if status.appended < snapshot.posterior.count:
+            raise RouterCoreError(
+                f"the snapshot of run {run.name!r} holds {snapshot.posterior.count} events and its log has seen "
+                f"{status.appended}: the store has lost events; restore it from a backup, or use a new run name"
             )
-            run.posterior, run.last_event_id = snapshot.posterior, snapshot.last_event_id
+        run.posterior, run.last_event_id = snapshot.posterior, snapshot.last_event_id
+        self._checked = snapshot.posterior.count
+        self._marks.clear()
+        if snapshot.posterior.count:
             self._marks.append((snapshot.posterior.count, snapshot.last_event_id))
+
+    async def _load_snapshot(self) -> Snapshot:
+        """The newest snapshot, or the prior where there is none."""
+        run, template = self._run, self._run.template
+        data = await self._store.load_snapshot(run.name)
+        if data is None:
+            return Snapshot(start(template.prior, template.fold_settings), "0-0")
+        return await asyncio.get_running_loop().run_in_executor(
+            self._executor, parse, data, template.fingerprint(), template.prior, template.fold_settings
+        )
 
     async def _follow(self) -> None:
         run = self._run
@@ -236,20 +292,50 @@ class Learner:
             )
             for piece in self._cut_at_refresh(entries):
                 await self._fold(piece)
-            if not caught_up and not entries:
-                await self._check_complete()
-                run.ready.set()
-                logger.info("run ready", extra={"fields": {"run": run.name, "events": run.posterior.count}})
-            await self._publish(more=len(entries) == READ_COUNT)
+            if not entries:
+                await self._check_tail()
+                if not caught_up:
+                    run.ready.set()
+                    logger.info("run ready", extra={"fields": {"run": run.name, "events": run.posterior.count}})
+            self._publish()
 
-    async def _check_complete(self) -> None:
-        """Refuse to serve a posterior that misses events, as when a log was trimmed and its snapshot deleted."""
-        status = await self._store.log_status(self._run.name)
-        if status.last_id == self._run.last_event_id and status.appended != self._run.posterior.count:
-            raise RouterCoreError(
-                f"the log of run {self._run.name!r} has seen {status.appended} events and {self._run.posterior.count} can be "
-                "replayed: its snapshot is missing; restore the store from a backup, or use a new run name"
+    async def _check_tail(self) -> None:
+        """Compare the posterior with the end of the log.
+
+        Raises:
+            LogGapError: at the log's last event the counts differ, or the log ends before the posterior does.
+        """
+        run = self._run
+        status = await self._store.log_status(run.name)
+        if _order(status.last_id) < _order(run.last_event_id):
+            raise LogGapError(
+                f"the log of run {run.name!r} ends at event {status.last_id} and {run.last_event_id} was folded: the "
+                "store has lost events"
             )
+        if status.last_id != run.last_event_id:
+            return
+        if status.appended != run.posterior.count:
+            raise LogGapError(
+                f"the log of run {run.name!r} has seen {status.appended} events and {run.posterior.count} of them were "
+                "folded"
+            )
+        self._reloads = 0
+
+    async def _check_gap(self) -> None:
+        """Make sure that nothing was trimmed before it was read, since the last time this was called.
+
+        Exact in one direction: it may raise without a gap, when what was trimmed had been read just before.
+
+        Raises:
+            LogGapError: the log was trimmed beyond what was folded at the last check.
+        """
+        status = await self._store.log_status(self._run.name)
+        if status.trimmed > self._checked or status.appended < self._run.posterior.count:
+            raise LogGapError(
+                f"the log of run {self._run.name!r} has dropped {status.trimmed} of {status.appended} events, of which "
+                f"{self._checked} are known to be folded"
+            )
+        self._checked = self._run.posterior.count
 
     def _cut_at_refresh(self, entries: list[LogEntry]) -> list[list[LogEntry]]:
         """Pieces that end at refresh positions, so that a snapshot can be taken there."""
@@ -267,6 +353,7 @@ class Learner:
         run.posterior = await loop.run_in_executor(self._executor, _fold_entries, run.posterior, entries)
         run.last_event_id = entries[-1].event_id
         if run.posterior.at_refresh:
+            await self._check_gap()
             await self._snapshot()
 
     async def _snapshot(self) -> None:
@@ -283,7 +370,7 @@ class Learner:
         if trim_before is not None:
             await self._store.trim_log(run.name, trim_before)
 
-    async def _publish(self, *, more: bool) -> None:
+    def _publish(self) -> None:
         run = self._run
         statistics = run.posterior.statistics
         self._telemetry.version.labels(run.name).set(run.posterior.count)
@@ -291,10 +378,12 @@ class Learner:
         for name, mean in zip(run.template.pool, statistics.mean_reward().tolist(), strict=True):
             if mean == mean:
                 self._telemetry.mean_reward.labels(run.name, name).set(mean)
-        lag = 0
-        if more:
-            lag = max((await self._store.log_status(run.name)).appended - run.posterior.count, 0)
-        self._telemetry.log_lag.labels(run.name).set(lag)
+
+
+def _order(event_id: str) -> tuple[int, int]:
+    """Ids of the log as numbers, in the order of the log."""
+    milliseconds, _, sequence = event_id.partition("-")
+    return int(milliseconds), int(sequence or 0)
 
 
 def _fold_entries(posterior: Posterior, entries: Sequence[LogEntry]) -> Posterior:

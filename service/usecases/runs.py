@@ -16,7 +16,14 @@ from router_core.policies import Policy, make_policy
 from router_core.posterior import FoldSettings, Posterior, start
 from router_core.prior import Prior
 from router_core.records import Signal
-from service.errors import ConfigurationError, ConflictError, NotFoundError, NotReadyError, OverCapacityError, ValidationError
+from service.errors import (
+    ConfigurationError,
+    NotFoundError,
+    NotReadyError,
+    OverCapacityError,
+    RunConflictError,
+    ValidationError,
+)
 from service.stores.protocol import Store
 from service.workers.protocol import Arm
 
@@ -159,18 +166,20 @@ class RunRegistry:
 
         Raises:
             ValidationError: the name is malformed.
-            ConflictError: the name was used with another pool, prior or checkpoint.
+            RunConflictError: the name was used with another pool, prior or checkpoint.
             OverCapacityError: `max_runs` are open.
-            NotReadyError: its log is still being replayed.
+            NotReadyError: its log is still being replayed, or cannot be.
             StoreUnavailableError: the store does not answer.
         """
-        name = name or self.default
-        run = self._runs.get(name)
-        if run is None:
-            run = await self._open_once(name)
+        run = await self.open(name)
         if not run.ready.is_set():
             await self._wait_until_ready(run)
         return run
+
+    async def open(self, name: str | None) -> Run:
+        """As `get`, without waiting for its posterior."""
+        name = name or self.default
+        return self._runs.get(name) or await self._open_once(name)
 
     async def _open_once(self, name: str) -> Run:
         if not _NAME.match(name):
@@ -188,9 +197,9 @@ class RunRegistry:
         fingerprint = self.template.fingerprint()
         standing = (await self._store.open_run(name, fingerprint.encode())).decode()
         if standing != fingerprint:
-            raise ConflictError(
-                f"run {name!r} was started with another pool, prior, checkpoint or fold setting: use a new run name, or start "
-                "the gateway with what the run was started with",
+            raise RunConflictError(
+                f"run {name!r} was started with another pool, prior, checkpoint or fold setting: use a new run name, "
+                "or start the gateway with what the run was started with",
                 details={"run": name, "changed": _differences(standing, fingerprint)},
             )
         run = Run(name, self.template)
@@ -199,6 +208,8 @@ class RunRegistry:
         return run
 
     async def _wait_until_ready(self, run: Run) -> None:
+        if run.failure is not None:
+            raise NotReadyError(f"the learner of run {run.name!r} stopped: {run.failure}", details={"run": run.name})
         try:
             await asyncio.wait_for(run.ready.wait(), self._timeout_seconds)
         except TimeoutError as error:

@@ -61,6 +61,24 @@ class _Job:
     refusals: list[WorkerError] = field(default_factory=list)
 
 
+class _Entropy:
+    """The operating system's random bytes, fetched many at a time: a call for ten costs about as much as one for more."""
+
+    _FETCHED = 4096
+
+    def __init__(self) -> None:
+        self._bytes = b""
+        self._position = 0
+
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes; none is given twice."""
+        if self._position + count > len(self._bytes):
+            self._bytes, self._position = os.urandom(max(count, self._FETCHED)), 0
+        taken = self._bytes[self._position : self._position + count]
+        self._position += count
+        return taken
+
+
 class Scorer:
     """The use case behind `/reward` and `/reward/batch`.
 
@@ -80,6 +98,7 @@ class Scorer:
         self._store = store
         self._telemetry = telemetry
         self._limits = limits
+        self._entropy = _Entropy()
 
     async def score(self, request: RewardRequest) -> RewardReply:
         """One instance.
@@ -106,7 +125,8 @@ class Scorer:
             A reply or the error per instance, in order.
 
         Raises:
-            ServiceError: what concerns the whole call: a bad bound, an unknown run or policy, the store away.
+            ServiceError: what concerns the whole call: too many instances, a run or policy that is wrong for all of
+                them, the store away.
         """
         started = time.perf_counter()
         if len(requests) > self._limits.max_batch:
@@ -115,19 +135,39 @@ class Scorer:
                 details={"field": "items", "limit": self._limits.max_batch},
             )
         deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_seconds
-        jobs = await self._choose(requests, run, policy)
+        refused: dict[int, ServiceError] = {}
+        jobs = await self._choose(requests, run, policy, refused)
         await self._ask(jobs, deadline)
-        return await self._record_and_reply(jobs, started)
+        replies = await self._record_and_reply(jobs, started)
+        if not refused:
+            return replies
+        rest = iter(replies)
+        return [refused[index] if index in refused else next(rest) for index in range(len(requests))]
 
-    async def _choose(self, requests: Sequence[RewardRequest], run: str | None, policy: str | None) -> list[_Job]:
+    async def _choose(
+        self, requests: Sequence[RewardRequest], run: str | None, policy: str | None, refused: dict[int, ServiceError]
+    ) -> list[_Job]:
+        """The jobs, in order, of all instances but those that are put into `refused`."""
         groups: dict[tuple[str | None, str | None], list[int]] = {}
         for index, request in enumerate(requests):
-            self._check(request, index if len(requests) > 1 else None)
-            groups.setdefault((request.run or run, request.policy or policy), []).append(index)
+            try:
+                self._check(request, index if len(requests) > 1 else None)
+            except ValidationError as error:
+                refused[index] = error
+            else:
+                groups.setdefault((request.run or run, request.policy or policy), []).append(index)
         jobs: list[_Job | None] = [None] * len(requests)
         for (run_name, policy_name), indices in groups.items():
-            found = await self._runs.get(run_name)
-            chosen_policy = found.template.policy(policy_name) if policy_name else found.template.default_policy
+            try:
+                found = await self._runs.get(run_name)
+                chosen_policy = found.template.policy(policy_name) if policy_name else found.template.default_policy
+            except StoreUnavailableError:
+                raise
+            except ServiceError as error:
+                if len(indices) == len(requests):
+                    raise
+                refused.update(dict.fromkeys(indices, error))
+                continue
             instances = [Instance(requests[i].prompt, tuple(requests[i].responses)) for i in indices]
             chosen = await self._chooser.choose(found, chosen_policy, instances)
             rankings, draws = chosen.choices.ranking.tolist(), chosen.choices.draws.tolist()
@@ -135,7 +175,7 @@ class Scorer:
                 order = [arm for arm in rankings[row] if draws[row][arm] != -float("inf")]
                 jobs[index] = _Job(found, chosen_policy, instances[row], chosen, row, order)
                 if not chosen_policy.asks_all:
-                    self._telemetry.draws.labels(found.name, found.template.pool[order[0]]).inc()
+                    self._telemetry.drawn(found.name, found.template.pool[order[0]]).inc()
         return [job for job in jobs if job is not None]
 
     def _check(self, request: RewardRequest, index: int | None) -> None:
@@ -146,7 +186,10 @@ class Scorer:
                 f"{where}responses holds {len(request.responses)} texts: send at most {limits.max_responses}",
                 details={"field": f"{where}responses", "limit": limits.max_responses},
             )
-        for name, text in (("prompt", request.prompt), *((f"responses[{i}]", r) for i, r in enumerate(request.responses))):
+        for name, text in (
+            ("prompt", request.prompt),
+            *((f"responses[{i}]", r) for i, r in enumerate(request.responses)),
+        ):
             if len(text) > limits.max_text_chars:
                 raise ValidationError(
                     f"{where}{name} is {len(text)} characters long: send at most {limits.max_text_chars}",
@@ -210,7 +253,7 @@ class Scorer:
         except WorkerError as error:
             self._failed(arm, jobs, error)
         else:
-            self._telemetry.calls.labels(worker.name, "ok").inc(len(jobs))
+            self._telemetry.called(worker.name, "ok").inc(len(jobs))
             position = 0
             for job in jobs:
                 n = len(job.instance.responses)
@@ -254,7 +297,7 @@ class Scorer:
 
     async def _record_and_reply(self, jobs: Sequence[_Job], started: float) -> list[RewardReply | ServiceError]:
         now_ms = int(time.time() * 1000)
-        entropy = os.urandom(RANDOM_BYTES * len(jobs))
+        entropy = self._entropy.take(RANDOM_BYTES * len(jobs))
         by_run: dict[str, list[DecisionRecord]] = {}
         decisions: list[tuple[str, StoredDecision] | None] = []
         for index, job in enumerate(jobs):
@@ -304,7 +347,9 @@ def _nothing_left(job: _Job) -> ServiceError:
     if job.refusals and len(job.refusals) == len(job.fallbacks):
         rejections = [error for error in job.refusals if isinstance(error, WorkerRejectedError)]
         if len(rejections) == len(job.refusals):
-            return WorkerRejectedError(f"every reward model refused this input: {rejections[-1].message}", details=details)
+            return WorkerRejectedError(
+                f"every reward model refused this input: {rejections[-1].message}", details=details
+            )
     tried = ", ".join(f"{f.model} ({f.reason})" for f in job.fallbacks)
     return NoWorkerError(
         f"no reward model could be asked; tried {tried or 'none'}. Check `GET /models` and the workers",

@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 
 from pydantic import BaseModel, Field
 
-from service.errors import NotFoundError, NotReadyError, StoreUnavailableError, RunConflictError
+from service.errors import NotFoundError, NotReadyError, RunConflictError, StoreUnavailableError
 from service.stores.protocol import Store
 from service.telemetry import Telemetry
 from service.usecases.runs import RunRegistry
@@ -105,7 +105,8 @@ class StatusService:
         """The default run's name and version.
 
         Raises:
-            NotReadyError: its log is being replayed, its name belongs to another pool or checkpoint, a learner failed, or no
+            NotReadyError: its log is being replayed, its name belongs to another pool or checkpoint, a learner failed,
+                or no
                 RM can be asked.
             StoreUnavailableError: the store does not answer.
         """

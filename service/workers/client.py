@@ -131,7 +131,11 @@ class VllmArm:
     @property
     def available(self) -> bool:
         """Whether some replica's breaker allows a request and is below its limit in flight."""
-        return any(replica.breaker.allows and not replica.full for replica in self.replicas)
+        # A loop, since this is asked several times a request and a generator costs more than the question.
+        for replica in self.replicas:  # noqa: SIM110
+            if replica.breaker.allows and not replica.full:
+                return True
+        return False
 
     def snapshots(self) -> tuple[ReplicaSnapshot, ...]:
         """The replicas' states, in the order of `config.urls`."""

@@ -310,10 +310,10 @@ async def test_status_counts_what_was_appended_and_survives_trimming(store: Stor
     assert await store.log_status(run) == LogStatus(250, ids[-1])
     assert await store.trim_log(run, ids[103]) == 103
     assert [entry.event_id for entry in await whole_log(store, run)] == ids[103:]
-    assert await store.log_status(run) == LogStatus(250, ids[-1])
+    assert await store.log_status(run) == LogStatus(250, ids[-1], 103)
     assert await store.trim_log(run, ids[103]) == 0
     assert await store.trim_log(run, "99999999999999-0") == 147
-    assert await store.log_status(run) == LogStatus(250, ids[-1])
+    assert await store.log_status(run) == LogStatus(250, ids[-1], 250)
 
 
 async def test_a_trimmed_feedback_is_still_a_duplicate(store: Store, run: str) -> None:
@@ -436,7 +436,7 @@ async def test_status_survives_trimming_and_a_restart(
                 break
             except StoreUnavailableError:
                 await asyncio.sleep(0.05)
-    assert status == LogStatus(10, results[-1].event_id or "")
+    assert status == LogStatus(10, results[-1].event_id or "", 10)
 
 
 async def test_a_script_flush_is_survived_by_single_calls_and_batches(

