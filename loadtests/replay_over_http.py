@@ -2,8 +2,8 @@
 
     python -m loadtests.replay_over_http [DATA] [--pool NAMES] [--seeds N] [--json OUT]
 
-One grouped half of the data trains the checkpoint, the other half is the stream. Both replays use the same checkpoint, the
-same orders and the same policies; they differ in HTTP, the store, the learner's small delay, and the draws.
+One grouped half of the data trains the checkpoint, the other half is the stream. Both replays use the same checkpoint,
+the same orders and the same policies; they differ in HTTP, the store, the learner's small delay, and the draws.
 """
 
 from __future__ import annotations

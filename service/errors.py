@@ -5,6 +5,7 @@
     ├── ConflictError 409 · RunConflictError 409
     ├── PayloadTooLargeError 413 · ValidationError 422 · OverCapacityError 429
     ├── StoreUnavailableError 503 · NotReadyError 503 · NoWorkerError 503
+    ├── DeadlineExceededError 503
     ├── ConfigurationError (start-up only: printed by the CLI, never sent)
     └── service.workers.protocol.WorkerError and its children
 
@@ -113,6 +114,13 @@ class NotReadyError(ServiceError):
 
     status = 503
     code = "not_ready"
+
+
+class DeadlineExceededError(ServiceError):
+    """The request's time was over before a reward was there."""
+
+    status = 503
+    code = "deadline_exceeded"
 
 
 class NoWorkerError(ServiceError):

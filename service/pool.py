@@ -89,6 +89,8 @@ def load_pool(path: Path) -> PoolFile:
 def dump_pool(pool: PoolFile, path: Path) -> None:
     """Write a pool file that `load_pool` reads back."""
     content = pool.model_dump(mode="json", exclude_defaults=True)
+    # It may hold workers' API keys.
+    path.touch(mode=0o600)
     path.write_text(yaml.safe_dump(content, sort_keys=False), "utf-8")
 
 

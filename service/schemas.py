@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-Index = Annotated[int, Meta(ge=0, description="Index of a response, 0 for the first.")]
+Index = Annotated[int, Meta(ge=0, le=1_000_000, description="Index of a response, 0 for the first.")]
 
 
 class RewardRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):

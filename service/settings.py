@@ -8,15 +8,20 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from router_core.records import Signal
+from service.stores.ids import RUN_PATTERN
 
 EMBEDDED = "embedded"
 """`store_url` that starts and owns a Valkey server in `data_dir`."""
+
+
+ApiKey = Annotated[str, Field(pattern=r"^[!-~]+$")]
+"""Visible ASCII, at least one character: an empty key would let everybody in."""
 
 
 class OnStoreUnavailable(StrEnum):
@@ -33,15 +38,17 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on. Beyond loopback an API key is needed.")
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on.")
-    api_keys: tuple[str, ...] = Field(
+    api_keys: tuple[ApiKey, ...] = Field(
         (), description="Accepted keys, sent as `Authorization: Bearer KEY` or `X-API-Key: KEY`."
     )
     allow_unauthenticated: bool = Field(False, description="Listen beyond loopback without a key.")
 
-    run: str = Field(
-        "default", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Name of the run that requests without `run` mean."
+    run: str = Field("default", pattern=RUN_PATTERN, description="Name of the run that requests without `run` mean.")
+    max_runs: int = Field(
+        64,
+        ge=1,
+        description="Runs one gateway holds. The idle ones are closed to make room for a new name.",
     )
-    max_runs: int = Field(64, ge=1, description="Runs one gateway holds at most; a further name is refused.")
     pool: Path | None = Field(None, description="Pool file (YAML): the reward models and where they are served.")
     checkpoint: Path | None = Field(
         None, description="Directory of a trained checkpoint; without one, nothing is known at the start."
@@ -86,9 +93,13 @@ class Settings(BaseSettings):
         description="Events kept in the log behind the newest snapshot, for audit and off-policy evaluation.",
     )
 
-    request_timeout_seconds: float = Field(12.0, gt=0, description="Deadline of a request, fallbacks included.")
+    request_timeout_seconds: float = Field(
+        12.0,
+        gt=0,
+        description="Deadline of encoding and asking RMs, fallbacks included; saving the decision may add the store's.",
+    )
     worker_timeout_seconds: float = Field(
-        5.0, gt=0, description="Deadline of asking one RM, its replicas and retries included."
+        5.0, gt=0, description="Deadline of asking one RM about up to 64 instances, replicas and retries included."
     )
     worker_max_in_flight: int = Field(256, ge=1, description="Requests in flight per worker replica.")
     health_interval_seconds: float = Field(

@@ -121,6 +121,21 @@ class Telemetry:
         self.snapshots = Counter("snapshots_total", "Snapshots written.", ["run"], **common)
         self.worker_up = Gauge("worker_up", "1 while the replica's circuit is closed.", ["model", "url"], **common)
 
+    def forget_run(self, run: str) -> None:
+        """Drop a closed run's label values, so that their number stays bounded."""
+        for metric in (
+            self.draws,
+            self.feedback,
+            self.learner_errors,
+            self.log_lag,
+            self.version,
+            self.drift,
+            self.mean_reward,
+            self.snapshots,
+        ):
+            metric.remove_by_labels({"run": run})
+        self.drawn.cache_clear()
+
     def render(self) -> bytes:
         """The metrics in Prometheus' text format."""
         return generate_latest(self.registry)

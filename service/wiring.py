@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,7 +34,7 @@ from router_core.prior import (
 from service.errors import ConfigurationError, StoreUnavailableError
 from service.handlers.hot import ApiKeys, HotLimits, HotRoutes
 from service.pool import ModelEntry, PoolFile
-from service.settings import EMBEDDED, Settings
+from service.settings import EMBEDDED, OnStoreUnavailable, Settings
 from service.stores.embedded import EmbeddedStore
 from service.stores.protocol import Store
 from service.stores.redis import RedisStore
@@ -86,7 +86,7 @@ class Gateway:
         """Open it as soon as the store answers; readiness is false until then."""
         while True:
             try:
-                await self.runs.get(None)
+                await self.runs.open(None)
             except StoreUnavailableError as error:
                 logger.warning("store away, default run waits", extra={"fields": {"error": error.message}})
                 await asyncio.sleep(0.5)
@@ -103,18 +103,19 @@ class Gateway:
                         "worker probe", extra={"fields": {"model": arm.name, "url": report.url, "found": text}}
                     )
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self.tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             logger.error("background task failed", exc_info=task.exception())
 
-    def follow(self, run: Run) -> None:
-        """Start the learner of an opened run."""
+    def follow(self, run: Run) -> Callable[[], None]:
+        """Start the learner of an opened run; what is returned ends it and forgets the run's metrics."""
         learner = Learner(
             run,
             self.store,
@@ -122,7 +123,13 @@ class Gateway:
             self.telemetry,
             keep_events=self.settings.log_keep_events,
         )
-        self._spawn(learner.run_forever())
+        task = self._spawn(learner.run_forever())
+
+        def close() -> None:
+            task.cancel()
+            self.telemetry.forget_run(run.name)
+
+        return close
 
     async def stop(self) -> None:
         """Stop in the order in which things depend on each other."""
@@ -179,9 +186,7 @@ def build_gateway(
     encoder = encoder or load_pair_encoder(settings, checkpoint)
     prior = build_prior(settings, checkpoint, len(names), encoder.dim)
     built = tuple(arms) if arms is not None else tuple(_build_arm(model, settings) for model in pool.models)
-    origin = (
-        checkpoint.digest if checkpoint is not None and prior.form is not PriorForm.NONE else f"encoder:{encoder.spec}"
-    )
+    origin = checkpoint.digest if checkpoint is not None else f"untrained:{encoder.spec}:{encoder.dim}"
     template = RunTemplate(
         arms=built,
         encoder=encoder,
@@ -190,6 +195,7 @@ def build_gateway(
         signal=settings.signal,
         policy=settings.policy,
         origin=origin,
+        blas_threads=settings.blas_threads,
         seed=settings.seed,
     )
     embedded = None
@@ -213,7 +219,14 @@ def build_gateway(
         runs=runs,
         scorer=Scorer(runs, Chooser(chooser_thread, telemetry), store, telemetry, _score_limits(settings)),
         feedback=FeedbackService(runs, store, telemetry, max_batch=settings.max_batch),
-        status=StatusService(runs, store, telemetry, models=lambda: describe_arms(built), executor=learner_thread),
+        status=StatusService(
+            runs,
+            store,
+            telemetry,
+            models=lambda: describe_arms(built),
+            executor=learner_thread,
+            answers_without_store=settings.on_store_unavailable is OnStoreUnavailable.ANSWER,
+        ),
         monitor=_build_monitor(vllm_arms, settings),
         arms=built,
         chooser_thread=chooser_thread,

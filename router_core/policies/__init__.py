@@ -1,4 +1,4 @@
-"""Every system of the paper's tables, one small file each, selected by name.
+"""The systems of the paper's tables, one small file each, selected by name.
 
 | name | file | RM calls |
 |---|---|---|

@@ -35,10 +35,10 @@ def vote_shares(verdicts: Sequence[int], n_responses: int) -> list[float]:
     >>> vote_shares([0, 1, 1, TIE], 2)
     [0.375, 0.625]
     """
-    votes = [0.0] * n_responses
+    # In whole n-ths of a vote, so that equal shares are equal in every bit.
+    ties = sum(verdict == TIE for verdict in verdicts)
+    parts = [ties] * n_responses
     for verdict in verdicts:
-        if verdict == TIE:
-            votes = [v + 1 / n_responses for v in votes]
-        else:
-            votes[verdict] += 1.0
-    return [v / len(verdicts) for v in votes]
+        if verdict != TIE:
+            parts[verdict] += n_responses
+    return [part / (n_responses * len(verdicts)) for part in parts]

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from service.children import dies_with_parent
 from service.errors import ConfigurationError
 
 STOP_SECONDS = 15.0
@@ -65,13 +66,12 @@ class ProcessGroup:
         log = self._log_dir / f"{name}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "service.cli", *arguments],
+                dies_with_parent([sys.executable, "-m", "service.cli", *arguments]),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,
-                preexec_fn=_die_with_parent() if sys.platform == "linux" else None,
             )
         child = Child(name, process, log)
         self.children.append(child)
@@ -140,11 +140,3 @@ def free_port(wanted: int, host: str = "127.0.0.1") -> int:
                 continue
             return int(probe.getsockname()[1])
     raise ConfigurationError(f"no free port on {host}")
-
-
-def _die_with_parent() -> Callable[[], None]:
-    """A hook for the child: the kernel ends it when we are killed (prctl PR_SET_PDEATHSIG)."""
-    import ctypes
-
-    libc = ctypes.CDLL(None)
-    return lambda: libc.prctl(1, signal.SIGTERM)

@@ -165,7 +165,7 @@ class HotRoutes:
             size += len(chunk)
             if size > self._limits.max_body_bytes:
                 raise PayloadTooLargeError(
-                    f"the body is larger than {self._limits.max_body_bytes} bytes (max_body_bytes): send smaller batches"
+                    f"the body is larger than {self._limits.max_body_bytes} bytes (max_body_bytes): send smaller ones"
                 )
             if not message.get("more_body", False) and not chunks:
                 return bytes(chunk)

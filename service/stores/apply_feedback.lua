@@ -49,4 +49,6 @@ end
 -- nothing behind. The server checks memory and disk before the first write of a script only.
 local event_id = redis.call("XADD", KEYS[1], "*", "d", id, "p", string.sub(decision, space + 1), "s", value)
 redis.call("SET", marker_key, event_id .. " " .. value, "PX", marker_ms)
+-- The log holds the decision now, and its marker answers for it: most decisions need not wait for their time to end.
+redis.call("DEL", prefix .. "d:" .. id)
 return {"applied", id, event_id}

@@ -39,6 +39,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from service.children import dies_with_parent
 from service.errors import ConfigurationError
 
 Fsync = Literal["everysec", "always"]
@@ -60,17 +61,6 @@ MAX_SOCKET_PATH = 100
 """Longest path of a Unix socket, in bytes; the kernel's limits are 104 (macOS) and 108 (Linux)."""
 
 _LOG_LINES = 15
-
-# Runs in the child before the server: the kernel's parent-death signal survives exec. A `preexec_fn` could do the same
-# but may deadlock when the parent has threads. The thread that starts the child must live as long as the process.
-_LAUNCHER = """
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))
-    if os.getppid() != int(sys.argv[1]):
-        sys.exit("the owner died while its store was starting")
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 _log = logging.getLogger(__name__)
 
@@ -287,7 +277,7 @@ class EmbeddedStore:
         lock = self._lock
         assert lock is not None
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(binary), "-"],
+            dies_with_parent([str(binary), "-"]),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

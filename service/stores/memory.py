@@ -67,6 +67,10 @@ class MemoryStore:
             state.fingerprint = fingerprint
         return state.fingerprint
 
+    async def has_run(self, run: str) -> bool:
+        """Whether `open_run` was ever called for the run, by any gateway."""
+        return self._run(run).fingerprint is not None
+
     async def save_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> None:
         """Save all of them, each for the feedback window."""
         state, now = self._run(run), self._now_ms()
@@ -104,6 +108,7 @@ class MemoryStore:
             return FeedbackResult(FeedbackStatus.OUT_OF_RANGE, decision_id)
         event_id = self._append(state, decision_id, decision.payload, item.value, now)
         state.markers[decision_id] = (event_id, item.value, now + 2 * self._window_ms)
+        del state.decisions[decision_id]
         return FeedbackResult(FeedbackStatus.APPLIED, decision_id, event_id)
 
     def _append(self, state: _Run, decision_id: str, payload: bytes, value: bytes, now: int) -> str:

@@ -88,6 +88,9 @@ class Store(Protocol):
     async def open_run(self, run: str, fingerprint: bytes) -> bytes:
         """Set the run's fingerprint if it has none; return the one that stands."""
 
+    async def has_run(self, run: str) -> bool:
+        """Whether `open_run` was ever called for the run, by any gateway."""
+
     async def save_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> None:
         """Save all of them, each for the feedback window; returns when the server has acknowledged them."""
 

@@ -99,6 +99,10 @@ class RedisStore:
         ]
         return bytes(standing)
 
+    async def has_run(self, run: str) -> bool:
+        """Whether `open_run` was ever called for the run, by any gateway."""
+        return bool(await self._hot.execute("EXISTS", _prefix(run) + "meta"))
+
     async def save_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> None:
         """Save all of them, each for the feedback window, in one write; returns when the server has acknowledged them.
 

@@ -28,7 +28,7 @@ MAX_CHOICE_BATCH = 512
 
 INLINE_SECONDS = 0.001
 """A pass expected to be shorter runs on the event loop. Handing work to a thread and back costs about 0.1 ms of CPU,
-and under load the thread waits up to `sys.getswitchinterval()`, 5 ms, whenever it has let go of the interpreter lock."""
+and under load the thread waits up to `sys.getswitchinterval()`, 5 ms, when it has let go of the interpreter lock."""
 
 TEXT_CHARS_PER_UNIT = 1024
 """Characters that count as much as one instance when passes are compared by size."""

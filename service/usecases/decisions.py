@@ -33,6 +33,7 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
         version: events the posterior had learned from.
         fallback: whether the drawn arm gave no reward.
         time_ms: Unix time.
+        gone: arms that could not be asked; `propensity` is among the others.
     """
 
     n: int
@@ -49,6 +50,7 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
     version: int
     time_ms: int
     fallback: bool = False
+    gone: list[int] = []
 
 
 _ENCODER = msgspec.msgpack.Encoder()

@@ -86,15 +86,16 @@ class FeedbackService:
             )
         results: list[FeedbackReply | ServiceError | None] = [None] * len(requests)
         by_run: dict[str, list[tuple[int, FeedbackRecord]]] = {}
+        runs: dict[str | None, Run | ServiceError] = {}
         for index, request in enumerate(requests):
-            try:
-                found = await self._runs.get(request.run or run)
-            except StoreUnavailableError:
-                raise
-            except ServiceError as error:
+            name = request.run or run
+            if name not in runs:
+                runs[name] = await self._find(name)
+            found = runs[name]
+            if isinstance(found, ServiceError):
                 if request.run is None:
-                    raise
-                results[index] = error
+                    raise found
+                results[index] = found
                 continue
             try:
                 record = _record(request, found)
@@ -103,16 +104,25 @@ class FeedbackService:
                 results[index] = error
             else:
                 by_run.setdefault(found.name, []).append((index, record))
-        for name, records in by_run.items():
+        for run_name, records in by_run.items():
             try:
-                outcomes = await self._store.apply_feedback(name, [record for _, record in records])
+                outcomes = await self._store.apply_feedback(run_name, [record for _, record in records])
             except StoreUnavailableError:
                 self._telemetry.store_errors.labels("apply_feedback").inc()
                 raise
             for (index, record), outcome in zip(records, outcomes, strict=True):
-                self._telemetry.feedback.labels(name, outcome.status).inc()
+                self._telemetry.feedback.labels(run_name, outcome.status).inc()
                 results[index] = _answer(requests[index], record, outcome)
         return [result for result in results if result is not None]
+
+    async def _find(self, name: str | None) -> Run | ServiceError:
+        """The run, or why there is none. Appending to a log does not wait for the posterior."""
+        try:
+            return await self._runs.find(name)
+        except StoreUnavailableError:
+            raise
+        except ServiceError as error:
+            return error
 
 
 def _record(request: FeedbackRequest, run: Run) -> FeedbackRecord:
@@ -200,9 +210,7 @@ class Learner:
         keep_events: events left in the log behind the newest snapshot.
     """
 
-    def __init__(
-        self, run: Run, store: Store, executor: Executor, telemetry: Telemetry, *, keep_events: int
-    ) -> None:
+    def __init__(self, run: Run, store: Store, executor: Executor, telemetry: Telemetry, *, keep_events: int) -> None:
         self._run = run
         self._store = store
         self._executor = executor
@@ -292,7 +300,7 @@ class Learner:
             )
             for piece in self._cut_at_refresh(entries):
                 await self._fold(piece)
-            if not entries:
+            if not entries or (not caught_up and len(entries) < READ_COUNT):
                 await self._check_tail()
                 if not caught_up:
                     run.ready.set()
@@ -336,6 +344,7 @@ class Learner:
                 f"{self._checked} are known to be folded"
             )
         self._checked = self._run.posterior.count
+        self._reloads = 0
 
     def _cut_at_refresh(self, entries: list[LogEntry]) -> list[list[LogEntry]]:
         """Pieces that end at refresh positions, so that a snapshot can be taken there."""

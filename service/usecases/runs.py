@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -22,12 +22,13 @@ from service.errors import (
     NotReadyError,
     OverCapacityError,
     RunConflictError,
-    ValidationError,
 )
+from service.stores.ids import check_run
 from service.stores.protocol import Store
 from service.workers.protocol import Arm
 
-_NAME = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
+IDLE_SECONDS = 60.0
+"""A run that no request has named for so long may be closed to make room; its next request opens it again."""
 
 
 class RunTemplate:
@@ -40,12 +41,12 @@ class RunTemplate:
         fold_settings: where the log is cut.
         signal: kind of feedback.
         policy: name of the policy of requests that name none.
-        origin: what else tells one prior from another: the checkpoint's digest, or the encoder's name.
+        origin: what gives contexts and offsets: the checkpoint's digest, or the untrained encoder's name.
+        blas_threads: of the linear algebra library; sums are grouped by them.
         seed: of the draws; None for the operating system's entropy.
 
     Raises:
-        ConfigurationError: pool, prior and encoder do not fit each other.
-        UnknownPolicyError: no such policy.
+        ConfigurationError: pool, prior and encoder do not fit each other, or there is no such policy.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class RunTemplate:
         signal: Signal,
         policy: str,
         origin: str,
+        blas_threads: int = 1,
         seed: int | None = None,
     ) -> None:
         if len(arms) != prior.n_arms:
@@ -75,9 +77,13 @@ class RunTemplate:
         self.fold_settings = fold_settings
         self.signal = signal
         self.seed = seed
-        self.origin = origin
+        self._origin = origin
+        self._blas_threads = blas_threads
         self._policies: dict[str, Policy] = {}
-        self.default_policy = self.policy(policy)
+        try:
+            self.default_policy = self.policy(policy)
+        except NotFoundError as error:
+            raise ConfigurationError(error.message) from error
 
     def policy(self, name: str) -> Policy:
         """The policy of that name.
@@ -93,17 +99,18 @@ class RunTemplate:
         return self._policies[name]
 
     def fingerprint(self) -> str:
-        """Names everything that the posterior of a run depends on besides its log."""
+        """Names everything that the posterior of a run depends on besides its log (v only scales the draws)."""
         prior, settings = self.prior, self.fold_settings
         identity = {
             "pool": self.pool,
             "signal": self.signal,
             "prior": prior.form,
             "d": prior.dim,
-            "hyper": [prior.hyper.lambda0, prior.hyper.sigma2, prior.hyper.v, prior.hyper.gamma],
-            "origin": self.origin,
+            "hyper": [prior.hyper.lambda0, prior.hyper.sigma2, prior.hyper.gamma],
+            "origin": self._origin,
             "means": hashlib.sha256(np.ascontiguousarray(prior.means).tobytes()).hexdigest(),
             "fold": [settings.block_size, settings.refresh_events, settings.drift_tolerance],
+            "blas_threads": self._blas_threads,
         }
         return json.dumps(identity, sort_keys=True)
 
@@ -121,6 +128,7 @@ class Run:
         self.last_event_id = "0-0"
         self.ready = asyncio.Event()
         self.failure: str | None = None
+        self.last_used = time.monotonic()
         entropy = None if template.seed is None else [template.seed, *name.encode()]
         self.rng = np.random.default_rng(entropy)
 
@@ -132,8 +140,8 @@ class RunRegistry:
         template: what the runs share.
         store: where their fingerprints stand.
         default: name of the run that requests without one mean.
-        max_runs: how many this gateway holds.
-        on_open: starts whatever must run beside an opened run (its learner).
+        max_runs: how many this gateway holds; idle ones are closed to make room.
+        on_open: starts whatever must run beside an opened run (its learner); what it returns ends that.
         timeout_seconds: how long a request waits for a run that is being opened.
     """
 
@@ -144,7 +152,7 @@ class RunRegistry:
         *,
         default: str,
         max_runs: int,
-        on_open: Callable[[Run], None],
+        on_open: Callable[[Run], Callable[[], None]],
         timeout_seconds: float = 10.0,
     ) -> None:
         self.template = template
@@ -154,6 +162,7 @@ class RunRegistry:
         self._on_open = on_open
         self._timeout_seconds = timeout_seconds
         self._runs: dict[str, Run] = {}
+        self._closers: dict[str, Callable[[], None]] = {}
         self._opening: dict[str, asyncio.Task[Run]] = {}
 
     @property
@@ -179,15 +188,30 @@ class RunRegistry:
     async def open(self, name: str | None) -> Run:
         """As `get`, without waiting for its posterior."""
         name = name or self.default
-        return self._runs.get(name) or await self._open_once(name)
+        run = self._runs.get(name) or await self._open_once(name)
+        run.last_used = time.monotonic()
+        return run
+
+    async def find(self, name: str | None) -> Run:
+        """As `open`, for a run that some gateway has opened before: feedback never makes one.
+
+        Raises:
+            NotFoundError: none has.
+        """
+        name = name or self.default
+        if name not in self._runs and not await self._store.has_run(check_run(name)):
+            raise NotFoundError(
+                f"run {name!r} is unknown: send the run of the decision, as `/reward` answered it",
+                details={"run": name},
+            )
+        return await self.open(name)
 
     async def _open_once(self, name: str) -> Run:
-        if not _NAME.match(name):
-            raise ValidationError(f"run is {name!r}: use 1 to 64 letters, digits, '.', '_' and '-'")
+        check_run(name)
         if name not in self._opening:
-            if len(self._runs) + len(self._opening) >= self._max_runs:
+            if len(self._runs) + len(self._opening) >= self._max_runs and not self._close_idle():
                 raise OverCapacityError(
-                    f"{self._max_runs} runs are open (max_runs): name one of them, or start another gateway"
+                    f"{self._max_runs} runs are open and in use (max_runs): name one of them, or start another gateway"
                 )
             self._opening[name] = asyncio.create_task(self._open(name))
             self._opening[name].add_done_callback(lambda _: self._opening.pop(name, None))
@@ -204,8 +228,18 @@ class RunRegistry:
             )
         run = Run(name, self.template)
         self._runs[name] = run
-        self._on_open(run)
+        self._closers[name] = self._on_open(run)
         return run
+
+    def _close_idle(self) -> bool:
+        """Close the run that has been idle for longest, if one is; what it learned is in the store."""
+        idle = [run for name, run in self._runs.items() if name != self.default]
+        oldest = min(idle, key=lambda run: run.last_used, default=None)
+        if oldest is None or time.monotonic() - oldest.last_used < IDLE_SECONDS:
+            return False
+        del self._runs[oldest.name]
+        self._closers.pop(oldest.name)()
+        return True
 
     async def _wait_until_ready(self, run: Run) -> None:
         if run.failure is not None:

@@ -1,7 +1,7 @@
 """Score: choose an RM for each instance, ask it, save the decision, answer (design: the way of `POST /reward`).
 
-One path for one instance and for many. An RM that fails hands its instances to their next-best draws; what every RM refused
-is an error of its own instance, never an invented reward.
+One path for one instance and for many. An RM that fails hands its instances to their next-best draws; what every RM
+refused is an error of its own instance, never an invented reward.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from router_core.policies import Policy, propensity_without, vote_shares
 from router_core.records import TIE, Instance, verdict_of
-from service.errors import NoWorkerError, ServiceError, StoreUnavailableError, ValidationError
+from service.errors import DeadlineExceededError, NoWorkerError, ServiceError, StoreUnavailableError, ValidationError
 from service.schemas import Fallback, RewardReply, RewardRequest, Timings
 from service.settings import OnStoreUnavailable
 from service.stores.ids import RANDOM_BYTES, new_decision_id
@@ -27,6 +27,9 @@ from service.workers.protocol import WorkerError, WorkerRejectedError
 
 ALL_ARMS = -1
 """`StoredDecision.arm` where every RM was asked."""
+
+PATIENT_INSTANCES = 64
+"""An RM may take `worker_timeout_seconds` for every so many instances that it is asked about at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,9 @@ class _Job:
     row: int
     order: list[int]
     gone: list[int] = field(default_factory=list)
+    """Arms that were drawn before the last one, and were unavailable or failed."""
+    away: list[int] = field(default_factory=list)
+    """Arms that would have come after the last one, and were unavailable when it was asked."""
     fallbacks: list[Fallback] = field(default_factory=list)
     arm: int = ALL_ARMS
     rewards: list[float] | None = None
@@ -62,7 +68,7 @@ class _Job:
 
 
 class _Entropy:
-    """The operating system's random bytes, fetched many at a time: a call for ten costs about as much as one for more."""
+    """The operating system's random bytes, fetched many at a time: a call for ten costs as much as one for more."""
 
     _FETCHED = 4096
 
@@ -136,7 +142,11 @@ class Scorer:
             )
         deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_seconds
         refused: dict[int, ServiceError] = {}
-        jobs = await self._choose(requests, run, policy, refused)
+        try:
+            async with asyncio.timeout_at(deadline):
+                jobs = await self._choose(requests, run, policy, refused)
+        except TimeoutError as error:
+            raise _too_late() from error
         await self._ask(jobs, deadline)
         replies = await self._record_and_reply(jobs, started)
         if not refused:
@@ -201,12 +211,15 @@ class Scorer:
         everyone = [job for job in jobs if job.policy.asks_all]
         single = [job for job in jobs if not job.policy.asks_all]
         if everyone:
-            await asyncio.gather(*(self._ask_all(job, deadline) for job in everyone))
+            await self._ask_all(everyone, deadline)
         while single:
             by_arm: dict[int, list[_Job]] = {}
+            late = asyncio.get_running_loop().time() >= deadline
             for job in single:
-                arm = self._next_arm(job)
-                if arm is None:
+                arm = None if late else self._next_arm(job)
+                if late:
+                    job.error = _too_late(job)
+                elif arm is None:
                     job.error = _nothing_left(job)
                 else:
                     by_arm.setdefault(arm, []).append(job)
@@ -223,6 +236,7 @@ class Scorer:
         while job.order:
             arm = job.order.pop(0)
             if arms[arm].available:
+                job.away = [other for other in job.order if not arms[other].available]
                 return arm
             self._give_up(job, arm, "worker_unavailable")
         return None
@@ -239,7 +253,8 @@ class Scorer:
         worker = jobs[0].run.template.arms[arm]
         items = [(job.instance.prompt, response) for job in jobs for response in job.instance.responses]
         started = time.perf_counter()
-        limit = min(deadline, loop.time() + self._limits.worker_timeout_seconds)
+        patience = self._limits.worker_timeout_seconds * -(-len(jobs) // PATIENT_INSTANCES)
+        limit = min(deadline, loop.time() + patience)
         try:
             rewards = await worker.score(items, deadline=limit)
         except WorkerRejectedError as error:
@@ -269,31 +284,31 @@ class Scorer:
             self._telemetry.calls.labels(job.run.template.pool[arm], error.code).inc()
             self._give_up(job, arm, error.code)
 
-    async def _ask_all(self, job: _Job, deadline: float) -> None:
-        """Ask every RM; the rewards are the shares of their votes. An RM that fails does not vote."""
+    async def _ask_all(self, jobs: Sequence[_Job], deadline: float) -> None:
+        """Ask every RM, one call per RM; the rewards are the shares of their votes. An RM that fails does not vote."""
         started = time.perf_counter()
-        asked: list[_Job] = []
-        for arm in range(len(job.run.template.arms)):
-            asked.append(_Job(job.run, job.policy, job.instance, job.chosen, job.row, [arm]))
-        await asyncio.gather(
-            *(self._ask_arm(vote.order[0], [vote], deadline) for vote in asked if self._is_available(vote))
-        )
-        verdicts = [verdict_of(vote.rewards) for vote in asked if vote.rewards is not None]
-        for vote in asked:
-            job.fallbacks.extend(vote.fallbacks)
-            job.refusals.extend(vote.refusals)
-        if verdicts:
-            job.rewards = vote_shares(verdicts, len(job.instance.responses))
-        else:
-            job.error = _nothing_left(job)
-        job.worker_seconds = time.perf_counter() - started
-
-    def _is_available(self, job: _Job) -> bool:
-        arm = job.order[0]
-        if not job.run.template.arms[arm].available:
-            self._give_up(job, arm, "worker_unavailable")
-            return False
-        return True
+        by_arm: list[list[_Job]] = []
+        calls = []
+        for arm, worker in enumerate(jobs[0].run.template.arms):
+            votes = [_Job(job.run, job.policy, job.instance, job.chosen, job.row, []) for job in jobs]
+            by_arm.append(votes)
+            if worker.available:
+                calls.append(self._ask_arm(arm, votes, deadline))
+            else:
+                for vote in votes:
+                    self._give_up(vote, arm, "worker_unavailable")
+        await asyncio.gather(*calls)
+        seconds = time.perf_counter() - started
+        for job, ballot in zip(jobs, zip(*by_arm, strict=True), strict=True):
+            for vote in ballot:
+                job.fallbacks.extend(vote.fallbacks)
+                job.refusals.extend(vote.refusals)
+            verdicts = [verdict_of(vote.rewards) for vote in ballot if vote.rewards is not None]
+            if verdicts:
+                job.rewards = vote_shares(verdicts, len(job.instance.responses))
+            else:
+                job.error = _nothing_left(job)
+            job.worker_seconds = seconds
 
     async def _record_and_reply(self, jobs: Sequence[_Job], started: float) -> list[RewardReply | ServiceError]:
         now_ms = int(time.time() * 1000)
@@ -314,7 +329,7 @@ class Scorer:
             by_run.setdefault(job.run.name, []).append(DecisionRecord(decision_id, encode_decision(stored), key))
             decisions.append((decision_id, stored))
         store_started = time.perf_counter()
-        recorded = await self._save(by_run)
+        unsaved = await self._save(by_run)
         store_seconds = time.perf_counter() - store_started
         if by_run:
             self._telemetry.stage["store"].observe(store_seconds)
@@ -324,21 +339,45 @@ class Scorer:
                 replies.append(job.error or NoWorkerError("no reward model answered"))
                 continue
             self._telemetry.stage["worker"].observe(job.worker_seconds)
+            recorded = job.run.name not in unsaved
             replies.append(_reply(job, *made, recorded=recorded, store_seconds=store_seconds, started=started))
         self._telemetry.stage["total"].observe(time.perf_counter() - started)
         return replies
 
-    async def _save(self, by_run: dict[str, list[DecisionRecord]]) -> bool:
+    async def _save(self, by_run: dict[str, list[DecisionRecord]]) -> frozenset[str]:
+        """Save the decisions; the runs whose decisions could not be saved, where rewards are answered all the same.
+
+        Raises:
+            StoreUnavailableError: the store is away, and rewards are refused then.
+        """
+        if len(by_run) == 1:
+            [(run, records)] = by_run.items()
+            failed = [run] if await self._save_run(run, records) is not None else []
+        else:
+            errors = await asyncio.gather(*(self._save_run(run, records) for run, records in by_run.items()))
+            failed = [run for run, error in zip(by_run, errors, strict=True) if error is not None]
+        return frozenset(failed)
+
+    async def _save_run(self, run: str, records: list[DecisionRecord]) -> StoreUnavailableError | None:
         try:
-            for run, records in by_run.items():
-                await self._store.save_decisions(run, records)
-        except StoreUnavailableError:
+            await self._store.save_decisions(run, records)
+        except StoreUnavailableError as error:
             self._telemetry.store_errors.labels("save_decisions").inc()
             if self._limits.on_store_unavailable is OnStoreUnavailable.REFUSE:
                 raise
-            self._telemetry.unrecorded.inc(sum(len(records) for records in by_run.values()))
-            return False
-        return True
+            self._telemetry.unrecorded.inc(len(records))
+            return error
+        return None
+
+
+def _too_late(job: _Job | None = None) -> DeadlineExceededError:
+    """The error of an instance whose time was over before an RM had answered."""
+    tried = [{"model": f.model, "reason": f.reason} for f in job.fallbacks] if job is not None else []
+    return DeadlineExceededError(
+        "no reward within the request's deadline (request_timeout_seconds): try again, or send smaller batches",
+        details={"tried": tried},
+        retry_after_seconds=1,
+    )
 
 
 def _nothing_left(job: _Job) -> ServiceError:
@@ -366,9 +405,9 @@ def _decision(job: _Job, now_ms: int) -> StoredDecision:
     else:
         offset = float(job.chosen.offsets[row, job.arm])
         propensity = float(choices.propensities[row, job.arm])
-        away = [arm for arm in job.order if not job.run.template.arms[arm].available]
-        if job.gone or away:
-            propensity = propensity_without(choices.means[row], choices.sds[row], [*job.gone, *away], job.arm)
+        if job.gone or job.away:
+            gone = [*job.gone, *job.away]
+            propensity = propensity_without(choices.means[row], choices.sds[row], gone, job.arm)
     return StoredDecision(
         n=len(job.instance.responses),
         arm=job.arm,
@@ -384,6 +423,7 @@ def _decision(job: _Job, now_ms: int) -> StoredDecision:
         version=job.chosen.posterior.count,
         time_ms=now_ms,
         fallback=bool(job.fallbacks),
+        gone=[*job.gone, *job.away],
     )
 
 

@@ -67,6 +67,7 @@ class StatusService:
         telemetry: rendered.
         models: describes the pool's workers.
         executor: where digests are computed.
+        answers_without_store: whether `/reward` answers while the store is away.
     """
 
     def __init__(
@@ -77,12 +78,14 @@ class StatusService:
         *,
         models: Callable[[], list[ArmStatus]],
         executor: Executor,
+        answers_without_store: bool,
     ) -> None:
         self._runs = runs
         self._store = store
         self._telemetry = telemetry
         self.models = models
         self._executor = executor
+        self._answers_without_store = answers_without_store
 
     async def render_metrics(self) -> bytes:
         """Prometheus' text format, with the workers' states and the logs' lag as they are now.
@@ -105,19 +108,22 @@ class StatusService:
         """The default run's name and version.
 
         Raises:
-            NotReadyError: its log is being replayed, its name belongs to another pool or checkpoint, a learner failed,
-                or no
-                RM can be asked.
-            StoreUnavailableError: the store does not answer.
+            NotReadyError: its log is being replayed, its name belongs to another pool or checkpoint, its learner
+                stopped, or no RM can be asked.
+            StoreUnavailableError: the store does not answer, and rewards are refused then.
         """
-        await self._store.ping()
-        for run in self._runs.runs.values():
-            if run.failure is not None:
-                raise NotReadyError(f"the learner of run {run.name!r} stopped: {run.failure}")
         try:
             run = await self._runs.open(None)
+            await self._store.ping()
         except RunConflictError as error:
             raise NotReadyError(error.message, details=error.details) from error
+        except StoreUnavailableError:
+            loaded = self._runs.runs.get(self._runs.default)
+            if not self._answers_without_store or loaded is None:
+                raise
+            run = loaded
+        if run.failure is not None:
+            raise NotReadyError(f"the learner of run {run.name!r} stopped: {run.failure}")
         if not run.ready.is_set():
             raise NotReadyError(
                 f"run {run.name!r} is replaying its log: {run.posterior.count} events so far", details={"run": run.name}

@@ -356,10 +356,17 @@ async def test_runs_do_not_meet(store: Store, run: str) -> None:
     assert await store.log_status(run + "x") == LogStatus(0, "0-0")
 
 
-@pytest.mark.parametrize("bad", ["", "a}b", "{a", "a b", "a\nb", "a\x00", "x" * 201])
+@pytest.mark.parametrize("bad", ["", "a}b", "{a", "a b", "a\nb", "a\x00", "x" * 65])
 async def test_a_run_name_that_could_leave_its_keys_is_refused(store: Store, bad: str) -> None:
-    with pytest.raises(ValidationError, match="run = "):
+    with pytest.raises(ValidationError, match="run is "):
         await store.open_run(bad, b"")
+
+
+async def test_a_run_is_known_once_it_was_opened(store: Store, run: str) -> None:
+    assert not await store.has_run(run)
+    await store.open_run(run, b"f")
+    assert await store.has_run(run)
+    assert not await store.has_run(run + "x")
 
 
 # What only a store with a server can show.

@@ -121,6 +121,9 @@ def test_propensity_of_a_fallback_is_among_those_left() -> None:
 def test_votes_are_shared_on_a_tie() -> None:
     assert vote_shares([0, 0, 1, TIE], 2) == [0.625, 0.375]
     assert vote_shares([2], 3) == [0.0, 0.0, 1.0]
+    # Equal shares are equal in every bit, whatever the order of the votes.
+    shares = vote_shares([TIE, TIE, 0, TIE, 1], 3)
+    assert shares[0] == shares[1]
 
 
 @pytest.mark.parametrize("name", ["", "thompson", "single:", "single:z"])

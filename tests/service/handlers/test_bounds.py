@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pydantic import ValidationError as SettingsError
 
+from service.settings import Settings
 from tests.support.gateway import Gateway, open_gateway, pair, until
 
 if TYPE_CHECKING:
@@ -224,3 +226,16 @@ async def test_an_unexpected_error_is_500_without_its_text(gateway: Gateway) -> 
     for arm in gateway.arms:
         arm.score_of = lambda *_: 1.0
     await gateway.client.ok("/reward", pair())
+
+
+async def test_an_index_that_no_float_can_hold_is_422(gateway: Gateway) -> None:
+    for huge in (10**9, 10**400):
+        body = {"items": [{"decision_id": "d", "preferred": huge}]}
+        response = await gateway.client.post("/feedback/batch", body)
+        assert (response.status, response.error["code"]) == (422, "validation")
+
+
+@pytest.mark.parametrize("key", ["", " ", "a b", "schlüssel"])
+def test_a_key_that_would_let_everybody_in_is_refused(key: str) -> None:
+    with pytest.raises(SettingsError, match="api_keys"):
+        Settings(api_keys=(key,))

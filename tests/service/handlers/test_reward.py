@@ -400,3 +400,51 @@ async def test_texts_of_any_script_and_the_odd_control_character_pass(valkey_ser
         reply = await gateway.client.ok("/reward", {"prompt": "\u0000", "responses": texts})
         assert reply["rewards"] == [float(len(text)) for text in texts]
         assert arm.calls[0] == [("\u0000", text) for text in texts]
+
+
+async def test_a_majority_batch_is_one_call_per_rm(gateway: Gateway) -> None:
+    items = [pair(i) for i in range(40)]
+    results = (await gateway.client.ok("/reward/batch", {"items": items, "policy": "majority"}))["results"]
+    assert [result["model"] for result in results] == ["majority"] * 40
+    assert [len(arm.calls) for arm in gateway.arms] == [1, 1, 1]
+
+
+async def test_arms_that_leave_while_another_scores_do_not_change_its_propensity(gateway: Gateway) -> None:
+    drawn = gateway.arms[1]
+    drawn.gate = asyncio.Event()
+
+    async def reply() -> dict[str, Any]:
+        for _ in range(50):
+            found: dict[str, Any] = await gateway.client.ok("/reward", {**pair(), "policy": "random"})
+            if found["model"] == drawn.name:
+                return found
+        raise AssertionError("never drawn")
+
+    waiting = asyncio.create_task(reply())
+    await until(lambda: drawn.calls, "the drawn RM is asked")
+    for arm in gateway.others(drawn.name):
+        arm.available = False
+    drawn.gate.set()
+    found = await waiting
+    assert found["fallback"] is False
+    assert found["propensity"] == pytest.approx(1 / 3, abs=1e-3)
+    assert gateway.decision(found["decision_id"]).gone == []
+
+
+async def test_the_arms_out_of_the_race_stand_in_the_decision(gateway: Gateway) -> None:
+    gateway.arms[0].available = False
+    reply = await gateway.client.ok("/reward", {**pair(), "policy": "random"})
+    assert gateway.decision(reply["decision_id"]).gone == [0]
+    assert reply["propensity"] == pytest.approx(0.5, abs=1e-3)
+
+
+async def test_a_request_ends_at_its_deadline_whatever_holds_it_up(valkey_server: ValkeyProcess) -> None:
+    limits = {"request_timeout_seconds": 0.4, "worker_timeout_seconds": 0.3}
+    async with open_gateway(valkey_server.url, **limits) as gateway:
+        for arm in gateway.arms:
+            arm.gate = asyncio.Event()
+        response = await gateway.client.post("/reward", pair())
+        assert (response.status, response.error["code"]) == (503, "deadline_exceeded")
+        assert "retry-after" in response.headers
+        # The second RM got what the first one had left, and the third was not asked at all.
+        assert sum(len(arm.calls) for arm in gateway.arms) == 2

@@ -52,17 +52,20 @@ async def test_all_keys_of_a_run_share_its_hash_tag_and_live_as_long_as_they_sho
 ) -> None:
     record = decision("hash")
     await store.open_run(run, b"f")
-    await store.save_decisions(run, [record])
+    waiting = decision()
+    await store.save_decisions(run, [record, waiting])
     await store.apply_feedback(run, [FeedbackRecord(b"1", content_key="hash")])
     await store.save_snapshot(run, 1, b"s")
     keys = {key.decode() for key in await raw.execute("KEYS", f"*{run}*")}
     lives = {key: await raw.execute("PTTL", key) for key in keys}
     tag, window_ms = f"rr:{{{run}}}:", WINDOW_SECONDS * 1000
     assert keys == {
-        tag + name for name in (f"d:{record.decision_id}", "c:hash", f"f:{record.decision_id}", "log", "snap", "meta")
+        # The decision that got its feedback is in the log, and nowhere else.
+        tag + name
+        for name in (f"d:{waiting.decision_id}", "c:hash", f"f:{record.decision_id}", "log", "snap", "meta")
     }
     assert {key for key, life in lives.items() if life == -1} == {tag + "log", tag + "snap", tag + "meta"}
-    assert 0 < lives[tag + f"d:{record.decision_id}"] <= window_ms
+    assert 0 < lives[tag + f"d:{waiting.decision_id}"] <= window_ms
     assert window_ms < lives[tag + "c:hash"] <= 2 * window_ms
     assert window_ms < lives[tag + f"f:{record.decision_id}"] <= 2 * window_ms
 

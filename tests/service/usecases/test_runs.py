@@ -10,6 +10,7 @@ import redis
 
 from router_core.encoder.fuse import Fuse, PairEncoder
 from router_core.encoder.surface import SurfaceBackbone
+from service.usecases import runs
 from tests.support.gateway import Gateway, fresh_run, open_gateway, pair, until
 
 if TYPE_CHECKING:
@@ -152,7 +153,41 @@ async def test_a_run_that_cannot_be_replayed_refuses_requests_at_once(valkey_ser
 
         await until(refused, "refused")
         async with asyncio.timeout(gateway.settings.request_timeout_seconds / 2):
-            for path, body in (("/reward", pair()), ("/feedback", {"decision_id": "d", "preferred": 0})):
-                response = await gateway.client.post(path, body)
-                assert (response.status, response.error["code"]) == (503, "not_ready")
-                assert "SnapshotError" in response.error["message"]
+            response = await gateway.client.post("/reward", pair())
+            assert (response.status, response.error["code"]) == (503, "not_ready")
+            assert "SnapshotError" in response.error["message"]
+            # Feedback only appends to the log, which needs no posterior.
+            response = await gateway.client.post("/feedback", {"decision_id": "d", "preferred": 0})
+            assert (response.status, response.error["code"]) == (404, "not_found")
+
+
+async def test_feedback_makes_no_run(valkey_server: ValkeyProcess) -> None:
+    async with open_gateway(valkey_server.url) as gateway:
+        unknown = gateway.run + "-typo"
+        response = await gateway.client.post("/feedback", {"decision_id": "d", "preferred": 0, "run": unknown})
+        assert (response.status, response.error["code"]) == (404, "not_found")
+        assert unknown in response.error["message"]
+        assert (await gateway.client.get(f"/posterior?run={unknown}")).status == 404
+
+
+async def test_feedback_finds_a_run_that_another_gateway_opened(valkey_server: ValkeyProcess) -> None:
+    async with open_gateway(valkey_server.url) as one, open_gateway(valkey_server.url, run=one.run + "-other") as two:
+        reply = await one.client.ok("/reward", pair())
+        await two.client.ok("/feedback", {"decision_id": reply["decision_id"], "preferred": 0, "run": one.run})
+        assert (await two.learned(1, one.run))["version"] == 1
+
+
+async def test_an_idle_run_is_closed_to_make_room_and_opens_again_where_it_was(
+    valkey_server: ValkeyProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_gateway(valkey_server.url, max_runs=2) as gateway:
+        idle, new = gateway.run + "-idle", gateway.run + "-new"
+        reply = await gateway.client.ok("/reward", {**pair(), "run": idle})
+        await gateway.client.ok("/feedback", {"decision_id": reply["decision_id"], "preferred": 0, "run": idle})
+        digest = (await gateway.learned(1, idle))["digest"]
+        monkeypatch.setattr(runs, "IDLE_SECONDS", 0.0)
+        await gateway.client.ok("/reward", {**pair(), "run": new})
+        assert (await gateway.client.get(f"/posterior?run={idle}")).status == 404
+        assert f'run="{idle}"' not in (await gateway.client.get("/metrics")).body.decode()
+        await gateway.client.ok("/reward", {**pair(), "run": idle})
+        assert (await gateway.learned(1, idle))["digest"] == digest
