@@ -150,7 +150,7 @@ async def serve_stub(port: int) -> None:
 
 
 def keep_awake() -> None:
-    """Spin at idle priority, so that the core never sleeps and everything else still comes first; ends with its parent."""
+    """Spin at idle priority: the core never sleeps, and everything else comes first. Ends with its parent."""
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     parent, until = os.getppid(), time.monotonic() + AWAKE_SECONDS
     while os.getppid() == parent and time.monotonic() < until:

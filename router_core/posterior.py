@@ -6,7 +6,7 @@ equals fold(s, a + b) wherever the log is cut, because floating-point sums are g
 * an arm's canonical (Λ, b) and Σ = Λ⁻¹ advance in blocks: whenever `block_size` of its events are waiting (one rank-m
   update), and for all arms at every `refresh_events`-th event of the log, where Σ is also inverted afresh from Λ;
 * an arm's waiting events, its tail, are applied one by one on top of the block, as rank-one corrections kept beside Σ;
-* a discount γ < 1 falls at every `block_size`-th event of the log, for all arms at once;
+* a discount γ < 1 falls at every `block_size`-th event of the log, for all arms at once, and inverts each Λ: O(K d³);
 * Σ's drift from Λ⁻¹ is probed at each block, and Σ inverted afresh at once when it exceeds `drift_tolerance`.
 
 A block that arrives whole never takes the one-by-one way. float64 throughout; draws read a float32 copy of Σ. States

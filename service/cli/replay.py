@@ -85,6 +85,7 @@ def replay(
             progress.advance(task, done)
 
         if url is not None:
+            _check_remote(wanted)
             traces = asyncio.run(
                 replay_over_http(pairs, table, wanted, range(seeds), url, signal, concurrency, api_key, advance)
             )
@@ -270,6 +271,16 @@ async def _score_and_teach(client: GatewayClient, pair: LabelledPair, run: str, 
         raise ConfigurationError("signal is 'loss': recorded pairs hold no DPO loss; replay 'preference' or 'reward'")
     await client.post("/feedback", feedback)
     return reply
+
+
+def _check_remote(policies: Sequence[str]) -> None:
+    """A gateway has one prior, so a policy with a prior of its own cannot be replayed through it."""
+    for name in policies:
+        if parse_policy(name, [name.removeprefix("single:")])[1] is not None:
+            raise ConfigurationError(
+                f"policy {name!r} names a prior, which a gateway fixes at its start (--prior): leave it out, or replay "
+                "without --url"
+            )
 
 
 def _policy_names(text: str, pool: Sequence[str]) -> list[str]:

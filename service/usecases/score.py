@@ -248,41 +248,33 @@ class Scorer:
         self._telemetry.fallbacks.labels(name, reason).inc()
 
     async def _ask_arm(self, arm: int, jobs: list[_Job], deadline: float) -> None:
-        """Ask one RM about all of them. What it refuses is halved, so that one bad instance spoils no other."""
-        loop = asyncio.get_running_loop()
+        """Ask one RM about all of them; what is wrong with one of them spoils no other."""
         worker = jobs[0].run.template.arms[arm]
-        items = [(job.instance.prompt, response) for job in jobs for response in job.instance.responses]
+        groups = [[(job.instance.prompt, response) for response in job.instance.responses] for job in jobs]
         started = time.perf_counter()
         patience = self._limits.worker_timeout_seconds * -(-len(jobs) // PATIENT_INSTANCES)
-        limit = min(deadline, loop.time() + patience)
-        try:
-            rewards = await worker.score(items, deadline=limit)
-        except WorkerRejectedError as error:
-            if len(jobs) > 1:
-                middle = len(jobs) // 2
-                await asyncio.gather(
-                    self._ask_arm(arm, jobs[:middle], deadline), self._ask_arm(arm, jobs[middle:], deadline)
-                )
-                return
-            self._failed(arm, jobs, error)
-        except WorkerError as error:
-            self._failed(arm, jobs, error)
+        limit = min(deadline, asyncio.get_running_loop().time() + patience)
+        outcomes: list[list[float] | WorkerError]
+        if len(groups) == 1:
+            try:
+                outcomes = [await worker.score(groups[0], deadline=limit)]
+            except WorkerError as error:
+                outcomes = [error]
         else:
-            self._telemetry.called(worker.name, "ok").inc(len(jobs))
-            position = 0
-            for job in jobs:
-                n = len(job.instance.responses)
-                job.arm, job.rewards = arm, rewards[position : position + n]
-                position += n
+            outcomes = await worker.score_groups(groups, deadline=limit)
         seconds = time.perf_counter() - started
-        for job in jobs:
+        answered = 0
+        for job, outcome in zip(jobs, outcomes, strict=True):
             job.worker_seconds += seconds
-
-    def _failed(self, arm: int, jobs: Sequence[_Job], error: WorkerError) -> None:
-        for job in jobs:
-            job.refusals.append(error)
-            self._telemetry.calls.labels(job.run.template.pool[arm], error.code).inc()
-            self._give_up(job, arm, error.code)
+            if isinstance(outcome, WorkerError):
+                job.refusals.append(outcome)
+                self._telemetry.called(worker.name, outcome.code).inc()
+                self._give_up(job, arm, outcome.code)
+            else:
+                job.arm, job.rewards = arm, outcome
+                answered += 1
+        if answered:
+            self._telemetry.called(worker.name, "ok").inc(answered)
 
     async def _ask_all(self, jobs: Sequence[_Job], deadline: float) -> None:
         """Ask every RM, one call per RM; the rewards are the shares of their votes. An RM that fails does not vote."""
