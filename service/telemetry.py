@@ -119,6 +119,9 @@ class Telemetry:
         )
         self.mean_reward = Gauge("mean_reward", "Mean learned reward of an RM.", ["run", "model"], **common)
         self.snapshots = Counter("snapshots_total", "Snapshots written.", ["run"], **common)
+        self.health_check_errors = Gauge(
+            "health_check_errors", "Health checks that failed by a fault of the gateway, so far.", **common
+        )
         self.worker_up = Gauge("worker_up", "1 while the replica's circuit is closed.", ["model", "url"], **common)
 
     def forget_run(self, run: str) -> None:

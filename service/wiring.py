@@ -46,14 +46,10 @@ from service.usecases.score import ScoreLimits, Scorer
 from service.usecases.status import ArmStatus, ReplicaStatus, StatusService
 from service.workers.client import ArmConfig, VllmArm
 from service.workers.health import HealthMonitor, HealthPolicy
-from service.workers.probe import probe
 from service.workers.protocol import Arm
 from service.workers.render import load_rendering
 
 logger = logging.getLogger(__name__)
-
-PROBE_SECONDS = 10.0
-"""Longest wait for the workers' answers to the registration probe."""
 
 
 @dataclass(slots=True)
@@ -75,10 +71,9 @@ class Gateway:
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     async def start(self) -> None:
-        """Probe the workers, begin health checks, and begin to load the default run."""
+        """Probe the workers, begin health checks, and begin to load the default run. A wrong worker gets no traffic."""
         if self.monitor is not None:
             await self.monitor.check_all()
-            await self._probe()
             self.monitor.start()
         self._spawn(self._open_default_run())
 
@@ -92,16 +87,6 @@ class Gateway:
                 await asyncio.sleep(0.5)
             else:
                 return
-
-    async def _probe(self) -> None:
-        deadline = asyncio.get_running_loop().time() + PROBE_SECONDS
-        arms = [arm for arm in self.arms if isinstance(arm, VllmArm)]
-        for arm, reports in zip(arms, await asyncio.gather(*(probe(a, deadline=deadline) for a in arms)), strict=True):
-            for report in reports:
-                for text in (*report.problems, *report.warnings):
-                    logger.warning(
-                        "worker probe", extra={"fields": {"model": arm.name, "url": report.url, "found": text}}
-                    )
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
@@ -211,7 +196,7 @@ def build_gateway(
         on_open=lambda run: gateway.follow(run),
         timeout_seconds=settings.request_timeout_seconds,
     )
-    vllm_arms = [arm for arm in built if isinstance(arm, VllmArm)]
+    monitor = _build_monitor([arm for arm in built if isinstance(arm, VllmArm)], settings)
     gateway = Gateway(
         settings=settings,
         telemetry=telemetry,
@@ -225,9 +210,10 @@ def build_gateway(
             telemetry,
             models=lambda: describe_arms(built),
             executor=learner_thread,
+            health_check_errors=lambda: monitor.unexpected_errors if monitor is not None else 0,
             answers_without_store=settings.on_store_unavailable is OnStoreUnavailable.ANSWER,
         ),
-        monitor=_build_monitor(vllm_arms, settings),
+        monitor=monitor,
         arms=built,
         chooser_thread=chooser_thread,
         learner_thread=learner_thread,
@@ -290,6 +276,7 @@ def describe_arms(arms: Sequence[Arm]) -> list[ArmStatus]:
                         in_flight=replica.in_flight,
                         failures=replica.consecutive_failures,
                         latency_ms=None if latency is None else latency * 1e3,
+                        problem=replica.problem,
                     )
                 )
         out.append(ArmStatus(name=arm.name, available=arm.available, replicas=replicas))

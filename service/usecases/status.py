@@ -22,6 +22,7 @@ class ReplicaStatus(BaseModel):
     in_flight: int
     failures: int = Field(description="Failures in a row.")
     latency_ms: float | None = Field(description="Smoothed time of a request; null before the first.")
+    problem: str | None = Field(description="Why its answers to the probe rule it out; null while they do not.")
 
 
 class ArmStatus(BaseModel):
@@ -67,6 +68,7 @@ class StatusService:
         telemetry: rendered.
         models: describes the pool's workers.
         executor: where digests are computed.
+        health_check_errors: health checks that failed by a fault of ours, so far.
         answers_without_store: whether `/reward` answers while the store is away.
     """
 
@@ -78,6 +80,7 @@ class StatusService:
         *,
         models: Callable[[], list[ArmStatus]],
         executor: Executor,
+        health_check_errors: Callable[[], int],
         answers_without_store: bool,
     ) -> None:
         self._runs = runs
@@ -85,6 +88,7 @@ class StatusService:
         self._telemetry = telemetry
         self.models = models
         self._executor = executor
+        self._health_check_errors = health_check_errors
         self._answers_without_store = answers_without_store
 
     async def render_metrics(self) -> bytes:
@@ -102,6 +106,7 @@ class StatusService:
         for arm in self.models():
             for replica in arm.replicas:
                 self._telemetry.worker_up.labels(arm.name, replica.url).set(replica.state == "closed")
+        self._telemetry.health_check_errors.set(self._health_check_errors())
         return self._telemetry.render()
 
     async def check_ready(self) -> tuple[str, int]:

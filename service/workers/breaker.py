@@ -5,6 +5,7 @@ Knows counts and times; knows nothing of HTTP. `service.workers.replica` holds o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -55,6 +56,7 @@ class CircuitBreaker:
         self._epoch = 0
         self._backoff = policy.backoff_seconds
         self._retry_at = 0.0
+        self._held = False
 
     @property
     def state(self) -> BreakerState:
@@ -67,6 +69,11 @@ class CircuitBreaker:
     def allows(self) -> bool:
         """Whether `acquire` would give a permit now."""
         return not self._open or (not self._trial and self._clock() >= self._retry_at)
+
+    @property
+    def held(self) -> bool:
+        """Open until `close`, without trials."""
+        return self._held
 
     @property
     def consecutive_failures(self) -> int:
@@ -116,9 +123,18 @@ class CircuitBreaker:
         """Close at once: the replica has just been seen to answer."""
         if self._open:
             self._open = False
+            self._held = False
             self._trial = False
             self._epoch += 1
         self._failures = 0
+
+    def hold(self) -> None:
+        """Open until `close`, however long that takes: no request may be spent on finding out."""
+        self._open = True
+        self._held = True
+        self._trial = False
+        self._epoch += 1
+        self._retry_at = math.inf
 
     def _reopen(self) -> None:
         self._backoff = min(2 * self._backoff, self._policy.max_backoff_seconds)

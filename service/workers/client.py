@@ -1,7 +1,8 @@
 """`VllmArm`: one reward model behind any number of equal replicas that speak vLLM's `/classify`.
 
-Chooses a replica, cuts batches into requests, retries elsewhere, reads and checks the answers. `service.wiring` builds
-one per RM of the pool; use cases see it as `service.workers.protocol.Arm`. Knows no routing policy and no store.
+Chooses a replica, cuts batches into requests, retries elsewhere, halves what is refused, reads and checks the answers.
+`service.wiring` builds one per RM of the pool; use cases see it as `service.workers.protocol.Arm`. Knows no routing
+policy and no store.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Final
 
 import msgspec
@@ -41,6 +43,9 @@ from service.workers.wire import CLASSIFY_PATH, ClassifyAnswer, error_message
 RETRIED_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
 """Statuses that another replica may answer differently; scoring is idempotent. 501 is not one of them."""
 
+WHOLESALE_STATUSES: Final = frozenset({401, 403, 405, 501})
+"""Refusals of whoever asks or of the endpoint, not of an input: asking in halves would only repeat them."""
+
 ATTEMPT_SHARE: Final = 0.6
 """While another replica remains untried, one attempt takes at most this share of the time left."""
 
@@ -59,7 +64,7 @@ class ArmConfig:
         rendering: what a request holds; see `service.workers.render`.
         max_in_flight: requests at once per replica; also its connections.
         items_per_request: (prompt, response) items per request where the rendering allows several; 64 = 32 pairs.
-        parallel_requests: requests of one `score` call in flight at once.
+        parallel_requests: requests of one call in flight at once.
         attempt_timeout_seconds: one replica's time for one request; set it below the callers' deadlines.
         connect_timeout_seconds: of that, for connecting.
         max_attempts: replicas asked for one request, the first included.
@@ -141,9 +146,7 @@ class VllmArm:
         """The replicas' states, in the order of `config.urls`."""
         return tuple(replica.snapshot() for replica in self.replicas)
 
-    async def score(
-        self, items: Sequence[tuple[str, str]], *, deadline: float, request_id: str | None = None
-    ) -> list[float]:
+    async def score(self, items: Sequence[tuple[str, str]], *, deadline: float) -> list[float]:
         """The raw reward of each (prompt, response); see `Arm.score`.
 
         A batch is cut into requests of `items_per_request` items, a few in flight at once; the first that fails ends
@@ -153,7 +156,6 @@ class VllmArm:
         Args:
             items: see `Arm.score`.
             deadline: see `Arm.score`.
-            request_id: sent as `X-Request-Id` with every request of the call.
 
         Raises:
             ValueError: no items.
@@ -162,42 +164,102 @@ class VllmArm:
         if not items:
             raise ValueError("score needs at least one item")
         if not self.available:
-            raise WorkerUnavailableError(
-                f"RM {self.name!r}: every replica is out or at its limit of {self.config.max_in_flight} requests",
-                details={"model": self.name},
-                retry_after_seconds=1,
-            )
-        size = self._chunk
-        if len(items) <= size:
-            return await self._ask(items, deadline, request_id)
-        return await self._ask_in_chunks(items, size, deadline, request_id)
+            raise self._out()
+        if len(items) <= self._chunk:
+            return await self._ask(items, deadline)
+        return await self._ask_in_parts(items, deadline, asyncio.Semaphore(self.config.parallel_requests))
+
+    async def score_groups(
+        self, groups: Sequence[Sequence[tuple[str, str]]], *, deadline: float
+    ) -> list[list[float] | WorkerError]:
+        """The raw rewards of many instances' items; see `Arm.score_groups`.
+
+        Whole groups share a request of at most `items_per_request` items. A group that one request cannot hold (more
+        items than that, or a rendering of one item per request) is asked in several, and the first that fails ends that
+        group. A refused request is halved by group until the refused groups stand alone: about 2·log2(groups) more
+        requests for one of them. At most `parallel_requests` requests of the call are in flight at once.
+
+        Args:
+            groups: see `Arm.score_groups`.
+            deadline: see `Arm.score_groups`.
+
+        Raises:
+            ValueError: no groups, or a group without items.
+        """
+        if not groups or not all(groups):
+            raise ValueError("score_groups needs at least one group, and at least one item in each")
+        if not self.available:
+            return [self._out()] * len(groups)
+        slots = asyncio.Semaphore(self.config.parallel_requests)
+        chunks = self._chunks_of(groups)
+        if len(chunks) == 1:
+            return await self._ask_groups(chunks[0], deadline, slots)
+        async with asyncio.TaskGroup() as tasks:
+            asked = [tasks.create_task(self._ask_groups(chunk, deadline, slots)) for chunk in chunks]
+        return [outcome for task in asked for outcome in task.result()]
 
     async def close(self) -> None:
         """Close all connections; requests in flight fail."""
         for replica in self.replicas:
             await replica.close()
 
-    async def _ask_in_chunks(
-        self, items: Sequence[tuple[str, str]], size: int, deadline: float, request_id: str | None
-    ) -> list[float]:
-        rewards = [math.nan] * len(items)
-        starts = iter(range(0, len(items), size))
+    def _chunks_of(self, groups: Sequence[Sequence[tuple[str, str]]]) -> list[list[Sequence[tuple[str, str]]]]:
+        """The groups, in order, cut where the next one would overfill the request."""
+        chunks: list[list[Sequence[tuple[str, str]]]] = []
+        room = 0
+        for group in groups:
+            if len(group) > room:
+                chunks.append([])
+                room = self._chunk
+            chunks[-1].append(group)
+            room -= len(group)
+        return chunks
 
-        async def ask_next(starts: Iterator[int]) -> None:
-            for start in starts:
-                stop = start + size
-                rewards[start:stop] = await self._ask(items[start:stop], deadline, request_id)
-
-        workers = min(self.config.parallel_requests, -(-len(items) // size))
+    async def _ask_groups(
+        self, chunk: Sequence[Sequence[tuple[str, str]]], deadline: float, slots: asyncio.Semaphore
+    ) -> list[list[float] | WorkerError]:
+        items = [item for group in chunk for item in group]
         try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(workers):
-                    group.create_task(ask_next(starts))
+            if len(items) > self._chunk:
+                rewards = await self._ask_in_parts(items, deadline, slots)
+            else:
+                async with slots:
+                    rewards = await self._ask(items, deadline)
+        except WorkerRejectedError as error:
+            if len(chunk) == 1 or error.details.get("worker_status") in WHOLESALE_STATUSES:
+                return [error] * len(chunk)
+            middle = len(chunk) // 2
+            async with asyncio.TaskGroup() as tasks:
+                halves = [
+                    tasks.create_task(self._ask_groups(half, deadline, slots))
+                    for half in (chunk[:middle], chunk[middle:])
+                ]
+            return [outcome for half in halves for outcome in half.result()]
+        except WorkerError as error:
+            return [error] * len(chunk)
+        ends = accumulate(map(len, chunk))
+        return [rewards[end - len(group) : end] for group, end in zip(chunk, ends, strict=True)]
+
+    async def _ask_in_parts(
+        self, items: Sequence[tuple[str, str]], deadline: float, slots: asyncio.Semaphore
+    ) -> list[float]:
+        """More items than one request may hold; the first request that fails ends them all."""
+
+        async def ask(part: Sequence[tuple[str, str]]) -> list[float]:
+            async with slots:
+                return await self._ask(part, deadline)
+
+        size = self._chunk
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                parts = [tasks.create_task(ask(items[start : start + size])) for start in range(0, len(items), size)]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        return rewards
+        return [reward for part in parts for reward in part.result()]
 
-    async def _ask(self, items: Sequence[tuple[str, str]], deadline: float, request_id: str | None) -> list[float]:
+    async def _ask(self, items: Sequence[tuple[str, str]], deadline: float) -> list[float]:
+        if asyncio.get_running_loop().time() >= deadline:
+            raise self._no_answer(True, ())
         try:
             body = self._rendering.encode(self._model, items)
         except RenderError as error:
@@ -210,10 +272,10 @@ class VllmArm:
             if picked is None:
                 break
             replica, permit = picked
-            until = self._attempt_deadline(loop.time(), deadline, last=len(tried) + 1 >= len(self.replicas))
             tried.append(replica)
+            until = self._attempt_deadline(loop.time(), deadline, last=self._is_last(tried))
             try:
-                response = await replica.post(CLASSIFY_PATH, body, permit, deadline=until, request_id=request_id)
+                response = await replica.post(CLASSIFY_PATH, body, permit, deadline=until)
             except (HttpProtocolError, ResponseTooLargeError) as error:
                 raise self._protocol_error(replica, str(error)) from error
             except HttpError as error:
@@ -251,6 +313,12 @@ class VllmArm:
         permit = replica.breaker.acquire()
         return None if permit is None else (replica, permit)
 
+    def _is_last(self, tried: Sequence[Replica]) -> bool:
+        """Whether no other replica could be asked after those tried, so that this attempt may take all the time."""
+        if len(tried) >= self.config.max_attempts:
+            return True
+        return not any(replica.breaker.allows for replica in self.replicas if replica not in tried)
+
     def _attempt_deadline(self, now: float, deadline: float, *, last: bool) -> float:
         left = deadline - now
         return now + min(self.config.attempt_timeout_seconds, left if last else ATTEMPT_SHARE * left)
@@ -285,6 +353,13 @@ class VllmArm:
             details={"model": self.name, "url": replica.url, "worker_status": status},
         )
 
+    def _out(self) -> WorkerUnavailableError:
+        return WorkerUnavailableError(
+            f"RM {self.name!r}: every replica is out or at its limit of {self.config.max_in_flight} requests",
+            details={"model": self.name},
+            retry_after_seconds=1,
+        )
+
     def _no_answer(self, late: bool, reasons: Sequence[str]) -> WorkerError:
         tail = "; ".join(reasons)
         if late:
@@ -309,7 +384,9 @@ def _build_replica(config: ArmConfig, url: str, clock: Callable[[], float]) -> R
         return Replica(
             pool(config.max_in_flight, IDLE_SECONDS),
             pool(2, 0.0),
+            model=config.name,
             max_in_flight=config.max_in_flight,
+            attempt_timeout_seconds=config.attempt_timeout_seconds,
             policy=config.breaker,
             clock=clock,
         )

@@ -1,8 +1,10 @@
 """The background task that keeps the breakers true: it scores a tiny conversation on every replica, again and again.
 
 Closes the breaker of a replica that answers and counts a failure on one that does not; a refused connection opens it
-at once and gives up what is in flight there. `service.wiring` starts one monitor for the whole pool and stops it when
-the service drains. Knows arms and replicas; nothing of runs or posteriors.
+at once and gives up what is in flight there. A replica that is new, or has been out, must pass the whole probe
+(`service.workers.probe`); one with a problem, or that refused connections since, gets no traffic until it does.
+`service.wiring` awaits `check_all` before the first traffic, starts the monitor, and stops it when the service drains.
+Knows arms and replicas; nothing of runs or posteriors.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from service.workers.client import VllmArm
-from service.workers.probe import ProbeError, readiness
+from service.workers.probe import ProbeError, UnreachableError, probe_replica, readiness
 from service.workers.replica import Replica
 
 _log = logging.getLogger(__name__)
@@ -27,7 +29,8 @@ class HealthPolicy:
 
     Attributes:
         interval_seconds: mean time between two checks of one replica.
-        timeout_seconds: time for one check. A busy CPU worker answers behind its queue, so keep it above one batch.
+        timeout_seconds: time for one check or whole probe. A busy CPU worker answers behind its queue, so keep it above
+            a few batches.
         jitter: each wait is `interval_seconds` times a uniform factor in [1 - jitter, 1 + jitter], so that gateways
             that started together do not check together.
     """
@@ -64,16 +67,25 @@ class HealthMonitor:
 
     @property
     def unexpected_errors(self) -> int:
-        """Checks that failed by a fault of ours rather than of a worker; 0 unless there is a bug."""
+        """Checks since construction that failed by a fault of ours rather than of a worker; 0 unless there is a bug."""
         return self._unexpected
 
     async def check_all(self) -> None:
-        """Check every replica once, all at once; for start-up, before the first traffic."""
+        """Check every replica once, all at once; for start-up, before the first traffic.
+
+        From then on a replica gets traffic only when its probe has passed, now or at a later check. Logs what the
+        probes find. Takes at most `timeout_seconds`, whatever the workers do.
+        """
+        for arm in self._arms:
+            for replica in arm.replicas:
+                if not replica.proven:
+                    replica.withhold()
         await asyncio.gather(*(self._check(arm, replica) for arm in self._arms for replica in arm.replicas))
 
     def start(self) -> None:
         """Begin checking in the background of the running loop. No effect when already begun."""
         if not self._tasks:
+            self._supervise(True)
             self._tasks = [
                 asyncio.create_task(self._watch(arm, replica), name=f"health {replica.url}")
                 for arm in self._arms
@@ -86,6 +98,12 @@ class HealthMonitor:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._supervise(False)
+
+    def _supervise(self, supervised: bool) -> None:
+        for arm in self._arms:
+            for replica in arm.replicas:
+                replica.supervised = supervised
 
     async def _watch(self, arm: VllmArm, replica: Replica) -> None:
         policy = self._policy
@@ -94,16 +112,39 @@ class HealthMonitor:
             try:
                 await self._check(arm, replica)
             except Exception:  # noqa: BLE001 - a background task must outlive its own bugs
-                # The count is exported and the replica is not trusted.
                 self._unexpected += 1
-                _log.exception("health check failed unexpectedly", extra={"url": replica.url})
+                _log.exception(
+                    "health check failed unexpectedly", extra={"fields": {"model": arm.name, "url": replica.url}}
+                )
                 replica.report_check("the health check itself failed")
 
     async def _check(self, arm: VllmArm, replica: Replica) -> None:
         deadline = asyncio.get_running_loop().time() + self._policy.timeout_seconds
+        if not replica.proven:
+            await self._probe(arm, replica, deadline)
+            return
         try:
             await readiness(arm, replica, deadline=deadline)
+        except UnreachableError as error:
+            replica.report_check(str(error))
         except ProbeError as error:
             replica.report_check(str(error))
+            # Another server may have taken its place; the next check finds out what is wrong.
+            replica.proven = False
         else:
             replica.report_check(None)
+
+    async def _probe(self, arm: VllmArm, replica: Replica, deadline: float) -> None:
+        report = await probe_replica(arm, replica, deadline=deadline)
+        if report.problems:
+            replica.reject("; ".join(report.problems))
+        elif report.unavailable is None:
+            replica.admit()
+            for warning in report.warnings:
+                _log.warning(
+                    "worker probe", extra={"fields": {"model": arm.name, "url": replica.url, "reason": warning}}
+                )
+        else:
+            # A replica that is in use and answers, only too slowly for a whole probe, stays in use.
+            ready = report.raw is not None and not replica.breaker.held
+            replica.report_check(None if ready else report.unavailable)

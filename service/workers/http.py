@@ -59,11 +59,11 @@ class ConnectionDroppedError(HttpError):
 
 
 class DeadlineError(HttpError):
-    """The deadline passed. `sent`: the request was on the wire, so the slowness is the peer's and not our queue's."""
+    """The deadline passed. `peer_seconds`: the part of the time that the peer had; 0 when nothing was sent."""
 
-    def __init__(self, message: str, *, sent: bool) -> None:
+    def __init__(self, message: str, *, peer_seconds: float) -> None:
         super().__init__(message)
-        self.sent = sent
+        self.peer_seconds = peer_seconds
 
 
 class ResponseTooLargeError(HttpError):
@@ -172,7 +172,7 @@ class HttpPool:
         message = self._message(method, path, body, request_id)
         loop = asyncio.get_running_loop()
         if deadline <= loop.time():
-            raise DeadlineError(f"{self.url}: the deadline had passed before the request was sent", sent=False)
+            raise DeadlineError(f"{self.url}: the deadline had passed before the request was sent", peer_seconds=0.0)
         connection = self._take_idle(loop.time()) or await self._acquire(loop, deadline)
         kept_alive = connection.used
         try:
@@ -224,7 +224,7 @@ class HttpPool:
     ) -> Response:
         waiter: asyncio.Future[Response] = loop.create_future()
         self._active.add(connection)
-        timer = loop.call_at(deadline, connection.expire)
+        timer = loop.call_at(deadline, connection.expire, deadline - loop.time())
         try:
             connection.send(message, waiter)
             return await waiter
@@ -269,7 +269,8 @@ class HttpPool:
 
     async def _connect(self, loop: asyncio.AbstractEventLoop, deadline: float) -> _Connection:
         """Open a connection in a slot that the caller already holds; the slot is freed when that fails."""
-        until = min(deadline, loop.time() + self._connect_timeout)
+        began = loop.time()
+        until = min(deadline, began + self._connect_timeout)
         try:
             async with asyncio.timeout_at(until):
                 _, connection = await loop.create_connection(
@@ -278,7 +279,8 @@ class HttpPool:
         except TimeoutError as error:
             self._free_slot()
             if until == deadline:
-                raise DeadlineError(f"{self.url}: the deadline passed while connecting", sent=True) from error
+                message = f"{self.url}: the deadline passed while connecting"
+                raise DeadlineError(message, peer_seconds=max(deadline - began, 0.0)) from error
             raise ConnectError(f"{self.url}: no connection within {self._connect_timeout} s") from error
         except OSError as error:
             self._free_slot()
@@ -411,8 +413,8 @@ class _Connection(asyncio.Protocol):
         if waiter is not None and not waiter.done():
             waiter.set_exception(error)
 
-    def expire(self) -> None:
-        self.fail(DeadlineError(f"{self._pool.url}: no answer before the deadline", sent=True))
+    def expire(self, peer_seconds: float) -> None:
+        self.fail(DeadlineError(f"{self._pool.url}: no answer before the deadline", peer_seconds=peer_seconds))
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -494,7 +496,9 @@ class _Connection(asyncio.Protocol):
 
 def _expire_queued(waiter: asyncio.Future[_Connection | None], url: str) -> None:
     if not waiter.done():
-        waiter.set_exception(DeadlineError(f"{url}: the deadline passed in the queue for a connection", sent=False))
+        waiter.set_exception(
+            DeadlineError(f"{url}: the deadline passed in the queue for a connection", peer_seconds=0.0)
+        )
 
 
 def _is_header_value(text: str) -> bool:

@@ -1,7 +1,11 @@
 """What a worker must show before its arm is used: it serves the model, gives raw logits, and reads the same text as we.
 
-`probe` is for registration: it asks every replica and lists what is wrong in words for the operator. `readiness` is the
-small part of it that health checks repeat. Both go past the breaker, on connections of their own.
+`probe_replica` says what is wrong in words for the operator; `service.workers.health` keeps a replica without traffic
+until its probe has passed. `readiness` is the small part of it that health checks repeat. Both go past the breaker, on
+connections of their own, and change nothing but what a refused connection changes (`Replica.check`).
+
+    ProbeError            the replica answered, and not what was asked for
+    └── UnreachableError      it did not answer, or said that it cannot now: away, loading, overloaded
 """
 
 from __future__ import annotations
@@ -13,8 +17,8 @@ from typing import Final
 
 import msgspec
 
-from service.workers.client import VllmArm
-from service.workers.http import HttpError
+from service.workers.client import RETRIED_STATUSES, VllmArm
+from service.workers.http import HttpError, HttpProtocolError, ResponseTooLargeError
 from service.workers.render import MessagesRendering, RenderError, Rendering
 from service.workers.replica import Replica
 from service.workers.wire import (
@@ -44,8 +48,9 @@ class ReplicaProbe:
         served: the models that `/v1/models` lists.
         raw: reward of the probe conversation with `use_activation: false`; None if it was not given.
         default: the same without the flag; sigmoid(raw) for one label.
-        problems: why the replica must not be used; empty when it may.
+        problems: why the replica must not be used; empty when nothing was found.
         warnings: what could not be made certain.
+        unavailable: why the probe could not be ended; None when it was. No problem of the worker's settings.
     """
 
     url: str
@@ -54,22 +59,24 @@ class ReplicaProbe:
     default: float | None = None
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    unavailable: str | None = None
 
     @property
     def ok(self) -> bool:
-        """No problems."""
-        return not self.problems
+        """It answered everything, without problems."""
+        return not self.problems and self.unavailable is None
 
 
 class ProbeError(Exception):
     """A replica did not give the answer that was asked for; the message says what it did instead."""
 
 
-async def probe(arm: VllmArm, *, deadline: float) -> tuple[ReplicaProbe, ...]:
-    """Ask every replica of the arm, all at once.
+class UnreachableError(ProbeError):
+    """A replica gave no answer for now; its settings may well be right."""
 
-    Checks that the model is served, that `use_activation: false` is obeyed (the default answer must be the sigmoid of
-    the raw one), and that a text templated here earns the same reward as the conversation templated by the worker.
+
+async def probe(arm: VllmArm, *, deadline: float) -> tuple[ReplicaProbe, ...]:
+    """`probe_replica` of every replica of the arm, all at once.
 
     Args:
         arm: what was configured.
@@ -78,27 +85,33 @@ async def probe(arm: VllmArm, *, deadline: float) -> tuple[ReplicaProbe, ...]:
     Returns:
         One report per replica, in the order of the arm's URLs. Never raises for what a worker does.
     """
-    return tuple(await asyncio.gather(*(_probe_replica(arm, replica, deadline) for replica in arm.replicas)))
+    return tuple(await asyncio.gather(*(probe_replica(arm, replica, deadline=deadline) for replica in arm.replicas)))
 
 
-async def readiness(arm: VllmArm, replica: Replica, *, deadline: float) -> None:
-    """Score the probe conversation: `/health` stays 200 while vLLM sleeps or shuts down.
+async def probe_replica(arm: VllmArm, replica: Replica, *, deadline: float) -> ReplicaProbe:
+    """Ask one replica what it must show before it is used.
 
-    Raises:
-        ProbeError: the replica is not ready; the message says why.
+    Checks that the model is served, that `use_activation: false` is obeyed (the default answer must be the sigmoid of
+    the raw one), and that a text templated here earns the same reward as the conversation templated by the worker.
+
+    Args:
+        arm: what was configured.
+        replica: one of the arm's.
+        deadline: absolute `loop.time()` for the whole probe.
+
+    Returns:
+        The report. Never raises for what a worker does.
     """
-    await _classify(arm, replica, arm.config.rendering, deadline, use_activation=False)
-
-
-async def _probe_replica(arm: VllmArm, replica: Replica, deadline: float) -> ReplicaProbe:
     model = arm.config.served_model
     served: tuple[str, ...] = ()
-    raw = default = None
+    raw = default = unavailable = None
     problems: list[str] = []
     warnings: list[str] = []
     try:
-        served = await _served_models(replica, deadline)
-        if model not in served:
+        served, unlisted = await _served_models(replica, deadline)
+        if unlisted is not None:
+            warnings.append(unlisted)
+        elif model not in served:
             raise ProbeError(f"serves {', '.join(served) or 'nothing'}, not {model!r}: check the served model name")
         rendering = arm.config.rendering
         raw = await _classify(arm, replica, rendering, deadline, use_activation=False)
@@ -106,9 +119,21 @@ async def _probe_replica(arm: VllmArm, replica: Replica, deadline: float) -> Rep
         _judge_activation(raw, default, problems, warnings)
         if not isinstance(rendering, MessagesRendering):
             await _compare_templates(arm, replica, raw, deadline, problems, warnings)
+    except UnreachableError as error:
+        unavailable = str(error)
     except ProbeError as error:
         problems.append(str(error))
-    return ReplicaProbe(replica.url, served, raw, default, tuple(problems), tuple(warnings))
+    return ReplicaProbe(replica.url, served, raw, default, tuple(problems), tuple(warnings), unavailable)
+
+
+async def readiness(arm: VllmArm, replica: Replica, *, deadline: float) -> None:
+    """Score the probe conversation: `/health` stays 200 while vLLM sleeps or shuts down.
+
+    Raises:
+        UnreachableError: the replica is not ready; the message says why.
+        ProbeError: it answered what a reward model does not answer.
+    """
+    await _classify(arm, replica, arm.config.rendering, deadline, use_activation=False)
 
 
 def _judge_activation(raw: float, default: float, problems: list[str], warnings: list[str]) -> None:
@@ -129,6 +154,8 @@ async def _compare_templates(
 ) -> None:
     try:
         own = await _classify(arm, replica, MessagesRendering(), deadline, use_activation=False)
+    except UnreachableError:
+        raise
     except ProbeError as error:
         warnings.append(f"the template could not be compared with the worker's own: {error}")
         return
@@ -139,12 +166,15 @@ async def _compare_templates(
         )
 
 
-async def _served_models(replica: Replica, deadline: float) -> tuple[str, ...]:
-    body = await _exchange(replica, "GET", MODELS_PATH, b"", deadline)
+async def _served_models(replica: Replica, deadline: float) -> tuple[tuple[str, ...], str | None]:
+    """The listed models, or why there is no list: vLLM's key and proxies may guard it and leave `/classify` open."""
     try:
-        return tuple(model.id for model in msgspec.json.decode(body, type=ModelList).data)
-    except msgspec.MsgspecError as error:
-        raise ProbeError(f"{MODELS_PATH} is not a list of models: {error}") from error
+        body = await _exchange(replica, "GET", MODELS_PATH, b"", deadline)
+        return tuple(model.id for model in msgspec.json.decode(body, type=ModelList).data), None
+    except UnreachableError:
+        raise
+    except (ProbeError, msgspec.MsgspecError) as error:
+        return (), f"the served models cannot be listed: {error}"
 
 
 async def _classify(
@@ -169,10 +199,13 @@ async def _classify(
 async def _exchange(replica: Replica, method: str, path: str, body: bytes, deadline: float) -> bytes:
     try:
         response = await replica.check(method, path, body, deadline=deadline)
-    except HttpError as error:
+    except (HttpProtocolError, ResponseTooLargeError) as error:
         raise ProbeError(str(error)) from error
+    except HttpError as error:
+        raise UnreachableError(str(error)) from error
     if response.status != 200:
-        raise ProbeError(f"{path} answered {response.status}: {error_message(response.body)}")
+        kind = UnreachableError if response.status in RETRIED_STATUSES else ProbeError
+        raise kind(f"{path} answered {response.status}: {error_message(response.body)}")
     return response.body
 
 

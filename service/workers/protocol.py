@@ -39,6 +39,21 @@ class Arm(Protocol):
             WorkerProtocolError: the answer is not what `/classify` promises, or is NaN or infinite.
         """
 
+    async def score_groups(
+        self, groups: Sequence[Sequence[tuple[str, str]]], *, deadline: float
+    ) -> list[list[float] | WorkerError]:
+        """Ask for the raw rewards of many instances at once; what is wrong with one does not fail the others.
+
+        Args:
+            groups: (prompt, response) texts by instance, at least one group and one item in each.
+            deadline: of the whole call; see `score`.
+
+        Returns:
+            Per group, in order, its rewards in the order of its items, or the error for which it has none: a
+            `WorkerRejectedError` for what the worker refuses, another `WorkerError` for all groups of a request that
+            failed. Several groups may share one error object. Never raises a `WorkerError`.
+        """
+
 
 class WorkerError(ServiceError):
     """The asked RM gave no reward. The use case goes on to the next-best draw."""

@@ -20,6 +20,11 @@ LATENCY_WEIGHT: Final = 0.1
 FAULTY_STATUSES: Final = frozenset({500, 502, 503, 504})
 """Statuses that blame the replica, not the request."""
 
+FAIR_SHARE: Final = 0.5
+"""An attempt that ran out of time is the replica's fault if the replica had this share of `attempt_timeout_seconds`;
+with less, the haste was ours. Below the client's `ATTEMPT_SHARE`: an attempt that leaves time for another must count.
+"""
+
 _log = logging.getLogger(__name__)
 
 
@@ -35,6 +40,7 @@ class ReplicaSnapshot:
         failures: exchanges that failed by the replica's fault, health checks included.
         consecutive_failures: of those, since the last success.
         latency_seconds: moving average over answers with status 200; None before the first.
+        problem: what the last probe found wrong, for which the replica is kept out; None when nothing.
     """
 
     url: str
@@ -44,16 +50,24 @@ class ReplicaSnapshot:
     failures: int
     consecutive_failures: int
     latency_seconds: float | None
+    problem: str | None
 
 
 class Replica:
     """One worker process. Not thread-safe; one event loop.
 
+    Attributes:
+        proven: a probe has passed since the replica was last out. Only the health monitor's probes prove.
+        supervised: a health monitor watches. Then a replica that refused a connection, and so may come back as another
+            one, gets no traffic until a probe has passed; without a monitor a trial request finds out.
+
     Args:
         pool: connections for scoring.
         check_pool: connections for health checks: never kept alive, so that each check also finds out whether the port
             still accepts, and never queued behind scoring.
+        model: the arm's name, for logs.
         max_in_flight: requests at once before the replica counts as full.
+        attempt_timeout_seconds: the time that an answer may take; see `FAIR_SHARE`.
         policy: the breaker's.
         clock: seconds; any monotonic origin.
     """
@@ -63,13 +77,21 @@ class Replica:
         pool: HttpPool,
         check_pool: HttpPool,
         *,
+        model: str,
         max_in_flight: int,
+        attempt_timeout_seconds: float,
         policy: BreakerPolicy,
         clock: Callable[[], float],
     ) -> None:
         self.url = pool.url
         self.in_flight = 0
         self.breaker = CircuitBreaker(policy, clock)
+        self.proven = False
+        self.supervised = False
+        self._model = model
+        self._fair_seconds = FAIR_SHARE * attempt_timeout_seconds
+        self._problem: str | None = None
+        self._noted: str | None = None
         self._pool = pool
         self._check_pool = check_pool
         self._max_in_flight = max_in_flight
@@ -93,11 +115,10 @@ class Replica:
             failures=self._failures,
             consecutive_failures=self.breaker.consecutive_failures,
             latency_seconds=self._latency,
+            problem=self._problem,
         )
 
-    async def post(
-        self, path: str, body: bytes, permit: int, *, deadline: float, request_id: str | None = None
-    ) -> Response:
+    async def post(self, path: str, body: bytes, permit: int, *, deadline: float) -> Response:
         """One exchange on the scoring connections, whatever its status.
 
         The breaker learns the outcome, except for status 200: only who reads the body knows whether it is an answer,
@@ -110,7 +131,7 @@ class Replica:
         self._requests += 1
         began = self._clock()
         try:
-            response = await self._pool.request("POST", path, body, deadline=deadline, request_id=request_id)
+            response = await self._pool.request("POST", path, body, deadline=deadline)
         except HttpError as error:
             self._failed(permit, error)
             raise
@@ -151,20 +172,40 @@ class Replica:
         """Count a failure by the replica's fault."""
         self._failures += 1
         if self.breaker.failure(permit):
-            _log.warning("worker replica taken out", extra={"url": self.url, "reason": reason})
+            self.proven = False
+            self._warn("worker replica taken out", reason)
 
     def report_check(self, reason: str | None) -> None:
         """The outcome of a whole health check: None for ready, else why not."""
         if reason is None:
-            if self.breaker.state is not BreakerState.CLOSED:
-                _log.info("worker replica is back", extra={"url": self.url})
-            self.breaker.close()
+            self._back()
             return
         permit = self.breaker.acquire()
         if permit is not None:
             self.blame(permit, reason)
-        else:
-            self._failures += 1
+            return
+        self._failures += 1
+        if self.breaker.held and reason != self._noted:
+            self._warn("worker replica is not ready", reason)
+
+    def withhold(self) -> None:
+        """Give it no traffic before a probe has passed."""
+        self.breaker.hold()
+
+    def admit(self) -> None:
+        """A probe has passed: traffic may come."""
+        self.proven = True
+        self._problem = None
+        self._back()
+
+    def reject(self, problem: str) -> None:
+        """A probe found that its rewards cannot be used: no traffic until one passes."""
+        self.proven = False
+        self._problem = problem
+        self._failures += 1
+        self.breaker.hold()
+        if problem != self._noted:
+            self._warn("worker replica rejected", problem)
 
     async def close(self) -> None:
         """Close connections; requests in flight fail."""
@@ -172,8 +213,8 @@ class Replica:
         await self._check_pool.close()
 
     def _failed(self, permit: int, error: HttpError) -> None:
-        if isinstance(error, DeadlineError) and not error.sent:
-            # Our own queue was too long; that says nothing about the replica.
+        if isinstance(error, DeadlineError) and error.peer_seconds < self._fair_seconds:
+            # Our own queue was too long, or our caller in a hurry; that says nothing about the replica.
             self.breaker.abandon(permit)
             return
         self.blame(permit, str(error))
@@ -182,9 +223,23 @@ class Replica:
 
     def _refused(self, reason: str) -> None:
         if self.breaker.state is BreakerState.CLOSED:
-            _log.warning("worker replica taken out", extra={"url": self.url, "reason": reason})
-        self.breaker.trip()
+            self._warn("worker replica taken out", reason)
+        self.proven = False
+        if self.supervised:
+            self.breaker.hold()
+        else:
+            self.breaker.trip()
         self._pool.abort_in_flight(reason)
+
+    def _back(self) -> None:
+        if self.breaker.state is not BreakerState.CLOSED:
+            _log.info("worker replica is back", extra={"fields": {"model": self._model, "url": self.url}})
+        self._noted = None
+        self.breaker.close()
+
+    def _warn(self, event: str, reason: str) -> None:
+        self._noted = reason
+        _log.warning(event, extra={"fields": {"model": self._model, "url": self.url, "reason": reason}})
 
     def _observe(self, seconds: float) -> None:
         if self._latency is None:

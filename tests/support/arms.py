@@ -32,7 +32,29 @@ class ScriptedArm:
     async def score(self, items: Sequence[tuple[str, str]], *, deadline: float) -> list[float]:
         """See `Arm.score`."""
         assert items
-        self.calls.append(list(items))
+        await self._take(list(items), deadline)
+        return self._rewards(items)
+
+    async def score_groups(
+        self, groups: Sequence[Sequence[tuple[str, str]]], *, deadline: float
+    ) -> list[list[float] | WorkerError]:
+        """See `Arm.score_groups`; one call of all items."""
+        assert groups
+        assert all(groups)
+        try:
+            await self._take([item for group in groups for item in group], deadline)
+        except WorkerError as error:
+            return [error] * len(groups)
+        outcomes: list[list[float] | WorkerError] = []
+        for group in groups:
+            try:
+                outcomes.append(self._rewards(group))
+            except WorkerRejectedError as error:
+                outcomes.append(error)
+        return outcomes
+
+    async def _take(self, items: list[tuple[str, str]], deadline: float) -> None:
+        self.calls.append(items)
         if not self.available:
             raise WorkerUnavailableError(f"RM {self.name!r}: all replicas are out")
         if self.gate is not None:
@@ -43,6 +65,8 @@ class ScriptedArm:
                 raise WorkerTimeoutError(f"RM {self.name!r}: no answer before the deadline") from error
         if self.error is not None:
             raise self.error
+
+    def _rewards(self, items: Sequence[tuple[str, str]]) -> list[float]:
         for prompt, response in items:
             if self.refuses(prompt) or self.refuses(response):
                 raise WorkerRejectedError(

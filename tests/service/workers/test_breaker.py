@@ -59,6 +59,22 @@ def test_half_open_gives_one_trial_and_its_success_closes(breaker: CircuitBreake
     assert breaker.consecutive_failures == 0
 
 
+def test_held_it_gives_no_trial_however_long_until_it_is_closed(breaker: CircuitBreaker, clock: Clock) -> None:
+    early = breaker.acquire()
+    assert early is not None
+    breaker.hold()
+    clock.now += 1e9
+    breaker.success(early)
+    breaker.failure(early)
+    breaker.trip()
+    assert (breaker.state, breaker.held, breaker.acquire()) == (BreakerState.OPEN, True, None)
+    breaker.close()
+    assert (breaker.state, breaker.held) == (BreakerState.CLOSED, False)
+    fail(breaker, 3)
+    clock.now += 1.0
+    assert breaker.acquire() is not None
+
+
 def test_failed_trials_double_the_back_off_up_to_its_bound(breaker: CircuitBreaker, clock: Clock) -> None:
     fail(breaker, 3)
     for wait in (1.0, 2.0, 3.0, 3.0):

@@ -18,7 +18,14 @@ from service.workers.protocol import (
     WorkerTimeoutError,
     WorkerUnavailableError,
 )
-from service.workers.render import ChatTemplate, PlainTemplate, TemplateRendering, plain
+from service.workers.render import (
+    ChatTemplate,
+    MessagesRendering,
+    PlainTemplate,
+    Rendering,
+    TemplateRendering,
+    plain,
+)
 from tests.service.workers.worker_servers import (
     Json,
     RawServer,
@@ -55,10 +62,9 @@ async def test_messages_mode_sends_one_conversation_per_item(serve: Serve) -> No
 async def test_template_mode_sends_all_items_in_one_request(serve: Serve) -> None:
     worker = ScriptedWorker()
     arm = arm_for(serve(worker), rendering=TEMPLATE, model="served")
-    assert await arm.score(PAIR, deadline=soon(), request_id="req-7") == expected(PAIR)
+    assert await arm.score(PAIR, deadline=soon()) == expected(PAIR)
     (request,) = worker.requests
     assert request["model"] == "served"
-    assert worker.headers[0]["x-request-id"] == "req-7"
     await arm.close()
 
 
@@ -246,8 +252,76 @@ async def test_one_attempt_leaves_time_for_another_even_with_a_long_attempt_time
     slow.delay = 30
     arm = arm_for(serve(slow), serve(good), rendering=TEMPLATE, attempt_timeout_seconds=60)
     for _ in range(2):
-        assert await arm.score(PAIR, deadline=soon(0.3)) == expected(PAIR)
+        assert await arm.score(PAIR, deadline=soon(2.0)) == expected(PAIR)
     assert slow.requests
+    await arm.close()
+
+
+def deadlines_of(arm: VllmArm, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The deadlines of the arm's attempts from now on, as they are made."""
+    deadlines: list[float] = []
+    for replica in arm.replicas:
+
+        async def post(*args: Any, real: Any = replica.post, deadline: float) -> Any:
+            deadlines.append(deadline)
+            return await real(*args, deadline=deadline)
+
+        monkeypatch.setattr(replica, "post", post)
+    return deadlines
+
+
+async def test_the_only_replica_left_gets_all_the_time(
+    serve: Serve, refused_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm = arm_for(refused_url, serve(ScriptedWorker()), rendering=TEMPLATE, breaker=BreakerPolicy(backoff_seconds=30))
+    for _ in range(2):
+        assert await arm.score(PAIR, deadline=soon()) == expected(PAIR)
+    deadlines = deadlines_of(arm, monkeypatch)
+    deadline = soon()
+    await arm.score(PAIR, deadline=deadline)
+    assert deadlines == pytest.approx([deadline], abs=1e-6)
+    await arm.close()
+
+
+async def test_the_last_attempt_gets_all_the_time(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = [ScriptedWorker() for _ in range(3)]
+    for worker in bad:
+        worker.answer = lambda request: (500, error("EngineCore", 500))
+    arm = arm_for(*map(serve, bad), rendering=TEMPLATE, max_attempts=2)
+    deadlines = deadlines_of(arm, monkeypatch)
+    deadline = soon()
+    with pytest.raises(WorkerUnavailableError):
+        await arm.score(PAIR, deadline=deadline)
+    first, last = deadlines
+    assert first < deadline - 1
+    assert last == pytest.approx(deadline, abs=1e-6)
+    await arm.close()
+
+
+async def test_short_deadlines_of_callers_take_no_replica_out(serve: Serve) -> None:
+    worker = ScriptedWorker()
+    worker.delay = 30
+    policy = BreakerPolicy(failures_to_open=1, backoff_seconds=30)
+    arm = arm_for(serve(worker), rendering=TEMPLATE, breaker=policy)
+    for _ in range(3):
+        with pytest.raises(WorkerTimeoutError):
+            await arm.score(PAIR, deadline=soon(0.05))
+    (snapshot,) = arm.snapshots()
+    assert (snapshot.state, snapshot.failures) == (BreakerState.CLOSED, 0)
+    worker.delay = 0
+    assert await arm.score(PAIR, deadline=soon()) == expected(PAIR)
+    await arm.close()
+
+
+async def test_a_replica_that_does_not_answer_in_its_time_is_taken_out(serve: Serve) -> None:
+    """Also under a caller's deadline equal to the attempt's, of which the first of two attempts has its share."""
+    slow, good = ScriptedWorker(), ScriptedWorker()
+    slow.delay = 30
+    policy = BreakerPolicy(failures_to_open=1, backoff_seconds=30)
+    arm = arm_for(serve(slow), serve(good), rendering=TEMPLATE, breaker=policy, attempt_timeout_seconds=1.0)
+    for _ in range(2):
+        assert await arm.score(PAIR, deadline=soon(1.0)) == expected(PAIR)
+    assert [snapshot.state for snapshot in arm.snapshots()] == [BreakerState.OPEN, BreakerState.CLOSED]
     await arm.close()
 
 
@@ -327,16 +401,163 @@ async def test_a_cancelled_call_frees_its_place_and_blames_nobody(serve: Serve) 
 
 async def test_one_refused_chunk_ends_the_whole_batch_with_its_reason(serve: Serve) -> None:
     worker = ScriptedWorker()
-
-    def picky(request: Json) -> tuple[int, Any]:
-        if any("too long" in text for text in request["input"]):
-            return 400, error("item is too long", 400, param="input_tokens")
-        return worker.lengths(request)
-
-    worker.answer = picky
+    worker.answer = picky(worker)
     arm = arm_for(serve(worker), rendering=TEMPLATE, items_per_request=2)
     with pytest.raises(WorkerRejectedError, match="item is too long"):
-        await arm.score([*PAIR * 3, ("p", "too long")], deadline=soon())
+        await arm.score([*PAIR * 3, ("p", "bad")], deadline=soon())
+    await arm.close()
+
+
+def picky(worker: ScriptedWorker, status: int = 400, word: str = "bad") -> Callable[[Json], tuple[int, Any]]:
+    """Refuses requests that hold the word."""
+
+    def answer(request: Json) -> tuple[int, Any]:
+        texts = request["input"] if "input" in request else [request["messages"][-1]["content"]]
+        if any(word in text for text in texts):
+            return status, error("item is too long", status, param="input_tokens")
+        return worker.lengths(request)
+
+    return answer
+
+
+def groups_of(count: int, bad: frozenset[int] = frozenset()) -> list[list[tuple[str, str]]]:
+    """Groups of one to three items; the last item of the bad ones holds "bad"."""
+    groups = [[("p", "x" * (number + item)) for item in range(1 + number % 3)] for number in range(count)]
+    for number in bad:
+        groups[number][-1] = ("p", "bad")
+    return groups
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+async def test_groups_come_back_in_order_and_share_requests_without_being_split(serve: Serve, size: int) -> None:
+    worker = ScriptedWorker()
+    arm: Arm = arm_for(serve(worker), rendering=TEMPLATE, items_per_request=size)
+    groups = groups_of(20)
+    assert await arm.score_groups(groups, deadline=soon()) == [expected(group) for group in groups]
+    assert max(len(request["input"]) for request in worker.requests) <= size
+    if size >= 3:
+        asked = {tuple(request["input"]) for request in worker.requests}
+        for group in groups:
+            texts = [plain([("user", prompt), ("assistant", response)]) for prompt, response in group]
+            assert any(set(texts) <= set(request) for request in asked)
+    await arm.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("rendering", [TEMPLATE, MessagesRendering()])
+@pytest.mark.parametrize("bad", [{0}, {19}, {4, 5}, set(range(20))])
+async def test_only_the_refused_groups_are_without_rewards(serve: Serve, rendering: Rendering, bad: set[int]) -> None:
+    worker = ScriptedWorker()
+    worker.answer = picky(worker)
+    arm = arm_for(serve(worker), rendering=rendering, items_per_request=16)
+    groups = groups_of(20, frozenset(bad))
+    outcomes = await arm.score_groups(groups, deadline=soon())
+    assert {number for number, outcome in enumerate(outcomes) if isinstance(outcome, WorkerRejectedError)} == bad
+    for number in set(range(20)) - bad:
+        wanted = [float(len(response)) for _, response in groups[number]]
+        assert outcomes[number] == (expected(groups[number]) if rendering is TEMPLATE else wanted)
+    await arm.close()
+
+
+async def test_one_refused_group_halves_its_own_request_alone(serve: Serve) -> None:
+    worker = ScriptedWorker()
+    worker.answer = picky(worker)
+    arm = arm_for(serve(worker), rendering=TEMPLATE, items_per_request=16)
+    groups: list[list[tuple[str, str]]] = [[("p", "a"), ("p", "bb")] for _ in range(16)]
+    groups[3] = [("p", "a"), ("p", "bad")]
+    await arm.score_groups(groups, deadline=soon())
+    clean = [request for request in worker.requests if len(request["input"]) == 16 and not has_bad(request)]
+    assert len(clean) == 1
+    assert len(worker.requests) == 1 + (1 + 2 * 3)
+    await arm.close()
+
+
+def has_bad(request: Json) -> bool:
+    return any("bad" in text for text in request["input"])
+
+
+async def test_a_refusal_of_the_caller_is_not_asked_again_in_halves(serve: Serve) -> None:
+    worker = ScriptedWorker()
+    worker.answer = lambda request: (401, error("Unauthorized", 401))
+    arm = arm_for(serve(worker), rendering=TEMPLATE)
+    outcomes = await arm.score_groups(groups_of(8), deadline=soon())
+    assert [type(outcome) for outcome in outcomes] == [WorkerRejectedError] * 8
+    assert len(worker.requests) == 1
+    await arm.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [((500, error("EngineCore", 500)), WorkerUnavailableError), ((200, b"{}"), WorkerProtocolError)],
+)
+async def test_a_request_that_fails_otherwise_costs_its_own_groups_only(
+    serve: Serve, answer: tuple[int, Any], kind: type[Exception]
+) -> None:
+    worker = ScriptedWorker()
+    worker.answer = lambda request: answer if has_bad(request) else worker.lengths(request)
+    arm = arm_for(serve(worker), rendering=TEMPLATE, items_per_request=4)
+    groups: list[list[tuple[str, str]]] = [[("p", "a"), ("p", "bb")] for _ in range(6)]
+    groups[2] = [("p", "a"), ("p", "bad")]
+    outcomes = await arm.score_groups(groups, deadline=soon())
+    assert [number for number, outcome in enumerate(outcomes) if isinstance(outcome, kind)] == [2, 3]
+    assert [outcomes[number] for number in (0, 1, 4, 5)] == [expected(groups[0])] * 4
+    await arm.close()
+
+
+async def test_the_deadline_of_a_batch_leaves_the_rewards_that_have_come(serve: Serve) -> None:
+    worker = ScriptedWorker()
+
+    def answer_once(request: Json) -> tuple[int, Any]:
+        worker.delay = 30
+        return worker.lengths(request)
+
+    worker.answer = answer_once
+    arm = arm_for(serve(worker), rendering=TEMPLATE, items_per_request=2, parallel_requests=1)
+    groups = [PAIR] * 5
+    outcomes = await arm.score_groups(groups, deadline=soon(1.0))
+    assert outcomes[0] == expected(PAIR)
+    assert [type(outcome) for outcome in outcomes[1:]] == [WorkerTimeoutError] * 4
+    assert len(worker.requests) == 2
+    await arm.close()
+
+
+async def test_a_batch_has_no_more_requests_in_flight_than_one_call_may_have(serve: Serve) -> None:
+    worker = ScriptedWorker()
+    worker.delay = 0.01
+    arm = arm_for(serve(worker), parallel_requests=3)
+    groups = groups_of(12)
+    wanted = [[float(len(response)) for _, response in group] for group in groups]
+    assert await arm.score_groups(groups, deadline=soon()) == wanted
+    assert worker.most_in_flight == 3
+    await arm.close()
+
+
+async def test_an_arm_that_is_out_answers_a_batch_with_its_error(refused_url: str) -> None:
+    arm = arm_for(refused_url, breaker=BreakerPolicy(backoff_seconds=30))
+    for _ in range(2):
+        outcomes = await arm.score_groups([PAIR, PAIR], deadline=soon())
+        assert [type(outcome) for outcome in outcomes] == [WorkerUnavailableError] * 2
+    await arm.close()
+
+
+async def test_a_cancelled_batch_frees_its_places(serve: Serve) -> None:
+    worker = ScriptedWorker()
+    worker.delay = 30
+    arm = arm_for(serve(worker), rendering=TEMPLATE, items_per_request=2)
+    task = asyncio.create_task(arm.score_groups([PAIR] * 4, deadline=soon(60)))
+    await until(lambda: len(worker.requests) == 4)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    (snapshot,) = arm.snapshots()
+    assert (snapshot.in_flight, snapshot.failures) == (0, 0)
+    await arm.close()
+
+
+@pytest.mark.parametrize("groups", [[], [PAIR, []]])
+async def test_an_empty_batch_or_group_is_a_mistake_of_the_caller(refused_url: str, groups: Any) -> None:
+    arm = arm_for(refused_url)
+    with pytest.raises(ValueError, match="at least one"):
+        await arm.score_groups(groups, deadline=soon())
     await arm.close()
 
 

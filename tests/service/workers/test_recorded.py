@@ -178,10 +178,14 @@ async def test_a_file_of_real_recorded_pairs_is_served_whole(serve: Serve, publi
     await arm.close()
 
 
-async def until_ready(arm: VllmArm) -> None:
-    async with asyncio.timeout(20):
-        while not (await probe(arm, deadline=soon(1)))[0].ok:  # noqa: ASYNC110 - another process, no event to wait on
+async def until_ready(arm: VllmArm, process: asyncio.subprocess.Process) -> None:
+    """Return when the worker answers. Starting Python and its imports may take many seconds on a busy machine."""
+    async with asyncio.timeout(120):
+        while not (await probe(arm, deadline=soon(10)))[0].ok:
+            assert process.returncode is None, "the worker process ended"
             await asyncio.sleep(0.05)
+    # The refusals of its start have opened the breaker, as they should.
+    arm.replicas[0].admit()
 
 
 async def test_a_worker_process_answers_until_it_is_told_to_end(tmp_path: Path, refused_url: str) -> None:
@@ -196,10 +200,11 @@ async def test_a_worker_process_answers_until_it_is_told_to_end(tmp_path: Path, 
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, str(file), port)
     arm = VllmArm(ArmConfig(name="rm-a", urls=(refused_url,)))
     try:
-        await until_ready(arm)
-        assert await arm.score([("Question 1?\n", "bad 1")], deadline=soon()) == [-1.5]
+        await until_ready(arm, process)
+        assert await arm.score([("Question 1?\n", "bad 1")], deadline=soon(30)) == [-1.5]
     finally:
-        process.terminate()
+        if process.returncode is None:
+            process.terminate()
         await process.wait()
     with pytest.raises(WorkerUnavailableError):
         await arm.score([("Question 1?\n", "bad 1")], deadline=soon())

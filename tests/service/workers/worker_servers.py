@@ -93,11 +93,12 @@ class QuickServer(uvicorn.Server):
 
 
 class RunningWorker:
-    """An app on a free port, in a thread of its own, from construction until `stop` and `join`."""
+    """An app on a free or a given port, in a thread of its own, from construction until `stop` and `join`."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, port: int = 0) -> None:
         self._listener = socket.socket()
-        self._listener.bind(("127.0.0.1", 0))
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._listener.bind(("127.0.0.1", port))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._server = QuickServer(worker_config(app, host="127.0.0.1", port=0, log_level="critical"))
         self._thread = threading.Thread(target=self._server.run, args=([self._listener],), daemon=True)
