@@ -3,7 +3,7 @@
     python -m loadtests.posterior [--json OUT] [--quick]
 
 One thread. The candidates take turns within one run; medians, and ratios of medians, are printed. Runs `router_core`
-alone.
+alone, under the gateway's allocator settings.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from router_core.policies import BayesianPolicy, draw
 from router_core.posterior import FoldSettings, Posterior, fold, start
 from router_core.prior import no_prior
 from router_core.records import Event, Feedback, Signal
+from service.memory import keep_freed_memory
 
 SEED = 20251002
 
@@ -172,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds and sizes")
     options = parser.parse_args(arguments)
     use_one_blas_thread()
+    keep_freed_memory()
 
     facts = machine()
     print(describe(facts))

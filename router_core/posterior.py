@@ -9,8 +9,9 @@ equals fold(s, a + b) wherever the log is cut, because floating-point sums are g
 * a discount γ < 1 falls at every `block_size`-th event of the log, for all arms at once, and inverts each Λ: O(K d³);
 * Σ's drift from Λ⁻¹ is probed at each block, and Σ inverted afresh at once when it exceeds `drift_tolerance`.
 
-A block that arrives whole never takes the one-by-one way. float64 throughout; draws read a float32 copy of Σ. States
-are immutable and share what did not change. Called by `service.usecases.learn` and `replay`.
+A block that arrives whole never takes the one-by-one way. Λ, b, Σ and μ are float64; draws and the tail's corrections read
+a float32 copy of Σ, so that between blocks μ and Σ_now are good to single precision. States are immutable and share what
+did not change. Called by `service.usecases.learn` and `replay`.
 """
 
 from __future__ import annotations
@@ -332,9 +333,12 @@ class _ArmFolding:
             self._absorb()
 
     def _correct(self, row: int) -> None:
-        """Sherman-Morrison on Σ_now = Σ − WᵀW: one more row w = Σx/√(σ² + xᵀΣx), and the mean moves along Σx."""
+        """Sherman-Morrison on Σ_now = Σ − WᵀW: one more row w = Σx/√(σ² + xᵀΣx), and the mean moves along Σx.
+
+        Σx is read from the float32 copy: half the memory traffic, and the tail is gone with the next block.
+        """
         x = self._contexts[row]
-        gain = self._covariance @ x
+        gain = (self._single_precision() @ x.astype(np.float32)).astype(np.float64)
         if row:
             earlier = self._corrections[:row]
             gain -= (earlier @ x) @ earlier
@@ -353,7 +357,8 @@ class _ArmFolding:
         gains = x @ self._covariance
         inner = gains @ x.T
         inner[np.diag_indices_from(inner)] += self._sigma2
-        half = np.linalg.solve(np.linalg.cholesky(inner), gains)
+        # A general solve with d right-hand sides takes several times as long as this product.
+        half = np.linalg.inv(np.linalg.cholesky(inner)) @ gains
         covariance = half.T @ half
         np.subtract(self._covariance, covariance, out=covariance)
         self._precision, self._covariance = precision, covariance
@@ -388,6 +393,11 @@ class _ArmFolding:
         self._covariance32 = None
         self._rows = self._corrected = 0
 
+    def _single_precision(self) -> NDArray[np.float32]:
+        if self._covariance32 is None:
+            self._covariance32 = self._covariance.astype(np.float32)
+        return self._covariance32
+
     def freeze(self) -> ArmPosterior:
         """Correct Σ and μ for the rows that no block has absorbed, in log order, and return the arm."""
         for row in range(self._corrected, self._rows):
@@ -397,7 +407,7 @@ class _ArmFolding:
             self._precision,
             self._information,
             self._covariance,
-            self._covariance.astype(np.float32) if self._covariance32 is None else self._covariance32,
+            self._single_precision(),
             self._mean,
             self._contexts[:rows].copy(),
             self._targets[:rows].copy(),

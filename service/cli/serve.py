@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from service.errors import ConfigurationError
+from service.memory import keep_freed_memory
 from service.settings import Settings
 from service.telemetry import configure_logging
 
@@ -75,6 +76,7 @@ def run_gateway(settings: Settings) -> None:
     from service.pool import load_pool
 
     threadpool_limits(settings.blas_threads, user_api="blas")
+    keep_freed_memory()
     configure_logging(settings.log_level)
     if settings.pool is None:
         raise ConfigurationError("no pool file: give --pool, or set REWARD_ROUTER_POOL")

@@ -50,9 +50,13 @@ def test_fold_is_the_textbook_regression_at_every_position_of_the_blocks(n: int)
     probes = unit_contexts(rng, 5, 6).astype(np.float64)
     for arm in range(3):
         mean, covariance = regression(prior, events, arm)
-        np.testing.assert_allclose(state.arms[arm].mean, mean, atol=1e-12)
+        # Between blocks Σx is read in single precision; at a block's end everything is double again.
+        exact = len(state.arms[arm].targets) == 0
+        np.testing.assert_allclose(state.arms[arm].mean, mean, atol=1e-12 if exact else 1e-6)
         for probe in probes:
-            assert state.arms[arm].variance(probe) == pytest.approx(probe @ covariance @ probe, rel=1e-10)
+            assert state.arms[arm].variance(probe) == pytest.approx(
+                probe @ covariance @ probe, rel=1e-10 if exact else 1e-5
+            )
 
 
 @settings(deadline=None, max_examples=40)
