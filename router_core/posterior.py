@@ -9,9 +9,9 @@ equals fold(s, a + b) wherever the log is cut, because floating-point sums are g
 * a discount γ < 1 falls at every `block_size`-th event of the log, for all arms at once, and inverts each Λ: O(K d³);
 * Σ's drift from Λ⁻¹ is probed at each block, and Σ inverted afresh at once when it exceeds `drift_tolerance`.
 
-A block that arrives whole never takes the one-by-one way. Λ, b, Σ and μ are float64; draws and the tail's corrections read
-a float32 copy of Σ, so that between blocks μ and Σ_now are good to single precision. States are immutable and share what
-did not change. Called by `service.usecases.learn` and `replay`.
+A block that arrives whole never takes the one-by-one way. Λ, b, Σ and μ are float64; draws and the tail's corrections
+read a float32 copy of Σ, so that between blocks μ and Σ_now are good to single precision. States are immutable and
+share what did not change. Called by `service.usecases.learn` and `replay`.
 """
 
 from __future__ import annotations

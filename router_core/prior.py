@@ -70,7 +70,7 @@ class Hyperparameters:
 PAPER_HYPERPARAMETERS = Hyperparameters(lambda0=1.0, sigma2=1.0, v=1.0)
 """The paper's online setting: Λ₀ = I, unit noise, no scaling of the exploration."""
 
-CALIBRATED_HYPERPARAMETERS = Hyperparameters(lambda0=100.0, sigma2=0.12, v=0.3)
+CALIBRATED_HYPERPARAMETERS = Hyperparameters(lambda0=50.0, sigma2=0.12, v=0.3)
 """Measured on recorded pairs (docs/experiments.md); a checkpoint may hold better ones for its own data."""
 
 NONE_HYPERPARAMETERS = Hyperparameters(lambda0=1.0, sigma2=0.25, v=0.3)
