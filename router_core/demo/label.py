@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from router_core.records import TIE, LabelledPair
+from router_core.records import LabelledPair, verdict_of
+from router_core.torch_threads import torch_threads
 
 
 def score_texts(texts: Sequence[str], model: Any, tokenizer: Any, *, batch_size: int = 64) -> list[float]:
@@ -72,29 +73,14 @@ def label_pairs(
             for pair in pairs
             for response in pair.instance.responses
         ]
-        with _torch_threads(threads):
+        with torch_threads(threads):
             flat = iter(score_texts(texts, model, tokenizer, batch_size=batch_size))
         for pair, row in zip(pairs, scores, strict=True):
             row[directory.name] = tuple(next(flat) for _ in pair.instance.responses)
     return [
-        replace(pair, scores=row, verdicts={**pair.verdicts, **{name: _verdict(row[name]) for name in names}})
+        replace(pair, scores=row, verdicts={**pair.verdicts, **{name: verdict_of(row[name]) for name in names}})
         for pair, row in zip(pairs, scores, strict=True)
     ]
-
-
-def _verdict(scores: Sequence[float]) -> int:
-    best = max(scores)
-    return TIE if sum(score == best for score in scores) > 1 or len(scores) == 1 else scores.index(best)
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from router_core.demo.recipes import RECIPES, Recipe, recipe_digest
 from router_core.demo.report import PoolReport, report_pool
 from router_core.demo.tokenizer import PAD, plain_text, save_tokenizer, train_tokenizer
 from router_core.records import LabelledPair
+from router_core.torch_threads import torch_threads
 
 RECIPE_FILE = "recipe.json"
 """Written last: a directory that has it is complete."""
@@ -113,12 +114,8 @@ def make_demo_pool(
             _save(model, tokenizer, recipe, seed, out_dir)
             tell(recipe.name, 1.0)
 
-        threads = torch.get_num_threads()
-        try:
-            with ThreadPoolExecutor(max_workers=workers) as pool:
-                list(pool.map(make, missing, models))
-        finally:
-            torch.set_num_threads(threads)
+        with torch_threads(1), ThreadPoolExecutor(max_workers=workers) as pool:
+            list(pool.map(make, missing, models))
     return [
         DemoModel(recipe.name, recipe.domain, out_dir / recipe.name, digests[recipe.name], recipe not in missing)
         for recipe in recipes

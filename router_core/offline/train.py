@@ -32,6 +32,7 @@ from router_core.offline.calibrate import expected_calibration_error, fit_calibr
 from router_core.offline.losses import bradley_terry, correctness_bce
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, Hyperparameters
 from router_core.records import LabelledPair
+from router_core.torch_threads import torch_threads
 
 _EMA = 0.98
 """Decay per step of the averaged weights that are evaluated and kept; stands in for a learning-rate schedule."""
@@ -101,8 +102,20 @@ def train(
         raise DatasetError("pairs: there are none; training needs labelled pairs")
     correctness = pool_matrix(pairs, pool)
     z = pair_features(pairs, backbone) if features is None else features
-    rng = np.random.default_rng(config.seed)
+    with torch_threads(1):
+        return _fit_checkpoint(pairs, pool, backbone, config, correctness, z)
 
+
+def _fit_checkpoint(
+    pairs: Sequence[LabelledPair],
+    pool: Sequence[str],
+    backbone: Backbone,
+    config: TrainConfig,
+    correctness: NDArray[np.float64],
+    z: NDArray[np.float32],
+) -> Checkpoint:
+    """Cross-fit to choose the epochs and to calibrate, then fit on everything."""
+    rng = np.random.default_rng(config.seed)
     held_out = np.zeros((config.max_epochs, 2, *correctness.shape))
     folds = grouped_folds(pairs, config.folds, rng)
     steps = math.ceil(min(len(inside) for inside, _ in folds) / config.batch_size)
