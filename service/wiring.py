@@ -31,7 +31,7 @@ from router_core.prior import (
     no_prior,
     paper_prior,
 )
-from service.errors import ConfigurationError, StoreUnavailableError
+from service.errors import ConfigurationError, RunConflictError, StoreUnavailableError
 from service.handlers.hot import ApiKeys, HotLimits, HotRoutes
 from service.pool import ModelEntry, PoolFile
 from service.settings import EMBEDDED, OnStoreUnavailable, Settings
@@ -85,6 +85,9 @@ class Gateway:
             except StoreUnavailableError as error:
                 logger.warning("store away, default run waits", extra={"fields": {"error": error.message}})
                 await asyncio.sleep(0.5)
+            except RunConflictError as error:
+                logger.error("default run refused", extra={"fields": {"error": error.message, **error.details}})
+                return
             else:
                 return
 

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from router_core.checkpoint import Checkpoint
 from router_core.demo.recipes import RECIPES
 from router_core.records import LabelledPair
 from service.cli.http import GatewayClient
@@ -98,7 +99,7 @@ def demo(
 
     with running_stack(
         load_pool(pool), checkpoint, data_dir=data_dir, host="127.0.0.1", port=port, worker_port=worker_port,
-        store_url=EMBEDDED, console=console,
+        store_url=EMBEDDED, console=console, run=demo_run(checkpoint),
     ) as stack:  # fmt: skip
         result = asyncio.run(_route(stack, pairs, seed, console))
     models = [recipe.name for recipe in RECIPES]
@@ -152,6 +153,11 @@ def ensure_demo_pool(data_dir: Path, console: Console, checkpoint: Path | None) 
             with console.status("labelling offline pairs with the pool and training the checkpoint"):
                 _train_checkpoint(folder, [model.directory for model in models], checkpoint)
     return pool_file, checkpoint
+
+
+def demo_run(checkpoint: Path) -> str:
+    """Name of the demo pool's run: what was learned from one checkpoint's prior is of no use to another one's."""
+    return f"demo-{Checkpoint.load(checkpoint).digest[:12]}"
 
 
 def _train_checkpoint(folder: Path, directories: Sequence[Path], out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -105,7 +106,9 @@ class ProcessGroup:
                     if response.status == 200:
                         return
             except urllib.error.HTTPError as error:
-                last = f"status {error.code}: {error.read()[:300].decode('utf-8', 'replace')}"
+                body = error.read().decode("utf-8", "replace")
+                _raise_if_final(body)
+                last = f"status {error.code}: {body[:300]}"
             except OSError as error:
                 last = str(error)
             tick()
@@ -140,3 +143,14 @@ def free_port(wanted: int, host: str = "127.0.0.1") -> int:
                 continue
             return int(probe.getsockname()[1])
     raise ConfigurationError(f"no free port on {host}")
+
+
+def _raise_if_final(body: str) -> None:
+    """Waiting does not help where the run's name is another pool's or checkpoint's: the answer lists what changed."""
+    try:
+        error = json.loads(body)["error"]
+        changed = error["details"].get("changed")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return
+    if changed:
+        raise ConfigurationError(f"{error['message']} (--run NAME); changed: {', '.join(changed)}")

@@ -54,6 +54,10 @@ def up(
     worker_port: Annotated[int, typer.Option(help="First port of the workers that are started.")] = 8101,
     data_dir: Annotated[Path, typer.Option(help="Where everything that is kept lies.")] = Path(".data"),
     store: Annotated[str, typer.Option(help="redis://, rediss:// or unix:// URL, or `embedded`.")] = EMBEDDED,
+    run: Annotated[
+        str | None,
+        typer.Option(help="Name of the default run. [default: default; with the demo pool, one a checkpoint]"),
+    ] = None,
 ) -> None:
     """Start everything: store, one worker per reward model, gateway. Ctrl-C ends all; what was learned is kept.
 
@@ -61,12 +65,13 @@ def up(
     """
     console = Console()
     if pool is None:
-        from service.cli.demo import ensure_demo_pool
+        from service.cli.demo import demo_run, ensure_demo_pool
 
         pool, checkpoint = ensure_demo_pool(data_dir, console, checkpoint)
+        run = run or demo_run(checkpoint)
     with running_stack(
         load_pool(pool), checkpoint, data_dir=data_dir, host=host, port=port, worker_port=worker_port, store_url=store,
-        console=console,
+        console=console, run=run,
     ) as stack:  # fmt: skip
         console.print(
             f"\nserving on [bold]{stack.url}[/]   API: {stack.url}/docs   metrics: {stack.url}/metrics\n\n"
@@ -89,7 +94,7 @@ def running_stack(
     worker_port: int,
     store_url: str,
     console: Console,
-    environment: dict[str, str] | None = None,
+    run: str | None = None,
 ) -> Iterator[Stack]:
     """Store, workers and gateway for the length of the block.
 
@@ -102,7 +107,7 @@ def running_stack(
         worker_port: first wanted port of the workers.
         store_url: `embedded`, or the URL of a running server.
         console: where progress is shown.
-        environment: more environment for the gateway.
+        run: name of the default run.
 
     Raises:
         ConfigurationError: something did not start; with the end of its log.
@@ -131,7 +136,11 @@ def running_stack(
             ]
             if checkpoint is not None:
                 arguments += ["--checkpoint", str(checkpoint)]
-            processes.start("gateway", arguments, {"REWARD_ROUTER_STORE_URL": store_url, **(environment or {})})
+            processes.start(
+                "gateway",
+                arguments,
+                {"REWARD_ROUTER_STORE_URL": store_url, **({"REWARD_ROUTER_RUN": run} if run else {})},
+            )
             url = f"http://127.0.0.1:{gateway_port}"
             with console.status("gateway"):
                 processes.wait_until_ready(f"{url}/readyz", "gateway", GATEWAY_SECONDS, lambda: None)

@@ -8,10 +8,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ import yaml
 
 from router_core.dataset import load_pairs
 from router_core.records import LabelledPair
+from service.cli.processes import ProcessGroup
+from service.errors import ConfigurationError
 from tests.conftest import free_port
 from tests.support.processes import MODELS, READY_SECONDS, Caller, fetch, write_recorded_pairs
 
@@ -278,3 +282,25 @@ def test_replay_over_http_earns_what_replay_in_process_earns(tmp_path: Path) -> 
     # Two passes over 200 pairs at about 0.75: standard error 0.022, of the difference 0.031; four of them.
     bayesian = [figures["policies"]["bayesian"]["accuracy"] for figures in (inside, over_http)]
     assert abs(bayesian[0] - bayesian[1]) < 0.125
+
+
+def test_a_run_of_another_checkpoint_ends_the_start_at_once_with_the_remedy(tmp_path: Path) -> None:
+    error = (
+        b'{"error": {"code": "not_ready", "message": "run x was started otherwise", "details": {"changed": {"d": {}}}}}'
+    )
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(503)
+            self.end_headers()
+            self.wfile.write(error)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server, ProcessGroup(tmp_path) as group:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/readyz"
+        with pytest.raises(ConfigurationError, match="--run NAME"):
+            group.wait_until_ready(url, "gateway", 600.0, lambda: None)
+        server.shutdown()
