@@ -28,6 +28,7 @@ from router_core.checkpoint import Checkpoint
 from router_core.demo.recipes import RECIPES
 from router_core.records import LabelledPair
 from service.cli.http import GatewayClient
+from service.cli.processes import interruptible
 from service.cli.up import Stack, running_stack
 from service.errors import ConfigurationError
 from service.pool import ModelEntry, PoolFile, dump_pool
@@ -92,6 +93,7 @@ def demo(
     """Make the demo pool, start everything, route a stream with feedback, and show what was learned. About two
     minutes.
     """
+    interruptible()
     console = Console()
     started = time.perf_counter()
     pool, checkpoint = ensure_demo_pool(data_dir, console, None)

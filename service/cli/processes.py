@@ -132,6 +132,15 @@ class ProcessGroup:
                 child.process.wait()
 
 
+def interruptible() -> None:
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt from now on, so that all that was started is ended.
+
+    Also where we were started as a background job, for which shells have SIGINT ignored.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
 def free_port(wanted: int, host: str = "127.0.0.1") -> int:
     """`wanted` if it is free, else any free port; 0 means any."""
     for port in (wanted, 0):

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from service.cli.processes import ProcessGroup, free_port
+from service.cli.processes import ProcessGroup, free_port, interruptible
 from service.errors import ConfigurationError
 from service.pool import ModelEntry, PoolFile, dump_pool, load_pool
 from service.settings import EMBEDDED
@@ -63,6 +63,7 @@ def up(
 
     Settings of the gateway are environment variables REWARD_ROUTER_…; docs/settings.md lists them.
     """
+    interruptible()
     console = Console()
     if pool is None:
         from service.cli.demo import demo_run, ensure_demo_pool

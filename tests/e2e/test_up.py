@@ -226,9 +226,12 @@ def test_an_up_that_is_interrupted_while_it_starts_leaves_nothing_behind(
             assert time.monotonic() < deadline
             time.sleep(0.05)
         children = stack.descendants()
-    finally:
         process.send_signal(number)
         process.wait(30)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
     assert still_alive(children) == {}
     assert "Traceback" not in (tmp_path / "up.log").read_text()
 

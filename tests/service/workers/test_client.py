@@ -318,9 +318,9 @@ async def test_a_replica_that_does_not_answer_in_its_time_is_taken_out(serve: Se
     slow, good = ScriptedWorker(), ScriptedWorker()
     slow.delay = 30
     policy = BreakerPolicy(failures_to_open=1, backoff_seconds=30)
-    arm = arm_for(serve(slow), serve(good), rendering=TEMPLATE, breaker=policy, attempt_timeout_seconds=1.0)
+    arm = arm_for(serve(slow), serve(good), rendering=TEMPLATE, breaker=policy, attempt_timeout_seconds=4.0)
     for _ in range(2):
-        assert await arm.score(PAIR, deadline=soon(1.0)) == expected(PAIR)
+        assert await arm.score(PAIR, deadline=soon(4.0)) == expected(PAIR)
     assert [snapshot.state for snapshot in arm.snapshots()] == [BreakerState.OPEN, BreakerState.CLOSED]
     await arm.close()
 
