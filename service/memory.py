@@ -18,7 +18,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep up to half a gigabyte of freed memory for the next arrays; False where the C library is another.
 
     Folding allocates a few matrices of d² numbers per block. By default glibc maps each afresh and gives it back, and
-    the page faults of that cost up to as much as the arithmetic (docs/experiments.md).
+    on loaded machines the page faults of that cost up to as much as the arithmetic (docs/experiments.md).
     """
     if sys.platform != "linux":
         return False
