@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.errors import DatasetError, FeedbackError
-from router_core.policies import Policy, draw, make_policy, vote_shares
+from router_core.policies import Policy, draw, majority_verdict, make_policy
 from router_core.posterior import FoldSettings, fold, start
 from router_core.prior import Prior
-from router_core.records import TIE, Event, Feedback, LabelledPair, Signal, verdict_of
+from router_core.records import TIE, Event, Feedback, LabelledPair, Signal
 
 Array = NDArray[np.float64]
 
@@ -165,7 +165,7 @@ def _one_pass(
     correct, asked = np.empty(n), np.empty(n, np.int64)
     for step, i in enumerate(order, start=1):
         if policy.asks_all:
-            verdict = verdict_of(vote_shares(table.verdicts[i].tolist(), 2))
+            verdict = majority_verdict(table.verdicts[i].tolist())
             asked[i] = -1
             correct[i] = 0.5 if verdict == TIE else float(verdict == table.labels[i])
         else:

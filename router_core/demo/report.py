@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from router_core.errors import DatasetError
+from router_core.policies import majority_verdict
 from router_core.records import TIE, LabelledPair
 
 
@@ -59,9 +60,8 @@ def report_pool(pairs: Sequence[LabelledPair]) -> PoolReport:
 
 
 def _majority(pair: LabelledPair, models: Sequence[str]) -> float:
-    votes = [pair.verdicts[name] for name in models if pair.verdicts[name] != TIE]
-    lead = sum(1 if vote == pair.label else -1 for vote in votes)
-    return 0.5 if lead == 0 else float(lead > 0)
+    verdict = majority_verdict([pair.verdicts[name] for name in models])
+    return 0.5 if verdict == TIE else float(verdict == pair.label)
 
 
 def _mean(values: Sequence[float]) -> float:

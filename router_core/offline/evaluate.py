@@ -20,6 +20,7 @@ from router_core.encoder.base import Backbone
 from router_core.errors import DatasetError
 from router_core.offline.calibrate import expected_calibration_error, negative_log_likelihood
 from router_core.offline.train import TrainConfig, pair_features, train
+from router_core.policies import majority_verdict
 from router_core.records import TIE, LabelledPair
 
 Head = Literal["bt", "cls"]
@@ -76,9 +77,9 @@ def majority_correctness(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> 
     """Is the majority of the asked RMs right? (N,) in {0, 0.5, 1}; equal votes count one half, ties do not vote."""
     right = np.empty(len(pairs))
     for i, pair in enumerate(pairs):
-        votes = [pair.verdicts[name] for name in pool if pair.verdicts.get(name, TIE) != TIE]
-        margin = sum(1 if vote == pair.label else -1 for vote in votes)
-        right[i] = 0.5 if margin == 0 else float(margin > 0)
+        votes = [pair.verdicts[name] for name in pool if name in pair.verdicts]
+        verdict = majority_verdict(votes) if votes else TIE
+        right[i] = 0.5 if verdict == TIE else float(verdict == pair.label)
     return right
 
 

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from router_core.errors import UnknownPolicyError
 from router_core.policies.base import Beliefs, Choices, Policy, draw, propensity_without
 from router_core.policies.bayesian import BayesianPolicy, OfflinePolicy
-from router_core.policies.majority import MajorityPolicy, vote_shares
+from router_core.policies.majority import MajorityPolicy, majority_verdict, vote_shares
 from router_core.policies.random import RandomPolicy
 from router_core.policies.single import SinglePolicy
 
@@ -63,6 +63,7 @@ __all__ = [
     "RandomPolicy",
     "SinglePolicy",
     "draw",
+    "majority_verdict",
     "make_policy",
     "propensity_without",
     "vote_shares",

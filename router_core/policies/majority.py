@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from router_core.policies.base import Array, Beliefs
 from router_core.posterior import Posterior
-from router_core.records import TIE
+from router_core.records import TIE, verdict_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +42,12 @@ def vote_shares(verdicts: Sequence[int], n_responses: int) -> list[float]:
         if verdict != TIE:
             parts[verdict] += n_responses
     return [part / (n_responses * len(verdicts)) for part in parts]
+
+
+def majority_verdict(verdicts: Sequence[int], n_responses: int = 2) -> int:
+    """The response with most votes; TIE where the best two have equal shares.
+
+    >>> majority_verdict([0, 1, 1, TIE]), majority_verdict([0, 1])
+    (1, -1)
+    """
+    return verdict_of(vote_shares(verdicts, n_responses))
