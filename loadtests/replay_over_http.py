@@ -23,10 +23,11 @@ from rich.table import Table as RichTable
 from router_core.dataset import grouped_split, load_pairs, pool_names
 from router_core.encoder.registry import load_backbone
 from router_core.offline.train import pair_features, train
+from router_core.prior import PriorForm
 from router_core.records import LabelledPair, Signal
-from router_core.replay import replay, summarise, tabulate
+from router_core.replay import replay, score_scale, summarise, tabulate
 from service.cli.processes import ProcessGroup, free_port
-from service.cli.replay import replay_over_http
+from service.cli.replay_http import replay_over_http
 from service.cli.serve import read_settings
 from service.cli.up import WORKER_SECONDS, running_stack
 from service.pool import ModelEntry, PoolFile
@@ -34,7 +35,7 @@ from service.settings import EMBEDDED
 from service.wiring import build_prior
 
 DEFAULT_DATA = os.environ.get("RB9_DEV", "../shared/data/rb9_dev.jsonl")
-POLICIES = ("bayesian", "offline", "random", "majority")
+POLICIES = ("bayesian", "bayesian:none", "offline", "laser", "random", "majority", "uwo")
 
 
 def main() -> None:
@@ -68,9 +69,12 @@ def compare(
         table,
         checkpoint.fuse.apply(features[outside]),
         POLICIES,
-        priors=lambda _: build_prior(read_settings(), checkpoint, len(pool), checkpoint.d),
+        priors=lambda form: build_prior(
+            read_settings(), checkpoint, len(pool), checkpoint.d, None if form is None else PriorForm(form)
+        ),
         signal=Signal.PREFERENCE,
         seeds=seeds,
+        scale=score_scale([pairs[i] for i in inside], pool),
     )
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "checkpoint"

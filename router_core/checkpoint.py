@@ -7,6 +7,9 @@ A checkpoint is a directory:
 
     weights.safetensors   float32 tensors: fuse.*, bt_embeddings, cls_*, calibration_*
     metadata.json         pool, encoder, prior form, hyper-parameters, metrics, provenance, and the digest of all that
+    backbone/             the fine-tuned transformer, where there is one; its files' digests stand in the metadata
+
+Other files there (a model card, a figure) are nobody's business here.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -29,34 +33,42 @@ from safetensors.numpy import save as save_tensors
 
 from router_core.encoder.fuse import Fuse
 from router_core.errors import CheckpointError, HyperparameterError, ShapeMismatchError
+from router_core.policies.scale import ScoreScale
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, Hyperparameters, PriorForm
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised when an older reader could misread a newer file."""
 WEIGHTS_FILE = "weights.safetensors"
 METADATA_FILE = "metadata.json"
 
 _ARM_TENSORS = ("bt_embeddings", "cls_weight", "cls_bias", "calibration_scale", "calibration_shift")
 _FUSE_TENSORS = ("shift", "projection", "w1", "b1", "w2", "b2")
+_OPTIONAL_FUSE_TENSORS = ("rotation", "context")
+_SCORE_TENSORS = ("score_shift", "score_scale")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """A trained offline stage for one pool and one encoder; K arms, context length d.
+    """A trained offline stage for one pool and one encoder; K arms, r features that the heads read.
 
     Fields:
         pool: K names, in the order of every per-arm array.
         encoder_spec: what `encoder.registry.load_backbone` takes.
-        fuse: backbone vectors to x.
-        bt_embeddings: (K, d), unit-norm; xᵀe_k is the Bradley-Terry score of arm k.
-        cls_weight, cls_bias: (K, d), (K,); the logit of "arm k is right" before calibration is w_kᵀx + b_k.
+        fuse: backbone vectors to x, whose first r columns are the features f.
+        bt_embeddings: (K, r), unit-norm; fᵀe_k is the Bradley-Terry score of arm k.
+        cls_weight, cls_bias: (K, r), (K,); the logit of "arm k is right" before calibration is w_kᵀf + b_k.
         calibration_scale, calibration_shift: (K,), (K,), from held-out pairs; the calibrated logit is
-            scale_k (w_kᵀx + b_k) + shift_k.
+            scale_k (w_kᵀf + b_k) + shift_k.
         prior_form: which prior the run should use unless told otherwise.
         hyperparameters: of the online posterior.
         metrics: held-out figures of the training, by name.
         data_digest: `dataset.pairs_digest` of the training pairs; "" if there were none.
         created_by: name and version of the program that wrote it.
+        encoder_files: SHA-256 (hex) of each file of a fine-tuned backbone, by path inside the checkpoint; empty where
+            the encoder is one that every installation has.
+        directory: where those files lie; set by `load`, and no part of what the checkpoint is.
+        score_shift, score_scale: (K,), (K,), mean and standard deviation of each RM's raw rewards on the training
+            pairs, for what combines several RMs' rewards; None where the pairs held no scores.
     """
 
     pool: tuple[str, ...]
@@ -72,29 +84,56 @@ class Checkpoint:
     metrics: Mapping[str, float] = field(default_factory=dict)
     data_digest: str = ""
     created_by: str = field(default_factory=lambda: f"reward-router {_version()}")
+    encoder_files: Mapping[str, str] = field(default_factory=dict)
+    directory: Path | None = None
+    score_shift: NDArray[np.float32] | None = None
+    score_scale: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         """Raises CheckpointError if a shape, a number or the pool cannot be."""
-        K, d = len(self.pool), self.d
+        K, r = len(self.pool), self.fuse.features
         if not K or len(set(self.pool)) != K:
             raise CheckpointError(f"pool = {list(self.pool)}: needs at least one name, each once")
-        if self.prior_form is PriorForm.NONE:
-            raise CheckpointError("prior_form = 'none': a checkpoint holds a prior; choose 'paper' or 'calibrated'")
+        if self.prior_form not in (PriorForm.PAPER, PriorForm.CALIBRATED):
+            raise CheckpointError(
+                f"prior_form = {self.prior_form.value!r}: a checkpoint holds a prior; choose 'paper' or 'calibrated'"
+            )
         for name in _ARM_TENSORS:
             array = getattr(self, name)
-            expected = (K, d) if name in ("bt_embeddings", "cls_weight") else (K,)
+            expected = (K, r) if name in ("bt_embeddings", "cls_weight") else (K,)
             if array.shape != expected:
                 raise CheckpointError(
-                    f"{name} has shape {array.shape}, expected {expected} for {K} arms and contexts of length {d}"
+                    f"{name} has shape {array.shape}, expected {expected} for {K} arms and {r} features"
                 )
+        if (self.score_shift is None) != (self.score_scale is None):
+            raise CheckpointError("score_shift and score_scale: give both, or none")
+        for name in _SCORE_TENSORS:
+            array = getattr(self, name)
+            if array is not None and (array.shape != (K,) or (name == "score_scale" and not (array > 0).all())):
+                raise CheckpointError(f"{name}: must be ({K},), and a scale positive; train again")
         for name, array in self._tensors().items():
             if array.dtype != np.float32 or not np.isfinite(array).all():
                 raise CheckpointError(f"{name}: must be finite float32 (is {array.dtype}); train again")
 
     @property
     def d(self) -> int:
-        """Length of a context."""
+        """Columns of x."""
         return self.fuse.dim
+
+    def columns(self, form: PriorForm) -> tuple[int, int]:
+        """First column of x and number of columns that the posterior of that prior form reads.
+
+        The paper's form reads the features; the others the low-rank context, where the fuse makes one.
+        """
+        features = self.fuse.features
+        return (0, features) if form is PriorForm.PAPER or features == self.d else (features, self.d - features)
+
+    @property
+    def scores(self) -> ScoreScale | None:
+        """How each RM's raw rewards come on one scale."""
+        if self.score_shift is None or self.score_scale is None:
+            return None
+        return ScoreScale(self.score_shift.astype(np.float64), self.score_scale.astype(np.float64))
 
     @property
     def digest(self) -> str:
@@ -102,10 +141,10 @@ class Checkpoint:
         return _digest(save_tensors(self._tensors()), self._metadata())
 
     def class_probabilities(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
-        """o_k(x) = 1 / (1 + exp(−scale_k (w_kᵀx + b_k) − shift_k)): calibrated probability that arm k is right.
+        """o_k(x) = 1 / (1 + exp(−scale_k (w_kᵀf + b_k) − shift_k)): calibrated probability that arm k is right.
 
         Args:
-            x: (B, d) contexts.
+            x: (B, dim) contexts; f is their first r columns.
 
         Returns:
             (B, K) float64 inside (0, 1).
@@ -113,16 +152,14 @@ class Checkpoint:
         Raises:
             ShapeMismatchError: x has another width.
         """
-        self._require_contexts(x)
-        logits = self.calibration_scale * (x @ self.cls_weight.T + self.cls_bias) + self.calibration_shift
+        logits = self.calibration_scale * (self._features(x) @ self.cls_weight.T + self.cls_bias) + self.calibration_shift
         # exp(30) is far inside float64 and sigmoid(30) differs from 1 by 1e-13: the bound only prevents overflow.
         probabilities: NDArray[np.float64] = 1.0 / (1.0 + np.exp(-np.clip(logits.astype(np.float64), -30.0, 30.0)))
         return probabilities
 
     def bt_scores(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
-        """xᵀe_k for each context and arm: (B, d) to (B, K) float64; only differences between arms mean anything."""
-        self._require_contexts(x)
-        return np.asarray(x @ self.bt_embeddings.T, dtype=np.float64)
+        """fᵀe_k for each context and arm: (B, dim) to (B, K) float64; only differences between arms mean anything."""
+        return np.asarray(self._features(x) @ self.bt_embeddings.T, dtype=np.float64)
 
     def require_pool(self, names: Sequence[str]) -> None:
         """Raises CheckpointError unless `names` is this pool, in this order."""
@@ -155,7 +192,8 @@ class Checkpoint:
                 "correct the names, or train with pairs that these RMs have judged"
             )
         rows = [self.pool.index(name) for name in names]
-        arrays = {name: getattr(self, name)[rows] for name in _ARM_TENSORS}
+        per_arm = [*_ARM_TENSORS, *(_SCORE_TENSORS if self.score_shift is not None else ())]
+        arrays = {name: getattr(self, name)[rows] for name in per_arm}
         return replace(self, pool=tuple(names), metrics={}, **arrays)
 
     def save(self, directory: str | os.PathLike[str]) -> str:
@@ -177,6 +215,7 @@ class Checkpoint:
             with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
                 fresh = Path(scratch) / "new"
                 fresh.mkdir()
+                self._copy_encoder(fresh)
                 _write(fresh / WEIGHTS_FILE, weights)
                 _write(fresh / METADATA_FILE, (json.dumps(metadata, indent=2) + "\n").encode())
                 if target.exists():
@@ -209,13 +248,22 @@ class Checkpoint:
             return cls(
                 pool=tuple(metadata["pool"]),
                 encoder_spec=str(metadata["encoder_spec"]),
-                fuse=Fuse(**{name: tensors[f"fuse.{name}"] for name in _FUSE_TENSORS}, limit=metadata["fuse_limit"]),
+                fuse=Fuse(
+                    **{name: tensors[f"fuse.{name}"] for name in _FUSE_TENSORS},
+                    rotation=tensors.get("fuse.rotation"),
+                    context=tensors.get("fuse.context"),
+                    limit=metadata["fuse_limit"],
+                ),
                 **{name: tensors[name] for name in _ARM_TENSORS},
+                score_shift=tensors.get("score_shift"),
+                score_scale=tensors.get("score_scale"),
                 prior_form=PriorForm(metadata["prior_form"]),
                 hyperparameters=Hyperparameters(**metadata["hyperparameters"]),
                 metrics=metadata["metrics"],
                 data_digest=metadata["data_digest"],
                 created_by=metadata["created_by"],
+                encoder_files=_verified_files(source, metadata.get("encoder_files", {})),
+                directory=source,
             )
         except (
             KeyError,
@@ -227,15 +275,16 @@ class Checkpoint:
         ) as error:
             raise CheckpointError(f"{source}: lacks what its format promises ({error!r}); train again") from error
 
-    def _require_contexts(self, x: NDArray[np.floating]) -> None:
+    def _features(self, x: NDArray[np.floating]) -> NDArray[np.floating]:
         if x.ndim != 2 or x.shape[1] != self.d:
             raise ShapeMismatchError(f"contexts have shape {x.shape}, expected (B, {self.d})")
+        return x[:, : self.fuse.features]
 
     def _tensors(self) -> dict[str, NDArray[np.float32]]:
-        named = {f"fuse.{name}": getattr(self.fuse, name) for name in _FUSE_TENSORS}
-        named.update({name: getattr(self, name) for name in _ARM_TENSORS})
+        named = {f"fuse.{name}": getattr(self.fuse, name) for name in (*_FUSE_TENSORS, *_OPTIONAL_FUSE_TENSORS)}
+        named.update({name: getattr(self, name) for name in (*_ARM_TENSORS, *_SCORE_TENSORS)})
         # safetensors writes the buffer as it lies in memory: a transposed view would be stored with its axes mixed up.
-        return {name: np.ascontiguousarray(array) for name, array in named.items()}
+        return {name: np.ascontiguousarray(array) for name, array in named.items() if array is not None}
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -249,7 +298,21 @@ class Checkpoint:
             "hyperparameters": {f.name: getattr(self.hyperparameters, f.name) for f in fields(Hyperparameters)},
             "metrics": {name: float(value) for name, value in self.metrics.items()},
             "data_digest": self.data_digest,
+            # Absent where there are none, so that such checkpoints keep the digest that they always had.
+            **({"encoder_files": dict(self.encoder_files)} if self.encoder_files else {}),
         }
+
+    def _copy_encoder(self, target: Path) -> None:
+        """The fine-tuned backbone's files from where they lie, checked again on the way."""
+        if not self.encoder_files:
+            return
+        if self.directory is None:
+            raise CheckpointError("directory is not set: where do the fine-tuned encoder's files lie?")
+        for name in self.encoder_files:
+            copy = target / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.directory / name, copy)
+        _verified_files(target, self.encoder_files)
 
 
 def _digest(weights: bytes, metadata: Mapping[str, Any]) -> str:
@@ -272,6 +335,32 @@ def _read(source: Path) -> tuple[bytes, dict[str, Any]]:
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{source / METADATA_FILE}: is not a JSON object; copy the checkpoint again")
     return weights, metadata
+
+
+def file_digests(root: Path, folder: str) -> dict[str, str]:
+    """SHA-256 (hex) of every file below `root / folder`, by its path from `root`; what `encoder_files` holds."""
+    files = sorted(path for path in (root / folder).rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): _file_digest(path) for path in files}
+
+
+def _verified_files(root: Path, expected: Mapping[str, str]) -> dict[str, str]:
+    """`expected` itself.
+
+    Raises:
+        CheckpointError: a file is missing or altered, or would lie outside `root`.
+    """
+    for name, digest in expected.items():
+        path = root / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{root}: encoder file {name!r} lies outside the checkpoint; train again")
+        if not path.is_file() or _file_digest(path) != digest:
+            raise CheckpointError(f"{path}: is missing or was altered; copy the whole checkpoint again")
+    return dict(expected)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:

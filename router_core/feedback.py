@@ -1,13 +1,14 @@
 """Raw feedback to the reward that the posterior learns from (docs/math/router.md, "Signals").
 
-The only state is per arm: how many feedbacks, their mean reward, and for the loss signal the moving averages of the
-loss and of its square. Pure: `observe` returns a new value. Called by `posterior.fold`.
+The state is per arm: how many feedbacks, their mean reward, and for the loss signal the moving averages of the loss and
+of its square; and for priors that scale losses by quantiles the last losses of all arms. Called by `posterior.fold`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,24 @@ MAX_LOSS = 1e6
 its arm for thousands of feedbacks, and above 1e154 its square is infinite for good."""
 
 
+LOSS_HISTORY = 256
+"""Losses that the quantiles are taken of, over all arms. LASER's released code keeps every one since the start."""
+
+LOSS_QUANTILES = (0.2, 0.8)
+"""Quantiles of −loss that become the rewards 0 and 1 (LASER, arXiv 2410.01735)."""
+
+
+class LossScale(StrEnum):
+    """How a loss becomes a reward."""
+
+    Z = "z"
+    """z = (mean − loss)/sd in [−2, 2] (BayesianRouter, arXiv 2510.02850)."""
+    UNIT_Z = "unit_z"
+    """(z + 2)/4 in [0, 1]."""
+    QUANTILE = "quantile"
+    """Place of −loss between the 20% and the 80% quantile of the last ones, in [0, 1] (LASER)."""
+
+
 @dataclass(frozen=True, slots=True)
 class SignalStatistics:
     """Running statistics per arm; arrays of shape (K,) float64 that are never written to.
@@ -39,6 +58,8 @@ class SignalStatistics:
         reward_count: how many there were (fewer than `count` while the loss signal warms up).
         loss_mean: moving average of the loss.
         loss_square: moving average of its square.
+        loss_history: (h,) the last h <= `LOSS_HISTORY` losses of all arms, oldest first; empty but for
+            `LossScale.QUANTILE`.
     """
 
     count: NDArray[np.float64]
@@ -46,6 +67,7 @@ class SignalStatistics:
     reward_count: NDArray[np.float64]
     loss_mean: NDArray[np.float64]
     loss_square: NDArray[np.float64]
+    loss_history: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
 
     @classmethod
     def empty(cls, n_arms: int) -> SignalStatistics:
@@ -63,34 +85,40 @@ class SignalAccumulator:
     """Mutable copy of the statistics for the length of one fold.
 
     >>> stats = SignalAccumulator(SignalStatistics.empty(1))
-    >>> stats.observe(0, Feedback(Signal.PREFERENCE, 1.0), verdict=1, unit_rewards=True)
+    >>> stats.observe(0, Feedback(Signal.PREFERENCE, 1.0), verdict=1)
     1.0
+
+    Args:
+        statistics: where it begins; not changed.
+        loss_scale: see `Prior.loss_scale`.
     """
 
-    def __init__(self, statistics: SignalStatistics) -> None:
+    def __init__(self, statistics: SignalStatistics, loss_scale: LossScale = LossScale.UNIT_Z) -> None:
+        self._loss_scale = loss_scale
         self._count = statistics.count.copy()
         self._reward_sum = statistics.reward_sum.copy()
         self._reward_count = statistics.reward_count.copy()
         self._loss_mean = statistics.loss_mean.copy()
         self._loss_square = statistics.loss_square.copy()
+        self._loss_history = statistics.loss_history
 
-    def observe(self, arm: int, feedback: Feedback, *, verdict: int, unit_rewards: bool) -> float | None:
-        """Reward of one feedback, or None while the arm's loss averages warm up.
+    def observe(self, arm: int, feedback: Feedback, *, verdict: int) -> float | None:
+        """Reward of one feedback, or None while the loss statistics warm up.
 
         * `preference`: 1 if the RM's verdict is the preferred response, 0 if it is another one, 1/2 on a tie.
         * `reward`: the number itself.
-        * `loss`: z = (mean − loss)/sd against the averages before this loss, clipped to ±2; mapped to (z + 2)/4 in [0,
-          1] when `unit_rewards`. The averages use rate max(α, 1/n), the plain mean until the window is full.
+        * `loss`: by `loss_scale`. z = (mean − loss)/sd against the arm's averages before this loss, clipped to ±2; the
+          averages use rate max(α, 1/n), the plain mean until the window is full. Or the quantile scaling, see
+          `quantile_reward`.
 
         Args:
             arm: index of the asked arm.
             feedback: kind and value.
             verdict: the asked RM's verdict: a response's index, or TIE.
-            unit_rewards: see `Prior.unit_rewards`.
         """
         self._count[arm] += 1
         if feedback.signal is Signal.LOSS:
-            reward = self._loss_reward(arm, feedback.value, unit_rewards)
+            reward = self._loss_reward(arm, feedback.value)
         elif feedback.signal is Signal.PREFERENCE:
             reward = 0.5 if verdict == TIE else float(verdict == int(feedback.value))
         else:
@@ -100,17 +128,20 @@ class SignalAccumulator:
             self._reward_count[arm] += 1
         return reward
 
-    def _loss_reward(self, arm: int, loss: float, unit_rewards: bool) -> float | None:
+    def _loss_reward(self, arm: int, loss: float) -> float | None:
         n = self._count[arm]
         mean, square = self._loss_mean[arm], self._loss_square[arm]
         rate = max(LOSS_EMA_RATE, 1.0 / n)
         self._loss_mean[arm] = (1 - rate) * mean + rate * loss
         self._loss_square[arm] = (1 - rate) * square + rate * loss * loss
+        if self._loss_scale is LossScale.QUANTILE:
+            self._loss_history = np.append(self._loss_history, loss)[-LOSS_HISTORY:]
+            return None if len(self._loss_history) < LOSS_WARM_UP else quantile_reward(self._loss_history)
         if n <= LOSS_WARM_UP:
             return None
         sd = math.sqrt(max(square - mean * mean, 0.0))
         z = 0.0 if sd == 0.0 else min(max((mean - loss) / sd, -Z_CLIP), Z_CLIP)
-        return (z + Z_CLIP) / (2 * Z_CLIP) if unit_rewards else float(z)
+        return (z + Z_CLIP) / (2 * Z_CLIP) if self._loss_scale is LossScale.UNIT_Z else float(z)
 
     def freeze(self) -> SignalStatistics:
         """The statistics after everything observed so far."""
@@ -120,7 +151,28 @@ class SignalAccumulator:
             self._reward_count.copy(),
             self._loss_mean.copy(),
             self._loss_square.copy(),
+            self._loss_history,
         )
+
+
+def quantile_reward(history: NDArray[np.float64]) -> float:
+    """r = clip((q − q20)/(q80 − q20), 0, 1), q = −loss of the last entry among all entries (LASER, arXiv 2410.01735).
+
+    The quantiles interpolate linearly between order statistics, as `np.quantile` does. Where both are equal the reward
+    is 1 above, 0 below and 1/2 at them.
+
+    Args:
+        history: (h,) losses, oldest first, h >= 1; the last one is the one to be scaled.
+
+    >>> quantile_reward(np.array([4.0, 3.0, 1.0, 0.0, 2.0])), quantile_reward(np.array([0.0, 1.0, 9.0]))
+    (0.5, 0.0)
+    """
+    ordered = np.sort(-history)
+    value = -history[-1]
+    low, high = np.interp(np.multiply(LOSS_QUANTILES, len(history) - 1), np.arange(len(history)), ordered)
+    if high > low:
+        return float(min(max((value - low) / (high - low), 0.0), 1.0))
+    return 0.5 if value == low else float(value > low)
 
 
 def validate(feedback: Feedback) -> Feedback:

@@ -6,6 +6,10 @@ equals fold(s, a + b) wherever the log is cut, because floating-point sums are g
 * an arm's canonical (Λ, b) and Σ = Λ⁻¹ advance in blocks: whenever `block_size` of its events are waiting (one rank-m
   update), and for all arms at every `refresh_events`-th event of the log, where Σ is also inverted afresh from Λ;
 * an arm's waiting events, its tail, are applied one by one on top of the block, as rank-one corrections kept beside Σ;
+* an event that holds verdicts of other RMs (`Event.shadows`) moves the asked arm first, then those, by arm; it counts
+  as one event of the log;
+* with `Hyperparameters.adapt`, λ₀ is chosen anew at every `block_size`-th event of the log, for all arms at once: the
+  value of `evidence.LAMBDA_GRID` that makes what was observed most probable; O(K d³);
 * a discount γ < 1 falls at every `block_size`-th event of the log, for all arms at once, and inverts each Λ: O(K d³);
 * Σ's drift from Λ⁻¹ is probed at each block, and Σ inverted afresh at once when it exceeds `drift_tolerance`.
 
@@ -23,11 +27,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.errors import NotFiniteError, ShapeMismatchError
+from router_core.errors import FeedbackError, NotFiniteError, ShapeMismatchError
+from router_core.evidence import most_probable_precision
 from router_core.feedback import SignalAccumulator, SignalStatistics
 from router_core.linalg import inverse_probe, inverse_residual, inverse_spd
 from router_core.prior import Prior
-from router_core.records import Event
+from router_core.records import Event, Feedback, Signal
 
 Array = NDArray[np.float64]
 
@@ -98,6 +103,7 @@ class Posterior:
         arms: one per RM, in pool order.
         statistics: running statistics per arm.
         drift: largest |ΛΣ − I| over the arms, measured at the last inversion, before it.
+        lambda0: the prior precision now; `prior.hyper.lambda0` unless it adapts.
     """
 
     prior: Prior
@@ -106,6 +112,7 @@ class Posterior:
     arms: tuple[ArmPosterior, ...]
     statistics: SignalStatistics
     drift: float = 0.0
+    lambda0: float = 0.0
     _means: list[Array] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -116,7 +123,7 @@ class Posterior:
     @property
     def dim(self) -> int:
         """d."""
-        return self.prior.dim
+        return self.prior.d
 
     @property
     def at_refresh(self) -> bool:
@@ -132,7 +139,7 @@ class Posterior:
 
     def digest(self) -> str:
         """sha256 over every number that the fold carries on: equal digests mean equal posteriors, bit for bit."""
-        h = hashlib.sha256(np.int64(self.count).tobytes())
+        h = hashlib.sha256(np.int64(self.count).tobytes() + np.float64(self.lambda0).tobytes())
         for arm in self.arms:
             for array in (
                 arm.precision,
@@ -145,7 +152,14 @@ class Posterior:
             ):
                 h.update(np.ascontiguousarray(array).tobytes())
         stats = self.statistics
-        for array in (stats.count, stats.reward_sum, stats.reward_count, stats.loss_mean, stats.loss_square):
+        for array in (
+            stats.count,
+            stats.reward_sum,
+            stats.reward_count,
+            stats.loss_mean,
+            stats.loss_square,
+            stats.loss_history,
+        ):
             h.update(array.tobytes())
         return h.hexdigest()
 
@@ -157,10 +171,11 @@ def start(prior: Prior, settings: FoldSettings | None = None) -> Posterior:
         prior: the run's prior.
         settings: where the log is cut.
     """
-    d, lambda0 = prior.dim, prior.hyper.lambda0
+    d, lambda0 = prior.d, prior.hyper.lambda0
     precision, covariance = np.eye(d) * lambda0, np.eye(d) / lambda0
     arms = tuple(_arm(precision, lambda0 * mean, covariance, mean.copy()) for mean in prior.means)
-    return Posterior(prior, settings or FoldSettings(), 0, arms, SignalStatistics.empty(prior.n_arms))
+    statistics = SignalStatistics.empty(prior.n_arms)
+    return Posterior(prior, settings or FoldSettings(), 0, arms, statistics, lambda0=lambda0)
 
 
 def restore(
@@ -172,6 +187,7 @@ def restore(
     information: Array,
     statistics: SignalStatistics,
     drift: float,
+    lambda0: float,
 ) -> Posterior:
     """The posterior at a refresh position, from what a snapshot holds; bit for bit what the fold had there.
 
@@ -183,11 +199,12 @@ def restore(
         information: (K, d).
         statistics: running statistics at the position.
         drift: as it was measured there.
+        lambda0: the prior precision at the position.
 
     Raises:
         ShapeMismatchError: `count` is no refresh position, or the arrays do not fit the prior.
     """
-    k, d = prior.n_arms, prior.dim
+    k, d = prior.n_arms, prior.d
     if count <= 0 or count % settings.refresh_events:
         raise ShapeMismatchError(
             f"snapshot at event {count} with refresh every {settings.refresh_events}: it was made with other fold "
@@ -199,14 +216,15 @@ def restore(
     for lam, b in zip(precision, information, strict=True):
         covariance = inverse_spd(lam)
         arms.append(_arm(lam, b.copy(), covariance, covariance @ b))
-    return Posterior(prior, settings, count, tuple(arms), statistics, drift)
+    return Posterior(prior, settings, count, tuple(arms), statistics, drift, lambda0)
 
 
 def fold(state: Posterior, events: Sequence[Event]) -> Posterior:
     """Apply events in log order: Λ_k += x xᵀ/σ², b_k += (r − o)x/σ² for the asked arm k (arXiv 2510.02850, online
     stage).
 
-    One event costs one matrix-vector product, O(d²); a block of m events one rank-m update, O(m d²).
+    The same for every arm in `event.shadows`, with its own verdict and offset. One event costs one matrix-vector
+    product per arm it moves, O(d²); a block of m events one rank-m update, O(m d²).
 
     Args:
         state: what was learned so far; not changed.
@@ -218,6 +236,7 @@ def fold(state: Posterior, events: Sequence[Event]) -> Posterior:
     Raises:
         ShapeMismatchError: an event's context is not (d,), or its arm not in the pool.
         NotFiniteError: a context, offset or value is NaN or infinite.
+        FeedbackError: verdicts of other RMs with a signal that says nothing of them.
     """
     if not events:
         return state
@@ -255,25 +274,44 @@ class _Folding:
         self._state = state
         self._count = state.count
         self._drift = state.drift
-        self._signal = SignalAccumulator(state.statistics)
+        self._lambda0 = state.lambda0
+        self._signal = SignalAccumulator(state.statistics, state.prior.loss_scale)
         self._touched: dict[int, _ArmFolding] = {}
 
     def apply(self, event: Event) -> None:
         x = np.frombuffer(event.x, dtype="<f4")
         self._check(event, x)
+        x = self._state.prior.learned(x)
         settings = self._state.settings
         if event.arm != NO_ARM:
-            reward = self._signal.observe(
-                event.arm, event.feedback, verdict=event.verdict, unit_rewards=self._state.prior.unit_rewards
-            )
-            if reward is not None:
-                self._arm(event.arm).append(x, reward - event.offset)
+            self._learn(event.arm, x, event.offset, event.verdict, event.feedback)
+        # By arm, however the log lists them: the order of sums must not depend on who answered first.
+        for arm, offset, verdict in sorted(event.shadows):
+            self._learn(arm, x, offset, verdict, event.feedback)
         self._count += 1
-        if self._state.prior.hyper.gamma != 1.0 and self._count % settings.block_size == 0:
-            for k in range(self._state.n_arms):
-                self._arm(k).discount()
+        if self._count % settings.block_size == 0:
+            self._end_of_block()
         if self._count % settings.refresh_events == 0:
             self._drift = max(self._arm(k).refresh() for k in range(self._state.n_arms))
+
+    def _end_of_block(self) -> None:
+        """What falls at fixed positions of the log, for all arms: the discount, and a new λ₀."""
+        hyper, arms = self._state.prior.hyper, range(self._state.n_arms)
+        if hyper.gamma != 1.0:
+            for k in arms:
+                self._arm(k).discount(self._lambda0)
+        if hyper.adapt:
+            data = [self._arm(k).data(self._lambda0) for k in arms]
+            chosen = most_probable_precision(np.stack([g for g, _ in data]), np.stack([b for _, b in data]))
+            if chosen != self._lambda0:
+                for k in arms:
+                    self._arm(k).change_precision(chosen - self._lambda0)
+                self._lambda0 = chosen
+
+    def _learn(self, arm: int, x: NDArray[np.float32], offset: float, verdict: int, feedback: Feedback) -> None:
+        reward = self._signal.observe(arm, feedback, verdict=verdict)
+        if reward is not None:
+            self._arm(arm).append(x, reward - offset)
 
     def _arm(self, k: int) -> _ArmFolding:
         if k not in self._touched:
@@ -281,14 +319,31 @@ class _Folding:
         return self._touched[k]
 
     def _check(self, event: Event, x: NDArray[np.float32]) -> None:
-        if x.shape != (self._state.dim,):
+        if x.shape != (self._state.prior.dim,):
             raise ShapeMismatchError(
-                f"event {event.decision_id!r} has a context of {x.shape[0]} numbers, the posterior has "
-                f"d={self._state.dim}"
+                f"event {event.decision_id!r} has a context of {x.shape[0]} numbers, the prior one of "
+                f"{self._state.prior.dim}"
             )
         if not NO_ARM <= event.arm < self._state.n_arms:
             raise ShapeMismatchError(f"event {event.decision_id!r} asked arm {event.arm} of {self._state.n_arms}")
         if not (np.isfinite(x).all() and np.isfinite(event.offset) and np.isfinite(event.feedback.value)):
+            raise NotFiniteError(f"event {event.decision_id!r} holds NaN or infinity")
+        if event.shadows:
+            self._check_shadows(event)
+
+    def _check_shadows(self, event: Event) -> None:
+        if event.feedback.signal is not Signal.PREFERENCE:
+            raise FeedbackError(
+                f"event {event.decision_id!r} holds verdicts of other RMs and a {event.feedback.signal.value}, which "
+                "says nothing of them: shadow runs of the signal 'preference' only"
+            )
+        arms = [arm for arm, _, _ in event.shadows]
+        if len({event.arm, *arms}) != 1 + len(arms) or not all(0 <= arm < self._state.n_arms for arm in arms):
+            raise ShapeMismatchError(
+                f"event {event.decision_id!r} asked arm {event.arm} of {self._state.n_arms} and holds verdicts of the "
+                f"other arms {arms}: each arm of the pool once at most"
+            )
+        if not all(np.isfinite(offset) for _, offset, _ in event.shadows):
             raise NotFiniteError(f"event {event.decision_id!r} holds NaN or infinity")
 
     def freeze(self) -> Posterior:
@@ -301,6 +356,7 @@ class _Folding:
             arms=tuple(arms),
             statistics=self._signal.freeze(),
             drift=self._drift,
+            lambda0=self._lambda0,
             _means=[],
         )
 
@@ -367,15 +423,35 @@ class _ArmFolding:
             self._covariance = inverse_spd(precision)
         self._settle()
 
-    def discount(self) -> None:
+    def discount(self, lambda0: float) -> None:
         """Λ ← γΛ + (1 − γ)Λ₀, b ← γb + (1 − γ)b₀: forget towards the prior."""
         if self._rows:
             self._absorb()
-        gamma, lambda0 = self._hyper.gamma, self._hyper.lambda0
+        gamma = self._hyper.gamma
         precision = gamma * self._precision
         precision[np.diag_indices_from(precision)] += (1 - gamma) * lambda0
-        self._precision = precision
         self._information = gamma * self._information + (1 - gamma) * lambda0 * self._prior_mean
+        self._replace_precision(precision)
+
+    def data(self, lambda0: float) -> tuple[Array, Array]:
+        """What the data alone say, (Λ − λ₀I, b − Λ·mean₀): Gram matrix and information about the departure from the
+        prior mean.
+        """
+        if self._rows:
+            self._absorb()
+        gram = self._precision.copy()
+        gram[np.diag_indices_from(gram)] -= lambda0
+        return gram, self._information - self._precision @ self._prior_mean
+
+    def change_precision(self, difference: float) -> None:
+        """Λ ← Λ + δI, b ← b + δ·mean₀: the same data under another λ₀."""
+        precision = self._precision.copy()
+        precision[np.diag_indices_from(precision)] += difference
+        self._information = self._information + difference * self._prior_mean
+        self._replace_precision(precision)
+
+    def _replace_precision(self, precision: Array) -> None:
+        self._precision = precision
         self._covariance = inverse_spd(precision)
         self._settle()
 

@@ -1,26 +1,27 @@
 """What is believed before any feedback: a Gaussian per arm over the weights, and the offset it is added to.
 
-Three forms, selected by name (design: `docs/math/router.md`):
+Four forms, selected by name (design: `docs/math/router.md`):
 
 * `paper`: o = 0, mean = unit-norm Bradley-Terry embedding of the RM, Λ₀ = λ₀I (λ₀ = σ² = v = 1).
 * `calibrated`: o_k(x) = calibrated probability that arm k is right; the posterior is over the residual, with zero mean.
 * `none`: nothing is known; o = 1/2, zero mean.
+* `linucb`: nothing is known, in LASER's way; o = 0, zero mean, λ₀ = σ² = 1, v = α = 0.1, losses scaled by quantiles.
 
-Knows nothing of checkpoints: `from_parts` of each form takes arrays and a function. Called by `service.wiring`,
-`replay`.
+Knows nothing of checkpoints: each form takes arrays and a function. Called by `service.wiring`, `replay`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
 from router_core.errors import HyperparameterError, NotFiniteError, ShapeMismatchError
+from router_core.feedback import LossScale
 
 Array = NDArray[np.float64]
 Offset = Callable[[NDArray[np.float32]], NDArray[np.floating]]
@@ -33,6 +34,7 @@ class PriorForm(StrEnum):
     PAPER = "paper"
     CALIBRATED = "calibrated"
     NONE = "none"
+    LINUCB = "linucb"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +46,15 @@ class Hyperparameters:
         sigma2: variance σ² of a reward around its mean; for rewards in {0, 1} near p(1 − p).
         v: exploration scale; the draw's standard deviation is v·√(xᵀΣx).
         gamma: discount per block of events; 1 never forgets.
+        adapt: choose λ₀ anew at every block of the log, as what makes the feedback so far most probable (empirical
+            Bayes, docs/math/router.md); `lambda0` is then only where it starts.
     """
 
     lambda0: float
     sigma2: float
     v: float
     gamma: float = 1.0
+    adapt: bool = False
 
     def __post_init__(self) -> None:
         """Raises HyperparameterError if a value is outside its domain."""
@@ -76,18 +81,23 @@ CALIBRATED_HYPERPARAMETERS = Hyperparameters(lambda0=50.0, sigma2=0.12, v=0.3)
 NONE_HYPERPARAMETERS = Hyperparameters(lambda0=1.0, sigma2=0.25, v=0.3)
 """Nothing known: weak prior, Bernoulli noise at its largest."""
 
+LINUCB_HYPERPARAMETERS = Hyperparameters(lambda0=1.0, sigma2=1.0, v=0.1)
+"""LASER (arXiv 2410.01735): A = I at the start, and α = 0.1, the weight of the confidence width, in the place of v."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prior:
     """The state of knowledge at the start of a run.
 
     Attributes:
-        form: which of the three forms.
+        form: which of the forms.
         means: (K, d) float64, prior mean of each arm's weights.
         hyper: the scalars.
         offset: o(x), or None for a constant one.
         constant_offset: the offset where `offset` is None.
-        unit_rewards: whether the loss signal's z in [−2, 2] is mapped to [0, 1] before it is learned from.
+        loss_scale: how a loss becomes the reward that is learned from.
+        first: the posterior reads the columns first … first + d of x; the offsets may read them all.
+        width: columns of x; by default first + d.
     """
 
     form: PriorForm
@@ -95,13 +105,19 @@ class Prior:
     hyper: Hyperparameters
     offset: Offset | None = None
     constant_offset: float = 0.0
-    unit_rewards: bool = True
+    loss_scale: LossScale = LossScale.UNIT_Z
+    first: int = 0
+    width: int = 0
 
     def __post_init__(self) -> None:
         if self.means.ndim != 2 or 0 in self.means.shape:
             raise ShapeMismatchError(f"prior means have shape {self.means.shape}: give (K, d) with K, d >= 1")
         if not np.isfinite(self.means).all():
             raise NotFiniteError("prior means hold NaN or infinity: train the checkpoint again")
+        if self.first < 0 or (self.width and self.width < self.first + self.d):
+            raise ShapeMismatchError(
+                f"the posterior reads columns {self.first} to {self.first + self.d} of contexts with {self.width}"
+            )
 
     @property
     def n_arms(self) -> int:
@@ -109,15 +125,28 @@ class Prior:
         return int(self.means.shape[0])
 
     @property
-    def dim(self) -> int:
-        """d."""
+    def d(self) -> int:
+        """Weights per arm: columns of x that the posterior reads."""
         return int(self.means.shape[1])
+
+    @property
+    def dim(self) -> int:
+        """Columns of x, read by the posterior or not."""
+        return self.width or self.first + self.d
+
+    def learned(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The columns that the posterior reads: (B, dim) to (B, d), or (dim,) to (d,)."""
+        return x if self.d == x.shape[-1] else x[..., self.first : self.first + self.d]
+
+    def reading(self, first: int, width: int) -> Prior:
+        """The same prior over the columns first … first + d of contexts with `width` columns."""
+        return replace(self, first=first, width=width)
 
     def offsets(self, x: NDArray[np.float32]) -> Array:
         """o_k(x) for a batch.
 
         Args:
-            x: (B, d) float32, unit-norm contexts.
+            x: (B, dim) float32 contexts.
 
         Returns:
             (B, K) float64.
@@ -141,7 +170,7 @@ def paper_prior(bt_embeddings: NDArray[np.floating], hyper: Hyperparameters = PA
     norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
     if not (np.isfinite(norms).all() and (norms > 0).all()):
         raise NotFiniteError("a Bradley-Terry embedding is zero or not finite: train the checkpoint again")
-    return Prior(PriorForm.PAPER, embeddings / norms, hyper, constant_offset=0.0, unit_rewards=False)
+    return Prior(PriorForm.PAPER, embeddings / norms, hyper, constant_offset=0.0, loss_scale=LossScale.Z)
 
 
 def calibrated_prior(
@@ -167,3 +196,19 @@ def no_prior(n_arms: int, dim: int, hyper: Hyperparameters = NONE_HYPERPARAMETER
         hyper: the scalars.
     """
     return Prior(PriorForm.NONE, np.zeros((n_arms, dim)), hyper, constant_offset=0.5)
+
+
+def linucb_prior(n_arms: int, dim: int) -> Prior:
+    """LinUCB's start, A_k = I and b_k = 0, as LASER has it (arXiv 2410.01735); losses are scaled by their quantiles.
+
+    Args:
+        n_arms: K.
+        dim: d.
+    """
+    return Prior(
+        PriorForm.LINUCB,
+        np.zeros((n_arms, dim)),
+        LINUCB_HYPERPARAMETERS,
+        constant_offset=0.0,
+        loss_scale=LossScale.QUANTILE,
+    )

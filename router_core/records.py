@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 TIE = -1
 """Verdict of an RM whose best two rewards are equal, and of a group with one response."""
@@ -67,12 +68,21 @@ class Feedback:
     value: float
 
 
+class Shadow(NamedTuple):
+    """What another RM than the asked one said of the same instance: its arm, its offset o_k(x) and its verdict."""
+
+    arm: int
+    offset: float
+    verdict: int
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One accepted feedback as the run's log holds it.
 
     `x` is the context as little-endian float32 bytes, exactly as it was when the RM was drawn; `offset` the calibrated
-    probability o_k(x) of the asked arm at that time (0 for priors without offset).
+    probability o_k(x) of the asked arm at that time (0 for priors without offset). `shadows` holds (arm, offset,
+    verdict) of every other RM that was asked as well, each arm once; only a `preference` can be learned from for them.
     """
 
     arm: int
@@ -81,6 +91,7 @@ class Event:
     verdict: int
     feedback: Feedback
     decision_id: str = ""
+    shadows: tuple[tuple[int, float, int], ...] = ()
 
 
 def verdict_of(rewards: Sequence[float]) -> int:

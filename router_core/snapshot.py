@@ -19,7 +19,11 @@ from router_core.feedback import SignalStatistics
 from router_core.posterior import FoldSettings, Posterior, restore
 from router_core.prior import Prior
 
-FORMAT = "reward-router-snapshot/1"
+FORMAT = "reward-router-snapshot/3"
+"""2 added `loss_history`, 3 `lambda0`."""
+
+FORMATS_READ = ("reward-router-snapshot/1", "reward-router-snapshot/2", FORMAT)
+"""What the older formats lack, their runs cannot have had: a history of losses, a λ₀ that adapts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ def dump(snapshot: Snapshot, fingerprint: str) -> bytes:
         "reward_count": stats.reward_count,
         "loss_mean": stats.loss_mean,
         "loss_square": stats.loss_square,
+        "loss_history": stats.loss_history,
     }
     header = {
         "format": FORMAT,
@@ -58,6 +63,7 @@ def dump(snapshot: Snapshot, fingerprint: str) -> bytes:
         "last_event_id": snapshot.last_event_id,
         "position": posterior.count,
         "drift": posterior.drift.hex(),
+        "lambda0": posterior.lambda0.hex(),
     }
     return save(
         {name: np.ascontiguousarray(t) for name, t in tensors.items()}, metadata={"reward_router": json.dumps(header)}
@@ -79,12 +85,20 @@ def parse(data: bytes, fingerprint: str, prior: Prior, settings: FoldSettings) -
         raise SnapshotError(
             f"snapshot of {len(data)} bytes cannot be read ({error}): delete it and the whole log is replayed"
         ) from error
-    if header.get("format") != FORMAT:
-        raise SnapshotError(f"snapshot format is {header.get('format')!r}, this version reads {FORMAT!r}")
+    if header.get("format") not in FORMATS_READ:
+        raise SnapshotError(
+            f"snapshot format is {header.get('format')!r}, this version reads {', '.join(FORMATS_READ)}: start the "
+            "version that wrote it, or use a new run name"
+        )
     if header["fingerprint"] != fingerprint:
         raise SnapshotError("snapshot is of another pool, prior or checkpoint: use a new run name, or delete the run")
     statistics = SignalStatistics(
-        tensors["count"], tensors["reward_sum"], tensors["reward_count"], tensors["loss_mean"], tensors["loss_square"]
+        tensors["count"],
+        tensors["reward_sum"],
+        tensors["reward_count"],
+        tensors["loss_mean"],
+        tensors["loss_square"],
+        tensors.get("loss_history", np.empty(0)),
     )
     posterior = restore(
         prior,
@@ -94,5 +108,6 @@ def parse(data: bytes, fingerprint: str, prior: Prior, settings: FoldSettings) -
         information=tensors["information"],
         statistics=statistics,
         drift=float.fromhex(header["drift"]),
+        lambda0=float.fromhex(header["lambda0"]) if "lambda0" in header else prior.hyper.lambda0,
     )
     return Snapshot(posterior, header["last_event_id"])

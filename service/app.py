@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from router_core.encoder.fuse import PairEncoder
+from router_core.policies import ScoreScale
 from service.errors import ServiceError
 from service.handlers import openapi
 from service.handlers.errors import render
@@ -42,13 +43,14 @@ def create_app(
     encoder: PairEncoder | None = None,
     arms: Sequence[Arm] | None = None,
     store: Store | None = None,
+    score_scale: ScoreScale | None = None,
 ) -> ASGIApp:
     """The gateway as an ASGI application; arguments as `wiring.build_gateway`.
 
     Raises:
         ConfigurationError: settings, pool and checkpoint do not fit each other.
     """
-    gateway = build_gateway(settings, pool, encoder=encoder, arms=arms, store=store)
+    gateway = build_gateway(settings, pool, encoder=encoder, arms=arms, store=store, score_scale=score_scale)
     return gateway.hot_routes(_operators_app(gateway))
 
 

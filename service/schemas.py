@@ -23,9 +23,9 @@ class RewardRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=Tr
         Meta(min_length=1, description="The responses to be scored by ONE reward model.", examples=[["12", "13"]]),
     ]
     run: Annotated[str, Meta(description="The run; by default the gateway's.")] | None = None
-    policy: (
-        Annotated[str, Meta(description="Overrides the run's policy, for example `single:MODEL` or `random`.")] | None
-    ) = None
+    policy: Annotated[str, Meta(description="Overrides the gateway's policy; the names are in docs/api.md.")] | None = (
+        None
+    )
 
 
 class RewardBatchRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -60,12 +60,17 @@ class RewardReply(msgspec.Struct):
 
     decision_id: Annotated[str, Meta(description="Send it back to `/feedback`.")]
     run: str
-    model: Annotated[str, Meta(description="The RM that was asked; `majority` where all were.")]
+    model: Annotated[str, Meta(description="The RM that was asked; `majority` or `uwo` where all were.")]
     rewards: Annotated[
-        list[float], Meta(description="Raw reward per response (for `majority`: its share of the votes).")
+        list[float],
+        Meta(description="Raw reward per response (`majority`: its share of the votes; `uwo`: the careful mean)."),
     ]
     preferred: Annotated[
-        int | None, Meta(description="Index of the best response; null on a tie or a single response.")
+        int | None,
+        Meta(
+            description="Index of the best response; null on a tie or a single response. `uwo` chooses it with a "
+            "stronger penalty than that of `rewards`."
+        ),
     ]
     margin: Annotated[float | None, Meta(description="Best reward minus the second best; null for a single response.")]
     propensity: Annotated[float, Meta(description="Probability that this RM would be asked, given what was known.")]

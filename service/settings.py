@@ -63,9 +63,21 @@ class Settings(BaseSettings):
     sigma2: float | None = Field(None, gt=0, description="Overrides the reward variance σ².")
     v: float | None = Field(None, ge=0, description="Overrides the exploration scale v.")
     gamma: float | None = Field(None, gt=0, le=1, description="Overrides the discount γ per block of events.")
+    adapt: bool | None = Field(
+        None,
+        description="Overrides whether λ₀ follows the feedback (empirical Bayes); setting `lambda0` turns it off.",
+    )
     policy: str = Field("bayesian", description="Policy of requests that name none.")
     signal: Signal = Field(Signal.PREFERENCE, description="Kind of feedback of the runs: preference, loss or reward.")
     seed: int | None = Field(None, description="Seed of the draws; by default drawn from the operating system.")
+
+    shadow_rate: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Fraction of the instances for which every other RM is asked too, after the reply, so that the run "
+        "learns of all of them. Needs the signal `preference`.",
+    )
 
     store_url: str = Field(
         EMBEDDED, description="`embedded`, or redis://, rediss:// or unix:// of a Redis or Valkey server."
@@ -119,6 +131,11 @@ class Settings(BaseSettings):
         if self.refresh_events % self.block_size:
             raise ValueError(
                 f"refresh_events is {self.refresh_events}: give a multiple of block_size, {self.block_size}"
+            )
+        if self.shadow_rate > 0 and self.signal is not Signal.PREFERENCE:
+            raise ValueError(
+                f"shadow_rate is {self.shadow_rate} and signal is {self.signal.value!r}: a {self.signal.value} says "
+                "nothing of the RMs that were not asked; set shadow_rate to 0, or the signal to 'preference'"
             )
         if self.host not in ("127.0.0.1", "::1", "localhost") and not self.api_keys and not self.allow_unauthenticated:
             raise ValueError(

@@ -106,6 +106,19 @@ class Telemetry:
             ["model", "reason"],
             **common,
         )
+        self.shadows = Counter(
+            "shadows_total",
+            "Instances to be shadowed: recorded, late (feedback came first), skipped (too many at once), failed.",
+            ["run", "outcome"],
+            **common,
+        )
+        self.shadow_calls = Counter(
+            "shadow_calls_total",
+            "Instances an RM was asked about in the shadow of another, not counted as worker calls.",
+            ["model", "outcome"],
+            **common,
+        )
+        self.shadows_in_flight = Gauge("shadows_in_flight", "Instances being shadowed.", **common)
         self.feedback = Counter("feedback_total", "Feedbacks by what became of them.", ["run", "outcome"], **common)
         self.unrecorded = Counter("unrecorded_decisions_total", "Rewards answered without a saved decision.", **common)
         self.store_errors = Counter("store_errors_total", "Store calls that failed.", ["operation"], **common)
@@ -128,6 +141,7 @@ class Telemetry:
         """Drop a closed run's label values, so that their number stays bounded."""
         for metric in (
             self.draws,
+            self.shadows,
             self.feedback,
             self.learner_errors,
             self.log_lag,

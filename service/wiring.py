@@ -20,6 +20,7 @@ from router_core.checkpoint import Checkpoint
 from router_core.encoder.fuse import Fuse, PairEncoder
 from router_core.encoder.registry import load_backbone
 from router_core.errors import RouterCoreError
+from router_core.policies import ScoreScale
 from router_core.posterior import FoldSettings
 from router_core.prior import (
     NONE_HYPERPARAMETERS,
@@ -28,6 +29,7 @@ from router_core.prior import (
     Prior,
     PriorForm,
     calibrated_prior,
+    linucb_prior,
     no_prior,
     paper_prior,
 )
@@ -43,6 +45,7 @@ from service.usecases.choose import Chooser
 from service.usecases.learn import FeedbackService, Learner
 from service.usecases.runs import Run, RunRegistry, RunTemplate
 from service.usecases.score import ScoreLimits, Scorer
+from service.usecases.shadow import Shadower
 from service.usecases.status import ArmStatus, ReplicaStatus, StatusService
 from service.workers.client import ArmConfig, VllmArm
 from service.workers.health import HealthMonitor, HealthPolicy
@@ -63,6 +66,7 @@ class Gateway:
     scorer: Scorer
     feedback: FeedbackService
     status: StatusService
+    shadower: Shadower
     monitor: HealthMonitor | None
     arms: tuple[Arm, ...]
     chooser_thread: ThreadPoolExecutor
@@ -120,7 +124,8 @@ class Gateway:
         return close
 
     async def stop(self) -> None:
-        """Stop in the order in which things depend on each other."""
+        """Stop in the order in which things depend on each other; what is being asked in the shadow is waited for."""
+        await self.shadower.drain()
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
@@ -155,6 +160,7 @@ def build_gateway(
     encoder: PairEncoder | None = None,
     arms: Sequence[Arm] | None = None,
     store: Store | None = None,
+    score_scale: ScoreScale | None = None,
 ) -> Gateway:
     """Everything, not yet started.
 
@@ -164,6 +170,8 @@ def build_gateway(
         encoder: instead of the settings' or the checkpoint's; for tests and benchmarks.
         arms: instead of clients of the pool's workers; for tests.
         store: instead of the settings' store; for tests.
+        score_scale: of the RMs' raw rewards, for `uwo`, instead of the checkpoint's; with neither, each run learns it
+            from the rewards it sees.
 
     Raises:
         ConfigurationError: settings, pool and checkpoint do not fit each other.
@@ -172,13 +180,15 @@ def build_gateway(
     checkpoint = _load_checkpoint(settings, names)
     telemetry = Telemetry()
     encoder = encoder or load_pair_encoder(settings, checkpoint)
-    prior = build_prior(settings, checkpoint, len(names), encoder.dim)
-    built = tuple(arms) if arms is not None else tuple(_build_arm(model, settings) for model in pool.models)
+    dim = encoder.dim
+    built = tuple(arms) if arms is not None else tuple(build_arm(model, settings) for model in pool.models)
     origin = checkpoint.digest if checkpoint is not None else f"untrained:{encoder.spec}:{encoder.dim}"
     template = RunTemplate(
         arms=built,
         encoder=encoder,
-        prior=prior,
+        priors=lambda form: build_prior(settings, checkpoint, len(names), dim, form),
+        form=_form_of(settings, checkpoint),
+        score_scale=score_scale or (None if checkpoint is None else checkpoint.scores),
         fold_settings=FoldSettings(settings.block_size, settings.refresh_events),
         signal=settings.signal,
         policy=settings.policy,
@@ -186,6 +196,11 @@ def build_gateway(
         blas_threads=settings.blas_threads,
         seed=settings.seed,
     )
+    if settings.prior not in ("auto", template.form.value):
+        raise ConfigurationError(
+            f"prior is {settings.prior!r}, and the policy {settings.policy!r} insists on {template.form.value!r}: "
+            "leave the prior at `auto`, or choose another policy"
+        )
     embedded = None
     if store is None:
         store, embedded = _open_store(settings)
@@ -198,6 +213,13 @@ def build_gateway(
         max_runs=settings.max_runs,
         on_open=lambda run: gateway.follow(run),
         timeout_seconds=settings.request_timeout_seconds,
+        default_form=template.default_policy.prior or (None if settings.prior == "auto" else template.form),
+    )
+    shadower = Shadower(
+        store,
+        telemetry,
+        rate=settings.shadow_rate,
+        timeout_seconds=settings.worker_timeout_seconds,
     )
     monitor = _build_monitor([arm for arm in built if isinstance(arm, VllmArm)], settings)
     gateway = Gateway(
@@ -205,7 +227,7 @@ def build_gateway(
         telemetry=telemetry,
         store=store,
         runs=runs,
-        scorer=Scorer(runs, Chooser(chooser_thread, telemetry), store, telemetry, _score_limits(settings)),
+        scorer=Scorer(runs, Chooser(chooser_thread, telemetry), store, telemetry, _score_limits(settings), shadower),
         feedback=FeedbackService(runs, store, telemetry, max_batch=settings.max_batch),
         status=StatusService(
             runs,
@@ -216,6 +238,7 @@ def build_gateway(
             health_check_errors=lambda: monitor.unexpected_errors if monitor is not None else 0,
             answers_without_store=settings.on_store_unavailable is OnStoreUnavailable.ANSWER,
         ),
+        shadower=shadower,
         monitor=monitor,
         arms=built,
         chooser_thread=chooser_thread,
@@ -225,28 +248,45 @@ def build_gateway(
     return gateway
 
 
-def build_prior(settings: Settings, checkpoint: Checkpoint | None, n_arms: int, dim: int) -> Prior:
-    """The prior that the settings and the checkpoint name.
+def build_prior(
+    settings: Settings, checkpoint: Checkpoint | None, n_arms: int, dim: int, form: PriorForm | None = None
+) -> Prior:
+    """The prior of that form; by default of the one that the settings and the checkpoint name.
+
+    The settings' lambda0, sigma2, v and gamma override those of every form but `linucb`, which is LASER's as published.
 
     Raises:
         ConfigurationError: a prior form that needs a checkpoint, without one.
     """
-    if settings.prior == "auto":
-        form = PriorForm.NONE if checkpoint is None else checkpoint.prior_form
-    else:
-        form = PriorForm(settings.prior)
+    form = form or _form_of(settings, checkpoint)
+    first, d = (0, dim) if checkpoint is None else checkpoint.columns(form)
+    return _prior_of_form(settings, checkpoint, n_arms, d, form).reading(first, dim)
+
+
+def _prior_of_form(
+    settings: Settings, checkpoint: Checkpoint | None, n_arms: int, d: int, form: PriorForm
+) -> Prior:
+    """Over the d columns of a context that a posterior of this form reads."""
+    if form is PriorForm.LINUCB:
+        return linucb_prior(n_arms, d)
     if form is PriorForm.NONE:
-        return no_prior(n_arms, dim, _overridden(NONE_HYPERPARAMETERS, settings))
+        return no_prior(n_arms, d, _overridden(NONE_HYPERPARAMETERS, settings))
     if checkpoint is None:
         raise ConfigurationError(
             f"prior is {form.value!r}, which a checkpoint holds, and none is given: train one (`reward-router train`) "
-            "and pass --checkpoint, or choose the prior `none`"
+            "and pass --checkpoint, or choose the prior or policy that needs none (`none`, `bayesian:none`)"
         )
     if form is PriorForm.PAPER:
         return paper_prior(checkpoint.bt_embeddings, _overridden(PAPER_HYPERPARAMETERS, settings))
-    return calibrated_prior(
-        n_arms, dim, checkpoint.class_probabilities, _overridden(checkpoint.hyperparameters, settings)
-    )
+    hyper = _overridden(checkpoint.hyperparameters, settings)
+    return calibrated_prior(n_arms, d, checkpoint.class_probabilities, hyper)
+
+
+def _form_of(settings: Settings, checkpoint: Checkpoint | None) -> PriorForm:
+    """The form of runs whose policy insists on none."""
+    if settings.prior != "auto":
+        return PriorForm(settings.prior)
+    return PriorForm.NONE if checkpoint is None else checkpoint.prior_form
 
 
 def load_pair_encoder(settings: Settings, checkpoint: Checkpoint | None) -> PairEncoder:
@@ -296,11 +336,18 @@ def _load_checkpoint(settings: Settings, names: list[str]) -> Checkpoint | None:
 
 
 def _overridden(hyper: Hyperparameters, settings: Settings) -> Hyperparameters:
-    given = {name: getattr(settings, name) for name in ("lambda0", "sigma2", "v", "gamma")}
+    given = {name: getattr(settings, name) for name in ("lambda0", "sigma2", "v", "gamma", "adapt")}
+    if settings.lambda0 is not None and settings.adapt is None:
+        given["adapt"] = False
     return replace(hyper, **{name: value for name, value in given.items() if value is not None})
 
 
-def _build_arm(model: ModelEntry, settings: Settings) -> VllmArm:
+def build_arm(model: ModelEntry, settings: Settings) -> VllmArm:
+    """The client of one RM's workers. The caller closes it.
+
+    Raises:
+        ConfigurationError: no `urls`, or a chat template or URL that cannot be used.
+    """
     if not model.urls:
         raise ConfigurationError(
             f"model {model.name!r} has no `urls` in the pool file: say where it is served, or let "

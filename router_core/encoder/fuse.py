@@ -16,6 +16,9 @@ from router_core.encoder.base import Backbone
 from router_core.errors import EncoderError, ShapeMismatchError
 from router_core.records import Instance
 
+CONTEXT_LIMIT = 3.0
+"""Largest coordinate of a context, in standard deviations of the training pairs."""
+
 IDENTITY_DIM = 128
 """Default d of `Fuse.identity`: a random projection to 128 keeps distances within about 15 % for thousands of texts."""
 
@@ -59,12 +62,19 @@ def two_branch(h: NDArray[np.floating], group_sizes: Sequence[int]) -> NDArray[n
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fuse:
-    """x = normalise(W₂ᵀ tanh(W₁ᵀ u + c₁) + c₂), with u = clip((z − shift) P, ±limit) and z from `two_branch`.
+    """x = [f ; c]: learned features f that the heads read, and a low-rank context c that the online residual reads.
+
+    u = clip((z − shift) P, ±limit), z from `two_branch`
+    f = normalise([g_1 ; … ; g_M] R),  g_m = normalise(W₂ₘᵀ tanh(W₁ₘᵀ u + c₁ₘ) + c₂ₘ)
+    c = normalise([1 ; clip(uᵀV, ±3) / √q])
 
     P (2·dim, p) standardises measured features and projects dense ones on their leading directions; the limit keeps a
-    text unlike any that P was fitted on from saturating everything else.
+    text unlike any that P was fitted on from saturating everything else. The M members are independent fits of the same
+    small network; R keeps the leading directions of all of them. V whitens u on its q leading directions. Without R, f
+    is the members side by side; without V, x is f alone, as in the paper (arXiv 2510.02850).
 
-    Fields: shift (2·dim,), projection (2·dim, p), w1 (p, h), b1 (h,), w2 (h, d), b2 (d,), all float32.
+    Fields: shift (2·dim,), projection (2·dim, p), w1 (p, M·h), b1 (M·h,), w2 (M·h, m), b2 (M·m,), rotation (M·m, r),
+    context (p, q), all float32. M is len(b2)/m.
     """
 
     shift: NDArray[np.float32]
@@ -73,21 +83,34 @@ class Fuse:
     b1: NDArray[np.float32]
     w2: NDArray[np.float32]
     b2: NDArray[np.float32]
+    rotation: NDArray[np.float32] | None = None
+    context: NDArray[np.float32] | None = None
     limit: float = 5.0
 
     def __post_init__(self) -> None:
         """Raises ShapeMismatchError if the layers do not fit each other."""
-        p, hidden, d = self.projection.shape[1], self.w1.shape[1], self.w2.shape[1]
-        expected = {
+        p, hidden, m, out = self.projection.shape[1], self.w1.shape[1], self.w2.shape[1], self.b2.shape[0]
+        expected: dict[str, tuple[int, ...]] = {
             "shift": (self.projection.shape[0],),
             "w1": (p, hidden),
             "b1": (hidden,),
-            "w2": (hidden, d),
-            "b2": (d,),
+            "w2": (hidden, m),
+            "b2": (max(out // max(m, 1), 1) * m,),
         }
+        if self.rotation is not None:
+            expected["rotation"] = (out, self.rotation.shape[1])
+        if self.context is not None:
+            expected["context"] = (p, self.context.shape[1])
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
                 raise ShapeMismatchError(f"fuse.{name} has shape {getattr(self, name).shape}, expected {shape}")
+        if hidden % self.members:
+            raise ShapeMismatchError(f"fuse.w1 has {hidden} columns, which {self.members} members cannot share")
+
+    @property
+    def members(self) -> int:
+        """M, networks side by side."""
+        return int(self.b2.shape[0] // self.w2.shape[1])
 
     @property
     def input_dim(self) -> int:
@@ -95,9 +118,14 @@ class Fuse:
         return int(self.projection.shape[0]) // 2
 
     @property
+    def features(self) -> int:
+        """r, the leading columns of x: what the heads read."""
+        return int(self.b2.shape[0] if self.rotation is None else self.rotation.shape[1])
+
+    @property
     def dim(self) -> int:
-        """d, the length of a context."""
-        return int(self.w2.shape[1])
+        """Columns of x."""
+        return self.features + (0 if self.context is None else 1 + self.context.shape[1])
 
     @classmethod
     def identity(cls, input_dim: int, d: int = IDENTITY_DIM, seed: int = 0) -> Fuse:
@@ -122,27 +150,54 @@ class Fuse:
         return u
 
     def apply(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
-        """x for every row of z; the zero vector becomes the first unit vector.
+        """x for every row of z; a zero feature vector becomes the first unit vector.
 
         Args:
             z: (B, 2 * input_dim) float32, finite.
 
         Returns:
-            (B, d) float32 with rows of norm 1.
+            (B, dim) float32; the features and the context of a row have norm 1 each.
 
         Raises:
             ShapeMismatchError: z has another width.
         """
         if z.ndim != 2 or z.shape[1] != 2 * self.input_dim:
             raise ShapeMismatchError(f"z has shape {z.shape}, expected (B, {2 * self.input_dim})")
-        x = np.tanh(self.standardise(z) @ self.w1 + self.b1) @ self.w2 + self.b2
-        norm = np.linalg.norm(x, axis=1, keepdims=True)
-        zero = norm[:, 0] == 0.0
-        if zero.any():
-            x[zero] = np.eye(1, self.dim, dtype=np.float32)
-            norm[zero] = 1.0
-        unit: NDArray[np.float32] = (x / norm).astype(np.float32, copy=False)
-        return unit
+        u = self.standardise(z)
+        features = self._learned(u)
+        if self.context is None:
+            return features
+        position = np.clip(u @ self.context, -CONTEXT_LIMIT, CONTEXT_LIMIT) / np.float32(self.context.shape[1] ** 0.5)
+        constant = np.ones((len(u), 1), dtype=np.float32)
+        return np.concatenate([features, _unit(np.concatenate([constant, position], axis=1))], axis=1)
+
+    def members_of(self, u: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(B, p) to (B, M·m): the members' unit vectors side by side, over √M so that the whole has norm 1."""
+        M, (hidden, m) = self.members, self.w2.shape
+        h = np.tanh(u @ self.w1 + self.b1)
+        if M == 1:
+            return _unit(h @ self.w2 + self.b2)
+        out = h.reshape(len(u), M, hidden // M).transpose(1, 0, 2) @ self.w2.reshape(M, hidden // M, m)
+        out += self.b2.reshape(M, 1, m)
+        unit = _unit(out.transpose(1, 0, 2).reshape(-1, m)).reshape(len(u), M * m)
+        scaled: NDArray[np.float32] = unit / np.float32(M**0.5)
+        return scaled
+
+    def _learned(self, u: NDArray[np.float32]) -> NDArray[np.float32]:
+        members = self.members_of(u)
+        return members if self.rotation is None else _unit(members @ self.rotation)
+
+
+def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows of norm 1; a row of zeros becomes the first unit vector."""
+    norm = np.linalg.norm(rows, axis=1, keepdims=True)
+    zero = norm[:, 0] == 0.0
+    if zero.any():
+        rows = rows.copy()
+        rows[zero] = np.eye(1, rows.shape[1], dtype=np.float32)
+        norm[zero] = 1.0
+    unit: NDArray[np.float32] = (rows / norm).astype(np.float32, copy=False)
+    return unit
 
 
 class PairEncoder:
@@ -168,7 +223,7 @@ class PairEncoder:
 
     @property
     def dim(self) -> int:
-        """d, the length of a context."""
+        """Columns of x."""
         return self._fuse.dim
 
     def encode(self, instances: Sequence[Instance]) -> NDArray[np.float32]:

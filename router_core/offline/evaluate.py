@@ -20,7 +20,8 @@ from router_core.encoder.base import Backbone
 from router_core.errors import DatasetError
 from router_core.offline.calibrate import expected_calibration_error, negative_log_likelihood
 from router_core.offline.train import TrainConfig, pair_features, train
-from router_core.policies import majority_verdict
+from router_core.policies import ScoreScale, UwoPolicy, combined_verdict, majority_verdict
+from router_core.prior import PriorForm
 from router_core.records import TIE, LabelledPair
 
 Head = Literal["bt", "cls"]
@@ -30,12 +31,12 @@ _Z95 = 1.959963984540054
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Mean correctness over n pairs with its 95 % Wilson interval."""
+    """Mean correctness over n pairs with its 95 % Wilson interval; n may be an effective number and fractional."""
 
     value: float
     low: float
     high: float
-    n: int
+    n: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,7 +58,7 @@ class RoutingReport:
         return max(self.pool, key=lambda name: self.accuracies[name].value)
 
 
-def wilson(successes: float, n: int) -> Accuracy:
+def wilson(successes: float, n: float) -> Accuracy:
     """Wilson's 95 % interval for a proportion: (p̂ + z²/2n ± z sqrt(p̂(1−p̂)/n + z²/4n²)) / (1 + z²/n).
 
     `successes` may be fractional, as ties count one half. With n = 0 nothing is known: NaN and (0, 1).
@@ -66,7 +67,7 @@ def wilson(successes: float, n: int) -> Accuracy:
     (0.49, 0.943)
     """
     if n == 0:
-        return Accuracy(math.nan, 0.0, 1.0, 0)
+        return Accuracy(math.nan, 0.0, 1.0, 0.0)
     p, z2 = successes / n, _Z95**2
     centre = p + z2 / (2 * n)
     half = _Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
@@ -78,9 +79,32 @@ def majority_correctness(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> 
     right = np.empty(len(pairs))
     for i, pair in enumerate(pairs):
         votes = [pair.verdicts[name] for name in pool if name in pair.verdicts]
-        verdict = majority_verdict(votes) if votes else TIE
+        verdict = majority_verdict(votes, len(pair.instance.responses)) if votes else TIE
         right[i] = 0.5 if verdict == TIE else float(verdict == pair.label)
     return right
+
+
+def uwo_correctness(pairs: Sequence[LabelledPair], pool: Sequence[str], scale: ScoreScale) -> NDArray[np.float64]:
+    """Is UWO of the asked RMs right? (N,) in {0, 0.5, 1}; see `policies.uwo`. A pair without any RM counts one half.
+
+    Args:
+        scale: of the pool's scores, from other pairs than these.
+    """
+    policy, right = UwoPolicy(), np.empty(len(pairs))
+    for i, pair in enumerate(pairs):
+        arms = [k for k, name in enumerate(pool) if name in pair.scores]
+        rewards = np.array([pair.scores[pool[k]] for k in arms])
+        verdict = combined_verdict(policy, rewards, scale.rows(arms)) if arms else TIE
+        right[i] = 0.5 if verdict == TIE else float(verdict == pair.label)
+    return right
+
+
+def default_head(checkpoint: Checkpoint) -> Head:
+    """The head that the checkpoint's prior ranks by: Bradley-Terry for the form `paper`, and where the classification
+    head learned nothing (λ_cls = 0) and so would always name one RM.
+    """
+    paper = checkpoint.prior_form is PriorForm.PAPER
+    return "bt" if paper or not checkpoint.cls_weight.any() else "cls"
 
 
 def route(checkpoint: Checkpoint, x: NDArray[np.float32], head: Head) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,8 +29,9 @@ from router_core.encoder.base import Backbone, Block
 from router_core.encoder.fuse import Fuse, two_branch
 from router_core.errors import DatasetError
 from router_core.offline.calibrate import expected_calibration_error, fit_calibration, negative_log_likelihood
-from router_core.offline.losses import bradley_terry, correctness_bce
-from router_core.prior import CALIBRATED_HYPERPARAMETERS, Hyperparameters
+from router_core.offline.losses import balanced_couples, bradley_terry, correctness_bce
+from router_core.offline.targets import score_margins, score_scales, soft_targets
+from router_core.prior import CALIBRATED_HYPERPARAMETERS, Hyperparameters, PriorForm
 from router_core.records import LabelledPair
 from router_core.torch_threads import torch_threads
 
@@ -38,6 +39,10 @@ _EMA = 0.98
 """Decay per step of the averaged weights that are evaluated and kept; stands in for a learning-rate schedule."""
 _SCORE_SCALE = 8.0
 """Scores are scale · xᵀe with both of unit norm: without it σ(s_j − s_l) could not leave (0.12, 0.88)."""
+_LIMIT = 5.0
+"""`Fuse.limit`."""
+_TOLERANCE = 0.02
+"""Share by which a held-out loss may exceed the lowest one and still count as equal."""
 _NO_VARIANCE = 1e-6
 """A feature whose standard deviation is below this is constant for the encoder and is dropped."""
 
@@ -47,30 +52,56 @@ class TrainConfig:
     """Settings of the offline fit; what was compared by grouped cross-validation is in docs/experiments.md.
 
     Fields:
-        d: length of a context. Small, because the online stage explores d directions per arm.
-        hidden: width of the hidden layer.
+        d: directions kept of the members' outputs beside those that the heads read.
+        context: directions of the low-rank context that the online stage learns over; small, because it explores them.
+        members: independent fits side by side; their mean logits route.
+        member_dim: length of one member's unit vector.
+        hidden: width of a member's hidden layer.
         components: leading directions kept of each dense block of the backbone, per branch.
         lambda_bt, lambda_cls: weights of the two losses; `lambda_cls = 0` is the paper's "w/o CLS".
+        soft_share, soft_width: of `targets.soft_targets`; share 0 learns from verdicts alone.
+        blend: share of an arm's Bradley-Terry score over the arms' mean that is added to its correctness logit before
+            the calibration; ranking is what the one head learns and level what the other does.
+        balanced: every couple (RM j right where l is wrong) counts alike, however often it occurs.
         dropout: on the network's input and hidden layer.
         folds: of the cross-fitting.
         max_epochs: the epoch (a pass over the pairs outside one fold) is chosen from 1 ... max_epochs.
         seed: of every random choice; equal seeds give equal checkpoints on one machine.
-        hyperparameters: stored for the online stage.
+        hyperparameters: stored for the online stage; None: fitted to the held-out predictions (`offline.tune`).
     """
 
-    d: int = 16
+    d: int = 8
+    context: int = 8
+    members: int = 6
+    member_dim: int = 16
     hidden: int = 32
     components: int = 8
     lambda_bt: float = 1.0
     lambda_cls: float = 1.0
+    soft_share: float = 0.5
+    soft_width: float = 0.5
+    blend: float = 0.75
+    balanced: bool = False
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     dropout: float = 0.3
     batch_size: int = 64
-    max_epochs: int = 40
+    max_epochs: int = 30
     folds: int = 4
     seed: int = 0
-    hyperparameters: Hyperparameters = CALIBRATED_HYPERPARAMETERS
+    hyperparameters: Hyperparameters | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldOut:
+    """What models that had not seen a pair's group predicted for it, and what was true; N pairs, K arms.
+
+    Fields: probabilities (N, K) calibrated, bt_scores (N, K), correctness (N, K) with NaN where an RM was not asked.
+    """
+
+    probabilities: NDArray[np.float64]
+    bt_scores: NDArray[np.float64]
+    correctness: NDArray[np.float64]
 
 
 def train(
@@ -80,6 +111,17 @@ def train(
     config: TrainConfig | None = None,
     features: NDArray[np.float32] | None = None,
 ) -> Checkpoint:
+    """The checkpoint of `fit`."""
+    return fit(pairs, pool, backbone, config, features)[0]
+
+
+def fit(
+    pairs: Sequence[LabelledPair],
+    pool: Sequence[str],
+    backbone: Backbone,
+    config: TrainConfig | None = None,
+    features: NDArray[np.float32] | None = None,
+) -> tuple[Checkpoint, HeldOut]:
     """Fit the offline stage on labelled pairs.
 
     Args:
@@ -91,7 +133,7 @@ def train(
 
     Returns:
         The checkpoint, with held-out `metrics` from the cross-fitting: routing accuracy of both heads, negative
-        log-likelihood, expected calibration error, chosen epochs, number of pairs.
+        log-likelihood, expected calibration error, chosen epochs, number of pairs; and the held-out predictions.
 
     Raises:
         DatasetError: too few groups, or an RM without a single verdict.
@@ -102,8 +144,9 @@ def train(
         raise DatasetError("pairs: there are none; training needs labelled pairs")
     correctness = pool_matrix(pairs, pool)
     z = pair_features(pairs, backbone) if features is None else features
+    targets = soft_targets(correctness, score_margins(pairs, pool), config.soft_share, config.soft_width)
     with torch_threads(1):
-        return _fit_checkpoint(pairs, pool, backbone, config, correctness, z)
+        return _fit_checkpoint(pairs, pool, backbone, config, correctness, targets, z)
 
 
 def _fit_checkpoint(
@@ -112,46 +155,56 @@ def _fit_checkpoint(
     backbone: Backbone,
     config: TrainConfig,
     correctness: NDArray[np.float64],
+    targets: NDArray[np.float64],
     z: NDArray[np.float32],
-) -> Checkpoint:
+) -> tuple[Checkpoint, HeldOut]:
     """Cross-fit to choose the epochs and to calibrate, then fit on everything."""
     rng = np.random.default_rng(config.seed)
-    held_out = np.zeros((config.max_epochs, 2, *correctness.shape))
+    predicted = np.zeros((config.max_epochs, 2, *correctness.shape))
     folds = grouped_folds(pairs, config.folds, rng)
     steps = math.ceil(min(len(inside) for inside, _ in folds) / config.batch_size)
     for fold, (inside, outside) in enumerate(folds):
-        model = _Fit(z[inside], correctness[inside], backbone.blocks, config, seed=config.seed * 1000 + fold + 1)
+        model = _Fit(z[inside], targets[inside], backbone.blocks, config, seed=config.seed * 1000 + fold + 1)
         for epoch in range(config.max_epochs):
             model.advance(steps)
-            held_out[epoch][:, outside] = model.predict(z[outside])
-    epochs = _best_epoch(held_out, correctness, config)
-    bt_scores, logits = held_out[epochs - 1]
+            predicted[epoch][:, outside] = model.predict(z[outside])
+    epochs = _best_epoch(predicted, correctness, config)
+    bt_scores, logits = predicted[epochs - 1]
+    blend = config.blend if config.lambda_bt > 0 and config.lambda_cls > 0 else 0.0
+    logits = logits + blend * (bt_scores - bt_scores.mean(axis=1, keepdims=True))
     calibration = fit_calibration(logits, correctness)
-    probabilities = calibration.probabilities(logits)
+    held_out = HeldOut(calibration.probabilities(logits), bt_scores, correctness)
 
-    final = _Fit(z, correctness, backbone.blocks, config, seed=config.seed * 1000)
+    final = _Fit(z, targets, backbone.blocks, config, seed=config.seed * 1000)
     final.advance(epochs * steps)
-    arms = final.average["arms"]
-    return Checkpoint(
+    fuse, heads = final.export(z)
+    embeddings = heads["bt_embeddings"]
+    heads["cls_weight"] = heads["cls_weight"] + np.float32(blend * _SCORE_SCALE) * (embeddings - embeddings.mean(axis=0))
+    score_shift, score_scale = score_scales(pairs, pool)
+    checkpoint = Checkpoint(
         pool=tuple(pool),
         encoder_spec=backbone.spec,
-        fuse=final.fuse(),
-        bt_embeddings=np.ascontiguousarray((arms / np.linalg.norm(arms, axis=0)).T),
-        cls_weight=np.ascontiguousarray(_SCORE_SCALE * final.average["cls_weight"].T),
-        cls_bias=final.average["cls_bias"],
+        fuse=fuse,
+        bt_embeddings=embeddings,
+        cls_weight=heads["cls_weight"],
+        cls_bias=heads["cls_bias"],
         calibration_scale=calibration.scale.astype(np.float32),
         calibration_shift=calibration.shift.astype(np.float32),
-        hyperparameters=config.hyperparameters,
+        prior_form=PriorForm.CALIBRATED if config.lambda_cls > 0 else PriorForm.PAPER,
+        hyperparameters=config.hyperparameters or CALIBRATED_HYPERPARAMETERS,
         metrics={
             "pairs": len(pairs),
             "epochs": epochs,
             "routing_accuracy_bt": routed_accuracy(bt_scores, correctness),
-            "routing_accuracy_cls": routed_accuracy(probabilities, correctness),
-            "negative_log_likelihood": negative_log_likelihood(probabilities, correctness),
-            "expected_calibration_error": expected_calibration_error(probabilities, correctness),
+            "routing_accuracy_cls": routed_accuracy(held_out.probabilities, correctness),
+            "negative_log_likelihood": negative_log_likelihood(held_out.probabilities, correctness),
+            "expected_calibration_error": expected_calibration_error(held_out.probabilities, correctness),
         },
         data_digest=pairs_digest(pairs),
+        score_shift=score_shift,
+        score_scale=score_scale,
     )
+    return checkpoint, held_out
 
 
 def pair_features(pairs: Sequence[LabelledPair], backbone: Backbone) -> NDArray[np.float32]:
@@ -212,38 +265,45 @@ def input_projection(
     return mean.astype(np.float32), np.stack(columns, axis=1).astype(np.float32)
 
 
-def _best_epoch(held_out: NDArray[np.float64], correctness: NDArray[np.float64], config: TrainConfig) -> int:
+def _best_epoch(predicted: NDArray[np.float64], correctness: NDArray[np.float64], config: TrainConfig) -> int:
+    """The last epoch whose held-out loss is within `_TOLERANCE` of the lowest.
+
+    The loss is flat for long, so that its lowest point is a matter of luck, and later members differ more, which is
+    what makes their mean good.
+    """
     y = torch.as_tensor(correctness)
-    losses = [
-        config.lambda_bt * float(bradley_terry(torch.as_tensor(scores), y))
-        + config.lambda_cls * float(correctness_bce(torch.as_tensor(logits), y))
-        for scores, logits in held_out
-    ]
-    return int(np.argmin(losses)) + 1
+    losses = np.array(
+        [
+            config.lambda_bt * float(bradley_terry(torch.as_tensor(scores), y))
+            + config.lambda_cls * float(correctness_bce(torch.as_tensor(logits), y))
+            for scores, logits in predicted
+        ]
+    )
+    return int(np.flatnonzero(losses <= losses.min() * (1 + _TOLERANCE))[-1]) + 1
 
 
 class _Network(nn.Module):
-    """The trainable part: the fuse's two layers and both heads."""
+    """The trainable part of M members side by side: the fuse's two layers and both heads, M leading in every tensor."""
 
     def __init__(self, p: int, base_rates: Tensor, config: TrainConfig, generator: torch.Generator) -> None:
         super().__init__()
-        K = len(base_rates)
+        M, K = config.members, len(base_rates)
 
         def gaussian(rows: int, columns: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(rows, columns, generator=generator) / rows**0.5)
+            return nn.Parameter(torch.randn(M, rows, columns, generator=generator) / rows**0.5)
 
-        self.w1, self.b1 = gaussian(p, config.hidden), nn.Parameter(torch.zeros(config.hidden))
-        self.w2, self.b2 = gaussian(config.hidden, config.d), nn.Parameter(torch.zeros(config.d))
-        self.arms = gaussian(config.d, K)
+        self.w1, self.b1 = gaussian(p, config.hidden), nn.Parameter(torch.zeros(M, 1, config.hidden))
+        self.w2, self.b2 = gaussian(config.hidden, config.member_dim), nn.Parameter(torch.zeros(M, 1, config.member_dim))
+        self.arms = gaussian(config.member_dim, K)
         # Zero weights and the base rate as bias: with lambda_cls = 0 the head stays an honest constant.
-        self.cls_weight = nn.Parameter(torch.zeros(config.d, K))
-        self.cls_bias = nn.Parameter(torch.logit(base_rates))
+        self.cls_weight = nn.Parameter(torch.zeros(M, config.member_dim, K))
+        self.cls_bias = nn.Parameter(torch.logit(base_rates).expand(M, 1, K).clone())
 
     def forward(self, u: Tensor, dropped: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """u (B, p) to Bradley-Terry scores (B, K) and correctness logits (B, K)."""
+        """u (M, B, p) to Bradley-Terry scores (M, B, K) and correctness logits (M, B, K)."""
         h = torch.tanh(_drop(u, dropped, generator) @ self.w1 + self.b1)
-        x = normalize(_drop(h, dropped, generator) @ self.w2 + self.b2, dim=1)
-        return _SCORE_SCALE * x @ normalize(self.arms, dim=0), _SCORE_SCALE * x @ self.cls_weight + self.cls_bias
+        x = normalize(_drop(h, dropped, generator) @ self.w2 + self.b2, dim=2)
+        return _SCORE_SCALE * x @ normalize(self.arms, dim=1), _SCORE_SCALE * x @ self.cls_weight + self.cls_bias
 
 
 def _drop(values: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
@@ -255,12 +315,14 @@ def _drop(values: Tensor, share: float, generator: torch.Generator | None) -> Te
 
 
 class _Fit:
-    """One fit in progress: network, optimiser, averaged weights, generator."""
+    """One fit in progress: networks, optimiser, averaged weights, generator. Each member meets the pairs in an order of
+    its own.
+    """
 
     def __init__(
         self,
         z: NDArray[np.float32],
-        correctness: NDArray[np.float64],
+        targets: NDArray[np.float64],
         blocks: Sequence[Block],
         config: TrainConfig,
         seed: int,
@@ -269,7 +331,8 @@ class _Fit:
         self._shift, self._projection = input_projection(z, blocks, config.components)
         self._generator = torch.Generator().manual_seed(seed)
         self._u = self._inputs(z)
-        self._y = torch.as_tensor(correctness, dtype=torch.float32)
+        self._y = torch.as_tensor(targets, dtype=torch.float32)
+        self._couples = balanced_couples(self._y) if config.balanced else None
         asked = torch.isfinite(self._y).sum(0)
         base_rates = (torch.nan_to_num(self._y).sum(0) + 0.5) / (asked + 1)
         self._network = _Network(self._u.shape[1], base_rates, config, self._generator)
@@ -287,23 +350,20 @@ class _Fit:
         self._batches = self._shuffled_batches()
 
     def _inputs(self, z: NDArray[np.float32]) -> Tensor:
-        return torch.as_tensor(np.clip((z - self._shift) @ self._projection, -5.0, 5.0))
+        return torch.as_tensor(np.clip((z - self._shift) @ self._projection, -_LIMIT, _LIMIT))
 
     def _shuffled_batches(self) -> Iterator[Tensor]:
-        """Row indices of one batch after another, pass after pass in a new order each, without end."""
+        """Row indices (M, batch) of one batch after another, pass after pass in new orders each, without end."""
         while True:
-            order = torch.randperm(len(self._u), generator=self._generator)
-            yield from torch.split(order, self._config.batch_size)
+            orders = [torch.randperm(len(self._u), generator=self._generator) for _ in range(self._config.members)]
+            yield from torch.split(torch.stack(orders), self._config.batch_size, dim=1)
 
     def advance(self, steps: int) -> None:
         """Take `steps` optimiser steps, one batch each."""
-        c = self._config
         for rows in itertools.islice(self._batches, steps):
-            scores, logits = self._network(self._u[rows], c.dropout, self._generator)
-            y = self._y[rows]
-            loss = c.lambda_bt * bradley_terry(scores, y) + c.lambda_cls * correctness_bce(logits, y)
+            scores, logits = self._network(self._u[rows], self._config.dropout, self._generator)
             self._optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            self._loss(scores, logits, self._y[rows]).backward()  # type: ignore[no-untyped-call]
             self._optimiser.step()
             self._steps += 1
             # A short memory at first, so that the average forgets the random start within an epoch.
@@ -312,25 +372,73 @@ class _Fit:
                 for name, value in self._network.named_parameters():
                     self._average[name].lerp_(value, 1 - decay)
 
+    def _loss(self, scores: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+        """The members' losses summed: no member's gradient depends on how many others there are."""
+        c = self._config
+        flat, K = y.flatten(0, 1), y.shape[2]
+        loss = c.lambda_bt * bradley_terry(scores.reshape(-1, K), flat, self._couples)
+        return c.members * (loss + c.lambda_cls * correctness_bce(logits.reshape(-1, K), flat))
+
     def predict(self, z: NDArray[np.float32]) -> NDArray[np.float64]:
-        """(2, N, K): Bradley-Terry scores and correctness logits of the averaged weights."""
+        """(2, N, K): Bradley-Terry scores and correctness logits of the averaged weights, means over the members."""
+        u = self._inputs(z).expand(self._config.members, -1, -1)
         with torch.inference_mode():
-            scores, logits = torch.func.functional_call(self._network, self._average, (self._inputs(z), 0.0, None))
-        return np.stack([scores.double().numpy(), logits.double().numpy()])
+            scores, logits = torch.func.functional_call(self._network, self._average, (u, 0.0, None))
+        return np.stack([scores.mean(0).double().numpy(), logits.mean(0).double().numpy()])
 
-    @property
-    def average(self) -> dict[str, NDArray[np.float32]]:
-        """The averaged weights by name, as copies."""
-        return {name: value.numpy().copy() for name, value in self._average.items()}
+    def export(self, z: NDArray[np.float32]) -> tuple[Fuse, dict[str, NDArray[np.float32]]]:
+        """The averaged weights as a fuse and the heads of a checkpoint.
 
-    def fuse(self) -> Fuse:
-        """The encoder half of the averaged weights."""
-        average = self.average
-        return Fuse(
+        The members side by side are M·m columns of which few directions matter. The rotation keeps those that a head
+        reads, so that no score changes by it, and the `d` leading ones of what is left (uncentred, so that the constant
+        part stays), so that features keep their norm.
+        """
+        c, average = self._config, {name: value.numpy().copy() for name, value in self._average.items()}
+        fuse = Fuse(
             shift=self._shift,
             projection=self._projection,
-            w1=average["w1"],
-            b1=average["b1"],
-            w2=average["w2"],
-            b2=average["b2"],
+            w1=np.ascontiguousarray(average["w1"].transpose(1, 0, 2).reshape(-1, c.members * c.hidden)),
+            b1=average["b1"].reshape(-1),
+            w2=average["w2"].reshape(-1, c.member_dim),
+            b2=average["b2"].reshape(-1),
+            limit=_LIMIT,
         )
+        # A mean of members is a sum over the columns of members_of, which are over √M already.
+        share, K = c.members**-0.5, average["arms"].shape[2]
+        arms = share * (average["arms"] / np.linalg.norm(average["arms"], axis=1, keepdims=True)).reshape(-1, K)
+        weights = share * average["cls_weight"].reshape(-1, K)
+        u = fuse.standardise(z)
+        rotation = spanning(fuse.members_of(u).astype(np.float64), np.hstack([arms, weights]), c.d)
+        heads = {
+            "bt_embeddings": np.ascontiguousarray((rotation.T @ arms).T, dtype=np.float32),
+            "cls_weight": np.ascontiguousarray(_SCORE_SCALE * (rotation.T @ weights).T, dtype=np.float32),
+            "cls_bias": average["cls_bias"].mean(axis=(0, 1)),
+        }
+        return replace(fuse, rotation=rotation.astype(np.float32), context=whitening(u, c.context)), heads
+
+
+def spanning(rows: NDArray[np.float64], wanted: NDArray[np.floating], more: int) -> NDArray[np.float64]:
+    """Orthonormal columns that span `wanted` and the leading `more` directions of what of `rows` is left beside it.
+
+    Args:
+        rows: (N, D).
+        wanted: (D, h); dependent columns count once.
+        more: >= 0.
+
+    Returns:
+        (D, r), r <= min(h + more, D).
+    """
+    left, singular, _ = np.linalg.svd(np.asarray(wanted, dtype=np.float64), full_matrices=False)
+    basis = left[:, singular > 1e-6 * singular.max(initial=0.0)]
+    rest = rows - (rows @ basis) @ basis.T
+    _, deviations, directions = np.linalg.svd(rest, full_matrices=False)
+    count = min(more, rows.shape[1] - basis.shape[1], int((deviations > 1e-6 * np.linalg.norm(rows)).sum()))
+    return np.hstack([basis, directions[:count].T])
+
+
+def whitening(u: NDArray[np.float32], directions: int) -> NDArray[np.float32]:
+    """Leading directions of u (N, p), each scaled to standard deviation 1: (p, q) float32, q <= `directions`."""
+    _, singular, axes = np.linalg.svd((u - u.mean(axis=0)).astype(np.float64), full_matrices=False)
+    deviations = singular / np.sqrt(len(u))
+    kept = [i for i in range(min(directions, len(deviations))) if deviations[i] > _NO_VARIANCE]
+    return np.ascontiguousarray((axes[kept] / deviations[kept, None]).T, dtype=np.float32)

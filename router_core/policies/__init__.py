@@ -1,12 +1,16 @@
 """The systems of the paper's tables, one small file each, selected by name.
 
-| name | file | RM calls |
-|---|---|---|
-| `single:<model>` | `single` | 1 |
-| `random` | `random` | 1 |
-| `majority` | `majority` | K |
-| `bayesian` | `bayesian` | 1 |
-| `offline` | `bayesian` | 1 |
+| name | file | RM calls | prior form |
+|---|---|---|---|
+| `single:<model>` | `single` | 1 | the run's |
+| `random` | `random` | 1 | the run's |
+| `majority` | `majority` | K | the run's |
+| `uwo` | `uwo` | K | the run's |
+| `laser` | `laser` | 1 | `linucb` |
+| `bayesian` | `bayesian` | 1 | the run's |
+| `bayesian:paper`, `bayesian:calibrated`, `bayesian:none` | `bayesian` | 1 | as named |
+| `offline` | `bayesian` | 1 | the run's |
+| `offline:paper`, `offline:calibrated` | `bayesian` | 1 | as named |
 
 To add one: a file with a frozen dataclass that keeps `base.Policy`, a line in `_BY_NAME`, a row above.
 """
@@ -14,20 +18,38 @@ To add one: a file with a frozen dataclass that keeps `base.Policy`, a line in `
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 from router_core.errors import UnknownPolicyError
-from router_core.policies.base import Beliefs, Choices, Policy, draw, propensity_without
+from router_core.policies.base import Beliefs, Choices, Policy, combined_verdict, draw, draw_batch, propensity_without
 from router_core.policies.bayesian import BayesianPolicy, OfflinePolicy
+from router_core.policies.laser import LaserPolicy
 from router_core.policies.majority import MajorityPolicy, majority_verdict, vote_shares
 from router_core.policies.random import RandomPolicy
+from router_core.policies.scale import RunningScale, ScoreScale
 from router_core.policies.single import SinglePolicy
-
-_BY_NAME: Mapping[str, Callable[[], Policy]] = MappingProxyType(
-    {"bayesian": BayesianPolicy, "offline": OfflinePolicy, "random": RandomPolicy, "majority": MajorityPolicy}
-)
+from router_core.policies.uwo import UWO_CHOICE_LAMBDA, UWO_REWARD_LAMBDA, UwoPolicy
+from router_core.prior import PriorForm
 
 _SINGLE = "single:"
+
+
+_FORMS_OF_BAYESIAN = (PriorForm.PAPER, PriorForm.CALIBRATED, PriorForm.NONE)
+_FORMS_OF_OFFLINE = (PriorForm.PAPER, PriorForm.CALIBRATED)
+
+_BY_NAME: Mapping[str, Callable[[], Policy]] = MappingProxyType(
+    {
+        "bayesian": BayesianPolicy,
+        "offline": OfflinePolicy,
+        "laser": LaserPolicy,
+        "random": RandomPolicy,
+        "majority": MajorityPolicy,
+        "uwo": UwoPolicy,
+        **{f"bayesian:{form}": partial(BayesianPolicy, f"bayesian:{form}", form) for form in _FORMS_OF_BAYESIAN},
+        **{f"offline:{form}": partial(OfflinePolicy, f"offline:{form}", form) for form in _FORMS_OF_OFFLINE},
+    }
+)
 
 
 def make_policy(name: str, pool: Sequence[str]) -> Policy:
@@ -54,15 +76,23 @@ def make_policy(name: str, pool: Sequence[str]) -> Policy:
 
 
 __all__ = [
+    "UWO_CHOICE_LAMBDA",
+    "UWO_REWARD_LAMBDA",
     "BayesianPolicy",
     "Beliefs",
     "Choices",
+    "LaserPolicy",
     "MajorityPolicy",
     "OfflinePolicy",
     "Policy",
     "RandomPolicy",
+    "RunningScale",
+    "ScoreScale",
     "SinglePolicy",
+    "UwoPolicy",
+    "combined_verdict",
     "draw",
+    "draw_batch",
     "majority_verdict",
     "make_policy",
     "propensity_without",

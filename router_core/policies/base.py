@@ -2,7 +2,8 @@
 
 A policy turns contexts into an independent Gaussian belief per arm; the arm with the largest draw is asked.
 Deterministic policies believe with sd 0, `random` believes the same of every arm, `single:<model>` believes −inf of the
-others. So drawing, ranking for fallbacks, and propensities are written once, here.
+others. So drawing, ranking for fallbacks, and propensities are written once, here. Policies that ask every RM say how
+the rewards become one (`Policy.combine`). Called by `service.usecases` and by replay.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from router_core.policies.scale import ScoreScale
 from router_core.posterior import Posterior
+from router_core.prior import PriorForm
 from router_core.propensity import argmax_propensities
+from router_core.records import verdict_of
 
 Array = NDArray[np.float64]
 
@@ -54,11 +58,19 @@ class Policy(Protocol):
 
     @property
     def name(self) -> str:
-        """The name it is selected by."""
+        """The name it is selected by, for example `bayesian:none`."""
 
     @property
     def asks_all(self) -> bool:
-        """True if every RM is asked for each instance and their verdicts are combined (K calls)."""
+        """True if every RM is asked for each instance and `combine` makes the reward (K calls)."""
+
+    @property
+    def prior(self) -> PriorForm | None:
+        """The prior form that this policy insists on; None: it takes its run's."""
+
+    @property
+    def one_arm_per_batch(self) -> bool:
+        """True if all instances that are drawn together in one request share one arm; see `draw_batch`."""
 
     def beliefs(self, x: NDArray[np.float32], offsets: Array, posterior: Posterior) -> Beliefs:
         """What each arm is believed to be worth on each instance.
@@ -68,6 +80,60 @@ class Policy(Protocol):
             offsets: (B, K) float64, o_k(x) of the run's prior.
             posterior: what the run has learned.
         """
+
+    def combine(self, rewards: Array, scale: ScoreScale | None) -> Array:
+        """The reward per response that is handed to the trainer.
+
+        Args:
+            rewards: (K', n) float64, raw rewards of the RMs that answered; at least one row.
+            scale: of those RMs, in the same order; None: normalise inside this group.
+
+        Returns:
+            (n,) float64.
+        """
+
+    def preference(self, rewards: Array, scale: ScoreScale | None) -> Array:
+        """(n,) numbers whose largest marks the preferred response: those of `combine`, where the policy does not say
+        otherwise. Arguments as `combine`.
+        """
+
+
+class OneCall:
+    """The half of `Policy` that all policies share which ask one RM: its rewards are the reward."""
+
+    __slots__ = ()
+
+    asks_all: bool = False
+    prior: PriorForm | None = None
+    one_arm_per_batch: bool = False
+
+    def combine(self, rewards: Array, scale: ScoreScale | None) -> Array:
+        """The one row that there is; a scale does not matter."""
+        only: Array = rewards[0]
+        return only
+
+    def preference(self, rewards: Array, scale: ScoreScale | None) -> Array:
+        """As `combine`."""
+        return self.combine(rewards, scale)
+
+
+class AllCalls:
+    """The half of `Policy` that all policies share which ask every RM: what is asked depends on nothing learned."""
+
+    __slots__ = ()
+
+    asks_all: bool = True
+    prior: PriorForm | None = None
+    one_arm_per_batch: bool = False
+
+    def beliefs(self, x: NDArray[np.float32], offsets: Array, posterior: Posterior) -> Beliefs:
+        """The same of every arm: the order of asking does not matter."""
+        return Beliefs(np.zeros_like(offsets), np.zeros_like(offsets))
+
+
+def combined_verdict(policy: Policy, rewards: Array, scale: ScoreScale | None) -> int:
+    """The response that the policy prefers, or TIE; arguments as `Policy.combine`."""
+    return verdict_of(policy.preference(rewards, scale).tolist())
 
 
 def draw(beliefs: Beliefs, rng: np.random.Generator) -> Choices:
@@ -81,6 +147,35 @@ def draw(beliefs: Beliefs, rng: np.random.Generator) -> Choices:
     draws = beliefs.means + beliefs.sds * noise
     ranking = np.lexsort((-noise, -draws), axis=-1)
     return Choices(ranking, draws, beliefs.means, beliefs.sds, argmax_propensities(beliefs.means, beliefs.sds))
+
+
+def draw_batch(
+    policy: Policy, x: NDArray[np.float32], offsets: Array, posterior: Posterior, rng: np.random.Generator
+) -> Choices:
+    """The draws of B instances that came together: one per instance, or one for all where the policy says so.
+
+    A policy with `one_arm_per_batch` sees the mean of the contexts (LASER, arXiv 2410.01735) and draws once; all
+    instances get that draw.
+
+    Args:
+        policy: whose beliefs are drawn from.
+        x: (B, d) float32 contexts, B >= 1.
+        offsets: (B, K) float64.
+        posterior: what the run has learned.
+        rng: the run's generator.
+    """
+    if not policy.one_arm_per_batch:
+        return draw(policy.beliefs(x, offsets, posterior), rng)
+    mean = x.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
+    one = draw(policy.beliefs(mean, offsets.mean(axis=0, keepdims=True), posterior), rng)
+    size = len(x)
+    return Choices(
+        one.ranking.repeat(size, axis=0),
+        one.draws.repeat(size, axis=0),
+        one.means.repeat(size, axis=0),
+        one.sds.repeat(size, axis=0),
+        one.propensities.repeat(size, axis=0),
+    )
 
 
 def propensity_without(means: Array, sds: Array, gone: Sequence[int], asked: int) -> float:

@@ -1,4 +1,7 @@
-"""`bayesian`: Thompson sampling from the posterior (arXiv 2510.02850, online stage), and `offline`: its prior alone."""
+"""`bayesian`: Thompson sampling from the posterior (arXiv 2510.02850, online stage), and `offline`: its prior alone.
+
+Both may name the prior form that they insist on: `bayesian:none` is the paper's row "w/o offline".
+"""
 
 from __future__ import annotations
 
@@ -7,34 +10,44 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.policies.base import Array, Beliefs
+from router_core.policies.base import Array, Beliefs, OneCall
 from router_core.posterior import ArmPosterior, Posterior
+from router_core.prior import PriorForm
 
 
 @dataclass(frozen=True, slots=True)
-class BayesianPolicy:
+class BayesianPolicy(OneCall):
     """θ_k ~ N(o_k(x) + xᵀμ_k, v² xᵀΣ_k x), one draw per arm per instance.
 
     Drawing w ~ N(μ, Σ) and taking xᵀw is the same in distribution; the scalar needs no factorisation.
     """
 
     name: str = "bayesian"
-    asks_all: bool = False
+    prior: PriorForm | None = None
 
     def beliefs(self, x: NDArray[np.float32], offsets: Array, posterior: Posterior) -> Beliefs:
-        """One GEMM per arm for the batch, (B, d) by (d, d); one matrix-vector product per arm for one instance."""
-        precise = x.astype(np.float64)
-        variances = np.empty(offsets.shape)
-        if len(x) == 1:
-            variances[0] = [_variance(arm, x[0], precise[0]) for arm in posterior.arms]
-            means = offsets + posterior.means @ precise[0]
-        else:
-            for k, arm in enumerate(posterior.arms):
-                variances[:, k] = np.einsum("bd,bd->b", x @ arm.covariance32, x)
-                if len(arm.corrections):
-                    variances[:, k] -= np.square(precise @ arm.corrections.T).sum(axis=1)
-            means = offsets + precise @ posterior.means.T
-        return Beliefs(means, posterior.prior.hyper.v * np.sqrt(np.maximum(variances, 0.0)))
+        """The posterior's means, and v times its standard deviations."""
+        return posterior_beliefs(x, offsets, posterior)
+
+
+def posterior_beliefs(x: NDArray[np.float32], offsets: Array, posterior: Posterior) -> Beliefs:
+    """Means o_k(x) + xᵀμ_k and standard deviations v·√(xᵀΣ_k x), (B, K).
+
+    One GEMM per arm for the batch, (B, d) by (d, d); one matrix-vector product per arm for one instance.
+    """
+    x = posterior.prior.learned(x)
+    precise = x.astype(np.float64)
+    variances = np.empty(offsets.shape)
+    if len(x) == 1:
+        variances[0] = [_variance(arm, x[0], precise[0]) for arm in posterior.arms]
+        means = offsets + posterior.means @ precise[0]
+    else:
+        for k, arm in enumerate(posterior.arms):
+            variances[:, k] = np.einsum("bd,bd->b", x @ arm.covariance32, x)
+            if len(arm.corrections):
+                variances[:, k] -= np.square(precise @ arm.corrections.T).sum(axis=1)
+        means = offsets + precise @ posterior.means.T
+    return Beliefs(means, posterior.prior.hyper.v * np.sqrt(np.maximum(variances, 0.0)))
 
 
 def _variance(arm: ArmPosterior, x: NDArray[np.float32], precise: Array) -> float:
@@ -47,13 +60,13 @@ def _variance(arm: ArmPosterior, x: NDArray[np.float32], precise: Array) -> floa
 
 
 @dataclass(frozen=True, slots=True)
-class OfflinePolicy:
+class OfflinePolicy(OneCall):
     """argmax of the prior: o_k(x) + xᵀμ₀_k, without draw or update (the paper's row "w/o online")."""
 
     name: str = "offline"
-    asks_all: bool = False
+    prior: PriorForm | None = None
 
     def beliefs(self, x: NDArray[np.float32], offsets: Array, posterior: Posterior) -> Beliefs:
         """Point masses at the prior's mean."""
-        means = offsets + x.astype(np.float64) @ posterior.prior.means.T
+        means = offsets + posterior.prior.learned(x).astype(np.float64) @ posterior.prior.means.T
         return Beliefs(means, np.zeros_like(means))

@@ -6,23 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from router_core.policies.base import Array, Beliefs
-from router_core.posterior import Posterior
+from router_core.policies.base import AllCalls, Array
+from router_core.policies.scale import ScoreScale
 from router_core.records import TIE, verdict_of
 
 
 @dataclass(frozen=True, slots=True)
-class MajorityPolicy:
-    """Asks all; what is asked does not depend on the posterior."""
+class MajorityPolicy(AllCalls):
+    """One vote per RM that answered; the rewards are the shares of the votes, so that the scale does not matter."""
 
     name: str = "majority"
-    asks_all: bool = True
 
-    def beliefs(self, x: NDArray[np.float32], offsets: Array, posterior: Posterior) -> Beliefs:
-        """The same of every arm: the order of asking does not matter."""
-        return Beliefs(np.zeros_like(offsets), np.zeros_like(offsets))
+    def combine(self, rewards: Array, scale: ScoreScale | None) -> Array:
+        """`vote_shares` of the RMs' verdicts; see `Policy.combine`."""
+        verdicts = [verdict_of(row) for row in rewards.tolist()]
+        return np.array(vote_shares(verdicts, rewards.shape[1]))
+
+    def preference(self, rewards: Array, scale: ScoreScale | None) -> Array:
+        """As `combine`."""
+        return self.combine(rewards, scale)
 
 
 def vote_shares(verdicts: Sequence[int], n_responses: int) -> list[float]:

@@ -9,17 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.policies.base import Array, Beliefs
+from router_core.policies.base import Array, Beliefs, OneCall
 from router_core.posterior import Posterior
 
 
 @dataclass(frozen=True, slots=True)
-class SinglePolicy:
+class SinglePolicy(OneCall):
     """Asks arm `arm` and no other."""
 
     name: str
     arm: int
-    asks_all: bool = False
 
     def beliefs(self, x: NDArray[np.float32], offsets: Array, posterior: Posterior) -> Beliefs:
         """−inf of every arm but one."""

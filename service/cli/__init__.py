@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from router_core.errors import RouterCoreError
-from service.cli import demo, models, replay, serve, train, up, worker
+from service.cli import demo, evaluate, export, label, models, ope, replay, serve, train, up, worker
 from service.errors import ServiceError
 
 app = typer.Typer(
@@ -29,8 +29,12 @@ app.command("up")(up.up)
 app.command("serve")(serve.serve)
 app.command("worker")(worker.worker)
 app.command("train")(train.train)
+app.command("label")(label.label)
+app.command("evaluate")(evaluate.evaluate)
 app.command("replay")(replay.replay)
 app.command("models")(models.models)
+app.command("export")(export.export)
+app.command("ope")(ope.ope)
 
 
 def main() -> None:

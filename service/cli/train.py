@@ -1,57 +1,281 @@
-"""`reward-router train`: from labelled pairs to a checkpoint."""
+"""`reward-router train`: from labelled pairs to a checkpoint with its model card."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from router_core.checkpoint import METADATA_FILE, Checkpoint
+from router_core.encoder.base import Backbone
+from router_core.prior import PriorForm
+from router_core.records import LabelledPair
+from service.cli.cache import encodings_directory
 from service.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from router_core.offline.finetune import FinetuneConfig
+    from router_core.offline.train import HeldOut, TrainConfig
+
+_FINE = "Fine-tuning"
+_NEEDS_TORCH = "training needs {name!r}: pip install 'reward-router[train]'"
+
+
+class Mode(StrEnum):
+    """Which weights of a transformer are trained."""
+
+    FULL = "full"
+    LORA = "lora"
+
+
+class Precision(StrEnum):
+    """Of the passes of fine-tuning."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
 
 
 def train(
-    data: Annotated[Path, typer.Argument(help="JSONL of labelled pairs with each RM's scores (docs/data.md).")],
+    data: Annotated[Path, typer.Argument(help="JSONL of labelled pairs with verdicts (docs/data.md).")],
     out: Annotated[Path, typer.Option(help="Directory of the checkpoint; replaced if it exists.")],
     pool: Annotated[
         str | None, typer.Option(help="RMs, comma-separated, in arm order [default: all of the data].")
     ] = None,
-    encoder: Annotated[str, typer.Option(help="static, minilm, smollm2-135m or torch:DIR.")] = "static",
-    seed: Annotated[int, typer.Option(help="Seed of the fit.")] = 0,
+    encoder: Annotated[
+        str, typer.Option(help="static, minilm, smollm2-135m or torch:DIR; NAME@bf16 runs it in half precision.")
+    ] = "static",
+    lambda_bt: Annotated[float, typer.Option(min=0, help="Weight of the Bradley-Terry loss over RMs.")] = 1.0,
+    lambda_cls: Annotated[float, typer.Option(min=0, help="Weight of the loss of 'is this RM right here'.")] = 1.0,
+    no_cls: Annotated[
+        bool, typer.Option("--no-cls", help="The paper's 'w/o CLS': the same as --lambda-cls 0.")
+    ] = False,
+    balanced: Annotated[
+        bool, typer.Option("--balanced", help="Count every couple of RMs alike, however often one beats the other.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of every random choice.")] = 0,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Encodings of transformers [default: ~/.cache/reward-router].", show_default=False),
+    ] = None,
+    use_cache: Annotated[bool, typer.Option("--use-cache/--no-cache", help="Keep encodings for the next time.")] = True,
+    device: Annotated[str, typer.Option(help="Where transformers run, as torch names it: cpu, cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a sentence.")] = False,
+    finetune: Annotated[
+        Mode | None,
+        typer.Option(help="Train the transformer, too: all its weights, or adapters.", rich_help_panel=_FINE),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run whose state is in OUT.partial.", rich_help_panel=_FINE)
+    ] = False,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the pairs [default: 2].", rich_help_panel=_FINE)
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Of the transformer [default: 3e-5 full, 3e-4 lora].", rich_help_panel=_FINE),
+    ] = None,
+    pairs_per_step: Annotated[
+        int | None, typer.Option(min=1, help="Pairs of one optimiser step [default: 16].", rich_help_panel=_FINE)
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of one pass; what bounds memory [default: by device].", rich_help_panel=_FINE),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=16, help="Longest text [default: the model's, 1024].", rich_help_panel=_FINE)
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(min=1, help="Of the adapters [default: 8].", rich_help_panel=_FINE)
+    ] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Of the passes [default: fp32].", rich_help_panel=_FINE)
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.", rich_help_panel=_FINE)
+    ] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of a CPU [default: 1].", rich_help_panel=_FINE)] = None,
 ) -> None:
     """Learn from labelled pairs where each reward model is strong; `serve --checkpoint OUT` starts from it.
 
-    With the static encoder this takes seconds on a CPU.
+    With the static encoder this takes seconds on a CPU. A transformer is read once and its encodings are kept; with
+    --finetune it is trained as well, and stored in the checkpoint.
     """
     from router_core.dataset import load_pairs, pool_names
-    from router_core.encoder.registry import load_backbone
 
-    try:
-        from router_core.offline.train import TrainConfig
-        from router_core.offline.train import train as fit
-    except ImportError as error:
-        raise ConfigurationError(f"training needs torch ({error}): pip install 'reward-router[train]'") from error
+    tuning = {
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "pairs_per_step": pairs_per_step,
+        "batch_tokens": batch_tokens,
+        "max_tokens": max_tokens,
+        "lora_rank": lora_rank,
+        "precision": None if precision is None else precision.value,
+        "gradient_checkpointing": gradient_checkpointing or None,
+        "threads": threads,
+    }
+    given = {name: value for name, value in tuning.items() if value is not None}
+    _check_options(given, finetune, resume, no_cls, lambda_bt, lambda_cls)
+    _check_target(out)
     started = time.perf_counter()
     pairs = load_pairs(data)
     names = parse_pool(pool) or pool_names(pairs)
-    checkpoint = fit(pairs, names, load_backbone(encoder), TrainConfig(seed=seed))
-    digest = checkpoint.save(out)
-    seconds = time.perf_counter() - started
-    if as_json:
-        typer.echo(json.dumps({"out": str(out), "digest": digest, "seconds": seconds, **checkpoint.metrics}))
-        return
-    accuracy = checkpoint.metrics["routing_accuracy_cls"]
-    Console().print(
-        f"{len(pairs)} pairs, {len(names)} RMs: held-out routing accuracy [bold]{accuracy:.3f}[/] "
-        f"(d={checkpoint.d}, {seconds:.1f} s). Checkpoint in {out}, digest {digest[:12]}",
-        highlight=False,
-    )
+    notes = Console(stderr=True)
+    losses: dict[str, Any] = {
+        "lambda_bt": lambda_bt,
+        "lambda_cls": 0.0 if no_cls else lambda_cls,
+        "balanced": balanced,
+        "seed": seed,
+    }
+    if finetune is None:
+        encodings = encodings_directory(cache, use=use_cache)
+        checkpoint = _fit_frozen(pairs, names, out, encoder, encodings, device, losses, notes)
+    else:
+        settings = {"mode": finetune.value, **losses, **given}
+        checkpoint = _fine_tune(pairs, names, out, encoder, device, settings, resume, notes)
+    _tell(checkpoint, len(pairs), out, time.perf_counter() - started, as_json)
 
 
 def parse_pool(text: str | None) -> tuple[str, ...]:
     """Names of a comma-separated list; empty for none."""
     return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
+def _check_options(
+    given: dict[str, Any], finetune: Mode | None, resume: bool, no_cls: bool, lambda_bt: float, lambda_cls: float
+) -> None:
+    without = [f"--{name.replace('_', '-')}" for name in given] + (["--resume"] if resume else [])
+    if finetune is None and without:
+        raise ConfigurationError(
+            f"{', '.join(without)}: only for fine-tuning; add --finetune full or lora, or leave out"
+        )
+    if finetune is Mode.FULL and "lora_rank" in given:
+        raise ConfigurationError("--lora-rank: only for --finetune lora; leave it out or train adapters")
+    if lambda_bt == 0 and (no_cls or lambda_cls == 0):
+        raise ConfigurationError(
+            "--lambda-bt 0 without the other loss leaves nothing to learn; give one of them a weight"
+        )
+
+
+def _check_target(out: Path) -> None:
+    """Find out before an hour's training what `Checkpoint.save` would say after it."""
+    if out.exists() and not (out / METADATA_FILE).is_file() and (out.is_file() or any(out.iterdir())):
+        raise ConfigurationError(f"{out}: exists and is not a checkpoint; give another directory")
+
+
+def _fit_frozen(
+    pairs: Sequence[LabelledPair],
+    names: Sequence[str],
+    out: Path,
+    encoder: str,
+    encodings: Path | None,
+    device: str,
+    losses: dict[str, Any],
+    notes: Console,
+) -> Checkpoint:
+    try:
+        from router_core.offline.train import TrainConfig, fit
+    except ImportError as error:
+        raise ConfigurationError(_NEEDS_TORCH.format(name=error.name)) from error
+    with _bar(notes) as progress:
+        task = progress.add_task("embedding", total=None, visible=False)
+
+        def embedded(done: int, of: int) -> None:
+            progress.update(task, completed=done, total=of, visible=True)
+
+        backbone = _load(encoder, encodings, device, embedded)
+        config = TrainConfig(**losses)
+        checkpoint, held_out = fit(pairs, names, backbone, config)
+    checkpoint.save(out)
+    _describe(out, checkpoint, pairs, held_out, config)
+    return checkpoint
+
+
+def _fine_tune(
+    pairs: Sequence[LabelledPair],
+    names: Sequence[str],
+    out: Path,
+    encoder: str,
+    device: str,
+    settings: dict[str, Any],
+    resume: bool,
+    notes: Console,
+) -> Checkpoint:
+    try:
+        from router_core.offline.finetune import FinetuneConfig, fine_tune, resumable
+    except ImportError as error:
+        raise ConfigurationError(_NEEDS_TORCH.format(name=error.name)) from error
+    config = FinetuneConfig(**settings)
+    work = out.with_name(out.name + ".partial")
+    if resumable(work) and not resume:
+        raise ConfigurationError(f"{work}: holds an unfinished run; go on with --resume, or remove it to start anew")
+    try:
+        with _bar(notes) as progress:
+            task = progress.add_task("fine-tuning", total=None)
+
+            def step(done: int, of: int, loss: float) -> None:
+                progress.update(task, completed=done, total=of, description=f"fine-tuning, loss {loss:.3f}")
+
+            tuned = fine_tune(pairs, names, _load(encoder, None, device, None), config, work, resume, step)
+    except KeyboardInterrupt:
+        notes.print(f"stopped; what was learned is in {work}: the same command with --resume goes on", highlight=False)
+        raise
+    tuned.checkpoint.save(out)
+    _describe(out, tuned.checkpoint, pairs, tuned.held_out, config, tuned.validation)
+    shutil.rmtree(work)
+    return tuned.checkpoint
+
+
+def _load(encoder: str, encodings: Path | None, device: str, progress: Any) -> Backbone:
+    from router_core.encoder.registry import load_backbone
+
+    return load_backbone(encoder, cache=encodings, device=device, progress=progress)
+
+
+def _describe(
+    out: Path,
+    checkpoint: Checkpoint,
+    pairs: Sequence[LabelledPair],
+    held_out: HeldOut,
+    config: TrainConfig | FinetuneConfig,
+    rows: NDArray[np.int64] | None = None,
+) -> None:
+    from router_core.offline.card import write_card
+
+    calibrated = checkpoint.prior_form is PriorForm.CALIBRATED
+    scores = held_out.probabilities if calibrated else held_out.bt_scores
+    write_card(out, checkpoint, pairs, held_out.probabilities, held_out.correctness, config, rows, scores)
+
+
+@contextmanager
+def _bar(notes: Console) -> Iterator[Progress]:
+    """A progress bar on standard error, gone when the work is done; nothing where that is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as progress:
+        yield progress
+
+
+def _tell(checkpoint: Checkpoint, pairs: int, out: Path, seconds: float, as_json: bool) -> None:
+    digest = checkpoint.digest
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "digest": digest, "seconds": seconds, **checkpoint.metrics}))
+        return
+    head = "cls" if checkpoint.prior_form is PriorForm.CALIBRATED else "bt"
+    Console().print(
+        f"{pairs} pairs, {len(checkpoint.pool)} RMs: held-out routing accuracy "
+        f"[bold]{checkpoint.metrics[f'routing_accuracy_{head}']:.3f}[/] ({seconds:.1f} s). "
+        f"Checkpoint in {out}, digest {digest[:12]}; README.md there says more",
+        highlight=False,
+    )

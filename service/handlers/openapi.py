@@ -112,7 +112,7 @@ def _paths() -> dict[str, Any]:
             errors={
                 **_ERRORS,
                 "404": "Unknown policy.",
-                "409": "The run's name belongs to another pool or checkpoint.",
+                "409": "The run's name belongs to another pool, checkpoint or prior than the policy insists on.",
             },
         ),
         "/reward/batch": _post(
@@ -128,7 +128,7 @@ def _paths() -> dict[str, Any]:
             errors={
                 **_ERRORS,
                 "404": "Unknown policy.",
-                "409": "The run's name belongs to another pool or checkpoint.",
+                "409": "The run's name belongs to another pool, checkpoint or prior than the policy insists on.",
             },
         ),
         "/feedback": _post(

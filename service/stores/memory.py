@@ -80,6 +80,19 @@ class MemoryStore:
             if decision.content_key is not None:
                 state.aliases[decision.content_key] = (decision.decision_id, now + 2 * self._window_ms)
 
+    async def update_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> list[bool]:
+        """Replace the payloads of those that still wait for feedback; which they were."""
+        state, now = self._run(run), self._now_ms()
+        counts = [response_count(decision) for decision in decisions]
+        pending = []
+        for decision, n in zip(decisions, counts, strict=True):
+            standing = state.decisions.get(decision.decision_id)
+            alive = standing is not None and standing.dies_ms > now
+            if standing is not None and alive:
+                state.decisions[decision.decision_id] = _Decision(n, decision.payload, standing.dies_ms)
+            pending.append(alive)
+        return pending
+
     async def apply_feedback(self, run: str, feedback: Sequence[FeedbackRecord]) -> list[FeedbackResult]:
         """Apply each exactly once: mark the decision and append the event, or say why not."""
         for item in feedback:

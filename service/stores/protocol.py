@@ -94,6 +94,12 @@ class Store(Protocol):
     async def save_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> None:
         """Save all of them, each for the feedback window; returns when the server has acknowledged them."""
 
+    async def update_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> list[bool]:
+        """Replace the payloads of those that still wait for feedback, each for the rest of its window; which they were.
+
+        A decision whose feedback came first, or that has expired, is left alone. Content keys stay as they are.
+        """
+
     async def apply_feedback(self, run: str, feedback: Sequence[FeedbackRecord]) -> list[FeedbackResult]:
         """Apply each atomically and exactly once: mark the decision and append the event, or say why not."""
 

@@ -113,13 +113,28 @@ class RedisStore:
         window, alias_window = self._window_ms, 2 * self._window_ms
         commands: list[tuple[Arg, ...]] = []
         for decision in decisions:
-            value = b"%d %b" % (response_count(decision), decision.payload)
+            value = _decision_value(decision)
             commands.append(("SET", f"{prefix}d:{decision.decision_id}", value, "PX", window))
             if decision.content_key is not None:
                 key = f"{prefix}c:{decision.content_key}"
                 commands.append(("SET", key, decision.decision_id, "PX", alias_window))
         for reply in await self._hot.pipeline(commands):
             self._hot.checked(reply)
+
+    async def update_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> list[bool]:
+        """Replace the payloads of those that still wait for feedback, each for the rest of its window; which they were.
+
+        A decision is gone as soon as its feedback is applied, so that a late update never touches the log's event.
+
+        Raises:
+            ValueError: a payload without `n`; nothing was sent.
+        """
+        prefix = _prefix(run)
+        commands: list[tuple[Arg, ...]] = [
+            ("SET", f"{prefix}d:{decision.decision_id}", _decision_value(decision), "XX", "KEEPTTL")
+            for decision in decisions
+        ]
+        return [self._hot.checked(reply) is not None for reply in await self._hot.pipeline(commands)]
 
     async def apply_feedback(self, run: str, feedback: Sequence[FeedbackRecord]) -> list[FeedbackResult]:
         """Apply each atomically and exactly once: mark the decision and append the event, or say why not.
@@ -241,6 +256,11 @@ class RedisStore:
 
 def _prefix(run: str) -> str:
     return f"rr:{{{check_run(run)}}}:"
+
+
+def _decision_value(decision: DecisionRecord) -> bytes:
+    """`<n> <payload>`, as `apply_feedback.lua` reads it."""
+    return b"%d %b" % (response_count(decision), decision.payload)
 
 
 def _log_entry(entry: Reply) -> LogEntry:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.policies import Choices, Policy, draw
+from router_core.policies import Choices, Policy, draw_batch
 from router_core.posterior import Posterior
 from router_core.records import Instance
 from service.telemetry import Telemetry
@@ -191,11 +191,14 @@ def _characters(instances: Sequence[Instance]) -> int:
 
 
 def _choose_all(batch: list[_Waiting]) -> list[Chosen]:
-    """Encode everything at once, then draw per (run, policy). All runs share one template, and so one pool."""
+    """Encode everything at once, then draw per (run, policy), or per request where the policy draws once for a request.
+
+    All runs share one template, and so one pool.
+    """
     template = batch[0].run.template
     started = time.perf_counter()
     x = template.encoder.encode([instance for waiting in batch for instance in waiting.instances])
-    offsets = template.prior.offsets(x)
+    offsets = _offsets(batch, x)
     encoded = time.perf_counter()
     pieces: list[tuple[Posterior, Choices]] = []
     position = 0
@@ -203,14 +206,13 @@ def _choose_all(batch: list[_Waiting]) -> list[Chosen]:
         first = batch[len(pieces)]
         alike = [first]
         for waiting in batch[len(pieces) + 1 :]:
-            if waiting.run is not first.run or waiting.policy is not first.policy:
+            if waiting.run is not first.run or waiting.policy is not first.policy or first.policy.one_arm_per_batch:
                 break
             alike.append(waiting)
         size = sum(len(waiting.instances) for waiting in alike)
         rows = slice(position, position + size)
         posterior = first.run.posterior
-        beliefs = first.policy.beliefs(x[rows], offsets[rows], posterior)
-        choices = draw(beliefs, first.run.rng)
+        choices = draw_batch(first.policy, x[rows], offsets[rows], posterior, first.run.rng)
         pieces.extend((posterior, part) for part in _split(choices, [len(waiting.instances) for waiting in alike]))
         position += size
     drawn = time.perf_counter()
@@ -221,6 +223,20 @@ def _choose_all(batch: list[_Waiting]) -> list[Chosen]:
         out.append(Chosen(x[rows], offsets[rows], choices, posterior, encoded - started, drawn - encoded))
         position = rows.stop
     return out
+
+
+def _offsets(batch: Sequence[_Waiting], x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """o(x) (B, K): one call where all runs have the same prior, the usual case."""
+    prior = batch[0].run.prior
+    if all(waiting.run.prior is prior for waiting in batch):
+        return prior.offsets(x)
+    parts = []
+    position = 0
+    for waiting in batch:
+        rows = slice(position, position + len(waiting.instances))
+        parts.append(waiting.run.prior.offsets(x[rows]))
+        position = rows.stop
+    return np.concatenate(parts)
 
 
 def _split(choices: Choices, sizes: Sequence[int]) -> list[Choices]:

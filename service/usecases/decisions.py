@@ -12,7 +12,7 @@ import msgspec
 
 from router_core.errors import FeedbackError
 from router_core.feedback import validate
-from router_core.records import Event, Feedback, Signal
+from router_core.records import Event, Feedback, Shadow, Signal
 
 
 class StoredDecision(msgspec.Struct, omit_defaults=True):
@@ -34,6 +34,7 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
         fallback: whether the drawn arm gave no reward.
         time_ms: Unix time.
         gone: arms that could not be asked; `propensity` is among the others.
+        shadows: (arm, o_k(x), verdict) of the other RMs that were asked after the reply.
     """
 
     n: int
@@ -51,6 +52,7 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
     time_ms: int
     fallback: bool = False
     gone: list[int] = []
+    shadows: list[tuple[int, float, int]] = []
 
 
 _ENCODER = msgspec.msgpack.Encoder()
@@ -96,7 +98,15 @@ def decode_feedback(value: bytes) -> Feedback:
 def event_of(decision_id: str, payload: bytes, value: bytes) -> Event:
     """The event that a log entry stands for."""
     decision = decode_decision(payload)
-    return Event(decision.arm, decision.x, decision.offset, decision.verdict, decode_feedback(value), decision_id)
+    return Event(
+        decision.arm,
+        decision.x,
+        decision.offset,
+        decision.verdict,
+        decode_feedback(value),
+        decision_id,
+        tuple(Shadow(*shadow) for shadow in decision.shadows) if decision.shadows else (),
+    )
 
 
 def content_key(run: str, prompt: str, responses: Sequence[str]) -> str:

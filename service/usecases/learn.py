@@ -283,12 +283,12 @@ class Learner:
 
     async def _load_snapshot(self) -> Snapshot:
         """The newest snapshot, or the prior where there is none."""
-        run, template = self._run, self._run.template
+        run, settings = self._run, self._run.template.fold_settings
         data = await self._store.load_snapshot(run.name)
         if data is None:
-            return Snapshot(start(template.prior, template.fold_settings), "0-0")
+            return Snapshot(start(run.prior, settings), "0-0")
         return await asyncio.get_running_loop().run_in_executor(
-            self._executor, parse, data, template.fingerprint(), template.prior, template.fold_settings
+            self._executor, parse, data, run.fingerprint, run.prior, settings
         )
 
     async def _follow(self) -> None:
@@ -369,7 +369,7 @@ class Learner:
         run = self._run
         snapshot = Snapshot(run.posterior, run.last_event_id)
         loop = asyncio.get_running_loop()
-        data = await loop.run_in_executor(self._executor, dump, snapshot, run.template.fingerprint())
+        data = await loop.run_in_executor(self._executor, dump, snapshot, run.fingerprint)
         if await self._store.save_snapshot(run.name, run.posterior.count, data):
             self._telemetry.snapshots.labels(run.name).inc()
         self._marks.append((run.posterior.count, run.last_event_id))

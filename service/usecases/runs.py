@@ -1,8 +1,13 @@
-"""A run: one pool, one prior, one log, one posterior. The registry opens runs by name and keeps them apart."""
+"""A run: one pool, one prior, one log, one posterior. The registry opens runs by name and keeps them apart.
+
+The prior's form is the run's own: a policy may insist on one (`bayesian:none`, `laser`), and whoever opens the run
+first decides. It stands in the run's fingerprint, where every other gateway finds it.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import time
@@ -12,9 +17,9 @@ import numpy as np
 
 from router_core.encoder.fuse import PairEncoder
 from router_core.errors import UnknownPolicyError
-from router_core.policies import Policy, make_policy
+from router_core.policies import Policy, RunningScale, ScoreScale, make_policy
 from router_core.posterior import FoldSettings, Posterior, start
-from router_core.prior import Prior
+from router_core.prior import Prior, PriorForm
 from router_core.records import Signal
 from service.errors import (
     ConfigurationError,
@@ -22,6 +27,7 @@ from service.errors import (
     NotReadyError,
     OverCapacityError,
     RunConflictError,
+    ValidationError,
 )
 from service.stores.ids import check_run
 from service.stores.protocol import Store
@@ -32,18 +38,23 @@ IDLE_SECONDS = 60.0
 
 
 class RunTemplate:
-    """What all runs of a gateway share: the pool, the encoder, the prior, the signal. Immutable.
+    """What all runs of a gateway share: the pool, the encoder, the priors by form, the signal.
 
     Args:
         arms: the pool, in arm order.
         encoder: text of a pair to x.
-        prior: what is believed before any feedback.
+        priors: what is believed before any feedback, by form; called once per form. May raise ConfigurationError.
+        form: of the runs that no policy insists on another one for.
         fold_settings: where the log is cut.
         signal: kind of feedback.
         policy: name of the policy of requests that name none.
         origin: what gives contexts and offsets: the checkpoint's digest, or the untrained encoder's name.
+        score_scale: of the RMs' raw rewards; None: each run learns it.
         blas_threads: of the linear algebra library; sums are grouped by them.
         seed: of the draws; None for the operating system's entropy.
+
+    Attributes:
+        form: the prior form of new runs: the default policy's, if it insists on one.
 
     Raises:
         ConfigurationError: pool, prior and encoder do not fit each other, or there is no such policy.
@@ -54,36 +65,34 @@ class RunTemplate:
         *,
         arms: Sequence[Arm],
         encoder: PairEncoder,
-        prior: Prior,
+        priors: Callable[[PriorForm], Prior],
+        form: PriorForm,
         fold_settings: FoldSettings,
         signal: Signal,
         policy: str,
         origin: str,
+        score_scale: ScoreScale | None = None,
         blas_threads: int = 1,
         seed: int | None = None,
     ) -> None:
-        if len(arms) != prior.n_arms:
-            raise ConfigurationError(
-                f"the pool has {len(arms)} models and the prior {prior.n_arms}: use a checkpoint trained for this pool"
-            )
-        if encoder.dim != prior.dim:
-            raise ConfigurationError(
-                f"the encoder gives d={encoder.dim} and the prior has d={prior.dim}: use the checkpoint's own encoder"
-            )
         self.arms = tuple(arms)
         self.pool = tuple(arm.name for arm in arms)
         self.encoder = encoder
-        self.prior = prior
+        self.score_scale = score_scale
         self.fold_settings = fold_settings
         self.signal = signal
         self.seed = seed
         self._origin = origin
         self._blas_threads = blas_threads
         self._policies: dict[str, Policy] = {}
+        self._build_prior = priors
+        self._priors: dict[PriorForm, Prior] = {}
         try:
             self.default_policy = self.policy(policy)
         except NotFoundError as error:
             raise ConfigurationError(error.message) from error
+        self.form = self.default_policy.prior or form
+        self.prior(self.form)
 
     def policy(self, name: str) -> Policy:
         """The policy of that name.
@@ -98,15 +107,43 @@ class RunTemplate:
                 raise NotFoundError(str(error), details={"policy": name}) from error
         return self._policies[name]
 
-    def fingerprint(self) -> str:
-        """Names everything that the posterior of a run depends on besides its log (v only scales the draws)."""
-        prior, settings = self.prior, self.fold_settings
+    def prior(self, form: PriorForm) -> Prior:
+        """The prior of that form.
+
+        Raises:
+            ConfigurationError: it needs a checkpoint and there is none, or it does not fit the pool or the encoder.
+        """
+        if form not in self._priors:
+            self._priors[form] = self._checked(self._build_prior(form))
+        return self._priors[form]
+
+    def _checked(self, prior: Prior) -> Prior:
+        if len(self.arms) != prior.n_arms:
+            raise ConfigurationError(
+                f"the pool has {len(self.arms)} models and the prior {prior.n_arms}: use a checkpoint trained for this "
+                "pool"
+            )
+        if self.encoder.dim != prior.dim:
+            raise ConfigurationError(
+                f"the encoder gives d={self.encoder.dim} and the prior has d={prior.dim}: use the checkpoint's own "
+                "encoder"
+            )
+        return prior
+
+    def fingerprint(self, form: PriorForm) -> str:
+        """Names everything that the posterior of a run depends on besides its log (v only scales the draws).
+
+        Raises:
+            ConfigurationError: as `prior`.
+        """
+        prior, settings = self.prior(form), self.fold_settings
         identity = {
             "pool": self.pool,
             "signal": self.signal,
             "prior": prior.form,
             "d": prior.dim,
-            "hyper": [prior.hyper.lambda0, prior.hyper.sigma2, prior.hyper.gamma],
+            "columns": [prior.first, prior.d],
+            "hyper": [prior.hyper.lambda0, prior.hyper.sigma2, prior.hyper.gamma, prior.hyper.adapt],
             "origin": self._origin,
             "means": hashlib.sha256(np.ascontiguousarray(prior.means).tobytes()).hexdigest(),
             "fold": [settings.block_size, settings.refresh_events, settings.drift_tolerance],
@@ -119,12 +156,21 @@ class Run:
     """One run's mutable state: which posterior is current, up to which event, and the generator of its draws.
 
     The learner replaces `posterior`; requests read the reference once and keep to it.
+
+    Args:
+        name: its name.
+        template: what it shares with the others.
+        form: of its prior; None: the template's.
     """
 
-    def __init__(self, name: str, template: RunTemplate) -> None:
+    def __init__(self, name: str, template: RunTemplate, form: PriorForm | None = None) -> None:
         self.name = name
         self.template = template
-        self.posterior: Posterior = start(template.prior, template.fold_settings)
+        self.prior = template.prior(form or template.form)
+        self.fingerprint = template.fingerprint(self.prior.form)
+        self.posterior: Posterior = start(self.prior, template.fold_settings)
+        self.scores = RunningScale(len(template.arms))
+        """Scale of the raw rewards that were seen where every RM was asked; used where the template has none."""
         self.last_event_id = "0-0"
         self.ready = asyncio.Event()
         self.failure: str | None = None
@@ -143,6 +189,7 @@ class RunRegistry:
         max_runs: how many this gateway holds; idle ones are closed to make room.
         on_open: starts whatever must run beside an opened run (its learner); what it returns ends that.
         timeout_seconds: how long a request waits for a run that is being opened.
+        default_form: the prior form that the default run must have; None: whatever it has.
     """
 
     def __init__(
@@ -154,6 +201,7 @@ class RunRegistry:
         max_runs: int,
         on_open: Callable[[Run], Callable[[], None]],
         timeout_seconds: float = 10.0,
+        default_form: PriorForm | None = None,
     ) -> None:
         self.template = template
         self.default = default
@@ -161,6 +209,7 @@ class RunRegistry:
         self._max_runs = max_runs
         self._on_open = on_open
         self._timeout_seconds = timeout_seconds
+        self._default_form = default_form
         self._runs: dict[str, Run] = {}
         self._closers: dict[str, Callable[[], None]] = {}
         self._opening: dict[str, asyncio.Task[Run]] = {}
@@ -170,25 +219,37 @@ class RunRegistry:
         """The open runs by name."""
         return self._runs
 
-    async def get(self, name: str | None) -> Run:
+    async def get(self, name: str | None, form: PriorForm | None = None) -> Run:
         """The run of that name, opened if need be, with its posterior loaded.
 
+        Args:
+            name: the run; None: the default one.
+            form: the prior form that the policy of the request insists on; None: whatever the run has.
+
         Raises:
-            ValidationError: the name is malformed.
+            ValidationError: the name is malformed, or the form needs a checkpoint that the gateway lacks.
             RunConflictError: the name was used with another pool, prior or checkpoint.
             OverCapacityError: `max_runs` are open.
             NotReadyError: its log is still being replayed, or cannot be.
             StoreUnavailableError: the store does not answer.
         """
-        run = await self.open(name)
+        run = await self.open(name, form)
         if not run.ready.is_set():
             await self._wait_until_ready(run)
         return run
 
-    async def open(self, name: str | None) -> Run:
+    async def open(self, name: str | None, form: PriorForm | None = None) -> Run:
         """As `get`, without waiting for its posterior."""
         name = name or self.default
-        run = self._runs.get(name) or await self._open_once(name)
+        if form is None and name == self.default:
+            form = self._default_form
+        run = self._runs.get(name) or await self._open_once(name, form)
+        if form is not None and form is not run.prior.form:
+            raise RunConflictError(
+                f"run {name!r} was opened with the prior {run.prior.form.value!r}, and the policy of this request, or "
+                f"the gateway's setting, insists on {form.value!r}: use a new run name for it",
+                details={"run": name, "changed": {"prior": {"run": run.prior.form.value, "gateway": form.value}}},
+            )
         run.last_used = time.monotonic()
         return run
 
@@ -206,27 +267,36 @@ class RunRegistry:
             )
         return await self.open(name)
 
-    async def _open_once(self, name: str) -> Run:
+    async def _open_once(self, name: str, form: PriorForm | None) -> Run:
         check_run(name)
         if name not in self._opening:
             if len(self._runs) + len(self._opening) >= self._max_runs and not self._close_idle():
                 raise OverCapacityError(
                     f"{self._max_runs} runs are open and in use (max_runs): name one of them, or start another gateway"
                 )
-            self._opening[name] = asyncio.create_task(self._open(name))
+            self._opening[name] = asyncio.create_task(self._open(name, form))
             self._opening[name].add_done_callback(lambda _: self._opening.pop(name, None))
         return await asyncio.shield(self._opening[name])
 
-    async def _open(self, name: str) -> Run:
-        fingerprint = self.template.fingerprint()
+    async def _open(self, name: str, form: PriorForm | None) -> Run:
+        """Open it with the form that stands in its fingerprint; with `form`, or the default one, where none stands."""
+        form = form or self.template.form
+        try:
+            fingerprint = self.template.fingerprint(form)
+        except ConfigurationError as error:
+            raise ValidationError(error.message, details={"field": "policy"}) from error
         standing = (await self._store.open_run(name, fingerprint.encode())).decode()
+        if standing != fingerprint:
+            form = _standing_form(standing) or form
+            with contextlib.suppress(ConfigurationError):
+                fingerprint = self.template.fingerprint(form)
         if standing != fingerprint:
             raise RunConflictError(
                 f"run {name!r} was started with another pool, prior, checkpoint or fold setting: use a new run name, "
                 "or start the gateway with what the run was started with",
                 details={"run": name, "changed": _differences(standing, fingerprint)},
             )
-        run = Run(name, self.template)
+        run = Run(name, self.template, form)
         self._runs[name] = run
         self._closers[name] = self._on_open(run)
         return run
@@ -250,6 +320,13 @@ class RunRegistry:
             raise NotReadyError(
                 f"run {run.name!r} is still replaying its log: try again in a moment", retry_after_seconds=1
             ) from error
+
+
+def _standing_form(fingerprint: str) -> PriorForm | None:
+    """The prior form in a fingerprint; None if this version does not know it."""
+    with contextlib.suppress(ValueError):
+        return PriorForm(json.loads(fingerprint)["prior"])
+    return None
 
 
 def _differences(standing: str, wanted: str) -> dict[str, object]:

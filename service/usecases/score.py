@@ -12,7 +12,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from router_core.policies import Policy, propensity_without, vote_shares
+import numpy as np
+
+from router_core.policies import Policy, combined_verdict, propensity_without
 from router_core.records import TIE, Instance, verdict_of
 from service.errors import DeadlineExceededError, NoWorkerError, ServiceError, StoreUnavailableError, ValidationError
 from service.schemas import Fallback, RewardReply, RewardRequest, Timings
@@ -23,6 +25,7 @@ from service.telemetry import Telemetry
 from service.usecases.choose import Chooser, Chosen
 from service.usecases.decisions import StoredDecision, content_key, encode_decision
 from service.usecases.runs import Run, RunRegistry
+from service.usecases.shadow import Shadowable, Shadower
 from service.workers.protocol import WorkerError, WorkerRejectedError
 
 ALL_ARMS = -1
@@ -62,6 +65,8 @@ class _Job:
     fallbacks: list[Fallback] = field(default_factory=list)
     arm: int = ALL_ARMS
     rewards: list[float] | None = None
+    verdict: int | None = None
+    """The preferred response where several RMs were asked; else that of `rewards`."""
     error: ServiceError | None = None
     worker_seconds: float = 0.0
     refusals: list[WorkerError] = field(default_factory=list)
@@ -94,16 +99,24 @@ class Scorer:
         store: where decisions are saved.
         telemetry: counters and stage times.
         limits: bounds.
+        shadower: asks the other RMs about some instances, after the reply.
     """
 
     def __init__(
-        self, runs: RunRegistry, chooser: Chooser, store: Store, telemetry: Telemetry, limits: ScoreLimits
+        self,
+        runs: RunRegistry,
+        chooser: Chooser,
+        store: Store,
+        telemetry: Telemetry,
+        limits: ScoreLimits,
+        shadower: Shadower,
     ) -> None:
         self._runs = runs
         self._chooser = chooser
         self._store = store
         self._telemetry = telemetry
         self._limits = limits
+        self._shadower = shadower
         self._entropy = _Entropy()
 
     async def score(self, request: RewardRequest) -> RewardReply:
@@ -169,8 +182,9 @@ class Scorer:
         jobs: list[_Job | None] = [None] * len(requests)
         for (run_name, policy_name), indices in groups.items():
             try:
-                found = await self._runs.get(run_name)
-                chosen_policy = found.template.policy(policy_name) if policy_name else found.template.default_policy
+                template = self._runs.template
+                chosen_policy = template.policy(policy_name) if policy_name else template.default_policy
+                found = await self._runs.get(run_name, chosen_policy.prior)
             except StoreUnavailableError:
                 raise
             except ServiceError as error:
@@ -277,7 +291,7 @@ class Scorer:
             self._telemetry.called(worker.name, "ok").inc(answered)
 
     async def _ask_all(self, jobs: Sequence[_Job], deadline: float) -> None:
-        """Ask every RM, one call per RM; the rewards are the shares of their votes. An RM that fails does not vote."""
+        """Ask every RM, one call per RM; the policy makes one reward of those that answered."""
         started = time.perf_counter()
         by_arm: list[list[_Job]] = []
         calls = []
@@ -295,9 +309,9 @@ class Scorer:
             for vote in ballot:
                 job.fallbacks.extend(vote.fallbacks)
                 job.refusals.extend(vote.refusals)
-            verdicts = [verdict_of(vote.rewards) for vote in ballot if vote.rewards is not None]
-            if verdicts:
-                job.rewards = vote_shares(verdicts, len(job.instance.responses))
+            answers = {arm: vote.rewards for arm, vote in enumerate(ballot) if vote.rewards is not None}
+            if answers:
+                _combine(job, answers)
             else:
                 job.error = _nothing_left(job)
             job.worker_seconds = seconds
@@ -325,6 +339,12 @@ class Scorer:
         store_seconds = time.perf_counter() - store_started
         if by_run:
             self._telemetry.stage["store"].observe(store_seconds)
+        if self._shadower.rate:
+            self._shadower.offer(
+                Shadowable(job.run, *made, job.instance, job.chosen.offsets[job.row])
+                for job, made in zip(jobs, decisions, strict=True)
+                if made is not None and job.arm != ALL_ARMS and job.run.name not in unsaved
+            )
         replies: list[RewardReply | ServiceError] = []
         for job, made in zip(jobs, decisions, strict=True):
             if made is None:
@@ -389,6 +409,16 @@ def _nothing_left(job: _Job) -> ServiceError:
     )
 
 
+def _combine(job: _Job, answers: dict[int, list[float]]) -> None:
+    """Make one reward and one verdict of the rewards by arm, on the checkpoint's scale or on what the run has seen."""
+    arms, rewards = list(answers), np.array(list(answers.values()))
+    known = job.run.template.score_scale
+    scale = job.run.scores.rows(arms, rewards) if known is None else known.rows(arms)
+    job.run.scores.observe(arms, rewards)
+    job.rewards = job.policy.combine(rewards, scale).tolist()
+    job.verdict = combined_verdict(job.policy, rewards, scale)
+
+
 def _decision(job: _Job, now_ms: int) -> StoredDecision:
     choices, row = job.chosen.choices, job.row
     assert job.rewards is not None
@@ -405,7 +435,7 @@ def _decision(job: _Job, now_ms: int) -> StoredDecision:
         arm=job.arm,
         x=job.chosen.x[row].tobytes(),
         offset=offset,
-        verdict=verdict_of(job.rewards),
+        verdict=verdict_of(job.rewards) if job.verdict is None else job.verdict,
         propensity=propensity,
         propensities=choices.propensities[row].tolist(),
         means=choices.means[row].tolist(),

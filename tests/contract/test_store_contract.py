@@ -113,6 +113,45 @@ async def test_a_feedback_is_appended_once_with_its_bytes_verbatim(store: Store,
     assert await whole_log(store, run) == [LogEntry(result.event_id, record.decision_id, record.payload, AWKWARD)]
 
 
+async def test_an_update_replaces_what_the_log_will_hold(store: Store, run: str) -> None:
+    record, other = decision(content_key="content"), decision()
+    await store.save_decisions(run, [record, other])
+    later = DecisionRecord(record.decision_id, decision(3).payload)
+    assert await store.update_decisions(run, [later]) == [True]
+    # The response count is the new one, and the content key still finds it.
+    result = await apply_one(store, run, FeedbackRecord(AWKWARD, content_key="content", preferred=2))
+    assert (result.status, result.decision_id) == (FeedbackStatus.APPLIED, record.decision_id)
+    await apply_one(store, run, by_id(other))
+    assert [entry.payload for entry in await whole_log(store, run)] == [later.payload, other.payload]
+
+
+async def test_an_update_after_the_feedback_changes_nothing(store: Store, run: str) -> None:
+    applied, pending = decision(), decision()
+    await store.save_decisions(run, [applied, pending])
+    await apply_one(store, run, by_id(applied))
+    records = [DecisionRecord(d.decision_id, decision(3).payload) for d in (applied, decision(), pending)]
+    assert await store.update_decisions(run, records) == [False, False, True]
+    assert [entry.payload for entry in await whole_log(store, run)] == [applied.payload]
+    assert (await apply_one(store, run, by_id(applied))).status is FeedbackStatus.DUPLICATE
+    unknown = await apply_one(store, run, FeedbackRecord(b"1", decision_id=records[1].decision_id))
+    assert unknown.status is FeedbackStatus.UNKNOWN, "an update makes no decision"
+
+
+async def test_an_update_does_not_lengthen_the_window(open_store: Open, run: str) -> None:
+    store = open_store(0.6)
+    record = decision()
+    await store.save_decisions(run, [record])
+    await asyncio.sleep(0.4)
+    assert await store.update_decisions(run, [record]) == [True]
+    await asyncio.sleep(0.3)
+    assert await store.update_decisions(run, [record]) == [False]
+    assert (await apply_one(store, run, by_id(record))).status is FeedbackStatus.EXPIRED
+
+
+async def test_an_update_without_decisions_is_nothing(store: Store, run: str) -> None:
+    assert await store.update_decisions(run, []) == []
+
+
 async def test_of_100_equal_feedbacks_at_once_one_is_applied(store: Store, run: str) -> None:
     record = decision()
     await store.save_decisions(run, [record])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.records import Event, Feedback, Signal
+from router_core.records import Event, Feedback, Shadow, Signal
 
 
 def unit_contexts(rng: np.random.Generator, n: int, d: int) -> NDArray[np.float32]:
@@ -26,6 +29,16 @@ def make_events(
             Event(int(rng.integers(k)), x[i].tobytes(), offset, int(rng.integers(2)), Feedback(signal, value), f"d{i}")
         )
     return events
+
+
+def with_shadows(rng: np.random.Generator, events: Sequence[Event], k: int, rate: float = 0.5) -> list[Event]:
+    """The events, a fraction of them with verdicts of some of the arms that were not asked, in no order."""
+    out = []
+    for event in events:
+        others = [int(arm) for arm in rng.permutation(k) if arm != event.arm and rng.random() < 0.7]
+        shadows = tuple(Shadow(arm, float(rng.random()), int(rng.integers(-1, 2))) for arm in others)
+        out.append(replace(event, shadows=shadows) if rng.random() < rate else event)
+    return out
 
 
 def context_of(event: Event) -> NDArray[np.float64]:

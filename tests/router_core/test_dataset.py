@@ -18,7 +18,6 @@ from router_core.dataset import (
     pairs_digest,
     pool_matrix,
     pool_names,
-    subset_accuracy,
     write_pairs,
 )
 from router_core.errors import DatasetError
@@ -185,11 +184,6 @@ def test_a_split_keeps_groups_whole_and_both_sides_filled(groups: list[int], fra
 def test_a_fraction_outside_zero_and_one_is_refused() -> None:
     with pytest.raises(DatasetError, match=r"test_fraction = 1\.0"):
         grouped_split([pair("1", "a"), pair("2", "b")], 1.0, np.random.default_rng(0))
-
-
-def test_subset_accuracy_averages_within_each_key() -> None:
-    pairs = [pair("1", "a"), pair("2", "a"), pair("3", "b")]
-    assert subset_accuracy(pairs, np.array([1.0, 0.0, 0.5]), lambda p: p.group) == {"a": 0.5, "b": 0.5}
 
 
 @pytest.mark.skipif(not RB9_DEV.is_file(), reason="set RB9_DEV to the recorded evaluation pairs")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from router_core.errors import FeedbackError
-from router_core.feedback import LOSS_WARM_UP, SignalAccumulator, SignalStatistics, validate
+from router_core.feedback import LOSS_HISTORY, LOSS_WARM_UP, LossScale, SignalAccumulator, SignalStatistics, validate
 from router_core.records import TIE, Feedback, Signal
 
 
@@ -16,7 +16,7 @@ def test_preference_rewards_agreement() -> None:
     signal = SignalAccumulator(SignalStatistics.empty(1))
 
     def reward(verdict: int, preferred: float) -> float | None:
-        return signal.observe(0, Feedback(Signal.PREFERENCE, preferred), verdict=verdict, unit_rewards=True)
+        return signal.observe(0, Feedback(Signal.PREFERENCE, preferred), verdict=verdict)
 
     assert (reward(1, 1.0), reward(0, 1.0), reward(TIE, 1.0)) == (1.0, 0.0, 0.5)
     stats = signal.freeze()
@@ -26,7 +26,7 @@ def test_preference_rewards_agreement() -> None:
 
 def test_reward_is_taken_as_it_is() -> None:
     signal = SignalAccumulator(SignalStatistics.empty(2))
-    assert signal.observe(1, Feedback(Signal.REWARD, 0.25), verdict=TIE, unit_rewards=True) == 0.25
+    assert signal.observe(1, Feedback(Signal.REWARD, 0.25), verdict=TIE) == 0.25
     means = signal.freeze().mean_reward()
     assert math.isnan(means[0])
     assert means[1] == 0.25
@@ -35,8 +35,9 @@ def test_reward_is_taken_as_it_is() -> None:
 def losses(
     values: list[float], *, unit: bool, arm: int = 0, signal: SignalAccumulator | None = None
 ) -> list[float | None]:
-    signal = signal or SignalAccumulator(SignalStatistics.empty(2))
-    return [signal.observe(arm, Feedback(Signal.LOSS, v), verdict=0, unit_rewards=unit) for v in values]
+    scale = LossScale.UNIT_Z if unit else LossScale.Z
+    signal = signal or SignalAccumulator(SignalStatistics.empty(2), scale)
+    return [signal.observe(arm, Feedback(Signal.LOSS, v), verdict=0) for v in values]
 
 
 def test_the_first_losses_of_an_arm_only_warm_up() -> None:
@@ -101,3 +102,49 @@ def test_values_outside_the_signals_domain_are_refused(signal: Signal, value: fl
 def test_values_inside_pass() -> None:
     for feedback in (Feedback(Signal.LOSS, -3.0), Feedback(Signal.REWARD, 1.0), Feedback(Signal.PREFERENCE, 2.0)):
         assert validate(feedback) is feedback
+
+
+def quantile_rewards(values: list[float], arms: list[int] | None = None) -> list[float | None]:
+    signal = SignalAccumulator(SignalStatistics.empty(2), LossScale.QUANTILE)
+    by = arms or [0] * len(values)
+    return [signal.observe(arm, Feedback(Signal.LOSS, v), verdict=0) for arm, v in zip(by, values, strict=True)]
+
+
+def test_quantile_rewards_are_the_place_between_the_20th_and_the_80th_percentile() -> None:
+    values = [4.0, 3.0, 1.0, 0.0, 2.0, 0.5, 3.5, -10.0, 50.0, 1.7]
+    out = quantile_rewards(values)
+    assert out[: LOSS_WARM_UP - 1] == [None] * (LOSS_WARM_UP - 1)
+    # Of 0 .. 4 the percentiles of -loss are -3.2 and -0.8: the loss 2 lies half way.
+    assert out[4] == pytest.approx(0.5)
+    for n in range(LOSS_WARM_UP, len(values)):
+        low, high = np.quantile(np.negative(values[: n + 1]), [0.2, 0.8])
+        assert out[n] == pytest.approx(np.clip((-values[n] - low) / (high - low), 0, 1), abs=1e-12)
+    assert (out[7], out[8]) == (1.0, 0.0)
+
+
+def test_quantiles_are_of_all_arms_and_of_the_last_losses_only() -> None:
+    rng = np.random.default_rng(0)
+    values = [100.0] * 300 + rng.random(LOSS_HISTORY).tolist() + [0.3]
+    out = quantile_rewards(values, [i % 2 for i in range(len(values))])
+    low, high = np.quantile(np.negative(values[-LOSS_HISTORY:]), [0.2, 0.8])
+    assert out[-1] == pytest.approx((-0.3 - low) / (high - low))
+
+
+def test_equal_losses_have_the_quantile_reward_one_half() -> None:
+    assert quantile_rewards([0.7] * 7)[LOSS_WARM_UP - 1 :] == [0.5, 0.5, 0.5]
+    # All the others equal: only the place above or below them is known.
+    assert quantile_rewards([0.7] * 20 + [0.6])[-1] == 1.0
+    assert quantile_rewards([0.7] * 20 + [0.8])[-1] == 0.0
+
+
+def test_only_the_quantile_scale_keeps_a_history_and_it_is_bounded() -> None:
+    for scale, kept in ((LossScale.Z, 0), (LossScale.UNIT_Z, 0), (LossScale.QUANTILE, LOSS_HISTORY)):
+        signal = SignalAccumulator(SignalStatistics.empty(1), scale)
+        losses([float(i) for i in range(LOSS_HISTORY + 40)], unit=True, signal=signal)
+        assert len(signal.freeze().loss_history) == kept
+
+
+def test_preferences_need_no_scaling_whatever_the_loss_scale() -> None:
+    signal = SignalAccumulator(SignalStatistics.empty(1), LossScale.QUANTILE)
+    assert signal.observe(0, Feedback(Signal.PREFERENCE, 1.0), verdict=1) == 1.0
+    assert signal.observe(0, Feedback(Signal.REWARD, 0.25), verdict=1) == 0.25

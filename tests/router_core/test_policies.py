@@ -5,12 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from router_core.errors import UnknownPolicyError
-from router_core.policies import BayesianPolicy, draw, make_policy, propensity_without, vote_shares
+from router_core.errors import NotFiniteError, ShapeMismatchError, UnknownPolicyError
+from router_core.policies import (
+    UWO_CHOICE_LAMBDA,
+    UWO_REWARD_LAMBDA,
+    BayesianPolicy,
+    RunningScale,
+    ScoreScale,
+    combined_verdict,
+    draw,
+    draw_batch,
+    make_policy,
+    propensity_without,
+    vote_shares,
+)
 from router_core.posterior import FoldSettings, Posterior, fold, start
-from router_core.prior import Hyperparameters, calibrated_prior, no_prior, paper_prior
-from router_core.records import TIE
-from tests.router_core.events import make_events, unit_contexts
+from router_core.prior import Hyperparameters, PriorForm, calibrated_prior, linucb_prior, no_prior, paper_prior
+from router_core.records import TIE, Event, Feedback, Signal
+from tests.router_core.events import context_of, make_events, unit_contexts
 
 POOL = ("a", "b", "c")
 
@@ -126,7 +138,9 @@ def test_votes_are_shared_on_a_tie() -> None:
     assert shares[0] == shares[1]
 
 
-@pytest.mark.parametrize("name", ["", "thompson", "single:", "single:z"])
+@pytest.mark.parametrize(
+    "name", ["", "thompson", "single:", "single:z", "bayesian:", "bayesian:linucb", "laser:none", "offline:none"]
+)
 def test_an_unknown_policy_is_refused_with_the_choices(name: str) -> None:
     with pytest.raises(UnknownPolicyError, match="choose one of"):
         make_policy(name, POOL)
@@ -138,3 +152,190 @@ def test_no_prior_starts_undecided() -> None:
     beliefs = BayesianPolicy().beliefs(x, prior.offsets(x), start(prior))
     assert beliefs.means.tolist() == [[0.5, 0.5]]
     assert beliefs.sds[0, 0] == pytest.approx(prior.hyper.v / prior.hyper.lambda0**0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "prior", "asks_all", "one_arm"),
+    [
+        ("bayesian", None, False, False),
+        ("bayesian:paper", PriorForm.PAPER, False, False),
+        ("bayesian:calibrated", PriorForm.CALIBRATED, False, False),
+        ("bayesian:none", PriorForm.NONE, False, False),
+        ("offline", None, False, False),
+        ("offline:paper", PriorForm.PAPER, False, False),
+        ("offline:calibrated", PriorForm.CALIBRATED, False, False),
+        ("random", None, False, False),
+        ("single:b", None, False, False),
+        ("majority", None, True, False),
+        ("uwo", None, True, False),
+        ("laser", PriorForm.LINUCB, False, True),
+    ],
+)
+def test_every_row_of_the_tables_has_a_name(name: str, prior: PriorForm | None, asks_all: bool, one_arm: bool) -> None:
+    policy = make_policy(name, POOL)
+    assert (policy.name, policy.prior, policy.asks_all, policy.one_arm_per_batch) == (name, prior, asks_all, one_arm)
+
+
+UNIT = ScoreScale(np.zeros(2), np.ones(2))
+
+
+def test_uwo_by_hand() -> None:
+    policy = make_policy("uwo", POOL)
+    # Means 2 and 1.5; variances 4 and 0.25: the agreement wins when lambda is 0.5, the mean when it is 0.1.
+    rewards = np.array([[4.0, 1.0], [0.0, 2.0]])
+    assert (UWO_CHOICE_LAMBDA, UWO_REWARD_LAMBDA) == (0.5, 0.1)
+    assert policy.preference(rewards, UNIT).tolist() == [0.0, 1.375]
+    np.testing.assert_allclose(policy.combine(rewards, UNIT), [1.6, 1.475], rtol=1e-15)
+    assert combined_verdict(policy, rewards, UNIT) == 1
+
+
+def test_uwo_sees_the_rms_on_one_scale() -> None:
+    policy = make_policy("uwo", POOL)
+    scale = ScoreScale(np.array([100.0, 0.0, -1.0]), np.array([50.0, 1.0, 2.0]))
+    # Normalised: (1, 0), (0, 1), (1, 0).
+    rewards = np.array([[150.0, 100.0], [0.0, 1.0], [1.0, -1.0]])
+    np.testing.assert_allclose(policy.combine(rewards, scale), [2 / 3 - 0.1 * 2 / 9, 1 / 3 - 0.1 * 2 / 9])
+    assert combined_verdict(policy, rewards, scale) == 0
+    # Two of them, when the third did not answer.
+    left = policy.preference(rewards[1:], scale.rows([1, 2]))
+    np.testing.assert_allclose(left, [0.5 - 0.125, 0.5 - 0.125])
+    assert combined_verdict(policy, rewards[1:], scale.rows([1, 2])) == TIE
+
+
+def test_uwo_without_a_scale_normalises_inside_the_group() -> None:
+    policy = make_policy("uwo", POOL)
+    rewards = np.array([[1000.0, 2000.0, 3000.0], [0.1, 0.3, 0.2]])
+    z = (rewards - rewards.mean(1, keepdims=True)) / rewards.std(1, keepdims=True)
+    np.testing.assert_allclose(policy.combine(rewards, None), z.mean(0) - 0.1 * z.var(0))
+    # One response, or RMs that see no difference: nothing to prefer, and a finite reward.
+    assert policy.combine(np.array([[5.0], [-7.0]]), None).tolist() == [0.0]
+    assert combined_verdict(policy, np.array([[5.0], [-7.0]]), None) == TIE
+    assert combined_verdict(policy, np.array([[2.0, 2.0], [1.0, 1.0]]), None) == TIE
+
+
+def test_majority_combines_to_the_shares_of_the_votes_whatever_the_scale() -> None:
+    policy = make_policy("majority", POOL)
+    rewards = np.array([[9.0, 0.0], [0.1, 0.2], [0.3, 0.3]])
+    for scale in (None, ScoreScale(np.arange(3.0), np.ones(3))):
+        assert policy.combine(rewards, scale).tolist() == vote_shares([0, 1, TIE], 2) == [0.5, 0.5]
+        assert combined_verdict(policy, rewards, scale) == TIE
+        assert combined_verdict(policy, rewards[:1], scale) == 0
+
+
+def test_the_one_rm_that_was_asked_is_the_reward_of_a_one_call_policy() -> None:
+    rewards = np.array([[0.3, -0.2]])
+    for name in ("bayesian", "laser", "single:a", "random"):
+        policy = make_policy(name, POOL)
+        assert policy.combine(rewards, None).tolist() == [0.3, -0.2]
+        assert combined_verdict(policy, rewards, None) == 0
+
+
+def test_a_running_scale_is_the_mean_and_deviation_of_all_that_was_seen() -> None:
+    rng = np.random.default_rng(0)
+    running = RunningScale(3)
+    groups = [rng.normal([[5.0], [-3.0], [0.0]], [[2.0], [0.1], [1.0]], (3, n)) for n in (2, 1, 4, 2, 2)]
+    for group in groups:
+        running.observe([0, 1, 2], group)
+    seen = np.concatenate(groups, axis=1)
+    scale = running.rows([2, 0], groups[0][[2, 0]])
+    np.testing.assert_allclose(scale.shift, seen.mean(axis=1)[[2, 0]])
+    np.testing.assert_allclose(scale.scale, seen.std(axis=1)[[2, 0]])
+
+
+def test_an_rm_without_statistics_is_normalised_inside_the_group() -> None:
+    running = RunningScale(2)
+    group = np.array([[1.0, 3.0], [10.0, 20.0]])
+    first = running.rows([0, 1], group)
+    assert (first.shift.tolist(), first.scale.tolist()) == ([2.0, 15.0], [1.0, 5.0])
+    running.observe([0], np.array([[7.0, 9.0]]))
+    # Arm 1 has not answered so far, or has shown no spread.
+    running.observe([1], np.array([[4.0, 4.0]]))
+    second = running.rows([0, 1], group)
+    assert (second.shift.tolist(), second.scale.tolist()) == ([8.0, 15.0], [1.0, 5.0])
+
+
+def test_scales_that_cannot_be_are_refused() -> None:
+    with pytest.raises(NotFiniteError, match="positive"):
+        ScoreScale(np.zeros(2), np.array([1.0, 0.0]))
+    with pytest.raises(ShapeMismatchError, match="give \\(K,\\)"):
+        ScoreScale(np.zeros(2), np.ones(3))
+    with pytest.raises(ShapeMismatchError, match="RMs that answered"):
+        UNIT.normalise(np.zeros((3, 2)))
+
+
+def linucb_events(n: int, d: int, arms: int) -> list[Event]:
+    rng = np.random.default_rng(12)
+    x = unit_contexts(rng, n, d)
+    rewards = [Feedback(Signal.REWARD, float(rng.random())) for _ in range(n)]
+    return [Event(int(rng.integers(arms)), x[i].tobytes(), 0.0, 0, rewards[i], f"d{i}") for i in range(n)]
+
+
+def test_laser_is_linucb_by_explicit_matrices() -> None:
+    events = linucb_events(23, 3, 2)
+    policy = make_policy("laser", ("a", "b"))
+    prior = linucb_prior(2, 3)
+    state = fold(start(prior, FoldSettings(4, 12)), events)
+    x = unit_contexts(np.random.default_rng(13), 5, 3)
+    beliefs = policy.beliefs(x, prior.offsets(x), state)
+    assert not beliefs.sds.any()
+    for k in range(2):
+        A, b = np.eye(3), np.zeros(3)
+        for event in events:
+            if event.arm == k:
+                A += np.outer(context_of(event), context_of(event))
+                b += event.feedback.value * context_of(event)
+        theta = np.linalg.solve(A, b)
+        for i, row in enumerate(x.astype(np.float64)):
+            bound = theta @ row + 0.1 * np.sqrt(row @ np.linalg.solve(A, row))
+            assert beliefs.means[i, k] == pytest.approx(bound, abs=1e-6)
+
+
+def test_laser_by_hand() -> None:
+    # x = e1, reward 1 for arm 0: A = diag(2, 1), theta = (1/2, 0), bound 1/2 + 0.1/sqrt 2; arm 1: 0 + 0.1.
+    x = np.array([[1.0, 0.0]], dtype=np.float32)
+    prior = linucb_prior(2, 2)
+    state = fold(start(prior), [Event(0, x[0].tobytes(), 0.0, 0, Feedback(Signal.REWARD, 1.0))])
+    policy = make_policy("laser", ("a", "b"))
+    beliefs = policy.beliefs(x, prior.offsets(x), state)
+    np.testing.assert_allclose(beliefs.means, [[0.5 + 0.1 / 2**0.5, 0.1]], rtol=1e-6)
+    choices = draw(beliefs, np.random.default_rng(0))
+    assert choices.ranking.tolist() == [[0, 1]]
+    assert choices.propensities.tolist() == [[1.0, 0.0]]
+
+
+def test_laser_asks_one_rm_per_batch_by_the_mean_of_its_contexts() -> None:
+    state = fold(start(linucb_prior(3, 6)), linucb_events(60, 6, 3))
+    policy = make_policy("laser", POOL)
+    seen = set()
+    for seed in range(20):
+        x = unit_contexts(np.random.default_rng(seed), 7, 6)
+        choices = draw_batch(policy, x, np.zeros((7, 3)), state, np.random.default_rng(0))
+        assert len({tuple(row) for row in choices.ranking.tolist()}) == 1
+        mean = x.mean(axis=0, keepdims=True)
+        expected = policy.beliefs(mean, np.zeros((1, 3)), state).means
+        np.testing.assert_allclose(choices.means, np.repeat(expected, 7, axis=0), atol=1e-6)
+        assert choices.ranking[0, 0] == expected.argmax()
+        assert choices.propensities[:, choices.ranking[0, 0]].tolist() == [1.0] * 7
+        seen.add(int(choices.ranking[0, 0]))
+    assert len(seen) > 1, "batches of other contexts ask other RMs"
+
+
+def test_laser_breaks_ties_evenly_and_says_so_in_its_propensity() -> None:
+    state = start(linucb_prior(3, 4))
+    x = unit_contexts(np.random.default_rng(0), 2, 4)
+    rng = np.random.default_rng(1)
+    draws = [draw_batch(make_policy("laser", POOL), x, np.zeros((2, 3)), state, rng) for _ in range(300)]
+    assert all(one.ranking[0].tolist() == one.ranking[1].tolist() for one in draws)
+    np.testing.assert_allclose(draws[0].propensities, 1 / 3, atol=1e-9)
+    counts = np.bincount([one.ranking[0, 0] for one in draws], minlength=3)
+    # 300 draws at 1/3 have a standard deviation of 8.2; five of them are 41.
+    assert (abs(counts - 100) < 41).all()
+
+
+def test_all_other_policies_draw_per_instance_whatever_came_together() -> None:
+    state = learned()
+    x = unit_contexts(np.random.default_rng(14), 40, 8)
+    one = draw(BayesianPolicy().beliefs(x, np.zeros((40, 3)), state), np.random.default_rng(3))
+    two = draw_batch(BayesianPolicy(), x, np.zeros((40, 3)), state, np.random.default_rng(3))
+    assert np.array_equal(one.draws, two.draws)
+    assert len(set(two.ranking[:, 0].tolist())) > 1

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router_core.errors import NotFiniteError, NotPositiveDefiniteError, ShapeMismatchError
+from router_core.errors import FeedbackError, NotFiniteError, NotPositiveDefiniteError, ShapeMismatchError
 from router_core.linalg import inverse_probe, inverse_residual, inverse_spd
 from router_core.posterior import NO_ARM, FoldSettings, Posterior, events_to_refresh, fold, start
-from router_core.prior import Hyperparameters, Prior, no_prior, paper_prior
-from router_core.records import Event, Feedback, Signal
-from tests.router_core.events import context_of, make_events, unit_contexts
+from router_core.prior import Hyperparameters, Prior, linucb_prior, no_prior, paper_prior
+from router_core.records import Event, Feedback, Shadow, Signal
+from tests.router_core.events import context_of, make_events, unit_contexts, with_shadows
 
 HYPER = Hyperparameters(lambda0=2.0, sigma2=0.25, v=0.5)
 SMALL = FoldSettings(block_size=4, refresh_events=12)
@@ -64,13 +64,90 @@ def test_fold_is_the_textbook_regression_at_every_position_of_the_blocks(n: int)
 def test_fold_of_a_log_equals_the_fold_of_its_pieces_bit_for_bit(seed: int, pieces: list[int], gamma: float) -> None:
     rng = np.random.default_rng(seed)
     prior = no_prior(3, 5, Hyperparameters(2.0, 0.25, 0.5, gamma))
-    events = make_events(rng, sum(pieces), 5, 3)
+    events = with_shadows(rng, make_events(rng, sum(pieces), 5, 3), 3)
     whole = fold(start(prior, SMALL), events)
     state, position = start(prior, SMALL), 0
     for size in pieces:
         state = fold(state, events[position : position + size])
         position += size
     assert state.digest() == whole.digest()
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 90), min_size=1, max_size=8))
+def test_fold_of_losses_scaled_by_quantiles_equals_the_fold_of_its_pieces_bit_for_bit(
+    seed: int, pieces: list[int]
+) -> None:
+    rng = np.random.default_rng(seed)
+    events = make_events(rng, sum(pieces), 5, 3, signal=Signal.LOSS)
+    whole = fold(start(linucb_prior(3, 5), SMALL), events)
+    state, position = start(linucb_prior(3, 5), SMALL), 0
+    for size in pieces:
+        state = fold(state, events[position : position + size])
+        position += size
+    assert state.digest() == whole.digest()
+
+
+def test_the_history_of_losses_is_part_of_the_digest() -> None:
+    events = make_events(np.random.default_rng(0), 20, 5, 2, signal=Signal.LOSS)
+    state = fold(start(linucb_prior(2, 5), SMALL), events)
+    other = dataclasses.replace(state.statistics, loss_history=state.statistics.loss_history[::-1].copy())
+    assert dataclasses.replace(state, statistics=other).digest() != state.digest()
+
+
+def test_an_event_with_shadows_moves_every_arm_whose_verdict_is_known_as_if_each_had_been_asked() -> None:
+    rng = np.random.default_rng(9)
+    prior = no_prior(4, 6, HYPER)
+    events = with_shadows(rng, make_events(rng, 50, 6, 4, offset=0.3), 4)
+    assert any(event.shadows for event in events)
+    # The same verdicts as a log of one arm each, in the fixed order: the asked arm, then the others.
+    spread = []
+    for event in events:
+        spread.append(dataclasses.replace(event, shadows=()))
+        for arm, offset, verdict in sorted(event.shadows):
+            spread.append(dataclasses.replace(event, arm=arm, offset=offset, verdict=verdict, shadows=()))
+    large = FoldSettings(block_size=4, refresh_events=1024)
+    together, apart = fold(start(prior, large), events), fold(start(prior, large), spread)
+    assert (together.count, apart.count) == (50, len(spread))
+    assert dataclasses.replace(together, count=apart.count).digest() == apart.digest()
+
+
+def test_shadows_fold_alike_in_whatever_order_they_are_listed_and_as_plain_tuples() -> None:
+    rng = np.random.default_rng(10)
+    [event] = make_events(rng, 1, 4, 3)
+    event = dataclasses.replace(event, arm=1)
+    listed = (Shadow(2, 0.25, 1), Shadow(0, 0.5, 0))
+    prior = no_prior(3, 4, HYPER)
+    digests = {
+        fold(start(prior, SMALL), [dataclasses.replace(event, shadows=shadows)]).digest()
+        for shadows in (listed, listed[::-1], tuple(tuple(shadow) for shadow in listed))
+    }
+    assert len(digests) == 1
+
+
+def test_shadows_of_a_decision_that_asked_everyone_are_learned_from() -> None:
+    [event] = make_events(np.random.default_rng(11), 1, 4, 3)
+    event = dataclasses.replace(event, arm=NO_ARM, shadows=((0, 0.5, 1), (2, 0.5, 0)))
+    state = fold(start(no_prior(3, 4, HYPER), SMALL), [event])
+    assert state.statistics.count.tolist() == [1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("signal", [Signal.LOSS, Signal.REWARD])
+def test_shadows_with_a_signal_that_says_nothing_of_them_are_refused(signal: Signal) -> None:
+    [event] = make_events(np.random.default_rng(12), 1, 4, 3, signal=signal)
+    event = dataclasses.replace(event, arm=1, shadows=((0, 0.5, 1),))
+    with pytest.raises(FeedbackError, match="'preference' only"):
+        fold(start(no_prior(3, 4, HYPER), SMALL), [event])
+
+
+@pytest.mark.parametrize("arms", [[1], [0, 0], [3], [-1]])
+def test_shadows_of_the_asked_arm_twice_of_one_or_of_none_are_refused(arms: list[int]) -> None:
+    [event] = make_events(np.random.default_rng(13), 1, 4, 3)
+    event = dataclasses.replace(event, arm=1, shadows=tuple((arm, 0.5, 0) for arm in arms))
+    with pytest.raises(ShapeMismatchError, match="once at most"):
+        fold(start(no_prior(3, 4, HYPER), SMALL), [event])
+    with pytest.raises(NotFiniteError):
+        fold(start(no_prior(3, 4, HYPER), SMALL), [dataclasses.replace(event, shadows=((0, float("nan"), 0),))])
 
 
 def test_digest_tells_two_orders_of_the_same_events_apart() -> None:

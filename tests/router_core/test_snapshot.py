@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 from router_core.errors import ShapeMismatchError, SnapshotError
 from router_core.posterior import FoldSettings, fold, start
-from router_core.prior import Hyperparameters, Prior, no_prior
+from router_core.prior import Hyperparameters, Prior, linucb_prior, no_prior
 from router_core.records import Signal
 from router_core.snapshot import Snapshot, dump, parse
-from tests.router_core.events import make_events
+from tests.router_core.events import make_events, with_shadows
 
 SETTINGS = FoldSettings(block_size=4, refresh_events=16)
 
@@ -30,6 +33,46 @@ def test_round_trip_and_what_follows_are_exact(gamma: float, signal: Signal) -> 
     assert back.posterior.digest() == at.digest()
     assert back.posterior.drift == at.drift
     assert fold(back.posterior, events[32:]).digest() == fold(start(prior(gamma), SETTINGS), events).digest()
+
+
+@pytest.mark.parametrize("number", [16, 272, 320])
+def test_round_trip_keeps_the_history_of_losses(number: int) -> None:
+    events = make_events(np.random.default_rng(1), number + 40, 6, 2, signal=Signal.LOSS)
+    at = fold(start(linucb_prior(2, 6), SETTINGS), events[:number])
+    assert len(at.statistics.loss_history) == min(number, 256)
+    back = parse(dump(Snapshot(at, "1-1"), "run"), "run", linucb_prior(2, 6), SETTINGS).posterior
+    assert back.digest() == at.digest()
+    assert fold(back, events[number:]).digest() == fold(start(linucb_prior(2, 6), SETTINGS), events).digest()
+
+
+def test_round_trip_after_shadows_is_exact() -> None:
+    rng = np.random.default_rng(2)
+    events = with_shadows(rng, make_events(rng, 50, 6, 2), 2)
+    at = fold(start(prior(), SETTINGS), events[:32])
+    back = parse(dump(Snapshot(at, "1-1"), "run"), "run", prior(), SETTINGS).posterior
+    assert back.digest() == at.digest()
+    assert fold(back, events[32:]).digest() == fold(start(prior(), SETTINGS), events).digest()
+
+
+def as_format(data: bytes, name: str, drop: str | None = None) -> bytes:
+    """The same snapshot under another format's name, without one of its tensors."""
+    tensors = {key: value for key, value in load(data).items() if key != drop}
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["reward_router"])
+    return save(tensors, metadata={"reward_router": json.dumps({**header, "format": name})})
+
+
+def test_a_snapshot_of_the_former_format_is_read_exactly() -> None:
+    former = as_format(snapshot_bytes(), "reward-router-snapshot/1", drop="loss_history")
+    assert (
+        parse(former, "run", prior(), SETTINGS).posterior.digest()
+        == parse(snapshot_bytes(), "run", prior(), SETTINGS).posterior.digest()
+    )
+
+
+def test_a_snapshot_of_a_later_format_is_refused_by_name() -> None:
+    with pytest.raises(SnapshotError, match=r"snapshot/9.*new run name"):
+        parse(as_format(snapshot_bytes(), "reward-router-snapshot/9"), "run", prior(), SETTINGS)
 
 
 def test_only_refresh_positions_can_be_kept() -> None:

@@ -14,6 +14,7 @@ import redis
 
 from router_core.encoder.fuse import Fuse, PairEncoder
 from router_core.encoder.surface import SurfaceBackbone
+from router_core.policies import ScoreScale
 from router_core.posterior import FoldSettings, Posterior, fold, start
 from router_core.prior import Prior, no_prior
 from router_core.records import Event
@@ -107,10 +108,10 @@ class Gateway:
         """The run's log."""
         return read_events(self.server_url, run or self.run)
 
-    def folded(self, run: str | None = None) -> Posterior:
-        """The run's whole log, folded in one go."""
+    def folded(self, run: str | None = None, prior: Prior | None = None) -> Posterior:
+        """The run's whole log, folded in one go, from no prior or the given one."""
         settings = FoldSettings(self.settings.block_size, self.settings.refresh_events)
-        return fold_from_scratch(self.events(run), no_prior(len(self.arms), DIM), settings)
+        return fold_from_scratch(self.events(run), prior or no_prior(len(self.arms), DIM), settings)
 
     async def learned(self, version: int, run: str | None = None) -> dict[str, Any]:
         """GET /posterior once it has learned from that many events."""
@@ -133,6 +134,7 @@ async def open_gateway(
     arms: Sequence[ScriptedArm] | None = None,
     store: Store | None = None,
     encoder: PairEncoder | None = None,
+    score_scale: ScoreScale | None = None,
     wait: bool = True,
     **settings: Any,
 ) -> AsyncIterator[Gateway]:
@@ -144,13 +146,16 @@ async def open_gateway(
         arms: the scripted RMs themselves.
         store: instead of the store of `server_url`.
         encoder: instead of the small one.
+        score_scale: of the RMs' raw rewards.
         wait: until /readyz answers 200.
         settings: of the gateway.
     """
     scripted = list(arms) if arms is not None else [ScriptedArm(name) for name in models]
     pool = PoolFile(models=tuple(ModelEntry(name=arm.name) for arm in scripted))
     chosen = Settings(**{"store_url": server_url, "run": fresh_run(), "seed": 0, **settings})
-    app = create_app(chosen, pool, encoder=encoder or small_encoder(), arms=scripted, store=store)
+    app = create_app(
+        chosen, pool, encoder=encoder or small_encoder(), arms=scripted, store=store, score_scale=score_scale
+    )
     async with running(app) as client:
         gateway = Gateway(client, scripted, chosen, server_url)
         if wait:

@@ -76,7 +76,8 @@ class Stage:
         given: dict[str, Any] = {
             "arms": [ScriptedArm(f"rm-{k}") for k in range(K)],
             "encoder": small_encoder(),
-            "prior": self.prior,
+            "priors": lambda _: self.prior,
+            "form": self.prior.form,
             "fold_settings": FOLD,
             "signal": self.signal,
             "policy": "bayesian",
@@ -95,12 +96,18 @@ class Stage:
                 verdict=int(self.rng.integers(-1, 2)), propensity=1.0, propensities=[], means=[], sds=[], rewards=[],
                 policy="bayesian", version=0, time_ms=1,
             )  # fmt: skip
+            if self.signal is Signal.PREFERENCE and self.rng.random() < 0.5:
+                others = [k for k in range(K) if k != stored.arm and self.rng.random() < 0.7]
+                stored.shadows = [(k, float(self.rng.random()), int(self.rng.integers(-1, 2))) for k in others]
             decision_id = new_decision_id(next(_IDS), self.rng.bytes(10))
             value = float(self.rng.integers(2)) if self.signal is Signal.PREFERENCE else float(self.rng.gamma(2.0))
             decisions.append(DecisionRecord(decision_id, encode_decision(stored)))
             given = Feedback(self.signal, value)
             feedback.append(FeedbackRecord(encode_feedback(given), decision_id=decision_id))
-            self.appended.append(Event(stored.arm, stored.x, stored.offset, stored.verdict, given, decision_id))
+            shadows = tuple(stored.shadows)
+            self.appended.append(
+                Event(stored.arm, stored.x, stored.offset, stored.verdict, given, decision_id, shadows)
+            )
         await self.store.save_decisions(self.run, decisions)
         await self.store.apply_feedback(self.run, feedback)
 

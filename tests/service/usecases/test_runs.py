@@ -10,8 +10,9 @@ import redis
 
 from router_core.encoder.fuse import Fuse, PairEncoder
 from router_core.encoder.surface import SurfaceBackbone
+from router_core.prior import linucb_prior
 from service.usecases import runs
-from tests.support.gateway import Gateway, fresh_run, open_gateway, pair, until
+from tests.support.gateway import DIM, Gateway, fresh_run, open_gateway, pair, until
 
 if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
@@ -191,3 +192,110 @@ async def test_an_idle_run_is_closed_to_make_room_and_opens_again_where_it_was(
         assert f'run="{idle}"' not in (await gateway.client.get("/metrics")).body.decode()
         await gateway.client.ok("/reward", {**pair(), "run": idle})
         assert (await gateway.learned(1, idle))["digest"] == digest
+
+
+async def test_a_run_keeps_the_prior_of_the_policy_that_opened_it(valkey_server: ValkeyProcess) -> None:
+    async with open_gateway(valkey_server.url) as gateway:
+        run = gateway.run + "-laser"
+        await gateway.client.ok("/reward", {**pair(), "run": run, "policy": "laser"})
+        assert (await gateway.learned(0, run))["prior"] == "linucb"
+        response = await gateway.client.post("/reward", {**pair(), "run": run, "policy": "bayesian:none"})
+        assert (response.status, response.error["code"]) == (409, "run_conflict")
+        assert run in response.error["message"]
+        assert "'linucb'" in response.error["message"]
+        assert response.error["details"]["changed"] == {"prior": {"run": "linucb", "gateway": "none"}}
+        # What insists on nothing takes the run as it is.
+        for policy in ("bayesian", "random", "majority", "laser"):
+            assert (await gateway.client.ok("/reward", {**pair(), "run": run, "policy": policy}))["run"] == run
+        assert (await gateway.learned(0, run))["prior"] == "linucb"
+
+
+async def test_a_refused_prior_in_a_batch_spoils_no_other_item(valkey_server: ValkeyProcess) -> None:
+    async with open_gateway(valkey_server.url) as gateway:
+        items = [pair(0), {**pair(1), "policy": "laser"}, {**pair(2), "policy": "laser", "run": gateway.run + "-l"}]
+        results = (await gateway.client.ok("/reward/batch", {"items": items}))["results"]
+        assert [result.get("error", {}).get("code") for result in results] == [None, "run_conflict", None]
+
+
+async def test_another_gateway_finds_the_prior_of_a_run_in_its_fingerprint(valkey_server: ValkeyProcess) -> None:
+    run = fresh_run()
+    async with open_gateway(valkey_server.url) as one, open_gateway(valkey_server.url) as two:
+        reply = await one.client.ok("/reward", {**pair(), "run": run, "policy": "laser"})
+        # Feedback names no policy, and the other gateway's own default is another prior.
+        await two.client.ok("/feedback", {"decision_id": reply["decision_id"], "preferred": 1, "run": run})
+        there, here = await two.learned(1, run), await one.learned(1, run)
+        assert there["prior"] == here["prior"] == "linucb"
+        assert there["digest"] == here["digest"] == one.folded(run, linucb_prior(3, DIM)).digest()
+        assert (await two.client.ok("/reward", {**pair(), "run": run}))["policy"] == "bayesian"
+        response = await two.client.post("/reward", {**pair(), "run": run, "policy": "bayesian:none"})
+        assert response.error["code"] == "run_conflict"
+    async with open_gateway(valkey_server.url) as three:
+        response = await three.client.post("/reward", {**pair(), "run": run, "policy": "bayesian:none"})
+        assert (response.status, response.error["code"]) == (409, "run_conflict")
+
+
+@pytest.mark.parametrize("setting", [{"prior": "none"}, {"policy": "bayesian:none"}])
+async def test_a_default_run_of_another_prior_than_the_gateway_is_set_to_is_refused(
+    valkey_server: ValkeyProcess, setting: dict[str, Any]
+) -> None:
+    run = fresh_run()
+    async with open_gateway(valkey_server.url, run=run, policy="laser") as gateway:
+        await gateway.client.ok("/reward", pair())
+    async with open_gateway(valkey_server.url, run=run, wait=False, **setting) as gateway:
+        response = await gateway.client.post("/reward", pair())
+        assert (response.status, response.error["code"]) == (409, "run_conflict")
+        assert (await gateway.client.get("/readyz")).status == 503
+        other = await gateway.client.ok("/reward", {**pair(), "run": run + "-new"})
+        assert other["recorded"] is True
+    # Left at `auto`, the gateway goes on with what the run has.
+    async with open_gateway(valkey_server.url, run=run) as gateway:
+        assert (await gateway.learned(0))["prior"] == "linucb"
+
+
+async def test_of_policies_at_once_the_first_opens_the_run_and_the_others_fit_or_are_refused(
+    valkey_server: ValkeyProcess,
+) -> None:
+    async with open_gateway(valkey_server.url) as gateway:
+        run = gateway.run + "-new"
+        policies = ["laser", "bayesian:none", "random", "laser", "bayesian:none", "bayesian"]
+        responses = await asyncio.gather(
+            *(gateway.client.post("/reward", {**pair(), "run": run, "policy": policy}) for policy in policies)
+        )
+        assert [response.status for response in responses] == [200, 409, 200, 200, 409, 200]
+        assert (await gateway.learned(0, run))["prior"] == "linucb"
+
+
+async def test_a_run_of_another_prior_and_another_pool_is_refused_for_the_pool(valkey_server: ValkeyProcess) -> None:
+    run = fresh_run()
+    async with open_gateway(valkey_server.url) as gateway:
+        await gateway.client.ok("/reward", {**pair(), "run": run, "policy": "laser"})
+    async with open_gateway(valkey_server.url, models=("rm-a", "rm-z", "rm-c")) as gateway:
+        response = await gateway.client.post("/reward", {**pair(), "run": run, "policy": "laser"})
+        assert (response.status, response.error["code"]) == (409, "run_conflict")
+        assert set(response.error["details"]["changed"]) == {"pool"}
+
+
+async def test_a_run_whose_prior_this_version_does_not_know_is_refused(valkey_server: ValkeyProcess) -> None:
+    async with open_gateway(valkey_server.url) as gateway:
+        run = gateway.run + "-later"
+        with redis.Redis.from_url(valkey_server.url) as server:
+            server.set(f"rr:{{{run}}}:meta", b'{"prior": "tea-leaves"}')
+        response = await gateway.client.post("/reward", {**pair(), "run": run})
+        assert (response.status, response.error["code"]) == (409, "run_conflict")
+        assert response.error["details"]["changed"]["prior"] == {"run": "tea-leaves", "gateway": "none"}
+
+
+async def test_a_laser_run_goes_on_where_it_was_left(valkey_server: ValkeyProcess) -> None:
+    run = fresh_run()
+    fold = {"block_size": 4, "refresh_events": 8}
+    async with open_gateway(valkey_server.url, **fold, signal="loss") as gateway:
+        for index in range(19):
+            reply = await gateway.client.ok("/reward", {**pair(index), "run": run, "policy": "laser"})
+            body = {"decision_id": reply["decision_id"], "loss": float(index * 7 % 5), "run": run}
+            await gateway.client.ok("/feedback", body)
+        before = await gateway.learned(19, run)
+    # From the snapshot of sixteen events, which holds the history of losses, and three more.
+    async with open_gateway(valkey_server.url, **fold, signal="loss") as gateway:
+        await gateway.client.ok("/reward", {**pair(), "run": run})
+        after = await gateway.learned(19, run)
+        assert after["digest"] == before["digest"] == gateway.folded(run, linucb_prior(3, DIM)).digest()

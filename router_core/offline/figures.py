@@ -1,0 +1,101 @@
+"""The figures of Table 2: accuracies with intervals, paired differences, per subset and in all.
+
+Knows judged rows (`offline.table.Judged`); fits nothing and reads no file. Called by the `evaluate` command. The keys
+are those of `replay`'s JSON (`router_core.replay.figures`), whose paired differences these are, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_core.intervals import clustered_variance
+from router_core.offline.evaluate import wilson
+from router_core.offline.table import Judged
+from router_core.replay.figures import best_per_subset, paired, subset_rows
+from router_core.replay.table import Table
+
+Array = NDArray[np.float64]
+
+
+def figures(judged: Judged) -> dict[str, Any]:
+    """The JSON document, without what only the caller knows (digests, scenario).
+
+    `policies` holds per row accuracy, ci95, calls_per_instance and regret (oracle − accuracy); `paired` the differences
+    to the best single RM, to random and to majority; `asked` the share of each RM per router; `per_seed` the accuracy
+    of each fit. Equal rows give equal figures: the bootstrap's generator is seeded.
+    """
+    table = judged.table
+    oracle = _oracle(table)
+    return {
+        "n": len(table),
+        "policies": {
+            name: {
+                **_accuracy(values, table.groups),
+                "calls_per_instance": judged.calls[name],
+                "regret": oracle - float(values.mean()),
+            }
+            for name, values in judged.rows.items()
+        },
+        "oracle": oracle,
+        "best_single": _best_single(table),
+        "best_per_subset": best_per_subset(table),
+        "subsets": {name: _subset(judged, rows) for name, rows in sorted(subset_rows(table).items())},
+        "paired": paired(judged.rows, table),
+        "per_seed": {name: values.mean(axis=1).tolist() for name, values in judged.rows.items()},
+        "asked": {name: dict(zip(table.pool, shares.tolist(), strict=True)) for name, shares in judged.asked.items()},
+        "pool": list(table.pool),
+        "left_out": judged.left_out,
+    }
+
+
+def accuracy_interval(values: Array, groups: Sequence[str]) -> tuple[float, float]:
+    """95 % interval of an accuracy: Wilson's at the effective number of pairs n* = p(1 − p)/V, at most N.
+
+    V is the variance of the mean over groups (`clustered_variance`), plus that over the seeds' fits divided by their
+    number: pairs of one group are right or wrong together, and a fit has its luck. n* is capped at N, so that values
+    averaged over seeds or RMs never pretend to more pairs than there are. (Korn & Graubard 1998, for the idea.)
+
+    Args:
+        values: (S, N), what seed s earned on pair i.
+        groups: N names; "" is a group of its own.
+
+    >>> values = np.array([[1.0, 1.0, 0.0, 0.0]])
+    >>> independent, grouped = (accuracy_interval(values, names) for names in (["", "", "", ""], ["x", "x", "y", "y"]))
+    >>> independent[0] > grouped[0]
+    True
+    """
+    p, n = float(values.mean()), values.shape[1]
+    variance = clustered_variance(values.mean(axis=0), groups)
+    if len(values) > 1:
+        variance += float(values.mean(axis=1).var(ddof=1)) / len(values)
+    effective = min(float(n), p * (1 - p) / variance) if variance > 0 and 0 < p < 1 else float(n)
+    interval = wilson(p * effective, effective)
+    return interval.low, interval.high
+
+
+def _accuracy(values: Array, groups: Sequence[str]) -> dict[str, Any]:
+    return {"accuracy": float(values.mean()), "ci95": list(accuracy_interval(values, groups))}
+
+
+def _subset(judged: Judged, rows: NDArray[np.int64]) -> dict[str, Any]:
+    part = judged.table.rows(rows)
+    return {
+        "n": len(part),
+        "policies": {name: _accuracy(values[:, rows], part.groups) for name, values in judged.rows.items()},
+        "oracle": _oracle(part),
+        "best_single": _best_single(part),
+    }
+
+
+def _oracle(table: Table) -> float:
+    return float(table.correctness.max(axis=1).mean())
+
+
+def _best_single(table: Table) -> dict[str, Any]:
+    means = table.correctness.mean(axis=0)
+    best = int(means.argmax())
+    return {"model": table.pool[best], "accuracy": float(means[best])}

@@ -1,0 +1,226 @@
+"""The paper's Table 2 for any labelled pairs: every single RM, the ensembles, and our offline routers with ablations.
+
+Knows which rows there are, on which pairs each is judged and what it was trained on; the arithmetic of one row is in
+`offline.evaluate`, the figures that are made of the rows in `offline.figures`. Called by the `evaluate` command.
+
+| row | what it is | RM calls |
+|---|---|---|
+| `single:NAME` | one RM for everything | 1 |
+| `random` | expectation of an even choice among the RMs | 1 |
+| `majority`, `uwo` | all RMs together | K |
+| `offline` | our router with the defaults: the prior's favourite, no feedback | 1 |
+| `offline:bt`, `offline:cls` | the same fit, routed by one head | 1 |
+| `offline:no-cls` | fitted without the classification loss, routed by the Bradley-Terry head | 1 |
+| `offline@ENCODER` | the defaults on another backbone | 1 |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_core.checkpoint import Checkpoint
+from router_core.dataset import grouped_folds, pool_matrix
+from router_core.encoder.base import Backbone
+from router_core.errors import DatasetError
+from router_core.offline.evaluate import Head, default_head, majority_correctness, route, uwo_correctness
+from router_core.offline.train import TrainConfig, train
+from router_core.policies import ScoreScale
+from router_core.records import LabelledPair
+from router_core.replay.table import Table, score_scale, tabulate
+
+Array = NDArray[np.float64]
+Features = Mapping[str, NDArray[np.float32]]
+"""Per encoder, `pair_features` of all pairs: (N, 2 * dim)."""
+
+OFFLINE = "offline"
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """One router's row: the encoder's spec, how it is fitted, and the head that routes (None: the fit's own choice)."""
+
+    name: str
+    encoder: str
+    config: TrainConfig
+    head: Head | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Indices of the pairs that a fit learns from, and of those that it is judged on; no pair is in both."""
+
+    inside: NDArray[np.int64]
+    outside: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Judged:
+    """Every row on the same pairs.
+
+    Attributes:
+        table: the N judged pairs as arrays; a pair without a subset stands under its domain, else "(none)".
+        rows: by name, (S, N): what seed s earned on pair i; S = 1 where nothing is fitted.
+        calls: RM calls per instance, by name.
+        asked: by router, (K,) the share of the judged pairs for which it asks each RM.
+        left_out: pairs that were not judged because an RM of the pool was not asked about them.
+    """
+
+    table: Table
+    rows: Mapping[str, Array]
+    calls: Mapping[str, float]
+    asked: Mapping[str, Array] = field(default_factory=dict)
+    left_out: int = 0
+
+
+def routers(encoders: Sequence[str], config: TrainConfig, *, ablations: bool = True) -> list[Router]:
+    """The routers' rows: `offline` on the first encoder, its ablations, `offline@ENCODER` on the others.
+
+    With `config.lambda_cls = 0` there is no head to compare with, so there are no ablations.
+    """
+    first, *others = encoders
+    rows = [Router(OFFLINE, first, config)]
+    if ablations and config.lambda_cls > 0:
+        rows += [Router(f"{OFFLINE}:{head}", first, config, head) for head in ("bt", "cls")]
+        rows.append(Router(f"{OFFLINE}:no-cls", first, replace(config, lambda_cls=0.0)))
+    return rows + [Router(f"{OFFLINE}@{encoder}", encoder, config) for encoder in others]
+
+
+def fits(rows: Sequence[Router]) -> list[tuple[str, TrainConfig]]:
+    """What must be fitted for these rows, each once: rows that differ in the head alone share a fit."""
+    return list(dict.fromkeys((row.encoder, row.config) for row in rows))
+
+
+def held_out_split(n_train: int, n_test: int) -> Split:
+    """The split of `[*train, *test]`."""
+    everything = np.arange(n_train + n_test, dtype=np.int64)
+    return Split(everything[:n_train], everything[n_train:])
+
+
+def fold_splits(pairs: Sequence[LabelledPair], n_folds: int, seed: int) -> list[Split]:
+    """Grouped K-fold; a seed deals the folds."""
+    return [Split(*fold) for fold in grouped_folds(pairs, n_folds, np.random.default_rng(seed))]
+
+
+def judge_fitted(
+    pairs: Sequence[LabelledPair],
+    pool: Sequence[str],
+    splits: Mapping[int, Sequence[Split]],
+    rows: Sequence[Router],
+    backbones: Mapping[str, Backbone],
+    features: Features,
+    on_fit: Callable[[], None] = lambda: None,
+) -> Judged:
+    """Fit every router inside each split, judge it outside.
+
+    Args:
+        pairs: all pairs, learned from and judged.
+        pool: K names.
+        splits: per seed; the outsides of one seed partition the same judged pairs for every seed.
+        rows: see `routers`.
+        backbones: by encoder spec.
+        features: of all pairs, by encoder spec.
+        on_fit: told after each fit; there are `len(fits(rows))` per split.
+
+    Raises:
+        DatasetError: an RM of the pool was asked about no pair, too few groups, or no judged pair has all RMs.
+    """
+    correctness = pool_matrix(pairs, pool)
+    judged = np.sort(np.concatenate([split.outside for split in next(iter(splits.values()))]))
+    right = {row.name: np.full((len(splits), len(pairs)), np.nan) for row in rows}
+    right["uwo"] = np.full((len(splits), len(pairs)), np.nan)
+    asked = {row.name: np.zeros(len(pool)) for row in rows}
+    complete = _complete(correctness)
+    for s, (seed, parts) in enumerate(splits.items()):
+        for part in parts:
+            inside, outside = [pairs[i] for i in part.inside], part.outside[complete[part.outside]]
+            right["uwo"][s, outside] = uwo_correctness([pairs[i] for i in outside], pool, score_scale(inside, pool))
+            for encoder, config in fits(rows):
+                z = features[encoder]
+                checkpoint = train(inside, pool, backbones[encoder], replace(config, seed=seed), z[part.inside])
+                x = checkpoint.fuse.apply(z[outside])
+                for row in rows:
+                    if (row.encoder, row.config) == (encoder, config):
+                        arms = route(checkpoint, x, row.head or default_head(checkpoint))
+                        right[row.name][s, outside] = correctness[outside, arms]
+                        asked[row.name] += np.bincount(arms, minlength=len(pool))
+                on_fit()
+    return _assemble(pairs, pool, judged, correctness, right, asked)
+
+
+def judge_checkpoint(
+    checkpoint: Checkpoint,
+    pairs: Sequence[LabelledPair],
+    features: NDArray[np.float32],
+    scale: ScoreScale | None = None,
+) -> Judged:
+    """A trained checkpoint on pairs that it has not seen.
+
+    Args:
+        features: `pair_features(pairs, backbone)` with the checkpoint's encoder.
+        scale: of the RMs' scores, for `uwo`; None: that of these pairs.
+
+    Raises:
+        DatasetError: an RM of the checkpoint's pool was asked about no pair, or no pair has all RMs.
+    """
+    pool = checkpoint.pool
+    correctness = pool_matrix(pairs, pool)
+    rows = np.flatnonzero(_complete(correctness))
+    x = checkpoint.fuse.apply(features[rows])
+    heads: dict[str, Head] = {OFFLINE: default_head(checkpoint)}
+    if checkpoint.cls_weight.any():
+        heads |= {f"{OFFLINE}:bt": "bt", f"{OFFLINE}:cls": "cls"}
+    right = {name: np.full((1, len(pairs)), np.nan) for name in ("uwo", *heads)}
+    right["uwo"][0, rows] = uwo_correctness([pairs[i] for i in rows.tolist()], pool, scale or score_scale(pairs, pool))
+    asked = {}
+    for name, head in heads.items():
+        arms = route(checkpoint, x, head)
+        right[name][0, rows] = correctness[rows, arms]
+        asked[name] = np.bincount(arms, minlength=len(pool)).astype(np.float64)
+    return _assemble(pairs, pool, np.arange(len(pairs)), correctness, right, asked)
+
+
+def _assemble(
+    pairs: Sequence[LabelledPair],
+    pool: Sequence[str],
+    judged: NDArray[np.int64],
+    correctness: Array,
+    right: Mapping[str, Array],
+    asked: Mapping[str, Array],
+) -> Judged:
+    """The judged pairs that every RM was asked about, the rows that need no fit added; fixed order of rows."""
+    kept = judged[_complete(correctness)[judged]]
+    if not len(kept):
+        raise DatasetError(
+            f"pool {list(pool)}: none of the {len(judged)} judged pairs has a verdict of every one of these RMs; "
+            "leave some out of the pool, or record what is missing (reward-router label)"
+        )
+    chosen = [pairs[i] for i in kept]
+    table = tabulate(chosen, pool)
+    table = replace(table, subsets=tuple(pair.subset or pair.domain or "(none)" for pair in chosen))
+    rows = {f"single:{name}": table.correctness[None, :, k] for k, name in enumerate(pool)}
+    rows["random"] = table.correctness.mean(axis=1)[None]
+    rows["majority"] = majority_correctness(chosen, pool)[None]
+    routed = {name: values[:, kept] for name, values in right.items()}
+    rows["uwo"] = _without_copies(routed.pop("uwo"))
+    K = float(len(pool))
+    return Judged(
+        table=table,
+        rows={**rows, **routed},
+        calls={name: K if name in ("majority", "uwo") else 1.0 for name in (*rows, *routed)},
+        asked={name: counts / max(counts.sum(), 1.0) for name, counts in asked.items()},
+        left_out=len(judged) - len(kept),
+    )
+
+
+def _complete(correctness: Array) -> NDArray[np.bool_]:
+    """(N,): was every RM asked."""
+    return np.asarray(~np.isnan(correctness).any(axis=1))
+
+
+def _without_copies(values: Array) -> Array:
+    """(S, N) to (1, N) where the seeds change nothing."""
+    return values[:1] if (values == values[0]).all() else values

@@ -1,0 +1,188 @@
+"""What off-policy evaluation starts from: a log as arrays, a target policy as probabilities, an estimate as numbers.
+
+Knows nothing of files, stores or networks. Called by the estimators of this package, and by whoever reads a log
+(`service.eventlog`) or makes one (`loadtests.ope_coverage`). Equations and sources: docs/off-policy.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_core.errors import NotFiniteError, RouterCoreError, ShapeMismatchError
+from router_core.propensity import argmax_propensities
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+class NoSupportError(RouterCoreError):
+    """The log says (almost) nothing about what the target policy would have asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedData:
+    """N decisions of one run that have feedback, in the order of the log: what was learned before is what came before.
+
+    Attributes:
+        pool: K names, in arm order.
+        x: (N, d) float32 contexts.
+        arm: (N,) int64, the asked arm.
+        propensities: (N, K) float64, probability that the arm's reward is in the log: that it was asked, among those
+            that could answer, or shadowed.
+        available: (N, K) bool, the arms that could answer.
+        rewards: (N, K) float64, NaN where the arm's reward is not in the log; the asked arm's always is.
+    """
+
+    pool: tuple[str, ...]
+    x: NDArray[np.float32]
+    arm: NDArray[np.int64]
+    propensities: Array
+    available: Mask
+    rewards: Array
+
+    def __post_init__(self) -> None:
+        """Raises ShapeMismatchError or NotFiniteError where the arrays cannot be a log."""
+        n, k = len(self.arm), len(self.pool)
+        shapes = {
+            "x": (self.x.shape[:1], (n,)),
+            "propensities": (self.propensities.shape, (n, k)),
+            "available": (self.available.shape, (n, k)),
+            "rewards": (self.rewards.shape, (n, k)),
+        }
+        for name, (found, expected) in shapes.items():
+            if found != expected:
+                raise ShapeMismatchError(f"{name} of the log has shape {found}, expected {expected}: N={n}, K={k}")
+        if n and (self.arm.min() < 0 or self.arm.max() >= k):
+            raise ShapeMismatchError(
+                f"arm of the log is outside 0 … {k - 1}: leave out decisions that asked every RM (arm -1)"
+            )
+        if not (np.isfinite(self.reward).all() and np.isfinite(self.propensities).all()):
+            raise NotFiniteError("reward or propensities of the log hold NaN: leave out events without a reward")
+        if (self.propensities < 0).any() or not self.available[np.arange(n), self.arm].all():
+            raise ShapeMismatchError("a propensity is negative, or an asked arm was not available: the log is damaged")
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.arm)
+
+    @property
+    def reward(self) -> Array:
+        """(N,) of the asked arm."""
+        asked: Array = self.rewards[np.arange(len(self)), self.arm]
+        return asked
+
+    @property
+    def seen(self) -> Mask:
+        """(N, K): the arm's reward is in the log."""
+        return ~np.isnan(self.rewards)
+
+    @property
+    def unit_rewards(self) -> bool:
+        """Whether every reward is inside [0, 1]."""
+        values = self.rewards[self.seen]
+        return bool(((values >= 0) & (values <= 1)).all())
+
+    @property
+    def reward_range(self) -> tuple[float, float]:
+        """(0, 1) for rewards inside it, else the observed smallest and largest."""
+        if self.unit_rewards:
+            return 0.0, 1.0
+        return float(np.nanmin(self.rewards)), float(np.nanmax(self.rewards))
+
+    def rows(self, index: NDArray[np.integer] | slice) -> LoggedData:
+        """The same of some rows."""
+        return LoggedData(
+            self.pool,
+            self.x[index],
+            self.arm[index],
+            self.propensities[index],
+            self.available[index],
+            self.rewards[index],
+        )
+
+
+def one_reward_per_row(arm: NDArray[np.int64], reward: Array, n_arms: int) -> Array:
+    """`LoggedData.rewards` where only the asked arm's reward is known: (N,) and (N,) to (N, K).
+
+    >>> one_reward_per_row(np.array([1]), np.array([0.5]), 2).tolist()
+    [[nan, 0.5]]
+    """
+    rewards = np.full((len(arm), n_arms), np.nan)
+    rewards[np.arange(len(arm)), arm] = reward
+    return rewards
+
+
+def with_shadows(propensities: Array, arm: NDArray[np.int64], available: Mask, rewards: Array) -> Array:
+    """P(arm's reward is in the log) = e + (1 − e)·s_k where a share of the instances also asks the other arms.
+
+    s_k is the share of the rows without k asked, but available, whose shadow told k's verdict: the rate that was set,
+    less what came too late or failed. Right as long as shadows are chosen, and lost, whatever the draw and the verdict.
+
+    Args:
+        propensities: (N, K), of being asked.
+        arm: (N,), the asked arm.
+        available: (N, K).
+        rewards: (N, K), NaN where unknown.
+    """
+    others = available.copy()
+    others[np.arange(len(arm)), arm] = False
+    told = (others & ~np.isnan(rewards)).sum(axis=0)
+    share = np.divide(told, others.sum(axis=0), out=np.zeros(propensities.shape[1]), where=told > 0)
+    seen: Array = np.where(available, propensities + (1.0 - propensities) * share, propensities)
+    return seen
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """The value of a target policy as one estimator sees it.
+
+    Attributes:
+        value: mean reward per instance.
+        ci95: interval that is meant to hold it 95 times in 100.
+        n: rows that were used.
+        ess: effective sample size (Σw)²/Σw² of the weights w: how many rows of the target's own this log is worth.
+        max_weight: largest weight after clipping.
+        clipped: share of the rows whose weight was clipped.
+        lost: mean probability that the target gives to arms whose propensity is below the floor; what the log cannot
+            say about them widens `ci95`.
+        dropped: rows left out because no arm that the target may ask was available.
+    """
+
+    value: float
+    ci95: tuple[float, float]
+    n: int
+    ess: float
+    max_weight: float
+    clipped: float
+    lost: float
+    dropped: int
+
+
+def available_propensities(propensities: Array, means: Array, sds: Array, available: Mask) -> Array:
+    """Propensities among the arms that could answer: as logged where all could, computed from the draw's beliefs else.
+
+    Args:
+        propensities: (N, K) as drawn, over all arms.
+        means: (N, K) of the draws.
+        sds: (N, K) of the draws.
+        available: (N, K).
+    """
+    out = propensities.copy()
+    partial = np.flatnonzero(~available.all(axis=1))
+    if partial.size:
+        means = np.where(available, means, -np.inf)
+        out[partial] = argmax_propensities(means[partial], sds[partial])
+    return out
+
+
+def among_available(pi: Array, available: Mask) -> Array:
+    """The target's probabilities (N, K) given that only the available arms can answer; rows of zeros where it would ask
+    none of them.
+    """
+    left = np.where(available, pi, 0.0)
+    total = left.sum(axis=1, keepdims=True)
+    shares: Array = np.divide(left, total, out=np.zeros_like(left), where=total > 0)
+    return shares

@@ -1,0 +1,193 @@
+"""One policy once through one stream: the vectorised way of policies that do not learn, and the loop of those that do.
+
+Knows policies, the posterior's `fold` and a `Plan`; no files, no summaries. Called by `run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_core.errors import DatasetError
+from router_core.policies import (
+    Beliefs,
+    MajorityPolicy,
+    OfflinePolicy,
+    Policy,
+    RandomPolicy,
+    ScoreScale,
+    SinglePolicy,
+    combined_verdict,
+    majority_verdict,
+)
+from router_core.posterior import FoldSettings, Posterior, fold, start
+from router_core.prior import Prior
+from router_core.records import TIE, Event, Feedback, Shadow, Signal
+from router_core.replay.stream import Plan, Scenario
+from router_core.replay.table import Table
+from router_core.replay.trace import ALL_ARMS, Pass
+
+Array = NDArray[np.float64]
+Steps = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stage:
+    """Everything that the passes of one policy share.
+
+    Attributes:
+        table: the pairs.
+        x: (N, d) float32 contexts.
+        offsets: (N, K) o_k(x) of the prior.
+        policy: which.
+        prior: where its posterior starts.
+        signal: kind of feedback.
+        scenario: what happens to the stream.
+        shadow: share of the steps at which every RM is asked, and all verdicts are learned from.
+        settings: where the log is cut.
+    """
+
+    table: Table
+    x: NDArray[np.float32]
+    offsets: Array
+    policy: Policy
+    prior: Prior
+    signal: Signal
+    scenario: Scenario
+    shadow: float = 0.0
+    settings: FoldSettings | None = None
+
+
+def learns(policy: Policy) -> bool:
+    """False for policies known to give the same beliefs whatever the posterior."""
+    return not (policy.asks_all or isinstance(policy, SinglePolicy | RandomPolicy | OfflinePolicy))
+
+
+def first_choice(beliefs: Beliefs, noise: Array) -> NDArray[np.int64]:
+    """The drawn arms (B,): `policies.draw` with this noise (B, K), without the ranking and the propensities."""
+    draws = beliefs.means + beliefs.sds * noise
+    best = draws == draws.max(axis=1, keepdims=True)
+    chosen: NDArray[np.int64] = np.where(best, noise, -np.inf).argmax(axis=1)
+    return chosen
+
+
+def fixed_pass(stage: Stage, plan: Plan, on_step: Steps) -> Pass:
+    """A one-call policy that does not learn: all draws at once."""
+    beliefs = stage.policy.beliefs(stage.x, stage.offsets, start(stage.prior, stage.settings))
+    met = Beliefs(beliefs.means[plan.order], beliefs.sds[plan.order])
+    asked = first_choice(met, plan.noise)
+    on_step(len(plan))
+    return Pass(plan.seed, plan.order, stage.table.correctness[plan.order, asked], asked)
+
+
+def combined_correctness(table: Table, policy: Policy, scale: ScoreScale) -> Array:
+    """(N,) in {0, 0.5, 1}: is the verdict right of a policy that asks all RMs.
+
+    Majority counts the recorded verdicts; other policies combine the recorded scores.
+
+    Raises:
+        DatasetError: the policy combines scores, and some are not recorded.
+    """
+    verdicts = np.empty(len(table), np.int64)
+    for i, n in enumerate(table.responses.tolist()):
+        if isinstance(policy, MajorityPolicy):
+            verdicts[i] = majority_verdict(table.verdicts[i].tolist(), n)
+            continue
+        rewards = table.scores[i, :, :n]
+        if not np.isfinite(rewards).all():
+            raise DatasetError(
+                f"policy {policy.name!r} combines scores, and the data hold verdicts only: record scores"
+            )
+        verdicts[i] = combined_verdict(policy, rewards, scale)
+    return np.where(verdicts == TIE, 0.5, (verdicts == table.labels).astype(np.float64))
+
+
+def all_arms_pass(correct: Array, plan: Plan, on_step: Steps) -> Pass:
+    """A policy that asks all RMs, from its (N,) correctness: nothing is drawn."""
+    on_step(len(plan))
+    return Pass(plan.seed, plan.order, correct[plan.order], np.full(len(plan), ALL_ARMS))
+
+
+def online_pass(stage: Stage, plan: Plan, on_step: Steps) -> Pass:
+    """A policy that learns: draw, wait for the feedback that is due, fold it, draw on.
+
+    Between two arrivals the posterior stands still, so the steps there are drawn at once. A policy with one RM per
+    batch draws at a batch's first step, from the mean context.
+    """
+    loop = _Loop(stage, plan)
+    while loop.step < len(plan):
+        on_step(loop.advance())
+    return Pass(plan.seed, plan.order, loop.correct, loop.asked)
+
+
+class _Loop:
+    """The mutable half of one online pass: where it is, what is known, what has been asked."""
+
+    def __init__(self, stage: Stage, plan: Plan) -> None:
+        self._stage, self._plan = stage, plan
+        self._state = start(stage.prior, stage.settings)
+        self._arrivals = plan.arrivals().tolist()
+        self._due = plan.due.tolist()
+        self._next = 0
+        self._shadowed = plan.shadowed(stage.shadow)
+        self._contexts = [row.tobytes() for row in stage.x]
+        self._progress = np.arange(len(plan)) / len(plan)
+        self.step = 0
+        self.asked = np.empty(len(plan), np.int64)
+        self.correct = np.empty(len(plan))
+
+    def advance(self) -> int:
+        """Draw all steps up to the next change of the posterior, then fold what is due; returns how many were drawn."""
+        begin, end = self.step, self._end()
+        self.asked[begin:end] = self._draw(begin, end, self._state)
+        pairs = self._plan.order[begin:end]
+        self.correct[begin:end] = self._stage.table.correctness[pairs, self.asked[begin:end]]
+        self.step = end
+        events = []
+        while self._next < len(self._arrivals) and self._due[self._arrivals[self._next]] < end:
+            events.append(self._event(self._arrivals[self._next]))
+            self._next += 1
+        self._state = fold(self._state, events)
+        return end - begin
+
+    def _end(self) -> int:
+        """First step that must not be drawn with the present posterior."""
+        length = len(self._plan)
+        if self._stage.policy.one_arm_per_batch:
+            return min(self.step + self._stage.scenario.batch, length)
+        if self._next == len(self._arrivals):
+            return length
+        return int(self._due[self._arrivals[self._next]]) + 1
+
+    def _draw(self, begin: int, end: int, state: Posterior) -> NDArray[np.int64]:
+        stage, pairs, noise = self._stage, self._plan.order[begin:end], self._plan.noise[begin:end]
+        x, offsets = stage.x[pairs], stage.offsets[pairs]
+        if stage.policy.one_arm_per_batch:
+            x = x.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
+            offsets, noise = offsets.mean(axis=0, keepdims=True), noise[:1]
+        return first_choice(stage.policy.beliefs(x, offsets, state), noise)
+
+    def _event(self, step: int) -> Event:
+        """The feedback of a step as the run's log would hold it."""
+        table, offsets = self._stage.table, self._stage.offsets
+        pair, arm = int(self._plan.order[step]), int(self.asked[step])
+        feedback = Feedback(self._stage.signal, self._value(step, pair))
+        verdict, offset = int(table.verdicts[pair, arm]), float(offsets[pair, arm])
+        if not self._shadowed[step]:
+            return Event(arm, self._contexts[pair], offset, verdict, feedback, str(step))
+        shadows = tuple(
+            Shadow(k, float(offsets[pair, k]), int(table.verdicts[pair, k])) for k in range(len(table.pool)) if k != arm
+        )
+        return Event(arm, self._contexts[pair], offset, verdict, feedback, str(step), shadows=shadows)
+
+    def _value(self, step: int, pair: int) -> float:
+        stage = self._stage
+        if stage.signal is Signal.PREFERENCE:
+            return float(stage.table.labels[pair])
+        if stage.signal is Signal.REWARD:
+            return float(self.correct[step])
+        at = slice(step, step + 1)
+        return float(stage.scenario.loss.losses(self.correct[at], self._progress[at], self._plan.loss_noise[at])[0])

@@ -1,0 +1,148 @@
+"""Recorded pairs through the policies, in process: what would each have earned on this stream?
+
+Knows which pass a policy takes; no files, no summaries. Called by `service.cli.replay`, the offline stage and
+`loadtests`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_core.errors import FeedbackError, UnknownPolicyError
+from router_core.policies import Policy, ScoreScale, make_policy
+from router_core.posterior import FoldSettings
+from router_core.prior import Prior
+from router_core.records import Signal
+from router_core.replay.passes import (
+    Stage,
+    Steps,
+    all_arms_pass,
+    combined_correctness,
+    fixed_pass,
+    learns,
+    online_pass,
+)
+from router_core.replay.stream import Plan, Scenario, make_plan
+from router_core.replay.table import Table
+from router_core.replay.trace import Trace
+
+SHADOW = "+shadow="
+"""`bayesian+shadow=0.1`: for a tenth of the instances every RM is asked, and every verdict is learned from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """A policy as it was named for a replay.
+
+    Attributes:
+        name: as given.
+        policy: of `make_policy`.
+        shadow: share of the instances at which every RM is asked.
+    """
+
+    name: str
+    policy: Policy
+    shadow: float = 0.0
+
+    def calls(self, plans: Sequence[Plan], n_arms: int) -> float:
+        """RM calls per instance: K where all are asked, else 1 + (share shadowed)·(K − 1)."""
+        if self.policy.asks_all:
+            return float(n_arms)
+        shadowed = sum(int(plan.shadowed(self.shadow).sum()) for plan in plans)
+        return 1.0 + shadowed / sum(len(plan) for plan in plans) * (n_arms - 1)
+
+
+def select(name: str, pool: Sequence[str]) -> Selected:
+    """The policy of a name: as `make_policy`, and `+shadow=RATE` behind the name of one that learns.
+
+    Raises:
+        UnknownPolicyError: no such policy, or a rate that it cannot have.
+    """
+    base, option, rate = name.rpartition(SHADOW)
+    if not option:
+        return Selected(name, make_policy(name, pool))
+    policy = make_policy(base, pool)
+    try:
+        share = float(rate)
+    except ValueError:
+        share = -1.0
+    if not 0.0 <= share <= 1.0:
+        raise UnknownPolicyError(f"policy {name!r}: the shadow rate is {rate!r}; give a share in [0, 1]")
+    if not learns(policy):
+        raise UnknownPolicyError(f"policy {name!r}: {base!r} does not learn, so shadowing teaches it nothing; drop it")
+    return Selected(name, policy, share)
+
+
+def replay(
+    table: Table,
+    x: NDArray[np.float32],
+    policy_names: Sequence[str],
+    *,
+    priors: Callable[[str | None], Prior],
+    signal: Signal,
+    seeds: Sequence[int],
+    settings: FoldSettings | None = None,
+    on_step: Steps | None = None,
+    scenario: Scenario | None = None,
+    scale: ScoreScale | None = None,
+) -> dict[str, Trace]:
+    """Every policy over the stream, once per seed; a seed fixes order, gaps and the noise of the draws for all of them.
+
+    Args:
+        table: the stream.
+        x: (N, d) float32 contexts.
+        policy_names: as `select`.
+        priors: the prior of a form, or of the default one for None.
+        signal: `preference`, `reward` (the asked RM's correctness) or `loss` (simulated: `replay.loss`).
+        seeds: one pass each.
+        settings: where the log is cut.
+        on_step: told how many instances were done since the last call; for progress bars.
+        scenario: what happens to the stream; by default each pair comes once, with feedback before the next draw.
+        scale: of the RMs' scores, for policies that combine them; by default that of the stream's own scores.
+
+    Raises:
+        FeedbackError: shadowing with a signal that says nothing of the other RMs.
+        UnknownPolicyError: a policy that does not exist.
+        DatasetError: drift without domains; `uwo` without scores.
+    """
+    scenario = scenario or Scenario()
+    selected = [select(name, table.pool) for name in policy_names]
+    _require_attributable(selected, signal)
+    plans = [make_plan(table, scenario, seed) for seed in seeds]
+    tell = on_step or (lambda _: None)
+    traces = {}
+    for each in selected:
+        if each.policy.asks_all:
+            correct = combined_correctness(table, each.policy, scale or _own_scale(table))
+            passes = [all_arms_pass(correct, plan, tell) for plan in plans]
+        else:
+            prior = priors(each.policy.prior)
+            stage = Stage(table, x, prior.offsets(x), each.policy, prior, signal, scenario, each.shadow, settings)
+            one_pass = online_pass if learns(each.policy) else fixed_pass
+            passes = [one_pass(stage, plan, tell) for plan in plans]
+        traces[each.name] = Trace(tuple(passes), len(table), each.calls(plans, len(table.pool)))
+    return traces
+
+
+def _require_attributable(selected: Sequence[Selected], signal: Signal) -> None:
+    for each in selected:
+        if each.shadow and signal is not Signal.PREFERENCE:
+            raise FeedbackError(
+                f"policy {each.name!r} with signal {signal.value!r}: it speaks of the asked RM only, so shadowed RMs "
+                "cannot learn from it; use --signal preference, or drop the shadow rate"
+            )
+
+
+def _own_scale(table: Table) -> ScoreScale:
+    """Mean and standard deviation of each RM over the stream's own scores."""
+    known = np.isfinite(table.scores)
+    counts = np.maximum(known.sum(axis=(0, 2)), 1)
+    scores = np.where(known, table.scores, 0.0)
+    mean = scores.sum(axis=(0, 2)) / counts
+    squares = np.where(known, np.square(table.scores - mean[:, None]), 0.0).sum(axis=(0, 2))
+    deviation = np.sqrt(squares / counts)
+    return ScoreScale(mean, np.where(deviation > 0, deviation, 1.0))

@@ -1,0 +1,155 @@
+"""A recorded stream as arrays: what each RM said of each pair, what was right, and which pairs belong together.
+
+Knows records and numpy. Made by `service.cli.replay` and `loadtests` from pairs; read by the rest of this package.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_core.errors import DatasetError
+from router_core.policies import ScoreScale
+from router_core.records import TIE, LabelledPair
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """N pairs, K RMs, at most n responses.
+
+    Attributes:
+        pool: K names.
+        verdicts: (N, K) int64, a response's index or TIE.
+        labels: (N,) int64.
+        correctness: (N, K) in {0, 0.5, 1}.
+        scores: (N, K, n) float64; NaN beyond a pair's own number of responses, and where only verdicts are recorded.
+        responses: (N,) int64, each pair's number of responses.
+        groups: N names; pairs of one group are right or wrong together. "": a group of its own.
+        subsets: N names, for reports; "" where there is none.
+        domains: N names; "" where there is none.
+    """
+
+    pool: tuple[str, ...]
+    verdicts: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    correctness: Array
+    scores: Array
+    responses: NDArray[np.int64]
+    groups: tuple[str, ...]
+    subsets: tuple[str, ...]
+    domains: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, index: NDArray[np.int64]) -> Table:
+        """The table of these pairs, in this order."""
+
+        def chosen(names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(names[i] for i in index)
+
+        return Table(
+            self.pool,
+            self.verdicts[index],
+            self.labels[index],
+            self.correctness[index],
+            self.scores[index],
+            self.responses[index],
+            chosen(self.groups),
+            chosen(self.subsets),
+            chosen(self.domains),
+        )
+
+    @property
+    def oracle(self) -> Array:
+        """(N,) correctness of the best RM of each pair, known in hindsight."""
+        best: Array = self.correctness.max(axis=1)
+        return best
+
+
+def tabulate(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> Table:
+    """The stream as arrays.
+
+    Raises:
+        DatasetError: no pairs, or an RM of the pool that was not asked about one of them (`complete_pairs` leaves such
+            pairs out).
+    """
+    if not pairs:
+        raise DatasetError("no pairs to replay: the data file is empty")
+    for pair in pairs:
+        missing = [name for name in pool if name not in pair.verdicts]
+        if missing:
+            raise DatasetError(
+                f"pair {pair.id!r} holds no verdict of {', '.join(missing)}: shorten --pool, or leave the pair out"
+            )
+    verdicts = np.array([[pair.verdicts[name] for name in pool] for pair in pairs], dtype=np.int64)
+    labels = np.array([pair.label for pair in pairs], dtype=np.int64)
+    return Table(
+        tuple(pool),
+        verdicts,
+        labels,
+        np.where(verdicts == TIE, 0.5, (verdicts == labels[:, None]).astype(np.float64)),
+        _scores(pairs, pool),
+        np.array([len(pair.instance.responses) for pair in pairs], dtype=np.int64),
+        tuple(pair.group for pair in pairs),
+        tuple(pair.subset for pair in pairs),
+        tuple(pair.domain for pair in pairs),
+    )
+
+
+def complete_pairs(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> tuple[NDArray[np.int64], dict[str, int]]:
+    """Which pairs every RM of the pool was asked about, and how many pairs each RM is missing from.
+
+    A policy may ask any RM, so a pair with a gap cannot be replayed.
+
+    Returns:
+        Ascending indices of the complete pairs, and {RM: pairs that lack it} of the RMs that miss any.
+
+    Raises:
+        DatasetError: an RM was asked about none of the pairs, or no pair is complete.
+    """
+    missing = Counter(name for pair in pairs for name in pool if name not in pair.verdicts)
+    for name, count in missing.items():
+        if count == len(pairs):
+            known = sorted({name for pair in pairs for name in pair.verdicts})
+            raise DatasetError(
+                f"pool: RM {name!r} was asked about none of the {len(pairs)} pairs; the data have {', '.join(known)}; "
+                "correct --pool or record its scores"
+            )
+    kept = [i for i, pair in enumerate(pairs) if all(name in pair.verdicts for name in pool)]
+    if not kept:
+        raise DatasetError(
+            f"no pair of {len(pairs)} was put to every RM of the pool ({', '.join(pool)}): give a smaller --pool, or "
+            "complete the data with `reward-router label`"
+        )
+    return np.array(kept, dtype=np.int64), dict(missing)
+
+
+def score_scale(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> ScoreScale:
+    """Mean and standard deviation of each RM's scores over all responses of these pairs, for UWO.
+
+    An RM without scores, or whose scores are all equal, keeps shift 0 (or its constant) and scale 1.
+    """
+    shift, scale = np.zeros(len(pool)), np.ones(len(pool))
+    for k, name in enumerate(pool):
+        values = np.array([score for pair in pairs if name in pair.scores for score in pair.scores[name]])
+        if len(values):
+            shift[k] = values.mean()
+            scale[k] = values.std() or 1.0
+    return ScoreScale(shift, scale)
+
+
+def _scores(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> Array:
+    most = max(len(pair.instance.responses) for pair in pairs)
+    scores = np.full((len(pairs), len(pool), most), np.nan)
+    for i, pair in enumerate(pairs):
+        for k, name in enumerate(pool):
+            if name in pair.scores:
+                scores[i, k, : len(pair.scores[name])] = pair.scores[name]
+    return scores

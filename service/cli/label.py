@@ -1,0 +1,272 @@
+"""`reward-router label`: ask every RM of a running pool about labelled pairs, and write the rows that `train` reads."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from router_core.dataset import load_rows
+from router_core.records import Instance
+from router_core.rows import Row
+from service.cli.processes import interruptible
+from service.cli.serve import read_settings
+from service.cli.train import parse_pool
+from service.errors import ConfigurationError, ServiceError
+from service.labelling.ask import AskPolicy, ModelAsker
+from service.labelling.journal import Answer, Journal, content_key, write_atomically
+from service.labelling.rows import Known, earlier_answers, labelled_lines, summarise
+from service.pool import ModelEntry, load_pool
+from service.wiring import build_arm
+from service.workers.client import VllmArm
+from service.workers.health import HealthMonitor, HealthPolicy
+from service.workers.protocol import Arm
+
+INTERRUPTED = 130
+"""Exit status after SIGINT or SIGTERM."""
+
+Wanted = Mapping[str, Sequence[tuple[str, Instance]]]
+"""Per RM, the contents that it is asked about."""
+
+_log = logging.getLogger("service.workers")
+
+
+def label(
+    data: Annotated[Path, typer.Argument(help="JSONL of pairs (docs/data.md); their `rm` may be absent or partial.")],
+    pool: Annotated[Path, typer.Option(help="Pool file (YAML) with the workers' URLs.")],
+    out: Annotated[Path, typer.Option(help="File that is written when all have answered; DATA itself is allowed.")],
+    models: Annotated[str | None, typer.Option(help="Only these RMs of the pool, comma-separated.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Batches in flight per RM.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Pairs per batch, where the rendering takes several.")] = 16,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one batch.")] = 120.0,
+    patience: Annotated[float, typer.Option(min=0.0, help="Seconds that a worker may be away.")] = 120.0,
+    retry_missing: Annotated[bool, typer.Option("--retry-missing", help="Ask again what an RM refused.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Ask everything again, also what is known.")] = False,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write the summary to this file; `-` for standard output.")
+    ] = None,
+) -> None:
+    """Ask the reward models of a running pool for the scores of each pair's responses.
+
+    Answers are kept as they come, in OUT.partial: an interrupted run goes on where it was when the same command is
+    given again. What the rows, or an earlier OUT, hold already is not asked, so that adding an RM asks that one alone.
+    """
+    interruptible()
+    console = Console(stderr=True)
+    rows, entries = load_rows(data), _chosen(pool, models)
+    _warn_of_unlabelled(rows, console)
+    policy = AskPolicy(concurrency, batch, timeout, patience)
+    with Journal(out.with_name(out.name + ".partial")) as journal:
+        known = Known(rows, [content_key(row.instance) for row in rows], _earlier(rows, out), journal.answers)
+        wanted = {entry.name: known.to_ask(entry.name, retry_missing=retry_missing, again=again) for entry in entries}
+        seconds = _ask_all([entry for entry in entries if wanted[entry.name]], wanted, policy, journal, console)
+        write_atomically(out, labelled_lines(known, list(wanted)))
+        journal.remove()
+    summary = {"out": str(out), "seconds": seconds, **summarise(known, {name: len(wanted[name]) for name in wanted})}
+    if json_out is not None and str(json_out) == "-":
+        typer.echo(json.dumps(summary))
+        return
+    if json_out is not None:
+        json_out.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    _show(summary, Console())
+
+
+def _chosen(pool: Path, models: str | None) -> list[ModelEntry]:
+    entries = load_pool(pool).models
+    names = parse_pool(models)
+    unknown = [name for name in names if name not in {entry.name for entry in entries}]
+    if unknown:
+        raise ConfigurationError(
+            f"--models names {', '.join(unknown)}, the pool holds {', '.join(entry.name for entry in entries)}"
+        )
+    return [entry for entry in entries if not names or entry.name in names]
+
+
+def _earlier(rows: Sequence[Row], out: Path) -> dict[tuple[str, str], Answer]:
+    """What an earlier output, and the input's own notes of refusals, answer already."""
+    answers = {key: answer for key, answer in earlier_answers(rows).items() if answer.scores is None}
+    if out.exists():
+        earlier = load_rows(out)
+        lost = {row.id for row in earlier} - {row.id for row in rows}
+        if lost:
+            raise ConfigurationError(
+                f"{out} holds {len(lost)} rows that the input has not (such as {sorted(lost)[0]!r}) and would be lost: "
+                "choose another --out"
+            )
+        answers |= earlier_answers(earlier)
+    return answers
+
+
+def _warn_of_unlabelled(rows: Sequence[Row], console: Console) -> None:
+    unlabelled = sum(row.label is None for row in rows)
+    if unlabelled:
+        console.print(
+            f"[yellow]note[/] {unlabelled} of {len(rows)} rows have no label: they are scored and passed on; `train` "
+            "needs one",
+            highlight=False,
+        )
+
+
+def _ask_all(
+    entries: Sequence[ModelEntry], wanted: Wanted, policy: AskPolicy, journal: Journal, console: Console
+) -> float:
+    """Ask all RMs at once; returns the seconds that it took.
+
+    Raises:
+        typer.Exit: interrupted.
+        ServiceError: an RM stayed away or refuses us; the others have been asked nevertheless.
+    """
+    if not entries:
+        return 0.0
+    began = time.monotonic()
+    arms = [build_arm(entry, read_settings(worker_timeout_seconds=policy.timeout_seconds)) for entry in entries]
+    try:
+        with _progress(console) as progress, _worker_notes(progress.console):
+            failures = asyncio.run(_ask_pool(arms, wanted, policy, journal, progress))
+    except KeyboardInterrupt:
+        console.print(f"interrupted: {_kept(journal)}", highlight=False)
+        raise typer.Exit(INTERRUPTED) from None
+    if failures:
+        raise type(failures[0])("; ".join(error.message for error in failures) + f". {_kept(journal)}")
+    return time.monotonic() - began
+
+
+def _kept(journal: Journal) -> str:
+    return f"{len(journal.answers)} answers are kept in {journal.path}; the same command goes on from there"
+
+
+async def _ask_pool(
+    arms: Sequence[VllmArm], wanted: Wanted, policy: AskPolicy, journal: Journal, progress: Progress
+) -> list[ServiceError]:
+    """All RMs at once; returns the errors of those that could not be asked to the end."""
+    monitor = HealthMonitor(arms, HealthPolicy(timeout_seconds=policy.timeout_seconds), np.random.default_rng())
+    try:
+        await monitor.check_all()
+        monitor.start()
+        askers = [_asker(arm, policy, _recorder(arm.name, len(wanted[arm.name]), journal, progress)) for arm in arms]
+        outcomes = await asyncio.gather(
+            *(_asked(asker, wanted[arm.name]) for arm, asker in zip(arms, askers, strict=True))
+        )
+    finally:
+        await monitor.stop()
+        for arm in arms:
+            await arm.close()
+    return [outcome for outcome in outcomes if outcome is not None]
+
+
+async def _asked(asker: ModelAsker, instances: Sequence[tuple[str, Instance]]) -> ServiceError | None:
+    try:
+        _require_usable(asker.arm)
+        await asker.run(instances)
+    except ServiceError as error:
+        return error
+    return None
+
+
+def _asker(arm: VllmArm, policy: AskPolicy, record: Callable[[Sequence[Answer]], None]) -> ModelAsker:
+    """One request a batch: a rendering that takes one conversation a request gets one pair a batch."""
+    limit = arm.config.rendering.items_limit
+    if limit == 1:
+        policy = replace(policy, batch=1)
+
+    def describe() -> str:
+        return "; ".join(f"{one.url}: {one.problem or one.state.value}" for one in arm.snapshots())
+
+    return ModelAsker(arm, policy, record, describe)
+
+
+def _require_usable(arm: Arm) -> None:
+    """Raises ConfigurationError if the probe has found every replica unfit: no waiting helps."""
+    problems = [one.problem for one in arm.snapshots()] if isinstance(arm, VllmArm) else []
+    if problems and all(problems):
+        raise ConfigurationError(f"RM {arm.name!r}: {'; '.join(filter(None, problems))}")
+
+
+def _recorder(model: str, total: int, journal: Journal, progress: Progress) -> Callable[[Sequence[Answer]], None]:
+    task = progress.add_task(model, total=total, missing="")
+    missing = 0
+
+    def record(answers: Sequence[Answer]) -> None:
+        nonlocal missing
+        journal.append(answers)
+        missing += sum(answer.scores is None for answer in answers)
+        progress.update(task, advance=len(answers), missing=f"{missing} without score" if missing else "")
+
+    return record
+
+
+class _RateColumn(ProgressColumn):
+    """Pairs per second."""
+
+    def render(self, task: Task) -> Text:
+        """A dash until there is a speed."""
+        return Text("–" if task.speed is None else f"{task.speed:.1f} pairs/s", style="progress.data.speed")
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[yellow]{task.fields[missing]}"),
+        console=console,
+    )
+
+
+@contextmanager
+def _worker_notes(console: Console) -> Iterator[None]:
+    """What the workers' clients log, as lines above the progress bars."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            fields = getattr(record, "fields", {})
+            console.print(
+                f"[yellow]note[/] {record.getMessage()}: "
+                + ", ".join(str(value) for value in fields.values() if value is not None),
+                highlight=False,
+            )
+
+    handler = Handler(logging.WARNING)
+    propagate = _log.propagate
+    _log.addHandler(handler)
+    _log.propagate = False
+    try:
+        yield
+    finally:
+        _log.removeHandler(handler)
+        _log.propagate = propagate
+
+
+def _show(summary: Mapping[str, Any], console: Console) -> None:
+    table = Table(title=f"{summary['rows']} rows in {summary['out']}, {summary['seconds']:.0f} s")
+    table.add_column("RM", overflow="fold")
+    for column in ("asked now", "scored", "without score", "right"):
+        table.add_column(column, justify="right")
+    for name, row in summary["models"].items():
+        missing = ", ".join(f"{count} {reason}" for reason, count in row["missing"].items())
+        accuracy = "–" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
+        table.add_row(name, str(row["asked"]), str(row["scored"]), missing, accuracy)
+    console.print(table)

@@ -1,0 +1,249 @@
+"""`reward-router ope`: what would other policies have earned on an exported log?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from router_core.checkpoint import Checkpoint
+from router_core.ope import (
+    Estimate,
+    LoggedData,
+    NoSupportError,
+    doubly_robust,
+    ips,
+    safe_interval,
+    sequential_ridge,
+    snips,
+)
+from router_core.policies import make_policy
+from router_core.records import Signal
+from service.cli.train import parse_pool
+from service.errors import ConfigurationError
+from service.eventlog.load import EventLog, load_log, logged_data
+from service.eventlog.record import Header
+from service.eventlog.targets import SOFTMAX, Targets, load_checkpoint, temperature_of
+
+Array = NDArray[np.float64]
+
+FEW_ROWS = 100
+"""Effective sample size below which the normal intervals may hold the truth less often than they say."""
+
+ESTIMATORS = ("ips", "snips", "dr")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the log says about one policy.
+
+    Attributes:
+        estimates: by name of the estimator; empty where the log cannot tell.
+        safe95: interval that holds without a limit theorem; None for rewards outside [0, 1].
+        problem: why there are no estimates.
+        warnings: what to know before using them.
+    """
+
+    estimates: dict[str, Estimate]
+    safe95: tuple[float, float] | None
+    problem: str | None
+    warnings: list[str]
+
+
+def ope(
+    log: Annotated[Path, typer.Argument(help="File that `reward-router export` has written.")],
+    policies: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: `singles`, single:MODEL, random, offline, softmax:TEMPERATURE, bayesian (what was "
+            "learned from the beginning of the log, evaluated on the rest)."
+        ),
+    ] = "singles,random",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The checkpoint that the run was served with; offline and softmax need it.")
+    ] = None,
+    clip: Annotated[
+        float | None, typer.Option(min=0, help="Largest importance weight; less variance, some bias.")
+    ] = None,
+    learn_share: Annotated[
+        float, typer.Option(min=0.05, max=0.95, help="For `bayesian`: share of the log that it learns from.")
+    ] = 0.5,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file; `-` for standard output.")
+    ] = None,
+) -> None:
+    """Off-policy evaluation: mean reward that each policy would have had on the logged instances.
+
+    IPS, SNIPS and doubly robust with 95% intervals, and a safe interval that holds whatever the sample. A policy that
+    the log says too little about gets a reason, never a number. docs/off-policy.md explains all of it.
+    """
+    events = load_log(log)
+    names = _names(policies, events.header.pool)
+    figures = evaluate_log(
+        events, names, load_checkpoint(checkpoint, events.header), clip=clip, learn_share=learn_share
+    )
+    if json_out is not None and str(json_out) == "-":
+        typer.echo(json.dumps(figures))
+        return
+    if json_out is not None:
+        json_out.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+    print_figures(figures)
+
+
+def evaluate_log(
+    log: EventLog,
+    names: Sequence[str],
+    checkpoint: Checkpoint | None,
+    *,
+    clip: float | None = None,
+    learn_share: float = 0.5,
+) -> dict[str, Any]:
+    """The JSON of the command.
+
+    Args:
+        log: the file.
+        names: target policies.
+        checkpoint: the run's, restricted to its pool.
+        clip: largest importance weight.
+        learn_share: of the log, for `bayesian`.
+
+    Raises:
+        ConfigurationError: no event can be used.
+        UnknownPolicyError: a policy that cannot be evaluated in this way.
+    """
+    whole = logged_data(log)
+    if not len(whole):
+        raise ConfigurationError(
+            f"run {log.header.run!r} has {len(log.events)} events and none with a reward of one asked RM: nothing can "
+            "be evaluated; send feedback, and export again"
+        )
+    q = sequential_ridge(whole)
+    targets = Targets(log, checkpoint, learn_share)
+    policies: dict[str, Any] = {}
+    for name in names:
+        first, pi = targets.probabilities(name, whole)
+        part = slice(first, None)
+        verdict = judge(whole.rows(part), pi, q[part], clip)
+        policies[name] = _figures(verdict, name, log.header)
+    return {
+        "n": len(whole),
+        "run": log.header.run,
+        "signal": log.header.signal.value,
+        "left_out": len(log.events) - len(whole),
+        "shadowed": int((whole.seen.sum(axis=1) > 1).sum()),
+        "logged": {"value": float(whole.reward.mean()), "ci95": list(_mean_interval(whole.reward))},
+        "policies": policies,
+    }
+
+
+def judge(data: LoggedData, pi: Array, q: Array, clip: float | None) -> Verdict:
+    """All estimators for one target; `data` is in log order, `pi` and `q` are (N, K)."""
+    safe = safe_interval(data, pi) if data.unit_rewards and (pi * data.available).any() else None
+    estimators: dict[str, Callable[[], Estimate]] = {
+        "ips": lambda: ips(data, pi, clip=clip),
+        "snips": lambda: snips(data, pi, clip=clip),
+        "dr": lambda: doubly_robust(data, pi, q, clip=clip),
+    }
+    try:
+        estimates = {name: estimator() for name, estimator in estimators.items()}
+    except NoSupportError as error:
+        return Verdict({}, safe, str(error), [])
+    return Verdict(estimates, safe, None, _warnings(estimates["snips"], clip))
+
+
+def print_figures(figures: dict[str, Any], console: Console | None = None) -> None:
+    """The table that people read."""
+    console = console or Console()
+    logged = figures["logged"]
+    table = Table(title=f"{figures['n']} logged decisions of run {figures['run']}: mean reward (95% interval)")
+    table.add_column("policy")
+    for column in (*ESTIMATORS, "safe interval", "eff. rows"):
+        table.add_column(column, justify="right")
+    table.add_row("as logged", _cell(logged), "", "", "", str(figures["n"]))
+    table.add_section()
+    for name, row in figures["policies"].items():
+        safe = "–" if row["safe95"] is None else _interval(row["safe95"])
+        cells = [_cell(row[how]) for how in ESTIMATORS]
+        table.add_row(name, *cells, safe, "–" if row["snips"] is None else f"{row['snips']['ess']:.0f}")
+    console.print(table)
+    for name, row in figures["policies"].items():
+        for line in ([row["problem"]] if row["problem"] else []) + row["warnings"]:
+            console.print(f"{name}: {line}", highlight=False, soft_wrap=True)
+
+
+def _names(text: str, pool: Sequence[str]) -> list[str]:
+    names: list[str] = []
+    for name in parse_pool(text):
+        names.extend([f"single:{model}" for model in pool] if name == "singles" else [name])
+    for name in names:
+        if name.startswith(SOFTMAX):
+            temperature_of(name)
+        else:
+            make_policy(name, pool)
+    return names
+
+
+def _warnings(estimate: Estimate, clip: float | None) -> list[str]:
+    """What a reader of the figures should know."""
+    out = []
+    if estimate.ess < FEW_ROWS:
+        out.append(
+            f"the log is worth {estimate.ess:.0f} rows of this policy's own: rather use the safe interval, the others "
+            "may hold the truth less often than they say"
+        )
+    if estimate.lost:
+        out.append(
+            f"{estimate.lost:.1%} of what it would have asked has no support in this log: the intervals are that wider"
+        )
+    if estimate.clipped:
+        out.append(f"{estimate.clipped:.1%} of the weights were clipped at {clip}: the values are biased, unknown how")
+    if estimate.dropped:
+        out.append(f"{estimate.dropped} decisions left out, at which none of its RMs was available")
+    return out
+
+
+def _figures(verdict: Verdict, name: str, header: Header) -> dict[str, Any]:
+    """One policy's part of the JSON."""
+    warnings = list(verdict.warnings)
+    if header.signal is Signal.LOSS:
+        warnings.append("losses are scaled per RM by what came before, so that RMs are hard to compare by them")
+    if name.startswith("bayesian"):
+        warnings.append("as it was after the first part of the log, evaluated on the rest and held fixed")
+    figures: dict[str, Any] = dict.fromkeys(ESTIMATORS)
+    for how, estimate in verdict.estimates.items():
+        figures[how] = {
+            "value": estimate.value,
+            "ci95": list(estimate.ci95),
+            "ess": estimate.ess,
+            "n": estimate.n,
+            "max_weight": estimate.max_weight,
+            "clipped": estimate.clipped,
+            "lost": estimate.lost,
+        }
+    return {
+        **figures,
+        "safe95": None if verdict.safe95 is None else list(verdict.safe95),
+        "problem": verdict.problem,
+        "warnings": warnings,
+    }
+
+
+def _mean_interval(values: Array) -> tuple[float, float]:
+    half = 1.96 * float(values.std()) / len(values) ** 0.5
+    return float(values.mean()) - half, float(values.mean()) + half
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    return "–" if row is None else f"{row['value']:.3f} ({_interval(row['ci95'])})"
+
+
+def _interval(bounds: Sequence[float]) -> str:
+    return f"{bounds[0]:.3f} – {bounds[1]:.3f}"

@@ -1,0 +1,119 @@
+"""What `reward-router replay` prints and writes. Called by `service.cli.replay`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from router_core.records import Signal
+from router_core.replay import Curve, Scenario
+from service.cli.replay_parts import Options
+
+_WIDTH = 120
+"""Of a table that is written to a file or a pipe."""
+
+
+def describe(options: Options, scenario: Scenario, signal: Signal) -> dict[str, Any]:
+    """The scenario as JSON: enough to run it again."""
+    shift = options.shift
+    loss = scenario.loss
+    return {
+        "folds": options.folds,
+        "shift": None
+        if shift is None
+        else {"domain": shift.word, "stream_share": shift.stream_share, "offline_share": shift.offline_share},
+        "offline_domains": list(options.offline_domains),
+        "stream_domains": list(options.stream_domains),
+        "drift": scenario.drift,
+        "repeat": scenario.repeat,
+        "delay": str(scenario.delay),
+        "missing": scenario.missing,
+        "batch": scenario.batch,
+        "simulated_loss": None
+        if signal is not Signal.LOSS
+        else {
+            "separation": loss.separation,
+            "beta": loss.beta,
+            "spread": loss.spread,
+            "growth": loss.growth,
+        },
+    }
+
+
+def gaps_sentence(total: int, complete: int, gaps: Mapping[str, int]) -> str:
+    """What is said about pairs that cannot be streamed."""
+    listed = ", ".join(f"{name} ({count})" for name, count in gaps.items())
+    return f"{total - complete} of {total} pairs are not streamed: an RM of the pool was not asked about them: {listed}"
+
+
+def curves_json(curves: Mapping[str, Curve]) -> dict[str, Any]:
+    """Every policy's points, and the window that an accuracy is the mean of."""
+    return {
+        "window": next(iter(curves.values())).window,
+        "policies": {name: curve.as_dict() for name, curve in curves.items()},
+    }
+
+
+def headline(figures: Mapping[str, Any]) -> str:
+    """One line about the replay: the title of table and picture."""
+    scenario = figures["scenario"]
+    words = [f"{figures['n']} pairs", f"{len(figures['seeds'])} seeds", f"signal {figures['signal']}"]
+    shift = scenario["shift"]
+    if shift is not None:
+        words.append(f"shift to {shift['domain']} ({shift['offline_share']:g} → {shift['stream_share']:g})")
+    if scenario["offline_domains"] or scenario["stream_domains"]:
+        sides = [" ".join(scenario[side]) or "all" for side in ("offline_domains", "stream_domains")]
+        words.append(f"{sides[0]} → {sides[1]}")
+    words += [f"{scenario['folds']} folds"] if scenario["folds"] else []
+    words += ["drift"] if scenario["drift"] else []
+    words += [f"{scenario['repeat']} times"] if scenario["repeat"] > 1 else []
+    words += [f"delay {scenario['delay']}"] if scenario["delay"] != "0" else []
+    words += [f"{scenario['missing']:.0%} without feedback"] if scenario["missing"] else []
+    return ", ".join(words)
+
+
+def publish(figures: dict[str, Any], json_out: Path | None) -> None:
+    """JSON alone on standard output for `-`; else the table, and the JSON where a file was named."""
+    if json_out is not None and str(json_out) == "-":
+        typer.echo(json.dumps(figures))
+        return
+    if json_out is not None:
+        json_out.parent.mkdir(parents=True, exist_ok=True)
+        json_out.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+    print_report(figures)
+
+
+def print_report(figures: Mapping[str, Any], console: Console | None = None) -> None:
+    """The table that people read."""
+    table = RichTable(title=headline(figures))
+    table.add_column("policy", justify="left", overflow="fold")
+    for column in ("accuracy", "95% interval", "last third", "over best single", "calls", "regret"):
+        table.add_column(column, justify="right", no_wrap=column not in ("last third", "over best single"))
+    for name, row in sorted(figures["policies"].items(), key=lambda item: -item[1]["accuracy"]):
+        low, high = row["ci95"]
+        over = figures["paired"][name]["best_single"]
+        table.add_row(
+            name,
+            f"{row['accuracy']:.3f}",
+            f"{low:.3f} – {high:.3f}",
+            f"{figures['last_third'][name]:.3f}",
+            "{:+.3f} ({:+.3f} … {:+.3f})".format(over["difference"], *over["ci95"]),
+            f"{row['calls_per_instance']:.3g}",
+            f"{row['regret']:.3f}",
+        )
+    best, oracle = figures["best_single"], figures["oracle"]
+    table.add_section()
+    for name, accuracy in (
+        (f"best single: {best['model']}", best["accuracy"]),
+        ("best RM per subset, in hindsight", figures["best_per_subset"]),
+        ("oracle", oracle),
+    ):
+        table.add_row(name, f"{accuracy:.3f}", "", "", "", "1", f"{oracle - accuracy:.3f}")
+    (console or Console(width=None if sys.stdout.isatty() else _WIDTH)).print(table)

@@ -1,0 +1,108 @@
+"""Events as JSON Lines: one header line, then one object per event. For people, jq, and where pyarrow is not installed.
+
+Infinity has no number in JSON: a mean of −∞ (an arm that the policy never asks) is null. Called by `export` and `load`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+import numpy as np
+
+from router_core.records import Feedback, Signal
+from service.errors import ConfigurationError
+from service.eventlog.record import Header, LoggedEvent, model_of
+from service.usecases.decisions import StoredDecision
+
+HEADER_KEY = "reward_router"
+"""The only key of the first line."""
+
+
+class JsonlWriter:
+    """Writes one file, from its first byte to its last.
+
+    Args:
+        file: open for writing; the caller closes it.
+        header: its first line.
+    """
+
+    def __init__(self, file: BinaryIO, header: Header) -> None:
+        self._file = file
+        self._header = header
+        self._file.write(b'{"%b": %b}\n' % (HEADER_KEY.encode(), header.to_json().encode()))
+
+    def write(self, events: Sequence[LoggedEvent]) -> None:
+        """Append events."""
+        for event in events:
+            self._file.write(msgspec.json.encode(_row(event, self._header)) + b"\n")
+
+    def close(self) -> None:
+        """Nothing is left to be written."""
+
+
+def read_jsonl_header(path: Path) -> Header:
+    """The first line.
+
+    Raises:
+        ConfigurationError: it is no header.
+    """
+    with path.open("rb") as file:
+        try:
+            header = msgspec.json.decode(file.readline())[HEADER_KEY]
+        except (msgspec.DecodeError, KeyError, TypeError) as error:
+            raise ConfigurationError(f"{path} is no event log of reward-router: its first line is no header") from error
+    return Header.from_json(msgspec.json.encode(header), path)
+
+
+def read_jsonl(path: Path) -> Iterator[LoggedEvent]:
+    """Every event, one by one.
+
+    Raises:
+        ConfigurationError: a line that is no event.
+    """
+    with path.open("rb") as file:
+        file.readline()
+        for number, line in enumerate(file, start=2):
+            try:
+                yield _event(msgspec.json.decode(line))
+            except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
+                raise ConfigurationError(f"{path} line {number} is no event ({error!r}): export again") from error
+
+
+def _row(event: LoggedEvent, header: Header) -> dict[str, Any]:
+    decision = event.decision
+    row: dict[str, Any] = {
+        "event_id": event.event_id,
+        "decision_id": event.decision_id,
+        "feedback_time_ms": event.feedback_time_ms,
+        "run": header.run,
+        "model": model_of(header.pool, decision.arm),
+        **{name: getattr(decision, name) for name in StoredDecision.__struct_fields__},
+    }
+    row["x"] = np.frombuffer(decision.x, "<f4").tolist()
+    row["means"] = [mean if math.isfinite(mean) else None for mean in decision.means]
+    row["shadows"] = [
+        {"arm": arm, "offset": offset, "verdict": verdict, "reward": reward}
+        for (arm, offset, verdict), reward in zip(decision.shadows, event.shadow_rewards, strict=True)
+    ]
+    row.update(signal=event.feedback.signal.value, value=event.feedback.value, reward=event.reward)
+    return row
+
+
+def _event(row: dict[str, Any]) -> LoggedEvent:
+    fields = {name: row[name] for name in StoredDecision.__struct_fields__}
+    fields["x"] = np.array(row["x"], "<f4").tobytes()
+    fields["means"] = [-math.inf if mean is None else mean for mean in row["means"]]
+    fields["shadows"] = [(told["arm"], told["offset"], told["verdict"]) for told in row["shadows"]]
+    return LoggedEvent(
+        row["event_id"],
+        row["decision_id"],
+        StoredDecision(**fields),
+        Feedback(Signal(row["signal"]), float(row["value"])),
+        row["reward"],
+        tuple(told["reward"] for told in row["shadows"]),
+    )

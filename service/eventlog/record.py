@@ -1,0 +1,204 @@
+"""One event of an exported log, and what a file says about itself.
+
+Knows the stored decision and the fold's rewards; knows no file format and no store. Called by the other modules of this
+package.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from router_core.feedback import LossScale, SignalAccumulator, SignalStatistics
+from router_core.posterior import NO_ARM
+from router_core.prior import PriorForm
+from router_core.records import Feedback, Shadow, Signal
+from service.errors import ConfigurationError
+from service.stores.protocol import LogEntry
+from service.usecases.decisions import StoredDecision, decode_decision, decode_feedback
+
+SCHEMA_VERSION = 1
+"""Of the files. A column is only ever added under the same number."""
+
+LOSS_SCALES: Mapping[PriorForm, LossScale] = MappingProxyType(
+    {PriorForm.PAPER: LossScale.Z, PriorForm.LINUCB: LossScale.QUANTILE}
+)
+"""How runs of a prior form turn losses into rewards, where it is not `UNIT_Z`; as `router_core.prior` sets it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file of events says about itself.
+
+    Attributes:
+        run: whose log it is.
+        fingerprint: the run's, as the gateway stored it: pool, signal, prior, dimension, origin, hyper-parameters.
+        first_position: events of the log before the first one here; None where that is not known (`--since`).
+        exact_rewards: whether the column `reward` is what the fold learned from. Losses are scaled by what came
+            before, so a log whose beginning is gone cannot tell; its rewards are empty then.
+        created_by: program and version.
+        schema_version: `SCHEMA_VERSION` of the program that wrote it.
+    """
+
+    run: str
+    fingerprint: Mapping[str, Any]
+    first_position: int | None
+    exact_rewards: bool
+    created_by: str
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def pool(self) -> tuple[str, ...]:
+        """Model names, in arm order."""
+        return tuple(self.fingerprint["pool"])
+
+    @property
+    def dim(self) -> int:
+        """d, the length of a context."""
+        return int(self.fingerprint["d"])
+
+    @property
+    def signal(self) -> Signal:
+        """The run's kind of feedback."""
+        return Signal(self.fingerprint["signal"])
+
+    @property
+    def form(self) -> PriorForm:
+        """The run's prior form."""
+        return PriorForm(self.fingerprint["prior"])
+
+    def to_json(self) -> str:
+        """One line."""
+        names = ("run", "fingerprint", "first_position", "exact_rewards", "created_by", "schema_version")
+        return json.dumps({name: getattr(self, name) for name in names}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: object) -> Header:
+        """Read `to_json` back.
+
+        Raises:
+            ConfigurationError: it is none, or of a later version; `source` names the file.
+        """
+        try:
+            header = cls(**json.loads(text))
+            complete = all(key in header.fingerprint for key in ("pool", "d", "signal", "prior"))
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"{source} is no event log of reward-router: {error}") from error
+        if not complete or header.schema_version > SCHEMA_VERSION:
+            raise ConfigurationError(
+                f"{source} was written by {header.created_by} in schema version {header.schema_version}, and this "
+                f"program reads {SCHEMA_VERSION}: use that version, or export again"
+            )
+        return header
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedEvent:
+    """One event: the decision, the feedback, and what the fold makes of both.
+
+    Attributes:
+        event_id: its place in the log, "milliseconds-sequence" of when the feedback was accepted.
+        decision_id: what the feedback named.
+        decision: all that was stored of it.
+        feedback: kind and raw value.
+        reward: of the asked RM, as the fold learns it; None while a loss signal warms up, where every RM was asked, and
+            where it cannot be told (`Header.exact_rewards`).
+        shadow_rewards: of `decision.shadows`, in their order.
+    """
+
+    event_id: str
+    decision_id: str
+    decision: StoredDecision
+    feedback: Feedback
+    reward: float | None
+    shadow_rewards: tuple[float, ...] = ()
+
+    @property
+    def feedback_time_ms(self) -> int:
+        """When the feedback was accepted, Unix time."""
+        return int(self.event_id.partition("-")[0])
+
+
+class RewardFollower:
+    """Turns log entries into events, keeping the statistics that the fold keeps.
+
+    Args:
+        header: of the run.
+    """
+
+    def __init__(self, header: Header) -> None:
+        self._header = header
+        scale = LOSS_SCALES.get(header.form, LossScale.UNIT_Z)
+        self._signal = SignalAccumulator(SignalStatistics.empty(len(header.pool)), scale)
+
+    def event(self, entry: LogEntry) -> LoggedEvent:
+        """The next event of the log.
+
+        Raises:
+            ConfigurationError: the entry cannot be read.
+        """
+        try:
+            decision = decode_decision(entry.payload)
+            feedback = decode_feedback(entry.value)
+        except ValueError as error:
+            raise ConfigurationError(
+                f"event {entry.event_id} of run {self._header.run!r} cannot be read ({error}): export with the version "
+                "of the gateway that wrote it"
+            ) from error
+        reward = self.reward(decision.arm, feedback, decision.verdict)
+        shadows = tuple(
+            told
+            for shadow in (Shadow(*words) for words in decision.shadows)
+            if (told := self.reward(shadow.arm, feedback, shadow.verdict)) is not None
+        )
+        return LoggedEvent(entry.event_id, entry.decision_id, decision, feedback, reward, shadows)
+
+    def reward(self, arm: int, feedback: Feedback, verdict: int) -> float | None:
+        """What the fold learns from one verdict; the statistics move on."""
+        if arm == NO_ARM:
+            return None
+        reward = self._signal.observe(arm, feedback, verdict=verdict)
+        return reward if self._header.exact_rewards else None
+
+
+def new_header(run: str, fingerprint: bytes, first_position: int | None, *, from_first_event: bool) -> Header:
+    """The header of a new file.
+
+    Args:
+        run: whose log it is.
+        fingerprint: as the store keeps it.
+        first_position: see `Header`.
+        from_first_event: whether every event of the run will be read, though not all need be written.
+
+    Raises:
+        ConfigurationError: the fingerprint is another program's.
+    """
+    text = json.dumps(
+        {
+            "run": run,
+            "fingerprint": json.loads(fingerprint),
+            "first_position": first_position,
+            "exact_rewards": True,
+            "created_by": f"reward-router {importlib.metadata.version('reward-router')}",
+        }
+    )
+    header = Header.from_json(text, f"the store's run {run!r}")
+    return replace(header, exact_rewards=from_first_event or header.signal is not Signal.LOSS)
+
+
+def require_same_run(existing: Header, header: Header, source: object) -> None:
+    """Raises ConfigurationError unless both are of the same run, started in the same way."""
+    if (existing.run, existing.fingerprint) != (header.run, header.fingerprint):
+        raise ConfigurationError(
+            f"{source} holds run {existing.run!r}, started with other settings than run {header.run!r} of this store: "
+            "export to another file"
+        )
+
+
+def model_of(pool: Sequence[str], arm: int) -> str | None:
+    """Name of the asked RM; None where all were."""
+    return None if arm == NO_ARM else pool[arm]

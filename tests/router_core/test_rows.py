@@ -1,0 +1,173 @@
+"""The row format: several responses, letters and indices, what may be absent, and what complaints name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router_core.dataset import load_pairs, load_rows, pairs_digest, pool_matrix, write_pairs
+from router_core.errors import DatasetError
+from router_core.records import TIE, Instance, LabelledPair, verdict_of
+from router_core.rows import Row, encode_pair, parse_row
+
+FILE = Path("pairs.jsonl")
+
+
+def several(**changes: object) -> dict[str, object]:
+    base: dict[str, object] = {
+        "id": "g/1",
+        "prompt": "Which?",
+        "responses": ["one", "two", "three"],
+        "label": 2,
+        "rm": {"R": {"scores": [0.1, 0.3, 0.2]}},
+    }
+    return {key: value for key, value in {**base, **changes}.items() if value is not None}
+
+
+def parse(row: dict[str, object]) -> Row:
+    return parse_row(FILE, 1, json.dumps(row).encode())
+
+
+def test_several_responses_are_read_with_scores_in_their_order() -> None:
+    row = parse(several())
+    assert row.instance == Instance("Which?", ("one", "two", "three"))
+    assert (row.label, row.scores["R"], row.verdicts["R"]) == (2, (0.1, 0.3, 0.2), 1)
+
+
+@pytest.mark.parametrize(("label", "index"), [("a", 0), ("c", 2), (0, 0), (2, 2)])
+def test_a_response_is_named_by_letter_or_index(label: object, index: int) -> None:
+    assert parse(several(label=label)).label == index
+
+
+@pytest.mark.parametrize(("verdict", "index"), [("tie", TIE), ("b", 1), (1, 1)])
+def test_a_verdict_is_a_letter_an_index_or_a_tie(verdict: object, index: int) -> None:
+    assert parse(several(rm={"R": {"scores": [0.0, 2.0, 1.0], "verdict": verdict}})).verdicts["R"] == index
+
+
+def test_equal_best_scores_are_a_tie_and_a_verdict_may_name_any_of_them() -> None:
+    equal = [0.5, 0.1, 0.5]
+    assert parse(several(rm={"R": {"scores": equal}})).verdicts["R"] == TIE
+    assert parse(several(rm={"R": {"scores": equal, "verdict": 2}})).verdicts["R"] == 2
+    with pytest.raises(DatasetError, match="say 0"):
+        parse(several(rm={"R": {"scores": equal, "verdict": 1}}))
+
+
+def test_two_responses_may_be_given_as_a_list_and_letters_may_be_indices() -> None:
+    listed = parse(
+        several(responses=["x", "y"], label=1, rm={"R": {"scores": [1, 2]}, "S": {"score_a": 3, "score_b": 1}})
+    )
+    assert (listed.label, dict(listed.scores), dict(listed.verdicts)) == (
+        1,
+        {"R": (1.0, 2.0), "S": (3.0, 1.0)},
+        {"R": 1, "S": 0},
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"responses": ["one"]}, "'responses' = ['one']: give a list of at least two"),
+        ({"responses": "one"}, "'responses' = 'one'"),
+        ({"responses": ["one", 2]}, "'responses[1]' = 2"),
+        ({"response_a": "one"}, "'response_a' = 'one': the row has 'responses' too"),
+        ({"label": 3}, "'label' = 3: give the index of a response, 0 to 2"),
+        ({"label": -1}, "'label' = -1"),
+        ({"label": True}, "'label' = True"),
+        ({"label": 1.0}, "'label' = 1.0"),
+        ({"label": "tie"}, "'label' = 'tie'"),
+        ({"label": "d"}, "'label' = 'd'"),
+        ({"label": "ab"}, "'label' = 'ab'"),
+        ({"rm": {"R": {"scores": [1, 2]}}}, "'rm[R].scores' = [1, 2]: give a list of 3 numbers"),
+        ({"rm": {"R": {"score_a": 1, "score_b": 2}}}, "'rm[R].scores' = None"),
+        ({"rm": {"R": {"scores": [1, 2, "3"]}}}, "'rm[R].scores[2]' = '3'"),
+        ({"rm": {"R": {"scores": [1, 2, 3], "verdict": 3}}}, "'rm[R].verdict' = 3"),
+        ({"rm": {"R": {"scores": [1, 2, 3], "verdict": 0}}}, "its scores [1.0, 2.0, 3.0] say 2"),
+    ],
+)
+def test_a_bad_field_is_named_with_value_and_remedy(changes: dict[str, object], named: str) -> None:
+    with pytest.raises(DatasetError) as caught:
+        parse(several(**changes))
+    assert "pairs.jsonl, line 1" in str(caught.value)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999"])
+def test_a_score_beyond_floating_point_is_refused(number: str) -> None:
+    line = json.dumps(several(rm={"R": {"scores": [1, 2, 12345]}})).replace("12345", number)
+    with pytest.raises(DatasetError, match=r"scores\[2\]|one JSON object"):
+        parse_row(FILE, 1, line.encode())
+
+
+def test_bytes_that_are_not_utf_8_are_a_complaint_about_the_line() -> None:
+    with pytest.raises(DatasetError, match="line 4"):
+        parse_row(FILE, 4, b'{"id": "\xff\xfe"}')
+
+
+def test_optional_fields_may_be_absent_or_null() -> None:
+    row = parse(several(label=None, rm=None) | {"domain": None, "group": None, "rm": {"R": None}})
+    assert (row.label, row.scores, row.domain, row.subset) == (None, {}, "", "")
+    assert row.group.startswith("prompt/")
+
+
+def test_a_row_without_label_is_read_as_a_row_but_not_as_a_pair(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(several()) + "\n" + json.dumps(several(id="g/2", label=None, extra=[1])) + "\n")
+    assert [(row.label, row.fields.get("extra")) for row in load_rows(path)] == [(2, None), (None, [1])]
+    with pytest.raises(DatasetError, match=r"line 2: field 'label' = None"):
+        load_pairs(path)
+
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
+SCORE = st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from([0.0, 1.0])
+
+
+@st.composite
+def labelled_pairs(draw: st.DrawFn) -> LabelledPair:
+    n = draw(st.integers(2, 5))
+    scores = draw(st.dictionaries(TEXT, st.tuples(*[SCORE] * n), max_size=3))
+    return LabelledPair(
+        id=draw(TEXT),
+        instance=Instance(draw(TEXT), tuple(draw(TEXT) for _ in range(n))),
+        label=draw(st.integers(0, n - 1)),
+        scores=scores,
+        verdicts={name: draw(st.sampled_from([verdict_of(row), TIE])) for name, row in scores.items()},
+        domain=draw(TEXT),
+        subset=draw(TEXT),
+        group=draw(TEXT.filter(bool)),
+    )
+
+
+@given(labelled_pairs())
+def test_what_is_written_is_read_back_equal(pair: LabelledPair) -> None:
+    row = parse_row(FILE, 1, encode_pair(pair))
+    read = LabelledPair(
+        row.id, row.instance, row.label or 0, row.scores, row.verdicts, row.domain, row.subset, row.group
+    )
+    assert read == pair
+
+
+def test_pairs_of_two_are_written_with_letters_and_others_with_indices(tmp_path: Path) -> None:
+    two = LabelledPair("2", Instance("p", ("x", "y")), 1, {"R": (1.0, 0.0)}, {"R": 0}, group="g")
+    three = LabelledPair("3", Instance("p", ("x", "y", "z")), 1, {"R": (1.0, 0.0, 1.0)}, {"R": TIE}, group="g")
+    write_pairs(tmp_path / "out.jsonl", [two, three])
+    first, second = (msgspec.json.decode(line) for line in (tmp_path / "out.jsonl").read_bytes().splitlines())
+    assert (first["response_b"], first["label"], first["rm"]["R"]) == (
+        "y",
+        "b",
+        {"score_a": 1.0, "score_b": 0.0, "verdict": "a"},
+    )
+    assert (second["responses"], second["label"], second["rm"]["R"]) == (
+        ["x", "y", "z"],
+        1,
+        {"scores": [1.0, 0.0, 1.0], "verdict": "tie"},
+    )
+    again = load_pairs(tmp_path / "out.jsonl")
+    assert again == [two, three]
+    assert pairs_digest(again) == pairs_digest([two, three])
+    np.testing.assert_array_equal(pool_matrix(again, ["R"]), [[0.0], [0.5]])
