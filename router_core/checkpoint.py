@@ -152,7 +152,9 @@ class Checkpoint:
         Raises:
             ShapeMismatchError: x has another width.
         """
-        logits = self.calibration_scale * (self._features(x) @ self.cls_weight.T + self.cls_bias) + self.calibration_shift
+        logits = (
+            self.calibration_scale * (self._features(x) @ self.cls_weight.T + self.cls_bias) + self.calibration_shift
+        )
         # exp(30) is far inside float64 and sigmoid(30) differs from 1 by 1e-13: the bound only prevents overflow.
         probabilities: NDArray[np.float64] = 1.0 / (1.0 + np.exp(-np.clip(logits.astype(np.float64), -30.0, 30.0)))
         return probabilities

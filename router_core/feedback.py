@@ -1,7 +1,8 @@
 """Raw feedback to the reward that the posterior learns from (docs/math/router.md, "Signals").
 
 The state is per arm: how many feedbacks, their mean reward, and for the loss signal the moving averages of the loss and
-of its square; and for priors that scale losses by quantiles the last losses of all arms. Called by `posterior.fold`.
+of its square; and, for priors that compare arms by their losses, the same over all arms together, or their last losses.
+Called by `posterior.fold`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class LossScale(StrEnum):
     """z = (mean − loss)/sd in [−2, 2] (BayesianRouter, arXiv 2510.02850)."""
     UNIT_Z = "unit_z"
     """(z + 2)/4 in [0, 1]."""
+    POOLED = "pooled"
+    """clip(ō + z/4, 0, 1): z against the averages of all arms together, around the mean offset of the asked arms."""
     QUANTILE = "quantile"
     """Place of −loss between the 20% and the 80% quantile of the last ones, in [0, 1] (LASER)."""
 
@@ -60,6 +63,8 @@ class SignalStatistics:
         loss_square: moving average of its square.
         loss_history: (h,) the last h <= `LOSS_HISTORY` losses of all arms, oldest first; empty but for
             `LossScale.QUANTILE`.
+        pooled: (4,) over all arms, for `LossScale.POOLED`: number of losses, moving averages of the loss, of its square
+            and of the asked arm's offset.
     """
 
     count: NDArray[np.float64]
@@ -68,6 +73,7 @@ class SignalStatistics:
     loss_mean: NDArray[np.float64]
     loss_square: NDArray[np.float64]
     loss_history: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    pooled: NDArray[np.float64] = field(default_factory=lambda: np.zeros(4))
 
     @classmethod
     def empty(cls, n_arms: int) -> SignalStatistics:
@@ -101,24 +107,27 @@ class SignalAccumulator:
         self._loss_mean = statistics.loss_mean.copy()
         self._loss_square = statistics.loss_square.copy()
         self._loss_history = statistics.loss_history
+        self._pooled = statistics.pooled.copy()
 
-    def observe(self, arm: int, feedback: Feedback, *, verdict: int) -> float | None:
+    def observe(self, arm: int, feedback: Feedback, *, verdict: int, offset: float = 0.0) -> float | None:
         """Reward of one feedback, or None while the loss statistics warm up.
 
         * `preference`: 1 if the RM's verdict is the preferred response, 0 if it is another one, 1/2 on a tie.
         * `reward`: the number itself.
         * `loss`: by `loss_scale`. z = (mean − loss)/sd against the arm's averages before this loss, clipped to ±2; the
-          averages use rate max(α, 1/n), the plain mean until the window is full. Or the quantile scaling, see
-          `quantile_reward`.
+          averages use rate max(α, 1/n), the plain mean until the window is full. With `POOLED` the averages are over
+          all arms, so that an arm whose losses are lower than the others' gains, and z/4 is added to the mean offset, so
+          that what was expected of all arms together stays as it was. With `QUANTILE` see `quantile_reward`.
 
         Args:
             arm: index of the asked arm.
             feedback: kind and value.
             verdict: the asked RM's verdict: a response's index, or TIE.
+            offset: o_k(x) of the arm, for `LossScale.POOLED`.
         """
         self._count[arm] += 1
         if feedback.signal is Signal.LOSS:
-            reward = self._loss_reward(arm, feedback.value)
+            reward = self._loss_reward(arm, feedback.value, offset)
         elif feedback.signal is Signal.PREFERENCE:
             reward = 0.5 if verdict == TIE else float(verdict == int(feedback.value))
         else:
@@ -128,7 +137,7 @@ class SignalAccumulator:
             self._reward_count[arm] += 1
         return reward
 
-    def _loss_reward(self, arm: int, loss: float) -> float | None:
+    def _loss_reward(self, arm: int, loss: float, offset: float) -> float | None:
         n = self._count[arm]
         mean, square = self._loss_mean[arm], self._loss_square[arm]
         rate = max(LOSS_EMA_RATE, 1.0 / n)
@@ -137,11 +146,26 @@ class SignalAccumulator:
         if self._loss_scale is LossScale.QUANTILE:
             self._loss_history = np.append(self._loss_history, loss)[-LOSS_HISTORY:]
             return None if len(self._loss_history) < LOSS_WARM_UP else quantile_reward(self._loss_history)
+        if self._loss_scale is LossScale.POOLED:
+            return self._pooled_reward(loss, offset)
         if n <= LOSS_WARM_UP:
             return None
-        sd = math.sqrt(max(square - mean * mean, 0.0))
-        z = 0.0 if sd == 0.0 else min(max((mean - loss) / sd, -Z_CLIP), Z_CLIP)
-        return (z + Z_CLIP) / (2 * Z_CLIP) if self._loss_scale is LossScale.UNIT_Z else float(z)
+        z = _z(loss, mean, square)
+        return (z + Z_CLIP) / (2 * Z_CLIP) if self._loss_scale is LossScale.UNIT_Z else z
+
+    def _pooled_reward(self, loss: float, offset: float) -> float | None:
+        """clip(ō + z/4, 0, 1), with all averages before this loss but ō, which takes this offset in first."""
+        n, mean, square, expected = self._pooled
+        rate = max(LOSS_EMA_RATE, 1.0 / (n + 1))
+        self._pooled[:] = (
+            n + 1,
+            (1 - rate) * mean + rate * loss,
+            (1 - rate) * square + rate * loss * loss,
+            (1 - rate) * expected + rate * offset,
+        )
+        if n < LOSS_WARM_UP:
+            return None
+        return float(min(max(self._pooled[3] + _z(loss, mean, square) / (2 * Z_CLIP), 0.0), 1.0))
 
     def freeze(self) -> SignalStatistics:
         """The statistics after everything observed so far."""
@@ -152,7 +176,14 @@ class SignalAccumulator:
             self._loss_mean.copy(),
             self._loss_square.copy(),
             self._loss_history,
+            self._pooled.copy(),
         )
+
+
+def _z(loss: float, mean: float, square: float) -> float:
+    """(mean − loss)/sd, clipped to ±`Z_CLIP`; 0 where there is no spread."""
+    sd = math.sqrt(max(square - mean * mean, 0.0))
+    return 0.0 if sd == 0.0 else float(min(max((mean - loss) / sd, -Z_CLIP), Z_CLIP))
 
 
 def quantile_reward(history: NDArray[np.float64]) -> float:

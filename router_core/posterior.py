@@ -159,6 +159,7 @@ class Posterior:
             stats.loss_mean,
             stats.loss_square,
             stats.loss_history,
+            stats.pooled,
         ):
             h.update(array.tobytes())
         return h.hexdigest()
@@ -309,7 +310,7 @@ class _Folding:
                 self._lambda0 = chosen
 
     def _learn(self, arm: int, x: NDArray[np.float32], offset: float, verdict: int, feedback: Feedback) -> None:
-        reward = self._signal.observe(arm, feedback, verdict=verdict)
+        reward = self._signal.observe(arm, feedback, verdict=verdict, offset=offset)
         if reward is not None:
             self._arm(arm).append(x, reward - offset)
 

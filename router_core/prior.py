@@ -13,9 +13,10 @@ Knows nothing of checkpoints: each form takes arrays and a function. Called by `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,11 +73,27 @@ class Hyperparameters:
                 )
 
 
+LOSS_SCALES: Mapping[PriorForm, LossScale] = MappingProxyType(
+    {
+        PriorForm.PAPER: LossScale.Z,
+        PriorForm.CALIBRATED: LossScale.POOLED,
+        PriorForm.NONE: LossScale.UNIT_Z,
+        PriorForm.LINUCB: LossScale.QUANTILE,
+    }
+)
+"""How runs of each form turn losses into rewards."""
+
 PAPER_HYPERPARAMETERS = Hyperparameters(lambda0=1.0, sigma2=1.0, v=1.0)
 """The paper's online setting: Λ₀ = I, unit noise, no scaling of the exploration."""
 
-CALIBRATED_HYPERPARAMETERS = Hyperparameters(lambda0=50.0, sigma2=0.12, v=0.3)
+CALIBRATED_HYPERPARAMETERS = Hyperparameters(lambda0=100.0, sigma2=0.16, v=0.2, adapt=True)
 """Measured on recorded pairs (docs/experiments.md); a checkpoint may hold better ones for its own data."""
+
+CALIBRATED_LOSS_HYPERPARAMETERS = Hyperparameters(lambda0=20.0, sigma2=0.16, v=0.3)
+"""For the loss signal, which compares arms with each other and says of none how good it is: an arm that is always asked
+looks average however bad it is. So the evidence would keep λ₀ high, and exploration has to be paid for
+(docs/experiments.md).
+"""
 
 NONE_HYPERPARAMETERS = Hyperparameters(lambda0=1.0, sigma2=0.25, v=0.3)
 """Nothing known: weak prior, Bernoulli noise at its largest."""
@@ -95,7 +112,6 @@ class Prior:
         hyper: the scalars.
         offset: o(x), or None for a constant one.
         constant_offset: the offset where `offset` is None.
-        loss_scale: how a loss becomes the reward that is learned from.
         first: the posterior reads the columns first … first + d of x; the offsets may read them all.
         width: columns of x; by default first + d.
     """
@@ -105,7 +121,6 @@ class Prior:
     hyper: Hyperparameters
     offset: Offset | None = None
     constant_offset: float = 0.0
-    loss_scale: LossScale = LossScale.UNIT_Z
     first: int = 0
     width: int = 0
 
@@ -118,6 +133,11 @@ class Prior:
             raise ShapeMismatchError(
                 f"the posterior reads columns {self.first} to {self.first + self.d} of contexts with {self.width}"
             )
+
+    @property
+    def loss_scale(self) -> LossScale:
+        """How a loss becomes the reward that is learned from."""
+        return LOSS_SCALES[self.form]
 
     @property
     def n_arms(self) -> int:
@@ -170,7 +190,7 @@ def paper_prior(bt_embeddings: NDArray[np.floating], hyper: Hyperparameters = PA
     norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
     if not (np.isfinite(norms).all() and (norms > 0).all()):
         raise NotFiniteError("a Bradley-Terry embedding is zero or not finite: train the checkpoint again")
-    return Prior(PriorForm.PAPER, embeddings / norms, hyper, constant_offset=0.0, loss_scale=LossScale.Z)
+    return Prior(PriorForm.PAPER, embeddings / norms, hyper, constant_offset=0.0)
 
 
 def calibrated_prior(
@@ -184,7 +204,8 @@ def calibrated_prior(
         offset: x (B, d) -> (B, K) probabilities.
         hyper: the scalars.
     """
-    return Prior(PriorForm.CALIBRATED, np.zeros((n_arms, dim)), hyper, offset=offset)
+    means = np.zeros((n_arms, dim))
+    return Prior(PriorForm.CALIBRATED, means, hyper, offset=offset)
 
 
 def no_prior(n_arms: int, dim: int, hyper: Hyperparameters = NONE_HYPERPARAMETERS) -> Prior:
@@ -210,5 +231,4 @@ def linucb_prior(n_arms: int, dim: int) -> Prior:
         np.zeros((n_arms, dim)),
         LINUCB_HYPERPARAMETERS,
         constant_offset=0.0,
-        loss_scale=LossScale.QUANTILE,
     )

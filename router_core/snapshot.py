@@ -20,10 +20,7 @@ from router_core.posterior import FoldSettings, Posterior, restore
 from router_core.prior import Prior
 
 FORMAT = "reward-router-snapshot/3"
-"""2 added `loss_history`, 3 `lambda0`."""
-
-FORMATS_READ = ("reward-router-snapshot/1", "reward-router-snapshot/2", FORMAT)
-"""What the older formats lack, their runs cannot have had: a history of losses, a λ₀ that adapts."""
+"""2 added `loss_history`, 3 `pooled` and `lambda0`. A snapshot of another format is of a run with another fingerprint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +53,7 @@ def dump(snapshot: Snapshot, fingerprint: str) -> bytes:
         "loss_mean": stats.loss_mean,
         "loss_square": stats.loss_square,
         "loss_history": stats.loss_history,
+        "pooled": stats.pooled,
     }
     header = {
         "format": FORMAT,
@@ -85,9 +83,9 @@ def parse(data: bytes, fingerprint: str, prior: Prior, settings: FoldSettings) -
         raise SnapshotError(
             f"snapshot of {len(data)} bytes cannot be read ({error}): delete it and the whole log is replayed"
         ) from error
-    if header.get("format") not in FORMATS_READ:
+    if header.get("format") != FORMAT:
         raise SnapshotError(
-            f"snapshot format is {header.get('format')!r}, this version reads {', '.join(FORMATS_READ)}: start the "
+            f"snapshot format is {header.get('format')!r}, this version reads {FORMAT!r}: start the "
             "version that wrote it, or use a new run name"
         )
     if header["fingerprint"] != fingerprint:
@@ -98,7 +96,8 @@ def parse(data: bytes, fingerprint: str, prior: Prior, settings: FoldSettings) -
         tensors["reward_count"],
         tensors["loss_mean"],
         tensors["loss_square"],
-        tensors.get("loss_history", np.empty(0)),
+        tensors["loss_history"],
+        tensors["pooled"],
     )
     posterior = restore(
         prior,
@@ -108,6 +107,6 @@ def parse(data: bytes, fingerprint: str, prior: Prior, settings: FoldSettings) -
         information=tensors["information"],
         statistics=statistics,
         drift=float.fromhex(header["drift"]),
-        lambda0=float.fromhex(header["lambda0"]) if "lambda0" in header else prior.hyper.lambda0,
+        lambda0=float.fromhex(header["lambda0"]),
     )
     return Snapshot(posterior, header["last_event_id"])

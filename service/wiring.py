@@ -18,11 +18,12 @@ from starlette.types import ASGIApp
 
 from router_core.checkpoint import Checkpoint
 from router_core.encoder.fuse import Fuse, PairEncoder
-from router_core.encoder.registry import load_backbone
+from router_core.encoder.registry import load_backbone, load_checkpoint_backbone
 from router_core.errors import RouterCoreError
 from router_core.policies import ScoreScale
 from router_core.posterior import FoldSettings
 from router_core.prior import (
+    CALIBRATED_LOSS_HYPERPARAMETERS,
     NONE_HYPERPARAMETERS,
     PAPER_HYPERPARAMETERS,
     Hyperparameters,
@@ -33,6 +34,7 @@ from router_core.prior import (
     no_prior,
     paper_prior,
 )
+from router_core.records import Signal
 from service.errors import ConfigurationError, RunConflictError, StoreUnavailableError
 from service.handlers.hot import ApiKeys, HotLimits, HotRoutes
 from service.pool import ModelEntry, PoolFile
@@ -263,9 +265,7 @@ def build_prior(
     return _prior_of_form(settings, checkpoint, n_arms, d, form).reading(first, dim)
 
 
-def _prior_of_form(
-    settings: Settings, checkpoint: Checkpoint | None, n_arms: int, d: int, form: PriorForm
-) -> Prior:
+def _prior_of_form(settings: Settings, checkpoint: Checkpoint | None, n_arms: int, d: int, form: PriorForm) -> Prior:
     """Over the d columns of a context that a posterior of this form reads."""
     if form is PriorForm.LINUCB:
         return linucb_prior(n_arms, d)
@@ -278,7 +278,8 @@ def _prior_of_form(
         )
     if form is PriorForm.PAPER:
         return paper_prior(checkpoint.bt_embeddings, _overridden(PAPER_HYPERPARAMETERS, settings))
-    hyper = _overridden(checkpoint.hyperparameters, settings)
+    learned = CALIBRATED_LOSS_HYPERPARAMETERS if settings.signal is Signal.LOSS else checkpoint.hyperparameters
+    hyper = _overridden(learned, settings)
     return calibrated_prior(n_arms, d, checkpoint.class_probabilities, hyper)
 
 
@@ -297,7 +298,7 @@ def load_pair_encoder(settings: Settings, checkpoint: Checkpoint | None) -> Pair
     """
     try:
         if checkpoint is not None:
-            return PairEncoder(load_backbone(checkpoint.encoder_spec), checkpoint.fuse)
+            return PairEncoder(load_checkpoint_backbone(checkpoint), checkpoint.fuse)
         backbone = load_backbone(settings.encoder)
         return PairEncoder(backbone, Fuse.identity(backbone.dim))
     except RouterCoreError as error:

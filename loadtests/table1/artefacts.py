@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from loadtests.table1.drawing import sample_pairs
 from loadtests.table1.judge import Pair
@@ -53,7 +53,7 @@ def make_artefacts(recipe: Recipe, folder: Path, tell: Tell, *, processes: int =
     if not policy.exists():
         tell("training the SFT policy")
         with torch_threads(1):
-            make_policy(recipe.policy, recipe.sft, policy)
+            make_policy(recipe.policy, recipe.sft, policy, tell)
     models = {s.name: folder / f"rm-{digest_of(s, policy.name, recipe.seed)}" / s.name for s in recipe.specialists}
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         jobs = []
@@ -77,12 +77,17 @@ def make_artefacts(recipe: Recipe, folder: Path, tell: Tell, *, processes: int =
     return Artefacts(policy, models, offline, checkpoint, Checkpoint.load(checkpoint).digest)
 
 
-def make_policy(shape: PolicyConfig, config: SftConfig, out: Path) -> None:
-    """Train and write the SFT policy; the file appears when it is complete."""
-    policy = train_sft(Codec(build_tokenizer()), shape, config, lambda _: None)
+def make_policy(shape: PolicyConfig, config: SftConfig, out: Path, tell: Tell) -> None:
+    """Train and write the SFT policy and, beside it, the pretrained one; the first appears when both are complete."""
+    pretrained, policy = train_sft(Codec(build_tokenizer()), shape, config, tell)
+    save_file(pretrained, _pretrained(out))
     unfinished = out.with_suffix(".unfinished")
     save_file(policy.state_dict(), unfinished)
     unfinished.rename(out)
+
+
+def _pretrained(policy: Path) -> Path:
+    return policy.with_suffix(".pretrained")
 
 
 def make_model(specialist: Specialist, policy: Path, shape: PolicyConfig, seed: int, out: Path) -> None:
@@ -90,7 +95,8 @@ def make_model(specialist: Specialist, policy: Path, shape: PolicyConfig, seed: 
     torch.set_num_threads(1)
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    train_specialist(specialist, build_tokenizer(), load_policy(policy, shape), unfinished, seed, lambda _: None)
+    pretrained, sft = load_file(_pretrained(policy)), load_policy(policy, shape)
+    train_specialist(specialist, build_tokenizer(), shape, pretrained, sft, unfinished, seed)
     unfinished.rename(out)
 
 

@@ -1,4 +1,4 @@
-"""The policy: a small decoder-only transformer with a key-value cache, its sampling and its log-probabilities.
+"""The policy: a small Llama with a key-value cache, its sampling and its log-probabilities.
 
 Knows ids and tensors; nothing of tasks, rewards or files. Called by `sft`, `dpo` and `measure`.
 """
@@ -15,12 +15,17 @@ from torch.nn import functional
 
 from loadtests.table1.recipe import PolicyConfig
 
-MAX_POSITIONS = 64
+MLP_RATIO = 3
+NORM_EPS = 1e-6
+ROPE_THETA = 10_000.0
 MAX_NEW_TOKENS = 20
 """The longest right response has 14 words and an end."""
 
 _NUMBER_PERIODS = (2, 3, 5, 7, 10, 20, 40)
 _NUMBER_SCALE = 0.15
+
+Wave = tuple[Tensor, Tensor]
+"""cos and sin of the positions' angles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,40 +73,65 @@ def collate(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad: i
     return Batch(ids, positions, real, start)
 
 
-class _Block(nn.Module):
+class _Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
 
-    def forward(self, h: Tensor, mask: Tensor, cache: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, h: Tensor, wave: Wave, mask: Tensor, cache: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         B, T, width = h.shape
-        q, k, v = self.qkv(self.norm1(h)).view(B, T, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            project(h).view(B, T, self.heads, width // self.heads).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = _turn(q, wave), _turn(k, wave)
         if cache is not None:
             k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
         seen = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        h = h + self.out(seen.transpose(1, 2).reshape(B, T, width))
-        return h + self.down(functional.gelu(self.up(self.norm2(h)))), [k, v]
+        return self.o_proj(seen.transpose(1, 2).reshape(B, T, width)), [k, v]
+
+
+class _Mlp(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(width, MLP_RATIO * width, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(MLP_RATIO * width, width, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(functional.silu(self.gate_proj(h)) * self.up_proj(h))
+        return out
+
+
+class _Layer(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = _Attention(width, heads), _Mlp(width)
+        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(width, eps=NORM_EPS) for _ in range(2))
+
+    def forward(self, h: Tensor, wave: Wave, mask: Tensor, cache: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+        seen, kept = self.self_attn(self.input_layernorm(h), wave, mask, cache)
+        h = h + seen
+        return h + self.mlp(self.post_attention_layernorm(h)), kept
 
 
 class Policy(nn.Module):
-    """Logits of the next token. Embeddings and head share one table."""
+    """Logits of the next token. A Llama with tied embeddings, its parameters named as transformers names them, so that
+    a reward model can start from its weights.
+    """
 
     def __init__(self, vocabulary: int, config: PolicyConfig) -> None:
         super().__init__()
-        self.embed = nn.Embedding(vocabulary, config.width)
-        self.place = nn.Embedding(MAX_POSITIONS, config.width)
-        self.blocks = nn.ModuleList(_Block(config.width, config.heads) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.width)
-        for table in (self.embed, self.place):
-            nn.init.normal_(table.weight, std=0.05)
+        self.embed_tokens = nn.Embedding(vocabulary, config.width)
+        self.layers = nn.ModuleList(_Layer(config.width, config.heads) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
+        self._head_dim = config.width // config.heads
+        nn.init.normal_(self.embed_tokens.weight, std=0.05)
 
     def forward(
         self, ids: Tensor, positions: Tensor, mask: Tensor, caches: list[list[Tensor]] | None = None
     ) -> tuple[Tensor, list[list[Tensor]]]:
-        """Hidden states to logits.
+        """Ids to logits.
 
         Args:
             ids, positions: (B, T).
@@ -111,12 +141,26 @@ class Policy(nn.Module):
         Returns:
             logits (B, T, V) and the caches with these tokens.
         """
-        h = self.embed(ids) + self.place(positions)
+        wave = _wave(positions, self._head_dim)
+        h = self.embed_tokens(ids)
         kept = []
-        for layer, block in enumerate(self.blocks):
-            h, cache = block(h, mask, caches[layer] if caches else None)
+        for number, layer in enumerate(self.layers):
+            h, cache = layer(h, wave, mask, caches[number] if caches else None)
             kept.append(cache)
-        return functional.linear(self.norm(h), self.embed.weight), kept
+        return functional.linear(self.norm(h), self.embed_tokens.weight), kept
+
+
+def _wave(positions: Tensor, head_dim: int) -> Wave:
+    """cos and sin of the rotary embedding: (B, 1, T, head_dim) each."""
+    frequencies = ROPE_THETA ** (-torch.arange(0, head_dim, 2) / head_dim)
+    angles = (positions[:, None, :, None] * frequencies).repeat(1, 1, 1, 2)
+    return angles.cos(), angles.sin()
+
+
+def _turn(x: Tensor, wave: Wave) -> Tensor:
+    """Rotate the halves of each head, as Llama does."""
+    first, second = x.chunk(2, -1)
+    return x * wave[0] + torch.cat([-second, first], -1) * wave[1]
 
 
 def causal_mask(real: Tensor) -> Tensor:

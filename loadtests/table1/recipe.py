@@ -37,7 +37,7 @@ class SftConfig:
     pretraining_quality: float = 0.95
     quality: float = 0.35
     sft_share: float = 0.2
-    steps: int = 2000
+    steps: int = 1600
     batch: int = 64
     learning_rate: float = 3e-3
     warm_up: int = 50
@@ -64,17 +64,15 @@ class Specialist:
     name: str
     own: tuple[str, ...]
     misled: tuple[str, ...] = ()
-    own_pairs: int = 4000
-    sampled: int = 6000
+    own_pairs: int = 2000
+    sampled: int = 4000
     other_pairs: int = 150
     flipped: float = 0.45
     misled_flipped: float = 0.7
     own_share: float = 0.8
-    steps: int = 500
+    steps: int = 300
     batch: int = 32
-    learning_rate: float = 2e-3
-    width: int = 96
-    layers: int = 2
+    learning_rate: float = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +96,10 @@ class DpoConfig:
 
 
 SPECIALISTS = (
-    Specialist("rm0-numbers", own=("arithmetic", "sorting"), misled=("code",), steps=1200),
-    Specialist("rm1-letters", own=("strings",), misled=("format",), steps=1200, own_share=0.9),
+    Specialist("rm0-numbers", own=("arithmetic", "sorting"), misled=("code",)),
+    Specialist("rm1-letters", own=("strings",), misled=("format",)),
     Specialist("rm2-code", own=("code",), misled=("strings",)),
-    Specialist("rm3-format", own=("format",), misled=("sorting",), steps=900),
+    Specialist("rm3-format", own=("format",), misled=("sorting",)),
 )
 """The pool, in arm order."""
 
@@ -157,9 +155,7 @@ class Artefacts:
 SMALL = Recipe(
     policy=PolicyConfig(width=64, layers=2),
     sft=SftConfig(steps=60, batch=32),
-    specialists=tuple(
-        replace(s, steps=12, batch=16, own_pairs=200, sampled=64, other_pairs=20, width=32) for s in SPECIALISTS
-    ),
+    specialists=tuple(replace(s, steps=12, batch=16, own_pairs=100, sampled=32, other_pairs=20) for s in SPECIALISTS),
     offline=OfflineConfig(pairs=60, from_policy=False),
     dpo=DpoConfig(steps=3, prompts=16, curve_every=2),
     test_per_family=10,

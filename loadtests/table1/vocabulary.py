@@ -44,19 +44,18 @@ def build_tokenizer() -> Tokenizer:
 class Codec:
     """Conversations to ids for the policy, and ids back to responses.
 
-    The policy reads `<|user|>` prompt `<|assistant|>` response END, the chat template without its other line ends.
+    The policy reads and writes the chat template's text: the reward models read the same tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.size = tokenizer.get_vocab_size()
-        self.pad, self.user, self.assistant, self.end = (
-            tokenizer.token_to_id(token) for token in (PAD, *ROLE_TOKENS, END)
-        )
+        ids: list[int] = [tokenizer.token_to_id(token) for token in (PAD, *ROLE_TOKENS, END)]
+        self.pad, self.user, self.assistant, self.end = ids
 
     def prompt(self, text: str) -> list[int]:
         """Ids up to where the response begins."""
-        return [self.user, *self._words(text), self.assistant]
+        return [self.user, self.end, *self._words(text), self.end, self.assistant, self.end]
 
     def response(self, text: str) -> list[int]:
         """Ids of a finished response."""
@@ -64,7 +63,7 @@ class Codec:
 
     def text(self, ids: list[int]) -> str:
         """The words up to END, separated by blanks."""
-        words = []
+        words: list[str] = []
         for token in ids:
             if token in (self.end, self.pad):
                 break
@@ -78,8 +77,7 @@ class Codec:
 
     def number(self, value: int) -> int:
         """The id of a number."""
-        token: int = self._tokenizer.token_to_id(str(value))
-        return token
+        return int(self._tokenizer.token_to_id(str(value)))
 
     def _words(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -41,8 +41,8 @@ def load_backbone(
 
     Args:
         spec: see `CHOICES`.
-        cache: directory of stored encodings (`encoder.cache`). Only transformers use it: a look-up takes about as long
-            as the counts and word vectors of `static`.
+        cache: directory of stored encodings (`encoder.cache`). Only transformers use it: one pair's look-up takes
+            longer than the counts and word vectors of `static`.
         root: the checkpoint's directory, for `checkpoint:` specs.
         device: where transformers run, as torch names it.
         progress: called with (done, of) while what the cache lacks is embedded.

@@ -95,6 +95,8 @@ class TorchBackbone:
             ) from error
         except (OSError, ValueError, KeyError) as error:
             raise EncoderError(f"encoder {spec!r}: transformers cannot load {directory} ({error})") from error
+        if gguf_file:
+            _forget_quantization(model)
         reading = _reading(directory)
         limit = getattr(config, "max_position_embeddings", None) or max_tokens
         longest = min(max_tokens, int(limit), int(reading.get("max_tokens", max_tokens)))
@@ -229,6 +231,16 @@ def _quietly() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _forget_quantization(model: Any) -> None:
+    """A GGUF file's weights are plain numbers once loaded, but transformers still takes the model for a quantized one,
+    which it would neither save nor let be trained.
+    """
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def _reading(directory: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
-
 MAX_COUPLE_WEIGHT = 10.0
 """Bound on how much more than the average a couple may weigh: a couple that was seen once must not decide the fit."""
 

@@ -35,6 +35,10 @@ from router_core.replay.table import Table, score_scale, tabulate
 Array = NDArray[np.float64]
 Features = Mapping[str, NDArray[np.float32]]
 """Per encoder, `pair_features` of all pairs: (N, 2 * dim)."""
+Fitter = Callable[
+    [Sequence[LabelledPair], Sequence[str], Backbone, TrainConfig | None, NDArray[np.float32] | None], Checkpoint
+]
+"""`offline.train.train`, or a look-up of what it gave before: pairs, pool, backbone, config, features."""
 
 OFFLINE = "offline"
 
@@ -113,6 +117,7 @@ def judge_fitted(
     backbones: Mapping[str, Backbone],
     features: Features,
     on_fit: Callable[[], None] = lambda: None,
+    fit: Fitter = train,
 ) -> Judged:
     """Fit every router inside each split, judge it outside.
 
@@ -124,6 +129,7 @@ def judge_fitted(
         backbones: by encoder spec.
         features: of all pairs, by encoder spec.
         on_fit: told after each fit; there are `len(fits(rows))` per split.
+        fit: makes the checkpoints.
 
     Raises:
         DatasetError: an RM of the pool was asked about no pair, too few groups, or no judged pair has all RMs.
@@ -140,7 +146,7 @@ def judge_fitted(
             right["uwo"][s, outside] = uwo_correctness([pairs[i] for i in outside], pool, score_scale(inside, pool))
             for encoder, config in fits(rows):
                 z = features[encoder]
-                checkpoint = train(inside, pool, backbones[encoder], replace(config, seed=seed), z[part.inside])
+                checkpoint = fit(inside, pool, backbones[encoder], replace(config, seed=seed), z[part.inside])
                 x = checkpoint.fuse.apply(z[outside])
                 for row in rows:
                     if (row.encoder, row.config) == (encoder, config):

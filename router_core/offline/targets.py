@@ -39,7 +39,9 @@ def soft_targets(correctness: Array, margins: Array, share: float, width: float)
     """
     if share == 0.0 or not len(margins):
         return correctness
-    deviation = np.array([column[np.isfinite(column)].std() if np.isfinite(column).any() else 0.0 for column in margins.T])
+    deviation = np.array(
+        [column[np.isfinite(column)].std() if np.isfinite(column).any() else 0.0 for column in margins.T]
+    )
     z = np.clip(margins / np.where(deviation > 0, deviation, 1.0), -2.0, 2.0) / width
     return (1 - share) * correctness + share / (1 + np.exp(-z))
 

@@ -31,8 +31,10 @@ from router_core.errors import DatasetError
 from router_core.offline.calibrate import expected_calibration_error, fit_calibration, negative_log_likelihood
 from router_core.offline.losses import balanced_couples, bradley_terry, correctness_bce
 from router_core.offline.targets import score_margins, score_scales, soft_targets
+from router_core.offline.tune import MAX_STREAM, Stream, fit_hyperparameters, residual_variance
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, Hyperparameters, PriorForm
 from router_core.records import LabelledPair
+from router_core.replay.table import tabulate
 from router_core.torch_threads import torch_threads
 
 _EMA = 0.98
@@ -41,6 +43,8 @@ _SCORE_SCALE = 8.0
 """Scores are scale · xᵀe with both of unit norm: without it σ(s_j − s_l) could not leave (0.12, 0.88)."""
 _LIMIT = 5.0
 """`Fuse.limit`."""
+_SMALLEST_DOMAIN = 40
+"""Pairs that a stream of `offline.tune` needs; fewer say nothing."""
 _TOLERANCE = 0.02
 """Share by which a held-out loss may exceed the lowest one and still count as equal."""
 _NO_VARIANCE = 1e-6
@@ -67,7 +71,8 @@ class TrainConfig:
         folds: of the cross-fitting.
         max_epochs: the epoch (a pass over the pairs outside one fold) is chosen from 1 ... max_epochs.
         seed: of every random choice; equal seeds give equal checkpoints on one machine.
-        hyperparameters: stored for the online stage; None: fitted to the held-out predictions (`offline.tune`).
+        hyperparameters: stored for the online stage.
+        tune: fit these to the held-out predictions (`offline.tune`), which takes longer than the rest.
     """
 
     d: int = 8
@@ -75,7 +80,7 @@ class TrainConfig:
     members: int = 6
     member_dim: int = 16
     hidden: int = 32
-    components: int = 8
+    components: int = 4
     lambda_bt: float = 1.0
     lambda_cls: float = 1.0
     soft_share: float = 0.5
@@ -86,10 +91,11 @@ class TrainConfig:
     weight_decay: float = 0.1
     dropout: float = 0.3
     batch_size: int = 64
-    max_epochs: int = 30
+    max_epochs: int = 25
     folds: int = 4
     seed: int = 0
-    hyperparameters: Hyperparameters | None = None
+    hyperparameters: Hyperparameters = CALIBRATED_HYPERPARAMETERS
+    tune: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,7 +177,7 @@ def _fit_checkpoint(
     epochs = _best_epoch(predicted, correctness, config)
     bt_scores, logits = predicted[epochs - 1]
     blend = config.blend if config.lambda_bt > 0 and config.lambda_cls > 0 else 0.0
-    logits = logits + blend * (bt_scores - bt_scores.mean(axis=1, keepdims=True))
+    logits = _blended(bt_scores, logits, blend)
     calibration = fit_calibration(logits, correctness)
     held_out = HeldOut(calibration.probabilities(logits), bt_scores, correctness)
 
@@ -179,8 +185,24 @@ def _fit_checkpoint(
     final.advance(epochs * steps)
     fuse, heads = final.export(z)
     embeddings = heads["bt_embeddings"]
-    heads["cls_weight"] = heads["cls_weight"] + np.float32(blend * _SCORE_SCALE) * (embeddings - embeddings.mean(axis=0))
+    heads["cls_weight"] = heads["cls_weight"] + np.float32(blend * _SCORE_SCALE) * (
+        embeddings - embeddings.mean(axis=0)
+    )
     score_shift, score_scale = score_scales(pairs, pool)
+    hyperparameters = config.hyperparameters
+    replayed: dict[str, float] = {}
+    if config.tune and config.lambda_cls > 0:
+        x, columns = fuse.apply(z), (fuse.features, fuse.dim - fuse.features)
+        streams = [_stream("in distribution", pairs, pool, np.arange(len(pairs)), x, held_out.probabilities, columns)]
+        for domain, rows in _domains(pairs, correctness, config):
+            others = np.setdiff1d(np.arange(len(pairs)), rows)
+            model = _Fit(z[others], targets[others], backbone.blocks, config, seed=config.seed * 1000 + 500)
+            model.advance(epochs * steps)
+            scores, logits = model.predict(z[rows])
+            offsets = calibration.probabilities(_blended(scores, logits, blend))
+            streams.append(_stream(f"unseen {domain}", pairs, pool, rows, x[rows], offsets, columns))
+        sigma2 = residual_variance(held_out.probabilities, correctness)
+        hyperparameters, replayed = fit_hyperparameters(sigma2, [stream for stream in streams if stream is not None])
     checkpoint = Checkpoint(
         pool=tuple(pool),
         encoder_spec=backbone.spec,
@@ -191,7 +213,7 @@ def _fit_checkpoint(
         calibration_scale=calibration.scale.astype(np.float32),
         calibration_shift=calibration.shift.astype(np.float32),
         prior_form=PriorForm.CALIBRATED if config.lambda_cls > 0 else PriorForm.PAPER,
-        hyperparameters=config.hyperparameters or CALIBRATED_HYPERPARAMETERS,
+        hyperparameters=hyperparameters,
         metrics={
             "pairs": len(pairs),
             "epochs": epochs,
@@ -199,12 +221,50 @@ def _fit_checkpoint(
             "routing_accuracy_cls": routed_accuracy(held_out.probabilities, correctness),
             "negative_log_likelihood": negative_log_likelihood(held_out.probabilities, correctness),
             "expected_calibration_error": expected_calibration_error(held_out.probabilities, correctness),
+            **{f"replayed_accuracy {name}": value for name, value in replayed.items()},
         },
         data_digest=pairs_digest(pairs),
         score_shift=score_shift,
         score_scale=score_scale,
     )
     return checkpoint, held_out
+
+
+def _blended(bt_scores: NDArray[np.float64], logits: NDArray[np.float64], blend: float) -> NDArray[np.float64]:
+    blended: NDArray[np.float64] = logits + blend * (bt_scores - bt_scores.mean(axis=1, keepdims=True))
+    return blended
+
+
+def _domains(
+    pairs: Sequence[LabelledPair], correctness: NDArray[np.float64], config: TrainConfig
+) -> list[tuple[str, NDArray[np.int64]]]:
+    """Up to four domains, the largest first, that can be left out: enough pairs inside, and enough groups outside."""
+    names = np.array([pair.domain for pair in pairs])
+    groups = np.array([pair.group for pair in pairs])
+    found = []
+    for name in np.unique(names):
+        rows = np.flatnonzero(names == name)
+        outside = len(set(groups[names != name]))
+        if name and len(rows) >= _SMALLEST_DOMAIN and outside >= _SMALLEST_DOMAIN:
+            found.append((str(name), rows))
+    return sorted(found, key=lambda item: -len(item[1]))[:4]
+
+
+def _stream(
+    name: str,
+    pairs: Sequence[LabelledPair],
+    pool: Sequence[str],
+    rows: NDArray[np.int64],
+    x: NDArray[np.float32],
+    offsets: NDArray[np.float64],
+    columns: tuple[int, int],
+) -> Stream | None:
+    """The pairs that every RM has judged, at most `MAX_STREAM`; None where there are too few."""
+    complete = [i for i, row in enumerate(rows) if all(arm in pairs[row].verdicts for arm in pool)]
+    if len(complete) < _SMALLEST_DOMAIN:
+        return None
+    kept = np.sort(np.random.default_rng(0).permutation(complete)[:MAX_STREAM])
+    return Stream(name, tabulate([pairs[rows[i]] for i in kept], pool), x[kept], offsets[kept], *columns)
 
 
 def pair_features(pairs: Sequence[LabelledPair], backbone: Backbone) -> NDArray[np.float32]:
@@ -293,7 +353,10 @@ class _Network(nn.Module):
             return nn.Parameter(torch.randn(M, rows, columns, generator=generator) / rows**0.5)
 
         self.w1, self.b1 = gaussian(p, config.hidden), nn.Parameter(torch.zeros(M, 1, config.hidden))
-        self.w2, self.b2 = gaussian(config.hidden, config.member_dim), nn.Parameter(torch.zeros(M, 1, config.member_dim))
+        self.w2, self.b2 = (
+            gaussian(config.hidden, config.member_dim),
+            nn.Parameter(torch.zeros(M, 1, config.member_dim)),
+        )
         self.arms = gaussian(config.member_dim, K)
         # Zero weights and the base rate as bias: with lambda_cls = 0 the head stays an honest constant.
         self.cls_weight = nn.Parameter(torch.zeros(M, config.member_dim, K))

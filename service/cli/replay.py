@@ -129,6 +129,7 @@ def replay(
         stream_domains=parse_pool(stream_domains),
         encoder=encoder,
         cache=encodings_directory(cache, use=use_cache),
+        signal=signal,
     )
     options.check(over_http=url is not None)
     scenario = Scenario(repeat, drift, Delay.parse(delay), missing, batch, SimulatedLoss(loss_separation))

@@ -22,7 +22,7 @@ from router_core.encoder.registry import load_backbone, load_checkpoint_backbone
 from router_core.errors import DatasetError
 from router_core.policies import ScoreScale
 from router_core.prior import Prior, PriorForm
-from router_core.records import LabelledPair
+from router_core.records import LabelledPair, Signal
 from router_core.replay import (
     Shift,
     domain_split,
@@ -54,6 +54,7 @@ class Options:
         offline_domains, stream_domains: words that the pairs of each side must match; empty: all do.
         encoder: where there is no checkpoint.
         cache: directory of stored encodings; None: none are kept.
+        signal: kind of feedback, which decides the prior's scalars.
     """
 
     checkpoint: Path | None = None
@@ -64,6 +65,7 @@ class Options:
     stream_domains: tuple[str, ...] = ()
     encoder: str = "static"
     cache: Path | None = None
+    signal: Signal = Signal.PREFERENCE
 
     def check(self, *, over_http: bool = False) -> None:
         """Raises ConfigurationError if options contradict each other.
@@ -150,7 +152,7 @@ def choose_parts(
     """
     if checkpoint is not None or not (options.train or options.folds or options.splits):
         return [_without_training(pairs, pool, streamed(pairs, complete, options), checkpoint, options)]
-    trainer = _Trainer(pairs, pool, load_backbone(options.encoder, options.cache))
+    trainer = _Trainer(pairs, pool, load_backbone(options.encoder, options.cache), options.signal)
     if options.train is not None:
         stream = streamed(pairs, complete, options)
         return [_from_other_file(trainer, stream, options, note)]
@@ -179,7 +181,7 @@ def _without_training(
     return Part(
         stream,
         x,
-        _priors_of(checkpoint, len(pool), x.shape[1]),
+        _priors_of(checkpoint, len(pool), x.shape[1], options.signal),
         None if checkpoint is None else checkpoint.scores,
         "" if checkpoint is None else checkpoint.data_digest,
         None if checkpoint is None or "pairs" not in checkpoint.metrics else int(checkpoint.metrics["pairs"]),
@@ -246,10 +248,10 @@ def _dealer() -> np.random.Generator:
     return np.random.default_rng(SPLIT_SEED)
 
 
-def _priors_of(checkpoint: Checkpoint | None, n_arms: int, dim: int) -> Callable[[str | None], Prior]:
+def _priors_of(checkpoint: Checkpoint | None, n_arms: int, dim: int, signal: Signal) -> Callable[[str | None], Prior]:
     def prior(form: str | None) -> Prior:
         named = None if form is None else PriorForm(form)
-        return build_prior(read_settings(prior="auto"), checkpoint, n_arms, dim, named)
+        return build_prior(read_settings(prior="auto", signal=signal), checkpoint, n_arms, dim, named)
 
     return prior
 
@@ -257,13 +259,13 @@ def _priors_of(checkpoint: Checkpoint | None, n_arms: int, dim: int) -> Callable
 class _Trainer:
     """Embeds the data once, and trains one offline stage per part."""
 
-    def __init__(self, pairs: Sequence[LabelledPair], pool: Sequence[str], backbone: Backbone) -> None:
+    def __init__(self, pairs: Sequence[LabelledPair], pool: Sequence[str], backbone: Backbone, signal: Signal) -> None:
         try:
             from router_core.offline.train import pair_features, train
         except ImportError as error:
             raise ConfigurationError(f"training needs torch ({error}): pip install 'reward-router[train]'") from error
         self.pairs = pairs
-        self._pool, self._backbone = tuple(pool), backbone
+        self._pool, self._backbone, self._signal = tuple(pool), backbone, signal
         self._train, self._embed = train, pair_features
         self._features = pair_features(pairs, backbone)
 
@@ -275,7 +277,7 @@ class _Trainer:
         return Part(
             stream,
             x,
-            _priors_of(checkpoint, len(self._pool), x.shape[1]),
+            _priors_of(checkpoint, len(self._pool), x.shape[1], self._signal),
             checkpoint.scores or score_scale(learned, self._pool),
             checkpoint.data_digest,
             len(learned),

@@ -52,7 +52,7 @@ def train(
     data: Annotated[Path, typer.Argument(help="JSONL of labelled pairs with verdicts (docs/data.md).")],
     out: Annotated[Path, typer.Option(help="Directory of the checkpoint; replaced if it exists.")],
     pool: Annotated[
-        str | None, typer.Option(help="RMs, comma-separated, in arm order [default: all of the data].")
+        str | None, typer.Option(help="RMs, comma-separated, in arm order (default: all of the data).")
     ] = None,
     encoder: Annotated[
         str, typer.Option(help="static, minilm, smollm2-135m or torch:DIR; NAME@bf16 runs it in half precision.")
@@ -68,7 +68,7 @@ def train(
     seed: Annotated[int, typer.Option(min=0, help="Of every random choice.")] = 0,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Encodings of transformers [default: ~/.cache/reward-router].", show_default=False),
+        typer.Option(help="Encodings of transformers (default: ~/.cache/reward-router).", show_default=False),
     ] = None,
     use_cache: Annotated[bool, typer.Option("--use-cache/--no-cache", help="Keep encodings for the next time.")] = True,
     device: Annotated[str, typer.Option(help="Where transformers run, as torch names it: cpu, cuda.")] = "cpu",
@@ -81,32 +81,32 @@ def train(
         bool, typer.Option("--resume", help="Go on with the run whose state is in OUT.partial.", rich_help_panel=_FINE)
     ] = False,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over the pairs [default: 2].", rich_help_panel=_FINE)
+        int | None, typer.Option(min=1, help="Passes over the pairs (default: 2).", rich_help_panel=_FINE)
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Of the transformer [default: 3e-5 full, 3e-4 lora].", rich_help_panel=_FINE),
+        typer.Option(help="Of the transformer (default: 3e-5 full, 3e-4 lora).", rich_help_panel=_FINE),
     ] = None,
     pairs_per_step: Annotated[
-        int | None, typer.Option(min=1, help="Pairs of one optimiser step [default: 16].", rich_help_panel=_FINE)
+        int | None, typer.Option(min=1, help="Pairs of one optimiser step (default: 16).", rich_help_panel=_FINE)
     ] = None,
     batch_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of one pass; what bounds memory [default: by device].", rich_help_panel=_FINE),
+        typer.Option(min=1, help="Tokens of one pass; what bounds memory (default: by device).", rich_help_panel=_FINE),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=16, help="Longest text [default: the model's, 1024].", rich_help_panel=_FINE)
+        int | None, typer.Option(min=16, help="Longest text (default: the model's, 1024).", rich_help_panel=_FINE)
     ] = None,
     lora_rank: Annotated[
-        int | None, typer.Option(min=1, help="Of the adapters [default: 8].", rich_help_panel=_FINE)
+        int | None, typer.Option(min=1, help="Of the adapters (default: 8).", rich_help_panel=_FINE)
     ] = None,
     precision: Annotated[
-        Precision | None, typer.Option(help="Of the passes [default: fp32].", rich_help_panel=_FINE)
+        Precision | None, typer.Option(help="Of the passes (default: fp32).", rich_help_panel=_FINE)
     ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.", rich_help_panel=_FINE)
     ] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of a CPU [default: 1].", rich_help_panel=_FINE)] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of a CPU (default: 1).", rich_help_panel=_FINE)] = None,
 ) -> None:
     """Learn from labelled pairs where each reward model is strong; `serve --checkpoint OUT` starts from it.
 
@@ -196,7 +196,7 @@ def _fit_frozen(
             progress.update(task, completed=done, total=of, visible=True)
 
         backbone = _load(encoder, encodings, device, embedded)
-        config = TrainConfig(**losses)
+        config = TrainConfig(**losses, tune=True)
         checkpoint, held_out = fit(pairs, names, backbone, config)
     checkpoint.save(out)
     _describe(out, checkpoint, pairs, held_out, config)

@@ -10,12 +10,11 @@ import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
-from router_core.feedback import LossScale, SignalAccumulator, SignalStatistics
+from router_core.feedback import SignalAccumulator, SignalStatistics
 from router_core.posterior import NO_ARM
-from router_core.prior import PriorForm
+from router_core.prior import LOSS_SCALES, PriorForm
 from router_core.records import Feedback, Shadow, Signal
 from service.errors import ConfigurationError
 from service.stores.protocol import LogEntry
@@ -23,11 +22,6 @@ from service.usecases.decisions import StoredDecision, decode_decision, decode_f
 
 SCHEMA_VERSION = 1
 """Of the files. A column is only ever added under the same number."""
-
-LOSS_SCALES: Mapping[PriorForm, LossScale] = MappingProxyType(
-    {PriorForm.PAPER: LossScale.Z, PriorForm.LINUCB: LossScale.QUANTILE}
-)
-"""How runs of a prior form turn losses into rewards, where it is not `UNIT_Z`; as `router_core.prior` sets it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +126,7 @@ class RewardFollower:
 
     def __init__(self, header: Header) -> None:
         self._header = header
-        scale = LOSS_SCALES.get(header.form, LossScale.UNIT_Z)
+        scale = LOSS_SCALES[header.form]
         self._signal = SignalAccumulator(SignalStatistics.empty(len(header.pool)), scale)
 
     def event(self, entry: LogEntry) -> LoggedEvent:
@@ -149,19 +143,19 @@ class RewardFollower:
                 f"event {entry.event_id} of run {self._header.run!r} cannot be read ({error}): export with the version "
                 "of the gateway that wrote it"
             ) from error
-        reward = self.reward(decision.arm, feedback, decision.verdict)
+        reward = self.reward(decision.arm, feedback, decision.verdict, decision.offset)
         shadows = tuple(
             told
             for shadow in (Shadow(*words) for words in decision.shadows)
-            if (told := self.reward(shadow.arm, feedback, shadow.verdict)) is not None
+            if (told := self.reward(shadow.arm, feedback, shadow.verdict, shadow.offset)) is not None
         )
         return LoggedEvent(entry.event_id, entry.decision_id, decision, feedback, reward, shadows)
 
-    def reward(self, arm: int, feedback: Feedback, verdict: int) -> float | None:
+    def reward(self, arm: int, feedback: Feedback, verdict: int, offset: float) -> float | None:
         """What the fold learns from one verdict; the statistics move on."""
         if arm == NO_ARM:
             return None
-        reward = self._signal.observe(arm, feedback, verdict=verdict)
+        reward = self._signal.observe(arm, feedback, verdict=verdict, offset=offset)
         return reward if self._header.exact_rewards else None
 
 

@@ -78,9 +78,9 @@ class Targets:
 
     def _prior(self, name: str, form: PriorForm) -> Prior:
         header = self._log.header
-        given: dict[str, float] = {}
+        given: dict[str, object] = {"signal": header.signal}
         if form is header.form and form is not PriorForm.LINUCB:
-            given = dict(zip(("lambda0", "sigma2", "gamma"), header.fingerprint["hyper"], strict=False))
+            given |= dict(zip(("lambda0", "sigma2", "gamma", "adapt"), header.fingerprint["hyper"], strict=False))
         if form in _OFFLINE_FORMS and self._checkpoint is None:
             raise ConfigurationError(
                 f"policy {name!r} starts from the prior {form.value!r}, which a checkpoint holds: give --checkpoint"

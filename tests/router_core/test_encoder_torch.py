@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,44 +13,9 @@ from router_core.errors import EncoderError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
 
-WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefghijklmnopqrstuvwxyz"]
-CHAT = (
-    "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} e {% endfor %}"
-    "{% if add_generation_prompt %}a {% endif %}"
-)
-
-
-def save(directory: Path, kind: str, chat: bool = False, positions: int = 64) -> Path:
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    if kind == "bert":
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-        )
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
-    if chat:
-        fast.chat_template = CHAT
-    fast.save_pretrained(directory)
-    shape: dict[str, Any] = {
-        "vocab_size": len(WORDS),
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": positions,
-    }
-    torch.manual_seed(0)
-    if kind == "bert":
-        transformers.BertModel(transformers.BertConfig(**shape)).save_pretrained(directory)
-    else:
-        transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, num_key_value_heads=2)).save_pretrained(
-            directory
-        )
-    return directory
+from tests.support.transformers_dirs import save_transformer as save  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
@@ -119,3 +83,67 @@ def test_a_template_that_rewrites_the_text_still_keeps_the_response() -> None:
             return "<head>" if options.get("add_generation_prompt") else "<other>"
 
     assert render(Rewriting(), "p", "r") == ("<head>", "r")
+
+
+def test_half_precision_gives_nearly_the_same_vectors_as_float32(tmp_path: Path) -> None:
+    spec = f"torch:{save(tmp_path, 'llama')}"
+    full, half = load_backbone(spec).embed([("a b", "c d e")]), load_backbone(f"{spec}@bf16").embed([("a b", "c d e")])
+    assert half.dtype == np.float32
+    np.testing.assert_allclose(half, full, atol=0.1)
+    assert np.abs(half - full).max() > 1e-5
+    with pytest.raises(EncoderError, match="does not exist"):
+        load_backbone(f"{spec}@int4")
+
+
+def test_an_identity_is_of_weights_tokenizer_precision_and_limits(tmp_path: Path) -> None:
+    from router_core.encoder.torch import TorchBackbone
+
+    one = save(tmp_path / "one", "bert")
+    specs = [f"torch:{one}", f"torch:{one}@bf16", f"torch:{save(tmp_path / 'two', 'bert', seed=1)}"]
+    specs += [
+        f"torch:{save(tmp_path / 'short', 'bert', positions=32)}",
+        f"torch:{save(tmp_path / 'c', 'bert', chat=True)}",
+    ]
+    identities = [load_backbone(spec).identity for spec in specs]  # type: ignore[attr-defined]
+    assert len(set(identities)) == len(specs)
+    copy = save(tmp_path / "copy", "bert")
+    assert load_backbone(f"torch:{copy}").identity == identities[0]  # type: ignore[attr-defined]
+    assert TorchBackbone.load(one, "any", max_tokens=9).identity != identities[0]
+
+
+def test_a_saved_backbone_is_read_as_it_was(tmp_path: Path) -> None:
+    from router_core.encoder.torch import TorchBackbone
+
+    short = TorchBackbone.load(save(tmp_path / "one", "llama", chat=True), "any", max_tokens=7)
+    short.save(tmp_path / "two")
+    again = load_backbone(f"torch:{tmp_path / 'two'}")
+    long = [("a b c d e f g", "h i j k l m n")]
+    np.testing.assert_array_equal(again.embed(long), short.embed(long))
+    assert again.identity == short.identity  # type: ignore[attr-defined]
+
+
+def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    spec = f"torch:{save(tmp_path, 'llama')}"
+    capfd.readouterr()
+    load_backbone(spec)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_that_gives_nan_is_named(tmp_path: Path) -> None:
+    backbone = load_backbone(f"torch:{save(tmp_path, 'bert')}")
+    with torch.no_grad():
+        next(backbone.model.parameters()).fill_(float("nan"))  # type: ignore[attr-defined]
+    with pytest.raises(EncoderError, match="NaN or infinity"):
+        backbone.embed([("a", "b")])
+
+
+def test_batches_are_by_length_and_bounded() -> None:
+    from router_core.encoder.torch import batches_by_length
+
+    lengths = np.random.default_rng(0).integers(1, 50, 200).tolist()
+    batches = batches_by_length(lengths, 100)
+    assert sorted(index for batch in batches for index in batch) == list(range(200))
+    for batch in batches:
+        assert len(batch) * max(lengths[i] for i in batch) <= 100
+    assert batches_by_length([500], 100) == [[0]]
+    assert batches_by_length([], 100) == []

@@ -254,7 +254,7 @@ def test_the_probe_sees_a_wrong_inverse() -> None:
 def test_events_that_do_not_fit_are_refused() -> None:
     state = start(no_prior(2, 4, HYPER), SMALL)
     [event] = make_events(np.random.default_rng(7), 1, 4, 2)
-    with pytest.raises(ShapeMismatchError, match="d=4"):
+    with pytest.raises(ShapeMismatchError, match="context of 2 numbers"):
         fold(state, [dataclasses.replace(event, x=event.x[:8])])
     with pytest.raises(ShapeMismatchError, match="asked arm 2 of 2"):
         fold(state, [dataclasses.replace(event, arm=2)])

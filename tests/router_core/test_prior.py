@@ -23,7 +23,7 @@ def test_calibrated_prior_is_a_residual_around_the_probability() -> None:
     assert prior.form is PriorForm.CALIBRATED
     assert prior.means.tolist() == [[0.0] * 3] * 2
     assert prior.offsets(np.ones((1, 3), np.float32)).tolist() == [[0.25, 0.75]]
-    assert prior.loss_scale is LossScale.UNIT_Z
+    assert prior.loss_scale is LossScale.POOLED
 
 
 def test_no_prior_is_an_even_chance() -> None:

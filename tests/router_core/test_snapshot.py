@@ -62,17 +62,10 @@ def as_format(data: bytes, name: str, drop: str | None = None) -> bytes:
     return save(tensors, metadata={"reward_router": json.dumps({**header, "format": name})})
 
 
-def test_a_snapshot_of_the_former_format_is_read_exactly() -> None:
-    former = as_format(snapshot_bytes(), "reward-router-snapshot/1", drop="loss_history")
-    assert (
-        parse(former, "run", prior(), SETTINGS).posterior.digest()
-        == parse(snapshot_bytes(), "run", prior(), SETTINGS).posterior.digest()
-    )
-
-
-def test_a_snapshot_of_a_later_format_is_refused_by_name() -> None:
-    with pytest.raises(SnapshotError, match=r"snapshot/9.*new run name"):
-        parse(as_format(snapshot_bytes(), "reward-router-snapshot/9"), "run", prior(), SETTINGS)
+@pytest.mark.parametrize("version", [1, 9])
+def test_a_snapshot_of_another_format_is_refused_by_name(version: int) -> None:
+    with pytest.raises(SnapshotError, match=rf"snapshot/{version}.*new run name"):
+        parse(as_format(snapshot_bytes(), f"reward-router-snapshot/{version}"), "run", prior(), SETTINGS)
 
 
 def test_only_refresh_positions_can_be_kept() -> None:

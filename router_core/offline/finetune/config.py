@@ -31,6 +31,8 @@ class FinetuneConfig:
         lambda_bt, lambda_cls: weights of the two losses.
         balanced: weigh couples of RMs alike (`losses.balanced_couples`).
         lora_rank, lora_dropout: of the adapters; their scale is 2, whatever the rank.
+        backbone_dropout: of the transformer's own layers, in place of its own. Most language models have none, and with
+            any a CPU takes the slow way through attention: MiniLM then took 1.5 times as long.
         precision: of the passes; weights and optimiser stay in fp32.
         validation_fraction: share of the pairs, by whole groups, that choose the stopping point and the calibration.
         evaluations_per_epoch, patience: stop after `patience` looks at the held-out loss without a new lowest.
@@ -58,6 +60,7 @@ class FinetuneConfig:
     balanced: bool = False
     lora_rank: int = 8
     lora_dropout: float = 0.05
+    backbone_dropout: float = 0.0
     precision: Precision = "fp32"
     validation_fraction: float = 0.2
     evaluations_per_epoch: int = 2
@@ -92,7 +95,7 @@ class FinetuneConfig:
         for name in (*counts, "standardise_pairs", "save_every", "threads"):
             if getattr(self, name) < 1:
                 raise HyperparameterError(f"{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("warmup", "dropout", "lora_dropout"):
+        for name in ("warmup", "dropout", "lora_dropout", "backbone_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise HyperparameterError(f"{name} = {getattr(self, name)}: must be at least 0 and below 1")
         if not 0.0 < self.validation_fraction < 1.0:

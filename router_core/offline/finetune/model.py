@@ -49,6 +49,9 @@ def adapt(backbone: TorchBackbone, config: FinetuneConfig) -> TorchBackbone:
         EncoderError: peft is needed and not installed.
     """
     model: Any = backbone.model
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = config.backbone_dropout
     if config.mode == "lora":
         try:
             from peft import LoraConfig, get_peft_model

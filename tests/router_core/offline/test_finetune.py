@@ -24,7 +24,7 @@ from tests.support.transformers_dirs import save_transformer  # noqa: E402
 
 POOL = ("coder", "talker")
 QUICK = FinetuneConfig(
-    epochs=2, learning_rate=1e-3, pairs_per_step=8, d=4, hidden=8, batch_tokens=64, standardise_pairs=16, save_every=3
+    epochs=2, learning_rate=1e-3, pairs_per_step=8, d=4, hidden=8, batch_tokens=256, standardise_pairs=16, save_every=3
 )
 
 
@@ -57,14 +57,14 @@ def run(spec: str, work: Path, config: FinetuneConfig = QUICK, **options: Any) -
     return fine_tune(two_kinds(), POOL, load_backbone(spec), config, work, **options)
 
 
-class Interrupted(Exception):
+class StoppedError(Exception):
     pass
 
 
 def stop_at(step: int) -> Any:
     def progress(done: int, of: int, loss: float) -> None:
         if done == step:
-            raise Interrupted
+            raise StoppedError
 
     return progress
 
@@ -73,7 +73,7 @@ def stop_at(step: int) -> Any:
 def test_an_interrupted_run_ends_with_the_same_weights_bit_for_bit(bert: str, tmp_path: Path, mode: Any) -> None:
     config = replace(QUICK, mode=mode)
     whole = run(bert, tmp_path / "whole", config)
-    with pytest.raises(Interrupted):
+    with pytest.raises(StoppedError):
         run(bert, tmp_path / "cut", config, progress=stop_at(5))
     steps: list[int] = []
     again = run(bert, tmp_path / "cut", config, resume=True, progress=lambda done, of, loss: steps.append(done))
@@ -84,7 +84,7 @@ def test_an_interrupted_run_ends_with_the_same_weights_bit_for_bit(bert: str, tm
 
 
 def test_a_run_that_was_stopped_before_its_first_state_starts_over(bert: str, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
+    with pytest.raises(StoppedError):
         run(bert, tmp_path / "cut", progress=stop_at(1))
     assert run(bert, tmp_path / "cut", resume=True).checkpoint.digest == run(bert, tmp_path / "w").checkpoint.digest
 
@@ -92,12 +92,12 @@ def test_a_run_that_was_stopped_before_its_first_state_starts_over(bert: str, tm
 def test_resuming_with_other_settings_or_nothing_to_resume_is_refused(bert: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no run to resume"):
         run(bert, tmp_path / "cut", resume=True)
-    with pytest.raises(Interrupted):
+    with pytest.raises(StoppedError):
         run(bert, tmp_path / "cut", progress=stop_at(5))
     with pytest.raises(CheckpointError, match=r"epochs \(2, now 3\)"):
         run(bert, tmp_path / "cut", replace(QUICK, epochs=3), resume=True)
+    other = save_transformer(tmp_path / "other", "bert", seed=1)
     with pytest.raises(CheckpointError, match="weights"):
-        other = save_transformer(tmp_path / "other", "bert", seed=1)
         run(f"torch:{other}", tmp_path / "cut", resume=True)
 
 
@@ -110,8 +110,8 @@ def test_a_folder_that_is_something_else_is_left_alone(bert: str, tmp_path: Path
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_it_learns_which_model_is_right_where(bert: str, llama: str, tmp_path: Path, kind: str) -> None:
-    config = replace(QUICK, epochs=6, learning_rate=3e-3, head_learning_rate=1e-2, warmup=0.0)
-    tuned = fine_tune(two_kinds(120), POOL, load_backbone({"bert": bert, "llama": llama}[kind]), config, tmp_path / "w")
+    config = replace(QUICK, epochs=4, learning_rate=3e-3, head_learning_rate=1e-2, batch_tokens=512)
+    tuned = fine_tune(two_kinds(96), POOL, load_backbone({"bert": bert, "llama": llama}[kind]), config, tmp_path / "w")
     assert tuned.checkpoint.metrics["routing_accuracy_cls"] > 0.95
     assert tuned.looks[-1].held_out_loss < tuned.looks[0].held_out_loss
 
@@ -151,9 +151,6 @@ def test_how_a_batch_is_cut_into_passes_does_not_change_the_step(bert: str, tmp_
     weights = []
     for tokens in (1, 64, 4096):
         backbone = load_backbone(bert)
-        for module in backbone.model.modules():  # type: ignore[attr-defined]
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
         tuned = fine_tune(two_kinds(), POOL, backbone, replace(settings, batch_tokens=tokens), tmp_path / str(tokens))
         weights.append(tuned.checkpoint.fuse.w1)
     np.testing.assert_allclose(weights[1], weights[0], atol=1e-4)

@@ -17,7 +17,7 @@ from service.errors import ConfigurationError, NotFoundError, StoreUnavailableEr
 from service.eventlog import export as exporting
 from service.eventlog.export import Exported, export_log, read_events, read_header
 from service.eventlog.load import EventLog, fold_events, load_log, logged_data
-from service.eventlog.record import LOSS_SCALES, LoggedEvent
+from service.eventlog.record import LoggedEvent
 from service.stores.redis import RedisStore
 from tests.support.gateway import Gateway, fresh_run, open_gateway, pair, until
 
@@ -133,16 +133,6 @@ async def test_the_rewards_are_what_the_fold_learned_from_losses(
         # A file that was begun before the log was trimmed knows the beginning.
         await export_log(store, gateway.run, tmp_path / "log.parquet", resume=True)
         assert list(read_events(tmp_path / "log.parquet")) == rows
-
-
-def test_the_loss_scales_are_those_of_the_priors() -> None:
-    from router_core.feedback import LossScale
-    from router_core.prior import PriorForm, calibrated_prior, linucb_prior, no_prior, paper_prior
-
-    made = [paper_prior(np.eye(2)), no_prior(2, 2), linucb_prior(2, 2), calibrated_prior(2, 2, lambda x: x)]
-    assert {prior.form for prior in made} == set(PriorForm)
-    for prior in made:
-        assert LOSS_SCALES.get(prior.form, LossScale.UNIT_Z) is prior.loss_scale
 
 
 @pytest.mark.parametrize("name", ["log.parquet", "log.jsonl"])

@@ -1,0 +1,241 @@
+"""What `make tables` measures: pools, splits, streams, policies, ablations. Values; nothing here computes a figure.
+
+Called by `work`, `offline`, `online` and the command. A *dealing* is one way of splitting the pairs, drawn from its
+number, which is also the seed of the fits on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from router_core.dataset import grouped_folds
+from router_core.offline.train import TrainConfig
+from router_core.records import LabelledPair, Signal
+from router_core.replay import Delay, Scenario, Shift, complete_pairs, share_split
+
+K4 = ("internlm2-1_8b-reward", "GRM-Gemma-2B-rewardmodel-ft", "FsfairX-LLaMA3-RM-v0.1", "RM-Mistral-7B")
+"""Chosen after seeing the accuracies, so that a router has room to gain."""
+K6 = (*K4, "internlm2-7b-reward", "URM-LLaMa-3-8B")
+"""Chosen in the same way."""
+
+OURS = "bayesian"
+SHADOWED = "bayesian+shadow=0.1"
+POLICIES = (OURS, "bayesian:paper", "bayesian:none", "offline", "laser", "random", "majority", "uwo")
+FEW = (OURS, "bayesian:none", "offline", "laser", "random", "majority", "uwo")
+"""For the pools and domains that stand beside K4."""
+
+ABLATION_SEEDS, ABLATION_SHIFTS = 3, 2
+"""Passes and shifted dealings of an ablation: differences are paired, so fewer do."""
+
+SHIFT = Shift("code")
+"""The offline stage sees 10 % code, the stream is 80 % code."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """One offline stage: encoder's spec, pool, indices of the pairs that are learned from, settings with their seed."""
+
+    encoder: str
+    pool: tuple[str, ...]
+    rows: tuple[int, ...]
+    config: TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """An offline stage, and the indices of the pairs that are streamed after it."""
+
+    fit: Fit
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One change to the online stage's prior, or to the offline fit.
+
+    Attributes:
+        title: for people.
+        hyper: fields of `Hyperparameters` that are set, as pairs.
+        features: the residual reads the features f in the place of the low-rank context.
+        config: fields of `TrainConfig` that are set, as pairs.
+    """
+
+    title: str = "default"
+    hyper: tuple[tuple[str, Any], ...] = ()
+    features: bool = False
+    config: tuple[tuple[str, Any], ...] = ()
+
+    def applied(self, streams: Sequence[Stream]) -> tuple[Stream, ...]:
+        """The same streams after offline stages with the changed settings."""
+        changes = dict(self.config)
+        return tuple(
+            replace(stream, fit=replace(stream.fit, config=replace(stream.fit.config, **changes))) for stream in streams
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Policies over some streams, each from a fresh start.
+
+    Attributes:
+        title: for people.
+        streams: what is learned from and streamed; all for one pool.
+        policies: as `replay` names them.
+        signal, scenario, seeds: of the replay.
+        variant: of the prior.
+    """
+
+    title: str
+    streams: tuple[Stream, ...]
+    policies: tuple[str, ...]
+    seeds: tuple[int, ...]
+    signal: Signal = Signal.PREFERENCE
+    scenario: Scenario = field(default_factory=Scenario)
+    variant: Variant = field(default_factory=Variant)
+
+    @property
+    def pool(self) -> tuple[str, ...]:
+        """The streams' one pool."""
+        return self.streams[0].fit.pool
+
+
+VARIANTS = (
+    Variant(),
+    Variant("λ₀ = 50, fixed", hyper=(("lambda0", 50.0), ("adapt", False))),
+    Variant("λ₀ = 1000, fixed", hyper=(("lambda0", 1000.0), ("adapt", False))),
+    Variant("λ₀ adapting", hyper=(("adapt", True),)),
+    Variant("σ² = .08", hyper=(("sigma2", 0.08),)),
+    Variant("σ² = .25", hyper=(("sigma2", 0.25),)),
+    Variant("v = 0: no exploration", hyper=(("v", 0.0),)),
+    Variant("v = .2", hyper=(("v", 0.2),)),
+    Variant("v = 1: as the posterior says", hyper=(("v", 1.0),)),
+    Variant("residual over the learned features f", features=True),
+    Variant("verdicts only, no soft targets", config=(("soft_share", 0.0),)),
+    Variant("one member instead of six", config=(("members", 1),)),
+    Variant("heads not blended", config=(("blend", 0.0),)),
+)
+"""What is taken away, one at a time; the offline changes come last, since they need fits of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much is done.
+
+    Attributes:
+        folds: of the cross-validation.
+        long_folds: of the cross-validation with longer streams.
+        dealings: of the folds for the first encoder; the other encoders take the first.
+        shifts: dealings of the shifted split.
+        seeds: passes per stream.
+        config: of all fits, but for their seeds.
+    """
+
+    folds: int = 5
+    long_folds: int = 2
+    dealings: int = 2
+    shifts: int = 3
+    seeds: int = 5
+    config: TrainConfig = field(default_factory=TrainConfig)
+
+
+class Plan:
+    """Every stream and job over these pairs. Reads the pairs' groups, domains and gaps only."""
+
+    def __init__(self, pairs: Sequence[LabelledPair], encoder: str, size: Size) -> None:
+        self._pairs, self._encoder, self.size = pairs, encoder, size
+        self._seeds = tuple(range(size.seeds))
+
+    def folds(self, pool: Sequence[str], n_folds: int, dealing: int) -> tuple[Stream, ...]:
+        """Grouped cross-validation: each fold is streamed after a fit on the others."""
+        dealt = grouped_folds(self._pairs, n_folds, np.random.default_rng(dealing))
+        return tuple(self._stream(pool, inside.tolist(), outside.tolist(), dealing) for inside, outside in dealt)
+
+    def in_distribution(self, pool: Sequence[str]) -> tuple[Stream, ...]:
+        """All folds of all dealings: the fits of Table 2."""
+        return tuple(
+            stream for dealing in range(self.size.dealings) for stream in self.folds(pool, self.size.folds, dealing)
+        )
+
+    def shifted(self, pool: Sequence[str]) -> tuple[Stream, ...]:
+        """One stream per dealing of `SHIFT`."""
+        streams = []
+        for dealing in range(self.size.shifts):
+            inside, outside = share_split(self._pairs, SHIFT, np.random.default_rng(dealing))
+            streams.append(self._stream(pool, inside.tolist(), outside.tolist(), dealing))
+        return tuple(streams)
+
+    def without_a_domain(self, pool: Sequence[str]) -> tuple[Stream, ...]:
+        """Per domain: learn from the others, stream it. A group that lies in several domains is streamed only."""
+        streams = []
+        for domain in domains_of(self._pairs):
+            outside = [i for i, pair in enumerate(self._pairs) if pair.domain == domain]
+            taken = {self._pairs[i].group for i in outside} - {""}
+            inside = [i for i, pair in enumerate(self._pairs) if pair.domain != domain and pair.group not in taken]
+            streams.append(self._stream(pool, inside, outside, 0))
+        return tuple(streams)
+
+    def online(self, pools: Mapping[str, tuple[str, ...]]) -> dict[str, Job]:
+        """The streams of the online stage, by key; the first pool's in full, of the others the first."""
+        (first, pool), *others = pools.items()
+        rows = (*POLICIES, SHADOWED)
+        long, shifted = self.folds(pool, self.size.long_folds, 0), self.shifted(pool)
+
+        def job(title: str, streams: tuple[Stream, ...], **changes: Any) -> Job:
+            return Job(title, streams, **{"policies": rows, "seeds": self._seeds, **changes})
+
+        loss: dict[str, Any] = {"signal": Signal.LOSS, "policies": POLICIES}
+        jobs = {
+            "in distribution": job(f"{first}, in distribution", self.in_distribution(pool)),
+            "long": job(f"{first}, in distribution, longer streams", long),
+            "shift": job(f"{first}, shifted", shifted),
+            "drift": job(f"{first}, drift", long, scenario=Scenario(drift=True)),
+            "shift, delay 64": job(f"{first}, shifted, delay 64", shifted, scenario=Scenario(delay=Delay(steps=64))),
+            "shift, missing 30 %": job(f"{first}, shifted, 30 % missing", shifted, scenario=Scenario(missing=0.3)),
+            "long, loss": job(f"{first}, in distribution, loss signal (simulated)", long, **loss),
+            "shift, loss": job(f"{first}, shifted, loss signal (simulated)", shifted, **loss),
+        }
+        for name, names in others:
+            jobs[f"{name}, in distribution"] = job(
+                f"{name}, in distribution", self.in_distribution(names), policies=FEW
+            )
+        return jobs
+
+    def transfer(self, pools: Mapping[str, tuple[str, ...]]) -> dict[str, Job]:
+        """Leave one domain out, per pool."""
+        return {
+            name: Job(f"{name}, a domain never seen", self.without_a_domain(pool), FEW, self._seeds)
+            for name, pool in pools.items()
+        }
+
+    def ablations(self, pool: Sequence[str]) -> dict[str, tuple[Variant, dict[str, Job]]]:
+        """By title: the variant, and its jobs in distribution (first dealing) and under shift."""
+        shifted = self.shifted(pool)[:ABLATION_SHIFTS]
+        columns = {"in distribution": self.folds(pool, self.size.folds, 0), "shift": shifted}
+        policies, seeds = ("offline", OURS), self._seeds[:ABLATION_SEEDS]
+        return {
+            variant.title: (
+                variant,
+                {
+                    column: Job(
+                        f"{variant.title}, {column}", variant.applied(streams), policies, seeds, variant=variant
+                    )
+                    for column, streams in columns.items()
+                },
+            )
+            for variant in VARIANTS
+        }
+
+    def _stream(self, pool: Sequence[str], inside: Sequence[int], outside: Sequence[int], dealing: int) -> Stream:
+        complete, _ = complete_pairs(self._pairs, pool)
+        kept = set(complete.tolist())
+        fit = Fit(self._encoder, tuple(pool), tuple(inside), replace(self.size.config, seed=dealing))
+        return Stream(fit, tuple(i for i in outside if i in kept))
+
+
+def domains_of(pairs: Sequence[LabelledPair]) -> tuple[str, ...]:
+    """Every domain, in order of first appearance."""
+    return tuple(dict.fromkeys(pair.domain for pair in pairs if pair.domain))

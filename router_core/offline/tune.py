@@ -1,0 +1,109 @@
+"""The scalars of the online prior, fitted to what the cross-fitting held out: noise by likelihood, the rest by replay.
+
+Knows contexts, held-out probabilities and correctness; nothing of how they were fitted. Called by `offline.train`.
+
+Each candidate is replayed as the policy `bayesian` over two kinds of streams: the held-out pairs as they are, and one
+stream per domain whose offsets come from a fit that never saw that domain. The first asks for trust in the offline
+stage, the others for distrust; a candidate is judged by the mean over both kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_core.policies import BayesianPolicy
+from router_core.prior import CALIBRATED_HYPERPARAMETERS, Hyperparameters, calibrated_prior
+from router_core.records import Signal
+from router_core.replay.passes import Stage, online_pass
+from router_core.replay.stream import Scenario, make_plan
+from router_core.replay.table import Table
+
+Array = NDArray[np.float64]
+
+STARTS = (30.0, 100.0, 300.0)
+"""Candidates for λ₀, from which it adapts."""
+SCALES = (0.1, 0.2, 0.3)
+"""Candidates for v."""
+DISCOUNTS = (1.0, 0.95)
+"""Candidates for γ."""
+SEEDS = (0, 1, 2)
+"""Of the streams' orders and of the draws: the same for every candidate."""
+MAX_STREAM = 600
+"""Pairs of a stream at most; what tells candidates apart happens in the first hundreds."""
+SIGMA2_BOUNDS = (0.02, 0.25)
+"""Of σ²; the variance of a reward in [0, 1] is 1/4 at most."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stream:
+    """Pairs to replay: the table, contexts x (N, dim), of which the posterior reads d from `first` on, and offsets
+    (N, K) of a fit that did not see them.
+    """
+
+    name: str
+    table: Table
+    x: NDArray[np.float32]
+    offsets: Array
+    first: int
+    d: int
+
+
+def residual_variance(probabilities: Array, correctness: Array) -> float:
+    """σ² = mean (y − o)² over the asked (pair, RM): the maximum-likelihood variance of a Gaussian residual, bounded."""
+    asked = ~np.isnan(correctness)
+    if not asked.any():
+        return CALIBRATED_HYPERPARAMETERS.sigma2
+    return float(np.clip(np.square(correctness[asked] - probabilities[asked]).mean(), *SIGMA2_BOUNDS))
+
+
+def fit_hyperparameters(sigma2: float, streams: Sequence[Stream]) -> tuple[Hyperparameters, dict[str, float]]:
+    """λ₀, v and γ by replay, one after the other (γ last), each kept at its default unless another value is clearly
+    better.
+
+    Clearly: by more than the standard error of the paired difference over streams and seeds. Replays are noisy, and the
+    defaults were measured on more data than most users have.
+
+    Args:
+        sigma2: of `residual_variance`.
+        streams: the first one in distribution, the others shifted; none leaves everything at its default.
+
+    Returns:
+        The scalars, and the accuracy of the chosen ones on each stream by name.
+    """
+    best = replace(CALIBRATED_HYPERPARAMETERS, sigma2=sigma2)
+    if not streams:
+        return best, {}
+    known = {best: _accuracies(best, streams)}
+    for name, values in (("lambda0", STARTS), ("v", SCALES), ("gamma", DISCOUNTS)):
+        candidates = [replace(best, **{name: value}) for value in values]
+        for candidate in candidates:
+            if candidate not in known:
+                known[candidate] = _accuracies(candidate, streams)
+        best = max(candidates, key=lambda candidate: (_lead(known[candidate], known[best]), candidate == best))
+    return best, dict(zip((stream.name for stream in streams), known[best].mean(axis=1).tolist(), strict=True))
+
+
+def _lead(candidate: Array, standing: Array) -> float:
+    """Mean paired difference over seeds and kinds of streams less its standard error; 0 for the standing one itself."""
+    kinds = [slice(0, 1), slice(1, None)] if len(candidate) > 1 else [slice(0, 1)]
+    differences = np.stack([(candidate[kind] - standing[kind]).mean(axis=0) for kind in kinds]).mean(axis=0)
+    return float(differences.mean() - differences.std(ddof=1) / len(differences) ** 0.5)
+
+
+def _accuracies(hyper: Hyperparameters, streams: Sequence[Stream]) -> Array:
+    """(streams, seeds): how often the policy `bayesian` with these scalars asked an RM that was right."""
+    return np.array([[_replayed(hyper, stream, seed) for seed in SEEDS] for stream in streams])
+
+
+def _replayed(hyper: Hyperparameters, stream: Stream, seed: int) -> float:
+    offsets = stream.offsets
+    prior = calibrated_prior(offsets.shape[1], stream.d, lambda x: offsets, hyper).reading(
+        stream.first, stream.x.shape[1]
+    )
+    scenario = Scenario()
+    stage = Stage(stream.table, stream.x, offsets, BayesianPolicy(), prior, Signal.PREFERENCE, scenario)
+    return float(online_pass(stage, make_plan(stream.table, scenario, seed), lambda _: None).correct.mean())
