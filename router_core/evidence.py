@@ -28,7 +28,7 @@ def log_evidence(gram: Array, information: Array, grid: Array = LAMBDA_GRID) -> 
     Returns:
         (..., L). Cost O(d³) per matrix.
 
-    >>> log_evidence(np.array([[8.0]]), np.array([0.0]), np.array([1.0, 8.0])).round(3)  # nothing found: trust the prior
+    >>> log_evidence(np.array([[8.0]]), np.array([0.0]), np.array([1.0, 8.0])).round(3)  # trust the prior
     array([-1.099, -0.347])
     """
     values, vectors = np.linalg.eigh(gram)

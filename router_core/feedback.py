@@ -116,8 +116,8 @@ class SignalAccumulator:
         * `reward`: the number itself.
         * `loss`: by `loss_scale`. z = (mean − loss)/sd against the arm's averages before this loss, clipped to ±2; the
           averages use rate max(α, 1/n), the plain mean until the window is full. With `POOLED` the averages are over
-          all arms, so that an arm whose losses are lower than the others' gains, and z/4 is added to the mean offset, so
-          that what was expected of all arms together stays as it was. With `QUANTILE` see `quantile_reward`.
+          all arms, so that an arm whose losses are lower than the others' gains; z/4 is added to the mean offset: what
+          was expected of all arms together stays as it was. With `QUANTILE` see `quantile_reward`.
 
         Args:
             arm: index of the asked arm.

@@ -20,7 +20,7 @@ from router_core.posterior import FoldSettings, Posterior, restore
 from router_core.prior import Prior
 
 FORMAT = "reward-router-snapshot/3"
-"""2 added `loss_history`, 3 `pooled` and `lambda0`. A snapshot of another format is of a run with another fingerprint."""
+"""2 added `loss_history`, 3 `pooled` and `lambda0`. A run of another version has another fingerprint, too."""
 
 
 @dataclass(frozen=True, slots=True)

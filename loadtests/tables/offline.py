@@ -37,15 +37,17 @@ Splits = Mapping[int, Sequence[Split]]
 
 
 class TableTwo:
-    """The rows of one pool: the first encoder with ablations on all dealings, the others on the first."""
+    """The rows of one pool: our router on all dealings; other fits (no-CLS, other encoders) on the first dealing."""
 
     def __init__(self, pairs: Sequence[LabelledPair], pool: Sequence[str], encoders: Sequence[str], size: Size) -> None:
         self._pairs, self._pool = pairs, tuple(pool)
-        first, *others = encoders
         self._splits: Splits = {seed: fold_splits(pairs, size.folds, seed) for seed in range(size.dealings)}
-        self._parts: list[tuple[list[Router], Splits]] = [(routers([first], size.config), self._splits)]
+        rows, main = routers(encoders, size.config), (encoders[0], size.config)
         once = {0: self._splits[0]}
-        self._parts += [([Router(f"{OFFLINE}@{name}", name, size.config)], once) for name in others]
+        self._parts: list[tuple[list[Router], Splits]] = [
+            ([row for row in rows if (row.encoder, row.config) == main], self._splits),
+            ([row for row in rows if (row.encoder, row.config) != main], once),
+        ]
 
     def needed(self) -> list[Fit]:
         """Every fit of these rows."""

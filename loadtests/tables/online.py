@@ -34,7 +34,7 @@ def stream_figures(replayed: Replayed) -> Figures:
 
 
 def domain_figures(replayed: Replayed) -> dict[str, Figures]:
-    """The same per domain, and under "" for all together."""
+    """The same per domain, whose best single RM in hindsight is its own; and under "" for all together."""
     table = replayed.table
     correct = {name: trace.correct for name, trace in replayed.traces.items()}
     calls = {name: trace.calls_per_instance for name, trace in replayed.traces.items()}
@@ -42,10 +42,9 @@ def domain_figures(replayed: Replayed) -> dict[str, Figures]:
     found = {}
     for domain in dict.fromkeys(table.domains):
         rows = np.flatnonzero(names == domain)
-        found[domain] = row_figures(
-            {name: values[:, rows] for name, values in correct.items()}, calls, table.rows(rows)
-        )
-    return {**found, "": row_figures(correct, calls, table)}
+        kept = {name: values[:, rows] for name, values in correct.items()}
+        found[domain] = _with_lead(kept, calls, table.rows(rows))
+    return {**found, "": _with_lead(correct, calls, table)}
 
 
 def _with_lead(correct: Mapping[str, Any], calls: Mapping[str, float], table: Table) -> Figures:

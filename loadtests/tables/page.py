@@ -178,8 +178,8 @@ def _lost(document: Document) -> list[Block]:
         worse = [domain for domain, part in found.items() if standing(part["offline_lead"]) == LOSES]
         if worse:
             items.append(
-                f"* {pool}: trained without it, offline routing alone loses to the best RM of {listed(worse)}: labelled "
-                "pairs of one kind teach little about another."
+                f"* {pool}: trained without it, offline routing alone loses to the best RM of {listed(worse)}: "
+                "labelled pairs of one kind teach little about another."
             )
     for key, found in document["online"].items():
         losing = {name: d for name, d in found["minus"].items() if name not in REFERENCES and standing(d) == LOSES}

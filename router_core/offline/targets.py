@@ -47,7 +47,7 @@ def soft_targets(correctness: Array, margins: Array, share: float, width: float)
 
 
 def score_scales(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean and standard deviation of each RM's scores over all responses: (K,), (K,); deviation 1 where none is seen."""
+    """Mean and standard deviation of each RM's scores over all responses: (K,), (K,); deviation 1 where there is none."""
     shift, scale = np.zeros(len(pool), np.float32), np.ones(len(pool), np.float32)
     for k, name in enumerate(pool):
         scores = np.array([score for pair in pairs for score in pair.scores.get(name, ())], dtype=np.float64)

@@ -79,12 +79,18 @@ def fit_hyperparameters(sigma2: float, streams: Sequence[Stream]) -> tuple[Hyper
         return best, {}
     known = {best: _accuracies(best, streams)}
     for name, values in (("lambda0", STARTS), ("v", SCALES), ("gamma", DISCOUNTS)):
-        candidates = [replace(best, **{name: value}) for value in values]
+        candidates = [_with(best, name, value) for value in values]
         for candidate in candidates:
             if candidate not in known:
                 known[candidate] = _accuracies(candidate, streams)
         best = max(candidates, key=lambda candidate: (_lead(known[candidate], known[best]), candidate == best))
     return best, dict(zip((stream.name for stream in streams), known[best].mean(axis=1).tolist(), strict=True))
+
+
+def _with(hyper: Hyperparameters, name: str, value: float) -> Hyperparameters:
+    if name == "lambda0":
+        return replace(hyper, lambda0=value)
+    return replace(hyper, v=value) if name == "v" else replace(hyper, gamma=value)
 
 
 def _lead(candidate: Array, standing: Array) -> float:

@@ -147,3 +147,16 @@ def test_batches_are_by_length_and_bounded() -> None:
         assert len(batch) * max(lengths[i] for i in batch) <= 100
     assert batches_by_length([500], 100) == [[0]]
     assert batches_by_length([], 100) == []
+
+
+@pytest.mark.slow  # 10 s of loading, twice: a real model of 135M weights
+def test_a_model_from_a_gguf_file_can_be_saved_and_is_the_same(tmp_path: Path) -> None:
+    try:
+        smollm = load_backbone("smollm2-135m")
+    except EncoderError as error:
+        pytest.skip(str(error))
+    smollm.save(tmp_path / "saved")  # type: ignore[attr-defined]
+    again = load_backbone(f"torch:{tmp_path / 'saved'}")
+    texts = [("What is 2 + 2?", "It is 4."), ("Hi", "hello there")]
+    np.testing.assert_array_equal(again.embed(texts), smollm.embed(texts))
+    assert again.identity == smollm.identity  # type: ignore[attr-defined]
