@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from loadtests.tables.sheets import markdown, show
 from loadtests.tables.work import Material, Replayed, Tell, fit_tasks, replay_tasks, run_all, stacked
 from router_core.checkpoint import Checkpoint
 from router_core.dataset import load_pairs, pairs_digest, pool_names
+from router_core.offline.train import TrainConfig
 from router_core.records import LabelledPair
 from router_core.replay import Curve
 from service.cli.cache import encodings_directory
@@ -32,6 +35,8 @@ from service.cli.cache import encodings_directory
 DEFAULT_DATA = "../shared/data/rb9_dev.jsonl"
 ENCODERS = "static,minilm,smollm2-135m"
 COMMAND = "make tables"
+QUICK = TrainConfig(max_epochs=5, folds=2, members=2)
+"""Of `--quick`: a fit in a second."""
 
 Bar = Callable[[str, int], Tell]
 """A progress bar of so many steps; what it gives is called after each."""
@@ -44,6 +49,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--encoders", default=ENCODERS, help=f"comma-separated, the router's first [{ENCODERS}]")
     parser.add_argument("--dealings", type=int, default=Size().dealings, help="of the folds, for the first encoder")
     parser.add_argument("--seeds", type=int, default=Size().seeds, help="passes per stream")
+    parser.add_argument(
+        "--quick", action="store_true", help="minutes: small fits, short plans; the figures mean little"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--cache", type=Path, help="directory of stored encodings [~/.cache/reward-router]")
     parser.add_argument("--encode-minutes", type=float, default=15.0, help="compute encodings that take no longer")
@@ -79,6 +87,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     facts = machine()
     pairs = load_pairs(options.data)
     size = Size(dealings=options.dealings, seeds=options.seeds)
+    if options.quick:
+        size = replace(size, shifts=1, seeds=2, config=QUICK)
     pools = {"K4": K4, "K6": K6, "K9": pool_names(pairs)}
     with _progress() as bar:
         material, left_out = _encoded(pairs, options, bar)
@@ -111,6 +121,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     checkpoint = fitted[online["in distribution"].streams[0].fit]
     return {
         "command": COMMAND,
+        "quick": options.quick,
         "machine": facts,
         "minutes": (time.perf_counter() - began) / 60,
         "data": _data_facts(pairs),
@@ -189,12 +200,26 @@ def _told(figures: Any, step: Tell) -> Any:
 
 @contextmanager
 def _progress() -> Iterator[Bar]:
+    """Bars on a terminal, else a line at every tenth."""
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
         def bar(title: str, total: int) -> Tell:
             task = progress.add_task(title, total=total)
-            return lambda: progress.advance(task)
+            began, marks, done = (
+                time.perf_counter(),
+                {total * tenth // 10 for tenth in range(1, 11)},
+                itertools.count(1),
+            )
+
+            def tell() -> None:
+                progress.advance(task)
+                number = next(done)
+                if not console.is_terminal and number in marks:
+                    console.print(f"{title}: {number} of {total}, {time.perf_counter() - began:.0f} s", highlight=False)
+
+            return tell
 
         yield bar
 

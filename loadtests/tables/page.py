@@ -37,6 +37,7 @@ def page(document: Document) -> list[Block]:
         Heading("Results", 1),
         "Written by `make tables`; do not edit. All figures are of one run on recorded pairs: nine published reward "
         "models (RMs) judged each pair once, so any routing can be judged without asking them again.",
+        *(["**A quick run: small fits and short plans. These figures mean little.**"] if document["quick"] else []),
         *_in_short(document),
         *_measured(document),
         *offline_section(document),

@@ -121,6 +121,29 @@ def test_fuse_computes_its_equation_by_hand() -> None:
     np.testing.assert_array_equal(clipped[0], clipped[1])
 
 
+def test_members_features_and_context_by_hand() -> None:
+    one = np.ones((1, 1), dtype=np.float32)
+    fuse = Fuse(
+        shift=np.zeros(2, dtype=np.float32),
+        projection=np.array([[1], [0]], dtype=np.float32),
+        w1=np.array([[1, 2]], dtype=np.float32),
+        b1=np.zeros(2, dtype=np.float32),
+        w2=np.array([[1, 0], [0, 1]], dtype=np.float32),
+        b2=np.array([0, 1, 0, 0], dtype=np.float32),
+        rotation=np.eye(4, 3, dtype=np.float32),
+        context=2 * one,
+    )
+    assert (fuse.members, fuse.features, fuse.dim) == (2, 3, 5)
+    x = fuse.apply(np.array([[0.5, 7.0]], dtype=np.float32))[0]
+    h = np.tanh(0.5)
+    # The first member is normalise([h, 1]), the second normalise([0, tanh 1]) = [0, 1]; the rotation drops the last.
+    members = np.array([h, 1]) / np.hypot(h, 1)
+    np.testing.assert_allclose(x[:3], [*members, 0.0], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(x[3:], np.array([1, 1]) / np.sqrt(2), rtol=1e-6)
+    far = fuse.apply(np.array([[50.0, 0.0]], dtype=np.float32))[0]
+    np.testing.assert_allclose(far[3:], np.array([1, 3]) / np.sqrt(10), rtol=1e-6)
+
+
 def test_a_zero_vector_becomes_a_unit_vector_instead_of_nan() -> None:
     x = Fuse.identity(2, 3).apply(np.zeros((1, 4), dtype=np.float32))
     np.testing.assert_array_equal(x, [[1, 0, 0]])

@@ -148,3 +148,41 @@ def test_preferences_need_no_scaling_whatever_the_loss_scale() -> None:
     signal = SignalAccumulator(SignalStatistics.empty(1), LossScale.QUANTILE)
     assert signal.observe(0, Feedback(Signal.PREFERENCE, 1.0), verdict=1) == 1.0
     assert signal.observe(0, Feedback(Signal.REWARD, 0.25), verdict=1) == 0.25
+
+
+def pooled(values: list[tuple[int, float, float]]) -> list[float | None]:
+    """Rewards of (arm, loss, offset) under `LossScale.POOLED`."""
+    signal = SignalAccumulator(SignalStatistics.empty(2), LossScale.POOLED)
+    return [signal.observe(arm, Feedback(Signal.LOSS, v), verdict=0, offset=o) for arm, v, o in values]
+
+
+def test_pooled_losses_compare_the_arms_with_each_other_around_the_mean_offset() -> None:
+    warm = [(i % 2, 1.0 + i % 2, 0.75) for i in range(LOSS_WARM_UP + 1)]
+    *first, low, high = pooled([*warm, (0, 1.0, 0.75), (1, 2.0, 0.75)])
+    assert first[:LOSS_WARM_UP] == [None] * LOSS_WARM_UP
+    # Mean 1.5, sd 0.5 over six losses: z = +1 for a loss of 1, so ō + 1/4.
+    assert low == pytest.approx(1.0)
+    assert high is not None
+    assert high < 0.75 < low
+
+
+def test_a_pooled_reward_stays_inside_the_unit_interval() -> None:
+    warm = [(0, float(i % 2), 0.99) for i in range(20)]
+    *_, best, worst = pooled([*warm, (0, -50.0, 0.99), (0, 50.0, 0.01)])
+    assert best == 1.0
+    assert worst is not None
+    assert 0.0 <= worst < 0.6
+
+
+def test_pooled_averages_continue_where_they_were_frozen() -> None:
+    losses = [(i % 2, float(np.sin(i)), 0.5) for i in range(30)]
+    whole = SignalAccumulator(SignalStatistics.empty(2), LossScale.POOLED)
+    first = SignalAccumulator(SignalStatistics.empty(2), LossScale.POOLED)
+    for arm, loss, offset in losses[:11]:
+        first.observe(arm, Feedback(Signal.LOSS, loss), verdict=0, offset=offset)
+    rest = SignalAccumulator(first.freeze(), LossScale.POOLED)
+    for arm, loss, offset in losses:
+        whole.observe(arm, Feedback(Signal.LOSS, loss), verdict=0, offset=offset)
+    for arm, loss, offset in losses[11:]:
+        rest.observe(arm, Feedback(Signal.LOSS, loss), verdict=0, offset=offset)
+    assert rest.freeze().pooled.tobytes() == whole.freeze().pooled.tobytes()

@@ -1,0 +1,40 @@
+"""Softened targets by hand, and the scales of recorded scores."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from router_core.offline.targets import score_margins, score_scales, soft_targets
+from router_core.records import Instance, LabelledPair
+
+
+def pair(label: int, scores: dict[str, tuple[float, ...]]) -> LabelledPair:
+    verdicts = {name: int(np.argmax(values)) for name, values in scores.items()}
+    n = len(next(iter(scores.values())))
+    return LabelledPair("p", Instance("q", ("r",) * n), label, scores, verdicts)
+
+
+def test_margins_are_of_the_better_response_above_the_best_other_one() -> None:
+    pairs = [pair(0, {"A": (3.0, 1.0)}), pair(2, {"A": (5.0, 1.0, 4.0), "B": (0.0, 0.0, 1.0)})]
+    margins = score_margins(pairs, ("A", "B"))
+    np.testing.assert_array_equal(margins, [[2.0, np.nan], [-1.0, 1.0]])
+
+
+def test_soft_targets_by_hand() -> None:
+    margins, correctness = np.array([[1.0], [-1.0], [np.nan]]), np.array([[1.0], [0.0], [np.nan]])
+    soft = soft_targets(correctness, margins, share=0.5, width=0.5)
+    sure = 1 / (1 + np.exp(-2.0))
+    np.testing.assert_allclose(soft, [[0.5 + sure / 2], [0.5 * (1 - sure)], [np.nan]])
+
+
+def test_no_share_gives_the_verdicts_back_and_equal_margins_do_no_harm() -> None:
+    correctness = np.array([[1.0], [1.0]])
+    assert soft_targets(correctness, np.ones((2, 1)), 0.0, 0.5) is correctness
+    assert np.isfinite(soft_targets(correctness, np.ones((2, 1)), 0.5, 0.5)).all()
+
+
+def test_score_scales_are_of_all_responses_and_one_where_nothing_moves() -> None:
+    shift, scale = score_scales([pair(0, {"A": (1.0, 3.0), "B": (2.0, 2.0)})], ("A", "B", "C"))
+    assert shift.tolist() == [2.0, 2.0, 0.0]
+    assert scale.tolist() == pytest.approx([1.0, 1.0, 1.0])
