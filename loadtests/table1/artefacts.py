@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from loadtests.table1.drawing import sample_pairs
 from loadtests.table1.judge import Pair
 from loadtests.table1.policy import Policy
-from loadtests.table1.recipe import Artefacts, OfflineConfig, PolicyConfig, Recipe, SftConfig, Specialist, digest_of
+from loadtests.table1.recipe import Artefacts, OfflineConfig, Recipe, Specialist, digest_of
 from loadtests.table1.rewards import train_specialist
-from loadtests.table1.sft import load_policy, train_sft
+from loadtests.table1.sft import load_policy, new_policy, train_on_demonstrations
 from loadtests.table1.task import Task
 from loadtests.table1.tasks import Split, demonstrate, draw_tasks
 from loadtests.table1.vocabulary import Codec, build_tokenizer
@@ -49,11 +49,8 @@ def make_artefacts(recipe: Recipe, folder: Path, tell: Tell, *, processes: int =
         processes: at once.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    policy = folder / f"policy-{digest_of(recipe.policy, recipe.sft, recipe.version)}.safetensors"
-    if not policy.exists():
-        tell("training the SFT policy")
-        with torch_threads(1):
-            make_policy(recipe.policy, recipe.sft, policy, tell)
+    with torch_threads(1):
+        pretrained, policy = _make_policies(recipe, folder, tell)
     models = {s.name: folder / f"rm-{digest_of(s, policy.name, recipe.seed)}" / s.name for s in recipe.specialists}
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         jobs = []
@@ -61,7 +58,7 @@ def make_artefacts(recipe: Recipe, folder: Path, tell: Tell, *, processes: int =
             if not models[specialist.name].exists():
                 tell(f"training {specialist.name}")
                 where = models[specialist.name]
-                jobs.append(pool.submit(make_model, specialist, policy, recipe.policy, recipe.seed, where))
+                jobs.append(pool.submit(make_model, specialist, pretrained, policy, recipe, where))
         for job in jobs:
             job.result()
     made_of = (policy.name, *(path.parent.name for path in models.values()))
@@ -77,26 +74,38 @@ def make_artefacts(recipe: Recipe, folder: Path, tell: Tell, *, processes: int =
     return Artefacts(policy, models, offline, checkpoint, Checkpoint.load(checkpoint).digest)
 
 
-def make_policy(shape: PolicyConfig, config: SftConfig, out: Path, tell: Tell) -> None:
-    """Train and write the SFT policy and, beside it, the pretrained one; the first appears when both are complete."""
-    pretrained, policy = train_sft(Codec(build_tokenizer()), shape, config, tell)
-    save_file(pretrained, _pretrained(out))
+def _make_policies(recipe: Recipe, folder: Path, tell: Tell) -> tuple[Path, Path]:
+    """The pretrained policy and the SFT policy that starts from it."""
+    codec = Codec(build_tokenizer())
+    pretrained = folder / f"pretrained-{digest_of(recipe.policy, recipe.pretraining, recipe.version)}.safetensors"
+    if not pretrained.exists():
+        tell("pretraining the policy")
+        policy = new_policy(codec, recipe.policy, recipe.seed)
+        train_on_demonstrations(policy, codec, recipe.pretraining, tell)
+        _write(policy, pretrained)
+    sft = folder / f"sft-{digest_of(pretrained.name, recipe.sft)}.safetensors"
+    if not sft.exists():
+        tell("training the SFT policy")
+        policy = load_policy(pretrained, recipe.policy)
+        train_on_demonstrations(policy, codec, recipe.sft, tell)
+        _write(policy, sft)
+    return pretrained, sft
+
+
+def _write(policy: Policy, out: Path) -> None:
+    """The file appears when it is complete."""
     unfinished = out.with_suffix(".unfinished")
     save_file(policy.state_dict(), unfinished)
     unfinished.rename(out)
 
 
-def _pretrained(policy: Path) -> Path:
-    return policy.with_suffix(".pretrained")
-
-
-def make_model(specialist: Specialist, policy: Path, shape: PolicyConfig, seed: int, out: Path) -> None:
+def make_model(specialist: Specialist, pretrained: Path, policy: Path, recipe: Recipe, out: Path) -> None:
     """Train and write a reward model; the directory appears when it is complete."""
     torch.set_num_threads(1)
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    pretrained, sft = load_file(_pretrained(policy)), load_policy(policy, shape)
-    train_specialist(specialist, build_tokenizer(), shape, pretrained, sft, unfinished, seed)
+    start, sft = load_file(pretrained), load_policy(policy, recipe.policy)
+    train_specialist(specialist, build_tokenizer(), recipe.policy, start, sft, unfinished, recipe.seed)
     unfinished.rename(out)
 
 

@@ -25,19 +25,16 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class SftConfig:
-    """How the starting policy is made.
+class DemonstrationConfig:
+    """One stage of imitation.
 
     Attributes:
-        pretraining_quality: probability that a demonstration is right, at first.
-        quality: the same for the last `sft_share` of the steps.
+        quality: probability that a demonstration is right.
         steps: of the optimiser, `batch` fresh demonstrations each.
     """
 
-    pretraining_quality: float = 0.95
-    quality: float = 0.35
-    sft_share: float = 0.2
-    steps: int = 1600
+    quality: float
+    steps: int
     batch: int = 64
     learning_rate: float = 3e-3
     warm_up: int = 50
@@ -126,7 +123,8 @@ class Recipe:
     """One table: artefacts, training, measurement."""
 
     policy: PolicyConfig = PolicyConfig()
-    sft: SftConfig = SftConfig()
+    pretraining: DemonstrationConfig = DemonstrationConfig(quality=0.95, steps=1300)
+    sft: DemonstrationConfig = DemonstrationConfig(quality=0.5, steps=300, learning_rate=1e-3, seed=1)
     specialists: tuple[Specialist, ...] = SPECIALISTS
     offline: OfflineConfig = OfflineConfig()
     dpo: DpoConfig = DpoConfig()
@@ -154,7 +152,8 @@ class Artefacts:
 
 SMALL = Recipe(
     policy=PolicyConfig(width=64, layers=2),
-    sft=SftConfig(steps=60, batch=32),
+    pretraining=DemonstrationConfig(quality=0.95, steps=60, batch=32),
+    sft=DemonstrationConfig(quality=0.5, steps=5, batch=32),
     specialists=tuple(replace(s, steps=12, batch=16, own_pairs=100, sampled=32, other_pairs=20) for s in SPECIALISTS),
     offline=OfflineConfig(pairs=60, from_policy=False),
     dpo=DpoConfig(steps=3, prompts=16, curve_every=2),

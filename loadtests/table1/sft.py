@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from loadtests.table1.numbers import LARGEST_NUMBER
 from loadtests.table1.policy import Policy, code_numbers, collate, log_probabilities
-from loadtests.table1.recipe import PolicyConfig, SftConfig
+from loadtests.table1.recipe import DemonstrationConfig, PolicyConfig
 from loadtests.table1.tasks import Split, demonstrate, draw_tasks
 from loadtests.table1.vocabulary import Codec, build_tokenizer
 
@@ -34,28 +33,25 @@ def new_policy(codec: Codec, config: PolicyConfig, seed: int) -> Policy:
     return policy
 
 
-def train_sft(
-    codec: Codec, shape: PolicyConfig, config: SftConfig, tell: Callable[[str], None]
-) -> tuple[dict[str, Tensor], Policy]:
-    """Train the starting policy; deterministic by seed.
+def train_on_demonstrations(
+    policy: Policy, codec: Codec, config: DemonstrationConfig, tell: Callable[[str], None]
+) -> None:
+    """Maximise the likelihood of fresh demonstrations; changes the policy, deterministic by seed.
 
-    Returns:
-        The weights after the first part, for the reward models to start from, and the policy.
+    Args:
+        policy: where it starts.
+        codec: its tokenizer.
+        config: how good the demonstrations are, and how long.
+        tell: told the loss now and then.
     """
     rng = np.random.default_rng([config.seed, 1])
-    policy = new_policy(codec, shape, config.seed)
     optimiser = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min(1.0, (step + 1) / config.warm_up) * (1 - 0.95 * step / config.steps)
     )
-    pretrained: dict[str, Tensor] = {}
     for step in range(config.steps):
         tasks = draw_tasks(config.batch, rng, Split.SFT)
-        pretraining = step < (1 - config.sft_share) * config.steps
-        if not pretraining and not pretrained:
-            pretrained = {name: value.clone() for name, value in policy.state_dict().items()}
-        quality = config.pretraining_quality if pretraining else config.quality
-        responses = [codec.response(demonstrate(task, rng, quality)) for task in tasks]
+        responses = [codec.response(demonstrate(task, rng, config.quality)) for task in tasks]
         batch = collate([codec.prompt(task.prompt) for task in tasks], responses, codec.pad)
         loss = -log_probabilities(policy, batch).sum() / sum(map(len, responses))
         optimiser.zero_grad()
@@ -65,7 +61,6 @@ def train_sft(
         schedule.step()
         if (step + 1) % _TOLD_EVERY == 0:
             tell(f"  step {step + 1} of {config.steps}: loss {loss.item():.3f} per token")
-    return pretrained, policy
 
 
 def load_policy(path: Path, shape: PolicyConfig) -> Policy:

@@ -69,7 +69,8 @@ class TableTwo:
             for rows, splits in self._parts
         ]
         references = self._references(parts[0])
-        rows, calls, asked = dict(references), dict.fromkeys(references, 1.0), {}
+        rows, calls = dict(references), dict.fromkeys(references, 1.0)
+        asked: dict[str, Array] = {}
         for part in parts:
             # What needs no fit is the same in all parts: the first one's stays.
             rows = {**part.rows, **rows}

@@ -35,6 +35,9 @@ DRAWN = (
 
 OFFLINE = "offline.png"
 
+COLOURS = 128
+"""Of a picture's palette."""
+
 
 def draw_curves(curves: Mapping[str, Mapping[str, Curve]], titles: Mapping[str, str], folder: Path) -> None:
     """One picture per job of `CURVES` that was replayed."""
@@ -43,6 +46,7 @@ def draw_curves(curves: Mapping[str, Mapping[str, Curve]], titles: Mapping[str, 
         if key in curves:
             lines = {name: curve for name, curve in curves[key].items() if name in DRAWN}
             plot_curves(lines, folder / file, titles[key])
+            _shrink(folder / file)
 
 
 def draw_offline(tables: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
@@ -67,3 +71,13 @@ def draw_offline(tables: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
         panel.set(title=pool, xlabel="verdict is right, with 95 % interval")
         panel.grid(axis="x", alpha=0.3)
     figure.savefig(folder / OFFLINE, dpi=90)
+    _shrink(folder / OFFLINE)
+
+
+def _shrink(path: Path) -> None:
+    """The same PNG with a palette: a third of the size, and no difference that the eye sees."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(COLOURS)
+    small.save(path, optimize=True)

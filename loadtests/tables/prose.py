@@ -10,7 +10,8 @@ from typing import Any
 
 from loadtests.tables.sheets import accuracy, signed
 
-BEATS, EQUALS, LOSES = "beats", "cannot be told apart from", "loses to"
+BEATS, EQUALS, LOSES = "better", "not told apart", "worse"
+_THAN = {BEATS: "than", EQUALS: "from", LOSES: "than"}
 
 
 def standing(difference: Mapping[str, Any]) -> str:
@@ -30,29 +31,26 @@ def listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def by_standing(what: str, differences: Mapping[str, Mapping[str, Any]]) -> str:
-    """One clause: where ours beats, equals, loses to `what`; with the differences.
+def by_place(differences: Mapping[str, Mapping[str, Any]]) -> str:
+    """Where ours is better, equal, worse, with the differences.
 
-    Args:
-        what: the other system.
-        differences: by place, ours minus the other.
+    >>> by_place({"K4": {"difference": 0.05, "ci95": [0.03, 0.07]}, "K9": {"difference": 0.0, "ci95": [-0.01, 0.01]}})
+    'better on K4 (+.050); not told apart on K9 (+.000)'
     """
-    clauses = []
-    for verb in (BEATS, EQUALS, LOSES):
-        places = [f"{place} ({signed(d['difference'])})" for place, d in differences.items() if standing(d) == verb]
-        if places:
-            clauses.append(f"{verb} {what if not clauses else 'it'} on {listed(places)}")
-    return "; ".join(clauses)
+    return "; ".join(f"{verb} on {listed(names)}" for verb, names in _sorted(differences).items())
 
 
 def against(differences: Mapping[str, Mapping[str, Any]]) -> str:
-    """Which systems ours beats, equals, loses to, in one sentence without its subject."""
-    clauses = []
-    for verb in (BEATS, EQUALS, LOSES):
-        names = [f"{name} ({signed(d['difference'])})" for name, d in differences.items() if standing(d) == verb]
-        if names:
-            clauses.append(f"{verb} {listed(names)}")
-    return "; ".join(clauses)
+    """Which systems ours is better than, equal to, worse than, with the differences."""
+    return "; ".join(f"{verb} {_THAN[verb]} {listed(names)}" for verb, names in _sorted(differences).items())
+
+
+def _sorted(differences: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Names with their differences, by standing; no empty ones."""
+    found: dict[str, list[str]] = {verb: [] for verb in (BEATS, EQUALS, LOSES)}
+    for name, difference in differences.items():
+        found[standing(difference)].append(f"{name} ({signed(difference['difference'])})")
+    return {verb: names for verb, names in found.items() if names}
 
 
 def reached(value: float, target: float) -> str:
@@ -63,4 +61,4 @@ def reached(value: float, target: float) -> str:
 
 def against_zero(difference: Mapping[str, Any]) -> str:
     """Is ours at least as good: `yes`, `not told apart`, `no`."""
-    return {BEATS: "yes", EQUALS: "not told apart", LOSES: "no"}[standing(difference)]
+    return {BEATS: "yes", EQUALS: EQUALS, LOSES: "no"}[standing(difference)]

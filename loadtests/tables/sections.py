@@ -117,8 +117,11 @@ def online_section(document: Document) -> list[Block]:
     ]
     for key, found in online.items():
         title = key if key.startswith(("K6", "K9")) else f"K4, {key}"
+        streams = "stream" if found["streams"] == 1 else "streams"
         length = " or ".join(f"{n:,}" for n in found["length"][-2:])
-        blocks.append(_policy_sheet(f"{title}: {found['streams']} streams of {length} pairs", found, OURS, seeds=True))
+        blocks.append(
+            _policy_sheet(f"{title}: {found['streams']} {streams} of {length} pairs", found, OURS, seeds=True)
+        )
         if key in CURVES:
             blocks.append(Picture(f"figures/{CURVES[key]}", f"{title}: accuracy and regret along the stream"))
     return blocks

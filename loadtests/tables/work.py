@@ -146,7 +146,8 @@ def stacked(job: Job, parts: Sequence[Mapping[str, Trace]], material: Material) 
         arms[SUBSETS_LEARNED][part] = best_arm_per_subset(learned, streamed, job.pool)
     arms[BEST_HINDSIGHT] = np.full(len(table), int(table.correctness.mean(axis=0).argmax()))
     arms[SUBSETS_HINDSIGHT] = hindsight_arms(table)
-    return Replayed(table, {**traces, **{name: _fixed(table, arms[name]) for name in REFERENCES}})
+    passes = next(iter(traces.values())).passes
+    return Replayed(table, {**traces, **{name: _fixed(table, arms[name], passes) for name in REFERENCES}})
 
 
 def best_arm(learned: Sequence[LabelledPair], pool: Sequence[str]) -> int:
@@ -198,7 +199,7 @@ def priors_of(checkpoint: Checkpoint, variant: Variant) -> Callable[[str | None]
         changed = replace(built, hyper=replace(built.hyper, **dict(variant.hyper)))
         if not variant.features:
             return changed
-        return replace(changed, means=np.zeros((K, checkpoint.fuse.features))).reading(0, checkpoint.d)
+        return replace(changed, means=np.zeros((K, checkpoint.fuse.features)), first=0, width=checkpoint.d)
 
     return prior
 
@@ -228,7 +229,8 @@ def _replay_stream(
         )
 
 
-def _fixed(table: Table, arms: NDArray[np.int64]) -> Trace:
-    """Known arms, asked once each."""
-    order = np.arange(len(table))
-    return Trace((Pass(0, order, table.correctness[order, arms], arms),), len(table), 1.0)
+def _fixed(table: Table, arms: NDArray[np.int64], passes: Sequence[Pass]) -> Trace:
+    """Known arms, asked once each, along the same passes as the policies."""
+    correct = table.correctness[np.arange(len(table)), arms]
+    along = [Pass(part.seed, part.order, correct[part.order], arms[part.order]) for part in passes]
+    return Trace(tuple(along), len(table), 1.0)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from operator import mul
@@ -16,7 +19,7 @@ pytest.importorskip("torch")
 
 from loadtests.tables import encodings
 from loadtests.tables.encodings import Described, Encoded, TooLong, encode
-from loadtests.tables.experiments import VARIANTS, Fit, Job, Plan, Size, Stream, Variant, domains_of
+from loadtests.tables.experiments import K6, VARIANTS, Fit, Job, Plan, Size, Stream, Variant, domains_of
 from loadtests.tables.offline import TableTwo, minus, offline_figures
 from loadtests.tables.online import ablation_figures, domain_figures, stream_figures
 from loadtests.tables.work import (
@@ -35,6 +38,7 @@ from loadtests.tables.work import (
     stacked,
 )
 from router_core.checkpoint import Checkpoint
+from router_core.dataset import write_pairs
 from router_core.encoder.base import Block
 from router_core.encoder.cache import CachedBackbone
 from router_core.encoder.surface import SurfaceBackbone
@@ -44,7 +48,8 @@ from router_core.replay import tabulate
 from tests.support.offline import POOL, two_domains
 from tests.support.replay import pair
 
-FAST = TrainConfig(max_epochs=8, folds=2, members=1, d=4, hidden=8)
+ROOT = Path(__file__).parents[2]
+FAST = TrainConfig(max_epochs=8, folds=2, members=1, d=4, context=2, hidden=8)
 SIZE = Size(folds=3, dealings=2, shifts=2, seeds=2, config=FAST)
 
 
@@ -199,6 +204,8 @@ def test_stacked_streams_keep_each_pair_with_its_own_stream(
     right = tabulate([pairs[i] for i in stream.rows], POOL).correctness
     expected = right[np.arange(sizes[1]), fitted[stream.fit].class_probabilities(x).argmax(axis=1)]
     assert replayed.traces["offline"].correct[0, sizes[0] :].tolist() == expected.tolist()
+    passes = zip(replayed.traces["bayesian"].passes, replayed.traces[SUBSETS_LEARNED].passes, strict=True)
+    assert all(ours.order.tolist() == theirs.order.tolist() for ours, theirs in passes)
     found = stream_figures(replayed)
     assert found["streams"] == 2
     assert found["length"] == sorted(set(sizes))
@@ -232,7 +239,7 @@ def test_a_variant_changes_the_prior_that_it_names_and_no_other(plan: Plan, fitt
     assert strong(None).hyper.v == default.hyper.v
     assert strong("none").hyper == priors_of(checkpoint, Variant())("none").hyper
     features = priors_of(checkpoint, Variant(features=True))(None)
-    assert (features.first, features.d) == (0, checkpoint.fuse.features)
+    assert (features.first, features.d, features.dim) == (0, checkpoint.fuse.features, checkpoint.d)
     assert default.first == checkpoint.fuse.features
 
 
@@ -298,6 +305,38 @@ def test_stored_encodings_are_taken_and_missing_ones_are_timed(
 def test_a_described_backbone_never_embeds() -> None:
     with pytest.raises(RuntimeError, match="features must be given"):
         Described("x", 2, ()).embed([("a", "b")])
+
+
+@pytest.mark.slow  # a hundred small fits and as many streams: a minute of one core
+def test_the_whole_command_writes_page_pictures_and_figures(tmp_path: Path) -> None:
+    names = (*K6, "seventh", "eighth", "ninth")
+    rows = []
+    for each in two_domains(120):
+        verdicts = {name: each.verdicts[POOL[k % 2]] for k, name in enumerate(names)}
+        scores = {name: each.scores[POOL[k % 2]] for k, name in enumerate(names)}
+        rows.append(replace(each, verdicts=verdicts, scores=scores))
+    write_pairs(tmp_path / "pairs.jsonl", rows)
+    out = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "loadtests.tables", str(tmp_path / "pairs.jsonl"), "--quick"]
+    command += ["--encoders", "surface,static", "--write", str(tmp_path), "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(out.read_text())
+    assert set(document["offline"]) == {"K4", "K6", "K9"}
+    assert document["offline"]["K9"]["policies"]["offline@static"]["accuracy"] > 0.5
+    page = (tmp_path / "results.md").read_text()
+    for file in re.findall(r"\]\((figures/[\w.-]+)\)", page):
+        assert 0 < (tmp_path / file).stat().st_size < 150_000
+    again = subprocess.run(
+        [sys.executable, "-m", "loadtests.tables", "--from", str(out), "--write", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "results.md").read_text() == page
 
 
 def test_the_command_refuses_what_has_no_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

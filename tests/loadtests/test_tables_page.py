@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 
 from loadtests.tables.experiments import VARIANTS
 from loadtests.tables.page import page
-from loadtests.tables.prose import against, against_zero, by_standing, listed, reached, standing
+from loadtests.tables.prose import against, against_zero, by_place, listed, reached, standing
 from loadtests.tables.sheets import Heading, Picture, Sheet, accuracy, difference, markdown, show, signed
 from loadtests.tables.work import REFERENCES
 
@@ -77,16 +77,18 @@ def document(lead: float = 0.05) -> dict[str, Any]:
 
 def test_a_difference_is_a_win_only_if_its_interval_says_so() -> None:
     assert [standing(gap(value)) for value in (0.02, 0.005, -0.005, -0.02)] == [
-        "beats", "cannot be told apart from", "cannot be told apart from", "loses to",
+        "better", "not told apart", "not told apart", "worse",
     ]  # fmt: skip
     assert [against_zero(gap(value)) for value in (0.02, 0.0, -0.02)] == ["yes", "not told apart", "no"]
 
 
 def test_clauses_name_each_place_with_its_difference() -> None:
-    assert by_standing("majority", {"K4": gap(0.05), "K6": gap(0.03), "K9": gap(0.001)}) == (
-        "beats majority on K4 (+.050) and K6 (+.030); cannot be told apart from it on K9 (+.001)"
+    assert by_place({"K4": gap(0.05), "K6": gap(0.03), "K9": gap(0.001)}) == (
+        "better on K4 (+.050) and K6 (+.030); not told apart on K9 (+.001)"
     )
-    assert against({"uwo": gap(-0.02), "laser": gap(0.04)}) == "beats laser (+.040); loses to uwo (−.020)"
+    assert against({"uwo": gap(-0.02), "laser": gap(0.04), "offline": gap(0.0)}) == (
+        "better than laser (+.040); not told apart from offline (+.000); worse than uwo (−.020)"
+    )
     assert listed(["a", "b", "c"]) == "a, b and c"
 
 
@@ -102,11 +104,11 @@ def test_figures_are_written_without_a_leading_zero() -> None:
 
 
 def test_the_page_says_that_ours_wins_when_it_does_and_loses_when_it_does() -> None:
-    winning, losing = markdown(page(document(0.05))), markdown(page(document(-0.05)))
-    assert "beats the best single RM" in winning.replace("\n  ", " ")
-    assert "loses to the best single RM" in losing.replace("\n  ", " ")
-    assert "loses to majority" in losing.replace("\n  ", " ")
-    assert "beats the best single RM" not in losing.replace("\n  ", " ")
+    winning, losing = (markdown(page(document(lead))).replace("\n  ", " ") for lead in (0.05, -0.05))
+    for text, verb in ((winning, "better"), (losing, "worse")):
+        assert f"chosen in hindsight, our router is {verb} on K4" in text
+        assert f"which asks all RMs, it is {verb} on K4" in text
+        assert f"Under shift it earns .900: {verb} than offline" in text
 
 
 def test_a_missed_target_is_said() -> None:
@@ -140,8 +142,8 @@ def test_a_quick_run_says_so() -> None:
 def test_what_lost_is_listed() -> None:
     text = markdown(page(document(-0.05))).replace("\n  ", " ")
     lost = text[text.index("## What lost") :]
-    assert "shift: `bayesian` loses to" in lost
-    assert "offline routing alone loses to the best RM of code" in lost
+    assert "shift: `bayesian` is worse than" in lost
+    assert "offline routing alone is worse than the best RM of code" in lost
 
 
 def test_both_forms_hold_every_table(capsys: pytest.CaptureFixture[str]) -> None:
