@@ -66,7 +66,7 @@ class Specialist:
     other_pairs: int = 150
     flipped: float = 0.45
     misled_flipped: float = 0.7
-    own_share: float = 0.8
+    own_share: float = 0.85
     steps: int = 300
     batch: int = 32
     learning_rate: float = 1e-3
@@ -87,8 +87,8 @@ class DpoConfig:
     steps: int = 100
     prompts: int = 48
     temperature: float = 1.0
-    beta: float = 0.1
-    learning_rate: float = 5e-4
+    beta: float = 0.5
+    learning_rate: float = 3e-4
     curve_every: int = 10
 
 
@@ -124,7 +124,7 @@ class Recipe:
 
     policy: PolicyConfig = PolicyConfig()
     pretraining: DemonstrationConfig = DemonstrationConfig(quality=0.95, steps=1300)
-    sft: DemonstrationConfig = DemonstrationConfig(quality=0.5, steps=300, learning_rate=1e-3, seed=1)
+    sft: DemonstrationConfig = DemonstrationConfig(quality=0.6, steps=150, learning_rate=1e-3, seed=1)
     specialists: tuple[Specialist, ...] = SPECIALISTS
     offline: OfflineConfig = OfflineConfig()
     dpo: DpoConfig = DpoConfig()

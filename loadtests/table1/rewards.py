@@ -29,6 +29,9 @@ from router_core.demo.tokenizer import PAD, save_tokenizer
 
 _WARM_UP_STEPS = 20
 
+NEW_LAYERS = 2
+"""Layers on top of the pretrained ones, which spend all theirs on guessing the next word: the new ones compare."""
+
 Model = LlamaForSequenceClassification
 
 
@@ -78,12 +81,12 @@ def train_specialist(
 
 
 def _initial(tokenizer: Tokenizer, shape: PolicyConfig, pretrained: Mapping[str, torch.Tensor], seed: int) -> Model:
-    """The pretrained policy with a new head."""
+    """The pretrained policy with new layers on top and a new head."""
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=shape.width,
         intermediate_size=MLP_RATIO * shape.width,
-        num_hidden_layers=shape.layers,
+        num_hidden_layers=shape.layers + NEW_LAYERS,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.heads,
         head_dim=shape.width // shape.heads,
@@ -100,7 +103,7 @@ def _initial(tokenizer: Tokenizer, shape: PolicyConfig, pretrained: Mapping[str,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForSequenceClassification(config)  # type: ignore[no-untyped-call]
-    model.model.load_state_dict(dict(pretrained))
+    model.model.load_state_dict(dict(pretrained), strict=False)
     return model
 
 

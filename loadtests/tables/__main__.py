@@ -34,7 +34,7 @@ from service.cli.cache import encodings_directory
 
 DEFAULT_DATA = "../shared/data/rb9_dev.jsonl"
 ENCODERS = "static,minilm,smollm2-135m"
-COMMAND = "make tables"
+COMMAND, QUICK_COMMAND = "make tables", "python -m loadtests.tables --quick"
 QUICK = TrainConfig(max_epochs=5, folds=2, members=2)
 """Of `--quick`: a fit in a second."""
 
@@ -120,7 +120,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         draw_curves(lines, {key: job.title for key, job in online.items()}, options.write / "figures")
     checkpoint = fitted[online["in distribution"].streams[0].fit]
     return {
-        "command": COMMAND,
+        "command": QUICK_COMMAND if options.quick else COMMAND,
         "quick": options.quick,
         "machine": facts,
         "minutes": (time.perf_counter() - began) / 60,
