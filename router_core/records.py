@@ -37,7 +37,7 @@ class Instance:
 class LabelledPair:
     """One recorded preference pair: an instance, which response is better, and what each RM said of it.
 
-    `label` is the index of the better response (0 or 1). `scores[name]` holds that RM's score per response; an RM that
+    `label` is the index of the best response. `scores[name]` holds that RM's score per response; an RM that
     is missing was not asked. `group` is what must not be split between training and test.
     """
 

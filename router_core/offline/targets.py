@@ -46,16 +46,6 @@ def soft_targets(correctness: Array, margins: Array, share: float, width: float)
     return (1 - share) * correctness + share / (1 + np.exp(-z))
 
 
-def score_scales(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean and standard deviation of each RM's scores over all responses: (K,), (K,); deviation 1 where there is none."""
-    shift, scale = np.zeros(len(pool), np.float32), np.ones(len(pool), np.float32)
-    for k, name in enumerate(pool):
-        scores = np.array([score for pair in pairs for score in pair.scores.get(name, ())], dtype=np.float64)
-        if len(scores):
-            shift[k], scale[k] = scores.mean(), scores.std() or 1.0
-    return shift, scale
-
-
 def _margin(pair: LabelledPair, name: str) -> float:
     scores = pair.scores.get(name)
     if scores is None:

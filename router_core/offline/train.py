@@ -30,11 +30,11 @@ from router_core.encoder.fuse import Fuse, two_branch
 from router_core.errors import DatasetError
 from router_core.offline.calibrate import expected_calibration_error, fit_calibration, negative_log_likelihood
 from router_core.offline.losses import balanced_couples, bradley_terry, correctness_bce
-from router_core.offline.targets import score_margins, score_scales, soft_targets
+from router_core.offline.targets import score_margins, soft_targets
 from router_core.offline.tune import MAX_STREAM, Stream, fit_hyperparameters, residual_variance
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, Hyperparameters, PriorForm
 from router_core.records import LabelledPair
-from router_core.replay.table import tabulate
+from router_core.replay.table import score_scale, tabulate
 from router_core.torch_threads import torch_threads
 
 _EMA = 0.98
@@ -188,7 +188,7 @@ def _fit_checkpoint(
     heads["cls_weight"] = heads["cls_weight"] + np.float32(blend * _SCORE_SCALE) * (
         embeddings - embeddings.mean(axis=0)
     )
-    score_shift, score_scale = score_scales(pairs, pool)
+    scores = score_scale(pairs, pool)
     hyperparameters = config.hyperparameters
     replayed: dict[str, float] = {}
     if config.tune and config.lambda_cls > 0:
@@ -224,8 +224,8 @@ def _fit_checkpoint(
             **{f"replayed_accuracy {name}": value for name, value in replayed.items()},
         },
         data_digest=pairs_digest(pairs),
-        score_shift=score_shift,
-        score_scale=score_scale,
+        score_shift=scores.shift.astype(np.float32),
+        score_scale=scores.scale.astype(np.float32),
     )
     return checkpoint, held_out
 

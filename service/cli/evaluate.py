@@ -191,7 +191,7 @@ def _judge_checkpoint(
         _warn(notes, "the checkpoint was trained on these very pairs: the figures say nothing of other pairs")
     with _progress(notes) as progress:
         features = _embed(pairs, load_checkpoint_backbone(checkpoint, encodings), progress)
-    judged = judge_checkpoint(checkpoint, pairs, features)
+    judged = judge_checkpoint(checkpoint, pairs, features, checkpoint.scores)
     _warn_of_gaps(judged.left_out, notes)
     return {
         **figures(judged),

@@ -27,10 +27,10 @@ from router_core.offline.calibrate import expected_calibration_error, fit_calibr
 from router_core.offline.finetune.config import FinetuneConfig, Mode
 from router_core.offline.finetune.loop import Look, Loop, Progress, seeded
 from router_core.offline.finetune.model import RoutingModel, TokenisedPair, adapt, merged
-from router_core.offline.targets import score_scales
 from router_core.offline.train import HeldOut, pair_features, routed_accuracy, whitening
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, PriorForm
 from router_core.records import LabelledPair
+from router_core.replay.table import score_scale
 from router_core.torch_threads import torch_threads
 
 __all__ = ["FineTuned", "FinetuneConfig", "Look", "Mode", "fine_tune", "resumable"]
@@ -206,7 +206,7 @@ def _checkpoint(
     bt_scores = np.asarray(x @ heads["bt_embeddings"].T, dtype=np.float64)
     calibration = fit_calibration(logits, y)
     probabilities = calibration.probabilities(logits)
-    score_shift, score_scale = score_scales(pairs, pool)
+    scores = score_scale(pairs, pool)
     best = min(looks, key=lambda look: look.held_out_loss)
     checkpoint = Checkpoint(
         pool=tuple(pool),
@@ -231,8 +231,8 @@ def _checkpoint(
             "expected_calibration_error": expected_calibration_error(probabilities, y),
         },
         data_digest=pairs_digest(pairs),
-        score_shift=score_shift,
-        score_scale=score_scale,
+        score_shift=scores.shift.astype(np.float32),
+        score_scale=scores.scale.astype(np.float32),
         encoder_files=file_digests(work, FOLDER),
         directory=work,
     )

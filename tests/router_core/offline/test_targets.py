@@ -1,11 +1,10 @@
-"""Softened targets by hand, and the scales of recorded scores."""
+"""Softened targets by hand."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
-from router_core.offline.targets import score_margins, score_scales, soft_targets
+from router_core.offline.targets import score_margins, soft_targets
 from router_core.records import Instance, LabelledPair
 
 
@@ -32,9 +31,3 @@ def test_no_share_gives_the_verdicts_back_and_equal_margins_do_no_harm() -> None
     correctness = np.array([[1.0], [1.0]])
     assert soft_targets(correctness, np.ones((2, 1)), 0.0, 0.5) is correctness
     assert np.isfinite(soft_targets(correctness, np.ones((2, 1)), 0.5, 0.5)).all()
-
-
-def test_score_scales_are_of_all_responses_and_one_where_nothing_moves() -> None:
-    shift, scale = score_scales([pair(0, {"A": (1.0, 3.0), "B": (2.0, 2.0)})], ("A", "B", "C"))
-    assert shift.tolist() == [2.0, 2.0, 0.0]
-    assert scale.tolist() == pytest.approx([1.0, 1.0, 1.0])
