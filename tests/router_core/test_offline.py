@@ -31,7 +31,8 @@ from router_core.offline.evaluate import (  # noqa: E402
     wilson,
 )
 from router_core.offline.losses import bradley_terry, correctness_bce  # noqa: E402
-from router_core.offline.train import TrainConfig, input_projection, pair_features, train  # noqa: E402
+from router_core.offline.members import input_projection  # noqa: E402
+from router_core.offline.train import TrainConfig, pair_features, train  # noqa: E402
 from router_core.records import TIE, Instance, LabelledPair  # noqa: E402
 
 RB9_DEV = Path(os.environ.get("RB9_DEV", Path(__file__).parents[2] / "../shared/data/rb9_dev.jsonl"))

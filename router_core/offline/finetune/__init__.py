@@ -27,7 +27,8 @@ from router_core.offline.calibrate import expected_calibration_error, fit_calibr
 from router_core.offline.finetune.config import FinetuneConfig, Mode
 from router_core.offline.finetune.loop import Look, Loop, Progress, seeded
 from router_core.offline.finetune.model import RoutingModel, TokenisedPair, adapt, merged
-from router_core.offline.train import HeldOut, pair_features, routed_accuracy, whitening
+from router_core.offline.members import whitening
+from router_core.offline.train import HeldOut, pair_features, routed_accuracy
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, PriorForm
 from router_core.records import LabelledPair
 from router_core.replay.table import score_scale

@@ -21,11 +21,7 @@ from router_core.encoder.fuse import Fuse
 from router_core.encoder.torch import TorchBackbone
 from router_core.errors import EncoderError
 from router_core.offline.finetune.config import FinetuneConfig
-
-SCORE_SCALE = 8.0
-"""Scores are scale · xᵀe with both of unit norm: without it σ(s_j − s_l) could not leave (0.12, 0.88)."""
-LIMIT = 5.0
-"""Bound of a standardised column, as in `Fuse.limit`."""
+from router_core.offline.members import LIMIT, SCORE_SCALE
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from router_core.encoder.surface import SurfaceBackbone  # noqa: E402
-from router_core.offline.train import TrainConfig, fit, spanning, whitening  # noqa: E402
+from router_core.offline.members import spanning, whitening  # noqa: E402
+from router_core.offline.train import TrainConfig, fit  # noqa: E402
 from router_core.offline.tune import Stream, fit_hyperparameters, residual_variance  # noqa: E402
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, PriorForm  # noqa: E402
 from router_core.replay.table import tabulate  # noqa: E402
