@@ -180,7 +180,8 @@ def _lost(document: Document) -> list[Block]:
     )
     items = ["* No change above can be told apart from the defaults."]
     if changes:
-        items = [f"* Of the changes above: with the defaults `bayesian` is {against(changes)}. The others are noise."]
+        told = f"* Of the changes above: with the defaults `bayesian` is {against(changes)}."
+        items = [f"{told} The others cannot be told apart from noise."]
     for pool, domains in document["transfer"].items():
         found = {domain: part for domain, part in domains.items() if domain}
         worse = [domain for domain, part in found.items() if standing(part["offline_lead"]) == LOSES]
