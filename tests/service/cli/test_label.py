@@ -26,22 +26,22 @@ from tests.conftest import free_port
 from tests.service.workers.worker_servers import RunningWorker, ScriptedWorker, error, reply
 from tests.support.offline import POOL, two_domains
 
-Place = Callable[[Any], str]
+Place = Callable[..., str]
 
 
 @pytest.fixture
 def place() -> Iterator[Place]:
-    """Serve a worker until the test ends; returns its URL."""
-    running: list[RunningWorker] = []
+    """Serve a worker until the test ends, telling it then if it has threads of its own to end; returns its URL."""
+    running: list[tuple[RunningWorker, bool]] = []
 
-    def start(worker: Any, port: int = 0) -> str:
-        running.append(RunningWorker(worker, port))
-        return running[-1].url
+    def start(worker: Any, port: int = 0, *, told: bool = False) -> str:
+        running.append((RunningWorker(worker, port), told))
+        return running[-1][0].url
 
     yield start
-    for worker in running:
-        worker.stop()
-    for worker in running:
+    for worker, told in running:
+        worker.stop(force=not told)
+    for worker, _ in running:
         worker.join()
 
 
@@ -118,7 +118,7 @@ def test_a_real_transformer_scores_what_fits_and_refuses_the_rest(tmp_path: Path
         LabelledPair(str(i), Instance(f"question {i}", ("one fox", "two dogs" if i else "dog " * 400)), 0, {}, {})
         for i in range(6)
     ]
-    pool = pool_file(tmp_path, {"tiny": place(cpu_app([directory], threads=1))})
+    pool = pool_file(tmp_path, {"tiny": place(cpu_app([directory], threads=1), told=True)})
     out = tmp_path / "out.jsonl"
     done = summary(label(bare(tmp_path, pairs), pool, out, "--json", "-"))
     assert (done["models"]["tiny"]["scored"], done["models"]["tiny"]["missing"]) == (5, {"refused (400)": 1})
