@@ -1,7 +1,7 @@
 """The starting policy, from scratch: first mostly right demonstrations, then ones of mixed quality.
 
 The first part stands for pretraining, and gives the ability. The second is the supervised fine-tuning (SFT): its
-demonstrators make mistakes more often than not, so the policy learns to do each task rightly AND wrongly, which is what
+demonstrators make mistakes often, so the policy learns to do each task rightly AND wrongly, which is what
 online DPO has to sort out. Called by `artefacts`.
 """
 
