@@ -42,7 +42,7 @@ def main(words: Sequence[str] | None = None) -> None:
     rows = _rows(arguments.rows, recipe)
     artefacts = make_artefacts(recipe, arguments.folder, tell, processes=arguments.processes)
     results = run_table(
-        recipe, artefacts, rows, range(arguments.seeds), arguments.folder, tell,
+        recipe, artefacts, rows, range(1, arguments.seeds + 1), arguments.folder, tell,
         processes=arguments.processes, again=arguments.again,
     )  # fmt: skip
     print_table(results, f"Online DPO, {arguments.seeds} seeds, signal {recipe.signal}: right responses, per cent")
@@ -84,7 +84,7 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m loadtests.table1", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 … N−1, the same for all rows [5]")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 1 … N, the same for all rows; 0 is for tuning [5]")
     parser.add_argument("--rows", help="policies, comma-separated [all: sft, single:NAME, majority, …]")
     parser.add_argument("--steps", type=int, help="steps of online DPO, for a shorter table")
     parser.add_argument(

@@ -60,12 +60,12 @@ def evaluate(
     ] = None,
     test: Annotated[
         Path | None,
-        typer.Option(help="JSONL to judge on [default: grouped cross-validation on --train].", show_default=False),
+        typer.Option(help="JSONL to judge on (default: grouped cross-validation on --train).", show_default=False),
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Judge this checkpoint on --test, instead of learning.", show_default=False)
     ] = None,
-    pool: Annotated[str | None, typer.Option(help="RMs, comma-separated [default: all of the data].")] = None,
+    pool: Annotated[str | None, typer.Option(help="RMs, comma-separated (default: all of the data).")] = None,
     encoder: Annotated[
         str, typer.Option(help="Comma-separated: static, minilm, smollm2-135m, torch:DIR. The first is `offline`.")
     ] = "static",
@@ -79,7 +79,7 @@ def evaluate(
     folds: Annotated[int, typer.Option(min=2, help="Folds where there is no --test.")] = 5,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Encodings of transformer encoders [default: ~/.cache/reward-router].", show_default=False),
+        typer.Option(help="Encodings of transformer encoders (default: ~/.cache/reward-router).", show_default=False),
     ] = None,
     use_cache: Annotated[bool, typer.Option("--use-cache/--no-cache", help="Keep encodings for the next time.")] = True,
     json_out: Annotated[

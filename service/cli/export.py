@@ -25,7 +25,7 @@ def export(
     run: Annotated[str, typer.Argument(help="Name of the run.")],
     out: Annotated[Path, typer.Option(help="File to write: Parquet, or JSON Lines where it ends in .jsonl.")],
     store: Annotated[
-        str | None, typer.Option(help="redis://, rediss:// or unix:// URL, or `embedded` [default: embedded].")
+        str | None, typer.Option(help="redis://, rediss:// or unix:// URL, or `embedded` (default: embedded).")
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where the embedded store keeps its file.")] = None,
     since: Annotated[str | None, typer.Option(help="Only events after this event id.")] = None,

@@ -51,7 +51,7 @@ def replay(
     data: Annotated[Path, typer.Argument(help="JSONL of labelled pairs with each RM's scores (docs/data.md).")],
     pool: Annotated[
         str | None,
-        typer.Option(help="RMs, comma-separated, in arm order [default: the checkpoint's, else all of the data]."),
+        typer.Option(help="RMs, comma-separated, in arm order (default: the checkpoint's, else all of the data)."),
     ] = None,
     policies: Annotated[
         str,
@@ -98,7 +98,7 @@ def replay(
         float, typer.Option(help="Signal loss: how far right and wrong verdicts are apart, in standard deviations.")
     ] = SimulatedLoss().separation,
     cache: Annotated[
-        Path | None, typer.Option(help="Directory of stored encodings [default: ~/.cache/reward-router].")
+        Path | None, typer.Option(help="Directory of stored encodings (default: ~/.cache/reward-router).")
     ] = None,
     use_cache: Annotated[bool, typer.Option("--use-cache/--no-cache", help="Keep encodings for the next time.")] = True,
     url: Annotated[

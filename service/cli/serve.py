@@ -21,10 +21,10 @@ from service.telemetry import configure_logging
 def serve(
     pool: Annotated[Path, typer.Option(help="Pool file (YAML): the reward models and where they are served.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Directory of a trained checkpoint.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on [default: 8080].")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on (default: 127.0.0.1).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on (default: 8080).")] = None,
     store: Annotated[
-        str | None, typer.Option(help="redis://, rediss:// or unix:// URL, or `embedded` [default: embedded].")
+        str | None, typer.Option(help="redis://, rediss:// or unix:// URL, or `embedded` (default: embedded).")
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where the embedded store keeps its file.")] = None,
     run: Annotated[str | None, typer.Option(help="Name of the default run.")] = None,

@@ -44,10 +44,10 @@ class Stack:
 def up(
     pool: Annotated[
         Path | None,
-        typer.Option(help="Pool file; RMs without `urls` are started here. [default: the demo pool, made if absent]"),
+        typer.Option(help="Pool file; RMs without `urls` are started here. (default: the demo pool, made if absent)"),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint. [default: the demo pool's, with the demo pool]")
+        Path | None, typer.Option(help="Checkpoint. (default: the demo pool's, with the demo pool)")
     ] = None,
     host: Annotated[str, typer.Option(help="Address of the gateway.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the gateway.")] = 8080,
@@ -56,7 +56,7 @@ def up(
     store: Annotated[str, typer.Option(help="redis://, rediss:// or unix:// URL, or `embedded`.")] = EMBEDDED,
     run: Annotated[
         str | None,
-        typer.Option(help="Name of the default run. [default: default; with the demo pool, one a checkpoint]"),
+        typer.Option(help="Name of the default run. (default: default; with the demo pool, one a checkpoint)"),
     ] = None,
 ) -> None:
     """Start everything: store, one worker per reward model, gateway. Ctrl-C ends all; what was learned is kept.

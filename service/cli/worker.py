@@ -22,7 +22,7 @@ def worker(
         typer.Option(help="Answer from the scores recorded in this JSONL file, by content; 404 for the rest."),
     ] = None,
     name: Annotated[
-        list[str] | None, typer.Option(help="Served name of each directory [default: its last part].")
+        list[str] | None, typer.Option(help="Served name of each directory (default: its last part).")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8101,

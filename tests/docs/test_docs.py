@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import typer
 
+from service.cli import app
 from service.errors import ServiceError
 from tests.docs.tables import ROOT, metrics_page, settings_page
 
@@ -75,3 +77,15 @@ def test_commands_of_the_readme_have_help(command: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
+
+
+def test_no_words_of_a_help_text_are_taken_for_markup() -> None:
+    """Rich drops what stands in square brackets, `[default: …]` among it."""
+    group = typer.main.get_command(app)
+    texts = {
+        f"{name} --{option.name}": getattr(option, "help", None) or ""
+        for name, command in group.commands.items()
+        for option in command.params
+    }
+    assert len(texts) > 50
+    assert [name for name, text in texts.items() if re.search(r"\[[a-z#/@]", text)] == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from router_core.records import Feedback, Signal
 torch = pytest.importorskip("torch")
 pytest.importorskip("tokenizers")
 
+from loadtests.table1.campaign import source_digest  # noqa: E402
 from loadtests.table1.dpo import dpo_losses, train_online  # noqa: E402 - torch may be absent
 from loadtests.table1.measure import draw_test_tasks  # noqa: E402
 from loadtests.table1.policy import Policy, causal_mask, collate, log_probabilities, sample  # noqa: E402
@@ -234,3 +236,14 @@ def test_a_digest_changes_with_any_field_of_the_recipe() -> None:
     assert digest_of(recipe) == digest_of(Recipe())
     assert digest_of(recipe) != digest_of(Recipe(dpo=DpoConfig(beta=0.2)))
     assert digest_of(recipe) != digest_of(Recipe(signal="preference"))
+
+
+def test_results_of_older_code_are_kept_under_another_name(tmp_path: Path) -> None:
+    source = tmp_path / "router_core" / "prior.py"
+    source.parent.mkdir()
+    source.write_text("LAMBDA0 = 20\n", "utf-8")
+    before = source_digest(tmp_path)
+    assert source_digest(tmp_path) == before
+    source.write_text("LAMBDA0 = 100\n", "utf-8")
+    assert source_digest(tmp_path) != before
+    assert source_digest() == source_digest() != before
