@@ -29,7 +29,7 @@ from router_core.offline.calibrate import expected_calibration_error, fit_calibr
 from router_core.offline.losses import bradley_terry, correctness_bce
 from router_core.offline.members import SCORE_SCALE, MembersFit, TrainConfig
 from router_core.offline.targets import score_margins, soft_targets
-from router_core.offline.tune import MAX_STREAM, Stream, fit_hyperparameters, residual_variance
+from router_core.offline.tune import MAX_STREAM, Stream, choose_form, fit_hyperparameters, residual_variance
 from router_core.prior import PriorForm
 from router_core.records import LabelledPair
 from router_core.replay.table import score_scale, tabulate
@@ -131,7 +131,8 @@ def _fit_checkpoint(
     fuse, heads = final.export(z)
     embeddings = heads["bt_embeddings"]
     heads["cls_weight"] = heads["cls_weight"] + np.float32(blend * SCORE_SCALE) * (embeddings - embeddings.mean(axis=0))
-    hyperparameters, replayed = config.hyperparameters, dict[str, float]()
+    hyperparameters, replayed, of_paper = config.hyperparameters, dict[str, float](), dict[str, float]()
+    form = PriorForm.CALIBRATED if config.lambda_cls > 0 else PriorForm.PAPER
     if config.tune and config.lambda_cls > 0:
         data = _Labelled(pairs, pool, correctness, targets, z)
         streams = [_stream("in distribution", data, np.arange(len(pairs)), fuse, held_out.probabilities)]
@@ -140,7 +141,9 @@ def _fit_checkpoint(
             offsets = calibration.probabilities(_blended(scores, logits, blend))
             streams.append(_stream(f"unseen {domain}", data, rows, fuse, offsets))
         sigma2 = residual_variance(held_out.probabilities, correctness)
-        hyperparameters, replayed = fit_hyperparameters(sigma2, [stream for stream in streams if stream is not None])
+        kept = [stream for stream in streams if stream is not None]
+        hyperparameters, replayed = fit_hyperparameters(sigma2, kept)
+        form, of_paper = choose_form(hyperparameters, embeddings, kept)
     scale = score_scale(pairs, pool)
     checkpoint = Checkpoint(
         pool=tuple(pool),
@@ -151,7 +154,7 @@ def _fit_checkpoint(
         cls_bias=heads["cls_bias"],
         calibration_scale=calibration.scale.astype(np.float32),
         calibration_shift=calibration.shift.astype(np.float32),
-        prior_form=PriorForm.CALIBRATED if config.lambda_cls > 0 else PriorForm.PAPER,
+        prior_form=form,
         hyperparameters=hyperparameters,
         metrics={
             "pairs": len(pairs),
@@ -161,6 +164,7 @@ def _fit_checkpoint(
             "negative_log_likelihood": negative_log_likelihood(held_out.probabilities, correctness),
             "expected_calibration_error": expected_calibration_error(held_out.probabilities, correctness),
             **{f"replayed_accuracy {name}": value for name, value in replayed.items()},
+            **{f"replayed_accuracy_paper {name}": value for name, value in of_paper.items()},
         },
         data_digest=pairs_digest(pairs),
         score_shift=scale.shift.astype(np.float32),

@@ -16,7 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.policies import BayesianPolicy
-from router_core.prior import CALIBRATED_HYPERPARAMETERS, Hyperparameters, calibrated_prior
+from router_core.prior import (
+    CALIBRATED_HYPERPARAMETERS,
+    PAPER_HYPERPARAMETERS,
+    Hyperparameters,
+    Prior,
+    PriorForm,
+    calibrated_prior,
+    paper_prior,
+)
 from router_core.records import Signal
 from router_core.replay.passes import Stage, online_pass
 from router_core.replay.stream import Scenario, make_plan
@@ -87,6 +95,28 @@ def fit_hyperparameters(sigma2: float, streams: Sequence[Stream]) -> tuple[Hyper
     return best, dict(zip((stream.name for stream in streams), known[best].mean(axis=1).tolist(), strict=True))
 
 
+def choose_form(
+    hyper: Hyperparameters, embeddings: NDArray[np.floating], streams: Sequence[Stream]
+) -> tuple[PriorForm, dict[str, float]]:
+    """The prior form that earns more on the same streams; `calibrated` unless `paper` is clearly better.
+
+    Args:
+        hyper: the scalars of the calibrated form; the paper's form has the paper's.
+        embeddings: (K, d) unit-norm Bradley-Terry embeddings. They were fitted on pairs of the streams, which favours
+            `paper`.
+        streams: as for `fit_hyperparameters`.
+
+    Returns:
+        The form, and the accuracy of `paper` on each stream by name; empty without streams.
+    """
+    if not streams:
+        return PriorForm.CALIBRATED, {}
+    paper = paper_prior(embeddings, PAPER_HYPERPARAMETERS)
+    earned = np.array([[_replayed(paper.reading(0, s.x.shape[1]), s, seed) for seed in SEEDS] for s in streams])
+    form = PriorForm.PAPER if _lead(earned, _accuracies(hyper, streams)) > 0 else PriorForm.CALIBRATED
+    return form, dict(zip((stream.name for stream in streams), earned.mean(axis=1).tolist(), strict=True))
+
+
 def _with(hyper: Hyperparameters, name: str, value: float) -> Hyperparameters:
     if name == "lambda0":
         return replace(hyper, lambda0=value)
@@ -102,14 +132,15 @@ def _lead(candidate: Array, standing: Array) -> float:
 
 def _accuracies(hyper: Hyperparameters, streams: Sequence[Stream]) -> Array:
     """(streams, seeds): how often the policy `bayesian` with these scalars asked an RM that was right."""
-    return np.array([[_replayed(hyper, stream, seed) for seed in SEEDS] for stream in streams])
+    return np.array([[_replayed(_calibrated(hyper, stream), stream, seed) for seed in SEEDS] for stream in streams])
 
 
-def _replayed(hyper: Hyperparameters, stream: Stream, seed: int) -> float:
-    offsets = stream.offsets
-    prior = calibrated_prior(offsets.shape[1], stream.d, lambda x: offsets, hyper).reading(
-        stream.first, stream.x.shape[1]
-    )
+def _calibrated(hyper: Hyperparameters, stream: Stream) -> Prior:
+    prior = calibrated_prior(stream.offsets.shape[1], stream.d, lambda x: stream.offsets, hyper)
+    return prior.reading(stream.first, stream.x.shape[1])
+
+
+def _replayed(prior: Prior, stream: Stream, seed: int) -> float:
     scenario = Scenario()
-    stage = Stage(stream.table, stream.x, offsets, BayesianPolicy(), prior, Signal.PREFERENCE, scenario)
+    stage = Stage(stream.table, stream.x, stream.offsets, BayesianPolicy(), prior, Signal.PREFERENCE, scenario)
     return float(online_pass(stage, make_plan(stream.table, scenario, seed), lambda _: None).correct.mean())

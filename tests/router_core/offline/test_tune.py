@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from router_core.encoder.surface import SurfaceBackbone  # noqa: E402
 from router_core.offline.members import spanning, whitening  # noqa: E402
 from router_core.offline.train import TrainConfig, fit  # noqa: E402
-from router_core.offline.tune import Stream, fit_hyperparameters, residual_variance  # noqa: E402
+from router_core.offline.tune import Stream, choose_form, fit_hyperparameters, residual_variance  # noqa: E402
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, PriorForm  # noqa: E402
 from router_core.replay.table import tabulate  # noqa: E402
 from tests.support.offline import POOL, two_domains  # noqa: E402
@@ -45,10 +45,26 @@ def test_offsets_that_say_nothing_make_exploring_and_learning_pay() -> None:
     assert hyper.gamma == 1.0
 
 
+def test_the_form_that_earns_more_is_taken() -> None:
+    pairs = two_domains(400)
+    table = tabulate(pairs, POOL)
+    x = np.float32([[1, 0] if pair.subset == "code" else [0, 1] for pair in pairs])
+    good = np.where(x[:, :1] > 0, [[0.95, 0.5]], [[0.5, 0.95]])
+    knowing, misled = Stream("s", table, x, good, 0, 2), Stream("s", table, x, 1.4 - good, 0, 2)
+    assert choose_form(CALIBRATED_HYPERPARAMETERS, np.eye(2), [knowing])[0] is PriorForm.CALIBRATED
+    # Nothing is learned online from so sure and so wrong an offset, and the embeddings know the domains.
+    stubborn = replace(CALIBRATED_HYPERPARAMETERS, lambda0=1e6, adapt=False)
+    form, accuracy = choose_form(stubborn, np.eye(2), [misled])
+    assert form is PriorForm.PAPER
+    assert accuracy["s"] > 0.6
+    assert choose_form(stubborn, np.eye(2), []) == (PriorForm.CALIBRATED, {})
+
+
 def test_tuning_replays_the_domains_that_were_left_out_and_says_how_it_went() -> None:
     checkpoint, held_out = fit(two_domains(160), POOL, SurfaceBackbone(), replace(FAST, tune=True))
     replayed = {name for name in checkpoint.metrics if name.startswith("replayed_accuracy")}
-    assert replayed == {f"replayed_accuracy {name}" for name in ("in distribution", "unseen code", "unseen prose")}
+    streams = ("in distribution", "unseen code", "unseen prose")
+    assert replayed == {f"replayed_accuracy{form} {name}" for form in ("", "_paper") for name in streams}
     sigma2 = residual_variance(held_out.probabilities, held_out.correctness)
     assert checkpoint.hyperparameters.sigma2 == pytest.approx(sigma2)
 
