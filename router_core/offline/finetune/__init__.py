@@ -29,6 +29,7 @@ from router_core.offline.finetune.loop import Look, Loop, Progress, seeded
 from router_core.offline.finetune.model import RoutingModel, TokenisedPair, adapt, merged
 from router_core.offline.members import whitening
 from router_core.offline.train import HeldOut, pair_features, routed_accuracy
+from router_core.offline.tune import residual_variance
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, PriorForm
 from router_core.records import LabelledPair
 from router_core.replay.table import score_scale
@@ -219,7 +220,8 @@ def _checkpoint(
         calibration_scale=calibration.scale.astype(np.float32),
         calibration_shift=calibration.shift.astype(np.float32),
         prior_form=PriorForm.CALIBRATED if config.lambda_cls > 0 else PriorForm.PAPER,
-        hyperparameters=config.hyperparameters or CALIBRATED_HYPERPARAMETERS,
+        hyperparameters=config.hyperparameters
+        or replace(CALIBRATED_HYPERPARAMETERS, sigma2=residual_variance(probabilities, y)),
         metrics={
             "pairs": len(pairs),
             "training_pairs": training_pairs,

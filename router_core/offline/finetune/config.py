@@ -42,7 +42,8 @@ class FinetuneConfig:
         save_every: optimiser steps between two states from which a run can be resumed.
         threads: of torch on a CPU. Results are equal for equal numbers of threads.
         seed: of every random choice.
-        hyperparameters: stored for the online stage; None for the calibrated prior's own.
+        hyperparameters: stored for the online stage; None for the calibrated prior's own, with the σ² of the held-out
+            residuals.
     """
 
     mode: Mode = "full"

@@ -19,6 +19,8 @@ from router_core.errors import CheckpointError, DatasetError, EncoderError, Hype
 from router_core.offline.finetune import FinetuneConfig, FineTuned, fine_tune  # noqa: E402
 from router_core.offline.finetune.loop import Loop  # noqa: E402
 from router_core.offline.finetune.model import RoutingModel, TokenisedPair  # noqa: E402
+from router_core.offline.tune import residual_variance  # noqa: E402
+from router_core.prior import CALIBRATED_HYPERPARAMETERS  # noqa: E402
 from router_core.records import Instance, LabelledPair  # noqa: E402
 from tests.support.transformers_dirs import save_transformer  # noqa: E402
 
@@ -114,6 +116,9 @@ def test_it_learns_which_model_is_right_where(bert: str, llama: str, tmp_path: P
     tuned = fine_tune(two_kinds(96), POOL, load_backbone({"bert": bert, "llama": llama}[kind]), config, tmp_path / "w")
     assert tuned.checkpoint.metrics["routing_accuracy_cls"] > 0.95
     assert tuned.looks[-1].held_out_loss < tuned.looks[0].held_out_loss
+    left = residual_variance(tuned.held_out.probabilities, tuned.held_out.correctness)
+    assert tuned.checkpoint.hyperparameters == replace(CALIBRATED_HYPERPARAMETERS, sigma2=left)
+    assert left < CALIBRATED_HYPERPARAMETERS.sigma2
 
 
 def test_the_checkpoint_is_an_ordinary_one_that_carries_its_encoder(llama: str, tmp_path: Path) -> None:
