@@ -1,27 +1,66 @@
 """The pool file: which reward models there are, where they are served, and how `up` starts the ones that are not.
 
-    name: demo
+    name: mine
+    worker: auto                             # auto (default): vLLM where there is one, else the CPU worker; vllm; cpu
+    device: cuda                             # where vLLM runs: cuda (default) or cpu
+    vllm_command: ../.venv-vllm/bin/vllm     # a vLLM that is installed elsewhere
     models:
-      - name: rm-arithmetic                  # its name everywhere
+      - name: skywork                        # its name everywhere
         urls: [http://127.0.0.1:8101]        # one per replica; without any, `up` starts a worker
+        model: Skywork/Skywork-Reward-V2-Qwen3-0.6B   # `up` serves this model of the Hugging Face hub …
+        path: models/rm-arithmetic           # … or this directory …
+        recorded: pairs.jsonl                # … or the scores recorded in this file
+        revision: main                       # of `model`: branch, tag or commit
+        licence: apache-2.0                  # for people
         served_name: rm-arithmetic           # the worker's name for it, if another
         rendering: template                  # `messages` (default, any worker) or `template` (one request per pair)
         chat_template: plain                 # for `template`: plain, a .jinja file, or a tokenizer's directory
-        path: models/rm-arithmetic           # `up` serves this Hugging Face directory …
-        recorded: pairs.jsonl                # … or the scores recorded in this file
+        score_scale: 0.5                     # the gateway answers score_scale * reward + score_shift
+        score_shift: 0.0
+        replicas: 2                          # how many workers `up` starts
+        gpus: [0, 1]                         # the GPUs that they are placed on in turn
+        gpu_share: 0.3                       # of one GPU's memory, for one replica
+        tensor_parallel: 1                   # GPUs of one replica
+        dtype: bfloat16
+        max_model_len: 4096                  # tokens
+        vllm_args: [--max-num-batched-tokens, "8192"]
+        env: {VLLM_LOGGING_LEVEL: WARNING}
 
-Relative paths are relative to the file.
+Relative paths are relative to the file. docs/models.md says more; `service.cli.vllm_serve` makes commands of
+it. Knows no process and no network.
 """
 
 from __future__ import annotations
 
+import math
+import shlex
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from service.errors import ConfigurationError
+
+RESERVED_ARGUMENTS = {
+    "--host": "nothing: `up` chooses it",
+    "--port": "nothing: `up` chooses it (--worker-port)",
+    "--runner": "nothing: it is always pooling",
+    "--convert": "nothing: it is always classify",
+    "--served-model-name": "`served_name`",
+    "--revision": "`revision`",
+    "--chat-template": "`chat_template`",
+    "--dtype": "`dtype`",
+    "--max-model-len": "`max_model_len`",
+    "--gpu-memory-utilization": "`gpu_share`",
+    "--tensor-parallel-size": "`tensor_parallel`",
+}
+"""Flags of `vllm serve` that have a field of their own in the pool file, so that nothing is said twice."""
+
+
+def _words(value: object) -> object:
+    """A command written as one string, split as a shell would."""
+    return tuple(shlex.split(value)) if isinstance(value, str) else value
 
 
 class ModelEntry(BaseModel):
@@ -38,11 +77,62 @@ class ModelEntry(BaseModel):
     recorded: Path | None = None
     max_in_flight: int | None = Field(default=None, ge=1)
     api_key: str | None = Field(default=None, repr=False)
+    model: str | None = Field(default=None, min_length=1)
+    revision: str | None = None
+    licence: str | None = None
+    score_scale: float = 1.0
+    score_shift: float = 0.0
+    replicas: int = Field(default=1, ge=1, le=64)
+    gpus: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    gpu_share: float | None = Field(default=None, gt=0, le=1)
+    tensor_parallel: int = Field(default=1, ge=1)
+    dtype: str | None = None
+    max_model_len: int | None = Field(default=None, ge=1)
+    vllm_args: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
+    env: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def served(self) -> str:
+        """The worker's name for it."""
+        return self.served_name or self.name
+
+    @property
+    def source(self) -> str | None:
+        """What a worker loads: the directory or the hub's model; None for a recorded or an elsewhere served one."""
+        return str(self.path) if self.path is not None else self.model
 
     @model_validator(mode="after")
     def _startable(self) -> ModelEntry:
-        if self.path is not None and self.recorded is not None:
-            raise ValueError(f"model {self.name!r} has both `path` and `recorded`: give one")
+        given = [field for field in ("path", "model", "recorded") if getattr(self, field) is not None]
+        if len(given) > 1:
+            raise ValueError(f"model {self.name!r} has both `{given[0]}` and `{given[1]}`: give one")
+        if self.revision is not None and self.model is None:
+            raise ValueError(f"model {self.name!r} has a `revision` and no `model` of the hub that it could be of")
+        if self.urls and self.replicas > 1:
+            raise ValueError(f"model {self.name!r} has `urls` and `replicas`: its urls are its replicas; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _transforms(self) -> ModelEntry:
+        if not math.isfinite(self.score_scale) or self.score_scale == 0:
+            raise ValueError(f"model {self.name!r}: score_scale is {self.score_scale}; use a number other than 0")
+        if not math.isfinite(self.score_shift):
+            raise ValueError(f"model {self.name!r}: score_shift is {self.score_shift}; use a finite number")
+        return self
+
+    @model_validator(mode="after")
+    def _placeable(self) -> ModelEntry:
+        if len(set(self.gpus)) != len(self.gpus):
+            raise ValueError(f"model {self.name!r}: a GPU is named twice in gpus {list(self.gpus)}")
+        if self.gpus and len(self.gpus) % self.tensor_parallel:
+            raise ValueError(
+                f"model {self.name!r}: {len(self.gpus)} gpus cannot be dealt out in groups of tensor_parallel "
+                f"{self.tensor_parallel}; name a multiple of it"
+            )
+        for word in self.vllm_args:
+            flag = word.partition("=")[0]
+            if flag in RESERVED_ARGUMENTS:
+                raise ValueError(f"model {self.name!r}: vllm_args holds {flag}; use {RESERVED_ARGUMENTS[flag]}")
         return self
 
 
@@ -52,6 +142,9 @@ class PoolFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = "pool"
+    worker: Literal["auto", "vllm", "cpu"] = "auto"
+    device: Literal["cuda", "cpu"] = "cuda"
+    vllm_command: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
     models: tuple[ModelEntry, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -76,6 +169,9 @@ def load_pool(path: Path) -> PoolFile:
         raise ConfigurationError(f"pool file {path} is not YAML: {error}") from error
     if isinstance(content, dict):
         content["models"] = [_resolved(model, path.parent) for model in content.get("models") or []]
+        command = _words(content.get("vllm_command"))
+        if isinstance(command, tuple | list) and command and "/" in str(command[0]):
+            content["vllm_command"] = (str((path.parent / str(command[0])).absolute()), *command[1:])
     try:
         return PoolFile.model_validate(content)
     except ValidationError as error:
@@ -105,4 +201,8 @@ def _resolved(model: object, folder: Path) -> object:
     template = out.get("chat_template")
     if isinstance(template, str) and template != "plain":
         out["chat_template"] = str((folder / template).absolute())
+    tokenizer = out.get("tokenizer")
+    if isinstance(tokenizer, str) and (folder / tokenizer).exists():
+        # Else it is a hub id, which looks like a relative path.
+        out["tokenizer"] = str((folder / tokenizer).absolute())
     return out

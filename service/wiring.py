@@ -367,6 +367,8 @@ def build_arm(model: ModelEntry, settings: Settings) -> VllmArm:
             max_in_flight=model.max_in_flight or settings.worker_max_in_flight,
             attempt_timeout_seconds=settings.worker_timeout_seconds,
             api_key=model.api_key,
+            score_scale=model.score_scale,
+            score_shift=model.score_shift,
         )
     )
 

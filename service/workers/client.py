@@ -71,6 +71,8 @@ class ArmConfig:
         breaker: when a replica is taken out.
         max_response_bytes: bound on one answer.
         api_key: sent as a bearer token. vLLM itself does not check it on `/classify`; a proxy before it may.
+        score_scale: finite, not 0; see `score_shift`.
+        score_shift: the arm's rewards are score_scale * logit + score_shift.
     """
 
     name: str
@@ -86,6 +88,8 @@ class ArmConfig:
     breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
     max_response_bytes: int = MAX_RESPONSE_BYTES
     api_key: str | None = field(default=None, repr=False)
+    score_scale: float = 1.0
+    score_shift: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.name or not self.urls:
@@ -95,6 +99,11 @@ class ArmConfig:
         for option in ("max_in_flight", "items_per_request", "parallel_requests", "max_attempts"):
             if getattr(self, option) < 1:
                 raise ConfigurationError(f"RM {self.name!r}: {option} is {getattr(self, option)}; use at least 1")
+        if not (math.isfinite(self.score_scale) and math.isfinite(self.score_shift)) or self.score_scale == 0:
+            raise ConfigurationError(
+                f"RM {self.name!r}: score_scale {self.score_scale}, score_shift {self.score_shift}; use finite "
+                "numbers, and a scale other than 0"
+            )
         for option in ("attempt_timeout_seconds", "connect_timeout_seconds"):
             if not 0 < getattr(self, option) < math.inf:
                 raise ConfigurationError(f"RM {self.name!r}: {option} is {getattr(self, option)}; use a positive time")
@@ -340,7 +349,10 @@ class VllmArm:
             if not math.isfinite(row.probs[0]):
                 raise self._protocol_error(replica, f"the reward of item {row.index} is {row.probs[0]}")
             rewards[row.index] = row.probs[0]
-        return rewards
+        scale, shift = self.config.score_scale, self.config.score_shift
+        if scale == 1.0 and shift == 0.0:
+            return rewards
+        return [scale * reward + shift for reward in rewards]
 
     def _protocol_error(self, replica: Replica, reason: str) -> WorkerProtocolError:
         return WorkerProtocolError(
