@@ -10,8 +10,12 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.support.cluster import ValkeyCluster
 
 START_SECONDS = 20.0
 
@@ -102,3 +106,12 @@ def own_valkey_server(valkey_binary: Path, tmp_path: Path) -> Iterator[ValkeyPro
     server.start()
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def valkey_cluster(valkey_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]:
+    """A cluster of three primaries for the whole session. Tests keep apart by their runs, and change no slot."""
+    from tests.support.cluster import ValkeyCluster
+
+    with ValkeyCluster(valkey_binary, tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster

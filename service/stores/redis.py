@@ -23,13 +23,18 @@ from pathlib import Path
 import hiredis
 
 from service.errors import ConfigurationError
+from service.stores.cluster import Client, ClusterClient
 from service.stores.ids import check_run
 from service.stores.protocol import DecisionRecord, FeedbackRecord, FeedbackResult, FeedbackStatus, LogEntry, LogStatus
 from service.stores.records import check_reference, is_expired, response_count, system_ms
 from service.stores.resp import Arg, Reply, ReplyError, RespClient
+from service.stores.slots import Topology, is_cluster_url
 
 BULK_TIMEOUT_FACTOR = 10
 """Snapshots of tens of megabytes may take this many times longer than an ordinary call."""
+
+REPLICATED_CONNECTIONS = 4
+"""Connections for feedback that waits for replicas: each stands still for one round trip to them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +55,19 @@ def _is_noscript(reply: Reply) -> bool:
 
 
 class RedisStore:
-    """`Store` on one Redis >= 7.0 or Valkey server (or one node of a cluster).
+    """`Store` on one Redis >= 7.0 or Valkey server, or on a cluster of them.
 
     Three kinds of connection: pipelined ones for the hot path, one for snapshots (large values would hold up the
     others), and one per reader of a log that is blocked at the same time.
 
     Args:
-        url: `redis://`, `rediss://` or `unix://`, see `parse_endpoint`.
+        url: `redis://`, `rediss://` or `unix://`, see `parse_endpoint`; of a cluster `redis+cluster://`, see
+            `parse_seeds`.
         window_seconds: feedback window: how long a decision waits for its feedback.
         timeout_seconds: how long a call waits before it counts as unavailable.
         connections: pipelined connections for the hot path.
+        replicas: replicas of the server that must hold a feedback before it is acknowledged; a failover to one that
+            does not would lose it.
         now_ms: clock, milliseconds since 1970; read only to tell an expired decision id from an unknown one.
     """
 
@@ -70,6 +78,7 @@ class RedisStore:
         window_seconds: float,
         timeout_seconds: float = 1.0,
         connections: int = 1,
+        replicas: int = 0,
         now_ms: Callable[[], int] = system_ms,
     ) -> None:
         if window_seconds < 0.001:
@@ -78,16 +87,24 @@ class RedisStore:
         self._window_ms = round(window_seconds * 1000)
         self._timeout = timeout_seconds
         self._now_ms = now_ms
-        self._hot = RespClient(url, timeout_seconds=timeout_seconds, connections=connections)
+        self._topology = Topology(url, timeout_seconds=timeout_seconds) if is_cluster_url(url) else None
+        self._replicas = replicas
+        self._hot = self._client(connections)
+        self._feedback = self._client(REPLICATED_CONNECTIONS) if replicas else self._hot
         self._bulk_timeout = timeout_seconds * BULK_TIMEOUT_FACTOR
-        self._bulk = RespClient(url, timeout_seconds=timeout_seconds)
-        self._idle_readers: list[RespClient] = []
-        self._readers: list[RespClient] = []
+        self._bulk = self._client()
+        self._idle_readers: list[Client] = []
+        self._readers: list[Client] = []
         self._apply = _Script.load("apply_feedback.lua")
         self._save_snapshot = _Script.load("save_snapshot.lua")
 
+    def _client(self, connections: int = 1) -> Client:
+        if self._topology is None:
+            return RespClient(self._url, timeout_seconds=self._timeout, connections=connections)
+        return ClusterClient(self._topology, timeout_seconds=self._timeout, connections=connections)
+
     async def ping(self) -> None:
-        """Return when the server answers."""
+        """Return when the server answers; of a cluster, when it serves all slots that it wants to."""
         await self._hot.execute("PING")
 
     async def open_run(self, run: str, fingerprint: bytes) -> bytes:
@@ -145,7 +162,7 @@ class RedisStore:
         """
         prefix = _prefix(run)
         words = [self._feedback_words(prefix, item) for item in feedback]
-        replies = await self._run_script(self._hot, self._apply, words, self._timeout)
+        replies = await self._run_script(self._feedback, self._apply, words, self._timeout, self._replicas)
         return [self._feedback_result(item, reply) for item, reply in zip(feedback, replies, strict=True)]
 
     def _feedback_words(self, prefix: str, item: FeedbackRecord) -> tuple[Arg, ...]:
@@ -170,19 +187,23 @@ class RedisStore:
         )
 
     async def _run_script(
-        self, client: RespClient, script: _Script, calls: Sequence[tuple[Arg, ...]], timeout_seconds: float
+        self,
+        client: Client,
+        script: _Script,
+        calls: Sequence[tuple[Arg, ...]],
+        timeout_seconds: float,
+        replicas: int = 0,
     ) -> list[Reply]:
         """EVALSHA for each call in one write; those that the server has no script for go again with its text."""
         replies = await client.pipeline(
-            [("EVALSHA", script.sha1, *words) for words in calls], timeout_seconds=timeout_seconds
+            [("EVALSHA", script.sha1, *words) for words in calls], timeout_seconds=timeout_seconds, replicas=replicas
         )
         while again := [index for index, reply in enumerate(replies) if _is_noscript(reply)]:
             # The first one brings the text, so the others need its name only.
             commands = [("EVAL", script.text, *calls[again[0]])]
             commands += [("EVALSHA", script.sha1, *calls[index]) for index in again[1:]]
-            for index, reply in zip(
-                again, await client.pipeline(commands, timeout_seconds=timeout_seconds), strict=True
-            ):
+            found = await client.pipeline(commands, timeout_seconds=timeout_seconds, replicas=replicas)
+            for index, reply in zip(again, found, strict=True):
                 replies[index] = reply
         return [client.checked(reply) for reply in replies]
 
@@ -208,8 +229,8 @@ class RedisStore:
             self._idle_readers.append(reader)
         return [] if reply is None else [_log_entry(entry) for entry in reply[0][1]]
 
-    def _new_reader(self) -> RespClient:
-        reader = RespClient(self._url, timeout_seconds=self._timeout)
+    def _new_reader(self) -> Client:
+        reader = self._client()
         self._readers.append(reader)
         return reader
 
@@ -250,8 +271,10 @@ class RedisStore:
 
     async def close(self) -> None:
         """Close connections; blocked readers fail with `StoreUnavailableError`."""
-        for client in (self._hot, self._bulk, *self._readers):
+        for client in (self._hot, self._feedback, self._bulk, *self._readers):
             await client.close()
+        if self._topology is not None:
+            await self._topology.close()
 
 
 def _prefix(run: str) -> str:

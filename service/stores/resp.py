@@ -44,7 +44,7 @@ _UNAVAILABLE = {
     "MASTERDOWN": "this replica has lost its primary; point the store's URL at the primary",
     "CLUSTERDOWN": "the cluster does not serve this slot; see CLUSTER INFO",
     "TRYAGAIN": "the slot is being moved; repeat the call in a moment",
-    "MOVED": "the server is one node of a cluster; give the URL of the node that owns the run's slot",
+    "MOVED": "the server is one node of a cluster; write the store's URL as redis+cluster://HOST:PORT",
     "ASK": "the slot is being moved; repeat the call in a moment",
     "BUSY": "a script has been running for long on the server; see SLOWLOG",
     "NOREPLICAS": "the server asks for replicas that it does not have; see min-replicas-to-write",
@@ -283,17 +283,17 @@ class RespClient:
     """A fixed number of pipelined connections to one server. All calls of one client belong to one event loop.
 
     Args:
-        url: see `parse_endpoint`.
+        url: see `parse_endpoint`; or what it returned.
         timeout_seconds: how long a call waits for its replies, and an attempt to connect for its end.
         connections: more than one lets small replies overtake large ones; calls take turns.
     """
 
-    def __init__(self, url: str, *, timeout_seconds: float, connections: int = 1) -> None:
+    def __init__(self, url: str | Endpoint, *, timeout_seconds: float, connections: int = 1) -> None:
         if timeout_seconds <= 0:
             raise ConfigurationError(f"timeout_seconds = {timeout_seconds} of the store must be positive")
         if connections < 1:
             raise ConfigurationError(f"connections = {connections} of the store must be at least 1")
-        self._endpoint = parse_endpoint(url)
+        self._endpoint = parse_endpoint(url) if isinstance(url, str) else url
         self._timeout = timeout_seconds
         self._slots = [_Slot() for _ in range(connections)]
         self._turn = 0
@@ -315,17 +315,39 @@ class RespClient:
         return self.checked(replies[0])
 
     async def pipeline(
-        self, commands: Sequence[tuple[Arg, ...]], *, timeout_seconds: float | None = None
+        self, commands: Sequence[tuple[Arg, ...]], *, timeout_seconds: float | None = None, replicas: int = 0
     ) -> list[Reply]:
         """Send commands in one write and return their replies in order; error replies are returned, not raised.
 
+        Args:
+            commands: one after the other, on one connection.
+            timeout_seconds: instead of the client's.
+            replicas: so many replicas must hold what the server holds after the commands. Nothing else moves on the
+                connection until they say so.
+
         Raises:
-            StoreUnavailableError: not connected, dropped or too late. Some commands may have been carried out.
+            StoreUnavailableError: not connected, dropped or too late, or too few replicas answered. Some commands may
+                have been carried out.
         """
         if not commands:
             return []
+        if replicas:
+            return await self._replicated(commands, timeout_seconds or self._timeout, replicas)
         packed = b"".join([_pack(command) for command in commands])
         return await self._send(packed, len(commands), timeout_seconds or self._timeout)
+
+    async def _replicated(self, commands: Sequence[tuple[Arg, ...]], seconds: float, replicas: int) -> list[Reply]:
+        # WAIT counts milliseconds; it must end before the call does, or the connection would look dead.
+        words = [*commands, ("WAIT", replicas, max(1, int(seconds * 900)))]
+        replies = await self._send(b"".join([_pack(command) for command in words]), len(words), seconds)
+        confirmed = self.checked(replies.pop())
+        if confirmed < replicas:
+            raise StoreUnavailableError(
+                f"store {self.shown}: {confirmed} of {replicas} replicas confirmed; it may be stored all the same: "
+                "repeat the call, and see INFO replication",
+                retry_after_seconds=1,
+            )
+        return replies
 
     def checked(self, reply: Reply) -> Reply:
         """The reply, or the error that it is.

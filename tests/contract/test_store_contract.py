@@ -1,4 +1,4 @@
-"""One suite that every store must pass: MemoryStore, and RedisStore on a real Valkey process."""
+"""One suite that every store must pass: MemoryStore, and RedisStore on a real Valkey process and on a cluster."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from service.stores.redis import RedisStore
 
 if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
+    from tests.support.cluster import ValkeyCluster
 
 _RUNS = count()
 AWKWARD = b"\x00\r\n$5 \xff\x00 value "
@@ -63,7 +64,7 @@ async def whole_log(store: Store, run: str) -> list[LogEntry]:
 Open = Callable[[float], Store]
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(params=["memory", "redis", "cluster"])
 async def open_store(request: pytest.FixtureRequest) -> AsyncIterator[Open]:
     """Opens stores of one kind with a given feedback window, and closes them."""
     opened: list[Store] = []
@@ -73,7 +74,8 @@ async def open_store(request: pytest.FixtureRequest) -> AsyncIterator[Open]:
         if request.param == "memory":
             store = MemoryStore(window_seconds=window_seconds)
         else:
-            server: ValkeyProcess = request.getfixturevalue("valkey_server")
+            name = "valkey_server" if request.param == "redis" else "valkey_cluster"
+            server: ValkeyProcess | ValkeyCluster = request.getfixturevalue(name)
             store = RedisStore(server.url, window_seconds=window_seconds, timeout_seconds=10)
         opened.append(store)
         return store
