@@ -10,6 +10,7 @@
         model: Skywork/Skywork-Reward-V2-Qwen3-0.6B   # `up` serves this model of the Hugging Face hub …
         path: models/rm-arithmetic           # … or this directory …
         recorded: pairs.jsonl                # … or the scores recorded in this file
+        worker: vllm                         # for this model, another than the pool's
         revision: main                       # of `model`: branch, tag or commit
         licence: apache-2.0                  # for people
         served_name: rm-arithmetic           # the worker's name for it, if another
@@ -33,6 +34,7 @@ it. Knows no process and no network.
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Literal
@@ -90,6 +92,7 @@ class ModelEntry(BaseModel):
     max_model_len: int | None = Field(default=None, ge=1)
     vllm_args: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
     env: dict[str, str] = Field(default_factory=dict)
+    worker: Literal["auto", "vllm", "cpu"] | None = None
 
     @property
     def served(self) -> str:
@@ -197,7 +200,7 @@ def _resolved(model: object, folder: Path) -> object:
     out = dict(model)
     for key in ("path", "recorded"):
         if isinstance(out.get(key), str):
-            out[key] = str((folder / out[key]).absolute())
+            out[key] = os.path.normpath((folder / out[key]).absolute())
     template = out.get("chat_template")
     if isinstance(template, str) and template != "plain":
         out["chat_template"] = str((folder / template).absolute())

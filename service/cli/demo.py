@@ -147,7 +147,8 @@ def ensure_demo_pool(data_dir: Path, console: Console, checkpoint: Path | None) 
         ModelEntry(name=model.name, path=model.directory.absolute(), rendering="template", chat_template="plain")
         for model in models
     )
-    dump_pool(PoolFile(name="demo", models=entries), pool_file)
+    # With vLLM each of them would take minutes to start: deploy/models/demo.yaml is for that.
+    dump_pool(PoolFile(name="demo", worker="cpu", models=entries), pool_file)
     if checkpoint is None:
         checkpoint = folder / "checkpoint"
         fresh = any(not model.reused for model in models)

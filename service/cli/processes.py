@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,6 +27,14 @@ STOP_SECONDS = 15.0
 LAST_LINES = 15
 """Lines of a failed child's log that are shown."""
 
+LAST_BYTES = 256 * 1024
+"""Of a log, that are looked at for them."""
+
+_ERROR = re.compile(r"(?:^|[\s.])[A-Za-z]\w*(?:Error|Exception): \S")
+"""A line that names an exception; in vLLM's logs the first one is the cause and the last one only says "see above"."""
+
+_NO_ERROR = re.compile(r"\b(?:WARNING|INFO|DEBUG)\b")
+
 
 @dataclass(slots=True)
 class Child:
@@ -36,8 +45,22 @@ class Child:
     log: Path
 
     def last_words(self) -> str:
-        """The end of its log."""
-        return "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-LAST_LINES:])
+        """The end of its log, after the first line that names an exception if that is further up."""
+        lines = self._tail()
+        shown = lines[-LAST_LINES:]
+        cause = next((line for line in lines if _ERROR.search(line) and not _NO_ERROR.search(line)), None)
+        if cause is not None and cause not in shown:
+            shown = [f"first error: {cause.strip()}", "…", *shown]
+        return "\n".join(shown)
+
+    def last_line(self) -> str:
+        """The last line of its log that is not empty, without colours; "" while there is none."""
+        return next((line for line in map(_plain, reversed(self._tail())) if line), "")
+
+    def _tail(self) -> list[str]:
+        with self.log.open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - LAST_BYTES, 0))
+            return file.read().decode("utf-8", "replace").splitlines()
 
 
 class ProcessGroup:
@@ -61,13 +84,21 @@ class ProcessGroup:
         self.stop()
 
     def start(self, name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Child:
-        """Start `reward-router ARGUMENTS` as a child in a process session of its own, so that Ctrl-C reaches only
-        us.
+        """Start `reward-router ARGUMENTS` as a child; see `run`."""
+        return self.run(name, [sys.executable, "-m", "service.cli", *arguments], environment)
+
+    def run(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> Child:
+        """Start a program as a child in a process session of its own, so that Ctrl-C reaches only us.
+
+        Args:
+            name: of its log, too.
+            command: an absolute path and its arguments.
+            environment: added to ours.
         """
         log = self._log_dir / f"{name}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                dies_with_parent([sys.executable, "-m", "service.cli", *arguments]),
+                dies_with_parent(command),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -114,8 +145,18 @@ class ProcessGroup:
             tick()
             time.sleep(0.1)
         child = next(child for child in self.children if child.name == name)
-        raise ConfigurationError(
-            f"{name} is not ready after {timeout_seconds:g} s ({last}); the end of {child.log}:\n{child.last_words()}"
+        raise ConfigurationError(self.too_late(child, timeout_seconds, last))
+
+    def too_late(self, child: Child, seconds: float, answer: str) -> str:
+        """The message on a child that is not ready in time.
+
+        Args:
+            child: which.
+            seconds: that it had.
+            answer: what it said when asked.
+        """
+        return (
+            f"{child.name} is not ready after {seconds:g} s ({answer}); the end of {child.log}:\n{child.last_words()}"
         )
 
     def stop(self) -> None:
@@ -128,7 +169,8 @@ class ProcessGroup:
             try:
                 child.process.wait(max(deadline - time.monotonic(), 0.1))
             except subprocess.TimeoutExpired:
-                child.process.kill()
+                # The whole session: vLLM's engine is a process of its own.
+                os.killpg(child.process.pid, signal.SIGKILL)
                 child.process.wait()
 
 
@@ -139,6 +181,16 @@ def interruptible() -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+
+
+def answers(url: str) -> bool:
+    """Whether GET url answers 200 within two seconds."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return bool(response.status == 200)
+    except OSError:
+        # Also HTTPError; an answer that is not 200 is "not yet".
+        return False
 
 
 def free_port(wanted: int, host: str = "127.0.0.1") -> int:
@@ -152,6 +204,10 @@ def free_port(wanted: int, host: str = "127.0.0.1") -> int:
                 continue
             return int(probe.getsockname()[1])
     raise ConfigurationError(f"no free port on {host}")
+
+
+def _plain(line: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
 
 
 def _raise_if_final(body: str) -> None:

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from service.cli.launch import WORKER_SECONDS, plan_workers, start_workers
 from service.cli.processes import ProcessGroup, free_port, interruptible
-from service.errors import ConfigurationError
 from service.pool import ModelEntry, PoolFile, dump_pool, load_pool
 from service.settings import EMBEDDED
 from service.stores.embedded import EmbeddedStore
 
-WORKER_SECONDS = 120.0
-"""How long a worker may take to load its model."""
+__all__ = ["WORKER_SECONDS", "Stack", "running_stack", "up", "wait_for_signal"]
 
 GATEWAY_SECONDS = 120.0
 """How long the gateway may take to load its encoder and replay its log."""
+
+
+class WorkerKind(StrEnum):
+    """What serves the reward models that `up` starts."""
+
+    AUTO = "auto"
+    VLLM = "vllm"
+    CPU = "cpu"
+
+
+class Device(StrEnum):
+    """Where vLLM runs."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +74,24 @@ def up(
         str | None,
         typer.Option(help="Name of the default run. (default: default; with the demo pool, one a checkpoint)"),
     ] = None,
+    worker: Annotated[
+        WorkerKind | None,
+        typer.Option(help="vllm, cpu, or auto: vLLM where it is installed. (default: the pool file's; auto)"),
+    ] = None,
+    device: Annotated[
+        Device | None, typer.Option(help="Where vLLM runs: cuda or cpu. (default: the pool file's; cuda)")
+    ] = None,
+    vllm_command: Annotated[
+        str | None,
+        typer.Option(help="The `vllm` of another environment. (default: the pool file's; the one found here)"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the workers' commands, one a line, and start nothing.")
+    ] = False,
 ) -> None:
-    """Start everything: store, one worker per reward model, gateway. Ctrl-C ends all; what was learned is kept.
+    """Start everything: store, workers for each reward model, gateway. Ctrl-C ends all; what was learned is kept.
 
+    Reward models without `urls` are served by vLLM where it is installed, else by a small CPU worker (docs/models.md).
     Settings of the gateway are environment variables REWARD_ROUTER_…; docs/settings.md lists them.
     """
     interruptible()
@@ -70,8 +101,14 @@ def up(
 
         pool, checkpoint = ensure_demo_pool(data_dir, console, checkpoint)
         run = run or demo_run(checkpoint)
+    wanted = _overridden(load_pool(pool), worker, device, vllm_command)
+    if dry_run:
+        for start in plan_workers(wanted, port_sequence(worker_port), local=_unfetched):
+            # Not through rich, which would wrap and colour what is meant for a shell.
+            typer.echo(start.shell())
+        return
     with running_stack(
-        load_pool(pool), checkpoint, data_dir=data_dir, host=host, port=port, worker_port=worker_port, store_url=store,
+        wanted, checkpoint, data_dir=data_dir, host=host, port=port, worker_port=worker_port, store_url=store,
         console=console, run=run,
     ) as stack:  # fmt: skip
         console.print(
@@ -100,7 +137,7 @@ def running_stack(
     """Store, workers and gateway for the length of the block.
 
     Args:
-        pool: RMs without `urls` are started from their `path` or `recorded`.
+        pool: RMs without `urls` are started from their `path`, `model` or `recorded`.
         checkpoint: directory, or None.
         data_dir: for the store, the logs and the resolved pool file.
         host: address of the gateway.
@@ -168,50 +205,49 @@ def wait_for_signal(processes: ProcessGroup) -> None:
             signal.signal(number, handler)
 
 
-def _start_workers(pool: PoolFile, processes: ProcessGroup, first_port: int, console: Console) -> PoolFile:
-    """Start a worker for each RM without `urls`; recorded RMs of one file share one process."""
+def _overridden(pool: PoolFile, worker: WorkerKind | None, device: Device | None, vllm_command: str | None) -> PoolFile:
+    """The pool with what was said on the command line; `--worker` also beats the models' own."""
+    given: dict[str, object] = {}
+    if worker is not None:
+        given["worker"] = worker.value
+        given["models"] = tuple(model.model_copy(update={"worker": None}) for model in pool.models)
+    if device is not None:
+        given["device"] = device.value
+    if vllm_command is not None:
+        given["vllm_command"] = tuple(shlex.split(vllm_command))
+    return pool.model_copy(update=given)
+
+
+def _unfetched(model: ModelEntry) -> Path:
+    """For a dry run: the hub's name, since nothing is downloaded."""
+    return Path(str(model.model))
+
+
+def port_sequence(first: int) -> Callable[[], int]:
+    """Free ports, each another one, from `first` on where they are free."""
     taken: set[int] = set()
 
     def next_port() -> int:
-        port = first_port
+        port = first
         while port in taken:
             port += 1
         port = free_port(port)
+        while port in taken:
+            port = free_port(0)
         taken.add(port)
         return port
 
-    urls: dict[str, str] = {}
-    names: dict[str, str] = {}
-    waiting = [model for model in pool.models if not model.urls]
-    for model in waiting:
-        if model.path is None and model.recorded is None:
-            raise ConfigurationError(
-                f"model {model.name!r} has no `urls`, `path` or `recorded` in the pool file: give one"
-            )
-        if model.path is not None:
-            port = next_port()
-            names[model.name] = f"worker-{model.name}"
-            processes.start(
-                names[model.name],
-                ["worker", "--model", str(model.path), "--name", model.served_name or model.name, "--port", str(port)],
-                {"OMP_NUM_THREADS": "1"},
-            )
-            urls[model.name] = f"http://127.0.0.1:{port}"
-    for recorded in dict.fromkeys(model.recorded for model in waiting if model.recorded is not None):
-        group = [model for model in waiting if model.recorded == recorded]
-        port = next_port()
-        arguments = ["worker", "--recorded", str(recorded), "--port", str(port)]
-        for model in group:
-            arguments += ["--model", model.served_name or model.name]
-            urls[model.name] = f"http://127.0.0.1:{port}"
-            names[model.name] = f"worker-recorded-{port}"
-        processes.start(f"worker-recorded-{port}", arguments)
-    for model in waiting:
-        with console.status(f"worker {model.name}"):
-            processes.wait_until_ready(f"{urls[model.name]}/health", names[model.name], WORKER_SECONDS, lambda: None)
-        console.print(f"worker    ready: {model.name} on {urls[model.name]}", highlight=False)
-    return PoolFile(name=pool.name, models=tuple(_placed(model, urls) for model in pool.models))
+    return next_port
 
 
-def _placed(model: ModelEntry, urls: dict[str, str]) -> ModelEntry:
-    return model if model.urls else model.model_copy(update={"urls": (urls[model.name],)})
+def _start_workers(pool: PoolFile, processes: ProcessGroup, first_port: int, console: Console) -> PoolFile:
+    """Start what has no `urls`, and write down where it is."""
+    starts = plan_workers(pool, port_sequence(first_port))
+    urls = start_workers(starts, processes, console)
+    placed = [model if model.urls else _placed(model, urls[model.name]) for model in pool.models]
+    return pool.model_copy(update={"models": tuple(placed)})
+
+
+def _placed(model: ModelEntry, urls: Sequence[str]) -> ModelEntry:
+    # Its urls are its replicas now.
+    return model.model_copy(update={"urls": tuple(urls), "replicas": 1})

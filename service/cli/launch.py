@@ -1,0 +1,279 @@
+"""The workers that `up` starts: planned from a pool file, started in an order that GPUs can bear, awaited.
+
+`plan_workers` decides what runs where; `start_workers` runs it. Processes that share a GPU start one after the other:
+vLLM measures free memory while it starts, and would take what a neighbour allocates meanwhile for its own.
+`service.cli.up` is the caller.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.markup import escape
+
+from service.cli.processes import Child, ProcessGroup, answers
+from service.cli.vllm_serve import (
+    check_shares,
+    find_vllm,
+    placements,
+    serve_environment,
+    serve_words,
+    served_by_vllm,
+)
+from service.errors import ConfigurationError
+from service.pool import ModelEntry, PoolFile
+
+HOST: Final = "127.0.0.1"
+"""Workers listen here only: vLLM does not guard `/classify`."""
+
+WORKER_SECONDS: Final = 120.0
+"""How long a worker of ours may take to load its model."""
+
+VLLM_SECONDS: Final = 1800.0
+"""How long vLLM may take: it may have to download the model first. One that fails is noticed at once."""
+
+REPORT_SECONDS: Final = 30.0
+"""Between two lines on what is awaited, where the console is no terminal."""
+
+LAST_LINE: Final = 100
+"""Characters shown of the last line of a log."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStart:
+    """One worker process that is to be started.
+
+    Attributes:
+        name: of the process and its log.
+        models: the RMs that it serves.
+        command: program and arguments.
+        environment: added to ours.
+        url: where it will answer.
+        kind: `vLLM`, `CPU worker` or `recorded`, for people.
+        gpus: the GPUs that it must not share with another one that is starting.
+        seconds: how long it may take until it is healthy.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    url: str
+    kind: str
+    gpus: tuple[int, ...] = ()
+    seconds: float = WORKER_SECONDS
+
+    def shell(self) -> str:
+        """The same as one line for a shell."""
+        words = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*words, shlex.join(self.command)])
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A started worker that is not healthy yet."""
+
+    start: WorkerStart
+    child: Child
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+
+def plan_workers(
+    pool: PoolFile,
+    next_port: Callable[[], int],
+    *,
+    local: Callable[[ModelEntry], Path] | None = None,
+) -> tuple[WorkerStart, ...]:
+    """What must be started for the RMs without `urls`, in arm order; recorded RMs of one file share one process.
+
+    Args:
+        pool: the pool file.
+        next_port: a free port, another one each time.
+        local: the directory of a hub model that the CPU worker is to serve, downloaded if need be; by default the hub's
+            own cache.
+
+    Raises:
+        ConfigurationError: an RM that cannot be started, or GPUs that cannot hold what they are to hold.
+    """
+    waiting = [model for model in pool.models if not model.urls]
+    lost = next((model for model in waiting if model.source is None and model.recorded is None), None)
+    if lost is not None:
+        raise ConfigurationError(
+            f"model {lost.name!r} has no `urls`, `path`, `model` or `recorded` in the pool file: give one"
+        )
+    vllm = find_vllm(pool.vllm_command)
+    by_vllm = {model.name for model in waiting if served_by_vllm(model, pool, vllm)}
+    if pool.device == "cuda":
+        check_shares([model for model in waiting if model.name in by_vllm])
+    starts: list[WorkerStart] = []
+    for model in waiting:
+        if model.name in by_vllm and vllm is not None:
+            starts += _vllm_starts(model, pool.device, vllm, next_port)
+        elif model.source is not None:
+            directory = model.path or (local or snapshot)(model)
+            starts += [_cpu_start(model, directory, name, next_port()) for name in _process_names(model)]
+    for recorded in dict.fromkeys(model.recorded for model in waiting if model.recorded is not None):
+        group = [model for model in waiting if model.recorded == recorded]
+        starts.append(_recorded_start(recorded, group, next_port()))
+    return tuple(starts)
+
+
+def start_workers(starts: Sequence[WorkerStart], processes: ProcessGroup, console: Console) -> dict[str, list[str]]:
+    """Start all, those on one GPU in turn, and wait until each is healthy; says so as it goes.
+
+    Args:
+        starts: of `plan_workers`.
+        processes: that they belong to.
+        console: where progress is shown.
+
+    Returns:
+        The URLs of each RM's replicas.
+
+    Raises:
+        ConfigurationError: one left or took too long; with the end of its log.
+    """
+    pending = list(starts)
+    waiting: list[_Waiting] = []
+    reported = time.monotonic()
+    with console.status("workers") as status:
+        while pending or waiting:
+            for start in _startable(pending, waiting):
+                pending.remove(start)
+                waiting.append(_Waiting(start, processes.run(start.name, start.command, start.environment)))
+            processes.check()
+            for one in [one for one in waiting if answers(f"{one.start.url}/health")]:
+                waiting.remove(one)
+                _say_ready(one, console)
+            late = next((one for one in waiting if one.seconds > one.start.seconds), None)
+            if late is not None:
+                raise ConfigurationError(processes.too_late(late.child, late.start.seconds, "its port does not answer"))
+            line = progress_line(waiting, len(starts) - len(pending) - len(waiting), len(starts))
+            status.update(escape(line))
+            if not console.is_terminal and waiting and time.monotonic() - reported > REPORT_SECONDS:
+                reported = time.monotonic()
+                console.print(line, highlight=False, markup=False)
+            if waiting:
+                time.sleep(0.2)
+    urls: dict[str, list[str]] = {}
+    for start in starts:
+        for model in start.models:
+            urls.setdefault(model, []).append(start.url)
+    return urls
+
+
+def progress_line(waiting: Sequence[_Waiting], ready: int, total: int) -> str:
+    """How many are ready, and what the others said last."""
+    parts = [f"{one.start.name} {one.seconds:.0f} s: {one.child.last_line()[:LAST_LINE]}" for one in waiting]
+    return f"workers: {ready} of {total} ready" + "".join(f"; {part}" for part in parts)
+
+
+def snapshot(model: ModelEntry) -> Path:
+    """The directory of a hub model, for the CPU worker; downloaded into the hub's cache if it is not there.
+
+    Raises:
+        ConfigurationError: it cannot be had; names the model and the reason.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ConfigurationError(
+            f"model {model.name!r} is on the Hugging Face hub, and neither vLLM nor huggingface_hub is installed "
+            "here: pip install 'reward-router[vllm]' or 'reward-router[train]'"
+        ) from error
+    try:
+        return Path(snapshot_download(str(model.model), revision=model.revision, ignore_patterns=["*.bin", "*.pth"]))
+    # The hub's errors are OSErrors (network, 404, gated) and ValueErrors (no such name).
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"model {model.name!r}: {model.model} cannot be had from the hub: {error}") from error
+
+
+def _startable(pending: Sequence[WorkerStart], waiting: Iterable[_Waiting]) -> list[WorkerStart]:
+    """Those whose GPUs hold no other one that is still starting; in order, so none is overtaken on its own GPU."""
+    busy = {gpu for one in waiting for gpu in one.start.gpus}
+    out = []
+    for start in pending:
+        if busy.isdisjoint(start.gpus):
+            out.append(start)
+        busy.update(start.gpus)
+    return out
+
+
+def _say_ready(one: _Waiting, console: Console) -> None:
+    what = ", ".join(one.start.models)
+    where = f" GPU {','.join(map(str, one.start.gpus))}" if one.start.gpus else ""
+    console.print(
+        f"worker    ready: {what} on {one.start.url} ({one.start.kind}{where}, {one.seconds:.0f} s)",
+        highlight=False,
+        markup=False,
+    )
+
+
+def _vllm_starts(
+    model: ModelEntry, device: str, vllm: Sequence[str], next_port: Callable[[], int]
+) -> list[WorkerStart]:
+    starts = []
+    for name, gpus in zip(_process_names(model), placements(model), strict=True):
+        port = next_port()
+        starts.append(
+            WorkerStart(
+                name=name,
+                models=(model.name,),
+                command=(*vllm, *serve_words(model, device, host=HOST, port=port)),
+                environment=serve_environment(model, device, gpus),
+                url=f"http://{HOST}:{port}",
+                kind="vLLM",
+                gpus=gpus if device == "cuda" else (),
+                seconds=VLLM_SECONDS,
+            )
+        )
+    return starts
+
+
+def _cpu_start(model: ModelEntry, directory: Path, name: str, port: int) -> WorkerStart:
+    words = ("worker", "--model", str(directory), "--name", model.served, "--port", str(port))
+    return WorkerStart(
+        name=name,
+        models=(model.name,),
+        command=(*own_command(), *words),
+        environment={"OMP_NUM_THREADS": "1"} | model.env,
+        url=f"http://{HOST}:{port}",
+        kind="CPU worker",
+    )
+
+
+def _recorded_start(recorded: Path, group: Sequence[ModelEntry], port: int) -> WorkerStart:
+    words = ["worker", "--recorded", str(recorded), "--port", str(port)]
+    for model in group:
+        words += ["--model", model.served]
+    return WorkerStart(
+        name=f"worker-recorded-{port}",
+        models=tuple(model.name for model in group),
+        command=(*own_command(), *words),
+        environment={},
+        url=f"http://{HOST}:{port}",
+        kind="recorded",
+    )
+
+
+def own_command() -> tuple[str, ...]:
+    """`reward-router` as it runs now."""
+    return (sys.executable, "-m", "service.cli")
+
+
+def _process_names(model: ModelEntry) -> list[str]:
+    """One name a replica; also the name of a log file."""
+    safe = "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in model.name)
+    if model.replicas == 1:
+        return [f"worker-{safe}"]
+    return [f"worker-{safe}-{replica}" for replica in range(model.replicas)]
