@@ -1,0 +1,203 @@
+"""From a trainer's rows to rewards per row: what TRL's and ms-swift's reward functions have in common.
+
+Knows groups, results and feedback; knows neither of the two trainers nor whether the client blocks. `trl` and
+`ms_swift` call `plan` before they ask, and `Plan.finish` and `Plan.judged` after.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from service.trainers.conversation import completion_text, prompt_text
+from service.trainers.groups import MAX_RESPONSES, Group, by_prompt, in_pairs
+from service.trainers.values import (
+    ABSTAINED_CODES,
+    Declined,
+    Feedback,
+    FeedbackResult,
+    Missing,
+    RewardResult,
+    RouterRefusedError,
+    RouterUnavailableError,
+    Scored,
+)
+
+logger = logging.getLogger("reward_router")
+
+
+class OnMissing(StrEnum):
+    """What becomes of rows for which no reward could be had."""
+
+    NONE = "none"
+    """The trainer is given None, and leaves the row out."""
+    RAISE = "raise"
+    """The training stops, for trainers that would turn None into a 0."""
+
+
+class Rows(StrEnum):
+    """Which rows of a batch belong together."""
+
+    PROMPTS = "prompts"
+    """Those with the same prompt."""
+    PAIRS = "pairs"
+    """i and i + B, as in online DPO."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a judge is shown: one group, its rewards, and the data set's columns of its rows.
+
+    Args:
+        prompt: its text.
+        responses: their texts.
+        columns: name to one value per response: ground truths, test cases and whatever else the data set holds.
+        result: the rewards and the decision.
+    """
+
+    prompt: str
+    responses: tuple[str, ...]
+    columns: Mapping[str, tuple[Any, ...]]
+    result: Scored
+
+
+Judge = Callable[[Judged], Feedback | None]
+"""Says what is known about a group that was scored, as `Feedback(preferred=…)` and the like; None for nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowOptions:
+    """How rows become instances, and what becomes of those without a reward.
+
+    Args:
+        rows: which rows belong together.
+        on_missing: see `OnMissing`.
+        max_responses: longest group; the gateway's bound.
+        prompt_text: prompt, as the trainer holds it, to text.
+        completion_text: the same for responses.
+    """
+
+    rows: Rows = Rows.PROMPTS
+    on_missing: OnMissing = OnMissing.NONE
+    max_responses: int = MAX_RESPONSES
+    prompt_text: Callable[[Any], str] = prompt_text
+    completion_text: Callable[[Any], str] = completion_text
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The instances of one batch.
+
+    Args:
+        groups: the instances.
+        count: n, how many rows there are.
+        on_missing: see `OnMissing`.
+    """
+
+    groups: tuple[Group, ...]
+    count: int
+    on_missing: OnMissing
+
+    def finish(self, results: Sequence[RewardResult]) -> list[float | None]:
+        """Rewards per row, (n,); None, never a number, where there is none.
+
+        Raises:
+            RouterRefusedError: a refusal that concerns the training as a whole, not one instance.
+            RouterUnavailableError: a reward is missing, and the trainer would make a 0 of it.
+        """
+        rewards: list[float | None] = [None] * self.count
+        for group, result in zip(self.groups, results, strict=True):
+            if isinstance(result, Missing):
+                if result.code not in ABSTAINED_CODES and result.code != "unavailable":
+                    raise RouterRefusedError(0, result.code, result.message)
+                continue
+            for row, reward in zip(group.rows, result.rewards, strict=True):
+                rewards[row] = reward
+        absent = sum(reward is None for reward in rewards)
+        if absent:
+            reasons = Counter(r.message if isinstance(r, Missing) else "the model gave none" for r in _failed(results))
+            said = f"{absent} of {self.count} rewards are missing: " + "; ".join(
+                f"{reason} (x{count})" for reason, count in reasons.most_common(3)
+            )
+            if self.on_missing is OnMissing.RAISE:
+                raise RouterUnavailableError(f"{said}. The trainer would take None for a 0, so it stops here")
+            logger.warning("%s; the trainer is given None for them", said)
+        return rewards
+
+    def judged(
+        self, results: Sequence[RewardResult], judge: Judge | None, columns: Mapping[str, Any]
+    ) -> list[Feedback]:
+        """The judge's feedback on the groups that were scored and recorded."""
+        if judge is None:
+            return []
+        found = []
+        for group, result in zip(self.groups, results, strict=True):
+            if isinstance(result, Scored) and result.recorded:
+                given = judge(Judged(group.prompt, group.responses, _columns_of(group, columns, self.count), result))
+                if given is not None:
+                    found.append(given.named(result.decision_id, result.run))
+        return found
+
+    def models(self, results: Sequence[RewardResult]) -> list[str]:
+        """The reward model per row, (n,); "" where there was none."""
+        names = [""] * self.count
+        for group, result in zip(self.groups, results, strict=True):
+            for row in group.rows if isinstance(result, Scored) else ():
+                names[row] = result.model if isinstance(result, Scored) else ""
+        return names
+
+
+def plan(prompts: Sequence[Any], completions: Sequence[Any], options: RowOptions) -> Plan:
+    """The instances of one batch.
+
+    Args:
+        prompts: (n,) texts or lists of messages.
+        completions: (n,) texts or lists of messages.
+        options: see `RowOptions`.
+
+    Raises:
+        ValueError: not as many completions as prompts, or something that cannot be put into text.
+    """
+    if len(prompts) != len(completions):
+        raise ValueError(
+            f"there are {len(prompts)} prompts and {len(completions)} completions: give one of each per row"
+        )
+    asked = [options.prompt_text(prompt) for prompt in prompts]
+    said = [options.completion_text(completion) for completion in completions]
+    groups = in_pairs(asked, said) if options.rows is Rows.PAIRS else by_prompt(asked, said, options.max_responses)
+    return Plan(tuple(groups), len(prompts), options.on_missing)
+
+
+def metrics(results: Sequence[RewardResult]) -> dict[str, float]:
+    """What is worth a curve: share of instances without reward, of fallbacks, and of each reward model."""
+    scored = [result for result in results if isinstance(result, Scored)]
+    found = {"reward_router/missing": (len(results) - len(scored)) / max(len(results), 1)}
+    if scored:
+        found["reward_router/fallback"] = sum(result.fallback for result in scored) / len(scored)
+        found["reward_router/propensity"] = sum(result.propensity for result in scored) / len(scored)
+        for model, count in sorted(Counter(result.model for result in scored).items()):
+            found[f"reward_router/share/{model}"] = count / len(scored)
+    return found
+
+
+def report_feedback(results: Sequence[FeedbackResult]) -> None:
+    """Say which feedback was declined, once per call and reason."""
+    for reason, count in Counter(r.message for r in results if isinstance(r, Declined)).items():
+        logger.warning("%d feedbacks were declined: %s", count, reason)
+
+
+def _failed(results: Sequence[RewardResult]) -> list[RewardResult]:
+    return [result for result in results if isinstance(result, Missing) or None in result.rewards]
+
+
+def _columns_of(group: Group, columns: Mapping[str, Any], count: int) -> dict[str, tuple[Any, ...]]:
+    """The columns that have one value per row, cut to the group's rows."""
+    return {
+        name: tuple(values[row] for row in group.rows)
+        for name, values in columns.items()
+        if isinstance(values, list | tuple) and len(values) == count
+    }

@@ -1,0 +1,176 @@
+"""Reward functions for TRL's GRPO, RLOO and online DPO trainers, blocking and asynchronous.
+
+    trainer = GRPOTrainer(..., reward_funcs=RouterReward(url="http://router:8080", run="my-run"))
+
+Knows TRL's signature, `f(prompts, completions, completion_ids, trainer_state, **columns) -> list[float | None]`, and
+imports nothing of TRL. The mixin that sends online DPO's losses back is in `online_dpo`. Anything with the same
+signature (Axolotl, oumi) takes them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from service.trainers.client import AsyncRouterClient, RouterClient
+from service.trainers.groups import Group, repeats
+from service.trainers.options import ClientOptions
+from service.trainers.rowwise import (
+    Judge,
+    OnMissing,
+    Plan,
+    RowOptions,
+    Rows,
+    logger,
+    metrics,
+    plan,
+    report_feedback,
+)
+from service.trainers.values import Feedback, FeedbackResult, RewardResult, RouterUnavailableError
+
+NOT_COLUMNS = frozenset({"trainer_state", "log_extra", "log_metric", "environments", "completion_ids"})
+"""Keyword arguments of TRL's that are no columns of the data set."""
+
+
+class _TrlReward:
+    """What both reward functions share."""
+
+    __name__ = "reward_router"
+    """TRL names its metrics `rewards/reward_router/…` after it."""
+
+    def __init__(self, judge: Judge | None, row_options: RowOptions | None) -> None:
+        self.judge = judge
+        self.row_options = row_options
+        self.last: tuple[tuple[Group, RewardResult], ...] = ()
+
+    def _plan(self, prompts: Sequence[Any], completions: Sequence[Any], given: Mapping[str, Any]) -> Plan:
+        if self.row_options is not None:
+            return plan(prompts, completions, self.row_options)
+        planned = plan(prompts, completions, RowOptions())
+        # GRPO and RLOO hand over `log_metric` and leave a None out; online DPO does neither, and makes a 0 of it.
+        if "log_metric" not in given and repeats(list(prompts)):
+            return replace(planned, on_missing=OnMissing.RAISE)
+        return planned
+
+    def _finish(
+        self, planned: Plan, results: Sequence[RewardResult], given: Mapping[str, Any]
+    ) -> tuple[list[float | None], list[Feedback]]:
+        rewards = planned.finish(results)
+        self.last = tuple(zip(planned.groups, results, strict=True))
+        log_metric: Callable[[str, float], None] | None = given.get("log_metric")
+        if log_metric is not None:
+            for name, value in metrics(results).items():
+                log_metric(name, value)
+        log_extra: Callable[[str, list[Any]], None] | None = given.get("log_extra")
+        if log_extra is not None:
+            log_extra("reward_model", planned.models(results))
+        columns = {name: values for name, values in given.items() if name not in NOT_COLUMNS}
+        return rewards, planned.judged(results, self.judge, columns)
+
+
+class RouterReward(_TrlReward):
+    """A reward function for `reward_funcs`: one instance per prompt, all its completions scored by one reward model.
+
+    Args:
+        options: of the client; or its fields by name (`url`, `run`, `api_key`, `deadline_seconds`, …).
+        judge: says what is known about a scored group, where anything is: it is posted to `/feedback`.
+        row_options: overrides which rows belong together and what becomes of missing rewards.
+        client: instead of one made from the options.
+        fields: of `ClientOptions`.
+
+    Attributes:
+        last: the groups of the last call and their results.
+    """
+
+    def __init__(
+        self,
+        options: ClientOptions | None = None,
+        *,
+        judge: Judge | None = None,
+        row_options: RowOptions | None = None,
+        client: RouterClient | None = None,
+        **fields: Any,
+    ) -> None:
+        super().__init__(judge, row_options)
+        self.client = client if client is not None else RouterClient(options, **fields)
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """Rewards per row.
+
+        Args:
+            prompts: (n,) texts or lists of messages.
+            completions: (n,) texts or lists of messages.
+            columns: what else TRL hands over.
+
+        Returns:
+            (n,) rewards; None where none could be had.
+
+        Raises:
+            RouterRefusedError: a wrong key, run, policy or signal: the training cannot go on.
+            RouterUnavailableError: a reward is missing and the trainer would make a 0 of it (online DPO).
+        """
+        planned = self._plan(prompts, completions, columns)
+        results = self.client.reward_many([group.item for group in planned.groups])
+        rewards, feedback = self._finish(planned, results, columns)
+        self.give(feedback)
+        return rewards
+
+    def give(self, feedback: Sequence[Feedback]) -> list[FeedbackResult]:
+        """Post feedback; where the gateway is away, say so and go on.
+
+        Raises:
+            RouterRefusedError: it was refused as a whole.
+        """
+        if not feedback:
+            return []
+        try:
+            results = self.client.feedback_many(feedback)
+        except RouterUnavailableError as error:
+            logger.warning("%d feedbacks were not acknowledged: %s", len(feedback), error)
+            return []
+        report_feedback(results)
+        return results
+
+
+class AsyncRouterReward(_TrlReward):
+    """`RouterReward` for trainers that await: TRL's GRPO and RLOO run it beside other reward functions.
+
+    Online DPO calls its functions without awaiting them: give it `RouterReward`.
+    """
+
+    def __init__(
+        self,
+        options: ClientOptions | None = None,
+        *,
+        judge: Judge | None = None,
+        row_options: RowOptions | None = None,
+        client: AsyncRouterClient | None = None,
+        **fields: Any,
+    ) -> None:
+        super().__init__(judge, row_options)
+        self.client = client if client is not None else AsyncRouterClient(options, **fields)
+
+    async def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """See `RouterReward.__call__`."""
+        planned = self._plan(prompts, completions, columns)
+        results = await self.client.reward_many([group.item for group in planned.groups])
+        rewards, feedback = self._finish(planned, results, columns)
+        await self.give(feedback)
+        return rewards
+
+    async def give(self, feedback: Sequence[Feedback]) -> list[FeedbackResult]:
+        """See `RouterReward.give`."""
+        if not feedback:
+            return []
+        try:
+            results = await self.client.feedback_many(feedback)
+        except RouterUnavailableError as error:
+            logger.warning("%d feedbacks were not acknowledged: %s", len(feedback), error)
+            return []
+        report_feedback(results)
+        return results
+
+
+PAIRS = RowOptions(rows=Rows.PAIRS)
+"""Rows (i, i + B), None for missing rewards: what `online_dpo` asks with, which drops those pairs itself."""

@@ -1,0 +1,274 @@
+"""What goes to the gateway and comes back, as values; and the errors of the client.
+
+    RouterClientError
+    ├── RouterUnavailableError   nobody answered, or only with 429/502/503/504, until the deadline
+    ├── RouterRefusedError       a final 4xx or 500: asking again would change nothing
+    └── RouterProtocolError      the answer is not what the gateway's API promises
+
+Knows the words of `docs/api.md` and the standard library; knows no HTTP. The helpers for trainers and `client` build
+on it. None of this needs the server's packages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+RETRIED_CODES = frozenset(
+    {
+        "over_capacity",
+        "store_unavailable",
+        "not_ready",
+        "deadline_exceeded",
+        "no_worker",
+        "worker_unavailable",
+        "worker_timeout",
+    }
+)
+"""Codes of items of a batch that may be sent again; the others are final."""
+
+ABSTAINED_CODES = RETRIED_CODES | {"worker_rejected", "worker_protocol", "validation", "payload_too_large"}
+"""Codes that say something about one instance only. Others (a wrong key, run or policy) concern the whole training."""
+
+
+class RouterClientError(Exception):
+    """Base of what the client raises."""
+
+
+class RouterUnavailableError(RouterClientError):
+    """No reward, or no acknowledgement, could be had before the deadline."""
+
+
+class RouterRefusedError(RouterClientError):
+    """The gateway refused for good.
+
+    Args:
+        status: HTTP status; 0 where the refusal is that of one item of a batch.
+        code: the stable code of `docs/api.md`; "" where the answer was not the gateway's.
+        message: what the gateway said.
+        details: more for programs.
+    """
+
+    def __init__(self, status: int, code: str, message: str, details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(f"{message} ({' '.join(word for word in (str(status or ''), code) if word)})")
+        self.status = status
+        self.code = code
+        self.message = message
+        self.details = dict(details or {})
+
+    def __reduce__(self) -> tuple[type[RouterRefusedError], tuple[object, ...]]:
+        """Errors travel between the processes of a trainer."""
+        return type(self), (self.status, self.code, self.message, self.details)
+
+
+class RouterProtocolError(RouterClientError):
+    """The answer is not what `docs/api.md` promises: is the URL that of a gateway?"""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardItem:
+    """One instance: a prompt and its responses, all of which ONE reward model scores.
+
+    Args:
+        prompt: its text; `conversation.prompt_text` makes one of chat messages.
+        responses: at least one.
+        run: overrides the client's run.
+        policy: overrides the client's policy.
+    """
+
+    prompt: str
+    responses: tuple[str, ...]
+    run: str | None = None
+    policy: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.responses:
+            raise ValueError("responses is empty: give at least one response per prompt")
+
+    def document(self) -> dict[str, Any]:
+        """The item as the API takes it."""
+        words = {"prompt": sound(self.prompt), "responses": [sound(text) for text in self.responses]}
+        return {**words, **_present(run=self.run, policy=self.policy)}
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The rewards of one instance and where they come from; the fields are those of `docs/api.md`."""
+
+    decision_id: str
+    run: str
+    model: str
+    rewards: tuple[float | None, ...]
+    preferred: int | None
+    margin: float | None
+    propensity: float
+    policy: str
+    posterior_version: int
+    fallback: bool
+    recorded: bool
+    extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Every field of the reply that has no name above."""
+
+    @property
+    def ok(self) -> bool:
+        """There are rewards."""
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """No reward could be had for this instance, and why. There is no number in it that could be taken for one."""
+
+    code: str
+    message: str
+
+    @property
+    def ok(self) -> bool:
+        """There are no rewards."""
+        return False
+
+
+RewardResult = Scored | Missing
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """Feedback on one decision: exactly one of `preferred`, `loss` and `reward`, the field of the run's signal.
+
+    Args:
+        decision_id: of the decision; or else
+        prompt: with `responses`, the content of the latest decision that is meant.
+        responses: in the order in which they were sent.
+        preferred: index of the better response.
+        loss: the pair's DPO loss.
+        reward: how well the asked RM did, in [0, 1].
+        run: overrides the client's run.
+
+    Raises:
+        ValueError: not exactly one of the three, or a number that is not finite.
+    """
+
+    decision_id: str | None = None
+    prompt: str | None = None
+    responses: tuple[str, ...] | None = None
+    preferred: int | None = None
+    loss: float | None = None
+    reward: float | None = None
+    run: str | None = None
+
+    def __post_init__(self) -> None:
+        given = _present(preferred=self.preferred, loss=self.loss, reward=self.reward)
+        if len(given) != 1:
+            raise ValueError(f"feedback holds {sorted(given) or 'nothing'}: give one of preferred, loss and reward")
+        [(name, value)] = given.items()
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}: feedback must be a finite number; leave it out instead")
+
+    def named(self, decision_id: str, run: str | None = None) -> Feedback:
+        """The same feedback on that decision."""
+        return replace(self, decision_id=decision_id, prompt=None, responses=None, run=run or self.run)
+
+    def document(self) -> dict[str, Any]:
+        """The item as the API takes it.
+
+        Raises:
+            ValueError: neither id nor content.
+        """
+        value = _present(preferred=self.preferred, loss=self.loss, reward=self.reward, run=self.run)
+        if self.decision_id is not None:
+            return {"decision_id": self.decision_id, **value}
+        if self.prompt is None or self.responses is None:
+            raise ValueError("feedback names no decision: give decision_id, or prompt and responses")
+        return {"prompt": sound(self.prompt), "responses": [sound(text) for text in self.responses], **value}
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The feedback is in the run's log, exactly once."""
+
+    decision_id: str
+    event_id: str
+    duplicate: bool
+
+    @property
+    def ok(self) -> bool:
+        """It was accepted."""
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """The feedback changed nothing, and why."""
+
+    code: str
+    message: str
+
+    @property
+    def ok(self) -> bool:
+        """It was not accepted."""
+        return False
+
+
+FeedbackResult = Accepted | Declined
+
+
+def scored_from(document: Mapping[str, Any]) -> Scored:
+    """The reply of `/reward`, or one of `/reward/batch`.
+
+    Raises:
+        RouterProtocolError: a field is missing or of another type.
+    """
+    try:
+        rewards = tuple(None if reward is None else float(reward) for reward in document["rewards"])
+        return Scored(
+            str(document["decision_id"]),
+            str(document["run"]),
+            str(document["model"]),
+            rewards,
+            document["preferred"],
+            document["margin"],
+            float(document["propensity"]),
+            str(document["policy"]),
+            int(document["posterior_version"]),
+            bool(document["fallback"]),
+            bool(document["recorded"]),
+            {name: value for name, value in document.items() if name not in Scored.__slots__},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RouterProtocolError(f"a reward has no readable {error}: is the URL that of a reward router?") from error
+
+
+def accepted_from(document: Mapping[str, Any]) -> Accepted:
+    """The reply of `/feedback`, or one of `/feedback/batch`.
+
+    Raises:
+        RouterProtocolError: a field is missing.
+    """
+    try:
+        return Accepted(str(document["decision_id"]), str(document["event_id"]), bool(document["duplicate"]))
+    except (KeyError, TypeError) as error:
+        raise RouterProtocolError(f"an acknowledgement has no readable {error}") from error
+
+
+def sound(text: str) -> str:
+    """The text as UTF-8 can carry it: half a surrogate pair, which some tokenizers decode to, becomes `?`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
+
+
+def items_of(prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> list[RewardItem]:
+    """One item per prompt.
+
+    Raises:
+        ValueError: not as many lists of responses as prompts.
+    """
+    return [RewardItem(prompt, tuple(texts)) for prompt, texts in zip(prompts, responses, strict=True)]
+
+
+def _present(**words: Any) -> dict[str, Any]:
+    return {name: value for name, value in words.items() if value is not None}
