@@ -131,11 +131,45 @@ class Telemetry:
             "posterior_drift", "Largest entry of precision x covariance - I at the last refresh.", ["run"], **common
         )
         self.mean_reward = Gauge("mean_reward", "Mean learned reward of an RM.", ["run", "model"], **common)
+        self.posterior_mean = Gauge(
+            "posterior_mean",
+            "What the posterior expects of an RM on the instances of late: mean of its offset and x'mu.",
+            ["run", "model"],
+            **common,
+        )
+        self.posterior_sd = Gauge(
+            "posterior_sd",
+            "How unsure the posterior is of that: mean standard deviation of the draws, v sqrt(x'Sx).",
+            ["run", "model"],
+            **common,
+        )
         self.snapshots = Counter("snapshots_total", "Snapshots written.", ["run"], **common)
         self.health_check_errors = Gauge(
             "health_check_errors", "Health checks that failed by a fault of the gateway, so far.", **common
         )
         self.worker_up = Gauge("worker_up", "1 while the replica's circuit is closed.", ["model", "url"], **common)
+        self.worker_in_flight = Gauge(
+            "worker_requests_in_flight", "Requests that the replica has not answered.", ["model", "url"], **common
+        )
+        self.worker_latency = Gauge(
+            "worker_latency_seconds", "Smoothed time of a request to the replica.", ["model", "url"], **common
+        )
+        self.store_up = Gauge("store_up", "1 if the store answered when this was scraped.", **common)
+
+    def open_run(self, run: str, pool: Sequence[str], outcomes: Sequence[str]) -> None:
+        """Show a run's counters as 0 before they first count: Prometheus cannot see a rise from nothing.
+
+        Args:
+            run: that was opened.
+            pool: names of its RMs.
+            outcomes: what can become of a feedback.
+        """
+        for outcome in outcomes:
+            self.feedback.labels(run, outcome)
+        self.learner_errors.labels(run)
+        for model in pool:
+            self.drawn(run, model)
+            self.called(model, "ok")
 
     def forget_run(self, run: str) -> None:
         """Drop a closed run's label values, so that their number stays bounded."""
@@ -148,6 +182,8 @@ class Telemetry:
             self.version,
             self.drift,
             self.mean_reward,
+            self.posterior_mean,
+            self.posterior_sd,
             self.snapshots,
         ):
             metric.remove_by_labels({"run": run})

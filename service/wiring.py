@@ -40,7 +40,7 @@ from service.handlers.hot import ApiKeys, HotLimits, HotRoutes
 from service.pool import ModelEntry, PoolFile
 from service.settings import EMBEDDED, OnStoreUnavailable, Settings
 from service.stores.embedded import EmbeddedStore
-from service.stores.protocol import Store
+from service.stores.protocol import FeedbackStatus, Store
 from service.stores.redis import RedisStore
 from service.telemetry import Telemetry
 from service.usecases.choose import Chooser
@@ -110,6 +110,7 @@ class Gateway:
 
     def follow(self, run: Run) -> Callable[[], None]:
         """Start the learner of an opened run; what is returned ends it and forgets the run's metrics."""
+        self.telemetry.open_run(run.name, run.template.pool, [*FeedbackStatus, "invalid"])
         learner = Learner(
             run,
             self.store,

@@ -11,9 +11,11 @@ import contextlib
 import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from router_core.encoder.fuse import PairEncoder
 from router_core.errors import UnknownPolicyError
@@ -35,6 +37,9 @@ from service.workers.protocol import Arm
 
 IDLE_SECONDS = 60.0
 """A run that no request has named for so long may be closed to make room; its next request opens it again."""
+
+RECENT_INSTANCES = 64
+"""Instances that the metrics of the posterior are means over: enough to be steady, 150 kB for each run at d = 576."""
 
 
 class RunTemplate:
@@ -174,6 +179,8 @@ class Run:
         self.last_event_id = "0-0"
         self.ready = asyncio.Event()
         self.failure: str | None = None
+        self.recent: deque[tuple[NDArray[np.float32], NDArray[np.float64]]] = deque(maxlen=RECENT_INSTANCES)
+        """Context (d,) and offsets (K,) of the first instance of each of the newest requests, for the metrics."""
         self.last_used = time.monotonic()
         entropy = None if template.seed is None else [template.seed, *name.encode()]
         self.rng = np.random.default_rng(entropy)

@@ -194,6 +194,8 @@ class Scorer:
                 continue
             instances = [Instance(requests[i].prompt, tuple(requests[i].responses)) for i in indices]
             chosen = await self._chooser.choose(found, chosen_policy, instances)
+            # Copies: a row of a batch would keep the whole batch.
+            found.recent.append((chosen.x[0].copy(), chosen.offsets[0].copy()))
             rankings, draws = chosen.choices.ranking.tolist(), chosen.choices.draws.tolist()
             for row, index in enumerate(indices):
                 order = [arm for arm in rankings[row] if draws[row][arm] != -float("inf")]

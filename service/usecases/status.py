@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
+import numpy as np
 from pydantic import BaseModel, Field
 
+from router_core.policies.bayesian import posterior_beliefs
 from service.errors import NotFoundError, NotReadyError, RunConflictError, StoreUnavailableError
 from service.stores.protocol import Store
 from service.telemetry import Telemetry
-from service.usecases.runs import RunRegistry
+from service.usecases.runs import Run, RunRegistry
 
 
 class ReplicaStatus(BaseModel):
@@ -92,22 +94,41 @@ class StatusService:
         self._answers_without_store = answers_without_store
 
     async def render_metrics(self) -> bytes:
-        """Prometheus' text format, with the workers' states and the logs' lag as they are now.
+        """Prometheus' text format, with the workers' states, the logs' lag and the posteriors as they are now.
 
         A lag that cannot be had, because the store is away, keeps its last value and counts as a store error.
         """
-        for run in list(self._runs.runs.values()):
-            try:
-                appended = (await self._store.log_status(run.name)).appended
-            except StoreUnavailableError:
-                self._telemetry.store_errors.labels("log_status").inc()
-                break
-            self._telemetry.log_lag.labels(run.name).set(max(appended - run.posterior.count, 0))
+        runs = list(self._runs.runs.values())
+        self._telemetry.store_up.set(await self._measure_lags(runs))
+        expected = await asyncio.get_running_loop().run_in_executor(self._executor, _expectations, runs)
+        for run, means, sds in expected:
+            if run.name not in self._runs.runs:
+                continue
+            for model, mean, sd in zip(run.template.pool, means, sds, strict=True):
+                self._telemetry.posterior_mean.labels(run.name, model).set(mean)
+                self._telemetry.posterior_sd.labels(run.name, model).set(sd)
         for arm in self.models():
             for replica in arm.replicas:
                 self._telemetry.worker_up.labels(arm.name, replica.url).set(replica.state == "closed")
+                self._telemetry.worker_in_flight.labels(arm.name, replica.url).set(replica.in_flight)
+                if replica.latency_ms is not None:
+                    self._telemetry.worker_latency.labels(arm.name, replica.url).set(replica.latency_ms / 1e3)
         self._telemetry.health_check_errors.set(self._health_check_errors())
         return self._telemetry.render()
+
+    async def _measure_lags(self, runs: Sequence[Run]) -> bool:
+        """Set the gauge of every run's lag; whether the store answered."""
+        try:
+            if not runs:
+                await self._store.ping()
+            for run in runs:
+                appended = (await self._store.log_status(run.name)).appended
+                if run.name in self._runs.runs:
+                    self._telemetry.log_lag.labels(run.name).set(max(appended - run.posterior.count, 0))
+        except StoreUnavailableError:
+            self._telemetry.store_errors.labels("log_status").inc()
+            return False
+        return True
 
     async def check_ready(self) -> tuple[str, int]:
         """The default run's name and version.
@@ -182,3 +203,15 @@ class StatusService:
             log_appended=status.appended,
             models=models,
         )
+
+
+def _expectations(runs: Sequence[Run]) -> list[tuple[Run, list[float], list[float]]]:
+    """Per run that has been asked: mean and sd per RM (K,) of what the posterior expects on the newest instances."""
+    found = []
+    for run in runs:
+        recent = list(run.recent)
+        if recent:
+            x, offsets = (np.stack(rows) for rows in zip(*recent, strict=True))
+            beliefs = posterior_beliefs(x, offsets, run.posterior)
+            found.append((run, beliefs.means.mean(axis=0).tolist(), beliefs.sds.mean(axis=0).tolist()))
+    return found
