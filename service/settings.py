@@ -80,7 +80,9 @@ class Settings(BaseSettings):
     )
 
     store_url: str = Field(
-        EMBEDDED, description="`embedded`, or redis://, rediss:// or unix:// of a Redis or Valkey server."
+        EMBEDDED,
+        description="`embedded`, or redis://, rediss:// or unix:// of a Redis or Valkey server, or "
+        "redis+cluster://HOST:PORT,HOST:PORT of a cluster.",
     )
     data_dir: Path = Field(Path(".data/store"), description="Where the embedded store keeps its append-only file.")
     store_fsync: Literal["everysec", "always"] = Field(
@@ -88,6 +90,12 @@ class Settings(BaseSettings):
         description="Embedded store: flush to disk each second (a power cut may lose it) or before each reply.",
     )
     store_timeout_seconds: float = Field(2.0, gt=0, description="Longest wait for the store.")
+    store_replicas: int = Field(
+        0,
+        ge=0,
+        description="Replicas of the store that must hold a feedback before it is acknowledged; 1 or more where a "
+        "replica may take over.",
+    )
     on_store_unavailable: OnStoreUnavailable = Field(
         OnStoreUnavailable.REFUSE,
         description="`/reward` without store: refuse (503), or answer and say `recorded: false`.",

@@ -390,7 +390,10 @@ def _open_store(settings: Settings) -> tuple[Store, EmbeddedStore | None]:
         url = embedded.url
     try:
         store = RedisStore(
-            url, window_seconds=settings.decision_ttl_seconds, timeout_seconds=settings.store_timeout_seconds
+            url,
+            window_seconds=settings.decision_ttl_seconds,
+            timeout_seconds=settings.store_timeout_seconds,
+            replicas=settings.store_replicas,
         )
     except ConfigurationError:
         if embedded is not None:

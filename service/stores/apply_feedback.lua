@@ -7,6 +7,8 @@
 -- ARGV[3]  value of the feedback, any bytes
 -- ARGV[4]  preferred response index, or "" when the signal is not a preference
 -- ARGV[5]  how long the marker lives, ms; longer than any decision, so that a marked decision is never unmarked
+-- ARGV[6]  "1" when the caller waits for replicas: a repetition then writes too, since WAIT waits for writes of its own
+--          connection only, and the first one may not have reached the replicas yet
 --
 -- Returns {status, decision id, event id, standing value}, shorter where there is nothing to say. Status `missing`:
 -- neither decision nor marker; the caller tells unknown from expired.
@@ -24,6 +26,9 @@ end
 local marker_key = prefix .. "f:" .. id
 local marker = redis.call("GET", marker_key)
 if marker then
+  if ARGV[6] == "1" then
+    redis.call("PEXPIRE", marker_key, marker_ms)
+  end
   local space = string.find(marker, " ", 1, true)
   local event_id, standing = string.sub(marker, 1, space - 1), string.sub(marker, space + 1)
   if standing == value then

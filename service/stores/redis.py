@@ -83,6 +83,8 @@ class RedisStore:
     ) -> None:
         if window_seconds < 0.001:
             raise ConfigurationError(f"window_seconds = {window_seconds} must be at least 0.001")
+        if replicas < 0:
+            raise ConfigurationError(f"replicas = {replicas} must be 0 or more")
         self._url = url
         self._window_ms = round(window_seconds * 1000)
         self._timeout = timeout_seconds
@@ -171,7 +173,7 @@ class RedisStore:
         return (
             *(2, prefix + "log", prefix + reference),
             *(prefix, item.decision_id or "", item.value),
-            *("" if item.preferred is None else item.preferred, 2 * self._window_ms),
+            *("" if item.preferred is None else item.preferred, 2 * self._window_ms, int(self._replicas > 0)),
         )
 
     def _feedback_result(self, item: FeedbackRecord, reply: list[bytes]) -> FeedbackResult:
