@@ -1,6 +1,7 @@
 """The pool file: which reward models there are, where they are served, and how `up` starts the ones that are not.
 
     name: mine
+    over_long: skip                          # a text that an RM cannot read whole: skip (default), refuse, cut_prompt
     worker: auto                             # auto (default): vLLM where there is one, else the CPU worker; vllm; cpu
     device: cuda                             # where vLLM runs: cuda (default) or cpu
     vllm_command: ../.venv-vllm/bin/vllm     # a vLLM that is installed elsewhere
@@ -14,7 +15,7 @@
         revision: main                       # of `model`: branch, tag or commit
         licence: apache-2.0                  # for people
         served_name: rm-arithmetic           # the worker's name for it, if another
-        rendering: template                  # `messages` (default, any worker) or `template` (one request per pair)
+        rendering: template                  # `messages` (default, any worker), `template` (texts) or `tokens` (ids)
         chat_template: plain                 # for `template`: plain, a .jinja file, or a tokenizer's directory
         score_scale: 0.5                     # the gateway answers score_scale * reward + score_shift
         score_shift: 0.0
@@ -23,12 +24,14 @@
         gpu_share: 0.3                       # of one GPU's memory, for one replica
         tensor_parallel: 1                   # GPUs of one replica
         dtype: bfloat16
-        max_model_len: 4096                  # tokens
+        max_model_len: 4096                  # tokens it reads at most; by default what the worker says
+        tokenizer: models/rm-arithmetic      # for `tokens`: directory or hub id; by default `path` or `model`
+        tokens_per_request: 32768            # for `tokens`: bound on one request
         vllm_args: [--max-num-batched-tokens, "8192"]
         env: {VLLM_LOGGING_LEVEL: WARNING}
 
-Relative paths are relative to the file. docs/models.md says more; `service.cli.vllm_serve` makes commands of
-it. Knows no process and no network.
+Relative paths are relative to the file. docs/models.md says more, docs/workers.md of `rendering` and `over_long`;
+`service.cli.vllm_serve` makes commands of it. Knows no process and no network.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from service.errors import ConfigurationError
+from service.workers.protocol import OverLong
 
 RESERVED_ARGUMENTS = {
     "--host": "nothing: `up` chooses it",
@@ -73,8 +77,10 @@ class ModelEntry(BaseModel):
     name: str = Field(min_length=1, max_length=200)
     urls: tuple[str, ...] = ()
     served_name: str | None = None
-    rendering: Literal["messages", "template"] = "messages"
+    rendering: Literal["messages", "template", "tokens"] = "messages"
     chat_template: str = "plain"
+    tokenizer: str | None = Field(default=None, min_length=1)
+    tokens_per_request: int | None = Field(default=None, ge=1)
     path: Path | None = None
     recorded: Path | None = None
     max_in_flight: int | None = Field(default=None, ge=1)
@@ -116,6 +122,20 @@ class ModelEntry(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _tokenizable(self) -> ModelEntry:
+        if self.rendering != "tokens":
+            for field in ("tokenizer", "tokens_per_request"):
+                if getattr(self, field) is not None:
+                    raise ValueError(f"model {self.name!r} has `{field}` without `rendering: tokens`: add it")
+        elif self.recorded is not None:
+            raise ValueError(f"model {self.name!r} is recorded by its texts: use `rendering: template` or `messages`")
+        elif self.tokenizer is None and self.source is None:
+            raise ValueError(
+                f"model {self.name!r} has `rendering: tokens` and no `tokenizer`: name the RM's directory or hub id"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _transforms(self) -> ModelEntry:
         if not math.isfinite(self.score_scale) or self.score_scale == 0:
             raise ValueError(f"model {self.name!r}: score_scale is {self.score_scale}; use a number other than 0")
@@ -145,6 +165,7 @@ class PoolFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = "pool"
+    over_long: OverLong = OverLong.SKIP
     worker: Literal["auto", "vllm", "cpu"] = "auto"
     device: Literal["cuda", "cpu"] = "cuda"
     vllm_command: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
@@ -204,6 +225,10 @@ def _resolved(model: object, folder: Path) -> object:
     template = out.get("chat_template")
     if isinstance(template, str) and template != "plain":
         out["chat_template"] = str((folder / template).absolute())
+    tokenizer = out.get("tokenizer")
+    if isinstance(tokenizer, str) and (folder / tokenizer).exists():
+        # Else it is a hub id, which looks like a relative path.
+        out["tokenizer"] = str((folder / tokenizer).absolute())
     tokenizer = out.get("tokenizer")
     if isinstance(tokenizer, str) and (folder / tokenizer).exists():
         # Else it is a hub id, which looks like a relative path.

@@ -1,6 +1,7 @@
 """`VllmArm`: one reward model behind any number of equal replicas that speak vLLM's `/classify`.
 
-Chooses a replica, cuts batches into requests, retries elsewhere, halves what is refused, reads and checks the answers.
+Renders instances, cuts batches into requests, chooses a replica, retries elsewhere, halves what is refused, reads and
+checks the answers.
 `service.wiring` builds one per RM of the pool; use cases see it as `service.workers.protocol.Arm`. Knows no routing
 policy and no store.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Final
@@ -30,15 +31,18 @@ from service.workers.http import (
     ResponseTooLargeError,
 )
 from service.workers.protocol import (
+    OverLong,
+    Rewards,
     WorkerError,
     WorkerProtocolError,
     WorkerRejectedError,
     WorkerTimeoutError,
+    WorkerTooLongError,
     WorkerUnavailableError,
 )
-from service.workers.render import MessagesRendering, RenderError, Rendering
+from service.workers.render import Content, MessagesRendering, Prepared, RenderError, Rendering, TooLongError
 from service.workers.replica import Replica, ReplicaSnapshot
-from service.workers.wire import CLASSIFY_PATH, ClassifyAnswer, error_message
+from service.workers.wire import CLASSIFY_PATH, ClassifyAnswer, error_message, says_too_long
 
 RETRIED_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
 """Statuses that another replica may answer differently; scoring is idempotent. 501 is not one of them."""
@@ -48,6 +52,10 @@ WHOLESALE_STATUSES: Final = frozenset({401, 403, 405, 501})
 
 ATTEMPT_SHARE: Final = 0.6
 """While another replica remains untried, one attempt takes at most this share of the time left."""
+
+TOKENS_PER_REQUEST: Final = 32_768
+"""Bound on one request whose lengths are known: 64 items of 500 tokens; more than that would make one request of long
+texts last several times as long as one of short ones."""
 
 CLOCK_SLACK_SECONDS: Final = 0.002
 """uvloop's clock ticks in milliseconds, so a deadline's timer may fire this much before `loop.time()` reaches it."""
@@ -64,7 +72,10 @@ class ArmConfig:
         rendering: what a request holds; see `service.workers.render`.
         max_in_flight: requests at once per replica; also its connections.
         items_per_request: (prompt, response) items per request where the rendering allows several; 64 = 32 pairs.
+        tokens_per_request: tokens per request, where the rendering counts them; a single instance may have more.
         parallel_requests: requests of one call in flight at once.
+        max_model_len: tokens that the RM reads at most; None for what the workers say.
+        over_long: what becomes of an instance with more. A prompt can be cut only where tokens are counted.
         attempt_timeout_seconds: one replica's time for one request; set it below the callers' deadlines.
         connect_timeout_seconds: of that, for connecting.
         max_attempts: replicas asked for one request, the first included.
@@ -81,7 +92,10 @@ class ArmConfig:
     rendering: Rendering = field(default_factory=MessagesRendering)
     max_in_flight: int = 64
     items_per_request: int = 64
+    tokens_per_request: int = TOKENS_PER_REQUEST
     parallel_requests: int = 8
+    max_model_len: int | None = None
+    over_long: OverLong = OverLong.SKIP
     attempt_timeout_seconds: float = 10.0
     connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS
     max_attempts: int = 3
@@ -96,7 +110,10 @@ class ArmConfig:
             raise ConfigurationError(f"RM {self.name!r} needs a name and at least one worker URL")
         if len(set(self.urls)) != len(self.urls):
             raise ConfigurationError(f"RM {self.name!r} names a worker URL twice: {', '.join(self.urls)}")
-        for option in ("max_in_flight", "items_per_request", "parallel_requests", "max_attempts"):
+        for option in (
+            *("max_in_flight", "items_per_request", "tokens_per_request", "parallel_requests", "max_attempts"),
+            *(("max_model_len",) if self.max_model_len is not None else ()),
+        ):
             if getattr(self, option) < 1:
                 raise ConfigurationError(f"RM {self.name!r}: {option} is {getattr(self, option)}; use at least 1")
         if not (math.isfinite(self.score_scale) and math.isfinite(self.score_shift)) or self.score_scale == 0:
@@ -134,6 +151,7 @@ class VllmArm:
         self._model = config.served_model
         self._rendering = config.rendering
         self._chunk = min(config.items_per_request, config.rendering.items_limit or config.items_per_request)
+        self._chunk_size = config.tokens_per_request if config.rendering.counts_tokens else math.inf
         self._answer = msgspec.json.Decoder(ClassifyAnswer)
         self._turn = 0
 
@@ -160,7 +178,7 @@ class VllmArm:
 
         A batch is cut into requests of `items_per_request` items, a few in flight at once; the first that fails ends
         the call. An arm that is not `available` when the call begins fails it at once; later requests of an admitted
-        call queue for a connection.
+        call queue for a connection. All items together are one instance: what is cut is cut alike.
 
         Args:
             items: see `Arm.score`.
@@ -172,20 +190,21 @@ class VllmArm:
         """
         if not items:
             raise ValueError("score needs at least one item")
-        if not self.available:
-            raise self._out()
-        if len(items) <= self._chunk:
-            return await self._ask(items, deadline)
-        return await self._ask_in_parts(items, deadline, asyncio.Semaphore(self.config.parallel_requests))
+        (outcome,) = await self.score_groups([items], deadline=deadline)
+        if isinstance(outcome, WorkerError):
+            raise outcome
+        return outcome
 
     async def score_groups(
         self, groups: Sequence[Sequence[tuple[str, str]]], *, deadline: float
     ) -> list[list[float] | WorkerError]:
         """The raw rewards of many instances' items; see `Arm.score_groups`.
 
-        Whole groups share a request of at most `items_per_request` items. A group that one request cannot hold (more
-        items than that, or a rendering of one item per request) is asked in several, and the first that fails ends that
-        group. A refused request is halved by group until the refused groups stand alone: about 2·log2(groups) more
+        Whole groups, the responses to one prompt side by side, share a request of at most `items_per_request` items
+        and, where tokens are counted, `tokens_per_request` tokens. A group that one request cannot hold (more items
+        than that, or a rendering of one item per request) is asked in several, and the first that fails ends that
+        group. Requests are filled longest groups first, so that those in flight at once are alike and the last are
+        short. A refused request is halved by group until the refused groups stand alone: about 2·log2(groups) more
         requests for one of them. At most `parallel_requests` requests of the call are in flight at once.
 
         Args:
@@ -199,38 +218,74 @@ class VllmArm:
             raise ValueError("score_groups needs at least one group, and at least one item in each")
         if not self.available:
             return [self._out()] * len(groups)
+        prepared = await self._prepare(groups)
+        outcomes: dict[int, list[float] | WorkerError] = {}
+        ready: dict[int, Prepared] = {}
+        for index, one in enumerate(prepared):
+            if isinstance(one, Prepared):
+                ready[index] = one
+            else:
+                outcomes[index] = self._unsent(one)
         slots = asyncio.Semaphore(self.config.parallel_requests)
-        chunks = self._chunks_of(groups)
+        chunks = self._chunks_of(ready)
         if len(chunks) == 1:
-            return await self._ask_groups(chunks[0], deadline, slots)
-        async with asyncio.TaskGroup() as tasks:
-            asked = [tasks.create_task(self._ask_groups(chunk, deadline, slots)) for chunk in chunks]
-        return [outcome for task in asked for outcome in task.result()]
+            answers = [await self._ask_groups([ready[index] for index in chunks[0]], deadline, slots)]
+        else:
+            async with asyncio.TaskGroup() as tasks:
+                asked = [
+                    tasks.create_task(self._ask_groups([ready[index] for index in chunk], deadline, slots))
+                    for chunk in chunks
+                ]
+            answers = [task.result() for task in asked]
+        for chunk, answer in zip(chunks, answers, strict=True):
+            outcomes.update(zip(chunk, answer, strict=True))
+        return [outcomes[index] for index in range(len(groups))]
 
     async def close(self) -> None:
         """Close all connections; requests in flight fail."""
         for replica in self.replicas:
             await replica.close()
 
-    def _chunks_of(self, groups: Sequence[Sequence[tuple[str, str]]]) -> list[list[Sequence[tuple[str, str]]]]:
-        """The groups, in order, cut where the next one would overfill the request."""
-        chunks: list[list[Sequence[tuple[str, str]]]] = []
-        room = 0
-        for group in groups:
-            if len(group) > room:
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens that every replica which may be asked reads; None while nobody has said."""
+        told = [self.config.max_model_len, *(r.max_model_len for r in self.replicas if r.breaker.allows)]
+        return min((limit for limit in told if limit is not None), default=None)
+
+    async def _prepare(self, groups: Sequence[Sequence[tuple[str, str]]]) -> list[Prepared | RenderError]:
+        rendering = self._rendering
+        cut = self.config.over_long is OverLong.CUT_PROMPT
+        limit = self.max_model_len if rendering.counts_tokens else None
+        if rendering.lengthy(groups):
+            return await asyncio.to_thread(rendering.prepare, groups, limit=limit, cut_prompt=cut)
+        return rendering.prepare(groups, limit=limit, cut_prompt=cut)
+
+    def _chunks_of(self, ready: Mapping[int, Prepared]) -> list[list[int]]:
+        """The keys, cut where the next one would overfill the request; longest first, unless one is enough."""
+        items = sum([len(one.contents) for one in ready.values()])
+        size = sum([one.size for one in ready.values()])
+        if items <= self._chunk and size <= self._chunk_size:
+            return [list(ready)] if ready else []
+        chunks: list[list[int]] = []
+        room, left = 0, 0.0
+        for index in sorted(ready, key=lambda index: -ready[index].size / len(ready[index].contents)):
+            one = ready[index]
+            if len(one.contents) > room or one.size > left:
                 chunks.append([])
-                room = self._chunk
-            chunks[-1].append(group)
-            room -= len(group)
+                room, left = self._chunk, self._chunk_size
+            chunks[-1].append(index)
+            room -= len(one.contents)
+            left -= one.size
         return chunks
 
     async def _ask_groups(
-        self, chunk: Sequence[Sequence[tuple[str, str]]], deadline: float, slots: asyncio.Semaphore
+        self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore
     ) -> list[list[float] | WorkerError]:
-        items = [item for group in chunk for item in group]
+        items = [content for one in chunk for content in one.contents]
+        parts = self._parts_of(items) if len(chunk) == 1 else [items]
         try:
-            if len(items) > self._chunk:
-                rewards = await self._ask_in_parts(items, deadline, slots)
+            if len(parts) > 1:
+                rewards = await self._ask_in_parts(parts, deadline, slots)
             else:
                 async with slots:
                     rewards = await self._ask(items, deadline)
@@ -246,33 +301,49 @@ class VllmArm:
             return [outcome for half in halves for outcome in half.result()]
         except WorkerError as error:
             return [error] * len(chunk)
-        ends = accumulate(map(len, chunk))
-        return [rewards[end - len(group) : end] for group, end in zip(chunk, ends, strict=True)]
+        ends = accumulate(len(one.contents) for one in chunk)
+        return [
+            Rewards(rewards[end - len(one.contents) : end], prompt_tokens_cut=one.prompt_tokens_cut)
+            for one, end in zip(chunk, ends, strict=True)
+        ]
+
+    def _parts_of(self, items: Sequence[Content]) -> list[list[Content]]:
+        """The items of one instance, in order, cut where the next one would overfill the request."""
+        parts: list[list[Content]] = []
+        room, left = 0, 0.0
+        for item in items:
+            size = len(item) if isinstance(item, list) else 0
+            if room < 1 or size > left:
+                parts.append([])
+                room, left = self._chunk, self._chunk_size
+            parts[-1].append(item)
+            room -= 1
+            left -= size
+        return parts
 
     async def _ask_in_parts(
-        self, items: Sequence[tuple[str, str]], deadline: float, slots: asyncio.Semaphore
+        self, parts: Sequence[Sequence[Content]], deadline: float, slots: asyncio.Semaphore
     ) -> list[float]:
         """More items than one request may hold; the first request that fails ends them all."""
 
-        async def ask(part: Sequence[tuple[str, str]]) -> list[float]:
+        async def ask(part: Sequence[Content]) -> list[float]:
             async with slots:
                 return await self._ask(part, deadline)
 
-        size = self._chunk
         try:
             async with asyncio.TaskGroup() as tasks:
-                parts = [tasks.create_task(ask(items[start : start + size])) for start in range(0, len(items), size)]
+                asked = [tasks.create_task(ask(part)) for part in parts]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        return [reward for part in parts for reward in part.result()]
+        return [reward for task in asked for reward in task.result()]
 
-    async def _ask(self, items: Sequence[tuple[str, str]], deadline: float) -> list[float]:
+    async def _ask(self, items: Sequence[Content], deadline: float) -> list[float]:
         if asyncio.get_running_loop().time() >= deadline:
             raise self._no_answer(True, ())
         try:
-            body = self._rendering.encode(self._model, items)
+            body = self._rendering.body(self._model, items)
         except RenderError as error:
-            raise WorkerRejectedError(f"RM {self.name!r}: {error}", details={"model": self.name}) from error
+            raise self._unsent(error) from error
         loop = asyncio.get_running_loop()
         tried: list[Replica] = []
         reasons: list[str] = []
@@ -360,10 +431,21 @@ class VllmArm:
         )
 
     def _rejection(self, replica: Replica, status: int, body: bytes) -> WorkerRejectedError:
-        return WorkerRejectedError(
-            f"RM {self.name!r} at {replica.url} refused the input ({status}): {error_message(body)}",
-            details={"model": self.name, "url": replica.url, "worker_status": status},
-        )
+        message = f"RM {self.name!r} at {replica.url} refused the input ({status}): {error_message(body)}"
+        details = {"model": self.name, "url": replica.url, "worker_status": status}
+        if status == 400 and says_too_long(body):
+            return WorkerTooLongError(message, details=details, final=self.config.over_long is OverLong.REFUSE)
+        return WorkerRejectedError(message, details=details)
+
+    def _unsent(self, error: RenderError) -> WorkerRejectedError:
+        """The error of an instance that was not sent."""
+        if isinstance(error, TooLongError):
+            return WorkerTooLongError(
+                f"RM {self.name!r}: {error}",
+                details={"model": self.name, "tokens": error.tokens, "max_model_len": error.limit},
+                final=self.config.over_long is OverLong.REFUSE,
+            )
+        return WorkerRejectedError(f"RM {self.name!r}: {error}", details={"model": self.name})
 
     def _out(self) -> WorkerUnavailableError:
         return WorkerUnavailableError(

@@ -136,6 +136,8 @@ class HealthMonitor:
 
     async def _probe(self, arm: VllmArm, replica: Replica, deadline: float) -> None:
         report = await probe_replica(arm, replica, deadline=deadline)
+        if report.unavailable is None:
+            replica.max_model_len = report.max_model_len
         if report.problems:
             replica.reject("; ".join(report.problems))
         elif report.unavailable is None:

@@ -19,15 +19,20 @@ import msgspec
 
 from service.workers.client import RETRIED_STATUSES, VllmArm
 from service.workers.http import HttpError, HttpProtocolError, ResponseTooLargeError
-from service.workers.render import MessagesRendering, RenderError, Rendering
+from service.workers.render import MessagesRendering, RenderError, Rendering, encode
 from service.workers.replica import Replica
 from service.workers.wire import (
     CLASSIFY_PATH,
     MODELS_PATH,
     PROBE_PROMPT,
     PROBE_RESPONSE,
+    TOKENIZE_PATH,
     ClassifyAnswer,
+    Message,
     ModelList,
+    ServedModel,
+    TokenizeReply,
+    TokenizeRequest,
     error_message,
     sigmoid,
 )
@@ -38,6 +43,10 @@ RELATIVE_TOLERANCE: Final = 0.01
 ABSOLUTE_TOLERANCE: Final = 0.01
 """The same near zero. A second BOS changes a reward by about 0.2."""
 
+AWKWARD_PROMPT: Final = "  Café, \u201cnaïve\u201d 東京 🙂\n\n\tdef f(x):\n        return x**2  # 12345.678  \n"
+AWKWARD_RESPONSE: Final = "It's 3.14;  <b>two</b> spaces…\r\nand an end\n"
+"""A conversation that tokenizers with other settings cut otherwise: spaces at both ends, digits, accents, no ASCII."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReplicaProbe:
@@ -46,6 +55,7 @@ class ReplicaProbe:
     Attributes:
         url: the replica's origin.
         served: the models that `/v1/models` lists.
+        max_model_len: tokens that it says it reads at most; None if it does not say.
         raw: reward of the probe conversation with `use_activation: false`; None if it was not given.
         default: the same without the flag; sigmoid(raw) for one label.
         problems: why the replica must not be used; empty when nothing was found.
@@ -55,6 +65,7 @@ class ReplicaProbe:
 
     url: str
     served: tuple[str, ...] = ()
+    max_model_len: int | None = None
     raw: float | None = None
     default: float | None = None
     problems: tuple[str, ...] = ()
@@ -91,8 +102,10 @@ async def probe(arm: VllmArm, *, deadline: float) -> tuple[ReplicaProbe, ...]:
 async def probe_replica(arm: VllmArm, replica: Replica, *, deadline: float) -> ReplicaProbe:
     """Ask one replica what it must show before it is used.
 
-    Checks that the model is served, that `use_activation: false` is obeyed (the default answer must be the sigmoid of
-    the raw one), and that a text templated here earns the same reward as the conversation templated by the worker.
+    Checks that the model is served, that it reads as many tokens as configured, that `use_activation: false` is obeyed
+    (the default answer must be the sigmoid of the raw one), and that a text templated here earns the same reward as the
+    conversation templated by the worker; where token ids are sent, also that a worker with `/tokenize` makes the same
+    ids of an awkward conversation.
 
     Args:
         arm: what was configured.
@@ -104,26 +117,31 @@ async def probe_replica(arm: VllmArm, replica: Replica, *, deadline: float) -> R
     """
     model = arm.config.served_model
     served: tuple[str, ...] = ()
-    raw = default = unavailable = None
+    raw = default = unavailable = length = None
     problems: list[str] = []
     warnings: list[str] = []
     try:
-        served, unlisted = await _served_models(replica, deadline)
+        models, unlisted = await _served_models(replica, deadline)
+        served = tuple(one.id for one in models)
         if unlisted is not None:
             warnings.append(unlisted)
         elif model not in served:
             raise ProbeError(f"serves {', '.join(served) or 'nothing'}, not {model!r}: check the served model name")
+        length = next((one.max_model_len for one in models if one.id == model), None)
+        _judge_length(arm, length, problems, warnings)
         rendering = arm.config.rendering
         raw = await _classify(arm, replica, rendering, deadline, use_activation=False)
         default = await _classify(arm, replica, rendering, deadline, use_activation=None)
         _judge_activation(raw, default, problems, warnings)
         if not isinstance(rendering, MessagesRendering):
             await _compare_templates(arm, replica, raw, deadline, problems, warnings)
+        if rendering.counts_tokens:
+            await _compare_ids(arm, replica, deadline, problems)
     except UnreachableError as error:
         unavailable = str(error)
     except ProbeError as error:
         problems.append(str(error))
-    return ReplicaProbe(replica.url, served, raw, default, tuple(problems), tuple(warnings), unavailable)
+    return ReplicaProbe(replica.url, served, length, raw, default, tuple(problems), tuple(warnings), unavailable)
 
 
 async def readiness(arm: VllmArm, replica: Replica, *, deadline: float) -> None:
@@ -134,6 +152,20 @@ async def readiness(arm: VllmArm, replica: Replica, *, deadline: float) -> None:
         ProbeError: it answered what a reward model does not answer.
     """
     await _classify(arm, replica, arm.config.rendering, deadline, use_activation=False)
+
+
+def _judge_length(arm: VllmArm, served: int | None, problems: list[str], warnings: list[str]) -> None:
+    configured = arm.config.max_model_len
+    if served is not None and configured is not None and served < configured:
+        problems.append(
+            f"reads at most {served} tokens, and max_model_len of {arm.name!r} is {configured}: lower it, or start the "
+            f"worker with --max-model-len {configured}"
+        )
+    elif served is None and configured is None and arm.config.rendering.counts_tokens:
+        warnings.append(
+            "how many tokens it reads is not known, so that over-long texts are found only when it refuses them: set "
+            f"max_model_len of {arm.name!r} in the pool file"
+        )
 
 
 def _judge_activation(raw: float, default: float, problems: list[str], warnings: list[str]) -> None:
@@ -166,23 +198,52 @@ async def _compare_templates(
         )
 
 
-async def _served_models(replica: Replica, deadline: float) -> tuple[tuple[str, ...], str | None]:
+async def _compare_ids(arm: VllmArm, replica: Replica, deadline: float, problems: list[str]) -> None:
+    """A worker without `/tokenize` has only the rewards to be compared by."""
+    rendering = arm.config.rendering
+    (own,) = rendering.prepare([[(AWKWARD_PROMPT, AWKWARD_RESPONSE)]])
+    if isinstance(own, RenderError):
+        problems.append(str(own))
+        return
+    request = TokenizeRequest(
+        model=arm.config.served_model,
+        messages=[Message("user", AWKWARD_PROMPT), Message("assistant", AWKWARD_RESPONSE)],
+        add_generation_prompt=False,
+    )
+    try:
+        body = await _exchange(replica, "POST", TOKENIZE_PATH, msgspec.json.encode(request), deadline)
+        theirs = msgspec.json.decode(body, type=TokenizeReply).tokens
+    except UnreachableError:
+        raise
+    except (ProbeError, msgspec.MsgspecError):
+        return
+    (ours,) = own.contents
+    if ours != theirs:
+        common = min(len(ours), len(theirs))
+        at = next((index for index in range(common) if ours[index] != theirs[index]), common)
+        problems.append(
+            f"of one conversation the tokenizer here makes {len(ours)} ids, the worker's {len(theirs)}; number {at} "
+            "differs: name the RM's own `tokenizer` and chat template, or use rendering 'messages'"
+        )
+
+
+async def _served_models(replica: Replica, deadline: float) -> tuple[list[ServedModel], str | None]:
     """The listed models, or why there is no list: vLLM's key and proxies may guard it and leave `/classify` open."""
     try:
         body = await _exchange(replica, "GET", MODELS_PATH, b"", deadline)
-        return tuple(model.id for model in msgspec.json.decode(body, type=ModelList).data), None
+        return msgspec.json.decode(body, type=ModelList).data, None
     except UnreachableError:
         raise
     except (ProbeError, msgspec.MsgspecError) as error:
-        return (), f"the served models cannot be listed: {error}"
+        return [], f"the served models cannot be listed: {error}"
 
 
 async def _classify(
     arm: VllmArm, replica: Replica, rendering: Rendering, deadline: float, *, use_activation: bool | None
 ) -> float:
     try:
-        request = rendering.encode(
-            arm.config.served_model, [(PROBE_PROMPT, PROBE_RESPONSE)], use_activation=use_activation
+        request = encode(
+            rendering, arm.config.served_model, [(PROBE_PROMPT, PROBE_RESPONSE)], use_activation=use_activation
         )
     except RenderError as error:
         raise ProbeError(str(error)) from error

@@ -5,10 +5,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
 from typing import Protocol
 
 from service.errors import ServiceError
+
+
+class OverLong(StrEnum):
+    """What becomes of an instance that the RM cannot read whole. No response is ever cut."""
+
+    SKIP = "skip"
+    """The next-best draw is asked; it may read more."""
+    REFUSE = "refuse"
+    """The instance is an error; no other RM is asked."""
+    CUT_PROMPT = "cut_prompt"
+    """The prompt loses tokens on its left, all responses the same; as `skip` where that does not help."""
+
+
+class Rewards(list[float]):
+    """The rewards of one instance's responses, and what was cut of its prompt to get them.
+
+    Attributes:
+        prompt_tokens_cut: tokens that the prompt lost on its left; 0 when it was read whole.
+    """
+
+    __slots__ = ("prompt_tokens_cut",)
+
+    def __init__(self, rewards: Iterable[float] = (), *, prompt_tokens_cut: int = 0) -> None:
+        super().__init__(rewards)
+        self.prompt_tokens_cut = prompt_tokens_cut
 
 
 class Arm(Protocol):
@@ -30,12 +56,13 @@ class Arm(Protocol):
             deadline: absolute time of `asyncio.get_running_loop().time()`, in seconds, retries included.
 
         Returns:
-            One finite reward per item, in order.
+            One finite reward per item, in order; `Rewards` where the prompt may have been cut.
 
         Raises:
             WorkerUnavailableError: no replica could answer (refused, dropped, 5xx, open circuit, over its limit).
             WorkerTimeoutError: the deadline passed.
             WorkerRejectedError: the worker refused this input (4xx); another replica would refuse it too.
+            WorkerTooLongError: of those, for its length.
             WorkerProtocolError: the answer is not what `/classify` promises, or is NaN or infinite.
         """
 
@@ -78,6 +105,22 @@ class WorkerRejectedError(WorkerError):
 
     status = 422
     code = "worker_rejected"
+
+
+class WorkerTooLongError(WorkerRejectedError):
+    """The input has more tokens than the RM reads.
+
+    Args:
+        message: see `ServiceError`.
+        details: see `ServiceError`.
+        final: no other RM shall be asked (`OverLong.REFUSE`).
+    """
+
+    code = "worker_too_long"
+
+    def __init__(self, message: str, *, details: Mapping[str, object] | None = None, final: bool = False) -> None:
+        super().__init__(message, details=details)
+        self.final = final
 
 
 class WorkerProtocolError(WorkerError):

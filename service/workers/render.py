@@ -2,13 +2,14 @@
 
 Knows chat templates and the request's JSON; knows no transport. `service.workers.client` and `.probe` call it.
 
-Two renderings:
+Three renderings:
 
 * `MessagesRendering`: one conversation per request, templated by the worker. Works with any RM.
 * `TemplateRendering`: many texts per request, templated here, sent with `add_special_tokens: false` because templates
   write their own BOS and a second one changes the reward.
+* `service.workers.tokens.TokenRendering`: many lists of token ids per request, of known lengths.
 
-Both ask for the raw logit (`use_activation: false`) unless told otherwise.
+All ask for the raw logit (`use_activation: false`) unless told otherwise.
 """
 
 from __future__ import annotations
@@ -34,20 +35,69 @@ PLAIN_TEMPLATE: Final = (
 )
 """The built-in template `plain` as a chat template that a tokenizer can carry; equal to `plain()`."""
 
+INLINE_TEMPLATES: Final = 16
+"""Instances whose chat templates are rendered on the event loop; each takes about 0.05 ms a response."""
+
 
 class RenderError(Exception):
     """The template refuses this conversation, or a text cannot be written as UTF-8."""
 
 
+class TooLongError(RenderError):
+    """More tokens than the RM reads."""
+
+    def __init__(self, message: str, tokens: int, limit: int) -> None:
+        super().__init__(message)
+        self.tokens = tokens
+        self.limit = limit
+
+
+Content = tuple[str, str] | str | list[int]
+"""What a request holds of one item: the (prompt, response) itself, its text, or its token ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One instance, ready to be sent.
+
+    Attributes:
+        contents: one per response.
+        size: of all of them: tokens where they are known, else characters.
+        prompt_tokens_cut: what the prompt lost on its left in each of them.
+    """
+
+    contents: tuple[Content, ...]
+    size: int
+    prompt_tokens_cut: int = 0
+
+
 class Rendering(Protocol):
-    """How (prompt, response) items become request bodies."""
+    """How instances become request bodies."""
 
     @property
     def items_limit(self) -> int | None:
         """Items that one request may hold; None for any number."""
 
-    def encode(self, model: str, items: Sequence[tuple[str, str]], *, use_activation: bool | None = False) -> bytes:
-        """The JSON body that asks `model` to score the items; `use_activation=None` leaves the worker's default.
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether lengths are known here, so that `prepare` heeds them."""
+
+    def lengthy(self, groups: Sequence[Sequence[tuple[str, str]]]) -> bool:
+        """Whether `prepare` would take so long that it must not run on the event loop."""
+
+    def prepare(
+        self, groups: Sequence[Sequence[tuple[str, str]]], *, limit: int | None = None, cut_prompt: bool = False
+    ) -> list[Prepared | RenderError]:
+        """What is sent of each instance, or why it cannot be; one spoils no other.
+
+        Args:
+            groups: (prompt, response) texts by instance.
+            limit: tokens that the RM reads at most; None for unknown. Only where tokens are counted.
+            cut_prompt: cut what is longer at the left of its prompt; else it is a `TooLongError`.
+        """
+
+    def body(self, model: str, contents: Sequence[Content], *, use_activation: bool | None = False) -> bytes:
+        """The JSON body that asks `model` to score them; `use_activation=None` leaves the worker's default.
 
         Raises:
             RenderError: see there.
@@ -117,18 +167,39 @@ class ChatTemplate:
 
     def render(self, prompt: str, response: str) -> str:
         """See `Template.render`."""
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        return self.render_turns([("user", prompt), ("assistant", response)])
+
+    def render_turns(self, turns: Sequence[tuple[str, str]], *, add_generation_prompt: bool = False) -> str:
+        """The text of (role, content) turns, up to where the assistant would begin if so asked.
+
+        Raises:
+            RenderError: the template refuses the conversation.
+        """
         try:
             return self._template.render(
-                messages=messages,
+                messages=[{"role": role, "content": content} for role, content in turns],
                 tools=None,
                 documents=None,
-                add_generation_prompt=False,
+                add_generation_prompt=add_generation_prompt,
                 bos_token=self._bos_token,
                 eos_token=self._eos_token,
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             raise RenderError(f"the chat template refuses the conversation: {error}") from error
+
+
+def encode(
+    rendering: Rendering, model: str, items: Sequence[tuple[str, str]], *, use_activation: bool | None = False
+) -> bytes:
+    """The body that asks `model` about some items, whatever their lengths.
+
+    Raises:
+        RenderError: see there.
+    """
+    (prepared,) = rendering.prepare([items])
+    if isinstance(prepared, RenderError):
+        raise prepared
+    return rendering.body(model, prepared.contents, use_activation=use_activation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +211,26 @@ class MessagesRendering:
         """`/classify` takes one conversation."""
         return 1
 
-    def encode(self, model: str, items: Sequence[tuple[str, str]], *, use_activation: bool | None = False) -> bytes:
-        """See `Rendering.encode`; exactly one item."""
-        ((prompt, response),) = items
-        messages = [Message("user", prompt), Message("assistant", response)]
-        return _to_json(ClassifyRequest(model=model, messages=messages, use_activation=use_activation))
+    @property
+    def counts_tokens(self) -> bool:
+        """The worker tokenizes."""
+        return False
+
+    def lengthy(self, groups: Sequence[Sequence[tuple[str, str]]]) -> bool:
+        """Nothing is done."""
+        return False
+
+    def prepare(
+        self, groups: Sequence[Sequence[tuple[str, str]]], *, limit: int | None = None, cut_prompt: bool = False
+    ) -> list[Prepared | RenderError]:
+        """See `Rendering.prepare`."""
+        return [Prepared(tuple(group), sum([len(p) + len(r) for p, r in group])) for group in groups]
+
+    def body(self, model: str, contents: Sequence[Content], *, use_activation: bool | None = False) -> bytes:
+        """See `Rendering.body`; exactly one item."""
+        (content,) = contents
+        messages = [Message("user", str(content[0])), Message("assistant", str(content[1]))]
+        return to_json(ClassifyRequest(model=model, messages=messages, use_activation=use_activation))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,17 +244,39 @@ class TemplateRendering:
         """Any number."""
         return None
 
-    def encode(self, model: str, items: Sequence[tuple[str, str]], *, use_activation: bool | None = False) -> bytes:
-        """See `Rendering.encode`."""
-        render = self.template.render
-        texts: list[str | int | list[int]] = [render(prompt, response) for prompt, response in items]
-        return _to_json(
+    @property
+    def counts_tokens(self) -> bool:
+        """The worker tokenizes."""
+        return False
+
+    def lengthy(self, groups: Sequence[Sequence[tuple[str, str]]]) -> bool:
+        """Many texts through a template of Jinja's; the built-in one is only a string."""
+        return len(groups) > INLINE_TEMPLATES and not isinstance(self.template, PlainTemplate)
+
+    def prepare(
+        self, groups: Sequence[Sequence[tuple[str, str]]], *, limit: int | None = None, cut_prompt: bool = False
+    ) -> list[Prepared | RenderError]:
+        """See `Rendering.prepare`."""
+        return [self._prepared(group) for group in groups]
+
+    def body(self, model: str, contents: Sequence[Content], *, use_activation: bool | None = False) -> bytes:
+        """See `Rendering.body`."""
+        texts: list[str | int | list[int]] = [content for content in contents if isinstance(content, str)]
+        return to_json(
             ClassifyRequest(model=model, input=texts, use_activation=use_activation, add_special_tokens=False)
         )
 
+    def _prepared(self, group: Sequence[tuple[str, str]]) -> Prepared | RenderError:
+        render = self.template.render
+        try:
+            texts = tuple([render(prompt, response) for prompt, response in group])
+        except RenderError as error:
+            return error
+        return Prepared(texts, sum(map(len, texts)))
+
 
 def load_rendering(mode: str, template: str = "plain", *, now: Callable[[], datetime] = datetime.now) -> Rendering:
-    """The rendering that a pool file names.
+    """The rendering that a pool file names, but for `tokens` (`service.workers.tokens.load_token_rendering`).
 
     Args:
         mode: `messages` or `template`.
@@ -191,8 +299,15 @@ def load_rendering(mode: str, template: str = "plain", *, now: Callable[[], date
     return TemplateRendering(ChatTemplate(path.read_text("utf-8"), now=now))
 
 
-def load_chat_template(directory: Path, *, now: Callable[[], datetime] = datetime.now) -> ChatTemplate:
+def load_chat_template(
+    directory: Path, source_file: Path | None = None, *, now: Callable[[], datetime] = datetime.now
+) -> ChatTemplate:
     """The chat template of a tokenizer's directory: `chat_template.jinja`, else `tokenizer_config.json`.
+
+    Args:
+        directory: of the tokenizer, whose special tokens the template may write.
+        source_file: a template instead of the directory's own.
+        now: see `ChatTemplate`.
 
     Raises:
         ValueError: the directory holds no chat template.
@@ -200,8 +315,8 @@ def load_chat_template(directory: Path, *, now: Callable[[], datetime] = datetim
     """
     config_path = directory / "tokenizer_config.json"
     config: dict[str, Any] = json.loads(config_path.read_text("utf-8")) if config_path.exists() else {}
-    file = directory / "chat_template.jinja"
-    source = file.read_text("utf-8") if file.exists() else config.get("chat_template")
+    file = source_file or directory / "chat_template.jinja"
+    source = file.read_text("utf-8") if source_file or file.exists() else config.get("chat_template")
     if isinstance(source, list):
         source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
     if not isinstance(source, str):
@@ -214,7 +329,12 @@ def load_chat_template(directory: Path, *, now: Callable[[], datetime] = datetim
     )
 
 
-def _to_json(request: ClassifyRequest) -> bytes:
+def to_json(request: ClassifyRequest) -> bytes:
+    """The request's body.
+
+    Raises:
+        RenderError: a text holds half a surrogate pair.
+    """
     try:
         return msgspec.json.encode(request)
     except UnicodeEncodeError as error:

@@ -58,6 +58,7 @@ class Replica:
 
     Attributes:
         proven: a probe has passed since the replica was last out. Only the health monitor's probes prove.
+        max_model_len: tokens that the worker says it reads at most; None while it has not.
         supervised: a health monitor watches. Then a replica that refused a connection, and so may come back as another
             one, gets no traffic until a probe has passed; without a monitor a trial request finds out.
 
@@ -88,6 +89,7 @@ class Replica:
         self.breaker = CircuitBreaker(policy, clock)
         self.proven = False
         self.supervised = False
+        self.max_model_len: int | None = None
         self._model = model
         self._fair_seconds = FAIR_SHARE * attempt_timeout_seconds
         self._problem: str | None = None

@@ -14,6 +14,8 @@ import msgspec
 CLASSIFY_PATH: Final = "/classify"
 MODELS_PATH: Final = "/v1/models"
 HEALTH_PATH: Final = "/health"
+TOKENIZE_PATH: Final = "/tokenize"
+METRICS_PATH: Final = "/metrics"
 
 PROBE_PROMPT: Final = "ping"
 PROBE_RESPONSE: Final = "pong"
@@ -43,6 +45,23 @@ class ClassifyRequest(msgspec.Struct, omit_defaults=True):
     use_activation: bool | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
+
+
+class TokenizeRequest(msgspec.Struct, omit_defaults=True):
+    """A conversation for `/tokenize`. vLLM opens the assistant's next turn there unless told not to."""
+
+    messages: list[Message]
+    model: str | None = None
+    add_generation_prompt: bool = True
+    add_special_tokens: bool = False
+
+
+class TokenizeReply(msgspec.Struct):
+    """The reply of `/tokenize`."""
+
+    tokens: list[int]
+    count: int = 0
+    max_model_len: int = 0
 
 
 class Classified(msgspec.Struct):
@@ -129,6 +148,15 @@ def error_message(body: bytes, *, limit: int = 500) -> str:
     except msgspec.MsgspecError:
         text = body[: 4 * limit].decode("utf-8", "replace")
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def says_too_long(body: bytes) -> bool:
+    """Whether an error body blames the number of tokens: by its `param`, or, where that is left out, in its words."""
+    try:
+        error = msgspec.json.decode(body, type=ErrorReply).error
+    except msgspec.MsgspecError:
+        return False
+    return error.param == "input_tokens" or (error.param is None and "maximum context length" in error.message)
 
 
 def sigmoid(x: float) -> float:

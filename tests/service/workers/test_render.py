@@ -16,6 +16,7 @@ from service.workers.render import (
     PlainTemplate,
     RenderError,
     TemplateRendering,
+    encode,
     load_rendering,
     plain,
 )
@@ -75,36 +76,36 @@ def test_a_source_that_is_no_template_is_refused_at_once() -> None:
 
 
 def test_the_requests_hold_what_vllm_needs() -> None:
-    texts = json.loads(TemplateRendering(PlainTemplate()).encode("rm", [ITEM, ("p", "r")]))
+    texts = json.loads(encode(TemplateRendering(PlainTemplate()), "rm", [ITEM, ("p", "r")]))
     assert texts == {
         "model": "rm",
         "input": [PlainTemplate().render(*ITEM), PlainTemplate().render("p", "r")],
         "use_activation": False,
         "add_special_tokens": False,
     }
-    conversation = json.loads(MessagesRendering().encode("rm", [("p", "r")]))
+    conversation = json.loads(encode(MessagesRendering(), "rm", [("p", "r")]))
     assert conversation == {
         "model": "rm",
         "messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}],
         "use_activation": False,
     }
-    assert "use_activation" not in json.loads(MessagesRendering().encode("rm", [("p", "r")], use_activation=None))
+    assert "use_activation" not in json.loads(encode(MessagesRendering(), "rm", [("p", "r")], use_activation=None))
 
 
 @pytest.mark.parametrize("rendering", [MessagesRendering(), TemplateRendering(PlainTemplate())])
 def test_a_lone_surrogate_is_an_error_of_the_input(rendering: Any) -> None:
     with pytest.raises(RenderError, match="UTF-8"):
-        rendering.encode("rm", [("\ud800", "r")])
+        encode(rendering, "rm", [("\ud800", "r")])
 
 
 def test_renderings_load_by_name_file_and_tokenizer_directory(tmp_path: Path) -> None:
     assert isinstance(load_rendering("messages"), MessagesRendering)
     file = tmp_path / "t.jinja"
     file.write_text("{{ messages[1].content }}")
-    assert json.loads(load_rendering("template", str(file)).encode("m", [("p", "r")]))["input"] == ["r"]
+    assert json.loads(encode(load_rendering("template", str(file)), "m", [("p", "r")]))["input"] == ["r"]
     config = {"chat_template": "{{ bos_token }}{{ messages[1].content }}", "bos_token": {"content": "<s>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    assert json.loads(load_rendering("template", str(tmp_path)).encode("m", [("p", "r")]))["input"] == ["<s>r"]
+    assert json.loads(encode(load_rendering("template", str(tmp_path)), "m", [("p", "r")]))["input"] == ["<s>r"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no chat template"):
         load_rendering("template", str(tmp_path / "empty"))
