@@ -162,7 +162,7 @@ def start_workers(starts: Sequence[WorkerStart], processes: ProcessGroup, consol
             status.update(escape(line))
             if not console.is_terminal and waiting and time.monotonic() - reported > REPORT_SECONDS:
                 reported = time.monotonic()
-                console.print(line, highlight=False, markup=False)
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
             if waiting:
                 time.sleep(0.2)
     urls: dict[str, list[str]] = {}
@@ -216,6 +216,7 @@ def _say_ready(one: _Waiting, console: Console) -> None:
         f"worker    ready: {what} on {one.start.url} ({one.start.kind}{where}, {one.seconds:.0f} s)",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )
 
 

@@ -1,0 +1,198 @@
+"""Starting workers: real child processes that behave as vLLM's do when they start, answer, hang or fail."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from service.cli.launch import WorkerStart, plan_workers, snapshot, start_workers
+from service.cli.processes import ProcessGroup
+from service.cli.up import port_sequence
+from service.errors import ConfigurationError
+from service.pool import ModelEntry, PoolFile
+from tests.conftest import free_port
+
+SERVER = """#!/usr/bin/env python3
+import http.server, os, sys, time
+words = sys.argv[1:]
+name = words[words.index("--served-model-name") + 1]
+port = int(words[words.index("--port") + 1])
+log = open("{folder}/events", "a")
+def say(what):
+    log.write(f"{{time.monotonic()}} {{name}} {{what}} {{os.environ.get('CUDA_VISIBLE_DEVICES')}}\\n")
+    log.flush()
+say("started")
+time.sleep(0.5)
+if name == "broken":
+    print("INFO 11-23 loading weights")
+    print("(EngineCore pid=1) ERROR 11-23 [core.py:1] torch.OutOfMemoryError: CUDA out of memory", flush=True)
+    for number in range(40):
+        print(f"  File x.py, line {{number}}")
+    sys.exit("RuntimeError: Engine core initialization failed. See root cause above.")
+if name == "hanging":
+    print("\\x1b[36mstill downloading\\x1b[0m", flush=True)
+    time.sleep(60)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+server = http.server.HTTPServer(("127.0.0.1", port), Handler)
+say("ready")
+server.serve_forever()
+"""
+
+
+@pytest.fixture
+def vllm(tmp_path: Path) -> tuple[str, ...]:
+    """A program that takes vLLM's flags and writes down when it started and was ready."""
+    program = tmp_path / "vllm"
+    program.write_text(SERVER.format(folder=tmp_path))
+    program.chmod(0o755)
+    return (str(program),)
+
+
+@pytest.fixture
+def out() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def text(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def pool_of(vllm: tuple[str, ...], *models: ModelEntry) -> PoolFile:
+    return PoolFile(vllm_command=vllm, models=models)
+
+
+def events(folder: Path) -> dict[tuple[str, str], list[float]]:
+    """(name, what) -> when."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for line in (folder / "events").read_text().splitlines():
+        when, name, what, _ = line.split()
+        found.setdefault((name, what), []).append(float(when))
+    return found
+
+
+def test_on_one_gpu_each_waits_for_the_one_before_and_gpus_do_not_wait_for_each_other(
+    tmp_path: Path, vllm: tuple[str, ...], out: Console
+) -> None:
+    rm = Path("/models/rm")
+    pool = pool_of(
+        vllm,
+        ModelEntry(name="a", path=rm, gpu_share=0.3, gpus=(0, 1), replicas=2),
+        ModelEntry(name="b", path=rm, gpu_share=0.3, gpus=(0,)),
+        ModelEntry(name="c", path=rm, gpu_share=0.3, gpus=(1,)),
+    )
+    with ProcessGroup(tmp_path / "logs") as processes:
+        urls = start_workers(plan_workers(pool, port_sequence(free_port())), processes, out)
+    when = events(tmp_path)
+    assert [len(urls[name]) for name in ("a", "b", "c")] == [2, 1, 1]
+    assert len({url for each in urls.values() for url in each}) == 4
+    # Each GPU has a chain a -> b or a -> c, and the two replicas of a started before either was ready.
+    assert max(when["a", "started"]) < min(when["a", "ready"])
+    assert when["b", "started"][0] > min(when["a", "ready"])
+    assert when["c", "started"][0] > min(when["a", "ready"])
+    lines = (tmp_path / "events").read_text()
+    assert {line.split()[3] for line in lines.splitlines() if line.split()[1] == "a"} == {"0", "1"}
+    assert "ready: b on http://127.0.0.1:" in text(out)
+    assert "(vLLM GPU 0," in text(out)
+
+
+def test_a_worker_that_fails_is_shown_with_the_cause_and_the_last_lines(
+    tmp_path: Path, vllm: tuple[str, ...], out: Console
+) -> None:
+    pool = pool_of(vllm, ModelEntry(name="broken", path=Path("/m"), gpu_share=0.3))
+    with ProcessGroup(tmp_path / "logs") as processes, pytest.raises(ConfigurationError) as raised:
+        start_workers(plan_workers(pool, port_sequence(free_port())), processes, out)
+    sentence = str(raised.value)
+    assert "worker-broken left with status 1" in sentence
+    assert str(tmp_path / "logs/worker-broken.log") in sentence
+    assert "first error: (EngineCore pid=1) ERROR 11-23 [core.py:1] torch.OutOfMemoryError: CUDA out" in sentence
+    assert sentence.rstrip().endswith("See root cause above.")
+
+
+def test_a_worker_that_takes_too_long_is_ended_and_shown(
+    tmp_path: Path, vllm: tuple[str, ...], out: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.cli.launch.VLLM_SECONDS", 1.0)
+    monkeypatch.setattr("service.cli.launch.REPORT_SECONDS", 0.3)
+    pool = pool_of(vllm, ModelEntry(name="hanging", path=Path("/m"), gpu_share=0.3))
+    with ProcessGroup(tmp_path / "logs") as processes:
+        with pytest.raises(ConfigurationError, match="worker-hanging is not ready after 1 s"):
+            start_workers(plan_workers(pool, port_sequence(free_port())), processes, out)
+        (child,) = processes.children
+    assert child.process.poll() is not None
+    assert "workers: 0 of 1 ready; worker-hanging" in text(out)
+    assert child.last_line() == "still downloading"
+
+
+def test_the_log_of_a_worker_is_found_by_a_name_that_is_a_file_name(vllm: tuple[str, ...]) -> None:
+    model = ModelEntry(name="org/rm 1", path=Path("/m"), replicas=2, gpus=(0, 1))
+    starts = plan_workers(pool_of(vllm, model), port_sequence(0))
+    assert [start.name for start in starts] == ["worker-org_rm_1-0", "worker-org_rm_1-1"]
+    assert all(start.models == ("org/rm 1",) for start in starts)
+
+
+def test_recorded_models_of_one_file_share_a_process_and_urls_start_none() -> None:
+    pool = PoolFile(
+        models=(
+            ModelEntry(name="a", recorded=Path("/p.jsonl")),
+            ModelEntry(name="b", urls=("http://127.0.0.1:1",)),
+            ModelEntry(name="c", recorded=Path("/p.jsonl"), served_name="see"),
+        )
+    )
+    (start,) = plan_workers(pool, port_sequence(0))
+    assert start.models == ("a", "c")
+    assert start.command[-4:] == ("--model", "a", "--model", "see")
+
+
+def test_a_model_that_nobody_serves_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="'rm' has no `urls`, `path`, `model` or `recorded`"):
+        plan_workers(PoolFile(models=(ModelEntry(name="rm"),)), port_sequence(0))
+
+
+def hub_cache(folder: Path) -> Path:
+    """The hub's cache with one model in it, as the hub's own client lays it out."""
+    cached = folder / "hub" / "models--org--rm"
+    directory = cached / "snapshots" / "abc"
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text("{}")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    return directory
+
+
+def test_without_vllm_a_model_of_the_hub_is_served_by_the_cpu_worker_from_the_hubs_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants", reason="needs reward-router[train]")
+    directory = hub_cache(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    pool = PoolFile(worker="cpu", models=(ModelEntry(name="rm", model="org/rm", revision="main", replicas=2),))
+    ask: Callable[[ModelEntry], Path] = snapshot
+    starts = plan_workers(pool, port_sequence(0), local=lambda model: ask(model))
+    assert [start.kind for start in starts] == ["CPU worker"] * 2
+    assert all(str(directory) in start.command for start in starts)
+    with pytest.raises(ConfigurationError, match="'rm': org/other cannot be had from the hub"):
+        snapshot(ModelEntry(name="rm", model="org/other"))
+
+
+def test_a_command_can_be_pasted_into_a_shell() -> None:
+    start = WorkerStart("w", ("rm",), ("vllm", "serve", "a b"), {"A": "x y"}, "http://127.0.0.1:1", "vLLM")
+    assert start.shell() == "A='x y' vllm serve 'a b'"
+
+
+def test_ports_are_never_given_twice() -> None:
+    next_port = port_sequence(free_port())
+    began = time.monotonic()
+    ports = [next_port() for _ in range(20)]
+    assert len(set(ports)) == 20, time.monotonic() - began

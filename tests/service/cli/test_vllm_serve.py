@@ -1,0 +1,143 @@
+"""Pool files become `vllm serve` commands: flags, GPUs, shares, and which vLLM is called."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.cli import vllm_serve
+from service.cli.launch import plan_workers
+from service.cli.up import port_sequence
+from service.cli.vllm_serve import (
+    check_shares,
+    find_vllm,
+    placements,
+    serve_environment,
+    serve_words,
+    served_by_vllm,
+)
+from service.errors import ConfigurationError
+from service.pool import ModelEntry, PoolFile, load_pool
+
+READY_POOLS = sorted((Path(__file__).parents[3] / "deploy/models").glob("*.yaml"))
+
+
+def flags(words: tuple[str, ...]) -> dict[str, str]:
+    """The value after each flag."""
+    return {words[i]: words[i + 1] for i in range(len(words) - 1) if words[i].startswith("--")}
+
+
+def entry(**fields: object) -> ModelEntry:
+    return ModelEntry.model_validate({"name": "rm", "path": "/models/rm"} | fields)
+
+
+@pytest.fixture
+def fake_vllm(tmp_path: Path) -> str:
+    """A program that could be vLLM; it is never run."""
+    program = tmp_path / "bin" / "vllm"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nexit 1\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+def test_every_field_becomes_its_flag() -> None:
+    model = ModelEntry(
+        name="rm", model="org/rm", revision="abc", served_name="other", dtype="bfloat16", max_model_len=4096,
+        gpu_share=0.3, tensor_parallel=2, chat_template="/x/own.jinja", vllm_args=("--max-num-batched-tokens", "8192"),
+    )  # fmt: skip
+    words = serve_words(model, "cuda", host="127.0.0.1", port=8101)
+    assert words[:2] == ("serve", "org/rm")
+    assert flags(words) == {
+        "--host": "127.0.0.1", "--port": "8101", "--served-model-name": "other", "--runner": "pooling",
+        "--convert": "classify", "--revision": "abc", "--dtype": "bfloat16",
+        "--max-model-len": "4096", "--chat-template": "/x/own.jinja",
+        "--tensor-parallel-size": "2", "--gpu-memory-utilization": "0.3", "--max-num-batched-tokens": "8192",
+    }  # fmt: skip
+
+
+def test_on_a_cpu_weights_stay_float32_and_no_gpu_is_named() -> None:
+    model = entry(gpu_share=0.3, gpus=[1])
+    words = serve_words(model, "cpu", host="127.0.0.1", port=1)
+    assert flags(words)["--dtype"] == "float32"
+    assert "--gpu-memory-utilization" not in words
+    assert "--enforce-eager" in words
+    environment = serve_environment(model, "cpu", (1,), {})
+    assert "CUDA_VISIBLE_DEVICES" not in environment
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
+
+
+def test_the_environment_of_the_caller_beats_defaults_and_the_pool_file_beats_both() -> None:
+    model = entry(env={"DO_NOT_TRACK": "0", "MINE": "1"})
+    environment = serve_environment(model, "cuda", (2, 3), {"VLLM_NO_USAGE_STATS": "0"})
+    assert "VLLM_NO_USAGE_STATS" not in environment
+    assert environment["DO_NOT_TRACK"] == "0"
+    assert environment["MINE"] == "1"
+    assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
+def test_replicas_are_dealt_out_over_the_gpus() -> None:
+    assert placements(entry(gpus=[0, 1], replicas=2)) == [(0,), (1,)]
+    assert placements(entry(gpus=[4, 5, 6, 7], replicas=2, tensor_parallel=2)) == [(4, 5), (6, 7)]
+    assert placements(entry()) == [(0,)]
+
+
+def test_shares_that_do_not_fit_on_a_gpu_are_one_sentence_with_the_sum() -> None:
+    crowd = [entry(name="a", gpu_share=0.5, gpus=[0, 1], replicas=2), entry(name="b", gpu_share=0.46, gpus=[1])]
+    with pytest.raises(ConfigurationError, match=r"GPU 1: .* sum to 0\.96, more than 0\.95 \(a 0\.5, b 0\.46\)"):
+        check_shares(crowd)
+    check_shares([entry(name="a", gpu_share=0.5), entry(name="b", gpu_share=0.45)])
+    check_shares([entry(gpu_share=0.98)])
+
+
+def test_a_model_without_a_share_counts_as_a_whole_gpu() -> None:
+    with pytest.raises(ConfigurationError, match=r"1\.00"):
+        check_shares([entry(name="a"), entry(name="b", gpu_share=0.1)])
+
+
+@pytest.mark.parametrize("path", READY_POOLS, ids=lambda path: path.stem)
+def test_ready_pools_fit_on_their_gpus_and_name_every_licence(path: Path, fake_vllm: str) -> None:
+    pool = load_pool(path).model_copy(update={"vllm_command": (fake_vllm,)})
+    assert all(model.licence and model.max_model_len and model.dtype and model.gpu_share for model in pool.models)
+    starts = plan_workers(pool.model_copy(update={"device": "cuda"}), port_sequence(0))
+    assert len(starts) == sum(model.replicas for model in pool.models)
+    assert all(start.kind == "vLLM" for start in starts)
+    if pool.name != "demo":
+        assert all(model.revision for model in pool.models)
+        used = {gpu for start in starts for gpu in start.gpus}
+        assert used == set(range(int(pool.name.split("-")[1].partition("x")[0])))
+
+
+def test_the_pool_files_command_is_relative_to_the_file(tmp_path: Path, fake_vllm: str) -> None:
+    (tmp_path / "pool.yaml").write_text("vllm_command: bin/vllm --flag\nmodels: [{name: rm, path: rm}]\n")
+    pool = load_pool(tmp_path / "pool.yaml")
+    assert find_vllm(pool.vllm_command) == (fake_vllm, "--flag")
+
+
+def test_a_command_that_does_not_exist_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="/nowhere/vllm"):
+        find_vllm(("/nowhere/vllm",))
+
+
+def test_the_running_python_is_asked_before_the_path(monkeypatch: pytest.MonkeyPatch, fake_vllm: str) -> None:
+    monkeypatch.setenv("PATH", str(Path(fake_vllm).parent))
+    monkeypatch.setattr(vllm_serve, "find_spec", lambda name: None)
+    assert find_vllm() == (fake_vllm,)
+    monkeypatch.setattr(vllm_serve, "find_spec", lambda name: name)
+    assert find_vllm() == (sys.executable, "-m", "vllm.entrypoints.cli.main")
+    monkeypatch.setattr(vllm_serve, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert find_vllm() is None
+
+
+def test_the_worker_is_the_models_then_the_pools_then_what_is_installed() -> None:
+    pool = PoolFile(models=(entry(),))
+    assert served_by_vllm(entry(), pool, ("vllm",))
+    assert not served_by_vllm(entry(), pool, None)
+    assert not served_by_vllm(entry(worker="cpu"), pool, ("vllm",))
+    assert not served_by_vllm(entry(), pool.model_copy(update={"worker": "cpu"}), ("vllm",))
+    assert served_by_vllm(entry(worker="vllm"), pool.model_copy(update={"worker": "cpu"}), ("vllm",))
+    with pytest.raises(ConfigurationError, match="not installed"):
+        served_by_vllm(entry(worker="vllm"), pool, None)

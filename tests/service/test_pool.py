@@ -1,0 +1,72 @@
+"""What pool files may say, and the sentences on what they may not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from service.errors import ConfigurationError
+from service.pool import RESERVED_ARGUMENTS, PoolFile, dump_pool, load_pool
+from service.settings import Settings
+from service.wiring import build_arm
+
+
+def load(folder: Path, text: str) -> PoolFile:
+    (folder / "pool.yaml").write_text(text)
+    return load_pool(folder / "pool.yaml")
+
+
+def model(folder: Path, fields: str) -> PoolFile:
+    return load(folder, f"models: [{{name: rm, {fields}}}]")
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ("path: a, model: org/b", "both `path` and `model`"),
+        ("path: a, recorded: b.jsonl", "both `path` and `recorded`"),
+        ("path: a, revision: main", "no `model` of the hub"),
+        ("urls: ['http://a:1'], replicas: 2", "its urls are its replicas"),
+        ("path: a, score_scale: 0", "score_scale is 0.0; use a number other than 0"),
+        ("path: a, score_shift: .inf", "score_shift is inf; use a finite number"),
+        ("path: a, gpus: [0, 0]", "named twice"),
+        ("path: a, gpus: [0, 1, 2], tensor_parallel: 2", "groups of tensor_parallel 2"),
+        ("path: a, gpu_share: 1.5", "less than or equal to 1"),
+        ("path: a, vllm_args: '--port 1'", "vllm_args holds --port"),
+        ("path: a, vllm_args: ['--dtype=half']", "use `dtype`"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence_that_names_the_model_and_the_remedy(
+    tmp_path: Path, fields: str, sentence: str
+) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        model(tmp_path, fields)
+    assert sentence in str(raised.value)
+    assert "models.0" in str(raised.value)
+
+
+def test_every_reserved_flag_says_what_to_use_instead(tmp_path: Path) -> None:
+    for flag, remedy in RESERVED_ARGUMENTS.items():
+        with pytest.raises(ConfigurationError) as raised:
+            model(tmp_path, f"path: a, vllm_args: ['{flag}', '1']")
+        assert remedy in str(raised.value)
+
+
+def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    pool = load(
+        tmp_path,
+        "{name: p, worker: vllm, device: cpu, vllm_command: 'vllm --x', models: [{name: a, model: org/a, revision: r, "
+        "licence: mit, replicas: 2, gpus: [0, 1], gpu_share: 0.4, vllm_args: '--y 1', env: {A: b}, score_scale: 2}, "
+        "{name: b, path: b}]}",
+    )
+    dump_pool(pool, tmp_path / "again.yaml")
+    assert load_pool(tmp_path / "again.yaml") == pool
+    assert pool.vllm_command == ("vllm", "--x")
+    assert pool.models[1].source == str(tmp_path / "b")
+
+
+def test_the_gateway_takes_the_score_transform_from_the_pool_file(tmp_path: Path) -> None:
+    (entry,) = model(tmp_path, "urls: ['http://127.0.0.1:1'], score_scale: -0.5, score_shift: 3").models
+    config = build_arm(entry, Settings()).config
+    assert (config.score_scale, config.score_shift) == (-0.5, 3.0)
