@@ -97,6 +97,9 @@ class Telemetry:
         )
         self.drawn = cache(self.draws.labels)
         """`draws.labels`, by one look-up."""
+        self.decisions = Counter("decisions_total", "Instances answered with a reward.", ["run", "policy"], **common)
+        self.decided = cache(self.decisions.labels)
+        """`decisions.labels`, by one look-up."""
         self.calls = Counter("worker_calls_total", "Instances an RM was asked about.", ["model", "outcome"], **common)
         self.called = cache(self.calls.labels)
         """`calls.labels`, by one look-up."""
@@ -156,17 +159,19 @@ class Telemetry:
         )
         self.store_up = Gauge("store_up", "1 if the store answered when this was scraped.", **common)
 
-    def open_run(self, run: str, pool: Sequence[str], outcomes: Sequence[str]) -> None:
+    def open_run(self, run: str, policy: str, pool: Sequence[str], outcomes: Sequence[str]) -> None:
         """Show a run's counters as 0 before they first count: Prometheus cannot see a rise from nothing.
 
         Args:
             run: that was opened.
+            policy: of the requests that name none.
             pool: names of its RMs.
             outcomes: what can become of a feedback.
         """
         for outcome in outcomes:
             self.feedback.labels(run, outcome)
         self.learner_errors.labels(run)
+        self.decided(run, policy)
         for model in pool:
             self.drawn(run, model)
             self.called(model, "ok")
@@ -174,6 +179,7 @@ class Telemetry:
     def forget_run(self, run: str) -> None:
         """Drop a closed run's label values, so that their number stays bounded."""
         for metric in (
+            self.decisions,
             self.draws,
             self.shadows,
             self.feedback,
@@ -188,6 +194,7 @@ class Telemetry:
         ):
             metric.remove_by_labels({"run": run})
         self.drawn.cache_clear()
+        self.decided.cache_clear()
 
     def render(self) -> bytes:
         """The metrics in Prometheus' text format."""

@@ -110,7 +110,8 @@ class Gateway:
 
     def follow(self, run: Run) -> Callable[[], None]:
         """Start the learner of an opened run; what is returned ends it and forgets the run's metrics."""
-        self.telemetry.open_run(run.name, run.template.pool, [*FeedbackStatus, "invalid"])
+        template = run.template
+        self.telemetry.open_run(run.name, template.default_policy.name, template.pool, [*FeedbackStatus, "invalid"])
         learner = Learner(
             run,
             self.store,

@@ -353,6 +353,7 @@ class Scorer:
                 replies.append(job.error or NoWorkerError("no reward model answered"))
                 continue
             self._telemetry.stage["worker"].observe(job.worker_seconds)
+            self._telemetry.decided(job.run.name, job.policy.name).inc()
             recorded = job.run.name not in unsaved
             replies.append(_reply(job, *made, recorded=recorded, store_seconds=store_seconds, started=started))
         self._telemetry.stage["total"].observe(time.perf_counter() - started)

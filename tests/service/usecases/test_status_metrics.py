@@ -75,6 +75,7 @@ async def test_a_run_s_counters_are_zero_before_they_first_count(valkey_server: 
         for outcome in (*FeedbackStatus, "invalid"):
             assert found[key("feedback_total", run=gateway.run, outcome=outcome)] == 0
         assert found[key("learner_errors_total", run=gateway.run)] == 0
+        assert found[key("decisions_total", run=gateway.run, policy="bayesian")] == 0
         for model in ("rm-a", "rm-b", "rm-c"):
             assert found[key("draws_total", run=gateway.run, model=model)] == 0
             assert found[key("worker_calls_total", model=model, outcome="ok")] == 0
@@ -89,3 +90,17 @@ async def test_a_scrape_says_whether_the_store_answers(own_valkey_server: Valkey
         assert found[key("store_errors_total", operation="log_status")] >= 1
         own_valkey_server.start()
         assert (await scrape(gateway.client))[key("store_up")] == 1
+
+
+async def test_decisions_are_counted_by_run_and_policy_also_where_every_rm_is_asked(
+    valkey_server: ValkeyProcess,
+) -> None:
+    async with open_gateway(valkey_server.url) as gateway:
+        await gateway.client.ok("/reward", pair())
+        await gateway.client.ok("/reward/batch", {"items": [pair(1), pair(2)], "policy": "majority"})
+        for arm in gateway.arms:
+            arm.available = False
+        assert (await gateway.client.post("/reward", pair(3))).status == 503
+        found = await scrape(gateway.client)
+        assert found[key("decisions_total", run=gateway.run, policy="bayesian")] == 1
+        assert found[key("decisions_total", run=gateway.run, policy="majority")] == 2
