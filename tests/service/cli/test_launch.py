@@ -122,16 +122,25 @@ def test_a_worker_that_fails_is_shown_with_the_cause_and_the_last_lines(
 def test_a_worker_that_takes_too_long_is_ended_and_shown(
     tmp_path: Path, vllm: tuple[str, ...], out: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.cli.launch.VLLM_SECONDS", 1.0)
-    monkeypatch.setattr("service.cli.launch.REPORT_SECONDS", 0.3)
+    monkeypatch.setattr("service.cli.launch.VLLM_SECONDS", 3.0)
+    monkeypatch.setattr("service.cli.launch.REPORT_SECONDS", -1.0)
     pool = pool_of(vllm, ModelEntry(name="hanging", path=Path("/m"), gpu_share=0.3))
     with ProcessGroup(tmp_path / "logs") as processes:
-        with pytest.raises(ConfigurationError, match="worker-hanging is not ready after 1 s"):
+        with pytest.raises(ConfigurationError, match="worker-hanging is not ready after 3 s"):
             start_workers(plan_workers(pool, port_sequence(free_port())), processes, out)
         (child,) = processes.children
     assert child.process.poll() is not None
     assert "workers: 0 of 1 ready; worker-hanging" in text(out)
-    assert child.last_line() == "still downloading"
+
+
+def test_the_last_line_is_shown_without_colours_and_without_empty_lines(tmp_path: Path) -> None:
+    with ProcessGroup(tmp_path) as processes:
+        child = processes.run("it", ["/bin/sh", "-c", r"printf 'first\n\033[36mstill downloading\033[0m\n\n'"])
+        child.process.wait()
+        assert child.last_line() == "still downloading"
+        silent = processes.run("silent", ["/bin/true"])
+        silent.process.wait()
+        assert silent.last_line() == ""
 
 
 def test_the_log_of_a_worker_is_found_by_a_name_that_is_a_file_name(vllm: tuple[str, ...]) -> None:
