@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from router_core.encoder.fuse import PairEncoder
 from router_core.policies import ScoreScale
+from service.encoders.protocol import AwaitedEncoder
 from service.errors import ServiceError
 from service.handlers import openapi
 from service.handlers.errors import render
@@ -40,7 +41,7 @@ def create_app(
     settings: Settings,
     pool: PoolFile,
     *,
-    encoder: PairEncoder | None = None,
+    encoder: PairEncoder | AwaitedEncoder | None = None,
     arms: Sequence[Arm] | None = None,
     store: Store | None = None,
     score_scale: ScoreScale | None = None,

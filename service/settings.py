@@ -54,7 +54,20 @@ class Settings(BaseSettings):
         None, description="Directory of a trained checkpoint; without one, nothing is known at the start."
     )
     encoder: str = Field(
-        "static", description="Encoder when there is no checkpoint: static, minilm, smollm2-135m, torch:DIR."
+        "static",
+        description="Encoder when there is no checkpoint: static, minilm, smollm2-135m, torch:DIR. `vllm:URL[,URL]`, "
+        "with or without checkpoint: the transformer is served there (docs/encoders.md).",
+    )
+    encoder_reading: Path | None = Field(
+        None,
+        description="Directory that `reward-router encoder export` wrote, for an encoder over vLLM; by default the "
+        "checkpoint's folder `reading`.",
+    )
+    encoder_timeout_seconds: float = Field(
+        5.0, gt=0, description="Longest wait for the states of one micro-batch from an encoder over vLLM."
+    )
+    encoder_api_key: ApiKey | None = Field(
+        None, repr=False, description="Sent to the encoder's servers as `Authorization: Bearer KEY`."
     )
     prior: Literal["auto", "paper", "calibrated", "none"] = Field(
         "auto", description="Prior form; `auto` takes the checkpoint's, or `none` without one."

@@ -92,6 +92,21 @@ class Telemetry:
                 {"": self.choice_batch},
             )
         )
+        self.encoder_texts = Distribution(_SIZE_BUCKETS)
+        self.registry.register(
+            _Histograms(
+                "reward_router_encoder_texts",
+                "Texts that one micro-batch asked an encoder over vLLM about.",
+                None,
+                {"": self.encoder_texts},
+            )
+        )
+        self.encoder_up = Gauge(
+            "encoder_up",
+            "1 while the encoder's server is asked; nothing where the encoder is local.",
+            ["url"],
+            **common,
+        )
         self.draws = Counter(
             "draws_total", "Instances for which the RM had the largest draw.", ["run", "model"], **common
         )

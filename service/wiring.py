@@ -35,6 +35,8 @@ from router_core.prior import (
     paper_prior,
 )
 from router_core.records import Signal
+from service.encoders.load import RemoteOptions, is_remote, load_remote_encoder
+from service.encoders.protocol import AwaitedEncoder
 from service.errors import ConfigurationError, RunConflictError, StoreUnavailableError
 from service.handlers.hot import ApiKeys, HotLimits, HotRoutes
 from service.pool import ModelEntry, PoolFile
@@ -74,6 +76,8 @@ class Gateway:
     chooser_thread: ThreadPoolExecutor
     learner_thread: ThreadPoolExecutor
     embedded: EmbeddedStore | None
+    encoder: AwaitedEncoder | None
+    """The encoder over a network; None where contexts are computed here."""
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     async def start(self) -> None:
@@ -85,6 +89,8 @@ class Gateway:
 
     async def _open_default_run(self) -> None:
         """Open it as soon as the store answers; readiness is false until then."""
+        if self.encoder is not None:
+            await self.encoder.start()
         while True:
             try:
                 await self.runs.open(None)
@@ -143,6 +149,8 @@ class Gateway:
         self.learner_thread.shutdown(wait=True)
         if self.embedded is not None:
             self.embedded.stop()
+        if self.encoder is not None:
+            await self.encoder.close()
 
     def hot_routes(self, rest: ASGIApp) -> HotRoutes:
         """The hot routes in front of the rest of the application."""
@@ -161,7 +169,7 @@ def build_gateway(
     settings: Settings,
     pool: PoolFile,
     *,
-    encoder: PairEncoder | None = None,
+    encoder: PairEncoder | AwaitedEncoder | None = None,
     arms: Sequence[Arm] | None = None,
     store: Store | None = None,
     score_scale: ScoreScale | None = None,
@@ -183,9 +191,12 @@ def build_gateway(
     names = [model.name for model in pool.models]
     checkpoint = _load_checkpoint(settings, names)
     telemetry = Telemetry()
-    encoder = encoder or load_pair_encoder(settings, checkpoint)
+    encoder = encoder or load_pair_encoder(settings, checkpoint, telemetry)
     dim = encoder.dim
-    built = tuple(arms) if arms is not None else tuple(build_arm(model, settings) for model in pool.models)
+    awaited = encoder if isinstance(encoder, AwaitedEncoder) else None
+    built = (
+        tuple(arms) if arms is not None else tuple(build_arm(model, settings, pool.over_long) for model in pool.models)
+    )
     origin = checkpoint.digest if checkpoint is not None else f"untrained:{encoder.spec}:{encoder.dim}"
     template = RunTemplate(
         arms=built,
@@ -264,10 +275,13 @@ def build_prior(
     """
     form = form or _form_of(settings, checkpoint)
     first, d = (0, dim) if checkpoint is None else checkpoint.columns(form)
+            scales=normaliser.scales,
+            encoder=awaited,
     return _prior_of_form(settings, checkpoint, n_arms, d, form).reading(first, dim)
 
 
 def _prior_of_form(settings: Settings, checkpoint: Checkpoint | None, n_arms: int, d: int, form: PriorForm) -> Prior:
+        encoder=awaited,
     """Over the d columns of a context that a posterior of this form reads."""
     if form is PriorForm.LINUCB:
         return linucb_prior(n_arms, d)
@@ -292,8 +306,10 @@ def _form_of(settings: Settings, checkpoint: Checkpoint | None) -> PriorForm:
     return PriorForm.NONE if checkpoint is None else checkpoint.prior_form
 
 
-def load_pair_encoder(settings: Settings, checkpoint: Checkpoint | None) -> PairEncoder:
-    """The checkpoint's encoder, or the settings' one with an untrained fuse.
+def load_pair_encoder(
+    settings: Settings, checkpoint: Checkpoint | None, telemetry: Telemetry
+) -> PairEncoder | AwaitedEncoder:
+    """The checkpoint's encoder, or the settings' one with an untrained fuse; computed here, or over vLLM.
 
     Raises:
         ConfigurationError: it cannot be loaded.
@@ -322,6 +338,16 @@ def describe_arms(arms: Sequence[Arm]) -> list[ArmStatus]:
                         in_flight=replica.in_flight,
                         failures=replica.consecutive_failures,
                         latency_ms=None if latency is None else latency * 1e3,
+    if is_remote(settings.encoder):
+        options = RemoteOptions(
+            timeout_seconds=settings.encoder_timeout_seconds,
+            health_interval_seconds=settings.health_interval_seconds,
+            api_key=settings.encoder_api_key,
+            seed=settings.seed,
+        )
+        return load_remote_encoder(
+            settings.encoder, checkpoint, settings.encoder_reading, options, telemetry.encoder_texts.observe
+        )
                         problem=replica.problem,
                     )
                 )

@@ -8,6 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+READING_FILE = "reward_router.json"
+"""Beside a transformer's weights: how this project reads texts with it (longest text, pooling)."""
+REFERENCES_FILE = "references.safetensors"
+"""Beside an exported one: the states of the reference texts that stand in `READING_FILE`."""
+READING_VERSION = 1
+"""Of an exported `READING_FILE`; raised when an older gateway could misread a newer one."""
 SEPARATOR = "\n"
 """Between prompt and response where the model has no chat template."""
 

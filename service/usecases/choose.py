@@ -2,7 +2,8 @@
 
 All requests that one turn of the event loop brings become one batch; while a batch is in the thread the next one
 gathers. So a lone request never waits and a burst becomes one encode batch and one matrix product. One batch is under
-way at a time: it is the only user of the runs' generators.
+way at a time: it is the only user of the runs' generators. An encoder over a network is awaited before that, each
+request for itself (`service.encoders.remote` batches them its own way), and only the draws share a pass.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from router_core.policies import Choices, Policy, draw_batch
 from router_core.posterior import Posterior
 from router_core.records import Instance
+from service.encoders.protocol import AwaitedEncoder, Encoded
 from service.telemetry import Telemetry
 from service.usecases.runs import Run
 
@@ -61,6 +63,8 @@ class _Waiting:
     policy: Policy
     instances: Sequence[Instance]
     future: asyncio.Future[Chosen]
+    encoded: Encoded | None
+    """The contexts, where they came over a network."""
 
 
 class PassTimes:
@@ -114,10 +118,13 @@ class Chooser:
 
         Raises:
             RouterCoreError: the encoder or the draw failed.
+            EncoderUnavailableError: the encoder is elsewhere, and gave no answer.
         """
         loop = asyncio.get_running_loop()
+        encoder = run.template.encoder
+        encoded = await encoder.encode(instances) if isinstance(encoder, AwaitedEncoder) else None
         future: asyncio.Future[Chosen] = loop.create_future()
-        self._waiting.append(_Waiting(run, policy, instances, future))
+        self._waiting.append(_Waiting(run, policy, instances, future, encoded))
         if not self._running and not self._scheduled:
             # Not at once: whoever else is ready in this turn of the loop joins the batch.
             self._scheduled = True
@@ -127,7 +134,8 @@ class Chooser:
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._scheduled = False
         batch, size = self._take()
-        units = size + sum(_characters(waiting.instances) for waiting in batch) // TEXT_CHARS_PER_UNIT
+        read = sum(_characters(waiting.instances) for waiting in batch if waiting.encoded is None)
+        units = size + read // TEXT_CHARS_PER_UNIT
         self._running = True
         self._telemetry.choice_batch.observe(size)
         began = time.perf_counter()
@@ -176,7 +184,9 @@ class Chooser:
             if not waiting.future.done():
                 waiting.future.set_result(chosen)
         stage, first = self._telemetry.stage, outcome[0]
-        stage["encode"].observe(first.encode_seconds)
+        # A batch that was encoded here took one time; those that were awaited took each its own.
+        for chosen in outcome if batch[0].encoded is not None else outcome[:1]:
+            stage["encode"].observe(chosen.encode_seconds)
         stage["draw"].observe(first.draw_seconds)
 
 
@@ -195,9 +205,8 @@ def _choose_all(batch: list[_Waiting]) -> list[Chosen]:
 
     All runs share one template, and so one pool.
     """
-    template = batch[0].run.template
     started = time.perf_counter()
-    x = template.encoder.encode([instance for waiting in batch for instance in waiting.instances])
+    x = _contexts(batch)
     offsets = _offsets(batch, x)
     encoded = time.perf_counter()
     pieces: list[tuple[Posterior, Choices]] = []
@@ -220,9 +229,19 @@ def _choose_all(batch: list[_Waiting]) -> list[Chosen]:
     position = 0
     for waiting, (posterior, choices) in zip(batch, pieces, strict=True):
         rows = slice(position, position + len(waiting.instances))
-        out.append(Chosen(x[rows], offsets[rows], choices, posterior, encoded - started, drawn - encoded))
+        encode_seconds = encoded - started if waiting.encoded is None else waiting.encoded.seconds
+        out.append(Chosen(x[rows], offsets[rows], choices, posterior, encode_seconds, drawn - encoded))
         position = rows.stop
     return out
+
+
+def _contexts(batch: Sequence[_Waiting]) -> NDArray[np.float32]:
+    """x (B, d): encoded here in one call, or as it came over the network."""
+    encoder = batch[0].run.template.encoder
+    if isinstance(encoder, AwaitedEncoder):
+        parts = [waiting.encoded.x for waiting in batch if waiting.encoded is not None]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return encoder.encode([instance for waiting in batch for instance in waiting.instances])
 
 
 def _offsets(batch: Sequence[_Waiting], x: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -23,6 +23,7 @@ from router_core.policies import Policy, RunningScale, ScoreScale, make_policy
 from router_core.posterior import FoldSettings, Posterior, start
 from router_core.prior import Prior, PriorForm
 from router_core.records import Signal
+from service.encoders.protocol import AwaitedEncoder
 from service.errors import (
     ConfigurationError,
     NotFoundError,
@@ -69,7 +70,7 @@ class RunTemplate:
         self,
         *,
         arms: Sequence[Arm],
-        encoder: PairEncoder,
+        encoder: PairEncoder | AwaitedEncoder,
         priors: Callable[[PriorForm], Prior],
         form: PriorForm,
         fold_settings: FoldSettings,

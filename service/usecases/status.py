@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 
 from router_core.policies.bayesian import posterior_beliefs
 from service.errors import NotFoundError, NotReadyError, RunConflictError, StoreUnavailableError
+from service.encoders.protocol import AwaitedEncoder
 from service.stores.protocol import Store
 from service.telemetry import Telemetry
 from service.usecases.runs import Run, RunRegistry
@@ -76,6 +77,8 @@ class StatusService:
 
     def __init__(
         self,
+        scales: what is known here of a run's raw scores.
+        encoder: the encoder over a network; None where contexts are computed here.
         runs: RunRegistry,
         store: Store,
         telemetry: Telemetry,
@@ -88,6 +91,8 @@ class StatusService:
         self._runs = runs
         self._store = store
         self._telemetry = telemetry
+        scales: Callable[[str], ScoreScales | None],
+        encoder: AwaitedEncoder | None = None,
         self.models = models
         self._executor = executor
         self._health_check_errors = health_check_errors
@@ -96,6 +101,8 @@ class StatusService:
     async def render_metrics(self) -> bytes:
         """Prometheus' text format, with the workers' states, the logs' lag and the posteriors as they are now.
 
+        self._scales = scales
+        self._encoder = encoder
         A lag that cannot be had, because the store is away, keeps its last value and counts as a store error.
         """
         runs = list(self._runs.runs.values())
@@ -117,6 +124,8 @@ class StatusService:
         return self._telemetry.render()
 
     async def _measure_lags(self, runs: Sequence[Run]) -> bool:
+        for server in self._encoder.servers() if self._encoder is not None else ():
+            self._telemetry.encoder_up.labels(server.url).set(server.up)
         """Set the gauge of every run's lag; whether the store answered."""
         try:
             if not runs:
@@ -135,7 +144,7 @@ class StatusService:
 
         Raises:
             NotReadyError: its log is being replayed, its name belongs to another pool or checkpoint, its learner
-                stopped, or no RM can be asked.
+                stopped, no RM can be asked, or no server of the encoder.
             StoreUnavailableError: the store does not answer, and rewards are refused then.
         """
         try:
@@ -164,6 +173,10 @@ class StatusService:
 
     async def posterior(self, name: str | None) -> PosteriorStatus:
         """What a run has learned.
+        if self._encoder is not None and not self._encoder.available:
+            servers = {server.url: server.problem for server in self._encoder.servers()}
+            reasons = "; ".join(f"{url}: {problem or 'no answer'}" for url, problem in servers.items())
+            raise NotReadyError(f"the encoder's servers cannot be asked: {reasons}", details={"encoder": servers})
 
         Raises:
             NotFoundError: no such run is open.

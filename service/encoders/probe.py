@@ -1,0 +1,136 @@
+"""What a server must show before it stands for the transformer: it takes our longest text, and repeats the references.
+
+`probe` says what is wrong in words for the operator; `service.encoders.health` keeps a server without traffic until its
+probe has passed. Knows the references that were exported with the weights; nothing of runs or requests.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from service.encoders.client import StateClient
+from service.encoders.reading import Reading
+from service.encoders.wire import EMBEDDINGS_PATH, WireError
+from service.workers.client import RETRIED_STATUSES
+from service.workers.http import HttpError, HttpProtocolError, ResponseTooLargeError
+from service.workers.replica import Replica
+from service.workers.wire import MODELS_PATH, ModelList, error_message
+
+RELATIVE_TOLERANCE: Final = 0.08
+"""Largest |served − reference| / |reference| of a state. A server in float32 stays below 1e-4, one in bfloat16 below
+0.04 (docs/encoders.md); other weights, other pooling or normalised states are apart by about 1."""
+
+UNIT_SLACK: Final = 1e-2
+"""How far from 1 a norm may be that counts as normalised: bfloat16 carries eight bits."""
+
+
+class ServerUnreachableError(Exception):
+    """A server gave no answer for now; its settings may well be right."""
+
+
+class ServerWrongError(Exception):
+    """A server answers, and must not be used; the message says why and what to do."""
+
+
+async def probe(client: StateClient, reading: Reading, replica: Replica, *, deadline: float) -> None:
+    """Ask one server what it must show before it is used.
+
+    Args:
+        client: what was configured.
+        reading: the transformer's, with its references.
+        replica: one of the client's.
+        deadline: absolute `loop.time()` for the whole probe.
+
+    Raises:
+        ServerUnreachableError: no answer now.
+        ServerWrongError: another model, too short a context, or states that are not the references'.
+    """
+    await _check_models(client, reading, replica, deadline)
+    ids = reading.references.ids
+    body = await _exchange(replica, "POST", EMBEDDINGS_PATH, client.request(ids), deadline)
+    try:
+        states = client.read(body, len(ids))
+    except WireError as error:
+        raise ServerWrongError(str(error)) from error
+    problem = compare(states, reading.references.states)
+    if problem is not None:
+        raise ServerWrongError(problem)
+
+
+async def ready(client: StateClient, reading: Reading, replica: Replica, *, deadline: float) -> None:
+    """Encode the shortest reference: `/health` stays 200 while vLLM sleeps or shuts down.
+
+    Raises:
+        ServerUnreachableError: the server is not ready.
+        ServerWrongError: it answered what an encoder does not answer.
+    """
+    shortest = min(reading.references.ids, key=len)
+    body = await _exchange(replica, "POST", EMBEDDINGS_PATH, client.request([shortest]), deadline)
+    try:
+        client.read(body, 1)
+    except WireError as error:
+        raise ServerWrongError(str(error)) from error
+
+
+def compare(states: NDArray[np.float32], references: NDArray[np.float32]) -> str | None:
+    """Why these states cannot stand for the references, both (R, dim); None where they can."""
+    worst = float(relative_error(states, references).max())
+    if worst <= RELATIVE_TOLERANCE:
+        return None
+    norms = np.linalg.norm(states, axis=1)
+    units = references / np.linalg.norm(references, axis=1, keepdims=True)
+    if np.abs(norms - 1).max() <= UNIT_SLACK and float(relative_error(states, units).max()) <= RELATIVE_TOLERANCE:
+        return (
+            "its states are normalised to length 1, and the raw ones were asked for: it ignores `use_activation` (vLLM "
+            "before 0.12); serve the exported directory, whose modules.json says so, or use a newer vLLM"
+        )
+    return (
+        f"its states differ from the checkpoint's by {worst:.3g} of their length (at most {RELATIVE_TOLERANCE}): other "
+        "weights, another pooling, or a precision that is too low; serve the directory that "
+        "`reward-router encoder export` wrote for this checkpoint"
+    )
+
+
+def relative_error(states: NDArray[np.float32], references: NDArray[np.float32]) -> NDArray[np.float32]:
+    """|s − r| / |r| of each row: (R, dim) twice to (R,). Infinite where a state is not finite."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = np.linalg.norm(states - references, axis=1) / np.linalg.norm(references, axis=1)
+    return np.where(np.isfinite(error), error, np.inf).astype(np.float32)
+
+
+async def _check_models(client: StateClient, reading: Reading, replica: Replica, deadline: float) -> None:
+    body = await _exchange(replica, "GET", MODELS_PATH, b"", deadline)
+    try:
+        models = msgspec.json.decode(body, type=ModelList).data
+    except msgspec.MsgspecError as error:
+        raise ServerWrongError(f"{MODELS_PATH} does not list models: {error}") from error
+    wanted = client.config.model
+    found = next((model for model in models if wanted in (None, model.id)), None)
+    if found is None:
+        names = ", ".join(model.id for model in models) or "nothing"
+        raise ServerWrongError(f"serves {names}, not {wanted!r}: check the name behind # in the encoder's setting")
+    if found.max_model_len is not None and found.max_model_len < reading.max_tokens:
+        raise ServerWrongError(
+            f"takes at most {found.max_model_len} tokens, and this encoder reads up to {reading.max_tokens}: start it "
+            f"with --max-model-len {reading.max_tokens} or more"
+        )
+
+
+async def _exchange(replica: Replica, method: str, path: str, body: bytes, deadline: float) -> bytes:
+    try:
+        response = await replica.check(method, path, body, deadline=deadline)
+    except (HttpProtocolError, ResponseTooLargeError) as error:
+        raise ServerWrongError(str(error)) from error
+    except HttpError as error:
+        raise ServerUnreachableError(str(error)) from error
+    if response.status != 200:
+        message = f"{path} answered {response.status}: {error_message(response.body)}"
+        if response.status in RETRIED_STATUSES:
+            raise ServerUnreachableError(message)
+        hint = " (is it an embedding server? --runner pooling --convert embed)" if response.status == 404 else ""
+        raise ServerWrongError(message + hint)
+    return response.body
