@@ -1,0 +1,106 @@
+"""A reward function for AReaL.
+
+    workflow_kwargs = dict(reward_fn="service.trainers.areal.reward_fn", ...)
+
+AReaL runs it in a pool of processes, one sample a call, waits 15 s, tries four times, and then takes 0 for a timeout
+but rejects the trajectory for an exception. So the deadline here is shorter than AReaL's, and it ends in an exception:
+a sample without a reward is left out, never trained on as a 0.
+
+AReaL hands over the prompt as the policy's chat template made it. The messages are taken from the data set's column
+`messages` where there is one; else the usual templates are taken apart (`templated`). Options come from the environment
+(`REWARD_ROUTER_URL`, `REWARD_ROUTER_RUN`, …). Knows AReaL 1.0's call; imports nothing of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+from service.trainers.client import RouterClient
+from service.trainers.conversation import prompt_text
+from service.trainers.options import ClientOptions, from_environment
+from service.trainers.templated import split_prompt
+from service.trainers.values import RouterUnavailableError
+
+DEADLINE_SECONDS = 12.0
+"""Below the 15 s after which AReaL gives up on a call."""
+
+RewardFn = Callable[..., float]
+
+
+def reward_fn(
+    prompt: str,
+    completions: str,
+    prompt_ids: Sequence[int] | None = None,
+    completion_ids: Sequence[int] | None = None,
+    **columns: Any,
+) -> float:
+    """One sample's reward.
+
+    Args:
+        prompt: templated text.
+        completions: the response, special tokens included.
+        prompt_ids: not used.
+        completion_ids: not used.
+        columns: of the data set; `messages` is read.
+
+    Returns:
+        The reward.
+
+    Raises:
+        RouterUnavailableError: no reward before the deadline: AReaL tries again, then rejects the trajectory.
+        RouterRefusedError: a final refusal.
+    """
+    return score(_client(_options(), os.getpid()), prompt, completions, columns.get("messages"))
+
+
+def make_reward_fn(options: ClientOptions) -> RewardFn:
+    """The same with options of your own, for workflows that take a function and no path.
+
+    Args:
+        options: see `ClientOptions`; keep `deadline_seconds` below AReaL's `timeout_seconds`.
+    """
+    return _Configured(options)
+
+
+class _Configured:
+    """Picklable, because AReaL's pool of processes is handed the function itself."""
+
+    def __init__(self, options: ClientOptions) -> None:
+        self.options = options
+
+    def __call__(self, prompt: str, completions: str, *_: Any, **columns: Any) -> float:
+        return score(_client(self.options, os.getpid()), prompt, completions, columns.get("messages"))
+
+
+def score(client: RouterClient, prompt: str, completion: str, messages: Any = None) -> float:
+    """The reward of one sample.
+
+    Args:
+        client: who asks.
+        prompt: templated text.
+        completion: the response, special tokens included.
+        messages: the prompt's messages, if known.
+
+    Raises:
+        RouterUnavailableError: there is none.
+    """
+    asked, said = split_prompt(prompt, completion)
+    scored = client.reward(asked if messages is None else prompt_text(messages), [said])
+    [reward] = scored.rewards
+    if reward is None:
+        raise RouterUnavailableError(f"{scored.model} gave no reward for this sample")
+    return reward
+
+
+def _options() -> ClientOptions:
+    chosen = None if os.environ.get("REWARD_ROUTER_DEADLINE_SECONDS") else DEADLINE_SECONDS
+    return from_environment(os.environ, deadline_seconds=chosen)
+
+
+# The process's id is an argument so that each process of AReaL's pool opens connections of its own.
+@cache
+def _client(options: ClientOptions, pid: int) -> RouterClient:
+    return RouterClient(options)

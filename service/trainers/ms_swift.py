@@ -1,0 +1,95 @@
+"""A reward function for ms-swift's GRPO, asynchronous, and its registration.
+
+    swift rlhf --rlhf_type grpo --external_plugins "$(python -m service.trainers.ms_swift)" --reward_funcs reward_router
+
+Options come from the environment (`REWARD_ROUTER_URL`, `REWARD_ROUTER_RUN`, …), because ms-swift hands a plugin nothing
+of its own. Knows ms-swift 4's call, `await f(completions, messages=…, **columns) -> list[float | None]`; imports
+nothing of it until `register` is called. ms-swift leaves None out of a row's mean; where no function has a reward for a
+whole group, all its rows weigh the same and teach nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import MutableMapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from service.trainers.client import AsyncRouterClient
+from service.trainers.conversation import split_messages
+from service.trainers.options import ClientOptions, from_environment
+from service.trainers.rowwise import Judge, OnMissing, RowOptions
+from service.trainers.trl import AsyncRouterReward
+
+NAME = "reward_router"
+"""Under which ms-swift finds the function."""
+
+PLUGIN = Path(__file__).with_name("plugins") / "reward_router_swift.py"
+"""The file for `--external_plugins`."""
+
+
+class RouterORM:
+    """One instance per prompt, all its completions scored by one reward model.
+
+    Stands where ms-swift's `AsyncORM` does, without deriving from it: this module imports without ms-swift.
+
+    Args:
+        args: ms-swift's arguments; not used.
+        options: of the client; by default the environment's.
+        judge: says what is known about a scored group, where anything is: it is posted to `/feedback`.
+        others: ignored.
+    """
+
+    def __init__(
+        self, args: Any = None, *, options: ClientOptions | None = None, judge: Judge | None = None, **others: Any
+    ) -> None:
+        self.args = args
+        self.options = options if options is not None else from_environment(os.environ)
+        self.judge = judge
+
+    async def __call__(
+        self, completions: Sequence[str], messages: Sequence[Sequence[Any]] | None = None, **columns: Any
+    ) -> list[float | None]:
+        """Rewards per row.
+
+        Args:
+            completions: (n,) texts.
+            messages: (n,) conversations, the completion last.
+            columns: what else ms-swift hands over.
+
+        Returns:
+            (n,) rewards; None where none could be had.
+
+        Raises:
+            ValueError: there are no messages.
+            RouterRefusedError: a wrong key, run or policy.
+        """
+        if messages is None:
+            raise ValueError("ms-swift gave no messages: this function needs the prompt, which they hold")
+        prompts = [split_messages(conversation)[0] for conversation in messages]
+        # ms-swift runs every step in an event loop of its own, which connections would not outlive.
+        async with AsyncRouterClient(self.options) as client:
+            reward = AsyncRouterReward(
+                client=client, judge=self.judge, row_options=RowOptions(on_missing=OnMissing.NONE)
+            )
+            return await reward(prompts, completions, **columns)
+
+
+def register(name: str = NAME, orm: type = RouterORM) -> None:
+    """Add the function to ms-swift's table.
+
+    Args:
+        name: what `--reward_funcs` says.
+        orm: the class; one of your own with a judge, for example.
+
+    Raises:
+        ModuleNotFoundError: ms-swift 4 is not installed.
+    """
+    table: MutableMapping[str, type] = import_module("swift.rewards").orms
+    table[name] = orm
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{PLUGIN}\n")
