@@ -89,6 +89,9 @@ def demo(
     worker_port: Annotated[int, typer.Option(help="First port of the workers.")] = 8101,
     seed: Annotated[int, typer.Option(help="Seed of the stream.")] = 0,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    make_only: Annotated[
+        bool, typer.Option("--make-only", help="Make the pool and its checkpoint, if they are not there, and stop.")
+    ] = False,
 ) -> None:
     """Make the demo pool, start everything, route a stream with feedback, and show what was learned. About two
     minutes.
@@ -97,6 +100,9 @@ def demo(
     console = Console()
     started = time.perf_counter()
     pool, checkpoint = ensure_demo_pool(data_dir, console, None)
+    if make_only:
+        console.print(f"pool: {pool}\ncheckpoint: {checkpoint}", highlight=False)
+        return
     from service.pool import load_pool
 
     with running_stack(

@@ -1,0 +1,248 @@
+"""What docker-compose.yml says, as Docker Compose itself reads it: settings, networks, secrets, flags, mounts."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("dockerfile_parse", reason="needs reward-router[dev]")
+
+from service.cli.vllm_serve import ENVIRONMENT, serve_words
+from service.pool import load_pool
+from service.settings import Settings
+from tests.support.compose import COMPOSE_FILE, ROOT, Config, StackError, compose_config
+
+SECRETS = {"GATEWAY_API_KEY": "a-key", "GRAFANA_ADMIN_PASSWORD": "a-password"}
+ENV_EXAMPLE = ROOT / ".env.example"
+GPU_POOL = ROOT / "deploy/models/1x24gb.yaml"
+
+
+@pytest.fixture(scope="module")
+def cpu() -> Config:
+    """Profile `cpu`."""
+    return compose_config("cpu", variables=SECRETS)
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Config:
+    """Profile `gpu`."""
+    return compose_config("gpu", variables=SECRETS)
+
+
+@pytest.fixture(scope="module", params=["cpu", "gpu"])
+def services(request: pytest.FixtureRequest) -> dict[str, Config]:
+    """The services of each profile in turn."""
+    found: dict[str, Config] = request.getfixturevalue(request.param)["services"]
+    return found
+
+
+def example_variables() -> set[str]:
+    """Names that .env.example sets."""
+    return {line.partition("=")[0] for line in ENV_EXAMPLE.read_text().splitlines() if line and line[0] != "#"}
+
+
+def workers(services: dict[str, Config]) -> dict[str, Config]:
+    """The services that serve models."""
+    return {name: service for name, service in services.items() if "workers" in nets(service) and not gateway(service)}
+
+
+def gateway(service: Config) -> bool:
+    """Whether it is a gateway."""
+    return "REWARD_ROUTER_STORE_URL" in (service.get("environment") or {})
+
+
+def nets(service: Config) -> set[str]:
+    """Names of its networks."""
+    return set(service.get("networks") or {})
+
+
+def test_every_service_belongs_to_a_profile_so_that_half_a_stack_never_starts() -> None:
+    assert compose_config(variables=SECRETS)["services"] == {}
+
+
+@pytest.mark.parametrize("secret", sorted(SECRETS))
+def test_without_a_secret_compose_refuses_and_names_it(secret: str) -> None:
+    left = {name: value for name, value in SECRETS.items() if name != secret}
+    with pytest.raises(StackError, match=f"set {secret} in .env"):
+        compose_config("cpu", variables=left)
+
+
+def test_env_example_has_exactly_the_variables_that_the_file_takes() -> None:
+    files = [COMPOSE_FILE, *(ROOT / "deploy/compose").glob("*.yml")]
+    taken = {name for file in files for name in re.findall(r"(?<!\$)\$\{(\w+)", file.read_text())}
+    assert taken == example_variables()
+
+
+def test_env_example_holds_the_files_own_defaults(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.env"
+    empty.touch()
+    for profile in ("cpu", "gpu"):
+        without = compose_config(profile, variables=SECRETS, env_file=empty)
+        assert without == compose_config(profile, variables=SECRETS)
+
+
+def test_every_variable_of_the_gateway_is_a_setting_and_its_value_fits(services: dict[str, Config]) -> None:
+    (found,) = (service for service in services.values() if gateway(service))
+    given = {name: value for name, value in found["environment"].items() if name.startswith("REWARD_ROUTER_")}
+    known = {f"REWARD_ROUTER_{name.upper()}" for name in Settings.model_fields}
+    assert set(given) <= known
+    with pytest.MonkeyPatch.context() as patch:
+        for name in known & set(os.environ):
+            patch.delenv(name)
+        for name, value in given.items():
+            patch.setenv(name, value)
+        settings = Settings(host="0.0.0.0")
+    assert settings.api_keys == (SECRETS["GATEWAY_API_KEY"],)
+    grace = float(found["stop_grace_period"].removesuffix("s"))
+    assert grace > settings.request_timeout_seconds + 1
+
+
+def test_workers_are_on_a_network_with_nobody_but_the_gateway_and_no_way_out(cpu: Config, gpu: Config) -> None:
+    for config in (cpu, gpu):
+        assert config["networks"]["workers"]["internal"] is True
+        found = workers(config["services"])
+        assert len(found) >= 4
+        for name, worker in found.items():
+            assert nets(worker) == {"workers"}, name
+            assert "ports" not in worker, name
+
+
+def test_prometheus_reaches_workers_only_with_the_override(gpu: Config) -> None:
+    override = ROOT / "deploy/compose/worker-metrics.yml"
+    opened = compose_config("gpu", variables=SECRETS, files=[COMPOSE_FILE, override])["services"]
+    assert nets(gpu["services"]["prometheus"]) == {"monitoring"}
+    assert nets(opened["prometheus"]) == {"monitoring", "workers"}
+    (mount,) = (volume for volume in opened["prometheus"]["volumes"] if volume["target"] == "/etc/prometheus/targets")
+    import yaml
+
+    (groups,) = (yaml.safe_load(file.read_text()) for file in Path(mount["source"]).iterdir())
+    targets = {group["targets"][0]: group["labels"]["model"] for group in groups}
+    assert targets == {model.urls[0].removeprefix("http://"): model.name for model in pool_of(gpu).models}
+
+
+def test_store_and_monitoring_have_no_way_out_and_only_the_edge_publishes(services: dict[str, Config]) -> None:
+    networks = compose_config("cpu", "gpu", variables=SECRETS)["networks"]
+    assert {name for name, network in networks.items() if network.get("internal")} == {"workers", "store", "monitoring"}
+    assert nets(services["redis"]) == {"store"}
+    for name, service in services.items():
+        if "ports" in service:
+            assert "edge" in nets(service), name
+            assert {port["host_ip"] for port in service["ports"]} == {"127.0.0.1"}, name
+
+
+def test_redis_keeps_what_was_acknowledged_and_never_evicts(services: dict[str, Config]) -> None:
+    redis = services["redis"]
+    words = redis["command"]
+    options = dict(zip(words[1::2], words[2::2], strict=True))
+    assert options["--appendonly"] == "yes"
+    assert options["--appendfsync"] == "everysec"
+    assert options["--maxmemory-policy"] == "noeviction"
+    (volume,) = redis["volumes"]
+    assert (volume["type"], volume["target"]) == ("volume", options["--dir"])
+
+
+def test_images_name_a_version(services: dict[str, Config]) -> None:
+    for name, service in services.items():
+        tag = service["image"].rpartition(":")[2]
+        assert tag != "latest", name
+        assert tag == "local" or re.search(r"\d+\.\d+", tag), f"{name}: {service['image']}"
+
+
+def test_what_is_mounted_exists_and_is_read_only(services: dict[str, Config]) -> None:
+    for name, service in services.items():
+        for volume in service.get("volumes", []):
+            if volume["type"] == "bind":
+                assert Path(volume["source"]).exists(), f"{name}: {volume['source']}"
+                assert volume["read_only"] is True, name
+
+
+def test_what_waits_for_health_waits_for_something_with_a_health_check(services: dict[str, Config]) -> None:
+    for name, service in services.items():
+        for dependency, wanted in service.get("depends_on", {}).items():
+            other = services[dependency]
+            if wanted["condition"] == "service_healthy":
+                # The worker image has one of its own; test_dockerfile.py.
+                assert "healthcheck" in other or other["build"]["target"] == "worker", f"{name} -> {dependency}"
+            if wanted["condition"] == "service_completed_successfully":
+                assert other.get("restart", "no") == "no", f"{name} -> {dependency}"
+
+
+def test_what_we_build_runs_without_capabilities_on_a_read_only_root(services: dict[str, Config]) -> None:
+    ours = {name: service for name, service in services.items() if "build" in service}
+    assert ours
+    for name, service in ours.items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+
+
+def pool_of(config: Config) -> Any:
+    """The pool file that the profile's gateway mounts."""
+    (found,) = (service for service in config["services"].values() if gateway(service))
+    (mount,) = (volume for volume in found["volumes"] if volume["target"] == "/etc/reward-router/pool.yaml")
+    assert found["command"][:3] == ["serve", "--pool", mount["target"]]
+    return load_pool(Path(mount["source"]))
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_the_pool_file_names_every_worker_at_the_address_it_listens_on(
+    profile: str, request: pytest.FixtureRequest
+) -> None:
+    config = request.getfixturevalue(profile)
+    addresses = set()
+    for name, worker in workers(config["services"]).items():
+        words = worker["command"]
+        assert words[words.index("--host") + 1] == "0.0.0.0", name
+        addresses.add(f"http://{name}:{words[words.index('--port') + 1]}")
+    assert {url for model in pool_of(config).models for url in model.urls} == addresses
+
+
+def test_vllm_gets_the_flags_and_environment_that_up_would_give_it(gpu: Config) -> None:
+    served = {model.name: model for model in load_pool(GPU_POOL).models}
+    assert [model.name for model in pool_of(gpu).models] == list(served)
+    for model in pool_of(gpu).models:
+        service = gpu["services"][re.match(r"http://([\w-]+):", model.urls[0])[1]]  # type: ignore[index]
+        expected = serve_words(served[model.name], "cuda", host="0.0.0.0", port=8000)
+        assert (*service["entrypoint"][1:], *service["command"]) == expected
+        assert service["environment"].items() >= ENVIRONMENT.items()
+        assert model.rendering == served[model.name].rendering
+        assert (model.score_scale, model.score_shift) == (
+            served[model.name].score_scale,
+            served[model.name].score_shift,
+        )
+
+
+def test_vllm_starts_one_after_the_other_on_its_gpu_once_the_weights_are_there(gpu: Config) -> None:
+    services = gpu["services"]
+    names = [re.match(r"http://([\w-]+):", model.urls[0])[1] for model in pool_of(gpu).models]  # type: ignore[index]
+    for before, name in zip(["weights", *names], names, strict=False):
+        ((dependency, wanted),) = services[name]["depends_on"].items()
+        assert dependency == before
+        assert wanted["condition"] == ("service_completed_successfully" if before == "weights" else "service_healthy")
+        (device,) = services[name]["deploy"]["resources"]["reservations"]["devices"]
+        assert (device["driver"], device["device_ids"], device["capabilities"]) == ("nvidia", ["0"], ["gpu"])
+
+
+def test_the_weights_are_downloaded_where_offline_workers_look_for_them(gpu: Config) -> None:
+    weights = gpu["services"]["weights"]
+    assert nets(weights) == {"downloads"}
+    wanted = {f"hf download {model.model} --revision {model.revision}" for model in load_pool(GPU_POOL).models}
+    assert set(weights["command"][0].splitlines()) == wanted
+    (cache,) = weights["volumes"]
+    assert weights["environment"]["HF_HOME"] == cache["target"]
+    for name, worker in workers(gpu["services"]).items():
+        mounted = {volume["target"]: volume for volume in worker["volumes"]}
+        assert mounted[cache["target"]]["source"] == cache["source"], name
+        assert worker["environment"]["HF_HOME"] == cache["target"], name
+        assert worker["environment"]["HF_HUB_OFFLINE"] == "1", name
+
+
+def test_prometheus_finds_the_gateway_by_one_name_in_both_profiles(cpu: Config, gpu: Config) -> None:
+    text = (ROOT / "deploy/prometheus/prometheus.yml").read_text()
+    assert "gateway" in re.findall(r"names: \[(\w+)\]", text)
+    assert "monitoring" in nets(cpu["services"]["gateway"])
+    assert gpu["services"]["gateway-gpu"]["networks"]["monitoring"]["aliases"] == ["gateway"]

@@ -1,0 +1,196 @@
+"""docker-compose.yml's profile `cpu` as processes: started in its order, asked, taught, stopped, and started again.
+
+A wrong command, variable, mount, network or dependency in the file fails here; the last tests show that it does.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import secrets
+import shutil
+import signal
+import stat
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.compose import ComposeStack, Config, Image, StackError, compose_config, dockerfile_image
+
+pytest.importorskip("dockerfile_parse", reason="needs reward-router[dev]")
+pytest.importorskip("torch", reason="the demo's reward models need reward-router[train]")
+pytest.importorskip("wordllama", reason="the demo's encoder needs reward-router[static]")
+
+pytestmark = pytest.mark.slow
+
+KEY = secrets.token_hex(8)
+VARIABLES = {"GATEWAY_API_KEY": KEY, "GRAFANA_ADMIN_PASSWORD": "not-used-here"}
+FIRST_SECONDS = 900.0
+"""The demo's reward models are trained in it, on a machine that may be busy."""
+
+PAIR = {"prompt": "What is 17 + 25?", "responses": ["17 + 25 = 41", "17 + 25 = 42"]}
+
+PING = """#!{python}
+# What `valkey-cli -e -h HOST ping` does; the package with the server has no client.
+import socket, sys
+assert sys.argv[1:3] == ["-e", "-h"] and sys.argv[4:] == ["ping"], sys.argv
+with socket.create_connection((sys.argv[3], 6379), timeout=3) as connection:
+    connection.sendall(b"PING\\r\\n")
+    reply = connection.recv(100)
+print(reply)
+sys.exit(reply != b"+PONG\\r\\n")
+"""
+
+
+@pytest.fixture(scope="module")
+def images(valkey_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Image]:
+    """Executables that stand for the images. Prometheus and Grafana have tests of their own."""
+    folder = tmp_path_factory.mktemp("valkey-image")
+    (folder / "valkey-server").symlink_to(valkey_binary)
+    client = folder / "valkey-cli"
+    client.write_text(PING.format(python=sys.executable))
+    client.chmod(client.stat().st_mode | stat.S_IXUSR)
+    here = Path(sys.executable).parent
+    return {
+        "reward-router": dockerfile_image("gateway", here),
+        "reward-router-worker": dockerfile_image("worker", here),
+        "valkey/valkey": Image((folder,), extra=("--bind", "{address}")),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Volumes that outlive one stack. `DEMO_POOL`, a folder that `reward-router demo` made, spares the training."""
+    folder = tmp_path_factory.mktemp("compose")
+    if made := os.environ.get("DEMO_POOL"):
+        shutil.copytree(made, folder / "volumes" / "demo" / "demo")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(images: dict[str, Image], folder: Path) -> Iterator[ComposeStack]:
+    """The stack as it comes up on empty volumes; the demo pool is made in it."""
+    with ComposeStack(config(), folder, images, network=os.getpid() % 120) as stack:
+        stack.up(FIRST_SECONDS)
+        yield stack
+
+
+def config() -> Config:
+    """A fresh copy of the profile's configuration."""
+    return copy.deepcopy(compose_config("cpu", variables=VARIABLES))
+
+
+def ask(url: str, path: str, body: object = None, key: str | None = KEY) -> tuple[int, Any]:
+    """One request; status and document."""
+    headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
+    request = urllib.request.Request(url + path, None if body is None else json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def version(url: str) -> int:
+    """Events that the posterior has learned from."""
+    return int(ask(url, "/posterior")[1]["version"])
+
+
+def test_the_whole_profile_comes_up_in_its_order_routes_a_pair_and_remembers_its_feedback(
+    first: ComposeStack, images: dict[str, Image], folder: Path
+) -> None:
+    assert first.left_out == ["grafana", "prometheus"]
+    assert first.order.index("demo-pool") < first.order.index("rm-code") < first.order.index("gateway")
+    url = first.url("gateway")
+
+    assert ask(url, "/reward", PAIR, key=None)[0] == 401
+    status, models = ask(url, "/models")
+    assert status == 200
+    assert all(model["available"] for model in models)
+
+    status, reward = ask(url, "/reward", PAIR)
+    assert status == 200, reward
+    assert reward["recorded"] is True
+    assert reward["fallback"] is False
+    assert reward["model"] == "rm-arithmetic"
+    assert reward["preferred"] == 1
+
+    assert ask(url, "/feedback", {"decision_id": reward["decision_id"], "preferred": 1})[0] == 200
+    deadline = time.monotonic() + 20
+    while version(url) < 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+    # Down within the grace periods, and up again on the same volumes.
+    statuses = first.down()
+    assert -signal.SIGKILL not in statuses.values(), statuses
+    with ComposeStack(config(), folder, images, network=os.getpid() % 120) as again:
+        again.up(120)
+        assert version(again.url("gateway")) == 1
+        status, repeated = ask(url, "/feedback", {"decision_id": reward["decision_id"], "preferred": 1})
+        assert (status, repeated["duplicate"]) == (200, True)
+
+
+def broken_command(services: Config) -> str:
+    services["rm-code"]["command"][-1] = "8001"
+    return "rm-code"
+
+
+def broken_path(services: Config) -> str:
+    services["gateway"]["command"][-1] = "/var/lib/reward-router/checkpoint"
+    return "gateway"
+
+
+def broken_variable(services: Config) -> str:
+    services["gateway"]["environment"]["REWARD_ROUTER_API_KEYS"] = KEY
+    return "gateway"
+
+
+def broken_network(services: Config) -> str:
+    del services["gateway"]["networks"]["store"]
+    return "gateway"
+
+
+def broken_mount(services: Config) -> str:
+    services["gateway"]["volumes"] = services["gateway"]["volumes"][1:]
+    return "gateway"
+
+
+def broken_health(services: Config) -> str:
+    services["redis"]["healthcheck"]["test"][-1] = "pong"
+    return "redis"
+
+
+@pytest.mark.parametrize(
+    "break_it", [broken_command, broken_path, broken_variable, broken_network, broken_mount, broken_health]
+)
+@pytest.mark.usefixtures("first")
+def test_what_is_wrong_in_the_file_fails(break_it: Any, images: dict[str, Image], folder: Path) -> None:
+    broken = config()
+    name = break_it(broken["services"])
+    for service in broken["services"].values():
+        if "healthcheck" in service:
+            service["healthcheck"]["start_period"] = "15s"
+    with (
+        ComposeStack(broken, folder, images, network=120 + os.getpid() % 120) as stack,
+        pytest.raises(StackError, match=name),
+    ):
+        stack.up(60)
+
+
+def test_a_service_that_does_not_wait_for_what_it_needs_fails(images: dict[str, Image], tmp_path: Path) -> None:
+    broken = config()
+    del broken["services"]["gateway"]["depends_on"]
+    with (
+        ComposeStack(broken, tmp_path, images, network=120 + os.getpid() % 120) as stack,
+        pytest.raises(StackError, match="gateway left with status 2"),
+    ):
+        stack.up(60)
