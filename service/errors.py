@@ -5,7 +5,7 @@
     ├── ConflictError 409 · RunConflictError 409
     ├── PayloadTooLargeError 413 · ValidationError 422 · OverCapacityError 429
     ├── StoreUnavailableError 503 · NotReadyError 503 · NoWorkerError 503
-    ├── DeadlineExceededError 503
+    ├── DeadlineExceededError 503 · NoRewardError 503
     ├── ConfigurationError (start-up only: printed by the CLI, never sent)
     └── service.workers.protocol.WorkerError and its children
 
@@ -128,6 +128,13 @@ class NoWorkerError(ServiceError):
 
     status = 503
     code = "no_worker"
+
+
+class NoRewardError(ServiceError):
+    """A trainer's protocol has no way to say `null`, and there is no reward yet: the RM's scale is not known."""
+
+    status = 503
+    code = "no_reward"
 
 
 class ConfigurationError(ServiceError):

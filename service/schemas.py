@@ -26,6 +26,9 @@ class RewardRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=Tr
     policy: Annotated[str, Meta(description="Overrides the gateway's policy; the names are in docs/api.md.")] | None = (
         None
     )
+    normalize: (
+        Annotated[bool, Meta(description="Rewards on the RM's own scale, (raw - running mean) / running sd.")] | None
+    ) = None
 
 
 class RewardBatchRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -34,6 +37,7 @@ class RewardBatchRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fiel
     items: Annotated[list[RewardRequest], Meta(description="The instances. Empty is allowed.")]
     run: str | None = None
     policy: str | None = None
+    normalize: bool | None = None
 
 
 class Timings(msgspec.Struct):
@@ -62,8 +66,11 @@ class RewardReply(msgspec.Struct):
     run: str
     model: Annotated[str, Meta(description="The RM that was asked; `majority` or `uwo` where all were.")]
     rewards: Annotated[
-        list[float],
-        Meta(description="Raw reward per response (`majority`: its share of the votes; `uwo`: the careful mean)."),
+        list[float | None],
+        Meta(
+            description="Reward per response: raw, or normalised where that was asked for and one RM was asked; null "
+            "where the RM's scale is not known yet. `majority`: its share of the votes; `uwo`: the careful mean."
+        ),
     ]
     preferred: Annotated[
         int | None,
@@ -82,6 +89,17 @@ class RewardReply(msgspec.Struct):
     ]
     timings: Timings
     fallbacks: list[Fallback] = []
+    sticky: (
+        Annotated[bool, Meta(description="True where the RM was drawn by an earlier single response of the prompt.")]
+        | msgspec.UnsetType
+    ) = msgspec.UNSET
+    raw_rewards: (
+        Annotated[list[float], Meta(description="Where rewards were normalised: what the RM said.")] | msgspec.UnsetType
+    ) = msgspec.UNSET
+    scale_version: (
+        Annotated[int, Meta(description="Where rewards were normalised: entries that the scale has learned from.")]
+        | msgspec.UnsetType
+    ) = msgspec.UNSET
 
 
 class ErrorBody(msgspec.Struct):
@@ -98,10 +116,18 @@ class ErrorReply(msgspec.Struct):
     error: ErrorBody
 
 
+class NoReward(msgspec.Struct):
+    """In the place of an item that has no reward, and why: its rewards are null, never 0."""
+
+    error: ErrorBody
+    rewards: None = None
+    decision_id: None = None
+
+
 class RewardBatchReply(msgspec.Struct):
     """One reply or error per item, in order."""
 
-    results: list[RewardReply | ErrorReply]
+    results: list[RewardReply | NoReward]
 
 
 class FeedbackRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):

@@ -34,7 +34,8 @@ class OnStoreUnavailable(StrEnum):
 class Settings(BaseSettings):
     """The gateway's settings."""
 
-    model_config = SettingsConfigDict(env_prefix="REWARD_ROUTER_", frozen=True, extra="forbid")
+    # A compose file can say `${CHECKPOINT:-}`, but not leave a variable out: an empty one is as good as none.
+    model_config = SettingsConfigDict(env_prefix="REWARD_ROUTER_", frozen=True, extra="forbid", env_ignore_empty=True)
 
     host: str = Field("127.0.0.1", description="Address to listen on. Beyond loopback an API key is needed.")
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on.")
@@ -90,6 +91,25 @@ class Settings(BaseSettings):
         le=1,
         description="Fraction of the instances for which every other RM is asked too, after the reply, so that the run "
         "learns of all of them. Needs the signal `preference`.",
+    )
+
+    sticky_seconds: float = Field(
+        600.0,
+        ge=0,
+        le=86_400,
+        description="How long requests with a single response stay with the RM that the first of their run, policy and "
+        "prompt drew, so that a trainer that sends one response at a time compares like with like. 0: not at all.",
+    )
+    normalize: bool = Field(
+        False,
+        description="Give rewards on the scale of their RM, (raw reward - running mean) / running sd, where a request "
+        "does not say `normalize`.",
+    )
+    trainer_patience_seconds: float = Field(
+        60.0,
+        ge=0,
+        description="How long `/v1/score/evaluation` tries again by itself: its client neither retries nor looks at "
+        "the status.",
     )
 
     store_url: str = Field(

@@ -138,6 +138,12 @@ class Telemetry:
         )
         self.shadows_in_flight = Gauge("shadows_in_flight", "Instances being shadowed.", **common)
         self.feedback = Counter("feedback_total", "Feedbacks by what became of them.", ["run", "outcome"], **common)
+        self.sticky = Counter(
+            "sticky_choices_total",
+            "Single responses whose prompt's choice sticks: made (the first of them), followed.",
+            ["run", "outcome"],
+            **common,
+        )
         self.unrecorded = Counter("unrecorded_decisions_total", "Rewards answered without a saved decision.", **common)
         self.store_errors = Counter("store_errors_total", "Store calls that failed.", ["operation"], **common)
         self.learner_errors = Counter("learner_errors_total", "Failures of the background learner.", ["run"], **common)
@@ -197,6 +203,7 @@ class Telemetry:
             self.decisions,
             self.draws,
             self.shadows,
+            self.sticky,
             self.feedback,
             self.learner_errors,
             self.log_lag,

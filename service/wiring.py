@@ -39,6 +39,7 @@ from service.encoders.load import RemoteOptions, is_remote, load_remote_encoder
 from service.encoders.protocol import AwaitedEncoder
 from service.errors import ConfigurationError, RunConflictError, StoreUnavailableError
 from service.handlers.hot import ApiKeys, HotLimits, HotRoutes
+from service.handlers.trainers import TrainerRoutes
 from service.pool import ModelEntry, PoolFile
 from service.settings import EMBEDDED, OnStoreUnavailable, Settings
 from service.stores.embedded import EmbeddedStore
@@ -47,10 +48,12 @@ from service.stores.redis import RedisStore
 from service.telemetry import Telemetry
 from service.usecases.choose import Chooser
 from service.usecases.learn import FeedbackService, Learner
+from service.usecases.normalise import Normaliser
 from service.usecases.runs import Run, RunRegistry, RunTemplate
 from service.usecases.score import ScoreLimits, Scorer
 from service.usecases.shadow import Shadower
 from service.usecases.status import ArmStatus, ReplicaStatus, StatusService
+from service.usecases.sticky import StickyChoices
 from service.workers.client import ArmConfig, VllmArm
 from service.workers.health import HealthMonitor, HealthPolicy
 from service.workers.protocol import Arm
@@ -71,13 +74,14 @@ class Gateway:
     feedback: FeedbackService
     status: StatusService
     shadower: Shadower
+    normaliser: Normaliser
     monitor: HealthMonitor | None
+    encoder: AwaitedEncoder | None
+    """The encoder over a network; None where contexts are computed here."""
     arms: tuple[Arm, ...]
     chooser_thread: ThreadPoolExecutor
     learner_thread: ThreadPoolExecutor
     embedded: EmbeddedStore | None
-    encoder: AwaitedEncoder | None
-    """The encoder over a network; None where contexts are computed here."""
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     async def start(self) -> None:
@@ -85,12 +89,12 @@ class Gateway:
         if self.monitor is not None:
             await self.monitor.check_all()
             self.monitor.start()
+        if self.encoder is not None:
+            await self.encoder.start()
         self._spawn(self._open_default_run())
 
     async def _open_default_run(self) -> None:
         """Open it as soon as the store answers; readiness is false until then."""
-        if self.encoder is not None:
-            await self.encoder.start()
         while True:
             try:
                 await self.runs.open(None)
@@ -130,6 +134,7 @@ class Gateway:
         def close() -> None:
             task.cancel()
             self.telemetry.forget_run(run.name)
+            self.normaliser.forget(run.name)
 
         return close
 
@@ -144,13 +149,13 @@ class Gateway:
         for arm in self.arms:
             if isinstance(arm, VllmArm):
                 await arm.close()
+        if self.encoder is not None:
+            await self.encoder.close()
         await self.store.close()
         self.chooser_thread.shutdown(wait=True)
         self.learner_thread.shutdown(wait=True)
         if self.embedded is not None:
             self.embedded.stop()
-        if self.encoder is not None:
-            await self.encoder.close()
 
     def hot_routes(self, rest: ASGIApp) -> HotRoutes:
         """The hot routes in front of the rest of the application."""
@@ -162,6 +167,12 @@ class Gateway:
             keys=ApiKeys(settings.api_keys),
             limits=HotLimits(settings.max_body_bytes, settings.max_in_flight),
             rest=rest,
+            trainers=TrainerRoutes(
+                self.scorer,
+                self.feedback,
+                pool=tuple(arm.name for arm in self.arms),
+                patience_seconds=settings.trainer_patience_seconds,
+            ).routes(),
         )
 
 
@@ -236,13 +247,25 @@ def build_gateway(
         rate=settings.shadow_rate,
         timeout_seconds=settings.worker_timeout_seconds,
     )
+    required = settings.on_store_unavailable is OnStoreUnavailable.REFUSE
+    sticky = StickyChoices(store, telemetry, seconds=settings.sticky_seconds, required=required)
+    normaliser = Normaliser(store, telemetry, required=required)
     monitor = _build_monitor([arm for arm in built if isinstance(arm, VllmArm)], settings)
     gateway = Gateway(
         settings=settings,
         telemetry=telemetry,
         store=store,
         runs=runs,
-        scorer=Scorer(runs, Chooser(chooser_thread, telemetry), store, telemetry, _score_limits(settings), shadower),
+        scorer=Scorer(
+            runs,
+            Chooser(chooser_thread, telemetry),
+            store,
+            telemetry,
+            _score_limits(settings),
+            shadower,
+            sticky,
+            normaliser,
+        ),
         feedback=FeedbackService(runs, store, telemetry, max_batch=settings.max_batch),
         status=StatusService(
             runs,
@@ -252,9 +275,13 @@ def build_gateway(
             executor=learner_thread,
             health_check_errors=lambda: monitor.unexpected_errors if monitor is not None else 0,
             answers_without_store=settings.on_store_unavailable is OnStoreUnavailable.ANSWER,
+            scales=normaliser.scales,
+            encoder=awaited,
         ),
         shadower=shadower,
+        normaliser=normaliser,
         monitor=monitor,
+        encoder=awaited,
         arms=built,
         chooser_thread=chooser_thread,
         learner_thread=learner_thread,
@@ -275,13 +302,10 @@ def build_prior(
     """
     form = form or _form_of(settings, checkpoint)
     first, d = (0, dim) if checkpoint is None else checkpoint.columns(form)
-            scales=normaliser.scales,
-            encoder=awaited,
     return _prior_of_form(settings, checkpoint, n_arms, d, form).reading(first, dim)
 
 
 def _prior_of_form(settings: Settings, checkpoint: Checkpoint | None, n_arms: int, d: int, form: PriorForm) -> Prior:
-        encoder=awaited,
     """Over the d columns of a context that a posterior of this form reads."""
     if form is PriorForm.LINUCB:
         return linucb_prior(n_arms, d)
@@ -314,6 +338,16 @@ def load_pair_encoder(
     Raises:
         ConfigurationError: it cannot be loaded.
     """
+    if is_remote(settings.encoder):
+        options = RemoteOptions(
+            timeout_seconds=settings.encoder_timeout_seconds,
+            health_interval_seconds=settings.health_interval_seconds,
+            api_key=settings.encoder_api_key,
+            seed=settings.seed,
+        )
+        return load_remote_encoder(
+            settings.encoder, checkpoint, settings.encoder_reading, options, telemetry.encoder_texts.observe
+        )
     try:
         if checkpoint is not None:
             return PairEncoder(load_checkpoint_backbone(checkpoint), checkpoint.fuse)
@@ -338,16 +372,6 @@ def describe_arms(arms: Sequence[Arm]) -> list[ArmStatus]:
                         in_flight=replica.in_flight,
                         failures=replica.consecutive_failures,
                         latency_ms=None if latency is None else latency * 1e3,
-    if is_remote(settings.encoder):
-        options = RemoteOptions(
-            timeout_seconds=settings.encoder_timeout_seconds,
-            health_interval_seconds=settings.health_interval_seconds,
-            api_key=settings.encoder_api_key,
-            seed=settings.seed,
-        )
-        return load_remote_encoder(
-            settings.encoder, checkpoint, settings.encoder_reading, options, telemetry.encoder_texts.observe
-        )
                         problem=replica.problem,
                     )
                 )
@@ -438,4 +462,5 @@ def _score_limits(settings: Settings) -> ScoreLimits:
         worker_timeout_seconds=settings.worker_timeout_seconds,
         on_store_unavailable=settings.on_store_unavailable,
         content_keys=settings.content_keys,
+        normalize=settings.normalize,
     )

@@ -1,14 +1,19 @@
-"""The four hot routes as bare ASGI: parse with msgspec, call the use case, send. No framework on the way.
+"""The hot routes as bare ASGI: parse with msgspec, call the use case, send. No framework on the way.
+
+Those of RLHF trainers come from `handlers.trainers` and are served in the same way.
 
 FastAPI declares the same routes for OpenAPI (`handlers.openapi`) and serves everything else.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hmac
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -26,8 +31,10 @@ from service.schemas import (
     FeedbackBatchReply,
     FeedbackBatchRequest,
     FeedbackRequest,
+    NoReward,
     RewardBatchReply,
     RewardBatchRequest,
+    RewardReply,
     RewardRequest,
 )
 from service.telemetry import Telemetry
@@ -38,6 +45,14 @@ _ENCODER = msgspec.json.Encoder()
 _JSON_HEADER = (b"content-type", b"application/json")
 
 Handler = Callable[[bytes], Awaitable[Any]]
+
+
+class QueryHandler(Protocol):
+    """Takes the body and the query string."""
+
+    def __call__(self, body: bytes, /, *, query: bytes) -> Awaitable[Any]: ...
+
+
 T = TypeVar("T")
 
 
@@ -46,7 +61,11 @@ class ClientDisconnectedError(Exception):
 
 
 class ApiKeys:
-    """Checks `Authorization: Bearer KEY` or `X-API-Key: KEY` in constant time; without keys everything passes."""
+    """Checks `Authorization: Bearer KEY` or `X-API-Key: KEY` in constant time; without keys everything passes.
+
+    `Authorization: Basic` with the key as password passes too: trainers that know a URL and no headers send it for
+    `http://any:KEY@host/…`.
+    """
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._keys = [key.encode() for key in keys]
@@ -60,12 +79,20 @@ class ApiKeys:
         if not self._keys:
             return
         for name, value in headers:
-            given = (
-                value.removeprefix(b"Bearer ") if name == b"authorization" else value if name == b"x-api-key" else None
-            )
+            given = _authorization(value) if name == b"authorization" else value if name == b"x-api-key" else None
             if given is not None and any(hmac.compare_digest(given, key) for key in self._keys):
                 return
         raise UnauthorizedError("API key missing or wrong: send `Authorization: Bearer KEY` or `X-API-Key: KEY`")
+
+
+def _authorization(value: bytes) -> bytes:
+    """The key of an `Authorization` header; b"" for what is none."""
+    if not value.startswith(b"Basic "):
+        return value.removeprefix(b"Bearer ")
+    try:
+        return base64.b64decode(value[6:], validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +113,7 @@ class HotRoutes:
         keys: who may call.
         limits: body size and requests in flight.
         rest: the application for everything else.
+        trainers: more routes, whose handlers see the query string.
     """
 
     def __init__(
@@ -97,6 +125,7 @@ class HotRoutes:
         keys: ApiKeys,
         limits: HotLimits,
         rest: ASGIApp,
+        trainers: Mapping[str, QueryHandler] | None = None,
     ) -> None:
         self._scorer = scorer
         self._feedback = feedback
@@ -115,13 +144,16 @@ class HotRoutes:
             "/feedback": self._accept,
             "/feedback/batch": self._accept_batch,
         }
-        self._ok = {path: telemetry.requests.labels(path, "200") for path in self._routes}
+        self._trainers = dict(trainers or {})
+        self._ok = {path: telemetry.requests.labels(path, "200") for path in (*self._routes, *self._trainers)}
         telemetry.in_flight.set_function(lambda: self._in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] == "http":
             handler = self._routes.get(scope["path"])
+            if handler is None and scope["path"] in self._trainers:
+                handler = partial(self._trainers[scope["path"]], query=scope["query_string"])
             if handler is not None:
                 await self._serve(scope, receive, send, handler if scope["method"] == "POST" else _refuse_method)
                 return
@@ -174,31 +206,43 @@ class HotRoutes:
                 return b"".join(chunks)
 
     async def _score(self, body: bytes) -> Any:
-        return await self._scorer.score(_parse(self._reward, body))
+        return await self._scorer.score(parse_body(self._reward, body))
 
     async def _score_batch(self, body: bytes) -> Any:
-        request = _parse(self._reward_batch, body)
-        results = await self._scorer.score_many(request.items, run=request.run, policy=request.policy)
-        return RewardBatchReply([_item(result) for result in results])
+        request = parse_body(self._reward_batch, body)
+        results = await self._scorer.score_many(
+            request.items, run=request.run, policy=request.policy, normalize=request.normalize
+        )
+        return RewardBatchReply([_reward_item(result) for result in results])
 
     async def _accept(self, body: bytes) -> Any:
-        return await self._feedback.accept(_parse(self._feedback_one, body))
+        return await self._feedback.accept(parse_body(self._feedback_one, body))
 
     async def _accept_batch(self, body: bytes) -> Any:
-        request = _parse(self._feedback_batch, body)
+        request = parse_body(self._feedback_batch, body)
         results = await self._feedback.accept_many(request.items, run=request.run)
-        return FeedbackBatchReply([_item(result) for result in results])
+        return FeedbackBatchReply([error_item(result) for result in results])
 
 
 async def _refuse_method(_: bytes) -> Any:
     raise wrong_method("POST")
 
 
-def _item(result: Any) -> Any:
+def error_item(result: Any) -> Any:
     return error_reply(result) if isinstance(result, ServiceError) else result
 
 
-def _parse(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+def _reward_item(result: RewardReply | ServiceError) -> RewardReply | NoReward:
+    return NoReward(error_reply(result).error) if isinstance(result, ServiceError) else result
+
+
+def parse_body(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+    """The document of a body.
+
+    Raises:
+        ValidationError: it is not what the path takes.
+        BadRequestError: it is not JSON in UTF-8.
+    """
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:

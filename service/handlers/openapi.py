@@ -8,6 +8,7 @@ import msgspec
 from fastapi import FastAPI
 
 from service import schemas
+from service.handlers.openapi_trainers import TYPES, trainer_paths
 
 _REF = "#/components/schemas/{name}"
 
@@ -45,13 +46,16 @@ def install(app: FastAPI) -> None:
                 schemas.FeedbackBatchRequest,
                 schemas.FeedbackReply,
                 schemas.ErrorReply,
+                schemas.NoReward,
+                *TYPES,
             ]
             _, components = msgspec.json.schema_components(types, ref_template=_REF)
             target = out.setdefault("components", {}).setdefault("schemas", {})
             target.update(components)
-            for name, item in (("RewardBatchReply", "RewardReply"), ("FeedbackBatchReply", "FeedbackReply")):
-                target[name] = _batch_of(item)
+            target["RewardBatchReply"] = _batch_of("RewardReply", "NoReward")
+            target["FeedbackBatchReply"] = _batch_of("FeedbackReply", "ErrorReply")
             out["paths"].update(_paths())
+            out["paths"].update(trainer_paths(_post, _ERRORS, {**_ERRORS, **_FEEDBACK_ERRORS}))
             app.openapi_schema = out
         return app.openapi_schema
 
@@ -62,12 +66,12 @@ def _ref(name: str) -> dict[str, str]:
     return {"$ref": _REF.format(name=name)}
 
 
-def _batch_of(item: str) -> dict[str, Any]:
+def _batch_of(item: str, failed: str) -> dict[str, Any]:
     return {
         "title": item.replace("Reply", "BatchReply"),
         "type": "object",
         "required": ["results"],
-        "properties": {"results": {"type": "array", "items": {"anyOf": [_ref(item), _ref("ErrorReply")]}}},
+        "properties": {"results": {"type": "array", "items": {"anyOf": [_ref(item), _ref(failed)]}}},
         "description": "One reply or error per item, in order.",
     }
 

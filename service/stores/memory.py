@@ -10,7 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from service.stores.ids import check_run
-from service.stores.protocol import DecisionRecord, FeedbackRecord, FeedbackResult, FeedbackStatus, LogEntry, LogStatus
+from service.stores.protocol import (
+    DecisionRecord,
+    FeedbackRecord,
+    FeedbackResult,
+    FeedbackStatus,
+    LogEntry,
+    LogStatus,
+    ScoreEntry,
+    ScoreLogPart,
+)
 from service.stores.records import check_reference, is_expired, response_count, system_ms
 
 
@@ -39,6 +48,10 @@ class _Run:
     last: tuple[int, int] = (0, 0)
     snapshot: tuple[int, bytes] | None = None
     grown: asyncio.Event = field(default_factory=asyncio.Event)
+    sticky: dict[str, tuple[bytes, float]] = field(default_factory=dict)
+    scores: list[ScoreEntry] = field(default_factory=list)
+    scores_appended: int = 0
+    scale: tuple[int, bytes] | None = None
 
 
 class MemoryStore:
@@ -175,6 +188,41 @@ class MemoryStore:
         dropped = len(state.log) - len(kept)
         state.log = kept
         return dropped
+
+    async def stick(self, run: str, choices: Sequence[tuple[str, bytes]], *, seconds: float) -> list[bytes | None]:
+        """Set each choice unless one stands: None where it was set, else the one that stands."""
+        state, now = self._run(run), self._now_ms()
+        standing: list[bytes | None] = []
+        for key, value in choices:
+            found, dies_ms = state.sticky.get(key, (b"", now))
+            if dies_ms > now:
+                standing.append(found)
+            else:
+                state.sticky[key] = (value, now + max(round(seconds * 1000), 1))
+                standing.append(None)
+        return standing
+
+    async def exchange_scores(self, run: str, entries: Sequence[bytes], *, after: str, count: int) -> ScoreLogPart:
+        """Append to the score log, then read what comes after id `after`."""
+        state = self._run(run)
+        for payload in entries:
+            state.scores_appended += 1
+            state.scores.append(ScoreEntry(f"{state.scores_appended}-0", payload))
+        position, appended = _parse_id(after), state.scores_appended
+        found = [entry for entry in state.scores if _parse_id(entry.entry_id) > position][:count]
+        return ScoreLogPart(found, LogStatus(appended, f"{appended}-0", appended - len(state.scores)))
+
+    async def load_scale(self, run: str) -> bytes | None:
+        """The newest snapshot of the score log, or None."""
+        scale = self._run(run).scale
+        return None if scale is None else scale[1]
+
+    async def save_scale(self, run: str, position: int, data: bytes, *, trim_before: str) -> None:
+        """Keep the snapshot unless a newer one is kept; drop the entries before that id."""
+        state = self._run(run)
+        if state.scale is None or state.scale[0] <= position:
+            state.scale = (position, data)
+        state.scores = [e for e in state.scores if _parse_id(e.entry_id) >= _parse_id(trim_before)]
 
     async def close(self) -> None:
         """Nothing to close."""

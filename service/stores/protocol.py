@@ -79,6 +79,22 @@ class LogStatus:
     trimmed: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class ScoreEntry:
+    """One entry of a run's score log, verbatim."""
+
+    entry_id: str
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreLogPart:
+    """Some entries of a run's score log, oldest first, and the log's status after they were read."""
+
+    entries: list[ScoreEntry]
+    status: LogStatus
+
+
 class Store(Protocol):
     """One store for all runs; a run's keys share one hash tag and never meet another run's."""
 
@@ -120,6 +136,21 @@ class Store(Protocol):
 
     async def trim_log(self, run: str, before: str) -> int:
         """Drop the events with ids lower than `before`; returns how many."""
+
+    async def stick(self, run: str, choices: Sequence[tuple[str, bytes]], *, seconds: float) -> list[bytes | None]:
+        """Set each (key, value) for so long, unless one stands: None where it was set, else the value that stands.
+
+        In order, each atomically: of equal keys in one call, and of callers at once, the first wins.
+        """
+
+    async def exchange_scores(self, run: str, entries: Sequence[bytes], *, after: str, count: int) -> ScoreLogPart:
+        """Append to the score log, then read up to `count` entries after id `after` ("0-0": from the first)."""
+
+    async def load_scale(self, run: str) -> bytes | None:
+        """The newest snapshot of the score log, or None."""
+
+    async def save_scale(self, run: str, position: int, data: bytes, *, trim_before: str) -> None:
+        """Keep the snapshot of the first `position` entries unless a newer one is kept; drop those before that id."""
 
     async def close(self) -> None:
         """Close connections."""

@@ -11,6 +11,8 @@ Keys of a run R. All share the hash tag {R}, so a run lives on one node of a clu
     rr:{R}:log        stream of events: d decision id, p payload, s value until trimmed
     rr:{R}:snap       hash: position, data                                for ever
     rr:{R}:meta       fingerprint of the run                              for ever
+
+and those of `service.stores.redis_scores`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from service.stores.cluster import Client, ClusterClient
 from service.stores.ids import check_run
 from service.stores.protocol import DecisionRecord, FeedbackRecord, FeedbackResult, FeedbackStatus, LogEntry, LogStatus
 from service.stores.records import check_reference, is_expired, response_count, system_ms
+from service.stores.redis_scores import RedisScores
 from service.stores.resp import Arg, Reply, ReplyError, RespClient
 from service.stores.slots import Topology, is_cluster_url
 
@@ -54,7 +57,7 @@ def _is_noscript(reply: Reply) -> bool:
     return isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT")
 
 
-class RedisStore:
+class RedisStore(RedisScores):
     """`Store` on one Redis >= 7.0 or Valkey server, or on a cluster of them.
 
     Three kinds of connection: pipelined ones for the hot path, one for snapshots (large values would hold up the
@@ -261,7 +264,10 @@ class RedisStore:
 
     async def save_snapshot(self, run: str, position: int, snapshot: bytes) -> bool:
         """Keep the snapshot of the first `position` events unless a newer one is kept; True if it was kept."""
-        words = (1, _prefix(run) + "snap", position, snapshot)
+        return await self._keep_newest(_prefix(run) + "snap", position, snapshot)
+
+    async def _keep_newest(self, key: str, position: int, data: bytes) -> bool:
+        words = (1, key, position, data)
         (kept,) = await self._run_script(self._bulk, self._save_snapshot, [words], self._bulk_timeout)
         return bool(kept)
 

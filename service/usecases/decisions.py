@@ -35,6 +35,8 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
         time_ms: Unix time.
         gone: arms that could not be asked; `propensity` is among the others.
         shadows: (arm, o_k(x), verdict) of the other RMs that were asked after the reply.
+        sticky: key of the draw that this decision shares with other singles of its prompt; "" for a draw of its own.
+            `means`, `sds`, `propensities` and `version` are those of the shared draw.
     """
 
     n: int
@@ -53,6 +55,7 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
     fallback: bool = False
     gone: list[int] = []
     shadows: list[tuple[int, float, int]] = []
+    sticky: str = ""
 
 
 _ENCODER = msgspec.msgpack.Encoder()

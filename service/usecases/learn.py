@@ -35,6 +35,9 @@ BLOCK_MS = 1000
 RETRY_SECONDS = 0.5
 """Pause after the store did not answer."""
 
+RETRY_AFTER_SECONDS = 1
+"""Hint for feedback by content that comes before its decision."""
+
 MAX_RELOADS = 3
 """How often in a row a learner starts again from the snapshot before it calls the log damaged."""
 
@@ -192,6 +195,14 @@ def _answer(request: FeedbackRequest, record: FeedbackRecord, outcome: FeedbackR
                 details={**details, "field": "preferred"},
             )
         case FeedbackStatus.UNKNOWN:
+            if record.content_key is not None:
+                # Its reward may be on the way still: a trainer that cannot carry ids may have two things going at once.
+                return NotFoundError(
+                    "no decision of this run has that prompt and these responses: send them exactly as they were "
+                    "scored, with the run; if the reward is still being computed, send the feedback again in a moment",
+                    details=details,
+                    retry_after_seconds=RETRY_AFTER_SECONDS,
+                )
             return NotFoundError(
                 f"decision {name} is unknown in this run: send the decision_id of a reply with `recorded: true`, and "
                 "its run",

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from router_core.policies import Policy, combined_verdict, propensity_without
@@ -24,8 +25,10 @@ from service.stores.protocol import DecisionRecord, Store
 from service.telemetry import Telemetry
 from service.usecases.choose import Chooser, Chosen
 from service.usecases.decisions import StoredDecision, content_key, encode_decision
+from service.usecases.normalise import Normalised, Normaliser
 from service.usecases.runs import Run, RunRegistry
 from service.usecases.shadow import Shadowable, Shadower
+from service.usecases.sticky import StickyChoice, StickyChoices, sticky_key
 from service.workers.protocol import WorkerError, WorkerRejectedError
 
 ALL_ARMS = -1
@@ -46,6 +49,7 @@ class ScoreLimits:
     worker_timeout_seconds: float
     on_store_unavailable: OnStoreUnavailable
     content_keys: bool
+    normalize: bool = False
 
 
 @dataclass(slots=True)
@@ -70,6 +74,12 @@ class _Job:
     error: ServiceError | None = None
     worker_seconds: float = 0.0
     refusals: list[WorkerError] = field(default_factory=list)
+    normalised: list[float | None] | None = None
+    scale_version: int = 0
+    sticky: str = ""
+    """Key of the draw that singles of this prompt share; see `StoredDecision.sticky`."""
+    followed: StickyChoice | None = None
+    """The draw of an earlier one of them, which stands in the place of this one's own."""
 
 
 class _Entropy:
@@ -100,6 +110,8 @@ class Scorer:
         telemetry: counters and stage times.
         limits: bounds.
         shadower: asks the other RMs about some instances, after the reply.
+        sticky: keeps singles of one prompt with one RM.
+        normaliser: gives rewards on the scale of their RM.
     """
 
     def __init__(
@@ -110,6 +122,8 @@ class Scorer:
         telemetry: Telemetry,
         limits: ScoreLimits,
         shadower: Shadower,
+        sticky: StickyChoices,
+        normaliser: Normaliser,
     ) -> None:
         self._runs = runs
         self._chooser = chooser
@@ -117,6 +131,8 @@ class Scorer:
         self._telemetry = telemetry
         self._limits = limits
         self._shadower = shadower
+        self._sticky = sticky
+        self._normaliser = normaliser
         self._entropy = _Entropy()
 
     async def score(self, request: RewardRequest) -> RewardReply:
@@ -131,7 +147,12 @@ class Scorer:
         return result
 
     async def score_many(
-        self, requests: Sequence[RewardRequest], *, run: str | None = None, policy: str | None = None
+        self,
+        requests: Sequence[RewardRequest],
+        *,
+        run: str | None = None,
+        policy: str | None = None,
+        normalize: bool | None = None,
     ) -> list[RewardReply | ServiceError]:
         """Many instances: one encode batch, one GEMM per arm, one worker call per arm and chunk, one store pipeline.
 
@@ -139,6 +160,7 @@ class Scorer:
             requests: the instances.
             run: run of those that name none.
             policy: policy of those that name none.
+            normalize: whether rewards are normalised, of those that do not say; None: the setting.
 
         Returns:
             A reply or the error per instance, in order.
@@ -161,6 +183,14 @@ class Scorer:
         except TimeoutError as error:
             raise _too_late() from error
         await self._ask(jobs, deadline)
+        normalize = self._limits.normalize if normalize is None else normalize
+        wanted = [
+            job
+            for job, request in zip(jobs, (r for i, r in enumerate(requests) if i not in refused), strict=True)
+            if (normalize if request.normalize is None else request.normalize)
+        ]
+        if wanted:
+            await self._normalise(wanted)
         replies = await self._record_and_reply(jobs, started)
         if not refused:
             return replies
@@ -197,12 +227,48 @@ class Scorer:
             # Copies: a row of a batch would keep the whole batch.
             found.recent.append((chosen.x[0].copy(), chosen.offsets[0].copy()))
             rankings, draws = chosen.choices.ranking.tolist(), chosen.choices.draws.tolist()
+            drawn = []
             for row, index in enumerate(indices):
                 order = [arm for arm in rankings[row] if draws[row][arm] != -float("inf")]
-                jobs[index] = _Job(found, chosen_policy, instances[row], chosen, row, order)
-                if not chosen_policy.asks_all:
-                    self._telemetry.drawn(found.name, found.template.pool[order[0]]).inc()
+                job = jobs[index] = _Job(found, chosen_policy, instances[row], chosen, row, order)
+                drawn.append(job)
+            if chosen_policy.asks_all:
+                continue
+            if self._sticky.seconds:
+                await self._stick(drawn)
+            for job in drawn:
+                self._telemetry.drawn(found.name, found.template.pool[job.order[0]]).inc()
         return [job for job in jobs if job is not None]
+
+    async def _stick(self, jobs: Sequence[_Job]) -> None:
+        """Singles whose prompt was asked about before take that draw; all of one run and policy."""
+        singles = [
+            job for job in jobs if len(job.instance.responses) == 1 and job.instance.prompt and len(job.order) > 1
+        ]
+        if not singles:
+            return
+        for job in singles:
+            job.sticky = sticky_key(job.policy.name, job.instance.prompt)
+        standing = await self._sticky.settle(singles[0].run.name, [(job.sticky, _as_sticky(job)) for job in singles])
+        for job, followed in zip(singles, standing, strict=True):
+            if followed is not None:
+                job.followed, job.order = followed, list(followed.order)
+
+    async def _normalise(self, jobs: Sequence[_Job]) -> None:
+        """Put the rewards of those that one RM answered on its scale; one exchange with the store per run."""
+        by_run: dict[str, list[_Job]] = {}
+        for job in jobs:
+            if job.rewards is not None and job.arm != ALL_ARMS:
+                by_run.setdefault(job.run.name, []).append(job)
+
+        async def of_run(answered: list[_Job]) -> Normalised:
+            return await self._normaliser.normalise(
+                answered[0].run, [(job.arm, job.rewards) for job in answered if job.rewards is not None]
+            )
+
+        for answered, found in zip(by_run.values(), await asyncio.gather(*map(of_run, by_run.values())), strict=True):
+            for job, rewards in zip(answered, found.rewards, strict=True):
+                job.normalised, job.scale_version = rewards, found.version
 
     def _check(self, request: RewardRequest, index: int | None) -> None:
         where = "" if index is None else f"items[{index}]."
@@ -422,17 +488,31 @@ def _combine(job: _Job, answers: dict[int, list[float]]) -> None:
     job.verdict = combined_verdict(job.policy, rewards, scale)
 
 
-def _decision(job: _Job, now_ms: int) -> StoredDecision:
+def _as_sticky(job: _Job) -> StickyChoice:
+    """The job's own draw."""
     choices, row = job.chosen.choices, job.row
+    return StickyChoice(
+        order=job.order,
+        means=choices.means[row].tolist(),
+        sds=choices.sds[row].tolist(),
+        propensities=choices.propensities[row].tolist(),
+        version=job.chosen.posterior.count,
+    )
+
+
+def _decision(job: _Job, now_ms: int) -> StoredDecision:
+    row = job.row
+    # A single that follows another's draw was decided by that one: its beliefs and its propensity are the honest ones.
+    draw = job.followed or _as_sticky(job)
     assert job.rewards is not None
     if job.arm == ALL_ARMS:
         propensity, offset = 1.0, 0.0
     else:
         offset = float(job.chosen.offsets[row, job.arm])
-        propensity = float(choices.propensities[row, job.arm])
+        propensity = draw.propensities[job.arm]
         if job.gone or job.away:
             gone = [*job.gone, *job.away]
-            propensity = propensity_without(choices.means[row], choices.sds[row], gone, job.arm)
+            propensity = propensity_without(np.array(draw.means), np.array(draw.sds), gone, job.arm)
     return StoredDecision(
         n=len(job.instance.responses),
         arm=job.arm,
@@ -440,23 +520,25 @@ def _decision(job: _Job, now_ms: int) -> StoredDecision:
         offset=offset,
         verdict=verdict_of(job.rewards) if job.verdict is None else job.verdict,
         propensity=propensity,
-        propensities=choices.propensities[row].tolist(),
-        means=choices.means[row].tolist(),
-        sds=choices.sds[row].tolist(),
+        propensities=draw.propensities,
+        means=draw.means,
+        sds=draw.sds,
         rewards=job.rewards,
         policy=job.policy.name,
-        version=job.chosen.posterior.count,
+        version=draw.version,
         time_ms=now_ms,
         fallback=bool(job.fallbacks),
         gone=[*job.gone, *job.away],
+        sticky=job.sticky,
     )
 
 
 def _reply(
     job: _Job, decision_id: str, stored: StoredDecision, *, recorded: bool, store_seconds: float, started: float
 ) -> RewardReply:
-    rewards = stored.rewards
-    ordered = sorted(rewards, reverse=True)
+    raw, normalised = stored.rewards, job.normalised
+    rewards: list[float | None] = [*raw] if normalised is None else normalised
+    ordered = sorted((reward for reward in rewards if reward is not None), reverse=True)
     return RewardReply(
         decision_id=decision_id,
         run=job.run.name,
@@ -477,4 +559,7 @@ def _reply(
             total_ms=round((time.perf_counter() - started) * 1e3, 4),
         ),
         fallbacks=job.fallbacks,
+        sticky=msgspec.UNSET if job.followed is None else True,
+        raw_rewards=msgspec.UNSET if normalised is None else raw,
+        scale_version=msgspec.UNSET if normalised is None else job.scale_version,
     )

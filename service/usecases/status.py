@@ -9,9 +9,10 @@ from concurrent.futures import Executor
 import numpy as np
 from pydantic import BaseModel, Field
 
+from router_core.moments import ScoreScales
 from router_core.policies.bayesian import posterior_beliefs
-from service.errors import NotFoundError, NotReadyError, RunConflictError, StoreUnavailableError
 from service.encoders.protocol import AwaitedEncoder
+from service.errors import NotFoundError, NotReadyError, RunConflictError, StoreUnavailableError
 from service.stores.protocol import Store
 from service.telemetry import Telemetry
 from service.usecases.runs import Run, RunRegistry
@@ -42,6 +43,8 @@ class ArmLearned(BaseModel):
     model: str
     feedbacks: int
     mean_reward: float | None = Field(description="Mean learned reward; null without feedback.")
+    score_mean: float | None = Field(description="Running mean of its raw scores; null where none was normalised here.")
+    score_sd: float | None = Field(description="Running sd of its raw scores; null where it is not known.")
     mean_norm: float = Field(description="Length of the posterior mean.")
     sd: float = Field(description="Root mean variance of a weight: how unsure the router still is.")
 
@@ -59,6 +62,7 @@ class PosteriorStatus(BaseModel):
     dim: int
     drift: float = Field(description="Largest entry of ΛΣ − I at the last refresh.")
     log_appended: int = Field(description="Events ever appended to the run's log.")
+    scale_version: int | None = Field(description="Entries of the score log folded here; null without `normalize`.")
     models: list[ArmLearned]
 
 
@@ -73,12 +77,12 @@ class StatusService:
         executor: where digests are computed.
         health_check_errors: health checks that failed by a fault of ours, so far.
         answers_without_store: whether `/reward` answers while the store is away.
+        scales: what is known here of a run's raw scores.
+        encoder: the encoder over a network; None where contexts are computed here.
     """
 
     def __init__(
         self,
-        scales: what is known here of a run's raw scores.
-        encoder: the encoder over a network; None where contexts are computed here.
         runs: RunRegistry,
         store: Store,
         telemetry: Telemetry,
@@ -87,22 +91,22 @@ class StatusService:
         executor: Executor,
         health_check_errors: Callable[[], int],
         answers_without_store: bool,
+        scales: Callable[[str], ScoreScales | None],
+        encoder: AwaitedEncoder | None = None,
     ) -> None:
         self._runs = runs
         self._store = store
         self._telemetry = telemetry
-        scales: Callable[[str], ScoreScales | None],
-        encoder: AwaitedEncoder | None = None,
         self.models = models
         self._executor = executor
         self._health_check_errors = health_check_errors
         self._answers_without_store = answers_without_store
+        self._scales = scales
+        self._encoder = encoder
 
     async def render_metrics(self) -> bytes:
         """Prometheus' text format, with the workers' states, the logs' lag and the posteriors as they are now.
 
-        self._scales = scales
-        self._encoder = encoder
         A lag that cannot be had, because the store is away, keeps its last value and counts as a store error.
         """
         runs = list(self._runs.runs.values())
@@ -120,12 +124,12 @@ class StatusService:
                 self._telemetry.worker_in_flight.labels(arm.name, replica.url).set(replica.in_flight)
                 if replica.latency_ms is not None:
                     self._telemetry.worker_latency.labels(arm.name, replica.url).set(replica.latency_ms / 1e3)
+        for server in self._encoder.servers() if self._encoder is not None else ():
+            self._telemetry.encoder_up.labels(server.url).set(server.up)
         self._telemetry.health_check_errors.set(self._health_check_errors())
         return self._telemetry.render()
 
     async def _measure_lags(self, runs: Sequence[Run]) -> bool:
-        for server in self._encoder.servers() if self._encoder is not None else ():
-            self._telemetry.encoder_up.labels(server.url).set(server.up)
         """Set the gauge of every run's lag; whether the store answered."""
         try:
             if not runs:
@@ -169,14 +173,14 @@ class StatusService:
                 "no reward model can be asked: start the workers, or check their addresses in the pool file",
                 details={"models": [arm.name for arm in models]},
             )
-        return run.name, run.posterior.count
-
-    async def posterior(self, name: str | None) -> PosteriorStatus:
-        """What a run has learned.
         if self._encoder is not None and not self._encoder.available:
             servers = {server.url: server.problem for server in self._encoder.servers()}
             reasons = "; ".join(f"{url}: {problem or 'no answer'}" for url, problem in servers.items())
             raise NotReadyError(f"the encoder's servers cannot be asked: {reasons}", details={"encoder": servers})
+        return run.name, run.posterior.count
+
+    async def posterior(self, name: str | None) -> PosteriorStatus:
+        """What a run has learned.
 
         Raises:
             NotFoundError: no such run is open.
@@ -188,7 +192,7 @@ class StatusService:
         posterior, last_event_id = run.posterior, run.last_event_id
         status = await self._store.log_status(name)
         digest = await asyncio.get_running_loop().run_in_executor(self._executor, posterior.digest)
-        statistics = posterior.statistics
+        statistics, scales = posterior.statistics, self._scales(name)
         models = []
         for k, model in enumerate(run.template.pool):
             mean_reward = float(statistics.mean_reward()[k])
@@ -199,6 +203,8 @@ class StatusService:
                     model=model,
                     feedbacks=int(statistics.count[k]),
                     mean_reward=None if mean_reward != mean_reward else mean_reward,
+                    score_mean=scales.arms[k].mean if scales is not None and scales.arms[k].count else None,
+                    score_sd=None if scales is None else scales.arms[k].sd,
                     mean_norm=float((arm.mean @ arm.mean) ** 0.5),
                     sd=float(max(variance, 0.0) ** 0.5),
                 )
@@ -214,6 +220,7 @@ class StatusService:
             dim=posterior.dim,
             drift=posterior.drift,
             log_appended=status.appended,
+            scale_version=None if scales is None else scales.count,
             models=models,
         )
 

@@ -1,0 +1,209 @@
+"""The routes that RLHF trainers call as they are: read their words, call the use case, answer in their words.
+
+Every sample is one instance with one response; what keeps those of one prompt with one reward model is
+`usecases.sticky`. A sample without a reward makes the whole request an error, because these protocols have no word
+for it: 503 for what may be tried again, 4xx for what may not. `…/feedback` behind each path takes the same body and a
+value per sample, and names the decisions by their content. Built by `service.wiring`, served by `handlers.hot`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from service.errors import NoRewardError, ServiceError, ValidationError
+from service.handlers.hot import QueryHandler, error_item, parse_body
+from service.schemas import FeedbackBatchReply, FeedbackReply, FeedbackRequest, RewardReply, RewardRequest
+from service.trainers import llamafactory, openrlhf, slime
+from service.trainers.shim import Sample, ScoredSample, ShimOptions
+from service.usecases.learn import FeedbackService
+from service.usecases.score import Scorer
+
+PAUSE_SECONDS = 1.0
+"""Between two tries of a client that does not try again by itself."""
+
+T = TypeVar("T")
+
+
+class _Values(msgspec.Struct):
+    """What a feedback's body holds beside the samples: exactly one list, of the run's signal."""
+
+    reward: list[float] | None = None
+    loss: list[float] | None = None
+    preferred: list[int] | None = None
+
+
+class _Value(msgspec.Struct):
+    """The same of a single sample."""
+
+    reward: float | None = None
+    loss: float | None = None
+    preferred: int | None = None
+
+
+class TrainerRoutes:
+    """The handlers.
+
+    Args:
+        scorer: the use case behind `/reward/batch`.
+        feedback: the use case behind `/feedback/batch`.
+        pool: names of the RMs, in arm order.
+        patience_seconds: how long to try in the stead of a client that does not.
+    """
+
+    def __init__(
+        self, scorer: Scorer, feedback: FeedbackService, *, pool: Sequence[str], patience_seconds: float
+    ) -> None:
+        self._scorer = scorer
+        self._feedback = feedback
+        self._pool = tuple(pool)
+        self._index = {name: k for k, name in enumerate(self._pool)}
+        self._patience_seconds = patience_seconds
+        self._openrlhf = msgspec.json.Decoder(openrlhf.OpenRlhfRequest)
+        self._llamafactory = msgspec.json.Decoder(llamafactory.LlamaFactoryRequest)
+        self._slime = msgspec.json.Decoder(slime.SlimeRequest)
+        self._values = msgspec.json.Decoder(_Values)
+        self._value = msgspec.json.Decoder(_Value)
+
+    def routes(self) -> dict[str, QueryHandler]:
+        """Handlers by path."""
+        return {
+            "/get_reward": self.get_reward,
+            "/get_reward/feedback": self.get_reward_feedback,
+            "/v1/score/evaluation": self.score_evaluation,
+            "/v1/score/evaluation/feedback": self.score_evaluation_feedback,
+            "/remote_rm": self.remote_rm,
+            "/remote_rm/feedback": self.remote_rm_feedback,
+        }
+
+    async def get_reward(self, body: bytes, /, *, query: bytes) -> Any:
+        """OpenRLHF."""
+        options, request = _options(query), parse_body(self._openrlhf, body)
+        samples = _checked(lambda: openrlhf.read(request, options.text))
+        return openrlhf.write(await self._score(samples, options), self._pool)
+
+    async def score_evaluation(self, body: bytes, /, *, query: bytes) -> Any:
+        """LLaMA-Factory: as its client does not try again, this does."""
+        options, request = _options(query), parse_body(self._llamafactory, body)
+        samples = llamafactory.read(request, options.text)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._patience_seconds
+        while True:
+            try:
+                return llamafactory.write(await self._score(samples, options))
+            except ServiceError as error:
+                if not _may_be_retried(error) or loop.time() + PAUSE_SECONDS > deadline:
+                    raise
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    async def remote_rm(self, body: bytes, /, *, query: bytes) -> Any:
+        """slime."""
+        options, request = _options(query), parse_body(self._slime, body)
+        sample = _checked(lambda: slime.read(request, options.text))
+        (scored,) = await self._score([sample], options)
+        return slime.write(scored, options.reward_key)
+
+    async def get_reward_feedback(self, body: bytes, /, *, query: bytes) -> Any:
+        """Feedback on what `/get_reward` scored."""
+        options, request = _options(query), parse_body(self._openrlhf, body)
+        samples = _checked(lambda: openrlhf.read(request, options.text))
+        return await self._accept(samples, parse_body(self._values, body), options)
+
+    async def score_evaluation_feedback(self, body: bytes, /, *, query: bytes) -> Any:
+        """Feedback on what `/v1/score/evaluation` scored."""
+        options, request = _options(query), parse_body(self._llamafactory, body)
+        return await self._accept(llamafactory.read(request, options.text), parse_body(self._values, body), options)
+
+    async def remote_rm_feedback(self, body: bytes, /, *, query: bytes) -> FeedbackReply:
+        """Feedback on what `/remote_rm` scored."""
+        options, request = _options(query), parse_body(self._slime, body)
+        sample = _checked(lambda: slime.read(request, options.text))
+        value = parse_body(self._value, body)
+        return await self._feedback.accept(
+            _feedback(sample, value.reward, value.loss, value.preferred, run=options.run)
+        )
+
+    async def _score(self, samples: Sequence[Sample], options: ShimOptions) -> list[ScoredSample]:
+        """All of them, or the error of one: a final one where there is one, because trying again is no use then."""
+        requests = [RewardRequest(sample.prompt, [sample.response]) for sample in samples]
+        results = await self._scorer.score_many(
+            requests, run=options.run, policy=options.policy, normalize=options.normalize
+        )
+        errors = [result for result in results if isinstance(result, ServiceError)]
+        if errors:
+            raise min(errors, key=_may_be_retried)
+        return [self._scored(result) for result in results if isinstance(result, RewardReply)]
+
+    def _scored(self, reply: RewardReply) -> ScoredSample:
+        (reward,) = reply.rewards
+        if reward is None:
+            raise NoRewardError(
+                f"RM {reply.model!r} has given too few scores to know its scale: ask again in a moment, or without "
+                "normalize",
+                details={"model": reply.model},
+                retry_after_seconds=1,
+            )
+        raw = reward if isinstance(reply.raw_rewards, msgspec.UnsetType) else reply.raw_rewards[0]
+        return ScoredSample(
+            reward=reward,
+            raw_reward=raw,
+            model=reply.model,
+            index=self._index.get(reply.model, -1),
+            propensity=reply.propensity,
+            fallback=reply.fallback,
+            decision_id=reply.decision_id,
+        )
+
+    async def _accept(self, samples: Sequence[Sample], values: _Values, options: ShimOptions) -> FeedbackBatchReply:
+        n = len(samples)
+        rewards, losses = _as_long("reward", values.reward, n), _as_long("loss", values.loss, n)
+        preferred = _as_long("preferred", values.preferred, n)
+        requests = [
+            _feedback(sample, rewards[i], losses[i], preferred[i], run=None) for i, sample in enumerate(samples)
+        ]
+        results = await self._feedback.accept_many(requests, run=options.run)
+        return FeedbackBatchReply([error_item(result) for result in results])
+
+
+def _feedback(
+    sample: Sample, reward: float | None, loss: float | None, preferred: int | None, *, run: str | None
+) -> FeedbackRequest:
+    return FeedbackRequest(
+        prompt=sample.prompt, responses=[sample.response], run=run, preferred=preferred, loss=loss, reward=reward
+    )
+
+
+def _as_long(name: str, values: Sequence[T] | None, n: int) -> Sequence[T | None]:
+    if values is None:
+        return [None] * n
+    if len(values) != n:
+        raise ValidationError(
+            f"{name} holds {len(values)} values for {n} samples: send one per sample", details={"field": name}
+        )
+    return values
+
+
+def _options(query: bytes) -> ShimOptions:
+    try:
+        return ShimOptions.parse(query)
+    except ValueError as error:
+        raise ValidationError(str(error), details={"field": "query"}) from error
+
+
+def _checked(read: Callable[[], T]) -> T:
+    """What the wire format reads.
+
+    Raises:
+        ValidationError: in its words.
+    """
+    try:
+        return read()
+    except ValueError as error:
+        raise ValidationError(str(error)) from error
+
+
+def _may_be_retried(error: ServiceError) -> bool:
+    return error.status in (429, 503)

@@ -1,0 +1,80 @@
+"""OpenRLHF's remote reward model: `{"query", "prompts", "labels"}` to `{"rewards", "scores", "extra_logs"}`.
+
+Read from `openrlhf/utils/agent.py` 0.11.2. `query` is prompt and response in one, special tokens included; current
+versions send one sample a request, older ones a micro-batch. The client tries any status from 400 up five times, a
+second apart; then the sample has no reward and the trainer stops. `null` inside the lists would break it: 503 instead.
+Values of `extra_logs` must be numbers. Called by `service.handlers.trainers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from service.trainers.shim import Sample, ScoredSample
+from service.trainers.templated import split_prompt, split_whole
+
+
+class OpenRlhfRequest(msgspec.Struct, omit_defaults=True):
+    """Body of `/get_reward`; fields that are not here are ignored."""
+
+    query: Annotated[list[str], Meta(description="Prompt and response in one text, per sample. May be empty.")]
+    prompts: Annotated[list[str | None], Meta(description="The prompt of each.")] | None = None
+    labels: Any = None
+
+
+class OpenRlhfReply(msgspec.Struct):
+    """Answer of `/get_reward`: lists as long as `query`."""
+
+    rewards: list[float]
+    scores: list[float]
+    extra_logs: Annotated[
+        dict[str, list[float]],
+        Meta(
+            description="`rm_index`, `rm_propensity`, `rm_fallback`, `rm_raw_reward`; per RM `rm_asked/NAME`, 0 or 1."
+        ),
+    ]
+
+
+def read(request: OpenRlhfRequest, text: str) -> list[Sample]:
+    """The samples of a request.
+
+    The prompt is cut off where the query begins with it. Else a known chat template tells where the response begins;
+    else the raw text is scored.
+
+    Raises:
+        ValueError: `prompts` is not as long as `query`.
+    """
+    prompts = request.prompts
+    if prompts is None:
+        prompts = [None] * len(request.query)
+    if len(prompts) != len(request.query):
+        raise ValueError(
+            f"prompts holds {len(prompts)} texts and query {len(request.query)}: send one prompt per query"
+        )
+    return [_sample(query, prompt, text) for query, prompt in zip(request.query, prompts, strict=True)]
+
+
+def _sample(query: str, prompt: str | None, text: str) -> Sample:
+    if prompt and query.startswith(prompt):
+        response = query[len(prompt) :]
+        return Sample(*(split_prompt(prompt, response) if text == "auto" else (prompt, response)))
+    return Sample(*(split_whole(query) if text == "auto" else ("", query)))
+
+
+def write(scored: Sequence[ScoredSample], pool: Sequence[str]) -> OpenRlhfReply:
+    """The reply. Means of the `rm_asked/…` columns over a step are the shares of the RMs."""
+    rewards = [sample.reward for sample in scored]
+    if not scored:
+        return OpenRlhfReply([], [], {})
+    logs = {
+        "rm_index": [float(sample.index) for sample in scored],
+        "rm_propensity": [sample.propensity for sample in scored],
+        "rm_fallback": [float(sample.fallback) for sample in scored],
+        "rm_raw_reward": [sample.raw_reward for sample in scored],
+        **{f"rm_asked/{name}": [float(sample.index == k) for sample in scored] for k, name in enumerate(pool)},
+    }
+    return OpenRlhfReply(rewards, rewards, logs)

@@ -1,0 +1,93 @@
+"""What the shims share: what a URL may say, one sample as it is scored, and what became of it.
+
+Trainers whose reward server is a URL say the rest in its query: `…/get_reward?run=NAME&normalize=true`. Knows no
+trainer. Called by the wire formats beside it and by `service.handlers.trainers`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import parse_qsl
+
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
+@dataclass(frozen=True, slots=True)
+class ShimOptions:
+    """The query of a shim's URL.
+
+    Attributes:
+        run: the training run; None: the gateway's default.
+        policy: see docs/api.md; None: the gateway's.
+        normalize: rewards on the scale of their RM; None: the gateway's setting.
+        text: `auto`: known chat templates are taken apart; `raw`: every text is scored as it came.
+        reward_key: slime: answer an object with the reward under this key, instead of a bare number.
+    """
+
+    run: str | None = None
+    policy: str | None = None
+    normalize: bool | None = None
+    text: Literal["auto", "raw"] = "auto"
+    reward_key: str | None = None
+
+    @classmethod
+    def parse(cls, query: bytes) -> ShimOptions:
+        """Read a query string.
+
+        >>> ShimOptions.parse(b"run=r1&normalize=true").normalize
+        True
+
+        Raises:
+            ValueError: a parameter that there is not, twice the same, or a value that it cannot have.
+        """
+        given: dict[str, str] = {}
+        for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+            if name not in cls.__slots__:
+                raise ValueError(f"the URL's query has {name!r}: known are {', '.join(cls.__slots__)}")
+            if name in given or not value:
+                raise ValueError(f"the URL's query has {name!r} twice, or empty: give it once, with a value")
+            given[name] = value
+        normalize, text = given.get("normalize"), given.get("text", "auto")
+        if normalize is not None and normalize.lower() not in _BOOLEANS:
+            raise ValueError(f"normalize is {normalize!r} in the URL's query: give true or false")
+        if text not in ("auto", "raw"):
+            raise ValueError(f"text is {text!r} in the URL's query: give auto or raw")
+        return cls(
+            run=given.get("run"),
+            policy=given.get("policy"),
+            normalize=None if normalize is None else _BOOLEANS[normalize.lower()],
+            text="raw" if text == "raw" else "auto",
+            reward_key=given.get("reward_key"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One response as it is scored, and as feedback names it. `prompt` is "" where it is not known."""
+
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredSample:
+    """What a sample got.
+
+    Attributes:
+        reward: what the trainer learns from.
+        raw_reward: what the RM said; equal unless rewards are normalised.
+        model: the RM's name, or the policy's where all were asked.
+        index: the RM's place in the pool; -1 where all were asked.
+        propensity: probability that this RM would be asked.
+        fallback: whether another RM had been drawn and gave nothing.
+        decision_id: for feedback.
+    """
+
+    reward: float
+    raw_reward: float
+    model: str
+    index: int
+    propensity: float
+    fallback: bool
+    decision_id: str
