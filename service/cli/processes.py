@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -166,12 +167,13 @@ class ProcessGroup:
                 child.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + STOP_SECONDS
         for child in reversed(self.children):
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(max(deadline - time.monotonic(), 0.1))
-            except subprocess.TimeoutExpired:
-                # The whole session: vLLM's engine is a process of its own.
+            # What is left of its session, itself included: vLLM's engine is a process of its own, and may outlive a
+            # server that died or was ended while it started.
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.process.pid, signal.SIGKILL)
-                child.process.wait()
+            child.process.wait()
 
 
 def interruptible() -> None:

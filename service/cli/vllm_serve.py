@@ -100,13 +100,31 @@ def serve_environment(
         model: its `env` wins over everything.
         device: `cuda` or `cpu`.
         gpus: of this replica; empty leaves all visible.
-        environment: of the process that starts it; what it sets is left alone.
+        environment: of the process that starts it; what it sets is left alone, and `gpus` count among the GPUs that
+            its CUDA_VISIBLE_DEVICES leaves it.
+
+    Raises:
+        ConfigurationError: a GPU that is not among those.
     """
     defaults = ENVIRONMENT | (CPU_ENVIRONMENT if device == "cpu" else {})
     added = {name: value for name, value in defaults.items() if name not in environment}
     if device == "cuda" and gpus:
-        added["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        added["CUDA_VISIBLE_DEVICES"] = ",".join(_visible(model, gpu, environment) for gpu in gpus)
     return added | model.env
+
+
+def _visible(model: ModelEntry, gpu: int, environment: Mapping[str, str]) -> str:
+    """The GPU's name for CUDA."""
+    allotted = environment.get("CUDA_VISIBLE_DEVICES")
+    if allotted is None:
+        return str(gpu)
+    names = [name.strip() for name in allotted.split(",") if name.strip()]
+    if gpu >= len(names):
+        raise ConfigurationError(
+            f"model {model.name!r} is to be on GPU {gpu}, and CUDA_VISIBLE_DEVICES={allotted} leaves {len(names)} of "
+            "them, counted from 0: change `gpus` in the pool file, or CUDA_VISIBLE_DEVICES"
+        )
+    return names[gpu]
 
 
 def placements(model: ModelEntry) -> list[tuple[int, ...]]:

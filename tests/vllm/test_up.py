@@ -29,9 +29,9 @@ pytestmark = pytest.mark.slow
 PAIR = ("What is 7 + 5?", ["7 + 5 = 12", "7 + 5 = 13"])
 
 
-def up(folder: Path, port: int) -> subprocess.Popen[bytes]:
+def up(folder: Path, port: int, worker_port: int) -> subprocess.Popen[bytes]:
     """`up` with `pool.yaml`, its output in `up.log`."""
-    words = ["up", "--pool", "pool.yaml", "--data-dir", "data", "--port", str(port), "--worker-port", str(free_port())]
+    words = ["up", "--pool", "pool.yaml", "--data-dir", "data", "--port", str(port), "--worker-port", str(worker_port)]
     with (folder / "up.log").open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "service.cli", *words],
@@ -72,9 +72,10 @@ def pool_file(tmp_path: Path, one_server: OneServer, vllm_command: tuple[str, ..
 
 
 def test_up_starts_vllm_and_the_cpu_worker_and_ends_both(pool_file: Path, demo_models: Path) -> None:
-    port = free_port()
+    port, worker_port = free_port(), free_port()
     url = f"http://127.0.0.1:{port}"
-    process = up(pool_file, port)
+    with_wrong_name(pool_file, f"http://127.0.0.1:{worker_port}")
+    process = up(pool_file, port, worker_port)
     log = pool_file / "up.log"
     try:
         deadline = time.monotonic() + START_SECONDS
@@ -88,7 +89,10 @@ def test_up_starts_vllm_and_the_cpu_worker_and_ends_both(pool_file: Path, demo_m
             logits = Reference(demo_models / model).rewards([(PAIR[0], response) for response in PAIR[1]])
             expected = [scale * logit + shift for logit in logits]
             assert answer["rewards"] == pytest.approx(expected, abs=2 * TOLERANCE)
-        assert all(model["available"] for model in fetch(f"{url}/models")[1])
+        models = {model["name"]: model for model in fetch(f"{url}/models")[1]}
+        assert [model["available"] for model in models.values()] == [True, True, False]
+        (replica,) = models["rm-wrong"]["replicas"]
+        assert replica["problem"] == "serves rm-code, not 'somebody-else': check the served model name"
         children = descendants(process.pid)
         assert len(children) >= 5
         text = log.read_text()
@@ -101,7 +105,41 @@ def test_up_starts_vllm_and_the_cpu_worker_and_ends_both(pool_file: Path, demo_m
         if process.poll() is None:
             process.kill()
             process.wait()
-    assert not {pid for pid in children if Path(f"/proc/{pid}").exists() and "Z" not in state(pid)}
+    assert [pid for pid in children if state(pid) != "Z"] == []
+
+
+def test_an_up_that_is_interrupted_while_vllm_starts_leaves_nothing_behind(pool_file: Path) -> None:
+    process = up(pool_file, free_port(), free_port())
+    children: set[int] = set()
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not any("EngineCore" in command(pid) for pid in children):
+            assert process.poll() is None
+            assert time.monotonic() < deadline, (pool_file / "up.log").read_text()[-3000:]
+            time.sleep(0.2)
+            children = descendants(process.pid)
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    assert [command(pid) for pid in children if state(pid) != "Z"] == []
+
+
+def command(pid: int) -> str:
+    """Of a process; empty when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def with_wrong_name(folder: Path, url: str) -> None:
+    """Add an RM to the pool file that the worker there does not serve."""
+    pool = yaml.safe_load((folder / "pool.yaml").read_text())
+    pool["models"].append({"name": "rm-wrong", "urls": [url], "served_name": "somebody-else"})
+    (folder / "pool.yaml").write_text(yaml.safe_dump(pool))
 
 
 def state(pid: int) -> str:
@@ -120,7 +158,7 @@ def test_a_vllm_that_cannot_load_the_model_is_shown_with_the_cause(pool_file: Pa
     pool = yaml.safe_load((pool_file / "pool.yaml").read_text())
     pool["models"] = [{**pool["models"][0], "path": "broken"}]
     (pool_file / "pool.yaml").write_text(yaml.safe_dump(pool))
-    process = up(pool_file, free_port())
+    process = up(pool_file, free_port(), free_port())
     try:
         assert process.wait(START_SECONDS) == 2
     finally:

@@ -58,6 +58,12 @@ def vllm(tmp_path: Path) -> tuple[str, ...]:
     return (str(program),)
 
 
+@pytest.fixture(autouse=True)
+def _all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where nobody was given some of the GPUs only."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
 @pytest.fixture
 def out() -> Console:
     return Console(file=io.StringIO(), width=200)
@@ -141,6 +147,21 @@ def test_the_last_line_is_shown_without_colours_and_without_empty_lines(tmp_path
         silent = processes.run("silent", ["/bin/true"])
         silent.process.wait()
         assert silent.last_line() == ""
+
+
+def test_what_a_dead_server_leaves_behind_is_ended_too(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    script = f"sleep 300 & echo $! > {pids}; exit 3"
+    with ProcessGroup(tmp_path / "logs") as processes:
+        child = processes.run("server", ["/bin/sh", "-c", script])
+        assert child.process.wait(20) == 3
+        engine = Path(f"/proc/{pids.read_text().strip()}/cmdline")
+        assert "sleep" in engine.read_text()
+    deadline = time.monotonic() + 5
+    # A zombie's command line is empty.
+    while engine.exists() and engine.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_the_log_of_a_worker_is_found_by_a_name_that_is_a_file_name(vllm: tuple[str, ...]) -> None:

@@ -78,6 +78,13 @@ def test_the_environment_of_the_caller_beats_defaults_and_the_pool_file_beats_bo
     assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
+def test_gpus_count_among_those_that_the_caller_was_given() -> None:
+    given = {"CUDA_VISIBLE_DEVICES": "4, GPU-8932f937"}
+    assert serve_environment(entry(), "cuda", (1, 0), given)["CUDA_VISIBLE_DEVICES"] == "GPU-8932f937,4"
+    with pytest.raises(ConfigurationError, match=r"'rm' is to be on GPU 2, and CUDA_VISIBLE_DEVICES=.* leaves 2"):
+        serve_environment(entry(), "cuda", (2,), given)
+
+
 def test_replicas_are_dealt_out_over_the_gpus() -> None:
     assert placements(entry(gpus=[0, 1], replicas=2)) == [(0,), (1,)]
     assert placements(entry(gpus=[4, 5, 6, 7], replicas=2, tensor_parallel=2)) == [(4, 5), (6, 7)]
@@ -98,7 +105,10 @@ def test_a_model_without_a_share_counts_as_a_whole_gpu() -> None:
 
 
 @pytest.mark.parametrize("path", READY_POOLS, ids=lambda path: path.stem)
-def test_ready_pools_fit_on_their_gpus_and_name_every_licence(path: Path, fake_vllm: str) -> None:
+def test_ready_pools_fit_on_their_gpus_and_name_every_licence(
+    path: Path, fake_vllm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     pool = load_pool(path).model_copy(update={"vllm_command": (fake_vllm,)})
     assert all(model.licence and model.max_model_len and model.dtype and model.gpu_share for model in pool.models)
     starts = plan_workers(pool.model_copy(update={"device": "cuda"}), port_sequence(0))
