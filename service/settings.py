@@ -67,6 +67,12 @@ class Settings(BaseSettings):
     encoder_timeout_seconds: float = Field(
         5.0, gt=0, description="Longest wait for the states of one micro-batch from an encoder over vLLM."
     )
+    encoder_parallel_requests: int = Field(
+        8,
+        ge=1,
+        description="Micro-batches under way at once for each server of an encoder over vLLM; what comes meanwhile "
+        "gathers into the next. Fewer make larger batches, more wait less.",
+    )
     encoder_api_key: ApiKey | None = Field(
         None, repr=False, description="Sent to the encoder's servers as `Authorization: Bearer KEY`."
     )

@@ -341,6 +341,7 @@ def load_pair_encoder(
     if is_remote(settings.encoder):
         options = RemoteOptions(
             timeout_seconds=settings.encoder_timeout_seconds,
+            parallel_requests=settings.encoder_parallel_requests,
             health_interval_seconds=settings.health_interval_seconds,
             api_key=settings.encoder_api_key,
             seed=settings.seed,

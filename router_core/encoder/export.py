@@ -9,7 +9,7 @@ The directory:
     tokenizer*.json, …            the tokenizer and its chat template
     modules.json, 1_Pooling/      how states become one vector, in the words that vLLM reads; nothing is normalised
     reward_router.json            spec, width, longest text, pooling, and the token ids of the reference texts
-    references.safetensors        the states of those texts, which a server must repeat
+    references.npy                the states of those texts, which a server must repeat
 
 `write_reading` writes all but weights and pooling: megabytes, and all that a gateway needs.
 """
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from router_core.encoder.formatting import READING_FILE, READING_VERSION, REFERENCES_FILE
 from router_core.encoder.torch import TorchBackbone
@@ -65,7 +64,7 @@ def write_reading(backbone: TorchBackbone, directory: Path, files: str = "") -> 
     (directory / READING_FILE).write_text(json.dumps(reading, ensure_ascii=False, indent=1) + "\n", "utf-8")
     # One by one, so that no reference depends on how others were padded.
     states = np.concatenate([backbone.embed([text]) for text in REFERENCE_TEXTS])
-    save_file({"states": np.ascontiguousarray(states)}, directory / REFERENCES_FILE)
+    np.save(directory / REFERENCES_FILE, states, allow_pickle=False)
 
 
 def export(backbone: TorchBackbone, directory: Path, files: str = "") -> None:

@@ -10,8 +10,9 @@ from typing import Protocol
 
 READING_FILE = "reward_router.json"
 """Beside a transformer's weights: how this project reads texts with it (longest text, pooling)."""
-REFERENCES_FILE = "references.safetensors"
-"""Beside an exported one: the states of the reference texts that stand in `READING_FILE`."""
+REFERENCES_FILE = "references.npy"
+"""Beside an exported one: the states of the reference texts that stand in `READING_FILE`. No safetensors: vLLM takes
+every file of that kind for weights."""
 READING_VERSION = 1
 """Of an exported `READING_FILE`; raised when an older gateway could misread a newer one."""
 SEPARATOR = "\n"

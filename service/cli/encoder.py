@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from service.errors import ConfigurationError
 
@@ -19,6 +18,7 @@ app = typer.Typer(
     help="Serve an encoder's transformer apart from the gateway: export it, serve it with vLLM (docs/encoders.md).",
 )
 
+_PORT = 8100
 _NEEDS_TORCH = "the encoder's weights need {name!r}: pip install 'reward-router[train]'"
 
 
@@ -34,28 +34,22 @@ def export(
 ) -> None:
     """Write a transformer with weights, tokenizer, pooling and reference states, and say how to serve it."""
     from router_core.checkpoint import Checkpoint
-    from router_core.encoder.registry import split_spec
 
     if (checkpoint is None) == (encoder is None):
         raise ConfigurationError("give either --checkpoint DIR or --encoder NAME")
-    loaded = Checkpoint.load(checkpoint) if checkpoint is not None else None
-    spec = loaded.encoder_spec if loaded is not None else str(encoder)
-    transformer = split_spec(spec)[1]
-    backbone = _load(transformer, loaded)
-    _write(backbone, out, loaded)
+    backbone = write_export(Checkpoint.load(checkpoint) if checkpoint is not None else None, encoder, out)
     from router_core.encoder.export import serve_command
 
     command = serve_command(out, backbone.precision, backbone.max_tokens)
-    console = Console(soft_wrap=True)
-    console.print(
-        f"exported {transformer} ({backbone.dim} columns, {backbone.max_tokens} tokens) to {out}", highlight=False
+    gateway = f"reward-router serve … --encoder vllm:http://127.0.0.1:{_PORT}"
+    gateway = (
+        gateway + f" --checkpoint {checkpoint}" if checkpoint else f"REWARD_ROUTER_ENCODER_READING={out} {gateway}"
     )
-    console.print("\nserve it:            " + " ".join(command), highlight=False)
-    console.print(f"or without vLLM:     reward-router encoder serve {out} --port 8000", highlight=False)
-    reading = "--checkpoint DIR" if loaded is not None else f"(REWARD_ROUTER_ENCODER_READING={out})"
-    console.print(
-        f"then the gateway:    reward-router serve … {reading} --encoder vllm:http://127.0.0.1:8000", highlight=False
-    )
+    # Not through rich, which would wrap and colour what is meant for a shell.
+    typer.echo(f"exported {backbone.spec} ({backbone.dim} columns, {backbone.max_tokens} tokens) to {out}\n")
+    typer.echo(f"serve it:          {' '.join(command)} --port {_PORT}")
+    typer.echo(f"or without vLLM:   reward-router encoder serve {out} --port {_PORT}")
+    typer.echo(f"then the gateway:  {gateway}")
 
 
 @app.command("serve")
@@ -63,7 +57,7 @@ def serve(
     directory: Annotated[Path, typer.Argument(help="An exported directory.")],
     name: Annotated[str, typer.Option(help="Served name.")] = "encoder",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8100,
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = _PORT,
     threads: Annotated[int, typer.Option(help="Threads of one forward pass.")] = 1,
 ) -> None:
     """Serve an exported encoder on the CPU with transformers, in the words of vLLM's /v1/embeddings."""
@@ -76,24 +70,25 @@ def serve(
     run_worker(embedding_app(directory, name=name, threads=threads), host=host, port=port)
 
 
-def _load(transformer: str, checkpoint: Checkpoint | None) -> TorchBackbone:
-    from router_core.encoder.registry import load_backbone
+def write_export(checkpoint: Checkpoint | None, encoder: str | None, out: Path) -> TorchBackbone:
+    """Export the transformer of a checkpoint, which then gets its folder `reading`, or of an encoder's name.
 
-    try:
-        from router_core.encoder.torch import TorchBackbone
-    except ImportError as error:
-        raise ConfigurationError(_NEEDS_TORCH.format(name=error.name)) from error
-    backbone = load_backbone(transformer, root=checkpoint.directory if checkpoint is not None else None)
-    if not isinstance(backbone, TorchBackbone):
-        raise ConfigurationError(f"encoder {transformer!r} is no transformer; it runs in the gateway")
-    return backbone
-
-
-def _write(backbone: TorchBackbone, out: Path, checkpoint: Checkpoint | None) -> None:
-    from router_core.encoder.export import export, write_reading
+    Raises:
+        ConfigurationError: it cannot be written, or torch is missing.
+        EncoderError: it cannot be loaded, or there is no transformer.
+    """
+    from router_core.encoder.registry import load_backbone, split_spec
     from service.encoders.load import READING_FOLDER
     from service.encoders.reading import files_digest
 
+    try:
+        from router_core.encoder.export import export, write_reading
+        from router_core.encoder.torch import TorchBackbone
+    except ImportError as error:
+        raise ConfigurationError(_NEEDS_TORCH.format(name=error.name)) from error
+    transformer = split_spec(checkpoint.encoder_spec if checkpoint is not None else str(encoder))[1]
+    backbone = load_backbone(transformer, root=checkpoint.directory if checkpoint is not None else None)
+    assert isinstance(backbone, TorchBackbone)
     files = files_digest(checkpoint.encoder_files) if checkpoint is not None else ""
     try:
         export(backbone, out, files)
@@ -101,3 +96,4 @@ def _write(backbone: TorchBackbone, out: Path, checkpoint: Checkpoint | None) ->
             write_reading(backbone, checkpoint.directory / READING_FOLDER, files)
     except OSError as error:
         raise ConfigurationError(f"{error.filename}: cannot be written ({error.strerror})") from error
+    return backbone

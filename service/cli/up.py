@@ -16,12 +16,21 @@ import typer
 from rich.console import Console
 
 from service.cli.launch import WORKER_SECONDS, plan_workers, start_workers
-from service.cli.processes import ProcessGroup, free_port, interruptible
+from service.cli.processes import Child, ProcessGroup, free_port, interruptible
+from service.cli.supervise import Supervisor
+from service.cli.vllm_serve import find_vllm
+from service.errors import ConfigurationError
 from service.pool import ModelEntry, PoolFile, dump_pool, load_pool
 from service.settings import EMBEDDED
 from service.stores.embedded import EmbeddedStore
 
 __all__ = ["WORKER_SECONDS", "Stack", "running_stack", "up", "wait_for_signal"]
+
+SERVED = "served"
+"""`--encoder` that starts a server for the checkpoint's transformer."""
+
+ENCODER_SHARE = 0.1
+"""Of the first GPU's memory, for the encoder that is started; leave that much free in the pool file."""
 
 GATEWAY_SECONDS = 120.0
 """How long the gateway may take to load its encoder and replay its log."""
@@ -50,11 +59,13 @@ class Stack:
         url: the gateway.
         pool: the pool with the workers' addresses.
         processes: the children.
+        workers: those of them that serve reward models.
     """
 
     url: str
     pool: PoolFile
     processes: ProcessGroup
+    workers: tuple[Child, ...]
 
 
 def up(
@@ -73,6 +84,13 @@ def up(
     run: Annotated[
         str | None,
         typer.Option(help="Name of the default run. (default: default; with the demo pool, one a checkpoint)"),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="vllm:URL of a running server, or `served`: the checkpoint's transformer in a process of its own. "
+            "(default: inside the gateway)"
+        ),
     ] = None,
     worker: Annotated[
         WorkerKind | None,
@@ -109,7 +127,7 @@ def up(
         return
     with running_stack(
         wanted, checkpoint, data_dir=data_dir, host=host, port=port, worker_port=worker_port, store_url=store,
-        console=console, run=run,
+        console=console, run=run, encoder=encoder,
     ) as stack:  # fmt: skip
         console.print(
             f"\nserving on [bold]{stack.url}[/]   API: {stack.url}/docs   metrics: {stack.url}/metrics\n\n"
@@ -117,7 +135,7 @@ def up(
             '    -d \'{"prompt": "What is 7 + 5?", "responses": ["12", "13"]}\'\n\nCtrl-C ends everything.',
             highlight=False,
         )
-        wait_for_signal(stack.processes)
+        wait_for_signal(stack.processes, Supervisor(stack.workers, console))
     console.print("stopped; what was learned is kept in", str(data_dir))
 
 
@@ -133,6 +151,7 @@ def running_stack(
     store_url: str,
     console: Console,
     run: str | None = None,
+    encoder: str | None = None,
 ) -> Iterator[Stack]:
     """Store, workers and gateway for the length of the block.
 
@@ -146,6 +165,7 @@ def running_stack(
         store_url: `embedded`, or the URL of a running server.
         console: where progress is shown.
         run: name of the default run.
+        encoder: the gateway's `--encoder`; `served` starts a server for the checkpoint's transformer.
 
     Raises:
         ConfigurationError: something did not start; with the end of its log.
@@ -160,7 +180,11 @@ def running_stack(
                 "store     ready (Valkey, append-only file in", str(data_dir / "store") + ")", highlight=False
             )
         with ProcessGroup(data_dir / "logs") as processes:
-            resolved = _start_workers(pool, processes, worker_port, console)
+            ports = port_sequence(worker_port)
+            resolved = _start_workers(pool, processes, ports, console)
+            if encoder == SERVED:
+                encoder = _serve_encoder(pool, checkpoint, data_dir / "encoder", processes, ports, console)
+            workers = tuple(processes.children)
             pool_file = data_dir / "pool.yaml"
             dump_pool(resolved, pool_file)
             arguments = [
@@ -174,6 +198,8 @@ def running_stack(
             ]
             if checkpoint is not None:
                 arguments += ["--checkpoint", str(checkpoint)]
+            if encoder is not None:
+                arguments += ["--encoder", encoder]
             processes.start(
                 "gateway",
                 arguments,
@@ -183,23 +209,24 @@ def running_stack(
             with console.status("gateway"):
                 processes.wait_until_ready(f"{url}/readyz", "gateway", GATEWAY_SECONDS, lambda: None)
             console.print(f"gateway   ready on {url}", highlight=False)
-            yield Stack(url, resolved, processes)
+            yield Stack(url, resolved, processes, workers)
     finally:
         if embedded is not None:
             embedded.stop()
 
 
-def wait_for_signal(processes: ProcessGroup) -> None:
-    """Return on SIGINT or SIGTERM.
+def wait_for_signal(processes: ProcessGroup, supervisor: Supervisor) -> None:
+    """Return on SIGINT or SIGTERM. Workers that leave are started again.
 
     Raises:
-        ConfigurationError: a child left before that.
+        ConfigurationError: another child left before that.
     """
     stop = threading.Event()
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         while not stop.wait(0.5):
-            processes.check()
+            processes.check(without=supervisor.workers)
+            supervisor.tick()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -240,9 +267,32 @@ def port_sequence(first: int) -> Callable[[], int]:
     return next_port
 
 
-def _start_workers(pool: PoolFile, processes: ProcessGroup, first_port: int, console: Console) -> PoolFile:
+def _serve_encoder(
+    pool: PoolFile,
+    checkpoint: Path | None,
+    directory: Path,
+    processes: ProcessGroup,
+    next_port: Callable[[], int],
+    console: Console,
+) -> str:
+    """Export the checkpoint's transformer if need be, and start its server; returns the gateway's `--encoder`."""
+    from service.cli.encoder_launch import encoder_start, ensure_exported
+
+    if checkpoint is None:
+        raise ConfigurationError(
+            f"--encoder {SERVED} serves a checkpoint's transformer: give --checkpoint, or --encoder vllm:URL"
+        )
+    with console.status("encoder: exporting its transformer"):
+        ensure_exported(checkpoint, directory)
+    vllm = None if pool.worker == "cpu" else find_vllm(pool.vllm_command)
+    start = encoder_start(directory, next_port(), vllm=vllm, device=pool.device, gpu_share=ENCODER_SHARE)
+    start_workers([start], processes, console)
+    return f"vllm:{start.url}"
+
+
+def _start_workers(pool: PoolFile, processes: ProcessGroup, next_port: Callable[[], int], console: Console) -> PoolFile:
     """Start what has no `urls`, and write down where it is."""
-    starts = plan_workers(pool, port_sequence(first_port))
+    starts = plan_workers(pool, next_port)
     urls = start_workers(starts, processes, console)
     placed = [model if model.urls else _placed(model, urls[model.name]) for model in pool.models]
     return pool.model_copy(update={"models": tuple(placed)})

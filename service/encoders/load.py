@@ -35,6 +35,7 @@ class RemoteOptions:
     """Of the connection to the servers; see `Settings`."""
 
     timeout_seconds: float
+    parallel_requests: int
     health_interval_seconds: float
     api_key: str | None
     seed: int | None
@@ -97,7 +98,9 @@ def load_remote_encoder(
     )
     policy = HealthPolicy(options.health_interval_seconds, options.timeout_seconds)
     monitor = ServerMonitor(client, reading, policy, np.random.default_rng(options.seed))
-    return RemoteEncoder(split, client, monitor, observe_batch=observe_batch)
+    return RemoteEncoder(
+        split, client, monitor, observe_batch=observe_batch, lanes=options.parallel_requests * len(urls)
+    )
 
 
 def _reading_directory(checkpoint: Checkpoint | None, given: Path | None) -> Path:

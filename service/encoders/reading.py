@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from router_core.encoder.base import Block
 from router_core.encoder.formatting import (
@@ -89,7 +87,7 @@ class Reading:
         tokenizer = _tokenizer(directory)
         try:
             template = load_chat_template(directory) if _has_template(directory) else None
-            states = load_file(directory / REFERENCES_FILE)["states"]
+            states = np.load(directory / REFERENCES_FILE, allow_pickle=False)
             texts = [(str(entry["prompt"]), str(entry["response"])) for entry in facts["references"]]
             ids = [list(map(int, entry["ids"])) for entry in facts["references"]]
             reading = cls(
@@ -103,7 +101,7 @@ class Reading:
             )
             if not texts or states.shape != (len(ids), int(facts["dim"])):
                 raise ValueError(f"the reference states have shape {states.shape}")
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(
                 f"{directory}: lacks what an exported encoder holds ({error!r}); {_AGAIN}"
             ) from error
@@ -136,10 +134,13 @@ class Reading:
             return []
         try:
             pairs = [self._render(prompt, response) for prompt, response in conversations]
-        except RenderError as error:
-            raise EncoderError(f"encoder {self.spec!r}: {error}") from error
-        # The responses of a group share their head: each is tokenized once.
-        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+            # The responses of a group share their head: each is tokenized once.
+            texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+            for text in texts:
+                # The tokenizer would panic.
+                text.encode()
+        except (RenderError, UnicodeEncodeError) as error:
+            raise EncoderError(f"encoder {self.spec!r} cannot read a text: {error}") from error
         with self._lock:
             rows = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         ids = {text: row.ids for text, row in zip(texts, rows, strict=True)}

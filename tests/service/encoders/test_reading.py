@@ -75,7 +75,7 @@ def test_an_altered_chat_template_is_refused(exported: Exported, tmp_path: Path)
         (lambda folder: (folder / "reward_router.json").write_text("{"), "is not JSON"),
         (lambda folder: (folder / "reward_router.json").write_text('{"max_tokens": 3}'), "version None"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json does not exist"),
-        (lambda folder: (folder / "references.safetensors").write_bytes(b"x"), "lacks what an exported encoder holds"),
+        (lambda folder: (folder / "references.npy").write_bytes(b"x"), "lacks what an exported encoder holds"),
     ],
 )
 def test_a_spoiled_directory_is_refused_with_a_remedy(
