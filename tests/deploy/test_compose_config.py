@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("dockerfile_parse", reason="needs reward-router[dev]")
 
+from router_core.encoder.export import serve_command
 from service.cli.vllm_serve import ENVIRONMENT, serve_words
 from service.pool import load_pool
 from service.settings import Settings
@@ -97,6 +98,8 @@ def test_every_variable_of_the_gateway_is_a_setting_and_its_value_fits(services:
             patch.setenv(name, value)
         settings = Settings(host="0.0.0.0")
     assert settings.api_keys == (SECRETS["GATEWAY_API_KEY"],)
+    # An empty variable is none: `${CHECKPOINT:-}` must not become the path of a checkpoint.
+    assert settings.checkpoint is None
     grace = float(found["stop_grace_period"].removesuffix("s"))
     assert grace > settings.request_timeout_seconds + 1
 
@@ -163,6 +166,9 @@ def test_what_is_mounted_exists_and_is_read_only(services: dict[str, Config]) ->
 def test_what_waits_for_health_waits_for_something_with_a_health_check(services: dict[str, Config]) -> None:
     for name, service in services.items():
         for dependency, wanted in service.get("depends_on", {}).items():
+            if dependency not in services:
+                assert (dependency, wanted["required"]) == ("encoder-files", False), name
+                continue
             other = services[dependency]
             if wanted["condition"] == "service_healthy":
                 # The worker image has one of its own; test_dockerfile.py.
@@ -239,6 +245,40 @@ def test_the_weights_are_downloaded_where_offline_workers_look_for_them(gpu: Con
         assert mounted[cache["target"]]["source"] == cache["source"], name
         assert worker["environment"]["HF_HOME"] == cache["target"], name
         assert worker["environment"]["HF_HUB_OFFLINE"] == "1", name
+
+
+def test_the_encoder_is_served_with_the_flags_that_its_export_prints_and_locked_in_like_a_worker() -> None:
+    chosen = {"ENCODER": "vllm:http://encoder:8000", "ENCODER_READING": "/encoder/files"}
+    services = compose_config("gpu", "encoder", variables=SECRETS | chosen)["services"]
+    encoder, files, found = services["encoder"], services["encoder-files"], services["gateway-gpu"]
+    words = [*encoder["entrypoint"], *encoder["command"]]
+    printed = list(serve_command(Path("/encoder/files")))
+    assert words[:3] == printed[:3]
+    assert set(printed) <= set(words)
+    assert nets(encoder) == {"workers"}
+    assert "ports" not in encoder
+    assert encoder["environment"]["HF_HUB_OFFLINE"] == "1"
+
+    # What is exported is what is served, and what the gateway reads.
+    def place(service: Config, path: str) -> tuple[str, str]:
+        (volume,) = (volume for volume in service["volumes"] if path.startswith(volume["target"] + "/"))
+        return volume["source"], path.removeprefix(volume["target"])
+
+    out = files["command"][files["command"].index("--out") + 1]
+    assert place(files, out) == place(encoder, words[2])
+    assert place(found, found["environment"]["REWARD_ROUTER_ENCODER_READING"]) == place(files, out)
+    assert found["depends_on"]["encoder-files"]["condition"] == "service_completed_successfully"
+    assert encoder["depends_on"]["encoder-files"]["condition"] == "service_completed_successfully"
+    port = words[words.index("--port") + 1]
+    assert found["environment"]["REWARD_ROUTER_ENCODER"] == f"vllm:http://encoder:{port}"
+
+
+def test_a_checkpoint_of_ones_own_is_mounted_where_the_gateway_looks_for_it() -> None:
+    chosen = {"CHECKPOINT_DIR": "./docs", "CHECKPOINT": "/checkpoint"}
+    found = compose_config("gpu", variables=SECRETS | chosen)["services"]["gateway-gpu"]
+    (mount,) = (volume for volume in found["volumes"] if volume["target"] == "/checkpoint")
+    assert (mount["type"], mount["source"]) == ("bind", str(ROOT / "docs"))
+    assert found["environment"]["REWARD_ROUTER_CHECKPOINT"] == mount["target"]
 
 
 def test_prometheus_finds_the_gateway_by_one_name_in_both_profiles(cpu: Config, gpu: Config) -> None:

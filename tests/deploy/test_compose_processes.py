@@ -16,7 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +50,16 @@ sys.exit(reply != b"+PONG\\r\\n")
 
 
 @pytest.fixture(scope="module")
-def images(valkey_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Image]:
-    """Executables that stand for the images. Prometheus and Grafana have tests of their own."""
+def images(valkey_binary: Path, gateway_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Image]:
+    """Executables that stand for the images. The gateway's is what the Dockerfile installs, without torch."""
     folder = tmp_path_factory.mktemp("valkey-image")
     (folder / "valkey-server").symlink_to(valkey_binary)
     client = folder / "valkey-cli"
     client.write_text(PING.format(python=sys.executable))
     client.chmod(client.stat().st_mode | stat.S_IXUSR)
-    here = Path(sys.executable).parent
     return {
-        "reward-router": dockerfile_image("gateway", here),
-        "reward-router-worker": dockerfile_image("worker", here),
+        "reward-router": dockerfile_image("gateway", gateway_bin),
+        "reward-router-worker": dockerfile_image("worker", Path(sys.executable).parent),
         "valkey/valkey": Image((folder,), extra=("--bind", "{address}")),
     }
 
@@ -85,6 +84,16 @@ def first(images: dict[str, Image], folder: Path) -> Iterator[ComposeStack]:
 def config() -> Config:
     """A fresh copy of the profile's configuration."""
     return copy.deepcopy(compose_config("cpu", variables=VARIABLES))
+
+
+def only(*names: str) -> Config:
+    """Some of the services, which depend on each other as in the file."""
+    out = config()
+    out["services"] = {name: out["services"][name] for name in names}
+    for service in out["services"].values():
+        left = {name: wanted for name, wanted in service.get("depends_on", {}).items() if name in names}
+        service["depends_on"] = left
+    return out
 
 
 def ask(url: str, path: str, body: object = None, key: str | None = KEY) -> tuple[int, Any]:
@@ -139,51 +148,71 @@ def test_the_whole_profile_comes_up_in_its_order_routes_a_pair_and_remembers_its
         assert (status, repeated["duplicate"]) == (200, True)
 
 
-def broken_command(services: Config) -> str:
-    services["rm-code"]["command"][-1] = "8001"
-    return "rm-code"
+def wrong_command(services: Config) -> None:
+    services["gateway"]["command"][0] = "server"
 
 
-def broken_path(services: Config) -> str:
+def wrong_path(services: Config) -> None:
     services["gateway"]["command"][-1] = "/var/lib/reward-router/checkpoint"
-    return "gateway"
 
 
-def broken_variable(services: Config) -> str:
+def wrong_variable(services: Config) -> None:
     services["gateway"]["environment"]["REWARD_ROUTER_API_KEYS"] = KEY
-    return "gateway"
 
 
-def broken_network(services: Config) -> str:
-    del services["gateway"]["networks"]["store"]
-    return "gateway"
+def wrong_store(services: Config) -> None:
+    services["gateway"]["environment"]["REWARD_ROUTER_STORE_URL"] = "http://redis:6379"
 
 
-def broken_mount(services: Config) -> str:
+def wrong_mount(services: Config) -> None:
     services["gateway"]["volumes"] = services["gateway"]["volumes"][1:]
-    return "gateway"
 
 
-def broken_health(services: Config) -> str:
-    services["redis"]["healthcheck"]["test"][-1] = "pong"
-    return "redis"
-
-
-@pytest.mark.parametrize(
-    "break_it", [broken_command, broken_path, broken_variable, broken_network, broken_mount, broken_health]
-)
+@pytest.mark.parametrize("break_it", [wrong_command, wrong_path, wrong_variable, wrong_store, wrong_mount])
 @pytest.mark.usefixtures("first")
-def test_what_is_wrong_in_the_file_fails(break_it: Any, images: dict[str, Image], folder: Path) -> None:
-    broken = config()
-    name = break_it(broken["services"])
-    for service in broken["services"].values():
-        if "healthcheck" in service:
-            service["healthcheck"]["start_period"] = "15s"
+def test_a_gateway_that_is_given_something_wrong_leaves_at_once(
+    break_it: Callable[[Config], None], images: dict[str, Image], folder: Path
+) -> None:
+    broken = only("redis", "gateway")
+    break_it(broken["services"])
     with (
         ComposeStack(broken, folder, images, network=120 + os.getpid() % 120) as stack,
-        pytest.raises(StackError, match=name),
+        pytest.raises(StackError, match="gateway left with status 2"),
     ):
         stack.up(60)
+
+
+def test_a_gateway_without_the_stores_network_never_becomes_ready(images: dict[str, Image], folder: Path) -> None:
+    broken = only("redis", "rm-code", "gateway")
+    del broken["services"]["gateway"]["networks"]["store"]
+    with (
+        ComposeStack(broken, folder, images, network=120 + os.getpid() % 120) as stack,
+        pytest.raises(StackError, match=r"not started: \[\]\ngateway"),
+    ):
+        stack.up(25)
+
+
+def test_a_worker_on_another_port_than_its_health_check_asks_holds_up_the_gateway(
+    images: dict[str, Image], folder: Path
+) -> None:
+    broken = only("redis", "rm-code", "gateway")
+    broken["services"]["rm-code"]["command"][-1] = "8001"
+    with (
+        ComposeStack(broken, folder, images, network=120 + os.getpid() % 120) as stack,
+        pytest.raises(StackError, match=r"not started: \['gateway'\]\nrm-code"),
+    ):
+        stack.up(25)
+
+
+def test_a_health_check_that_says_the_wrong_words_fails(images: dict[str, Image], folder: Path) -> None:
+    broken = only("redis")
+    broken["services"]["redis"]["healthcheck"]["test"][-1] = "pong"
+    broken["services"]["redis"]["healthcheck"]["start_period"] = "0s"
+    with (
+        ComposeStack(broken, folder, images, network=120 + os.getpid() % 120) as stack,
+        pytest.raises(StackError, match="redis is unhealthy"),
+    ):
+        stack.up(30)
 
 
 def test_a_service_that_does_not_wait_for_what_it_needs_fails(images: dict[str, Image], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 SETTINGS_HEAD = """# Settings
 
 Each is an environment variable; `reward-router serve` and `up` have options for the common ones. Lists are JSON
-(`REWARD_ROUTER_API_KEYS='["KEY"]'`).
+(`REWARD_ROUTER_API_KEYS='["KEY"]'`). An empty variable counts as not set.
 
 | variable | default | meaning |
 |---|---|---|

@@ -20,9 +20,11 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -132,9 +134,73 @@ def stage_instructions(target: str) -> list[dict[str, Any]]:
         if instruction["instruction"] == "FROM":
             base, _, name = instruction["value"].partition(" AS ")
             current = stages[name] = list(stages.get(base, []))
-        else:
+        elif instruction["instruction"] != "COMMENT":
             current.append(instruction)
     return stages[target]
+
+
+def build(target: str, folder: Path) -> Path:
+    """Run a stage's own instructions as processes: COPY what .dockerignore admits, RUN its commands.
+
+    Args:
+        target: a stage that is FROM `base` and makes /opt/venv.
+        folder: for the sources and the environment, which stand for /src and /opt/venv.
+
+    Returns:
+        The environment's folder of executables.
+
+    Raises:
+        StackError: a command failed; with the end of what it said.
+    """
+    venv, sources = folder / "venv", folder / "src"
+    sources.mkdir(parents=True)
+    admitted = context_files()
+    arguments: dict[str, str] = {}
+    python = shutil.which("python3", path=f"{Path(sys.executable).parent}:{SYSTEM_PATH}")
+    inherited = len(stage_instructions("base"))
+    for instruction in stage_instructions(target)[inherited:]:
+        word, value = instruction["instruction"], instruction["value"]
+        if word == "ARG":
+            name, _, default = value.partition("=")
+            arguments[name] = default
+        elif word == "COPY":
+            *copied, _ = value.split()
+            for name in copied:
+                for file in [path for path in admitted if path.parts[0] == name]:
+                    (sources / file).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(ROOT / file, sources / file)
+        elif word == "RUN":
+            command = value.replace("/opt/venv", str(venv)).replace("python -m venv", f"{python} -m venv")
+            done = subprocess.run(
+                ["/bin/sh", "-ec", command],
+                cwd=sources,
+                env={**os.environ, "PATH": f"{venv}/bin:{SYSTEM_PATH}", **arguments},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                raise StackError(f"{command}\n{(done.stdout + done.stderr)[-3000:]}")
+        elif word != "WORKDIR":
+            raise StackError(f"{word} is not known here; add it to `build`")
+    return venv / "bin"
+
+
+def context_files() -> list[Path]:
+    """Files that .dockerignore lets into the build, relative to the root. It must be a list of exceptions to `*`."""
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+    assert lines[0] == "*", ".dockerignore must begin with `*`"
+    names = [line[1:] for line in lines if line.startswith("!")]
+    ignored = {line.removeprefix("**/") for line in lines[1:] if line.startswith("**/")}
+    assert len(names) + len(ignored) + 1 == len(lines), "a line of .dockerignore is of a form not known here"
+    out = []
+    for name in names:
+        path = ROOT / name
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            relative = file.relative_to(ROOT)
+            if file.is_file() and not any(fnmatch(part, rule) for part in relative.parts for rule in ignored):
+                out.append(relative)
+    return out
 
 
 @dataclass(slots=True)
@@ -246,6 +312,8 @@ class ComposeStack:
 
     def _may_start(self, name: str) -> bool:
         for dependency, wanted in self._services[name].get("depends_on", {}).items():
+            if dependency not in self._services and not wanted["required"]:
+                continue
             if dependency in self.left_out:
                 raise StackError(f"{name} depends on {dependency}, which has no image here")
             running = self._running.get(dependency)
