@@ -139,10 +139,10 @@ class Services:
         for service in reversed(self._services):
             service.stop()
 
-    def worker(self, pairs: Path, *options: str) -> Service:
-        """A recorded worker for all `MODELS`."""
-        models = [word for model in MODELS for word in ("--model", model)]
-        return self._add("worker", ["worker", "--recorded", str(pairs), *models, *options], {}, "/health")
+    def worker(self, pairs: Path, *options: str, models: Sequence[str] = MODELS) -> Service:
+        """A recorded worker for all the models."""
+        named = [word for model in models for word in ("--model", model)]
+        return self._add("worker", ["worker", "--recorded", str(pairs), *named, *options], {}, "/health")
 
     def gateway(self, name: str, worker: Service, store_url: str, **settings: object) -> Service:
         """A gateway for `MODELS` at the worker; settings become its environment."""
@@ -176,8 +176,8 @@ def fetch(url: str) -> tuple[int, Any]:
 class Caller:
     """Posts to one gateway; what dies on the way is reported, never raised."""
 
-    def __init__(self, url: str, connections: int = 16) -> None:
-        self._pool = HttpPool(url, max_connections=connections)
+    def __init__(self, url: str, connections: int = 16, api_key: str | None = None) -> None:
+        self._pool = HttpPool(url, max_connections=connections, api_key=api_key)
 
     async def post(self, path: str, document: object, seconds: float = 20.0) -> tuple[int, Any]:
         """Status and document; status 0 when the connection failed."""
