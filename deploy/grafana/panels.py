@@ -58,6 +58,7 @@ class Panel:
         queries: what it shows.
         kind: how.
         width: of 24 columns.
+        colours: of a single number: from which value on, ascending; the first one has no bound.
         optional: why it may rightly be empty while the gateway is in use; "" for a panel that must not be.
         empty: what is shown where there is no series.
     """
@@ -68,6 +69,7 @@ class Panel:
     queries: tuple[Query, ...]
     kind: Kind = Kind.LINES
     width: int = 8
+    colours: tuple[tuple[float | None, str], ...] = ((None, "green"),)
     optional: str = ""
     empty: str = ""
 
@@ -129,6 +131,7 @@ OVERVIEW = Row(
             (Query(f"({total('requests_total', FAILED)} or vector(0)) / {total('requests_total')}"),),
             Kind.STAT,
             3,
+            ((None, "green"), (0.01, "orange"), (0.05, "red")),
         ),
         Panel(
             "Fallbacks",
@@ -138,6 +141,7 @@ OVERVIEW = Row(
             (Query(f"{FALLBACKS} / ({FALLBACKS} + {ANSWERED})"),),
             Kind.STAT,
             3,
+            ((None, "green"), (0.02, "orange"), (0.1, "red")),
         ),
         Panel(
             "Reward models that can be asked",
@@ -146,6 +150,7 @@ OVERVIEW = Row(
             (Query("sum(max by (model) (reward_router_worker_up))"),),
             Kind.STAT,
             3,
+            ((None, "red"), (1, "green")),
         ),
         Panel(
             "Gateways",
@@ -154,6 +159,7 @@ OVERVIEW = Row(
             (Query('sum(up{job="gateway"})'),),
             Kind.STAT,
             3,
+            ((None, "red"), (1, "green")),
         ),
         Panel(
             "Store",
@@ -162,6 +168,7 @@ OVERVIEW = Row(
             (Query("min(reward_router_store_up)"),),
             Kind.STAT,
             3,
+            ((None, "red"), (1, "green")),
         ),
         Panel(
             "Events learned",
@@ -320,6 +327,27 @@ WORKERS = Row(
             "Requests that each worker has not answered; worker_max_in_flight bounds it per gateway.",
             "short",
             (Query(f"sum by (model, url) (reward_router_worker_requests_in_flight{MODEL})", "{{model}} {{url}}"),),
+        ),
+        Panel(
+            "Encoder servers",
+            "Whether each server of the encoder is asked, by the gateway that sees it worst. Runbook: "
+            "RewardRouterEncoderDown.",
+            "none",
+            (Query("min by (url) (reward_router_encoder_up)", "{{url}}"),),
+            Kind.STATES,
+            12,
+            optional="there is no series where the encoder runs in the gateway, the default",
+            empty="the encoder is local",
+        ),
+        Panel(
+            "Single responses per second",
+            "Of trainers that send one response at a time: choices made, and choices that were followed because the "
+            "prompt had one.",
+            "ops",
+            (Query(rate("sticky_choices_total", "outcome", RUN), "{{outcome}}"),),
+            width=12,
+            optional="there is no series until a caller has sent a single response whose choice sticks",
+            empty="none so far",
         ),
     ),
 )

@@ -23,6 +23,9 @@ from grafana_foundation_sdk.models.common import (
 from grafana_foundation_sdk.models.dashboard import (
     DashboardCursorSync,
     DataSourceRef,
+    FieldColorModeId,
+    Threshold,
+    ThresholdsMode,
     ValueMap,
     ValueMappingResult,
     VariableOption,
@@ -136,11 +139,14 @@ def _panel(panel: Panel) -> Any:
     return builder
 
 
-def _stat(_: Panel) -> stat.Panel:
+def _stat(panel: Panel) -> stat.Panel:
+    steps = [Threshold(value=value, color=colour) for value, colour in panel.colours]
     return (
         stat.Panel()
         .graph_mode(BigValueGraphMode.AREA)
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
+        .thresholds(dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps))
+        .color_scheme(dashboard.FieldColor().mode(FieldColorModeId.THRESHOLDS))
     )
 
 

@@ -111,6 +111,21 @@ def test_only_panels_with_a_reason_may_be_empty() -> None:
     assert len(OPTIONAL) < len(titles) / 4
 
 
+def test_single_numbers_are_red_only_where_that_is_bad() -> None:
+    """Without thresholds of its own Grafana shows everything from 80 on in red."""
+    steps = {
+        panel["title"]: [
+            (step["value"], step["color"]) for step in panel["fieldConfig"]["defaults"]["thresholds"]["steps"]
+        ]
+        for panel in shown()
+        if panel["type"] == "stat"
+    }
+    assert len(steps) == 8
+    assert steps["Rewards per second"] == [(None, "green")]
+    assert steps["Failed requests"][-1] == (0.05, "red")
+    assert steps["Store"] == [(None, "red"), (1, "green")]
+
+
 def test_provisioning_names_one_prometheus_and_the_folder_of_dashboards() -> None:
     [source] = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yml").read_text("utf-8"))["datasources"]
     scrape = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text("utf-8"))["global"]["scrape_interval"]

@@ -103,8 +103,14 @@ def test_every_metric_of_the_alerts_is_one_of_the_gateway_s() -> None:
     assert set(found) <= known
 
 
-def test_the_gateways_are_found_by_the_name_and_port_of_the_compose_file() -> None:
+def test_the_compose_file_mounts_what_is_here_and_prometheus_meets_the_gateway_by_its_name() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["services"]
+    prometheus, grafana = services["prometheus"], services["grafana"]
+    assert "./deploy/prometheus:/etc/prometheus:ro" in prometheus["volumes"]
+    assert "--config.file=/etc/prometheus/prometheus.yml" in prometheus["command"]
+    assert "./deploy/grafana/provisioning:/etc/grafana/provisioning:ro" in grafana["volumes"]
+    assert "./deploy/grafana/dashboards:/var/lib/grafana/dashboards:ro" in grafana["volumes"]
+    assert set(prometheus["networks"]) & set(services["gateway"]["networks"]) & set(grafana["networks"])
     config = yaml.safe_load((FOLDER / "prometheus.yml").read_text("utf-8"))
-    jobs = {job["job_name"]: job for job in config["scrape_configs"]}
-    [discovery] = jobs["gateway"]["dns_sd_configs"]
+    [discovery] = next(job for job in config["scrape_configs"] if job["job_name"] == "gateway")["dns_sd_configs"]
     assert (discovery["names"], discovery["port"]) == (["gateway"], 8080)
