@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -39,11 +39,41 @@ _NO_ERROR = re.compile(r"\b(?:WARNING|INFO|DEBUG)\b")
 
 @dataclass(slots=True)
 class Child:
-    """One child process and its log."""
+    """One child process and its log.
+
+    Attributes:
+        name: for people; also the log's.
+        command: an absolute path and its arguments.
+        environment: added to ours.
+        log: where its output goes; each start adds to what is there.
+        process: its present life.
+    """
 
     name: str
-    process: subprocess.Popen[bytes]
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
     log: Path
+    process: subprocess.Popen[bytes]
+
+    @classmethod
+    def start(cls, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Self:
+        """Start it with an empty log."""
+        log.write_bytes(b"")
+        return cls(name, tuple(command), environment, log, _popen(command, environment, log))
+
+    def start_again(self) -> None:
+        """Another life after the process has left: the same command, the same log."""
+        self.end_session()
+        self.process.wait()
+        self.process = _popen(self.command, self.environment, self.log)
+
+    def end_session(self) -> None:
+        """Kill what is left of its session, itself included.
+
+        vLLM's engine is a process of its own, and may outlive a server that died or was ended while it started.
+        """
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def last_words(self) -> str:
         """The end of its log, after the first line that names an exception if that is further up."""
@@ -89,36 +119,29 @@ class ProcessGroup:
         return self.run(name, [sys.executable, "-m", "service.cli", *arguments], environment)
 
     def run(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> Child:
-        """Start a program as a child in a process session of its own, so that Ctrl-C reaches only us.
+        """Start a program as a child.
 
         Args:
             name: of its log, too.
             command: an absolute path and its arguments.
             environment: added to ours.
         """
-        log = self._log_dir / f"{name}.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                dies_with_parent(command),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **(environment or {})},
-                start_new_session=True,
-            )
-        child = Child(name, process, log)
+        child = Child.start(name, command, environment or {}, self._log_dir / f"{name}.log")
         self.children.append(child)
         return child
 
-    def check(self) -> None:
+    def check(self, without: Collection[Child] = ()) -> None:
         """Return while every child runs.
+
+        Args:
+            without: children that may leave.
 
         Raises:
             ConfigurationError: one has left; with the end of its log.
         """
         for child in self.children:
             status = child.process.poll()
-            if status is not None:
+            if status is not None and child not in without:
                 raise ConfigurationError(
                     f"{child.name} left with status {status}; the end of {child.log}:\n{child.last_words()}"
                 )
@@ -169,11 +192,21 @@ class ProcessGroup:
         for child in reversed(self.children):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(max(deadline - time.monotonic(), 0.1))
-            # What is left of its session, itself included: vLLM's engine is a process of its own, and may outlive a
-            # server that died or was ended while it started.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.process.pid, signal.SIGKILL)
+            child.end_session()
             child.process.wait()
+
+
+def _popen(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """The command in a process session of its own, so that Ctrl-C reaches only us; it ends with us."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            dies_with_parent(command),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
 
 
 def interruptible() -> None:

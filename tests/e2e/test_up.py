@@ -152,6 +152,15 @@ async def traffic(url: str, pairs: list[LabelledPair]) -> None:
     await caller.close()
 
 
+async def asked(url: str, pair: LabelledPair) -> int:
+    """Status of POST /reward."""
+    caller = Caller(url)
+    body = {"prompt": pair.instance.prompt, "responses": pair.instance.responses}
+    status, _ = await caller.post("/reward", body)
+    await caller.close()
+    return status
+
+
 def learned(url: str, version: int) -> dict[str, Any]:
     """GET /posterior once it has learned from so many events."""
     deadline = time.monotonic() + 20
@@ -192,6 +201,26 @@ def test_up_serves_learns_ends_all_with_ctrl_c_and_goes_on_where_it_was(tmp_path
         assert (after["version"], after["digest"]) == (50, before["digest"])
         asyncio.run(traffic(stack.url, pairs[50:]))
         assert learned(stack.url, 60)["version"] == 60
+
+
+def worker_pids(stack: Stack) -> set[int]:
+    """Of the processes that serve reward models."""
+    return {pid for pid, command in stack.descendants().items() if " service.cli worker " in command}
+
+
+def test_a_worker_that_is_killed_is_started_again_and_asked_again(tmp_path: Path) -> None:
+    pairs = write_pool(tmp_path, 20)
+    with running_up(tmp_path, free_port()) as stack:
+        asyncio.run(traffic(stack.url, pairs[:10]))
+        (worker,) = worker_pids(stack)
+        os.kill(worker, signal.SIGKILL)
+        deadline = time.monotonic() + READY_SECONDS
+        while worker_pids(stack) <= {worker} or asyncio.run(asked(stack.url, pairs[10])) != 200:
+            assert time.monotonic() < deadline, (tmp_path / "up.log").read_text()[-3000:]
+            time.sleep(0.1)
+        asyncio.run(traffic(stack.url, pairs[10:]))
+        assert learned(stack.url, 20)["version"] == 20
+        assert "left with status -9, is started again in 1 s" in (tmp_path / "up.log").read_text()
 
 
 def test_children_do_not_outlive_an_up_that_is_killed(tmp_path: Path) -> None:

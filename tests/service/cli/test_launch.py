@@ -12,6 +12,7 @@ from rich.console import Console
 
 from service.cli.launch import WorkerStart, plan_workers, snapshot, start_workers
 from service.cli.processes import ProcessGroup
+from service.cli.supervise import Supervisor
 from service.cli.up import port_sequence
 from service.errors import ConfigurationError
 from service.pool import ModelEntry, PoolFile
@@ -162,6 +163,34 @@ def test_what_a_dead_server_leaves_behind_is_ended_too(tmp_path: Path) -> None:
     while engine.exists() and engine.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_worker_that_leaves_is_started_again_ever_more_slowly(tmp_path: Path, out: Console) -> None:
+    now = 0.0
+    with ProcessGroup(tmp_path) as processes:
+        steady = processes.run("steady", ["/bin/sleep", "300"])
+        failing = processes.run("failing", ["/bin/sh", "-c", "echo life; exit 3"])
+        supervisor = Supervisor([steady, failing], out, clock=lambda: now)
+        for life, pause in enumerate([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0], 1):
+            failing.process.wait()
+            supervisor.tick()
+            assert f"is started again in {pause:g} s" in text(out)
+            now += 0.9 * pause
+            supervisor.tick()
+            assert failing.log.read_text() == "life\n" * life
+            now += 0.2 * pause
+            supervisor.tick()
+        failing.process.wait()
+        assert failing.log.read_text() == "life\n" * 9
+        assert steady.process.poll() is None
+        # As long as this it had lived: not the sequel of earlier failures.
+        now += 1000.0
+        supervisor.tick()
+        assert text(out).rstrip().splitlines()[-10].startswith("failing left with status 3, is started again in 1 s")
+        # The gateway is not a worker: when it leaves, all ends.
+        processes.check(without=supervisor.workers)
+        with pytest.raises(ConfigurationError, match="failing left with status 3"):
+            processes.check()
 
 
 def test_the_log_of_a_worker_is_found_by_a_name_that_is_a_file_name(vllm: tuple[str, ...]) -> None:
