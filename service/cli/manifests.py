@@ -74,13 +74,13 @@ def manifests(
     """Write the Kubernetes manifests of a pool's workers, and the pool file for the gateways in front of them."""
     parsed = load_pool(pool)
     choices = Choices(image, gpu_resource, shared_gpus, cache_size)
-    out.mkdir(parents=True, exist_ok=True)
     head = f"# Made by `reward-router manifests` from {pool.name}. Change that file, or patch this one in an overlay.\n"
     files = {
         "kustomization.yaml": [kustomization(any(not model.urls for model in parsed.models))],
         "pool.yaml": [gateway_pool(parsed)],
         "workers.yaml": [part for model in parsed.models if not model.urls for part in worker(model, choices)],
     }
+    out.mkdir(parents=True, exist_ok=True)
     for name, parts in files.items():
         if parts:
             text = yaml.dump_all(parts, Dumper=_Plain, sort_keys=False, width=120, allow_unicode=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -230,14 +231,18 @@ def test_the_autoscaler_looks_at_the_processor_and_with_monitoring_at_a_metric_t
     assert "replicas" not in of_kind(everything, "Deployment")["reward-router"]["spec"], "the autoscaler owns it"
 
 
-def test_alert_rules_become_a_prometheus_rule_by_the_command_of_the_docs(tmp_path: Path) -> None:
-    head = (FOLDER / "components/monitoring/prometheus-rule.head.yaml").read_text()
-    rules = (FOLDER.parent / "prometheus/rules/reward-router.yml").read_text()
-    joined = yaml.safe_load(head + "".join(f"  {line}" for line in rules.splitlines(keepends=True)))
-    assert joined["kind"] == "PrometheusRule"
-    assert joined["spec"] == yaml.safe_load(rules)
+def prometheus_rule() -> str:
+    """What the command of docs/kubernetes.md gives to kubectl."""
     page = (FOLDER.parents[1] / "docs/kubernetes.md").read_text()
-    assert "sed 's/^/  /' deploy/prometheus/rules/reward-router.yml" in page
+    (command,) = re.findall(r"^    (\{ cat .*\n.*; \}) \| kubectl .* apply -f -$", page, re.MULTILINE)
+    done = subprocess.run(["sh", "-ec", command], cwd=FOLDER.parents[1], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_alert_rules_become_a_prometheus_rule_by_the_command_of_the_docs() -> None:
+    rule = yaml.safe_load(prometheus_rule())
+    assert rule["kind"] == "PrometheusRule"
+    assert rule["spec"] == yaml.safe_load((FOLDER.parent / "prometheus/rules/reward-router.yml").read_text())
 
 
 # Workers.
@@ -357,3 +362,16 @@ def test_monitoring_lets_prometheus_and_nobody_else_scrape_workers(everything: l
     assert allowed(rules, PROMETHEUS, WORKER, 8000)
     for other in (NEIGHBOUR, TRAINER, Pod({"app": "x"}, "monitoring"), Pod(PROMETHEUS.labels, "training")):
         assert not allowed(rules, other, WORKER, 8000), other
+
+
+# The Prometheus operator's own kinds.
+
+
+@pytest.mark.slow
+def test_monitors_and_rules_fit_the_operators_own_models(everything: list[Manifest]) -> None:
+    v1 = pytest.importorskip("cloudcoil.models.prometheus_operator.v1", reason="needs reward-router[dev]")
+    rule = yaml.safe_load(prometheus_rule())
+    for part in (*of_kind(everything, "ServiceMonitor").values(), rule):
+        model = getattr(v1, part["kind"]).model_validate(part)
+        # The models ignore fields that they do not know: what comes back must be what went in.
+        assert model.model_dump(mode="json", by_alias=True, exclude_unset=True) == part
