@@ -13,8 +13,9 @@ AReaL hands over the prompt as the policy's chat template made it. The messages 
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -26,8 +27,6 @@ from service.trainers.values import RouterUnavailableError
 
 DEADLINE_SECONDS = 12.0
 """Below the 15 s after which AReaL gives up on a call."""
-
-RewardFn = Callable[..., float]
 
 
 def reward_fn(
@@ -53,26 +52,27 @@ def reward_fn(
         RouterUnavailableError: no reward before the deadline: AReaL tries again, then rejects the trajectory.
         RouterRefusedError: a final refusal.
     """
-    return score(_client(_options(), os.getpid()), prompt, completions, columns.get("messages"))
+    return score(client_of(_options(), os.getpid()), prompt, completions, columns.get("messages"))
 
 
-def make_reward_fn(options: ClientOptions) -> RewardFn:
+def make_reward_fn(options: ClientOptions) -> ConfiguredReward:
     """The same with options of your own, for workflows that take a function and no path.
 
     Args:
         options: see `ClientOptions`; keep `deadline_seconds` below AReaL's `timeout_seconds`.
     """
-    return _Configured(options)
+    return ConfiguredReward(options)
 
 
-class _Configured:
-    """Picklable, because AReaL's pool of processes is handed the function itself."""
+class ConfiguredReward:
+    """`reward_fn` with options; picklable, because AReaL's pool of processes is handed the function itself."""
 
     def __init__(self, options: ClientOptions) -> None:
         self.options = options
 
     def __call__(self, prompt: str, completions: str, *_: Any, **columns: Any) -> float:
-        return score(_client(self.options, os.getpid()), prompt, completions, columns.get("messages"))
+        """See `reward_fn`."""
+        return score(client_of(self.options, os.getpid()), prompt, completions, columns.get("messages"))
 
 
 def score(client: RouterClient, prompt: str, completion: str, messages: Any = None) -> float:
@@ -100,7 +100,14 @@ def _options() -> ClientOptions:
     return from_environment(os.environ, deadline_seconds=chosen)
 
 
-# The process's id is an argument so that each process of AReaL's pool opens connections of its own.
 @cache
-def _client(options: ClientOptions, pid: int) -> RouterClient:
-    return RouterClient(options)
+def client_of(options: ClientOptions, pid: int) -> RouterClient:
+    """The client of a process, which lives as long as the process: AReaL gives a function nothing to keep one in.
+
+    Args:
+        options: of the client.
+        pid: of the process, so that each of AReaL's pool has its own.
+    """
+    client = RouterClient(options)
+    atexit.register(client.close)
+    return client

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from service.trainers.values import (
     RETRIED_CODES,
+    UNAVAILABLE,
     Declined,
     Feedback,
     FeedbackResult,
@@ -164,7 +165,7 @@ def reward_chunk(items: Sequence[RewardItem], words: Words, patience: Patience) 
             answers = yield from _batch("/reward/batch", [items[i].document() for i in waiting], words, patience)
         except RouterUnavailableError as error:
             for index in waiting:
-                results[index] = Missing("unavailable", str(error))
+                results[index] = Missing(UNAVAILABLE, str(error))
             return results
         for index, answer in zip(waiting, answers, strict=True):
             results[index] = _reward_result(answer)

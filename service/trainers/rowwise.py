@@ -112,7 +112,7 @@ class Plan:
         rewards: list[float | None] = [None] * self.count
         for group, result in zip(self.groups, results, strict=True):
             if isinstance(result, Missing):
-                if result.code not in ABSTAINED_CODES and result.code != "unavailable":
+                if result.code not in ABSTAINED_CODES:
                     raise RouterRefusedError(0, result.code, result.message)
                 continue
             for row, reward in zip(group.rows, result.rewards, strict=True):

@@ -29,7 +29,10 @@ RETRIED_CODES = frozenset(
 )
 """Codes of items of a batch that may be sent again; the others are final."""
 
-ABSTAINED_CODES = RETRIED_CODES | {"worker_rejected", "worker_protocol", "validation", "payload_too_large"}
+UNAVAILABLE = "unavailable"
+"""`Missing.code` where the gateway itself did not answer before the deadline."""
+
+ABSTAINED_CODES = RETRIED_CODES | {UNAVAILABLE, "worker_rejected", "worker_protocol", "validation", "payload_too_large"}
 """Codes that say something about one instance only. Others (a wrong key, run or policy) concern the whole training."""
 
 

@@ -22,6 +22,7 @@ Knows what verl 0.9 hands over; imports nothing of it, and neither torch nor ray
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -31,7 +32,15 @@ from service.trainers.client import AsyncRouterClient, RouterClient
 from service.trainers.coalesce import Coalescer
 from service.trainers.conversation import prompt_text
 from service.trainers.options import ClientOptions, from_environment
-from service.trainers.values import Missing, RewardItem, RewardResult, RouterRefusedError, RouterUnavailableError
+from service.trainers.values import (
+    RETRIED_CODES,
+    UNAVAILABLE,
+    Missing,
+    RewardItem,
+    RewardResult,
+    RouterRefusedError,
+    RouterUnavailableError,
+)
 
 DEADLINE_SECONDS = 300.0
 """A missing reward stops verl's training, so that it is worth waiting for."""
@@ -62,7 +71,7 @@ def compute_score(
         RouterUnavailableError: no reward before the deadline.
         RouterRefusedError: a final refusal.
     """
-    client = _blocking_client(_options(options), os.getpid())
+    client = client_of(_options(options), os.getpid())
     scored = client.reward(_prompt_of(extra_info), [solution_str])
     return score_of(scored)
 
@@ -75,7 +84,7 @@ async def compute_score_async(
     **options: Any,
 ) -> dict[str, Any]:
     """`compute_score` for verl's event loop: concurrent samples travel in one request. Prefer it."""
-    coalescer = _coalescer(_options(options), os.getpid())
+    coalescer = coalescer_of(_options(options), os.getpid())
     return score_of(await coalescer.reward(RewardItem(_prompt_of(extra_info), (solution_str,))))
 
 
@@ -153,7 +162,7 @@ def score_of(result: RewardResult) -> dict[str, Any]:
         RouterRefusedError: the text is one that no reward model takes, or the run or policy is wrong.
     """
     if isinstance(result, Missing):
-        if result.code in ("unavailable", "deadline_exceeded") or result.code.startswith(("no_", "worker_un")):
+        if result.code in RETRIED_CODES or result.code == UNAVAILABLE:
             raise RouterUnavailableError(result.message)
         raise RouterRefusedError(0, result.code, result.message)
     [reward] = result.rewards
@@ -204,12 +213,20 @@ def _kwargs_of(config: Any) -> dict[str, Any]:
         return {}
 
 
-# verl gives a function nothing to keep a client in. The process's id is an argument so that a fork gets its own.
 @cache
-def _blocking_client(options: ClientOptions, pid: int) -> RouterClient:
-    return RouterClient(options)
+def client_of(options: ClientOptions, pid: int) -> RouterClient:
+    """The blocking client of a process, as long as it lives: verl gives a function nothing to keep one in.
+
+    Args:
+        options: of the client.
+        pid: of the process, so that a fork gets its own.
+    """
+    client = RouterClient(options)
+    atexit.register(client.close)
+    return client
 
 
 @cache
-def _coalescer(options: ClientOptions, pid: int) -> Coalescer:
+def coalescer_of(options: ClientOptions, pid: int) -> Coalescer:
+    """The same for the asynchronous function."""
     return Coalescer(AsyncRouterClient(options))

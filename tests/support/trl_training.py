@@ -1,8 +1,8 @@
 """A few steps of one of TRL's trainers on a tiny random Llama against a running gateway, in a process of its own.
 
 `python -m tests.support.trl_training KIND --url URL --run RUN --model DIR` prints one JSON line. Warnings are TRL's and
-transformers' own affair, hence not in pytest's process. KIND: grpo, grpo-async, grpo-chat, rloo, online-dpo,
-online-dpo-plain.
+transformers' own affair, hence not in pytest's process. KIND: grpo, grpo-async, grpo-chat, grpo-quiet (no judge), rloo,
+online-dpo, online-dpo-ipo, online-dpo-penalty, online-dpo-plain (no mixin).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from service.trainers.trl import AsyncRouterReward, RouterReward
 from service.trainers.values import Feedback
 
 PROMPTS = ["a b c", "d e f", "g h i", "j k l"]
-STEPS = 3
 
 
 def prefer_the_longer(judged: Judged) -> Feedback | None:
@@ -44,11 +43,11 @@ def rows(chat: bool) -> list[dict[str, Any]]:
     return [{"prompt": text, "answer": f"answer to {prompt}"} for text, prompt in zip(texts, PROMPTS, strict=True)]
 
 
-def arguments_for(config: Any, folder: str, **more: Any) -> Any:
+def arguments_for(config: Any, folder: str, steps: int, **more: Any) -> Any:
     """The trainer's configuration."""
     return config(
         output_dir=folder,
-        max_steps=STEPS,
+        max_steps=steps,
         per_device_train_batch_size=4,
         logging_steps=1,
         report_to=[],
@@ -61,23 +60,23 @@ def arguments_for(config: Any, folder: str, **more: Any) -> Any:
     )
 
 
-def group_trainer(kind: str, options: dict[str, Any], model: str, folder: str) -> tuple[Any, Any]:
+def group_trainer(kind: str, options: dict[str, Any], model: str, folder: str, steps: int) -> tuple[Any, Any]:
     """GRPO or RLOO."""
     import datasets
     import trl
 
     chat = kind.endswith("chat")
-    judge = prefer_the_first if chat else prefer_the_longer
+    judge = None if kind.endswith("quiet") else prefer_the_first if chat else prefer_the_longer
     reward: Any = (AsyncRouterReward if kind.endswith("async") else RouterReward)(judge=judge, **options)
     trainer_class, config = (
         (trl.RLOOTrainer, trl.RLOOConfig) if kind.startswith("rloo") else (trl.GRPOTrainer, trl.GRPOConfig)
     )
-    training = arguments_for(config, folder, num_generations=2, max_completion_length=8, beta=0.04)
+    training = arguments_for(config, folder, steps, num_generations=2, max_completion_length=8, beta=0.04)
     data = datasets.Dataset.from_list(rows(chat))
     return trainer_class(model=model, reward_funcs=reward, args=training, train_dataset=data), reward
 
 
-def pair_trainer(kind: str, options: dict[str, Any], model: str, folder: str) -> tuple[Any, Any]:
+def pair_trainer(kind: str, options: dict[str, Any], model: str, folder: str, steps: int) -> tuple[Any, Any]:
     """Online DPO, with the mixin or without."""
     import datasets
     import transformers
@@ -90,6 +89,7 @@ def pair_trainer(kind: str, options: dict[str, Any], model: str, folder: str) ->
     training = arguments_for(
         OnlineDPOConfig,
         folder,
+        steps,
         max_new_tokens=8,
         max_length=32,
         loss_type="ipo" if kind.endswith("ipo") else "sigmoid",
@@ -113,12 +113,13 @@ def main() -> None:
     parser.add_argument("--url", required=True)
     parser.add_argument("--run", required=True)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--deadline", type=float, default=20.0)
     given = parser.parse_args()
     options = {"url": given.url, "run": given.run, "deadline_seconds": given.deadline}
     with tempfile.TemporaryDirectory() as folder:
         make = pair_trainer if given.kind.startswith("online-dpo") else group_trainer
-        trainer, _ = make(given.kind, options, given.model, folder)
+        trainer, _ = make(given.kind, options, given.model, folder, given.steps)
         steps: list[dict[str, Any]] = []
         own_step = trainer.training_step
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,80 +9,53 @@ from typing import Any
 import pytest
 
 from tests.conftest import ValkeyProcess
-from tests.support.arms import ScriptedArm
 from tests.support.live import LiveGateway, live_gateway
+from tests.support.trainer_processes import opinionated_arms, result_of, run_module, save_policy
 
 pytest.importorskip("trl", reason="needs trl")
 
-SECONDS = 300.0
-"""Longest wait for a training on a busy machine; importing TRL takes most of it."""
+pytestmark = pytest.mark.slow
+
+MODULE = "tests.support.trl_training"
 
 
 @pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import transformers
-
-    from tests.support.transformers_dirs import save_transformer
-
-    folder = save_transformer(tmp_path_factory.mktemp("llama"), "llama", chat=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer.eos_token = "[SEP]"
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def arms() -> list[ScriptedArm]:
-    """One RM likes long responses, one short ones, one by a hash: never a tie for long."""
-    return [
-        ScriptedArm("rm-long", lambda _, response: float(len(response))),
-        ScriptedArm("rm-short", lambda _, response: -float(len(response))),
-        ScriptedArm("rm-odd", lambda prompt, response: float(sum(map(ord, prompt + response)) % 97)),
-    ]
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_policy(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
 def preference_gateway(valkey_server: ValkeyProcess) -> Iterator[LiveGateway]:
-    with live_gateway(valkey_server.url, arms=arms()) as gateway:
+    with live_gateway(valkey_server.url, arms=opinionated_arms()) as gateway:
         yield gateway
 
 
 @pytest.fixture(scope="module")
 def loss_gateway(valkey_server: ValkeyProcess) -> Iterator[LiveGateway]:
-    with live_gateway(valkey_server.url, arms=arms(), signal="loss") as gateway:
+    with live_gateway(valkey_server.url, arms=opinionated_arms(), signal="loss") as gateway:
         yield gateway
 
 
-def run_training(
-    kind: str, gateway: LiveGateway, run: str, model: Path, *options: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "tests.support.trl_training", kind),
-            *("--url", gateway.url, "--run", run, "--model", str(model)),
-            *options,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+@pytest.fixture
+def refusing_gateway(loss_gateway: LiveGateway) -> Iterator[LiveGateway]:
+    """No RM takes one of the four prompts."""
+    for arm in loss_gateway.arms:
+        arm.refuses = lambda prompt: prompt.startswith("d e f")
+    yield loss_gateway
+    for arm in loss_gateway.arms:
+        arm.refuses = lambda _: False
 
 
-def train(kind: str, gateway: LiveGateway, run: str, model: Path, *options: str) -> dict[str, Any]:
-    done = run_training(kind, gateway, run, model, *options)
-    assert done.returncode == 0, done.stderr[-4000:]
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-    return found
+def arguments(kind: str, gateway: LiveGateway, run: str, policy: Path) -> list[object]:
+    return [kind, "--url", gateway.url, "--run", run, "--model", policy]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grpo", "grpo-async", "grpo-chat", "rloo"])
 def test_group_trainers_get_rewards_and_their_feedback_moves_the_posterior(
-    kind: str, preference_gateway: LiveGateway, tiny_llama: Path
+    kind: str, preference_gateway: LiveGateway, policy: Path
 ) -> None:
     run = f"{preference_gateway.run}-{kind}"
-    found = train(kind, preference_gateway, run, tiny_llama)
+    found = result_of(run_module(MODULE, arguments(kind, preference_gateway, run, policy)))
     logged = [entry for entry in found["log"] if "rewards/reward_router/mean" in entry]
     assert len(logged) == 3
     assert all(entry["reward_router/missing"] == 0 for entry in logged)
@@ -95,19 +65,52 @@ def test_group_trainers_get_rewards_and_their_feedback_moves_the_posterior(
     assert sum(model["feedbacks"] for model in moved["models"]) == 6
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["online-dpo", "online-dpo-ipo", "online-dpo-penalty"])
-def test_online_dpo_sends_the_losses_that_the_trainer_had(
-    kind: str, loss_gateway: LiveGateway, tiny_llama: Path
-) -> None:
+def test_online_dpo_sends_the_losses_that_the_trainer_had(kind: str, loss_gateway: LiveGateway, policy: Path) -> None:
     run = f"{loss_gateway.run}-{kind}"
-    found = train(kind, loss_gateway, run, tiny_llama)
-    assert len(found["steps"]) == 3
-    for step in found["steps"]:
-        assert len(step["pairs"]) == 4
-        assert sum(step["pairs"]) / 4 == pytest.approx(step["loss"], abs=1e-5)
+    found = result_of(run_module(MODULE, arguments(kind, loss_gateway, run, policy)))
+    assert_means_are_the_losses(found["steps"])
     counts = found["counts"]
     assert counts["declined"] == counts["dropped"] == 0
     assert counts["posted"] + counts["overruled"] == 12
     assert counts["posted"] > 0
     assert loss_gateway.until(counts["posted"], run)["version"] == counts["posted"]
+    assert found["log"][0]["reward_router/missing"] == 0
+
+
+def assert_means_are_the_losses(steps: list[dict[str, Any]]) -> None:
+    assert len(steps) == 3
+    for step in steps:
+        assert len(step["pairs"]) == 4
+        assert sum(step["pairs"]) / 4 == pytest.approx(step["loss"], abs=1e-5)
+
+
+def test_a_pair_without_a_reward_is_taken_out_of_online_dpo(refusing_gateway: LiveGateway, policy: Path) -> None:
+    run = f"{refusing_gateway.run}-refused"
+    found = result_of(run_module(MODULE, arguments("online-dpo", refusing_gateway, run, policy)))
+    assert_means_are_the_losses(found["steps"])
+    assert found["counts"]["dropped"] == 3  # one of the four prompts in each of three steps
+    for step in found["steps"]:
+        assert any(loss == pytest.approx(0.693147, abs=1e-5) for loss in step["pairs"])  # log 2: no difference left
+    assert found["counts"]["posted"] + found["counts"]["overruled"] == 9
+    assert found["log"][0]["reward_router/missing"] == 0.25
+
+
+def test_online_dpo_without_the_mixin_stops_rather_than_train_on_a_false_zero(
+    refusing_gateway: LiveGateway, policy: Path
+) -> None:
+    run = f"{refusing_gateway.run}-plain"
+    done = run_module(MODULE, arguments("online-dpo-plain", refusing_gateway, run, policy))
+    assert done.returncode == 1
+    assert "2 of 8 rewards are missing" in done.stderr
+    assert "would take None for a 0" in done.stderr
+
+
+def test_grpo_leaves_out_what_has_no_reward_and_goes_on(refusing_gateway: LiveGateway, policy: Path) -> None:
+    run = f"{refusing_gateway.run}-grpo"
+    done = run_module(MODULE, [*arguments("grpo-quiet", refusing_gateway, run, policy), "--steps", "4"])
+    found = result_of(done)
+    missing = [entry["reward_router/missing"] for entry in found["log"] if "reward_router/missing" in entry]
+    assert len(missing) == 4
+    assert sum(missing) == pytest.approx(1.0)  # 2 prompts a step, and 2 of the 8 instances were of that prompt
+    assert "the trainer is given None for them" in done.stderr

@@ -1,0 +1,78 @@
+"""Whole trainers in processes of their own: where `make trainer-clients` puts verl and ms-swift, and how one is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.arms import ScriptedArm
+
+CLIENTS = Path(__file__).resolve().parents[2] / ".data" / "trainer-clients"
+
+SECONDS = 300.0
+"""Longest wait on a busy machine; importing a trainer takes most of it."""
+
+
+def client_folder(name: str) -> Path:
+    """Where a trainer's packages lie; skips where they were not fetched."""
+    folder = CLIENTS / name
+    if not folder.is_dir():
+        pytest.skip(f"{name} is not there: run `make trainer-clients`")
+    return folder
+
+
+def opinionated_arms() -> list[ScriptedArm]:
+    """One RM likes long responses, one short ones, one by a hash: seldom a tie."""
+    return [
+        ScriptedArm("rm-long", lambda _, response: float(len(response))),
+        ScriptedArm("rm-short", lambda _, response: -float(len(response))),
+        ScriptedArm("rm-odd", lambda prompt, response: float(sum(map(ord, prompt + response)) % 97)),
+    ]
+
+
+def save_policy(folder: Path) -> Path:
+    """A tiny random Llama with a tokenizer that has an end of text: what trainers can train."""
+    import transformers
+
+    from tests.support.transformers_dirs import save_transformer
+
+    save_transformer(folder, "llama", chat=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run_python(
+    arguments: Sequence[object], environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`python arguments`, in a process whose warnings are its own affair."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+        env={**os.environ, **(environment or {})},
+    )
+
+
+def run_module(
+    module: str, arguments: Sequence[object], environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`python -m module arguments`."""
+    return run_python(["-m", module, *arguments], environment)
+
+
+def result_of(done: subprocess.CompletedProcess[str]) -> Any:
+    """What the process printed after `RESULT`."""
+    assert done.returncode == 0, done.stderr[-4000:]
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return json.loads(line.removeprefix("RESULT "))
