@@ -94,6 +94,7 @@ def _row(event: LoggedEvent, header: Header) -> dict[str, Any]:
 
 
 def _event(row: dict[str, Any]) -> LoggedEvent:
+    row.setdefault("sticky", "")  # a file of before there was the field
     fields = {name: row[name] for name in StoredDecision.__struct_fields__}
     fields["x"] = np.array(row["x"], "<f4").tobytes()
     fields["means"] = [-math.inf if mean is None else mean for mean in row["means"]]

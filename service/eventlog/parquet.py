@@ -55,6 +55,7 @@ def arrow_schema(header: Header) -> Any:
         pa.field("fallback", pa.bool_(), nullable=False),
         pa.field("gone", pa.list_(pa.int32()), nullable=False),
         pa.field("shadows", pa.list_(_SHADOW), nullable=False),
+        pa.field("sticky", pa.string(), nullable=False),
         pa.field("signal", name, nullable=False),
         pa.field("value", pa.float64(), nullable=False),
         pa.field("reward", pa.float64()),
@@ -152,6 +153,7 @@ def read_parquet(path: Path) -> Iterator[LoggedEvent]:
 
 def _event(row: dict[str, Any], x: bytes) -> LoggedEvent:
     told = row["shadows"]
+    row.setdefault("sticky", "")  # a file of before there was the column
     row["x"], row["shadows"] = x, [(shadow["arm"], shadow["offset"], shadow["verdict"]) for shadow in told]
     return LoggedEvent(
         row["event_id"],

@@ -120,7 +120,7 @@ class Normaliser:
                 batch, followed.waiting = followed.waiting, []
                 try:
                     await self._round(run, followed, [entry for entry, _ in batch])
-                except (StoreUnavailableError, RouterCoreError) as error:
+                except Exception as error:  # noqa: BLE001 - every waiting request is told; nothing is swallowed
                     _settle(batch, error)
                 else:
                     _settle(batch, followed.scales)
@@ -167,9 +167,14 @@ class Normaliser:
                 trim_before, mark, snapshot = mark, scales.last_id, scales
         followed.scales, followed.mark = scales, mark
         if snapshot is not None:
-            await self._store.save_scale(
-                run.name, snapshot.count, dump_scales(snapshot), trim_before=trim_before or "0-0"
-            )
+            await self._save(run.name, snapshot, trim_before or "0-0")
+
+    async def _save(self, run: str, snapshot: ScoreScales, trim_before: str) -> None:
+        """Keep a snapshot. One that cannot be kept costs nobody a reward: the log is whole, and a later one comes."""
+        try:
+            await self._store.save_scale(run, snapshot.count, dump_scales(snapshot), trim_before=trim_before)
+        except StoreUnavailableError:
+            self._telemetry.store_errors.labels("save_scale").inc()
 
 
 def _settle(batch: Sequence[tuple[bytes, asyncio.Future[ScoreScales]]], outcome: ScoreScales | Exception) -> None:

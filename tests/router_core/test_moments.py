@@ -1,0 +1,81 @@
+"""Running moments of scores: right, the same bits wherever the log is cut, and never a scale that is not known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router_core.errors import NotFiniteError
+from router_core.moments import KNOWN_SCORES, MEMORY_SCORES, Moments, ScoreScales
+
+SCORES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20)
+ENTRIES = st.lists(st.tuples(st.integers(0, 2), SCORES), max_size=30)
+
+
+def folded(state: ScoreScales, entries: list[tuple[int, list[float]]]) -> ScoreScales:
+    for arm, scores in entries:
+        state = state.observe(f"{state.count + 1}-0", [(arm, Moments.of(scores))])
+    return state
+
+
+def empty() -> ScoreScales:
+    return ScoreScales(0, "0-0", (Moments(),) * 3)
+
+
+@given(ENTRIES, st.integers(0, 30))
+def test_a_log_folds_to_the_same_bits_wherever_it_is_cut(entries: list[tuple[int, list[float]]], cut: int) -> None:
+    assert folded(folded(empty(), entries[:cut]), entries[cut:]) == folded(empty(), entries)
+
+
+@given(st.lists(SCORES, min_size=1, max_size=20))
+def test_moments_are_those_of_all_scores_together(entries: list[list[float]]) -> None:
+    state = Moments()
+    for scores in entries:
+        state = state.merge(Moments.of(scores))
+    everything = np.concatenate([np.array(scores) for scores in entries])
+    size = max(np.abs(everything).max(), 1.0)
+    assert state.count == len(everything)
+    assert state.mean == pytest.approx(everything.mean(), abs=1e-9 * size)
+    assert state.squares == pytest.approx(np.square(everything - everything.mean()).sum(), abs=1e-6 * size * size)
+
+
+@given(SCORES)
+def test_normalised_scores_keep_their_order_and_are_finite(scores: list[float]) -> None:
+    z = Moments.of(scores).normalise(scores)
+    known = [value for value in z if value is not None]
+    assert len(known) in (0, len(scores))
+    assert all(math.isfinite(value) for value in known)
+    if known:
+        ranked = [value for _, value in sorted(zip(scores, known, strict=True))]
+        assert ranked == sorted(known)
+
+
+def test_old_scores_fade_so_that_the_scale_follows_a_drift() -> None:
+    state = Moments()
+    for _ in range(200):
+        state = state.merge(Moments.of([0.0] * 999 + [1.0]))
+    assert state.count == pytest.approx(MEMORY_SCORES)
+    for _ in range(400):
+        state = state.merge(Moments.of([5.0] * 500 + [7.0] * 500))
+    assert state.mean == pytest.approx(6.0, abs=0.05)
+    assert state.sd == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_scale_is_unknown_until_there_is_spread_or_enough_that_is_alike() -> None:
+    state = Moments()
+    assert state.sd is None
+    for count in range(1, int(KNOWN_SCORES)):
+        state = state.merge(Moments.of([3.0]))
+        assert (state.count, state.sd, state.normalise([3.0])) == (count, None, [None])
+    state = state.merge(Moments.of([3.0]))
+    assert (state.sd, state.normalise([3.0, 4.0])) == (0.0, [0.0, 1.0])
+
+
+@pytest.mark.parametrize("scores", [[math.nan], [math.inf, 1.0], [1e200, -1e200]])
+def test_what_has_no_finite_moments_is_refused(scores: list[float]) -> None:
+    with pytest.raises(NotFiniteError, match="finite"):
+        Moments.of(scores)
