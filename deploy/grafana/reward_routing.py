@@ -7,6 +7,7 @@ and no metric but those that list a variable's values.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,10 @@ def _add(page: dashboard.Dashboard, row: Row) -> None:
 
 
 def _panel(panel: Panel) -> Any:
-    builder = {Kind.STAT: _stat, Kind.STATES: _states}.get(panel.kind, _lines)(panel)
+    make: dict[Kind, Callable[[Panel], Any]] = {Kind.STAT: _stat, Kind.STATES: _states}
     builder = (
-        builder.title(panel.title)
+        make.get(panel.kind, _lines)(panel)
+        .title(panel.title)
         .description(panel.description)
         .datasource(DATASOURCE)
         .unit(panel.unit)

@@ -18,13 +18,10 @@ import yaml
 from deploy.grafana.panels import OPTIONAL, ROWS
 from tests.conftest import ValkeyProcess, free_port
 from tests.support.processes import MODELS, Caller, Service, write_recorded_pairs
-from tests.support.prometheus import Prometheus
+from tests.support.prometheus import Prometheus, filled_in, tool
 
 DATA_SECONDS = 90.0
 """Longest wait for what a scrape of every second shows; tests that pass wait about ten."""
-
-VARIABLES = {"$__rate_interval": "15s", "$run": ".*", "$model": ".*"}
-"""What Grafana would put in the place of its variables, with everything chosen."""
 
 RUN = "dashboard"
 
@@ -66,7 +63,13 @@ class Stack:
 
 
 @pytest.fixture
-def stack(own_valkey_server: ValkeyProcess, tmp_path: Path) -> Iterator[Stack]:
+def prometheus_installed() -> None:
+    """Skips before anything is started."""
+    tool("prometheus")
+
+
+@pytest.fixture
+def stack(prometheus_installed: None, own_valkey_server: ValkeyProcess, tmp_path: Path) -> Iterator[Stack]:
     pairs = write_recorded_pairs(tmp_path / "pairs.jsonl", 60)
     with ExitStack() as cleanup:
 
@@ -99,14 +102,6 @@ def stack(own_valkey_server: ValkeyProcess, tmp_path: Path) -> Iterator[Stack]:
             {"prompt": pair.instance.prompt, "responses": list(pair.instance.responses), "run": RUN} for pair in pairs
         ]
         yield Stack(prometheus, gateway, spare, own_valkey_server, instances)
-
-
-def filled_in(expr: str) -> str:
-    """A panel's expression as Grafana would send it."""
-    for variable, value in VARIABLES.items():
-        expr = expr.replace(variable, value)
-    assert "$" not in expr, expr
-    return expr
 
 
 async def test_every_panel_has_data_and_the_data_are_what_happened(stack: Stack) -> None:
