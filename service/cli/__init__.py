@@ -8,6 +8,7 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from router_core.errors import RouterCoreError
 from service.cli import demo, encoder, evaluate, export, label, manifests, models, ope, replay, serve, train, up, worker
@@ -44,5 +45,6 @@ def main() -> None:
     try:
         app()
     except (ServiceError, RouterCoreError) as error:
-        Console(stderr=True).print(f"[bold red]error[/] {error}", highlight=False)
+        # Escaped: the lines of a log are full of brackets.
+        Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)

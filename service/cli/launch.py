@@ -121,6 +121,11 @@ def plan_workers(
         if model.name in by_vllm and vllm is not None:
             starts += _vllm_starts(model, pool.device, vllm, next_port)
         elif model.source is not None:
+            if model.rendering == "messages" and model.chat_template != "plain":
+                raise ConfigurationError(
+                    f"model {model.name!r}: the CPU worker knows the tokenizer's own chat template only, not "
+                    f"{model.chat_template}: use `rendering: template`, which renders in the gateway, or vLLM"
+                )
             directory = model.path or (local or snapshot)(model)
             starts += [_cpu_start(model, directory, name, next_port()) for name in _process_names(model)]
     for recorded in dict.fromkeys(model.recorded for model in waiting if model.recorded is not None):
@@ -173,9 +178,9 @@ def start_workers(starts: Sequence[WorkerStart], processes: ProcessGroup, consol
 
 
 def progress_line(waiting: Sequence[_Waiting], ready: int, total: int) -> str:
-    """How many are ready, and what the others said last."""
+    """How many are ready, and below, a line each, what the others said last."""
     parts = [f"{one.start.name} {one.seconds:.0f} s: {one.child.last_line()[:LAST_LINE]}" for one in waiting]
-    return f"workers: {ready} of {total} ready" + "".join(f"; {part}" for part in parts)
+    return f"workers: {ready} of {total} ready" + "".join(f"\n  {part}" for part in parts)
 
 
 def snapshot(model: ModelEntry) -> Path:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -126,6 +129,22 @@ def test_a_worker_that_fails_is_shown_with_the_cause_and_the_last_lines(
     assert sentence.rstrip().endswith("See root cause above.")
 
 
+def test_the_brackets_of_a_log_survive_the_way_to_the_operator(tmp_path: Path, vllm: tuple[str, ...]) -> None:
+    (tmp_path / "pool.yaml").write_text(f"{{vllm_command: {vllm[0]}, models: [{{name: broken, path: m}}]}}")
+    words = ["up", "--pool", "pool.yaml", "--data-dir", "data", "--port", "0", "--store", "redis://127.0.0.1:1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "service.cli", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "ERROR 11-23 [core.py:1] torch.OutOfMemoryError: CUDA out of memory" in done.stderr
+
+
 def test_a_worker_that_takes_too_long_is_ended_and_shown(
     tmp_path: Path, vllm: tuple[str, ...], out: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +156,7 @@ def test_a_worker_that_takes_too_long_is_ended_and_shown(
             start_workers(plan_workers(pool, port_sequence(free_port())), processes, out)
         (child,) = processes.children
     assert child.process.poll() is not None
-    assert "workers: 0 of 1 ready; worker-hanging" in text(out)
+    assert "workers: 0 of 1 ready\n  worker-hanging 0 s: " in text(out)
 
 
 def test_the_last_line_is_shown_without_colours_and_without_empty_lines(tmp_path: Path) -> None:
@@ -216,6 +235,16 @@ def test_recorded_models_of_one_file_share_a_process_and_urls_start_none() -> No
 def test_a_model_that_nobody_serves_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="'rm' has no `urls`, `path`, `model` or `recorded`"):
         plan_workers(PoolFile(models=(ModelEntry(name="rm"),)), port_sequence(0))
+
+
+def test_a_template_that_the_cpu_worker_would_ignore_is_refused(vllm: tuple[str, ...]) -> None:
+    model = ModelEntry(name="rm", path=Path("/m"), chat_template="/own.jinja")
+    with pytest.raises(ConfigurationError, match=r"'rm': the CPU worker knows .* not /own.jinja: use `rendering"):
+        plan_workers(PoolFile(worker="cpu", models=(model,)), port_sequence(0))
+    (start,) = plan_workers(pool_of(vllm, model), port_sequence(0))
+    assert start.command[start.command.index("--chat-template") + 1] == "/own.jinja"
+    in_gateway = model.model_copy(update={"rendering": "template"})
+    assert len(plan_workers(PoolFile(worker="cpu", models=(in_gateway,)), port_sequence(0))) == 1
 
 
 def hub_cache(folder: Path) -> Path:
