@@ -66,6 +66,10 @@ class Coalescer:
             self._waiting.timer = loop.call_later(self._window, self._send)
         return await future
 
+    async def close(self) -> None:
+        """Close the client's connections of this event loop."""
+        await self._client.close()
+
     def _send(self) -> None:
         waiting, self._waiting = self._waiting, _Waiting()
         if waiting.timer is not None:

@@ -185,7 +185,14 @@ def metrics(results: Sequence[RewardResult]) -> dict[str, float]:
 
 
 def report_feedback(results: Sequence[FeedbackResult]) -> None:
-    """Say which feedback was declined, once per call and reason."""
+    """Say which feedback was declined, once per call and reason.
+
+    Raises:
+        RouterRefusedError: feedback of another kind than the run's signal: none of the training's would ever count.
+    """
+    for answer in results:
+        if isinstance(answer, Declined) and answer.code == "validation":
+            raise RouterRefusedError(0, answer.code, answer.message)
     for reason, count in Counter(r.message for r in results if isinstance(r, Declined)).items():
         logger.warning("%d feedbacks were declined: %s", count, reason)
 

@@ -120,7 +120,7 @@ class RouterReward(_TrlReward):
         """Post feedback; where the gateway is away, say so and go on.
 
         Raises:
-            RouterRefusedError: it was refused as a whole.
+            RouterRefusedError: it was refused as a whole, or is of another kind than the run's signal.
         """
         if not feedback:
             return []

@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
+import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -41,6 +42,9 @@ from service.trainers.values import (
     RouterRefusedError,
     RouterUnavailableError,
 )
+
+PAUSES_SECONDS = (0.1, 0.5, 2.0, 5.0)
+"""Between tries where a normalised reward is null: a model's first scores of a run have no scale yet."""
 
 DEADLINE_SECONDS = 300.0
 """A missing reward stops verl's training, so that it is worth waiting for."""
@@ -71,8 +75,13 @@ def compute_score(
         RouterUnavailableError: no reward before the deadline.
         RouterRefusedError: a final refusal.
     """
-    client = client_of(_options(options), os.getpid())
-    scored = client.reward(_prompt_of(extra_info), [solution_str])
+    client, prompt = client_of(_options(options), os.getpid()), _prompt_of(extra_info)
+    scored = client.reward(prompt, [solution_str])
+    for pause in PAUSES_SECONDS:
+        if scored.rewards != (None,):
+            break
+        time.sleep(pause)
+        scored = client.reward(prompt, [solution_str])
     return score_of(scored)
 
 
@@ -85,7 +94,7 @@ async def compute_score_async(
 ) -> dict[str, Any]:
     """`compute_score` for verl's event loop: concurrent samples travel in one request. Prefer it."""
     coalescer = coalescer_of(_options(options), os.getpid())
-    return score_of(await coalescer.reward(RewardItem(_prompt_of(extra_info), (solution_str,))))
+    return await _score(coalescer, RewardItem(_prompt_of(extra_info), (solution_str,)))
 
 
 class RouterRewardManager:
@@ -131,7 +140,7 @@ class RouterRewardManager:
         fields = sample.non_tensor_batch
         raw = fields.get("raw_prompt")
         prompt = prompt_text(_plain(raw)) if raw is not None else _prompt_of(fields.get("extra_info"))
-        found = score_of(await self._coalescer.reward(RewardItem(prompt, (str(response),))))
+        found = await _score(self._coalescer, RewardItem(prompt, (str(response),)))
         return {"reward_score": found["score"], "reward_extra_info": found}
 
     @classmethod
@@ -152,6 +161,17 @@ class RouterRewardManager:
         placed = torch.zeros_like(data.batch["responses"], dtype=torch.float32)
         placed[torch.arange(len(placed), device=placed.device), lengths - 1] = placed.new_tensor(scores)
         return placed
+
+
+async def _score(coalescer: Coalescer, item: RewardItem) -> dict[str, Any]:
+    """The sample's score, asked for again while its model's scale is not known yet."""
+    result = await coalescer.reward(item)
+    for pause in PAUSES_SECONDS:
+        if isinstance(result, Missing) or result.rewards != (None,):
+            break
+        await asyncio.sleep(pause)
+        result = await coalescer.reward(item)
+    return score_of(result)
 
 
 def score_of(result: RewardResult) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from service.trainers.client import AsyncRouterClient
 from service.trainers.coalesce import Coalescer
 from service.trainers.options import ClientOptions
 from service.trainers.values import Missing, RewardItem, RouterRefusedError, RouterUnavailableError, Scored
-from service.trainers.verl import client_of, compute_score, compute_score_async, score_of
+from service.trainers.verl import client_of, coalescer_of, compute_score, compute_score_async, score_of
 from tests.conftest import ValkeyProcess, free_port
 from tests.support.gateway import fresh_run
 from tests.support.live import LiveGateway, live_gateway
@@ -46,6 +46,19 @@ async def test_a_sample_that_gets_no_reward_raises_and_is_never_a_number() -> No
         await compute_score_async(
             "toy", "abcd", None, {"prompt": "p"}, url=f"http://127.0.0.1:{free_port()}", deadline_seconds=0.3
         )
+
+
+async def test_the_first_normalised_reward_waits_for_its_models_scale(gateway: LiveGateway) -> None:
+    options: dict[str, Any] = {"url": gateway.url, "run": fresh_run(), "policy": "single:rm-long", "normalize": True}
+    texts = ["a", "bb", "ccc"]
+    calls = [compute_score_async("toy", text, None, {"prompt": "p"}, **options) for text in texts]
+    # Alone, it has nothing to be compared with, and is null; asked again, there are others.
+    alone = asyncio.ensure_future(compute_score_async("toy", "dddd", None, {"prompt": "q"}, **options))
+    await asyncio.sleep(0.05)
+    found = await asyncio.gather(alone, *calls)
+    await coalescer_of(ClientOptions(**options, deadline_seconds=300), os.getpid()).close()
+    scores = [each["score"] for each in found]
+    assert scores[0] > scores[3] > scores[2] > scores[1]
 
 
 @pytest.mark.parametrize(

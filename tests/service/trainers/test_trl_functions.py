@@ -1,0 +1,166 @@
+"""Rows to instances and back: TRL's functions against the real gateway, without TRL."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.trainers.groups import by_prompt, in_pairs
+from service.trainers.options import ClientOptions
+from service.trainers.rowwise import Judged, OnMissing, RowOptions, Rows, metrics, plan
+from service.trainers.trl import AsyncRouterReward, RouterReward
+from service.trainers.values import (
+    Feedback,
+    Missing,
+    RewardResult,
+    RouterRefusedError,
+    RouterUnavailableError,
+    Scored,
+)
+from tests.conftest import ValkeyProcess, free_port
+from tests.support.gateway import fresh_run
+from tests.support.live import LiveGateway, live_gateway
+from tests.support.trainer_processes import opinionated_arms
+
+PROMPTS = ["p", "p", "q", "q"]
+TEXTS = ["a", "bb", "ccc", "dddd"]
+
+
+@pytest.fixture(scope="module")
+def gateway(valkey_server: ValkeyProcess) -> Iterator[LiveGateway]:
+    with live_gateway(valkey_server.url, arms=opinionated_arms()) as running:
+        yield running
+
+
+@pytest.fixture
+def options(gateway: LiveGateway) -> ClientOptions:
+    return ClientOptions(url=gateway.url, run=fresh_run(), policy="single:rm-long", deadline_seconds=20)
+
+
+def scored(*rewards: float | None) -> Scored:
+    return Scored("d1", "r", "rm-a", rewards, None, None, 0.5, "bayesian", 0, False, True)
+
+
+def prefer_the_first(judged: Judged) -> Feedback | None:
+    return Feedback(preferred=0) if judged.prompt == "p" else None
+
+
+@given(st.lists(st.sampled_from("pqr"), max_size=40), st.integers(1, 5))
+def test_every_row_is_in_one_group_of_its_prompt(prompts: list[str], longest: int) -> None:
+    responses = [str(row) for row in range(len(prompts))]
+    groups = by_prompt(prompts, responses, longest)
+    assert sorted(row for group in groups for row in group.rows) == list(range(len(prompts)))
+    for group in groups:
+        assert {prompts[row] for row in group.rows} == {group.prompt}
+        assert group.responses == tuple(responses[row] for row in group.rows)
+        assert 1 <= len(group.rows) <= longest
+
+
+def test_pairs_stay_pairs_where_a_batch_holds_a_prompt_twice() -> None:
+    assert [group.rows for group in in_pairs(["p"] * 4, list("abcd"))] == [(0, 2), (1, 3)]
+    with pytest.raises(ValueError, match="no pairs"):
+        in_pairs(["p", "q"], ["a", "b"])
+
+
+def test_rewards_come_back_in_the_rows_order_even_where_groups_are_interleaved(options: ClientOptions) -> None:
+    reward = RouterReward(options)
+    with reward.client:
+        assert reward(["p", "q", "p", "q"], TEXTS, log_metric=lambda *_: None) == [1.0, 2.0, 3.0, 4.0]
+        assert [group.rows for group, _ in reward.last] == [(0, 2), (1, 3)]
+        assert reward([], [], log_metric=lambda *_: None) == []
+
+
+def test_metrics_and_models_are_logged_where_the_trainer_takes_them(options: ClientOptions) -> None:
+    logged: dict[str, float] = {}
+    columns: dict[str, list[Any]] = {}
+    reward = RouterReward(options)
+    with reward.client:
+        reward(PROMPTS, TEXTS, log_metric=logged.__setitem__, log_extra=columns.__setitem__)
+    assert logged == {
+        "reward_router/missing": 0,
+        "reward_router/fallback": 0,
+        "reward_router/propensity": 1.0,
+        "reward_router/share/rm-long": 1.0,
+    }
+    assert columns == {"reward_model": ["rm-long"] * 4}
+
+
+def test_the_judges_opinion_is_learned_and_no_opinion_is_not(gateway: LiveGateway, options: ClientOptions) -> None:
+    reward = RouterReward(options, judge=prefer_the_first)
+    with reward.client:
+        reward(PROMPTS, TEXTS, log_metric=lambda *_: None)
+    assert gateway.until(1, options.run)["version"] == 1
+
+
+def test_the_asynchronous_function_does_the_same(gateway: LiveGateway, options: ClientOptions) -> None:
+    async def step() -> list[float | None]:
+        reward = AsyncRouterReward(options, judge=prefer_the_first)
+        async with reward.client:
+            return await reward(PROMPTS, TEXTS, log_metric=lambda *_: None)
+
+    assert asyncio.run(step()) == [1.0, 2.0, 3.0, 4.0]
+    assert gateway.until(1, options.run)["version"] == 1
+
+
+def test_feedback_of_the_wrong_signal_stops_the_training(options: ClientOptions) -> None:
+    reward = RouterReward(options, judge=lambda _: Feedback(loss=0.5))
+    with reward.client, pytest.raises(RouterRefusedError, match="learns from the signal 'preference'"):
+        reward(PROMPTS, TEXTS, log_metric=lambda *_: None)
+
+
+def test_a_wrong_policy_stops_the_training(options: ClientOptions) -> None:
+    reward = RouterReward(url=options.url, policy="no-such")
+    with reward.client, pytest.raises(RouterRefusedError, match="no-such"):
+        reward(PROMPTS, TEXTS, log_metric=lambda *_: None)
+
+
+def test_functions_can_be_pickled_and_have_a_name(options: ClientOptions) -> None:
+    reward = pickle.loads(pickle.dumps(RouterReward(options, judge=prefer_the_first)))
+    assert reward.__name__ == "reward_router"
+    with reward.client:
+        assert reward(PROMPTS, TEXTS, log_metric=lambda *_: None) == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_gateway_that_is_away_gives_none_to_grpo_and_stops_online_dpo() -> None:
+    reward = RouterReward(url=f"http://127.0.0.1:{free_port()}", deadline_seconds=0.3)
+    with reward.client:
+        assert reward(PROMPTS, TEXTS, log_metric=lambda *_: None) == [None] * 4
+        with pytest.raises(RouterUnavailableError, match="4 of 4 rewards are missing"):
+            reward(["p", "q", "p", "q"], TEXTS)  # online DPO: no log_metric, rows (i, i + B)
+
+
+def test_a_null_among_rewards_stays_none() -> None:
+    planned = plan(PROMPTS, TEXTS, RowOptions())
+    results: list[RewardResult] = [scored(None, 1.0), Missing("worker_rejected", "too long")]
+    assert planned.finish(results) == [None, 1.0, None, None]
+    assert metrics(results)["reward_router/missing"] == 0.5
+    stopping = plan(PROMPTS, TEXTS, RowOptions(on_missing=OnMissing.RAISE))
+    with pytest.raises(RouterUnavailableError, match=r"3 of 4 .*too long"):
+        stopping.finish(results)
+
+
+def test_a_code_that_concerns_the_whole_training_is_raised() -> None:
+    with pytest.raises(RouterRefusedError, match="run_conflict"):
+        plan(["p"], ["a"], RowOptions()).finish([Missing("run_conflict", "taken")])
+
+
+def test_columns_reach_the_judge_by_row() -> None:
+    seen: list[Judged] = []
+    planned = plan(["p", "q", "p", "q"], TEXTS, RowOptions(rows=Rows.PAIRS))
+    planned.judged(
+        [scored(1.0, 2.0), scored(3.0, 4.0)],
+        lambda judged: seen.append(judged),  # type: ignore[func-returns-value]
+        {"answer": [1, 2, 3, 4], "constant": "x", "short": [1]},
+    )
+    assert [judged.columns for judged in seen] == [{"answer": (1, 3)}, {"answer": (2, 4)}]
+
+
+def test_rows_without_completions_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 prompts and 1 completions"):
+        plan(["p", "q"], ["a"], RowOptions())
