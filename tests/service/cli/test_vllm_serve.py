@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from service.cli import vllm_serve
+from service.cli import app, vllm_serve
 from service.cli.launch import plan_workers
 from service.cli.up import port_sequence
 from service.cli.vllm_serve import (
@@ -151,3 +152,32 @@ def test_the_worker_is_the_models_then_the_pools_then_what_is_installed() -> Non
     assert served_by_vllm(entry(worker="vllm"), pool.model_copy(update={"worker": "cpu"}), ("vllm",))
     with pytest.raises(ConfigurationError, match="not installed"):
         served_by_vllm(entry(worker="vllm"), pool, None)
+
+
+def dry_run(pool: Path, *words: str) -> list[str]:
+    """What `up --dry-run` prints."""
+    done = CliRunner().invoke(app, ["up", "--pool", str(pool), "--dry-run", *words])
+    assert done.exit_code == 0, done.output
+    return done.output.splitlines()
+
+
+def test_a_dry_run_prints_one_command_a_replica_and_starts_nothing(
+    fake_vllm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    lines = dry_run(READY_POOLS[1].parent / "4x80gb.yaml", "--vllm-command", f"{fake_vllm} --verbose")
+    assert len(lines) == 12
+    assert all(f" {fake_vllm} --verbose serve " in line for line in lines)
+    assert "CUDA_VISIBLE_DEVICES=1 " in lines[1]
+    assert len({line.split("--port ")[1].split()[0] for line in lines}) == 12
+
+
+def test_the_command_line_beats_the_pool_file_and_its_models(tmp_path: Path, fake_vllm: str) -> None:
+    (tmp_path / "pool.yaml").write_text(
+        f"{{vllm_command: {fake_vllm}, models: [{{name: a, path: a, worker: vllm}}, {{name: b, model: org/b}}]}}"
+    )
+    on_cpu = dry_run(tmp_path / "pool.yaml", "--device", "cpu")
+    assert all("--enforce-eager" in line and "CUDA_VISIBLE_DEVICES" not in line for line in on_cpu)
+    ours = dry_run(tmp_path / "pool.yaml", "--worker", "cpu")
+    assert [line.split("--model ")[1].split()[0] for line in ours] == [str(tmp_path / "a"), "org/b"]
+    assert all("-m service.cli worker" in line for line in ours)
