@@ -1,4 +1,4 @@
-"""Sticky choices and the score log, as every store must keep them: MemoryStore, and RedisStore on a real Valkey."""
+"""Sticky choices and the score log, as every store keeps them: MemoryStore, RedisStore on Valkey and on a cluster."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from service.stores.redis import RedisStore
 
 if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
+    from tests.support.cluster import ValkeyCluster
 
 AWKWARD = b"\x00\r\n$5 \xff value "
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(params=["memory", "redis", "cluster"])
 async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
     """One of the stores."""
     if request.param == "memory":
         yield MemoryStore(window_seconds=60)
         return
-    server: ValkeyProcess = request.getfixturevalue("valkey_server")
+    name = "valkey_server" if request.param == "redis" else "valkey_cluster"
+    server: ValkeyProcess | ValkeyCluster = request.getfixturevalue(name)
     opened = RedisStore(server.url, window_seconds=60)
     yield opened
     await opened.close()

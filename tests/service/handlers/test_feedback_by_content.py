@@ -83,9 +83,9 @@ async def test_by_id_after_by_content_is_the_same_feedback(gateway: Gateway) -> 
 
 
 async def test_late_is_gone(valkey_server: ValkeyProcess) -> None:
-    async with open_gateway(valkey_server.url, decision_ttl_seconds=0.2) as gateway:
+    async with open_gateway(valkey_server.url, decision_ttl_seconds=1.0) as gateway:
         await gateway.client.ok("/reward", pair())
-        await asyncio.sleep(0.25)
+        await asyncio.sleep(1.05)
         response = await gateway.client.post("/feedback", feedback())
         assert (response.status, response.error["code"]) == (410, "decision_expired")
         assert gateway.events() == []
