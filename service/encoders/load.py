@@ -21,7 +21,7 @@ from router_core.errors import RouterCoreError
 from service.encoders.client import EncoderConfig, StateClient
 from service.encoders.health import ServerMonitor
 from service.encoders.reading import Reading, files_digest
-from service.encoders.remote import RemoteEncoder
+from service.encoders.remote import LANES, RemoteEncoder
 from service.errors import ConfigurationError
 from service.workers.health import HealthPolicy
 
@@ -35,10 +35,10 @@ class RemoteOptions:
     """Of the connection to the servers; see `Settings`."""
 
     timeout_seconds: float
-    parallel_requests: int
     health_interval_seconds: float
     api_key: str | None
     seed: int | None
+    parallel_requests: int = LANES
 
 
 def is_remote(encoder: str) -> bool:

@@ -190,7 +190,7 @@ def _tokenizer(directory: Path) -> Tokenizer:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise ConfigurationError(
-            "an encoder over vLLM needs package 'tokenizers'; install it with: pip install 'reward-router[embedded]'"
+            "an encoder over vLLM needs package 'tokenizers'; install it with: pip install 'reward-router[server]'"
         ) from error
     path = directory / "tokenizer.json"
     if not path.is_file():

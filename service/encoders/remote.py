@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.encoder.split import SplitEncoder
+from router_core.errors import RouterCoreError
 from router_core.records import Instance
 from service.encoders.client import StateClient
 from service.encoders.health import ServerMonitor
@@ -165,6 +166,13 @@ class RemoteEncoder(AwaitedEncoder):
             for waiting in batch:
                 waiting.future.cancel()
             raise
+        except RouterCoreError as error:
+            # One text that cannot be read must not spoil the others: each is tried by itself.
+            if len(batch) > 1:
+                await asyncio.gather(*(self._run([waiting]) for waiting in batch))
+            elif not batch[0].future.done():
+                batch[0].future.set_exception(error)
+            return
         except Exception as error:  # noqa: BLE001 - every waiting request is told; nothing is swallowed
             for waiting in batch:
                 if not waiting.future.done():

@@ -16,8 +16,10 @@ CHAT = (
 )
 
 
-def save_transformer(directory: Path, kind: str, chat: bool = False, positions: int = 64, seed: int = 0) -> Path:
-    """A two-layer `bert` or `llama` of width 16 that knows single letters as words."""
+def save_transformer(
+    directory: Path, kind: str, chat: bool = False, positions: int = 64, seed: int = 0, hidden_size: int = 16
+) -> Path:
+    """A two-layer `bert` or `llama` that knows single letters as words."""
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
     )
@@ -32,7 +34,7 @@ def save_transformer(directory: Path, kind: str, chat: bool = False, positions: 
     fast.save_pretrained(directory)
     shape: dict[str, Any] = {
         "vocab_size": len(WORDS),
-        "hidden_size": 16,
+        "hidden_size": hidden_size,
         "intermediate_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,

@@ -24,7 +24,7 @@ from router_core.errors import EncoderError
 from router_core.records import Instance
 from service.encoders.client import EncoderConfig, StateClient
 from service.encoders.health import ServerMonitor
-from service.encoders.protocol import EncoderUnavailableError
+from service.encoders.protocol import Encoded, EncoderUnavailableError
 from service.encoders.reading import Reading
 from service.encoders.remote import RemoteEncoder
 from service.encoders.wire import EmbeddingsRequest
@@ -208,6 +208,20 @@ async def test_one_who_gives_up_spoils_nothing_for_the_others(exported: Exported
     assert isinstance(done[1], asyncio.CancelledError)
     expected = local(exported).encode(INSTANCES)
     np.testing.assert_allclose(done[2].x, expected[2:], rtol=0, atol=TOLERANCE)  # type: ignore[union-attr]
+
+
+async def test_a_text_that_cannot_be_read_fails_its_own_request_only(exported: Exported, serve: Serve) -> None:
+    unreadable = Instance("half a pair of surrogates", ("\ud800", "b"))
+    async with remote(exported, serve(exported.app()), monitored=False) as encoder:
+        done = await asyncio.gather(
+            *(encoder.encode([instance]) for instance in [INSTANCES[0], unreadable, INSTANCES[2]]),
+            return_exceptions=True,
+        )
+    assert isinstance(done[1], EncoderError)
+    assert "cannot read a text" in str(done[1])
+    expected = local(exported).encode([INSTANCES[0], INSTANCES[2]])
+    found = np.concatenate([one.x for one in (done[0], done[2]) if isinstance(one, Encoded)])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
 
 
 async def test_another_server_answers_where_one_cannot(exported: Exported, serve: Serve) -> None:
