@@ -20,8 +20,8 @@ from tests.conftest import ValkeyProcess, free_port
 from tests.support.processes import MODELS, Caller, Service, write_recorded_pairs
 from tests.support.prometheus import Prometheus, filled_in, tool
 
-DATA_SECONDS = 90.0
-"""Longest wait for what a scrape of every second shows; tests that pass wait about ten."""
+DATA_SECONDS = 240.0
+"""Longest wait for what a scrape every two seconds shows; tests that pass wait about ten."""
 
 RUN = "dashboard"
 

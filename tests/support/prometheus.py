@@ -58,7 +58,7 @@ class Prometheus:
         self._port = free_port()
         self._log = folder / "prometheus.log"
         config = yaml.safe_load((FOLDER / "prometheus.yml").read_text("utf-8"))
-        config["global"].update(scrape_interval="1s", scrape_timeout="1s", evaluation_interval="1s")
+        config["global"].update(scrape_interval="2s", scrape_timeout="2s", evaluation_interval="1s")
         config["rule_files"] = [str(FOLDER / pattern) for pattern in config["rule_files"]]
         assert set(targets) <= {job["job_name"] for job in config["scrape_configs"]}
         for job in config["scrape_configs"]:
