@@ -6,23 +6,17 @@ A wrong command, variable, mount, network or dependency in the file fails here; 
 from __future__ import annotations
 
 import copy
-import json
 import os
-import secrets
 import shutil
 import signal
-import stat
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support.compose import ComposeStack, Config, Image, StackError, compose_config, dockerfile_image
+from tests.support.compose import ComposeStack, Config, Image, StackError, compose_config
+from tests.support.compose_parts import KEY, SECRETS, ask, only
 
 pytest.importorskip("dockerfile_parse", reason="needs reward-router[dev]")
 pytest.importorskip("torch", reason="the demo's reward models need reward-router[train]")
@@ -30,38 +24,10 @@ pytest.importorskip("wordllama", reason="the demo's encoder needs reward-router[
 
 pytestmark = pytest.mark.slow
 
-KEY = secrets.token_hex(8)
-VARIABLES = {"GATEWAY_API_KEY": KEY, "GRAFANA_ADMIN_PASSWORD": "not-used-here"}
 FIRST_SECONDS = 900.0
 """The demo's reward models are trained in it, on a machine that may be busy."""
 
 PAIR = {"prompt": "What is 17 + 25?", "responses": ["17 + 25 = 41", "17 + 25 = 42"]}
-
-PING = """#!{python}
-# What `valkey-cli -e -h HOST ping` does; the package with the server has no client.
-import socket, sys
-assert sys.argv[1:3] == ["-e", "-h"] and sys.argv[4:] == ["ping"], sys.argv
-with socket.create_connection((sys.argv[3], 6379), timeout=3) as connection:
-    connection.sendall(b"PING\\r\\n")
-    reply = connection.recv(100)
-print(reply)
-sys.exit(reply != b"+PONG\\r\\n")
-"""
-
-
-@pytest.fixture(scope="module")
-def images(valkey_binary: Path, gateway_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Image]:
-    """Executables that stand for the images. The gateway's is what the Dockerfile installs, without torch."""
-    folder = tmp_path_factory.mktemp("valkey-image")
-    (folder / "valkey-server").symlink_to(valkey_binary)
-    client = folder / "valkey-cli"
-    client.write_text(PING.format(python=sys.executable))
-    client.chmod(client.stat().st_mode | stat.S_IXUSR)
-    return {
-        "reward-router": dockerfile_image("gateway", gateway_bin),
-        "reward-router-worker": dockerfile_image("worker", Path(sys.executable).parent),
-        "valkey/valkey": Image((folder,), extra=("--bind", "{address}")),
-    }
 
 
 @pytest.fixture(scope="module")
@@ -83,29 +49,7 @@ def first(images: dict[str, Image], folder: Path) -> Iterator[ComposeStack]:
 
 def config() -> Config:
     """A fresh copy of the profile's configuration."""
-    return copy.deepcopy(compose_config("cpu", variables=VARIABLES))
-
-
-def only(*names: str) -> Config:
-    """Some of the services, which depend on each other as in the file."""
-    out = config()
-    out["services"] = {name: out["services"][name] for name in names}
-    for service in out["services"].values():
-        left = {name: wanted for name, wanted in service.get("depends_on", {}).items() if name in names}
-        service["depends_on"] = left
-    return out
-
-
-def ask(url: str, path: str, body: object = None, key: str | None = KEY) -> tuple[int, Any]:
-    """One request; status and document."""
-    headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
-    request = urllib.request.Request(url + path, None if body is None else json.dumps(body).encode(), headers)
-    try:
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            return reply.status, json.load(reply)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, json.load(error)
+    return copy.deepcopy(compose_config("cpu", variables=SECRETS))
 
 
 def version(url: str) -> int:
@@ -116,7 +60,7 @@ def version(url: str) -> int:
 def test_the_whole_profile_comes_up_in_its_order_routes_a_pair_and_remembers_its_feedback(
     first: ComposeStack, images: dict[str, Image], folder: Path
 ) -> None:
-    assert first.left_out == ["grafana", "prometheus"]
+    assert set(first.left_out) == {"grafana", "prometheus"} - {name.rpartition("/")[2] for name in images}
     assert first.order.index("demo-pool") < first.order.index("rm-code") < first.order.index("gateway")
     url = first.url("gateway")
 
@@ -173,7 +117,7 @@ def wrong_mount(services: Config) -> None:
 def test_a_gateway_that_is_given_something_wrong_leaves_at_once(
     break_it: Callable[[Config], None], images: dict[str, Image], folder: Path
 ) -> None:
-    broken = only("redis", "gateway")
+    broken = only(config(), "redis", "gateway")
     break_it(broken["services"])
     with (
         ComposeStack(broken, folder, images, network=120 + os.getpid() % 120) as stack,
@@ -183,29 +127,32 @@ def test_a_gateway_that_is_given_something_wrong_leaves_at_once(
 
 
 def test_a_gateway_without_the_stores_network_never_becomes_ready(images: dict[str, Image], folder: Path) -> None:
-    broken = only("redis", "rm-code", "gateway")
+    broken = only(config(), "redis", "rm-code", "gateway")
     del broken["services"]["gateway"]["networks"]["store"]
+    broken["services"]["gateway"]["healthcheck"]["start_period"] = "20s"
     with (
         ComposeStack(broken, folder, images, network=120 + os.getpid() % 120) as stack,
-        pytest.raises(StackError, match=r"not started: \[\]\ngateway"),
+        pytest.raises(StackError, match="gateway is unhealthy"),
     ):
-        stack.up(25)
+        stack.up(300)
 
 
 def test_a_worker_on_another_port_than_its_health_check_asks_holds_up_the_gateway(
     images: dict[str, Image], folder: Path
 ) -> None:
-    broken = only("redis", "rm-code", "gateway")
-    broken["services"]["rm-code"]["command"][-1] = "8001"
+    broken = only(config(), "redis", "rm-code", "gateway")
+    worker = broken["services"]["rm-code"]
+    worker["command"][-1] = "8001"
+    worker["healthcheck"] = {**(images["reward-router-worker"].healthcheck or {}), "start_period": "5s"}
     with (
         ComposeStack(broken, folder, images, network=120 + os.getpid() % 120) as stack,
-        pytest.raises(StackError, match=r"not started: \['gateway'\]\nrm-code"),
+        pytest.raises(StackError, match="rm-code is unhealthy"),
     ):
-        stack.up(25)
+        stack.up(300)
 
 
 def test_a_health_check_that_says_the_wrong_words_fails(images: dict[str, Image], folder: Path) -> None:
-    broken = only("redis")
+    broken = only(config(), "redis")
     broken["services"]["redis"]["healthcheck"]["test"][-1] = "pong"
     broken["services"]["redis"]["healthcheck"]["start_period"] = "0s"
     with (

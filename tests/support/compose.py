@@ -31,6 +31,8 @@ from typing import Any, Self
 
 from dockerfile_parse import DockerfileParser
 
+from service.children import dies_with_parent
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE_FILE = ROOT / "docker-compose.yml"
 DOCKERFILE = ROOT / "Dockerfile"
@@ -238,6 +240,7 @@ class ComposeStack:
         self._folder = folder
         self._images = images
         self._running: dict[str, Running] = {}
+        self._mounted: dict[str, dict[str, Path]] = {}
         self.addresses = {name: f"127.88.{network}.{i + 1}" for i, name in enumerate(sorted(self._services))}
         self.left_out = sorted(name for name in self._services if self._image(name) is None)
         self.order: list[str] = []
@@ -340,7 +343,7 @@ class ComposeStack:
         log = self._folder / f"{name}.log"
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [self._executable(image, words[0]), *words[1:]],
+                dies_with_parent([self._executable(image, words[0]), *words[1:]]),
                 cwd=self._folder,
                 env=self._environment(name, image, mounts),
                 stdin=subprocess.DEVNULL,
@@ -373,8 +376,10 @@ class ComposeStack:
         return self.resolve(name, text).replace("0.0.0.0", self.addresses[name])
 
     def _mounts(self, name: str) -> dict[str, Path]:
-        """Container path to the folder or file that stands for it."""
-        out = {}
+        """Container path to the folder or file that stands for it; made once, for the service may be reading it."""
+        if name in self._mounted:
+            return self._mounted[name]
+        out = self._mounted[name] = {}
         for volume in self._services[name].get("volumes", []):
             if volume["type"] == "volume":
                 source = self._folder / "volumes" / volume["source"]
