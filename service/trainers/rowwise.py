@@ -16,7 +16,7 @@ from typing import Any
 from service.trainers.conversation import completion_text, prompt_text
 from service.trainers.groups import MAX_RESPONSES, Group, by_prompt, in_pairs
 from service.trainers.values import (
-    ABSTAINED_CODES,
+    FATAL_CODES,
     Declined,
     Feedback,
     FeedbackResult,
@@ -112,7 +112,7 @@ class Plan:
         rewards: list[float | None] = [None] * self.count
         for group, result in zip(self.groups, results, strict=True):
             if isinstance(result, Missing):
-                if result.code not in ABSTAINED_CODES:
+                if result.code in FATAL_CODES:
                     raise RouterRefusedError(0, result.code, result.message)
                 continue
             for row, reward in zip(group.rows, result.rewards, strict=True):

@@ -32,8 +32,8 @@ RETRIED_CODES = frozenset(
 UNAVAILABLE = "unavailable"
 """`Missing.code` where the gateway itself did not answer before the deadline."""
 
-ABSTAINED_CODES = RETRIED_CODES | {UNAVAILABLE, "worker_rejected", "worker_protocol", "validation", "payload_too_large"}
-"""Codes that say something about one instance only. Others (a wrong key, run or policy) concern the whole training."""
+FATAL_CODES = frozenset({"unauthorized", "not_found", "method_not_allowed", "bad_request", "run_conflict"})
+"""Codes that concern the training as a whole: a wrong key, run or policy. Others are about one instance."""
 
 
 class RouterClientError(Exception):

@@ -6,6 +6,7 @@ import asyncio
 import json
 import multiprocessing
 import pickle
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -253,6 +254,36 @@ def test_a_gateway_that_is_not_there_is_missing_rewards_not_zeros() -> None:
         assert "is the gateway running" in result.message.lower()
         with pytest.raises(RouterUnavailableError):
             client.feedback_many([Feedback(decision_id="d", preferred=0)])
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield int(server.getsockname()[1])
+
+
+def test_a_gateway_that_hangs_is_given_up_at_the_deadline(silent_port: int) -> None:
+    with RouterClient(url=f"http://127.0.0.1:{silent_port}", deadline_seconds=2, attempt_seconds=0.3) as client:
+        [result] = client.reward_many(PAIR)
+    assert isinstance(result, Missing)
+    assert "ReadTimeout" in result.message
+
+
+async def test_so_it_is_by_the_asynchronous_client(silent_port: int) -> None:
+    url = f"http://127.0.0.1:{silent_port}"
+    async with AsyncRouterClient(url=url, deadline_seconds=2, attempt_seconds=0.3) as client:
+        [result] = await client.reward_many(PAIR)
+        assert isinstance(result, Missing)
+        assert "Timeout" in result.message
+        with pytest.raises(RouterUnavailableError):
+            await client.feedback(Feedback(decision_id="d", preferred=0))
+
+
+async def test_a_final_refusal_of_one_request_ends_the_others(gateway: LiveGateway) -> None:
+    async with AsyncRouterClient(url=gateway.url, policy="no-such", max_items=1) as client:
+        with pytest.raises(RouterRefusedError, match="no-such"):
+            await client.reward_many(PAIR * 20)
 
 
 def test_only_the_items_that_may_be_retried_are_sent_again() -> None:

@@ -145,6 +145,11 @@ def test_a_null_among_rewards_stays_none() -> None:
         stopping.finish(results)
 
 
+@pytest.mark.parametrize("code", ["no_worker", "unavailable", "worker_rejected", "worker_too_long", "validation"])
+def test_a_code_that_is_about_one_instance_is_none(code: str) -> None:
+    assert plan(["p"], ["a"], RowOptions()).finish([Missing(code, "because")]) == [None]
+
+
 def test_a_code_that_concerns_the_whole_training_is_raised() -> None:
     with pytest.raises(RouterRefusedError, match="run_conflict"):
         plan(["p"], ["a"], RowOptions()).finish([Missing("run_conflict", "taken")])
