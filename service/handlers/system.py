@@ -46,8 +46,8 @@ def system_router() -> APIRouter:
         responses={503: {"description": "The store is away, no worker answers, or the log is still being replayed."}},
     )
     async def readyz(request: Request) -> Ready:
-        """200 when the default run's posterior is loaded, the store answers, and at least one RM can be asked; where the
-        encoder is served apart, one of its servers too.
+        """200 when the default run's posterior is loaded, the store answers, and at least one RM can be asked; where
+        the encoder is served apart, one of its servers too.
         """
         run, version = await _status(request).check_ready()
         return Ready(status="ready", run=run, posterior_version=version)
