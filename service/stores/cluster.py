@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import hiredis
 
 from service.errors import StoreUnavailableError
-from service.stores.resp import Arg, Endpoint, Reply, ReplyError, RespClient, reply_error
+from service.stores.resp import Arg, Endpoint, NotReplicatedError, Reply, ReplyError, RespClient, reply_error
 from service.stores.slots import Topology, slot_of
 
 PAUSE_SECONDS = 0.05
@@ -103,6 +103,8 @@ class ClusterClient:
                         return replies
                     failure = self._unfinished(replies[waiting[0]])
                     moved = await self._follow_move(replies[waiting[0]], node, seen, slot)
+            except NotReplicatedError:
+                raise
             except StoreUnavailableError as error:
                 failure = error
                 self._topology.doubt(seen)

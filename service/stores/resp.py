@@ -62,6 +62,10 @@ class ReplyError(ServiceError):
     """The server refused a command for what it says or where it points (WRONGTYPE, ERR): a bug or a foreign key."""
 
 
+class NotReplicatedError(StoreUnavailableError):
+    """The server has carried out the commands, and too few replicas said in time that they hold the outcome."""
+
+
 def _pack(command: tuple[Arg, ...]) -> bytes:
     # The stub of hiredis 3 describes a tuple of exactly one word.
     return bytes(hiredis.pack_command(cast(Any, command)))
@@ -340,9 +344,13 @@ class RespClient:
         # WAIT counts milliseconds; it must end before the call does, or the connection would look dead.
         words = [*commands, ("WAIT", replicas, max(1, int(seconds * 900)))]
         replies = await self._send(b"".join([_pack(command) for command in words]), len(words), seconds)
-        confirmed = self.checked(replies.pop())
-        if confirmed < replicas:
-            raise StoreUnavailableError(
+        confirmed = replies.pop()
+        if isinstance(confirmed, hiredis.ReplyError):
+            if not all(isinstance(reply, hiredis.ReplyError) for reply in replies):
+                raise StoreUnavailableError(f"store {self.shown}: {confirmed}; repeat the call", retry_after_seconds=1)
+            # A server that is a replica by now has refused the commands too: that is the reply that matters.
+        elif confirmed < replicas:
+            raise NotReplicatedError(
                 f"store {self.shown}: {confirmed} of {replicas} replicas confirmed; it may be stored all the same: "
                 "repeat the call, and see INFO replication",
                 retry_after_seconds=1,

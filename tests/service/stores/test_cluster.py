@@ -202,10 +202,10 @@ async def test_a_blocked_reader_follows_its_log_to_the_new_owner(
 
 
 async def test_in_the_middle_of_a_move_decisions_are_saved_and_feedback_waits_its_time(
-    movable: ValkeyCluster, run: str
+    store: RedisStore, movable: ValkeyCluster, run: str
 ) -> None:
     """Half of the keys are there, half here: what is asked for under another name must never be called missing."""
-    store = RedisStore(movable.url, window_seconds=3600, timeout_seconds=0.5)
+    hasty = RedisStore(movable.url, window_seconds=3600, timeout_seconds=2)
     waiting, applied = decision("waiting"), decision("applied")
     await store.save_decisions(run, [waiting, applied])
     await store.apply_feedback(run, [FeedbackRecord(b"1", content_key="applied")])
@@ -216,7 +216,7 @@ async def test_in_the_middle_of_a_move_decisions_are_saved_and_feedback_waits_it
         source.ask("MIGRATE", "127.0.0.1", target.port, f"rr:{{{run}}}:{name}", 0, 5000)
     for key in ("waiting", "applied"):
         with pytest.raises(StoreUnavailableError, match=r"ASK|TRYAGAIN|moved"):
-            await store.apply_feedback(run, [FeedbackRecord(b"1", content_key=key)])
+            await hasty.apply_feedback(run, [FeedbackRecord(b"1", content_key=key)])
     young = decision()
     await store.save_decisions(run, [young])
     assert await store.open_run(run, b"f") == b"f"
@@ -235,4 +235,4 @@ async def test_in_the_middle_of_a_move_decisions_are_saved_and_feedback_waits_it
         FeedbackStatus.DUPLICATE,
         FeedbackStatus.APPLIED,
     ]
-    await store.close()
+    await hasty.close()

@@ -70,7 +70,7 @@ async def test_a_frozen_primary_is_left_when_its_replica_takes_over(
     """No connection breaks: only the silence tells."""
     hasty = RedisStore(cluster.url, window_seconds=3600, timeout_seconds=0.5)
     first, second = decision(), decision()
-    await hasty.save_decisions(run, [first, second])
+    await store.save_decisions(run, [first, second])
     (applied,) = await store.apply_feedback(run, [FeedbackRecord(b"1", decision_id=first.decision_id)])
     assert applied.event_id is not None
     reader = asyncio.create_task(hasty.read_log(run, applied.event_id, count=1, block_ms=60_000))
@@ -93,15 +93,15 @@ async def test_a_frozen_primary_is_left_when_its_replica_takes_over(
     finally:
         primary.signal(signal.SIGCONT)
     # Awake again, it learns that it is a replica now, and nobody writes to it.
-    (repeated,) = await hasty.apply_feedback(run, [FeedbackRecord(b"1", decision_id=second.decision_id)])
+    (repeated,) = await store.apply_feedback(run, [FeedbackRecord(b"1", decision_id=second.decision_id)])
     assert repeated.status is FeedbackStatus.DUPLICATE
     await hasty.close()
 
 
 async def test_feedback_that_no_replica_confirms_is_not_acknowledged_nor_is_its_repetition(
-    cluster: ValkeyCluster, run: str
+    store: RedisStore, cluster: ValkeyCluster, run: str
 ) -> None:
-    store = RedisStore(cluster.url, window_seconds=3600, timeout_seconds=0.5, replicas=1)
+    hasty = RedisStore(cluster.url, window_seconds=3600, timeout_seconds=3, replicas=1)
     record = decision()
     feedback = [FeedbackRecord(b"1", decision_id=record.decision_id)]
     await store.save_decisions(run, [record])
@@ -110,43 +110,34 @@ async def test_feedback_that_no_replica_confirms_is_not_acknowledged_nor_is_its_
     try:
         for _ in range(2):
             with pytest.raises(StoreUnavailableError, match=r"0 of 1 replicas confirmed.*repeat the call"):
-                await store.apply_feedback(run, feedback)
+                await hasty.apply_feedback(run, feedback)
         await store.save_decisions(run, [decision()])
     finally:
         replica.signal(signal.SIGCONT)
-    async with asyncio.timeout(60):
-        while True:
-            try:
-                (result,) = await store.apply_feedback(run, feedback)
-                break
-            except StoreUnavailableError:
-                await asyncio.sleep(0.05)
+    (result,) = await store.apply_feedback(run, feedback)
     assert result.status is FeedbackStatus.DUPLICATE
     assert (await store.log_status(run)).appended == 1
-    await store.close()
+    await hasty.close()
 
 
-async def test_a_cluster_without_its_slots_is_unavailable_within_the_timeout(cluster: ValkeyCluster, run: str) -> None:
-    store = RedisStore(cluster.url, window_seconds=3600, timeout_seconds=0.5)
+async def test_a_cluster_without_its_slots_is_unavailable_within_the_timeout(
+    store: RedisStore, cluster: ValkeyCluster, run: str
+) -> None:
+    hasty = RedisStore(cluster.url, window_seconds=3600, timeout_seconds=1)
     await store.open_run(run, b"f")
     await store.ping()
     primary = cluster.owner(run)
     cluster.replica_of(primary).kill()
     primary.kill()
-    with pytest.raises(StoreUnavailableError):
-        await store.save_decisions(run, [decision()])
+    async with asyncio.timeout(30):
+        with pytest.raises(StoreUnavailableError):
+            await hasty.save_decisions(run, [decision()])
     await until(lambda: cluster_is_down(cluster), "the others to notice", 60)
-    with pytest.raises(StoreUnavailableError, match="CLUSTER"):
-        await store.ping()
+    with pytest.raises(StoreUnavailableError, match=r"CLUSTER|did not answer|cannot be reached"):
+        await hasty.ping()
     await asyncio.to_thread(primary.start)
-    async with asyncio.timeout(60):
-        while True:
-            try:
-                assert await store.has_run(run)
-                break
-            except StoreUnavailableError:
-                await asyncio.sleep(0.05)
-    await store.close()
+    assert await store.has_run(run)
+    await hasty.close()
 
 
 def cluster_is_down(cluster: ValkeyCluster) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from service.errors import ConfigurationError, StoreUnavailableError
-from service.stores.resp import ReplyError, RespClient, parse_endpoint
+from service.stores.resp import NotReplicatedError, ReplyError, RespClient, parse_endpoint
 
 if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
@@ -147,6 +147,28 @@ async def test_a_replica_is_unavailable_and_left(own_valkey_server: ValkeyProces
     with pytest.raises(StoreUnavailableError, match=r"READONLY.*point the store's URL at the primary"):
         await client.execute("SET", "k", "v")
     assert await client.execute("CLIENT", "ID") != before
+    await client.close()
+
+
+async def test_replicas_that_are_not_there_confirm_nothing_and_the_command_is_carried_out_all_the_same(
+    client: RespClient,
+) -> None:
+    assert await client.pipeline([("SET", "resp:kept", "1")], replicas=0) == [b"OK"]
+    with pytest.raises(NotReplicatedError, match="0 of 2 replicas confirmed; it may be stored all the same: repeat"):
+        await client.pipeline([("INCR", "resp:kept")], timeout_seconds=0.5, replicas=2)
+    assert await client.execute("GET", "resp:kept") == b"2"
+
+
+async def test_a_replica_that_is_asked_to_wait_for_replicas_says_that_it_is_one(
+    own_valkey_server: ValkeyProcess,
+) -> None:
+    client = RespClient(own_valkey_server.url, timeout_seconds=10)
+    await client.execute("REPLICAOF", "127.0.0.1", "1")
+    (reply,) = await client.pipeline([("SET", "k", "v")], replicas=1)
+    with pytest.raises(StoreUnavailableError, match=r"READONLY.*point the store's URL at the primary"):
+        client.checked(reply)
+    with pytest.raises(StoreUnavailableError, match=r"WAIT cannot be used.*repeat the call"):
+        await client.pipeline([("GET", "k")], replicas=1)
     await client.close()
 
 
