@@ -139,6 +139,7 @@ def evaluate_log(
         "signal": log.header.signal.value,
         "left_out": len(log.events) - len(whole),
         "shadowed": int((whole.seen.sum(axis=1) > 1).sum()),
+        "sharing_a_draw": _followers(log),
         "logged": {"value": float(whole.reward.mean()), "ci95": list(_mean_interval(whole.reward))},
         "policies": policies,
     }
@@ -174,9 +175,26 @@ def print_figures(figures: dict[str, Any], console: Console | None = None) -> No
         cells = [_cell(row[how]) for how in ESTIMATORS]
         table.add_row(name, *cells, safe, "–" if row["snips"] is None else f"{row['snips']['ess']:.0f}")
     console.print(table)
+    if figures["sharing_a_draw"]:
+        console.print(
+            f"{figures['sharing_a_draw']} rows share the draw of an earlier one (sticky): the values stand, but the "
+            "intervals count them as draws of their own and are too narrow",
+            highlight=False,
+            soft_wrap=True,
+        )
     for name, row in figures["policies"].items():
         for line in ([row["problem"]] if row["problem"] else []) + row["warnings"]:
             console.print(f"{name}: {line}", highlight=False, soft_wrap=True)
+
+
+def _followers(log: EventLog) -> int:
+    """Usable rows whose RM was drawn for an earlier row; see `StoredDecision.sticky`."""
+    shared = [
+        event.decision.sticky
+        for event, usable in zip(log.events, log.usable, strict=True)
+        if usable and event.decision.sticky
+    ]
+    return len(shared) - len(set(shared))
 
 
 def _names(text: str, pool: Sequence[str]) -> list[str]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from rich.console import Console
 
+from service.cli.ope import evaluate_log, print_figures
 from service.eventlog.export import export_log, read_events
+from service.eventlog.load import load_log
 from service.stores.redis import RedisStore
 from tests.support.gateway import open_gateway, pair
 
@@ -31,6 +35,11 @@ async def test_rows_that_share_a_draw_have_one_name_and_old_files_have_none(
         for path in (new, lines):
             await export_log(store, gateway.run, path)
         await store.close()
+    figures = evaluate_log(load_log(new), ["random"], None)
+    assert figures["sharing_a_draw"] == 1
+    output = StringIO()
+    print_figures(figures, Console(file=output, width=200))
+    assert "1 rows share the draw of an earlier one" in output.getvalue()
     names = [row.decision.sticky for row in read_events(new)]
     assert names[0] == names[1] != ""
     assert names[2] == ""
