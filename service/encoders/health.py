@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Final
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from service.encoders.probe import ServerUnreachableError, ServerWrongError, pro
 from service.encoders.reading import Reading
 from service.workers.health import HealthPolicy
 from service.workers.replica import Replica
+
+PROBE_SECONDS: Final = 20.0
+"""A whole probe may take this long, however short one request must be: a server's first texts are its slowest."""
 
 _log = logging.getLogger(__name__)
 
@@ -54,13 +58,13 @@ class ServerMonitor:
 
     async def check(self, replica: Replica) -> None:
         """Check one server now; its breaker learns the outcome."""
-        deadline = asyncio.get_running_loop().time() + self._policy.timeout_seconds
+        now, seconds = asyncio.get_running_loop().time(), self._policy.timeout_seconds
         try:
             if replica.proven:
-                await ready(self._client, self._reading, replica, deadline=deadline)
+                await ready(self._client, self._reading, replica, deadline=now + seconds)
                 replica.report_check(None)
             else:
-                await probe(self._client, self._reading, replica, deadline=deadline)
+                await probe(self._client, self._reading, replica, deadline=now + max(seconds, PROBE_SECONDS))
                 replica.admit()
         except ServerUnreachableError as error:
             replica.report_check(str(error))
