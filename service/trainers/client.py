@@ -14,44 +14,19 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar
-from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
 import httpx2 as httpx
 
-from service.trainers.exchange import (
-    Answer,
-    Broken,
-    Exchange,
-    Patience,
-    Send,
-    Sleep,
-    Words,
-    call,
-    chunks,
-    feedback_chunk,
-    reward_chunk,
-)
+from service.trainers.calls import Calls
+from service.trainers.exchange import Answer, Broken, Exchange, Send, Sleep
 from service.trainers.options import ClientOptions
-from service.trainers.values import (
-    Accepted,
-    Feedback,
-    FeedbackResult,
-    RewardItem,
-    RewardResult,
-    Scored,
-    accepted_from,
-    scored_from,
-)
-
-KEEP_ALIVE_SECONDS = 3.0
-"""Idle connections are kept for less than the 5 s after which uvicorn closes them."""
+from service.trainers.values import Accepted, Feedback, FeedbackResult, RewardItem, RewardResult, Scored
 
 CONNECT_SECONDS = 5.0
 """Longest wait for a connection; a host that is up accepts one in milliseconds."""
@@ -59,77 +34,7 @@ CONNECT_SECONDS = 5.0
 T = TypeVar("T")
 
 
-class _Calls:
-    """What both clients share: options, and the exchanges of each call."""
-
-    def __init__(self, options: ClientOptions | None = None, **fields: Any) -> None:
-        self.options = options if options is not None else ClientOptions(**fields)
-        if options is not None and fields:
-            raise ValueError(f"options and {sorted(fields)} were given: put the latter into the options")
-
-    def __reduce__(self) -> tuple[type[Self], tuple[ClientOptions]]:
-        """Options alone: connections do not travel."""
-        return type(self), (self.options,)
-
-    def _patience(self, deadline_seconds: float | None) -> Patience:
-        seconds = self.options.deadline_seconds if deadline_seconds is None else deadline_seconds
-        return Patience(time.monotonic() + seconds, self.options.attempt_seconds, time.monotonic, random.random)
-
-    def _reward_words(self) -> Words:
-        options = self.options
-        return Words({"run": options.run, "policy": options.policy, "normalize": options.normalize})
-
-    def _reward_exchanges(self, items: Sequence[RewardItem], patience: Patience) -> list[Exchange[list[RewardResult]]]:
-        sizes = [len(item.prompt) + sum(map(len, item.responses)) for item in items]
-        lists = chunks(items, sizes, self.options.max_items, self.options.max_bytes)
-        return [reward_chunk(part, self._reward_words(), patience) for part in lists]
-
-    def _feedback_exchanges(
-        self, items: Sequence[Feedback], patience: Patience
-    ) -> list[Exchange[list[FeedbackResult]]]:
-        sizes = [len(item.prompt or "") + sum(map(len, item.responses or ())) for item in items]
-        lists = chunks(items, sizes, self.options.max_items, self.options.max_bytes)
-        return [feedback_chunk(part, Words({"run": self.options.run}), patience) for part in lists]
-
-    def _one_reward(self, item: RewardItem, patience: Patience) -> Exchange[Scored]:
-        words = {name: value for name, value in self._reward_words().fields.items() if value is not None}
-        return scored_from((yield from call("/reward", {**words, **item.document()}, patience)))
-
-    def _one_feedback(self, item: Feedback, patience: Patience) -> Exchange[Accepted]:
-        words = {} if self.options.run is None else {"run": self.options.run}
-        return accepted_from((yield from call("/feedback", {**words, **item.document()}, patience)))
-
-    def _posterior(self, run: str | None, patience: Patience) -> Exchange[dict[str, Any]]:
-        name = run or self.options.run
-        path = "/posterior" if name is None else f"/posterior?run={quote(name, safe='')}"
-        document: dict[str, Any] = yield from call(path, None, patience)
-        return document
-
-    def _http(self, transport: object | None) -> dict[str, Any]:
-        """Arguments of both of httpx's clients."""
-        options = self.options
-        limits = httpx.Limits(
-            max_connections=options.connections,
-            max_keepalive_connections=options.connections,
-            keepalive_expiry=KEEP_ALIVE_SECONDS,
-        )
-        headers = {"content-type": "application/json"}
-        if options.api_key is not None:
-            headers["authorization"] = f"Bearer {options.api_key}"
-        chosen: dict[str, Any] = {} if transport is None else {"transport": transport}
-        if options.url.startswith("http://"):
-            # Reading the certificate authorities takes longer than many a request.
-            chosen["verify"] = False
-        return {
-            "base_url": options.url,
-            "headers": headers,
-            "limits": limits,
-            "trust_env": options.trust_env,
-            **chosen,
-        }
-
-
-class RouterClient(_Calls):
+class RouterClient(Calls):
     """Blocking client.
 
     Args:
@@ -251,7 +156,7 @@ class RouterClient(_Calls):
             return [result for results in threads.map(self._run, exchanges) for result in results]
 
 
-class AsyncRouterClient(_Calls):
+class AsyncRouterClient(Calls):
     """Asynchronous client: the methods of `RouterClient`, awaited.
 
     Args:

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 HELPERS = [
     "areal",
+    "calls",
     "client",
     "coalesce",
     "conversation",
