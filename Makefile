@@ -66,7 +66,7 @@ trainer-wheels: | $(VENV)/bin/python  ## Fetch OpenRLHF's, LLaMA-Factory's and s
 	test -d .data/trainer-clients/slime || git clone -q --depth 1 $(SLIME) .data/trainer-clients/slime || \
 		echo "slime could not be fetched: the tests of its client are skipped"
 
-test-vllm: $(VENV)/.development $(VLLM_VENV)/.ready  ## Tests against a real vLLM on the CPU (ten minutes; AVX2, 6 GB of memory)
+test-vllm: $(VENV)/.development $(VLLM_VENV)/.ready  ## Tests against a real vLLM on the CPU (a quarter of an hour; AVX2, 6 GB of memory)
 	VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest tests/vllm
 
 lint: $(VENV)/.development  ## Style and the direction of imports
