@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +87,24 @@ def test_a_spoiled_directory_is_refused_with_a_remedy(
     spoil(copy)  # type: ignore[operator]
     with pytest.raises(ConfigurationError, match=words):
         Reading.load(copy)
+
+
+def test_a_gateway_without_torch_reads_texts(exported: Exported) -> None:
+    program = f"""
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers"):
+            raise ModuleNotFoundError(f"blocked: {{name}}", name=name)
+sys.meta_path.insert(0, Blocked())
+from pathlib import Path
+import service.wiring
+from service.encoders.load import RemoteOptions, load_remote_encoder
+encoder = load_remote_encoder(
+    "vllm:http://127.0.0.1:9", None, Path({str(exported.directory)!r}), RemoteOptions(1.0, 1.0, None, 0)
+)
+print(encoder.dim)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "128"
