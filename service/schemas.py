@@ -55,7 +55,19 @@ class Fallback(msgspec.Struct):
 
     model: str
     reason: Annotated[
-        str, Meta(description="Stable code: worker_unavailable, worker_timeout, worker_rejected, worker_protocol.")
+        str,
+        Meta(
+            description="Stable code: worker_unavailable, worker_timeout, worker_rejected, worker_too_long, "
+            "worker_protocol."
+        ),
+    ]
+
+
+class Truncated(msgspec.Struct):
+    """What the RM did not read. Responses are always whole."""
+
+    prompt_tokens_cut: Annotated[
+        int, Meta(description="Tokens cut at the left of the prompt, the same for all responses.")
     ]
 
 
@@ -89,6 +101,10 @@ class RewardReply(msgspec.Struct):
     ]
     timings: Timings
     fallbacks: list[Fallback] = []
+    truncated: Annotated[
+        Truncated | msgspec.UnsetType,
+        Meta(description="Only where the prompt was too long for the RM and the pool says `over_long: cut_prompt`."),
+    ] = msgspec.UNSET
     sticky: (
         Annotated[bool, Meta(description="True where the RM was drawn by an earlier single response of the prompt.")]
         | msgspec.UnsetType

@@ -54,10 +54,10 @@ from service.usecases.score import ScoreLimits, Scorer
 from service.usecases.shadow import Shadower
 from service.usecases.status import ArmStatus, ReplicaStatus, StatusService
 from service.usecases.sticky import StickyChoices
-from service.workers.client import ArmConfig, VllmArm
+from service.workers.client import TOKENS_PER_REQUEST, ArmConfig, VllmArm
 from service.workers.health import HealthMonitor, HealthPolicy
-from service.workers.protocol import Arm
-from service.workers.render import load_rendering
+from service.workers.protocol import Arm, OverLong
+from service.workers.render import Rendering, load_rendering
 
 logger = logging.getLogger(__name__)
 
@@ -396,11 +396,11 @@ def _overridden(hyper: Hyperparameters, settings: Settings) -> Hyperparameters:
     return replace(hyper, **{name: value for name, value in given.items() if value is not None})
 
 
-def build_arm(model: ModelEntry, settings: Settings) -> VllmArm:
+def build_arm(model: ModelEntry, settings: Settings, over_long: OverLong = OverLong.SKIP) -> VllmArm:
     """The client of one RM's workers. The caller closes it.
 
     Raises:
-        ConfigurationError: no `urls`, or a chat template or URL that cannot be used.
+        ConfigurationError: no `urls`, or a chat template, tokenizer or URL that cannot be used.
     """
     if not model.urls:
         raise ConfigurationError(
@@ -408,7 +408,7 @@ def build_arm(model: ModelEntry, settings: Settings) -> VllmArm:
             "`reward-router up` start it"
         )
     try:
-        rendering = load_rendering(model.rendering, model.chat_template)
+        rendering = _load_rendering(model)
     except (ValueError, OSError) as error:
         raise ConfigurationError(f"model {model.name!r}: chat template {model.chat_template}: {error}") from error
     return VllmArm(
@@ -418,12 +418,26 @@ def build_arm(model: ModelEntry, settings: Settings) -> VllmArm:
             model=model.served_name,
             rendering=rendering,
             max_in_flight=model.max_in_flight or settings.worker_max_in_flight,
+            tokens_per_request=model.tokens_per_request or TOKENS_PER_REQUEST,
+            max_model_len=model.max_model_len,
+            over_long=over_long,
             attempt_timeout_seconds=settings.worker_timeout_seconds,
             api_key=model.api_key,
             score_scale=model.score_scale,
             score_shift=model.score_shift,
         )
     )
+
+
+def _load_rendering(model: ModelEntry) -> Rendering:
+    """The model's rendering; `tokenizers` is imported only where a pool sends token ids."""
+    if model.rendering != "tokens":
+        return load_rendering(model.rendering, model.chat_template)
+    from service.workers.tokens import load_token_rendering
+
+    # The template `plain` is the default of the field; a model that is given ids has one of its own.
+    template = None if model.chat_template == "plain" else model.chat_template
+    return load_token_rendering(model.tokenizer or str(model.source), template)
 
 
 def _build_monitor(arms: Sequence[VllmArm], settings: Settings) -> HealthMonitor | None:

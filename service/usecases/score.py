@@ -18,7 +18,7 @@ import numpy as np
 from router_core.policies import Policy, combined_verdict, propensity_without
 from router_core.records import TIE, Instance, verdict_of
 from service.errors import DeadlineExceededError, NoWorkerError, ServiceError, StoreUnavailableError, ValidationError
-from service.schemas import Fallback, RewardReply, RewardRequest, Timings
+from service.schemas import Fallback, RewardReply, RewardRequest, Timings, Truncated
 from service.settings import OnStoreUnavailable
 from service.stores.ids import RANDOM_BYTES, new_decision_id
 from service.stores.protocol import DecisionRecord, Store
@@ -29,7 +29,7 @@ from service.usecases.normalise import Normalised, Normaliser
 from service.usecases.runs import Run, RunRegistry
 from service.usecases.shadow import Shadowable, Shadower
 from service.usecases.sticky import StickyChoice, StickyChoices, sticky_key
-from service.workers.protocol import WorkerError, WorkerRejectedError
+from service.workers.protocol import Rewards, WorkerError, WorkerRejectedError, WorkerTooLongError
 
 ALL_ARMS = -1
 """`StoredDecision.arm` where every RM was asked."""
@@ -73,6 +73,8 @@ class _Job:
     """The preferred response where several RMs were asked; else that of `rewards`."""
     error: ServiceError | None = None
     worker_seconds: float = 0.0
+    prompt_tokens_cut: int = 0
+    """The most that an RM that was asked did not read of the prompt."""
     refusals: list[WorkerError] = field(default_factory=list)
     normalised: list[float | None] | None = None
     scale_version: int = 0
@@ -352,8 +354,12 @@ class Scorer:
                 job.refusals.append(outcome)
                 self._telemetry.called(worker.name, outcome.code).inc()
                 self._give_up(job, arm, outcome.code)
+                if isinstance(outcome, WorkerTooLongError) and outcome.final:
+                    job.error = outcome
             else:
-                job.arm, job.rewards = arm, outcome
+                job.arm, job.rewards = arm, list(outcome)
+                if isinstance(outcome, Rewards):
+                    job.prompt_tokens_cut = outcome.prompt_tokens_cut
                 answered += 1
         if answered:
             self._telemetry.called(worker.name, "ok").inc(answered)
@@ -377,11 +383,13 @@ class Scorer:
             for vote in ballot:
                 job.fallbacks.extend(vote.fallbacks)
                 job.refusals.extend(vote.refusals)
+                job.error = job.error or vote.error
+                job.prompt_tokens_cut = max(job.prompt_tokens_cut, vote.prompt_tokens_cut)
             answers = {arm: vote.rewards for arm, vote in enumerate(ballot) if vote.rewards is not None}
-            if answers:
+            if answers and job.error is None:
                 _combine(job, answers)
             else:
-                job.error = _nothing_left(job)
+                job.error = job.error or _nothing_left(job)
             job.worker_seconds = seconds
 
     async def _record_and_reply(self, jobs: Sequence[_Job], started: float) -> list[RewardReply | ServiceError]:
@@ -466,6 +474,10 @@ def _nothing_left(job: _Job) -> ServiceError:
     details: dict[str, object] = {"tried": [{"model": f.model, "reason": f.reason} for f in job.fallbacks]}
     if job.refusals and len(job.refusals) == len(job.fallbacks):
         rejections = [error for error in job.refusals if isinstance(error, WorkerRejectedError)]
+        if all(isinstance(error, WorkerTooLongError) for error in job.refusals):
+            return WorkerTooLongError(
+                f"too long for every reward model: {rejections[-1].message}", details=details, final=True
+            )
         if len(rejections) == len(job.refusals):
             return WorkerRejectedError(
                 f"every reward model refused this input: {rejections[-1].message}", details=details
@@ -559,6 +571,7 @@ def _reply(
             total_ms=round((time.perf_counter() - started) * 1e3, 4),
         ),
         fallbacks=job.fallbacks,
+        truncated=Truncated(job.prompt_tokens_cut) if job.prompt_tokens_cut else msgspec.UNSET,
         sticky=msgspec.UNSET if job.followed is None else True,
         raw_rewards=msgspec.UNSET if normalised is None else raw,
         scale_version=msgspec.UNSET if normalised is None else job.scale_version,

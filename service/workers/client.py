@@ -134,8 +134,9 @@ class ArmConfig:
 class VllmArm:
     """One reward model behind equal replicas; implements `service.workers.protocol.Arm`.
 
-    The request goes to the replica with the fewest requests outstanding among those whose breaker allows it, ties in
-    turn. Not thread-safe; one event loop. The owner calls `close`.
+    The request goes to the replica with the fewest items to score among those whose breaker allows it, ties in turn:
+    ours in flight there, and others' by the worker's own metrics, where a health monitor polls them. Not thread-safe;
+    one event loop. The owner calls `close`.
 
     Args:
         config: what to ask and how.
@@ -355,7 +356,7 @@ class VllmArm:
             tried.append(replica)
             until = self._attempt_deadline(loop.time(), deadline, last=self._is_last(tried))
             try:
-                response = await replica.post(CLASSIFY_PATH, body, permit, deadline=until)
+                response = await replica.post(CLASSIFY_PATH, body, permit, items=len(items), deadline=until)
             except (HttpProtocolError, ResponseTooLargeError) as error:
                 raise self._protocol_error(replica, str(error)) from error
             except HttpError as error:
@@ -388,7 +389,7 @@ class VllmArm:
         if count > 1:
             # min() keeps the first of equals, so rotating the list takes ties in turn.
             replica = min(
-                (candidates[(turn + offset) % count] for offset in range(count)), key=lambda r: (r.full, r.in_flight)
+                (candidates[(turn + offset) % count] for offset in range(count)), key=lambda r: (r.full, r.load)
             )
         permit = replica.breaker.acquire()
         return None if permit is None else (replica, permit)

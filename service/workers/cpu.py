@@ -170,6 +170,14 @@ class CpuBackend:
             raise ApiError(str(error), status=500, kind="InternalServerError") from error
         return [Scored(logit, len(ids)) for logit, ids in zip(logits, rows, strict=True)]
 
+    async def tokenize(
+        self, model: str, content: Content, *, add_generation_prompt: bool, add_special_tokens: bool
+    ) -> list[int]:
+        """See `TokenizingBackend.tokenize`."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._tokenizing, _ids, self._loaded[model], content, add_special_tokens, add_generation_prompt
+        )
+
     def _infer_forever(self) -> None:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
@@ -261,7 +269,9 @@ def forward(loaded: CpuModel, rows: Sequence[Sequence[int]]) -> list[float]:
     return [float(value) for value in logits[:, 0].float()]
 
 
-def _ids(loaded: CpuModel, content: Content, add_special_tokens: bool) -> list[int]:
+def _ids(
+    loaded: CpuModel, content: Content, add_special_tokens: bool, add_generation_prompt: bool = False
+) -> list[int]:
     tokenizer = loaded.tokenizer
     if isinstance(content, str):
         return list(tokenizer(content, add_special_tokens=add_special_tokens)["input_ids"])
@@ -274,7 +284,7 @@ def _ids(loaded: CpuModel, content: Content, add_special_tokens: bool) -> list[i
     if tokenizer.chat_template is None:
         raise ApiError("This model has no chat template; send input instead of messages.", param="messages")
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
     except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
         raise ApiError(f"The chat template cannot read these messages: {error}", param="messages") from error
     return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])

@@ -3,6 +3,7 @@
 Closes the breaker of a replica that answers and counts a failure on one that does not; a refused connection opens it
 at once and gives up what is in flight there. A replica that is new, or has been out, must pass the whole probe
 (`service.workers.probe`); one with a problem, or that refused connections since, gets no traffic until it does.
+A replica that has equals is also asked how busy it is (vLLM's `/metrics`), for the choice among them.
 `service.wiring` awaits `check_all` before the first traffic, starts the monitor, and stops it when the service drains.
 Knows arms and replicas; nothing of runs or posteriors.
 """
@@ -13,12 +14,19 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from service.workers.client import VllmArm
+from service.workers.http import HttpError
+from service.workers.load import read_load
 from service.workers.probe import ProbeError, UnreachableError, probe_replica, readiness
 from service.workers.replica import Replica
+from service.workers.wire import METRICS_PATH
+
+LOAD_VALID_INTERVALS: Final = 3
+"""Health checks after which a load that was not told again is forgotten."""
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +67,7 @@ class HealthMonitor:
         self._rng = rng
         self._tasks: list[asyncio.Task[None]] = []
         self._unexpected = 0
+        self._measured = {replica: len(arm.replicas) > 1 for arm in self._arms for replica in arm.replicas}
 
     @property
     def running(self) -> bool:
@@ -133,6 +142,19 @@ class HealthMonitor:
             replica.proven = False
         else:
             replica.report_check(None)
+            await self._measure(replica, deadline)
+
+    async def _measure(self, replica: Replica, deadline: float) -> None:
+        """Only where there is another replica to choose is the load of use, and only vLLM and our worker tell it."""
+        if not self._measured[replica]:
+            return
+        try:
+            response = await replica.check("GET", METRICS_PATH, deadline=deadline)
+        except HttpError:
+            # Its answer to the readiness check stands; what was known of its load goes out of date by itself.
+            return
+        load = read_load(response.body) if response.status == 200 else None
+        replica.report_load(load, valid_seconds=LOAD_VALID_INTERVALS * self._policy.interval_seconds)
 
     async def _probe(self, arm: VllmArm, replica: Replica, deadline: float) -> None:
         report = await probe_replica(arm, replica, deadline=deadline)

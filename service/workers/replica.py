@@ -7,6 +7,7 @@ Counts and times every exchange and reports it to the breaker; does not read bod
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -36,21 +37,27 @@ class ReplicaSnapshot:
         url: the replica's origin.
         state: its breaker's.
         in_flight: requests sent or queued for a connection.
+        items: of those requests, together.
+        others: items that the worker had from others when it was last asked; 0 when that is unknown or long ago.
         requests: exchanges begun since start, health checks excluded.
         failures: exchanges that failed by the replica's fault, health checks included.
         consecutive_failures: of those, since the last success.
         latency_seconds: moving average over answers with status 200; None before the first.
         problem: what the last probe found wrong, for which the replica is kept out; None when nothing.
+        max_model_len: see `Replica`.
     """
 
     url: str
     state: BreakerState
     in_flight: int
+    items: int
+    others: int
     requests: int
     failures: int
     consecutive_failures: int
     latency_seconds: float | None
     problem: str | None
+    max_model_len: int | None
 
 
 class Replica:
@@ -86,6 +93,7 @@ class Replica:
     ) -> None:
         self.url = pool.url
         self.in_flight = 0
+        self.items = 0
         self.breaker = CircuitBreaker(policy, clock)
         self.proven = False
         self.supervised = False
@@ -101,11 +109,32 @@ class Replica:
         self._requests = 0
         self._failures = 0
         self._latency: float | None = None
+        self._others = 0
+        self._others_until = -math.inf
 
     @property
     def full(self) -> bool:
         """At its limit of requests in flight."""
         return self.in_flight >= self._max_in_flight
+
+    @property
+    def load(self) -> int:
+        """Items that the worker has to score: ours now, and others' when it last said."""
+        return self.items + self.others
+
+    @property
+    def others(self) -> int:
+        """Items that the worker had from others when it was last asked."""
+        return self._others if self._others and self._clock() < self._others_until else 0
+
+    def report_load(self, items: int | None, *, valid_seconds: float) -> None:
+        """What the worker says it has to score, ours included, and for how long that is believed.
+
+        What is ours is known better here, up to what is on the way; the rest is others': of other gateways, of
+        trainers that ask it themselves.
+        """
+        self._others = 0 if items is None else max(items - self.items, 0)
+        self._others_until = self._clock() + valid_seconds
 
     def snapshot(self) -> ReplicaSnapshot:
         """The state now."""
@@ -113,15 +142,18 @@ class Replica:
             url=self.url,
             state=self.breaker.state,
             in_flight=self.in_flight,
+            items=self.items,
+            others=self.others,
             requests=self._requests,
             failures=self._failures,
             consecutive_failures=self.breaker.consecutive_failures,
             latency_seconds=self._latency,
             problem=self._problem,
+            max_model_len=self.max_model_len,
         )
 
-    async def post(self, path: str, body: bytes, permit: int, *, deadline: float) -> Response:
-        """One exchange on the scoring connections, whatever its status.
+    async def post(self, path: str, body: bytes, permit: int, *, items: int = 1, deadline: float) -> Response:
+        """One exchange about some items on the scoring connections, whatever its status.
 
         The breaker learns the outcome, except for status 200: only who reads the body knows whether it is an answer,
         and must then call `accept` or `blame`.
@@ -130,6 +162,7 @@ class Replica:
             HttpError: no whole response.
         """
         self.in_flight += 1
+        self.items += items
         self._requests += 1
         began = self._clock()
         try:
@@ -142,6 +175,7 @@ class Replica:
             raise
         finally:
             self.in_flight -= 1
+            self.items -= items
         if response.status in FAULTY_STATUSES:
             self.blame(permit, f"status {response.status}")
         elif response.status == 200:

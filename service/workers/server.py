@@ -1,4 +1,5 @@
-"""The protocol layer of our own workers, as raw ASGI: vLLM's `/classify`, `/v1/models`, `/health`, `/ping`, `/version`.
+"""The protocol layer of our own workers, as raw ASGI: vLLM's `/classify`, `/v1/models`, `/tokenize`, `/health`,
+`/ping`, `/version`, and of `/metrics` the load.
 
 Reads and checks requests, writes replies and errors in vLLM's words. What a text is worth it asks a `Backend`:
 `service.workers.recorded` and `service.workers.cpu` are the two. Knows no gateway, no store and no torch.
@@ -11,14 +12,17 @@ import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import msgspec
 import uvicorn
 
+from service.workers.load import write_load
 from service.workers.wire import (
     CLASSIFY_PATH,
+    METRICS_PATH,
     MODELS_PATH,
+    TOKENIZE_PATH,
     ClassifiedReply,
     ClassifyReply,
     ClassifyRequest,
@@ -27,6 +31,8 @@ from service.workers.wire import (
     Message,
     ModelList,
     ServedModel,
+    TokenizeReply,
+    TokenizeRequest,
     Usage,
     sigmoid,
 )
@@ -88,6 +94,20 @@ class Backend(Protocol):
         """Whether the model gives raw logits whatever the request says (`problem_type: regression`)."""
 
 
+@runtime_checkable
+class TokenizingBackend(Protocol):
+    """A backend that also answers `/tokenize`."""
+
+    async def tokenize(
+        self, model: str, content: Content, *, add_generation_prompt: bool, add_special_tokens: bool
+    ) -> list[int]:
+        """The token ids of a content, whatever their number.
+
+        Raises:
+            ApiError: what the reply shall say.
+        """
+
+
 class WorkerApp:
     """An ASGI application that answers as vLLM's pooling server does.
 
@@ -100,6 +120,7 @@ class WorkerApp:
         self._backend = backend
         self._clock = clock
         self._requests = msgspec.json.Decoder(ClassifyRequest)
+        self._scoring: dict[str, int] = dict.fromkeys((model.id for model in backend.models), 0)
         self._encoder = msgspec.json.Encoder()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -126,7 +147,8 @@ class WorkerApp:
         except ApiError as error:
             status = error.status
             body = self._encoder.encode(ErrorReply(ErrorBody(str(error), error.kind, error.param, error.status)))
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        kind = b"text/plain; version=0.0.4" if scope["path"] == METRICS_PATH else b"application/json"
+        headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -143,6 +165,12 @@ class WorkerApp:
         if path == MODELS_PATH:
             _expect(method, "GET")
             return self._encoder.encode(ModelList(list(self._backend.models)))
+        if path == METRICS_PATH:
+            _expect(method, "GET")
+            return write_load(self._scoring)
+        if path == TOKENIZE_PATH and isinstance(self._backend, TokenizingBackend):
+            _expect(method, "POST")
+            return await self._tokenize(self._backend, scope, receive)
         raise ApiError("Not Found", status=404, kind="NotFoundError")
 
     async def _classify(self, scope: Scope, receive: Receive) -> bytes:
@@ -158,7 +186,11 @@ class WorkerApp:
             raise ApiError("This worker never truncates; shorten the input.", param="truncate_prompt_tokens")
         contents = _contents(request)
         special = request.add_special_tokens if request.add_special_tokens is not None else request.messages is None
-        scored = await self._backend.score(model, contents, add_special_tokens=special)
+        self._scoring[model] += len(contents)
+        try:
+            scored = await self._backend.score(model, contents, add_special_tokens=special)
+        finally:
+            self._scoring[model] -= len(contents)
         raw = request.use_activation is False or self._backend.raw_by_default(model)
         tokens = sum(item.prompt_tokens for item in scored)
         reply = ClassifyReply(
@@ -173,6 +205,23 @@ class WorkerApp:
             usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
         )
         return self._encoder.encode(reply)
+
+    async def _tokenize(self, backend: TokenizingBackend, scope: Scope, receive: Receive) -> bytes:
+        _check_headers(scope["headers"])
+        try:
+            request = msgspec.json.decode(await _read(receive), type=TokenizeRequest)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise ApiError(f"The body is not a tokenize request with messages: {error}") from error
+        model = self._model(request.model)
+        (content,) = _contents(ClassifyRequest(messages=request.messages))
+        ids = await backend.tokenize(
+            model,
+            content,
+            add_generation_prompt=request.add_generation_prompt,
+            add_special_tokens=request.add_special_tokens,
+        )
+        limit = next(served.max_model_len for served in self._backend.models if served.id == model)
+        return self._encoder.encode(TokenizeReply(ids, len(ids), limit or 0))
 
     def _model(self, name: str | None) -> str:
         models = self._backend.models

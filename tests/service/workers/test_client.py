@@ -262,9 +262,9 @@ def deadlines_of(arm: VllmArm, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     deadlines: list[float] = []
     for replica in arm.replicas:
 
-        async def post(*args: Any, real: Any = replica.post, deadline: float) -> Any:
+        async def post(*args: Any, real: Any = replica.post, items: int, deadline: float) -> Any:
             deadlines.append(deadline)
-            return await real(*args, deadline=deadline)
+            return await real(*args, items=items, deadline=deadline)
 
         monkeypatch.setattr(replica, "post", post)
     return deadlines
