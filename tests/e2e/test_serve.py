@@ -58,6 +58,7 @@ async def test_a_gateway_that_is_told_to_stop_answers_what_it_has_taken(
         (["--pool", "pool.yaml", "--store", "http://127.0.0.1:1"], {}, "store"),
         (["--pool", "pool.yaml"], {"REWARD_ROUTER_REFRESH_EVENTS": "100"}, "refresh_events"),
         (["--pool", "pool.yaml"], {"REWARD_ROUTER_ENCODER": "nonsense"}, "nonsense"),
+        (["--pool", "pool.yaml"], {"REWARD_ROUTER_API_KEYS": "not-json"}, "lists are JSON"),
         (["--pool", "nourls.yaml"], {}, "urls"),
     ],
 )
