@@ -120,7 +120,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         draw_curves(lines, {key: job.title for key, job in online.items()}, options.write / "figures")
     checkpoint = fitted[online["in distribution"].streams[0].fit]
     return {
-        "command": QUICK_COMMAND if options.quick else COMMAND,
+        "command": _command(options),
         "quick": options.quick,
         "machine": facts,
         "minutes": (time.perf_counter() - began) / 60,
@@ -139,6 +139,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         },
         **document,
     }
+
+
+def _command(options: argparse.Namespace) -> str:
+    """What a reader must say to get the same page."""
+    if options.quick:
+        return QUICK_COMMAND
+    return COMMAND if options.encoders == ENCODERS else f"python -m loadtests.tables --encoders {options.encoders}"
 
 
 def _encoded(pairs: Sequence[LabelledPair], options: argparse.Namespace, bar: Bar) -> tuple[Material, dict[str, float]]:

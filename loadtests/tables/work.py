@@ -25,7 +25,7 @@ from router_core.offline.table import Fitter
 from router_core.offline.train import TrainConfig, train
 from router_core.policies import ScoreScale
 from router_core.prior import Prior, PriorForm
-from router_core.records import LabelledPair
+from router_core.records import LabelledPair, Signal
 from router_core.replay import Pass, Table, Trace, merge, replay, score_scale, tabulate
 from router_core.torch_threads import torch_threads
 from service.cli.serve import read_settings
@@ -187,13 +187,13 @@ def hindsight_arms(table: Table) -> NDArray[np.int64]:
     return arms
 
 
-def priors_of(checkpoint: Checkpoint, variant: Variant) -> Callable[[str | None], Prior]:
-    """The prior of a form as the service makes it; the default one changed as the variant says."""
+def priors_of(checkpoint: Checkpoint, variant: Variant, signal: Signal) -> Callable[[str | None], Prior]:
+    """The prior of a form as the service makes it for that signal; the default one changed as the variant says."""
 
     def prior(form: str | None) -> Prior:
         named = None if form is None else PriorForm(form)
         K = len(checkpoint.pool)
-        built = build_prior(read_settings(prior="auto"), checkpoint, K, checkpoint.d, named)
+        built = build_prior(read_settings(prior="auto", signal=signal), checkpoint, K, checkpoint.d, named)
         if form is not None:
             return built
         changed = replace(built, hyper=replace(built.hyper, **dict(variant.hyper)))
@@ -221,7 +221,7 @@ def _replay_stream(
             table,
             x,
             job.policies,
-            priors=priors_of(checkpoint, job.variant),
+            priors=priors_of(checkpoint, job.variant, job.signal),
             signal=job.signal,
             seeds=job.seeds,
             scenario=job.scenario,

@@ -43,7 +43,8 @@ from router_core.encoder.base import Block
 from router_core.encoder.cache import CachedBackbone
 from router_core.encoder.surface import SurfaceBackbone
 from router_core.offline.train import TrainConfig, pair_features
-from router_core.records import LabelledPair
+from router_core.prior import CALIBRATED_LOSS_HYPERPARAMETERS
+from router_core.records import LabelledPair, Signal
 from router_core.replay import tabulate
 from tests.support.offline import POOL, two_domains
 from tests.support.replay import pair
@@ -233,12 +234,14 @@ def test_figures_per_domain_take_that_domain_s_own_best_rm(
 
 def test_a_variant_changes_the_prior_that_it_names_and_no_other(plan: Plan, fitted: dict[Fit, Checkpoint]) -> None:
     checkpoint = fitted[plan.shifted(POOL)[0].fit]
-    default = priors_of(checkpoint, Variant())(None)
-    strong = priors_of(checkpoint, Variant(hyper=(("lambda0", 7.0), ("adapt", False))))
+    default = priors_of(checkpoint, Variant(), Signal.PREFERENCE)(None)
+    assert default.hyper == checkpoint.hyperparameters
+    assert priors_of(checkpoint, Variant(), Signal.LOSS)(None).hyper == CALIBRATED_LOSS_HYPERPARAMETERS
+    strong = priors_of(checkpoint, Variant(hyper=(("lambda0", 7.0), ("adapt", False))), Signal.PREFERENCE)
     assert (strong(None).hyper.lambda0, strong(None).hyper.adapt) == (7.0, False)
     assert strong(None).hyper.v == default.hyper.v
-    assert strong("none").hyper == priors_of(checkpoint, Variant())("none").hyper
-    features = priors_of(checkpoint, Variant(features=True))(None)
+    assert strong("none").hyper == priors_of(checkpoint, Variant(), Signal.PREFERENCE)("none").hyper
+    features = priors_of(checkpoint, Variant(features=True), Signal.PREFERENCE)(None)
     assert (features.first, features.d, features.dim) == (0, checkpoint.fuse.features, checkpoint.d)
     assert default.first == checkpoint.fuse.features
 
