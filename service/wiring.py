@@ -437,7 +437,9 @@ def _load_rendering(model: ModelEntry) -> Rendering:
 
     # The template `plain` is the default of the field; a model that is given ids has one of its own.
     template = None if model.chat_template == "plain" else model.chat_template
-    return load_token_rendering(model.tokenizer or str(model.source), template)
+    # A tokenizer of its own name has revisions of its own.
+    revision = None if model.tokenizer else model.revision
+    return load_token_rendering(model.tokenizer or str(model.source), template, revision=revision)
 
 
 def _build_monitor(arms: Sequence[VllmArm], settings: Settings) -> HealthMonitor | None:

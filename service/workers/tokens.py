@@ -176,6 +176,7 @@ def load_token_rendering(
     name: str,
     template: str | None = None,
     *,
+    revision: str | None = None,
     now: Callable[[], datetime] = datetime.now,
     cache_dir: Path | None = None,
 ) -> TokenRendering:
@@ -184,6 +185,7 @@ def load_token_rendering(
     Args:
         name: the RM's directory, or its id on the model hub, from which three small files are fetched once.
         template: a `.jinja` file; None for the model's own.
+        revision: branch, tag or commit of an id on the hub.
         now: see `ChatTemplate`.
         cache_dir: where fetched files are kept; the hub library's default when None.
 
@@ -191,7 +193,7 @@ def load_token_rendering(
         ValueError: no tokenizer or no chat template there.
         OSError: a file cannot be read.
     """
-    directory = Path(name) if Path(name).is_dir() else _fetched(name, cache_dir)
+    directory = Path(name) if Path(name).is_dir() else _fetched(name, revision, cache_dir)
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise ValueError(
@@ -207,9 +209,10 @@ def load_token_rendering(
     )
 
 
-def _fetched(name: str, cache_dir: Path | None) -> Path:
+def _fetched(name: str, revision: str | None, cache_dir: Path | None) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES), cache_dir=cache_dir))
+        files = list(TOKENIZER_FILES)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, cache_dir=cache_dir))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ValueError(
             f"tokenizer {name!r} is neither a directory nor a model that the hub gives: {error}"

@@ -368,6 +368,10 @@ def test_a_hub_id_is_looked_up_in_the_hub_s_cache(tmp_path: Path, monkeypatch: p
     assert fitted(loaded, ITEMS, 1000) == fitted(byte_rendering(), ITEMS, 1000)
     with pytest.raises(ValueError, match="neither a directory nor a model"):
         load_token_rendering("acme/none", cache_dir=tmp_path)
+    pinned = load_token_rendering("acme/rm", revision="0" * 40, cache_dir=tmp_path)
+    assert fitted(pinned, ITEMS, 1000) == fitted(byte_rendering(), ITEMS, 1000)
+    with pytest.raises(ValueError, match="neither a directory nor a model"):
+        load_token_rendering("acme/rm", revision="1" * 40, cache_dir=tmp_path)
 
 
 def test_a_pool_file_says_how_lengths_are_treated(tmp_path: Path) -> None:
