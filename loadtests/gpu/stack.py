@@ -36,7 +36,7 @@ class Placement:
         encoder_dtype: of the encoder.
         rm_share: of the GPU's memory, for each RM.
         encoder_share: for each server of the encoder.
-        encoders: servers of the encoder; one process of vLLM answers some 300 requests/s, whatever the GPU does.
+        encoders: servers of the encoder.
         arguments: more words for each `vllm serve`.
     """
 

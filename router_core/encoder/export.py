@@ -81,7 +81,10 @@ def export(backbone: TorchBackbone, directory: Path, files: str = "") -> None:
 def serve_command(directory: Path, precision: str = "fp32", max_tokens: int = 1024) -> Sequence[str]:
     """The `vllm serve` command for an exported directory."""
     dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision]
-    words = f"vllm serve {directory} --runner pooling --convert embed --dtype {dtype} --max-model-len {max_tokens}"
+    words = (
+        f"vllm serve {directory} --runner pooling --convert embed --dtype {dtype} --max-model-len {max_tokens}"
+        " --host 127.0.0.1"
+    )
     return words.split()
 
 

@@ -28,7 +28,7 @@ WORD_DIM = 64
 """Leading columns kept of each word vector. They were trained so that any prefix of 64, 128 or 256 stands alone."""
 CACHE_WORDS = 65_536
 """Words whose vector is kept: 16 MiB at 64 columns. A word beyond that is computed each time, with the same result."""
-_INSTALL = "install it with: pip install 'reward-router[embedded]'"
+_INSTALL = "install it with: pip install 'reward-router[server]'"
 _WORD = re.compile(r"[^\W\d_]+")
 
 

@@ -93,8 +93,8 @@ def demo(
         bool, typer.Option("--make-only", help="Make the pool and its checkpoint, if they are not there, and stop.")
     ] = False,
 ) -> None:
-    """Make the demo pool, start everything, route a stream with feedback, and show what was learned. About two
-    minutes.
+    """Make the demo pool, start everything, route a stream with feedback, and show what was learned. Some minutes
+    the first time.
     """
     interruptible()
     console = Console()

@@ -31,11 +31,14 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on (default: 127.0.0.1).")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on (default: 8080).")] = None,
     store: Annotated[
-        str | None, typer.Option(help="redis://, rediss:// or unix:// URL, or `embedded` (default: embedded).")
+        str | None,
+        typer.Option(help="URL of redis://, rediss://, unix:// or redis+cluster://, or `embedded` (default)."),
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where the embedded store keeps its file.")] = None,
     run: Annotated[str | None, typer.Option(help="Name of the default run.")] = None,
-    policy: Annotated[str | None, typer.Option(help="bayesian, offline, random, majority, single:MODEL.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="bayesian, offline, laser, uwo, random, majority, single:MODEL.")
+    ] = None,
     signal: Annotated[str | None, typer.Option(help="Kind of feedback: preference, loss or reward.")] = None,
     prior: Annotated[str | None, typer.Option(help="auto, paper, calibrated or none.")] = None,
 ) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from router_core.offline.train import HeldOut, TrainConfig
 
 _FINE = "Fine-tuning"
+_CARD = "router_core.offline.card"
+"""Written last; imported first, so that what it needs is missed before hours of training."""
 _NEEDS_TORCH = "training needs {name!r}: pip install 'reward-router[train]'"
 
 
@@ -186,6 +189,7 @@ def _fit_frozen(
     notes: Console,
 ) -> Checkpoint:
     try:
+        import_module(_CARD)
         from router_core.offline.train import TrainConfig, fit
     except ImportError as error:
         raise ConfigurationError(_NEEDS_TORCH.format(name=error.name)) from error
@@ -214,6 +218,7 @@ def _fine_tune(
     notes: Console,
 ) -> Checkpoint:
     try:
+        import_module(_CARD)
         from router_core.offline.finetune import FinetuneConfig, fine_tune, resumable
     except ImportError as error:
         raise ConfigurationError(_NEEDS_TORCH.format(name=error.name)) from error

@@ -80,7 +80,7 @@ def up(
     port: Annotated[int, typer.Option(help="Port of the gateway.")] = 8080,
     worker_port: Annotated[int, typer.Option(help="First port of the workers that are started.")] = 8101,
     data_dir: Annotated[Path, typer.Option(help="Where everything that is kept lies.")] = Path(".data"),
-    store: Annotated[str, typer.Option(help="redis://, rediss:// or unix:// URL, or `embedded`.")] = EMBEDDED,
+    store: Annotated[str, typer.Option(help="URL of redis://, rediss://, redis+cluster://, or `embedded`.")] = EMBEDDED,
     run: Annotated[
         str | None,
         typer.Option(help="Name of the default run. (default: default; with the demo pool, one a checkpoint)"),

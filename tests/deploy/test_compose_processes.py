@@ -20,7 +20,7 @@ from tests.support.compose_parts import KEY, SECRETS, ask, only
 
 pytest.importorskip("dockerfile_parse", reason="needs reward-router[dev]")
 pytest.importorskip("torch", reason="the demo's reward models need reward-router[train]")
-pytest.importorskip("wordllama", reason="the demo's encoder needs reward-router[static]")
+pytest.importorskip("wordllama", reason="the demo's encoder needs reward-router[server]")
 
 pytestmark = pytest.mark.slow
 

@@ -112,7 +112,7 @@ def test_trls_configs_train(index: int, gateway: LiveGateway, loss_gateway: Live
     for old, new in {GATEWAY: serving.url, "Qwen/Qwen2.5-0.5B-Instruct": str(policy), **SMALL}.items():
         script = script.replace(old, new)
     (tmp_path / "page.py").write_text(script, "utf-8")
-    done = run_python([tmp_path / "page.py"], {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
+    done = run_python([tmp_path / "page.py"], {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     run = ("grpo-1", "online-dpo-1")[index]
     assert serving.posterior(run)["run"] == run

@@ -51,9 +51,9 @@ def save_policy(folder: Path) -> Path:
 
 
 def run_python(
-    arguments: Sequence[object], environment: Mapping[str, str] | None = None
+    arguments: Sequence[object], environment: Mapping[str, str] | None = None, folder: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`python arguments`, in a process whose warnings are its own affair."""
+    """`python arguments`, in a process whose warnings are its own affair; in the folder, if one is given."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         capture_output=True,
@@ -61,6 +61,7 @@ def run_python(
         timeout=SECONDS,
         check=False,
         env={**os.environ, **(environment or {})},
+        cwd=folder,
     )
 
 
