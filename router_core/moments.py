@@ -44,6 +44,9 @@ class Moments:
         Raises:
             NotFiniteError: a score is NaN or infinite, or too large to be squared.
         """
+        if min(scores) == max(scores) and math.isfinite(scores[0]):
+            # The quotient of the sum may miss the score by a rounding, and leave a spread where there is none.
+            return cls(float(len(scores)), float(scores[0]), 0.0)
         mean = math.fsum(scores) / len(scores)
         squares = math.fsum((score - mean) * (score - mean) for score in scores)
         if not (math.isfinite(mean) and math.isfinite(squares)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -24,6 +25,9 @@ from service.errors import ConfigurationError
 
 STOP_SECONDS = 15.0
 """How long children may drain after SIGTERM before they are killed."""
+
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Asks our own children, for whom no proxy of the environment is meant."""
 
 LAST_LINES = 15
 """Lines of a failed child's log that are shown."""
@@ -157,14 +161,14 @@ class ProcessGroup:
         while time.monotonic() < deadline:
             self.check()
             try:
-                with urllib.request.urlopen(url, timeout=2) as response:
+                with _OPENER.open(url, timeout=2) as response:
                     if response.status == 200:
                         return
             except urllib.error.HTTPError as error:
                 body = error.read().decode("utf-8", "replace")
                 _raise_if_final(body)
                 last = f"status {error.code}: {body[:300]}"
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:
                 last = str(error)
             tick()
             time.sleep(0.1)
@@ -221,10 +225,10 @@ def interruptible() -> None:
 def answers(url: str) -> bool:
     """Whether GET url answers 200 within two seconds."""
     try:
-        with urllib.request.urlopen(url, timeout=2) as response:
+        with _OPENER.open(url, timeout=2) as response:
             return bool(response.status == 200)
-    except OSError:
-        # Also HTTPError; an answer that is not 200 is "not yet".
+    except (OSError, http.client.HTTPException):
+        # Also HTTPError; an answer that is not 200, or no HTTP, is "not yet".
         return False
 
 

@@ -62,18 +62,23 @@ async def probe(client: StateClient, reading: Reading, replica: Replica, *, dead
 
 
 async def ready(client: StateClient, reading: Reading, replica: Replica, *, deadline: float) -> None:
-    """Encode the shortest reference: `/health` stays 200 while vLLM sleeps or shuts down.
+    """Encode the shortest reference and compare: `/health` stays 200 while vLLM sleeps or shuts down, and another
+    server may stand behind the same address by now.
 
     Raises:
         ServerUnreachableError: the server is not ready.
-        ServerWrongError: it answered what an encoder does not answer.
+        ServerWrongError: it answered what an encoder does not answer, or states that are not the reference's.
     """
-    shortest = min(reading.references.ids, key=len)
-    body = await _exchange(replica, "POST", EMBEDDINGS_PATH, client.request([shortest]), deadline)
+    ids = reading.references.ids
+    shortest = min(range(len(ids)), key=lambda index: len(ids[index]))
+    body = await _exchange(replica, "POST", EMBEDDINGS_PATH, client.request([ids[shortest]]), deadline)
     try:
-        client.read(body, 1)
+        states = client.read(body, 1)
     except WireError as error:
         raise ServerWrongError(str(error)) from error
+    problem = compare(states, reading.references.states[shortest : shortest + 1])
+    if problem is not None:
+        raise ServerWrongError(problem)
 
 
 def compare(states: NDArray[np.float32], references: NDArray[np.float32]) -> str | None:

@@ -91,12 +91,21 @@ class TrainerRoutes:
         samples = llamafactory.read(request, options.text)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._patience_seconds
+        scored: dict[int, ScoredSample] = {}
         while True:
+            missing = [index for index in range(len(samples)) if index not in scored]
             try:
-                return llamafactory.write(await self._score(samples, options))
+                outcomes = await self._outcomes([samples[index] for index in missing], options)
             except ServiceError as error:
-                if not _may_be_retried(error) or loop.time() + PAUSE_SECONDS > deadline:
-                    raise
+                outcomes = [error]
+            else:
+                # What has its reward is not asked for again: a large batch would never be done in one request's time.
+                scored |= {i: o for i, o in zip(missing, outcomes, strict=True) if isinstance(o, ScoredSample)}
+            worst = _worst(outcomes)
+            if worst is None:
+                return llamafactory.write([scored[index] for index in range(len(samples))])
+            if not _may_be_retried(worst) or loop.time() + PAUSE_SECONDS > deadline:
+                raise worst
             await asyncio.sleep(PAUSE_SECONDS)
 
     async def remote_rm(self, body: bytes, /, *, query: bytes) -> Any:
@@ -128,19 +137,24 @@ class TrainerRoutes:
 
     async def _score(self, samples: Sequence[Sample], options: ShimOptions) -> list[ScoredSample]:
         """All of them, or the error of one: a final one where there is one, because trying again is no use then."""
+        outcomes = await self._outcomes(samples, options)
+        worst = _worst(outcomes)
+        if worst is not None:
+            raise worst
+        return [outcome for outcome in outcomes if isinstance(outcome, ScoredSample)]
+
+    async def _outcomes(self, samples: Sequence[Sample], options: ShimOptions) -> list[ScoredSample | ServiceError]:
+        """What became of each, in order."""
         requests = [RewardRequest(sample.prompt, [sample.response]) for sample in samples]
         results = await self._scorer.score_many(
             requests, run=options.run, policy=options.policy, normalize=options.normalize
         )
-        errors = [result for result in results if isinstance(result, ServiceError)]
-        if errors:
-            raise min(errors, key=_may_be_retried)
-        return [self._scored(result) for result in results if isinstance(result, RewardReply)]
+        return [result if isinstance(result, ServiceError) else self._scored(result) for result in results]
 
-    def _scored(self, reply: RewardReply) -> ScoredSample:
+    def _scored(self, reply: RewardReply) -> ScoredSample | NoRewardError:
         (reward,) = reply.rewards
         if reward is None:
-            raise NoRewardError(
+            return NoRewardError(
                 f"RM {reply.model!r} has given too few scores to know its scale: ask again in a moment, or without "
                 "normalize",
                 details={"model": reply.model},
@@ -203,6 +217,11 @@ def _checked(read: Callable[[], T]) -> T:
         return read()
     except ValueError as error:
         raise ValidationError(str(error)) from error
+
+
+def _worst(outcomes: Sequence[ScoredSample | ServiceError]) -> ServiceError | None:
+    """An error that trying again would not change, before one that it would; None where all were scored."""
+    return min((one for one in outcomes if isinstance(one, ServiceError)), key=_may_be_retried, default=None)
 
 
 def _may_be_retried(error: ServiceError) -> bool:

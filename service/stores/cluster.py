@@ -114,7 +114,8 @@ class ClusterClient:
             hops += moved
             # Two nodes may send us to each other for a while; the first hop costs no time.
             pause = 0.0 if moved and hops == 1 else PAUSE_SECONDS
-            if self._closed or not (repeatable or answered) or loop.time() + pause >= deadline:
+            if self._closed or not (repeatable or answered) or loop.time() + pause + PAUSE_SECONDS >= deadline:
+                # A try that has no time for its answer would drop a connection that others use.
                 raise failure
             await asyncio.sleep(pause)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 from service.trainers.client import AsyncRouterClient
 from service.trainers.values import RewardItem, RewardResult
@@ -43,9 +44,9 @@ class Coalescer:
         self._client = client
         self._window = window_seconds
         self._max_items = max_items if max_items is not None else client.options.max_items
-        self._waiting = _Waiting()
+        # Each event loop waits for itself: threads may share this, and a loop that is gone takes its items along.
+        self._waiting: WeakKeyDictionary[asyncio.AbstractEventLoop, _Waiting] = WeakKeyDictionary()
         self._sending: set[asyncio.Task[list[RewardResult]]] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def reward(self, item: RewardItem) -> RewardResult:
         """The result of one instance.
@@ -54,24 +55,22 @@ class Coalescer:
             RouterRefusedError: the gateway refused everything for good.
         """
         loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            # What waited in a loop that has gone cannot be answered there any more.
-            self._loop, self._waiting, self._sending = loop, _Waiting(), set()
+        waiting = self._waiting.setdefault(loop, _Waiting())
         future: asyncio.Future[RewardResult] = loop.create_future()
-        self._waiting.items.append(item)
-        self._waiting.futures.append(future)
-        if len(self._waiting.items) >= self._max_items:
-            self._send()
-        elif self._waiting.timer is None:
-            self._waiting.timer = loop.call_later(self._window, self._send)
+        waiting.items.append(item)
+        waiting.futures.append(future)
+        if len(waiting.items) >= self._max_items:
+            self._send(loop)
+        elif waiting.timer is None:
+            waiting.timer = loop.call_later(self._window, self._send, loop)
         return await future
 
     async def close(self) -> None:
         """Close the client's connections of this event loop."""
         await self._client.close()
 
-    def _send(self) -> None:
-        waiting, self._waiting = self._waiting, _Waiting()
+    def _send(self, loop: asyncio.AbstractEventLoop) -> None:
+        waiting = self._waiting.pop(loop)
         if waiting.timer is not None:
             waiting.timer.cancel()
         task = asyncio.ensure_future(self._client.reward_many(waiting.items))

@@ -95,10 +95,12 @@ def _content(message: Mapping[str, Any], name: str) -> str:
     texts: list[str] = []
     if isinstance(content, str):
         texts.append(content)
-    elif content is not None:
+    elif isinstance(content, list | tuple):
         for part in content:
             if isinstance(part, str):
                 texts.append(part)
+            elif not isinstance(part, Mapping):
+                raise ValueError(f"{name} holds a part that is {part!r:.50}: give text, or objects with a `type`")
             elif part.get("type") == "text":
                 texts.append(str(part.get("text") or ""))
             else:
@@ -106,7 +108,11 @@ def _content(message: Mapping[str, Any], name: str) -> str:
                     f"{name} holds a part of type {part.get('type')!r}: reward models here read text only; give the "
                     "helper a prompt_text of your own that puts it into words"
                 )
+    elif content is not None:
+        raise ValueError(f"{name} has content that is {content!r:.50}: give text, or a list of parts")
     for call in message.get("tool_calls") or ():
-        function = call.get("function", call)
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping):
+            raise ValueError(f"{name} holds a tool call that is {call!r:.50}: give objects with `function`")
         texts.append(f"{function.get('name')}({function.get('arguments')})")
     return "".join(texts[:1]) if len(texts) == 1 else "\n".join(texts)

@@ -52,7 +52,8 @@ _ROLES: Final = {"model": "assistant", "[inst]": "user", "[/inst]": "assistant",
 _BEGINS: Final = ("<|begin_of_text|>", "<bos>", "<s>", "<｜begin▁of▁sentence｜>")
 _PADS: Final = ("<pad>", "<|pad|>", "[PAD]")
 _ENDS: Final = tuple(sorted({end for format_ in FORMATS for end in format_.ends}))
-_TAIL: Final = re.compile(r"(?:\s*(?:" + "|".join(map(re.escape, (*_ENDS, *_PADS))) + r"))+\s*$")
+TAILS: Final = (*_ENDS, *_PADS)
+"""Tokens that end a turn, or pad it."""
 _HEAD: Final = re.compile(r"^\s*(?:(?:" + "|".join(map(re.escape, (*_BEGINS, *_PADS, "<|endoftext|>"))) + r")\s*)+")
 
 
@@ -81,7 +82,14 @@ def without_ends(text: str) -> str:
     >>> without_ends("12<|im_end|>\n<|endoftext|>"), without_ends("12 ")
     ('12', '12 ')
     """
-    return _TAIL.sub("", text)
+    # A pattern that is sought from every position takes minutes for a response of newlines only.
+    kept, found = len(text.rstrip()), False
+    while text.endswith(TAILS, 0, kept):
+        kept -= next(len(tail) for tail in TAILS if text.endswith(tail, 0, kept))
+        while kept and text[kept - 1].isspace():
+            kept -= 1
+        found = True
+    return text[:kept] if found else text
 
 
 def split_whole(text: str) -> tuple[str, str]:

@@ -79,3 +79,12 @@ def test_a_scale_is_unknown_until_there_is_spread_or_enough_that_is_alike() -> N
 def test_what_has_no_finite_moments_is_refused(scores: list[float]) -> None:
     with pytest.raises(NotFiniteError, match="finite"):
         Moments.of(scores)
+
+
+@given(st.floats(-1e6, 1e6), st.integers(1, 9), st.integers(4, 9))
+def test_an_rm_that_always_says_the_same_is_at_zero(score: float, size: int, entries: int) -> None:
+    moments = Moments()
+    for _ in range(entries):
+        moments = moments.merge(Moments.of([score] * size))
+    assert moments.squares == 0.0
+    assert moments.normalise([score]) == [0.0]

@@ -355,6 +355,17 @@ async def test_another_model_in_a_servers_place_gets_no_traffic(
         assert "1 columns, expected 16" in (encoder.servers()[0].problem or "")
 
 
+@pytest.mark.parametrize("value", [1.0, float("nan")], ids=["other weights", "nan"])
+async def test_a_server_whose_states_change_gets_no_traffic(value: float, exported: Exported, serve: Serve) -> None:
+    server = Scripted(exported.app())
+    async with remote(exported, serve(server)) as encoder:
+        assert encoder.available
+        states = base64.b64encode(np.full(16, value, "<f4").tobytes()).decode()
+        server.answer = changed(lambda rows: [row.update(embedding=states) for row in rows])
+        await until(lambda: not encoder.available, "the server is rejected")
+        assert "differ from the checkpoint's" in (encoder.servers()[0].problem or "")
+
+
 def test_the_halves_check_what_is_handed_to_them(exported: Exported) -> None:
     reading = Reading.load(exported.directory)
     with pytest.raises(EncoderError, match="the fuse takes 5 columns"):

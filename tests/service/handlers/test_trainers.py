@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from service.workers.protocol import WorkerUnavailableError
+from service.workers.protocol import WorkerError, WorkerUnavailableError
 from tests.support.arms import ScriptedArm
 from tests.support.gateway import Gateway, open_gateway, until
 
@@ -297,3 +297,28 @@ async def test_feedback_of_a_templated_sample_needs_no_more_than_the_sample(gate
     # The plain route names the same decision by the words that were scored.
     plain = {"prompt": "Why?", "responses": ["Because."], "reward": 0.5}
     assert (await gateway.client.ok("/feedback", plain))["duplicate"] is True
+
+
+class Late(ScriptedArm):
+    """Is away for the prompts that begin with `late`, at first."""
+
+    async def score_groups(
+        self, groups: Sequence[Sequence[tuple[str, str]]], *, deadline: float
+    ) -> list[list[float] | WorkerError]:
+        first = not self.calls
+        outcomes = await super().score_groups(groups, deadline=deadline)
+        away = WorkerUnavailableError("away")
+        return [
+            away if first and group[0][0].startswith("late") else outcome
+            for group, outcome in zip(groups, outcomes, strict=True)
+        ]
+
+
+async def test_llamafactory_only_what_has_no_reward_is_asked_again(valkey_server: ValkeyProcess) -> None:
+    prompts = ["one", "late two", "three", "late four"]
+    texts = [CHATML.format(prompt) + "x" * (k + 1) + "<|im_end|>" for k, prompt in enumerate(prompts)]
+    arm = Late("rm")
+    async with open_gateway(valkey_server.url, arms=[arm], trainer_patience_seconds=30) as gateway:
+        reply = await gateway.client.ok("/v1/score/evaluation", {"messages": texts})
+    assert reply["scores"] == [1.0, 2.0, 3.0, 4.0]
+    assert [[prompt for prompt, _ in call] for call in arm.calls] == [prompts, ["late two", "late four"]]

@@ -69,3 +69,17 @@ def test_what_is_neither_text_nor_messages_is_refused(prompt: Any) -> None:
 def test_images_are_refused_with_a_remedy() -> None:
     with pytest.raises(ValueError, match=r"part of type 'image'.*prompt_text of your own"):
         prompt_text([{"role": "user", "content": [{"type": "image"}]}])
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "user", "content": 5}, "content that is 5"),
+        ({"role": "user", "content": [5]}, "part that is 5"),
+        ({"role": "user", "content": "x", "tool_calls": ["a"]}, "tool call that is 'a'"),
+        ({"role": "user", "content": "x", "tool_calls": [{"function": "f"}]}, "tool call that is"),
+    ],
+)
+def test_what_no_message_may_hold_is_named(message: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        prompt_text([message])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.trainers.templated import FORMATS, split_prompt, split_whole, turns_of
+from service.trainers.templated import FORMATS, TAILS, split_prompt, split_whole, turns_of, without_ends
 
 TEMPLATED = {
     "chatml": (
@@ -86,3 +88,19 @@ def test_every_family_has_a_case() -> None:
     covered = {next(f.name for f in FORMATS if turns_of(p) and f.header.search(p)) for p, _ in TEMPLATED.values()}
     covered |= {next(f.name for f in FORMATS if f.header.search(p)) for p, _ in NO_SYSTEM.values()}
     assert covered == {format_.name for format_ in FORMATS}
+
+
+PIECES = ["x", " ", "\n", "</s>", "<|im_end|>", "<pad>", "<", "\u3000", "</s"]
+TAIL = re.compile(r"(?:\s*(?:" + "|".join(map(re.escape, TAILS)) + r"))+\s*$")
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+def test_ends_are_what_the_plain_pattern_says(text: str) -> None:
+    assert without_ends(text) == TAIL.sub("", text)
+
+
+@pytest.mark.parametrize("piece", ["\n", "</s>", "</s>\n"])
+def test_a_response_of_nothing_but_ends_and_blanks_is_no_work(piece: str) -> None:
+    # Minutes, if each position were tried anew.
+    assert without_ends(piece * 200_000 + "x") == piece * 200_000 + "x"
+    assert without_ends("x" + "</s>\n" * 100_000) == "x"

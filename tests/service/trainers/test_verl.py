@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,20 @@ def test_a_coalescer_outlives_an_event_loop(gateway: LiveGateway) -> None:
             return await coalescer.reward(RewardItem("p", ("abc",)))
 
     assert [asyncio.run(step()).ok for _ in range(2)] == [True, True]
+
+
+def test_event_loops_of_several_threads_share_a_coalescer(gateway: LiveGateway) -> None:
+    client = AsyncRouterClient(ClientOptions(url=gateway.url, run=fresh_run(), policy="single:rm-long"))
+    coalescer, together = Coalescer(client, window_seconds=0.2), threading.Barrier(2)
+
+    async def step(response: str) -> Any:
+        async with client:
+            together.wait()
+            return await asyncio.wait_for(coalescer.reward(RewardItem("p", (response,))), 30)
+
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(lambda response: asyncio.run(step(response)), ["a", "bb"]))
+    assert [result.rewards for result in results] == [(1.0,), (2.0,)]
 
 
 FUNCTION = "reward.custom_reward_function"
