@@ -155,7 +155,9 @@ def start_workers(starts: Sequence[WorkerStart], processes: ProcessGroup, consol
         while pending or waiting:
             for start in _startable(pending, waiting):
                 pending.remove(start)
-                waiting.append(_Waiting(start, processes.run(start.name, start.command, start.environment)))
+                child = processes.run(start.name, start.command, start.environment)
+                child.gpus, child.health = start.gpus, f"{start.url}/health"
+                waiting.append(_Waiting(start, child))
             processes.check()
             for one in [one for one in waiting if answers(f"{one.start.url}/health")]:
                 waiting.remove(one)

@@ -51,6 +51,8 @@ class Child:
         environment: added to ours.
         log: where its output goes; each start adds to what is there.
         process: its present life.
+        gpus: the GPUs on which no other child may be starting while this one is.
+        health: URL that answers 200 when it has started; None where nobody asks.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Child:
     environment: Mapping[str, str]
     log: Path
     process: subprocess.Popen[bytes]
+    gpus: tuple[int, ...] = ()
+    health: str | None = None
 
     @classmethod
     def start(cls, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Self:

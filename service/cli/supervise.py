@@ -12,7 +12,7 @@ from typing import Final
 
 from rich.console import Console
 
-from service.cli.processes import Child
+from service.cli.processes import Child, answers
 
 FIRST_PAUSE_SECONDS: Final = 1.0
 LONGEST_PAUSE_SECONDS: Final = 60.0
@@ -31,12 +31,14 @@ class _Watched:
         since: when it was started last.
         failures: since it was steady.
         due: when it is to be started again; None while it runs.
+        starting: it was started again and does not answer yet.
     """
 
     child: Child
     since: float
     failures: int = 0
     due: float | None = None
+    starting: bool = False
 
 
 class Supervisor:
@@ -61,16 +63,24 @@ class Supervisor:
         return tuple(one.child for one in self._watched)
 
     def tick(self) -> None:
-        """Look at every worker once: note who has left, start again whose pause is over."""
+        """Look at every worker once: note who has left, start again whose pause is over.
+
+        On each GPU one at a time: vLLM measures the free memory while it starts.
+        """
         now = self._clock()
         for one in self._watched:
+            if one.starting and one.child.health is not None and answers(one.child.health):
+                one.starting = False
             if one.due is not None and now >= one.due:
+                if self._gpus_taken(one):
+                    continue
                 one.child.start_again()
-                one.since, one.due = now, None
+                one.since, one.due, one.starting = now, None, one.child.health is not None
             elif one.due is None and (status := one.child.process.poll()) is not None:
                 one.failures = 0 if now - one.since >= STEADY_SECONDS else one.failures
                 pause = min(FIRST_PAUSE_SECONDS * 2**one.failures, LONGEST_PAUSE_SECONDS)
                 one.failures += 1
+                one.starting = False
                 one.due = now + pause
                 self._console.print(
                     f"{one.child.name} left with status {status}, is started again in {pause:g} s; its log is "
@@ -79,3 +89,11 @@ class Supervisor:
                     markup=False,
                     soft_wrap=True,
                 )
+
+    def _gpus_taken(self, one: _Watched) -> bool:
+        """Whether another one is starting on a GPU of this one."""
+        return any(
+            other.starting and not set(other.child.gpus).isdisjoint(one.child.gpus)
+            for other in self._watched
+            if other is not one
+        )

@@ -212,6 +212,36 @@ def test_a_worker_that_leaves_is_started_again_ever_more_slowly(tmp_path: Path, 
             processes.check()
 
 
+def test_on_one_gpu_workers_are_started_again_in_turn(tmp_path: Path, out: Console) -> None:
+    now = 0.0
+    port = free_port()
+    with ProcessGroup(tmp_path) as processes:
+        # Each dies at once; in its second life `a` answers when it is told to.
+        script = f"if [ -e {{0}} ]; then while [ ! -e {tmp_path}/go ]; do sleep 0.02; done; {{1}}; fi; touch {{0}}"
+        serve = f"exec {sys.executable} -m http.server {port} --bind 127.0.0.1 -d {tmp_path}"
+        a = processes.run("a", ["/bin/sh", "-c", script.format(tmp_path / "a1", serve)])
+        b = processes.run("b", ["/bin/sh", "-c", script.format(tmp_path / "b1", "sleep 300")])
+        c = processes.run("c", ["/bin/sh", "-c", script.format(tmp_path / "c1", "sleep 300")])
+        a.gpus, a.health, b.gpus, c.gpus = (0,), f"http://127.0.0.1:{port}/", (0, 1), (2,)
+        supervisor = Supervisor([a, b, c], out, clock=lambda: now)
+        first = [child.process for child in (a, b, c)]
+        for process in first:
+            process.wait()
+        supervisor.tick()
+        now += 1.5
+        supervisor.tick()
+        assert [child.process is not before for child, before in zip((a, b, c), first, strict=True)] == [
+            True, False, True,
+        ]  # fmt: skip
+        (tmp_path / "go").touch()
+        deadline = time.monotonic() + 30
+        while b.process is first[1]:
+            assert time.monotonic() < deadline
+            supervisor.tick()
+            time.sleep(0.05)
+        assert a.process.poll() is None
+
+
 def test_the_log_of_a_worker_is_found_by_a_name_that_is_a_file_name(vllm: tuple[str, ...]) -> None:
     model = ModelEntry(name="org/rm 1", path=Path("/m"), replicas=2, gpus=(0, 1))
     starts = plan_workers(pool_of(vllm, model), port_sequence(0))
