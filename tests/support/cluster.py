@@ -47,8 +47,18 @@ class Node:
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Start it; it remembers the cluster in its folder."""
+        """Start it; it remembers the cluster in its folder. A new one takes other ports where its own are taken."""
+        new = not self.folder.exists()
         self.folder.mkdir(exist_ok=True)
+        for _ in range(5):
+            if self._answers():
+                return
+            assert new, f"{self.address} left: {(self.folder / 'valkey.log').read_text()[-1000:]}"
+            self.port, self.bus_port = free_port(), free_port()
+        raise AssertionError(f"no node starts in {self.folder}")
+
+    def _answers(self) -> bool:
+        """Start its process; False if that leaves before it answers."""
         words = {
             "port": self.port,
             "bind": "127.0.0.1",
@@ -66,8 +76,9 @@ class Node:
             "repl-diskless-sync-delay": 0,
         }
         options = [word for name, value in words.items() for word in (f"--{name}", str(value))]
-        self.process = subprocess.Popen([str(self.binary), *options], stdin=subprocess.DEVNULL)
-        until(lambda: self.ask("PING") in (True, b"PONG"), f"{self.address} to answer")
+        process = self.process = subprocess.Popen([str(self.binary), *options], stdin=subprocess.DEVNULL)
+        until(lambda: process.poll() is not None or self.ask("PING") in (True, b"PONG"), f"{self.address} to answer")
+        return process.poll() is None
 
     def ask(self, *words: Any) -> Any:
         """One command on a connection of its own; the server's refusal is raised, None when nobody listens."""

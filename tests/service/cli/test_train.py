@@ -13,11 +13,13 @@ pytest.importorskip("torch")
 
 from router_core.checkpoint import Checkpoint
 from router_core.dataset import write_pairs
+from router_core.encoder.fuse import PairEncoder
 from router_core.encoder.registry import load_checkpoint_backbone
 from router_core.records import Instance, LabelledPair
 from service.cli import app
 from service.cli.serve import read_settings
 from service.errors import ConfigurationError
+from service.telemetry import Telemetry
 from service.wiring import load_pair_encoder
 from tests.support.transformers_dirs import save_transformer
 
@@ -95,7 +97,8 @@ def test_fine_tuning_leaves_a_checkpoint_with_its_encoder_and_no_state(data: Pat
     backbone = load_checkpoint_backbone(checkpoint)
     assert backbone.spec == "checkpoint:backbone"
     assert np.isfinite(backbone.embed([("a", "b")])).all()
-    encoder = load_pair_encoder(read_settings(), checkpoint)
+    encoder = load_pair_encoder(read_settings(), checkpoint, Telemetry())
+    assert isinstance(encoder, PairEncoder)
     assert encoder.encode([Instance("x", ("a", "b"))]).shape == (1, checkpoint.d)
     assert not (tmp_path / "out.partial").exists()
     assert "(fine-tuned)" in (out / "README.md").read_text("utf-8")

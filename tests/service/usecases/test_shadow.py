@@ -126,7 +126,7 @@ async def test_what_fails_in_the_shadow_costs_nobody_anything(gateway: Gateway) 
     assert 'reward_router_shadow_calls_total{model="rm-b",outcome="worker_unavailable"} 2.0' in text
     assert 'reward_router_shadow_calls_total{model="rm-c",outcome="ok"} 1.0' in text
     assert 'reward_router_worker_calls_total{model="rm-a",outcome="ok"} 2.0' in text
-    assert 'reward_router_worker_calls_total{model="rm-c"' not in text
+    assert 'reward_router_worker_calls_total{model="rm-c",outcome="ok"} 0.0' in text
 
 
 async def test_an_rm_that_failed_for_an_instance_is_not_asked_again_in_its_shadow(gateway: Gateway) -> None:
