@@ -254,7 +254,8 @@ def test_the_encoder_is_served_with_the_flags_that_its_export_prints_and_locked_
     words = [*encoder["entrypoint"], *encoder["command"]]
     printed = list(serve_command(Path("/encoder/files")))
     assert words[:3] == printed[:3]
-    assert set(printed) <= set(words)
+    # What is printed is for one machine; a container listens to its network.
+    assert set(printed) - {"127.0.0.1"} <= set(words)
     assert nets(encoder) == {"workers"}
     assert "ports" not in encoder
     assert encoder["environment"]["HF_HUB_OFFLINE"] == "1"
