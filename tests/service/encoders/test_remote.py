@@ -29,7 +29,8 @@ from service.encoders.reading import Reading
 from service.encoders.remote import RemoteEncoder
 from service.encoders.wire import EmbeddingsRequest
 from service.workers.health import HealthPolicy
-from tests.service.encoders.conftest import Exported, Serve
+from tests.service.encoders.conftest import Exported
+from tests.service.workers.worker_servers import Serve
 from tests.support.gateway import until
 from tests.support.transformers_dirs import save_transformer
 

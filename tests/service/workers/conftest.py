@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
 
-from tests.service.workers.worker_servers import RawServer, RunningWorker, Serve
-
-
-@pytest.fixture
-def serve() -> Iterator[Serve]:
-    """Serve an ASGI app until the test ends; returns its URL."""
-    workers: list[RunningWorker] = []
-
-    def start(app: Any) -> str:
-        workers.append(RunningWorker(app))
-        return workers[-1].url
-
-    yield start
-    for worker in workers:
-        worker.stop()
-    for worker in workers:
-        worker.join()
+from tests.service.workers.worker_servers import RawServer
 
 
 @pytest.fixture
@@ -56,11 +38,3 @@ def raw_server() -> RawServer:
             await asyncio.sleep(0.01)
 
     return start
-
-
-@pytest.fixture
-def refused_url() -> str:
-    """A port on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
