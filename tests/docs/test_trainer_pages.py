@@ -93,6 +93,13 @@ def test_the_clients_example_runs(gateway: LiveGateway, capsys: pytest.CaptureFi
     assert gateway.until(2, "my-run")["version"] == 2
 
 
+def test_the_readmes_example_runs(gateway: LiveGateway, capsys: pytest.CaptureFixture[str]) -> None:
+    [example] = blocks("../../README.md", "python")
+    execute(example.replace(GATEWAY, gateway.url))
+    assert re.fullmatch(r"\[\('rm-\w+', .*\), \('rm-\w+', .*\)\]\n", capsys.readouterr().out)
+    assert gateway.until(2, "my-training-run")["version"] == 2
+
+
 def test_the_table_of_options_is_the_options() -> None:
     text = (PAGES / "index.md").read_text("utf-8")
     table = text[text.index("## Options") : text.index("## No reward")]
