@@ -52,7 +52,8 @@ def test_export_says_how_to_serve_what_it_wrote(checkpoint: Path, tmp_path: Path
     out = tmp_path / "out"
     done = runner.invoke(app, ["encoder", "export", "--checkpoint", str(checkpoint), "--out", str(out)])
     assert done.exit_code == 0, done.output
-    command = f"vllm serve {out} --runner pooling --convert embed --dtype float32 --max-model-len 64 --host 127.0.0.1 --port 8100"
+    command = f"vllm serve {out} --runner pooling --convert embed --dtype float32 --max-model-len 64"
+    command += " --host 127.0.0.1 --port 8100"
     assert command in done.output
     assert f"--encoder vllm:http://127.0.0.1:8100 --checkpoint {checkpoint}" in done.output
     own, reading = Reading.load(out), Reading.load(checkpoint / "reading")
