@@ -159,23 +159,10 @@ def reward_chunk(items: Sequence[RewardItem], words: Words, patience: Patience) 
     results: list[RewardResult] = [Missing("deadline_exceeded", "the deadline was over before the first try")] * len(
         items
     )
-    waiting, attempt = list(range(len(items))), 0
-    while waiting:
-        try:
-            answers = yield from _batch("/reward/batch", [items[i].document() for i in waiting], words, patience)
-        except RouterUnavailableError as error:
-            for index in waiting:
-                results[index] = Missing(UNAVAILABLE, str(error))
-            return results
-        for index, answer in zip(waiting, answers, strict=True):
-            results[index] = _reward_result(answer)
-        waiting = [i for i in waiting if isinstance(r := results[i], Missing) and r.code in RETRIED_CODES]
-        pause = patience.pause(attempt)
-        attempt += 1
-        if waiting and pause >= patience.left:
-            return results
-        if waiting:
-            yield Sleep(pause)
+    try:
+        yield from _settle("/reward/batch", items, words, patience, results, _reward_result)
+    except RouterUnavailableError as error:
+        return [Missing(UNAVAILABLE, str(error)) if _may_change(result) else result for result in results]
     return results
 
 
@@ -190,18 +177,11 @@ def feedback_chunk(items: Sequence[Feedback], words: Words, patience: Patience) 
         RouterRefusedError: the whole batch was refused.
     """
     results: list[FeedbackResult] = [Declined("deadline_exceeded", "not sent")] * len(items)
-    waiting, attempt = list(range(len(items))), 0
-    while waiting:
-        answers = yield from _batch("/feedback/batch", [items[i].document() for i in waiting], words, patience)
-        for index, answer in zip(waiting, answers, strict=True):
-            results[index] = _feedback_result(answer)
-        waiting = [i for i in waiting if isinstance(r := results[i], Declined) and r.code in RETRIED_CODES]
-        pause = patience.pause(attempt)
-        attempt += 1
-        if waiting and pause >= patience.left:
-            return results
-        if waiting:
-            yield Sleep(pause)
+    try:
+        yield from _settle("/feedback/batch", items, words, patience, results, _feedback_result)
+    except RouterUnavailableError:
+        if all(map(_may_change, results)):
+            raise
     return results
 
 
@@ -220,6 +200,37 @@ def chunks(items: Sequence[T], sizes: Sequence[int], max_items: int, max_bytes: 
         lists[-1].append(item)
         held += size
     return lists
+
+
+def _settle(
+    path: str,
+    items: Sequence[RewardItem] | Sequence[Feedback],
+    words: Words,
+    patience: Patience,
+    results: list[Any],
+    read: Callable[[Any], Any],
+) -> Exchange[None]:
+    """Put each item's result into `results`, and ask again for those that may change, until none is left or it is late.
+
+    Raises:
+        RouterUnavailableError, RouterRefusedError: as `_batch`; `results` holds what came before.
+    """
+    waiting, attempt = list(range(len(items))), 0
+    while waiting:
+        answers = yield from _batch(path, [items[i].document() for i in waiting], words, patience)
+        for index, answer in zip(waiting, answers, strict=True):
+            results[index] = read(answer)
+        waiting = [index for index in waiting if _may_change(results[index])]
+        pause = patience.pause(attempt)
+        attempt += 1
+        if not waiting or pause >= patience.left:
+            return
+        yield Sleep(pause)
+
+
+def _may_change(result: RewardResult | FeedbackResult) -> bool:
+    """Whether asking again may give another result."""
+    return isinstance(result, Missing | Declined) and result.code in RETRIED_CODES
 
 
 def _batch(path: str, items: list[dict[str, Any]], words: Words, patience: Patience) -> Exchange[list[Any]]:

@@ -302,6 +302,18 @@ def test_only_the_items_that_may_be_retried_are_sent_again() -> None:
     assert results[2] == Missing("worker_rejected", "because worker_rejected")
 
 
+def test_feedback_that_was_acknowledged_is_told_though_the_gateway_goes_away_then() -> None:
+    accepted = {"decision_id": "a", "event_id": "1-0", "duplicate": False}
+    first = httpx.Response(200, json={"results": [accepted, item_error("store_unavailable")]})
+    gone = [error(503, "store_unavailable") for _ in range(500)]
+    feedback = [Feedback(decision_id=name, preferred=0) for name in "ab"]
+    with Scripted(first, *gone).client(deadline_seconds=1) as client:
+        results = client.feedback_many(feedback)
+    assert results == [Accepted("a", "1-0", False), Declined("store_unavailable", "because store_unavailable")]
+    with Scripted(*gone).client(deadline_seconds=1) as client, pytest.raises(RouterUnavailableError):
+        client.feedback_many(feedback)
+
+
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
 def test_what_may_be_retried_is_retried(status: int) -> None:
     transport = Scripted(error(status, "x"), httpx.ReadError("dropped"), all_scored)
