@@ -11,7 +11,6 @@ pytest.importorskip("tokenizers")
 
 from service.workers.client import ArmConfig, VllmArm
 from service.workers.protocol import OverLong
-from tests.service.workers.conftest import serve  # noqa: F401
 from tests.service.workers.test_load import steady
 from tests.service.workers.test_tokens import byte_rendering
 from tests.service.workers.worker_servers import ScriptedWorker, Serve
@@ -22,7 +21,7 @@ SHORT = {"prompt": "p", "responses": ["a", "bb"]}
 
 
 def gateway_of(
-    serve: Serve,  # noqa: F811
+    serve: Serve,
     valkey_url: str,
     over_long: OverLong,
     **limits: int,
@@ -51,7 +50,7 @@ async def rewards_of(gateway: Gateway, *items: dict[str, Any], **more: Any) -> l
 
 
 async def test_skip_asks_an_rm_that_reads_more_and_leaves_the_rest_of_the_batch_alone(
-    serve: Serve,  # noqa: F811
+    serve: Serve,
     valkey_url: str,
 ) -> None:
     async with gateway_of(serve, valkey_url, OverLong.SKIP, small=60, large=500) as gateway:
@@ -68,7 +67,7 @@ async def test_skip_asks_an_rm_that_reads_more_and_leaves_the_rest_of_the_batch_
 
 
 async def test_refuse_is_an_error_of_its_instance_and_asks_nobody_else(
-    serve: Serve,  # noqa: F811
+    serve: Serve,
     valkey_url: str,
 ) -> None:
     async with gateway_of(serve, valkey_url, OverLong.REFUSE, small=60, smaller=50) as gateway:
@@ -81,7 +80,7 @@ async def test_refuse_is_an_error_of_its_instance_and_asks_nobody_else(
         assert vote["error"]["code"] == "worker_too_long"
 
 
-async def test_cut_prompt_says_how_much_was_cut(serve: Serve, valkey_url: str) -> None:  # noqa: F811
+async def test_cut_prompt_says_how_much_was_cut(serve: Serve, valkey_url: str) -> None:
     async with gateway_of(serve, valkey_url, OverLong.CUT_PROMPT, small=60) as gateway:
         long, short, response = await rewards_of(gateway, LONG, SHORT, {"prompt": "p", "responses": ["a", "b" * 99]})
         # One token a byte, and one for each of <s>, </s> and </s>.
