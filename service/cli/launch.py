@@ -20,6 +20,8 @@ from rich.markup import escape
 
 from service.cli.processes import Child, ProcessGroup, answers
 from service.cli.vllm_serve import (
+    DEFAULT_SHARE,
+    Claim,
     check_shares,
     find_vllm,
     placements,
@@ -52,12 +54,13 @@ class WorkerStart:
 
     Attributes:
         name: of the process and its log.
-        models: the RMs that it serves.
+        models: the RMs that it serves; none for an encoder's server.
         command: program and arguments.
         environment: added to ours.
         url: where it will answer.
-        kind: `vLLM`, `CPU worker` or `recorded`, for people.
+        kind: `vLLM`, `CPU worker`, `recorded` or `CPU encoder`, for people.
         gpus: the GPUs that it must not share with another one that is starting.
+        share: of the memory of each of these GPUs; None where it has none, or takes vLLM's default.
         seconds: how long it may take until it is healthy.
     """
 
@@ -68,6 +71,7 @@ class WorkerStart:
     url: str
     kind: str
     gpus: tuple[int, ...] = ()
+    share: float | None = None
     seconds: float = WORKER_SECONDS
 
     def shell(self) -> str:
@@ -94,6 +98,7 @@ def plan_workers(
     next_port: Callable[[], int],
     *,
     local: Callable[[ModelEntry], Path] | None = None,
+    others: Sequence[Claim] = (),
 ) -> tuple[WorkerStart, ...]:
     """What must be started for the RMs without `urls`, in arm order; recorded RMs of one file share one process.
 
@@ -102,6 +107,7 @@ def plan_workers(
         next_port: a free port, another one each time.
         local: the directory of a hub model that the CPU worker is to serve, downloaded if need be; by default the hub's
             own cache.
+        others: what else is started on the GPUs.
 
     Raises:
         ConfigurationError: an RM that cannot be started, or GPUs that cannot hold what they are to hold.
@@ -115,7 +121,7 @@ def plan_workers(
     vllm = find_vllm(pool.vllm_command)
     by_vllm = {model.name for model in waiting if served_by_vllm(model, pool, vllm)}
     if pool.device == "cuda":
-        check_shares([model for model in waiting if model.name in by_vllm])
+        check_shares([model for model in waiting if model.name in by_vllm], others)
     starts: list[WorkerStart] = []
     for model in waiting:
         if model.name in by_vllm and vllm is not None:
@@ -179,6 +185,15 @@ def start_workers(starts: Sequence[WorkerStart], processes: ProcessGroup, consol
     return urls
 
 
+def shares_of(starts: Iterable[WorkerStart]) -> list[Claim]:
+    """What the processes that vLLM serves on GPUs take of them."""
+    return [
+        Claim(", ".join(start.models) or start.name, start.share, start.gpus)
+        for start in starts
+        if start.share is not None
+    ]
+
+
 def progress_line(waiting: Sequence[_Waiting], ready: int, total: int) -> str:
     """How many are ready, and below, a line each, what the others said last."""
     parts = [f"{one.start.name} {one.seconds:.0f} s: {one.child.last_line()[:LAST_LINE]}" for one in waiting]
@@ -217,7 +232,7 @@ def _startable(pending: Sequence[WorkerStart], waiting: Iterable[_Waiting]) -> l
 
 
 def _say_ready(one: _Waiting, console: Console) -> None:
-    what = ", ".join(one.start.models)
+    what = ", ".join(one.start.models) or one.start.name
     where = f" GPU {','.join(map(str, one.start.gpus))}" if one.start.gpus else ""
     console.print(
         f"worker    ready: {what} on {one.start.url} ({one.start.kind}{where}, {one.seconds:.0f} s)",
@@ -242,6 +257,7 @@ def _vllm_starts(
                 url=f"http://{HOST}:{port}",
                 kind="vLLM",
                 gpus=gpus if device == "cuda" else (),
+                share=(model.gpu_share or DEFAULT_SHARE) if device == "cuda" else None,
                 seconds=VLLM_SECONDS,
             )
         )

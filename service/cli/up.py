@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,22 +15,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from service.cli.launch import WORKER_SECONDS, plan_workers, start_workers
+from service.cli.encoder_launch import ENCODER_SHARE, SERVED, EncoderPlan, ensure_exported, plan_encoder
+from service.cli.launch import WORKER_SECONDS, WorkerStart, plan_workers, shares_of, start_workers
 from service.cli.processes import Child, ProcessGroup, free_port, interruptible
 from service.cli.supervise import Supervisor
-from service.cli.vllm_serve import find_vllm
-from service.errors import ConfigurationError
+from service.cli.vllm_serve import share_lines
 from service.pool import ModelEntry, PoolFile, dump_pool, load_pool
 from service.settings import EMBEDDED
 from service.stores.embedded import EmbeddedStore
 
 __all__ = ["WORKER_SECONDS", "Stack", "running_stack", "up", "wait_for_signal"]
-
-SERVED = "served"
-"""`--encoder` that starts a server for the checkpoint's transformer."""
-
-ENCODER_SHARE = 0.1
-"""Of the first GPU's memory, for the encoder that is started; leave that much free in the pool file."""
 
 GATEWAY_SECONDS = 120.0
 """How long the gateway may take to load its encoder and replay its log."""
@@ -59,7 +53,7 @@ class Stack:
         url: the gateway.
         pool: the pool with the workers' addresses.
         processes: the children.
-        workers: those of them that serve reward models.
+        workers: those of them that serve reward models or the encoder.
     """
 
     url: str
@@ -92,6 +86,10 @@ def up(
             "(default: inside the gateway)"
         ),
     ] = None,
+    encoder_gpu: Annotated[int, typer.Option(min=0, help="With `--encoder served` and vLLM: its GPU.")] = 0,
+    encoder_share: Annotated[
+        float, typer.Option(min=0.001, max=1, help="With `--encoder served` and vLLM: of that GPU's memory.")
+    ] = ENCODER_SHARE,
     worker: Annotated[
         WorkerKind | None,
         typer.Option(help="vllm, cpu, or auto: vLLM where it is installed. (default: the pool file's; auto)"),
@@ -104,7 +102,8 @@ def up(
         typer.Option(help="The `vllm` of another environment. (default: the pool file's; the one found here)"),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the workers' commands, one a line, and start nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print the commands, one a line, and who shares each GPU; start nothing."),
     ] = False,
 ) -> None:
     """Start everything: store, workers for each reward model, gateway. Ctrl-C ends all; what was learned is kept.
@@ -120,14 +119,15 @@ def up(
         pool, checkpoint = ensure_demo_pool(data_dir, console, checkpoint)
         run = run or demo_run(checkpoint)
     wanted = _overridden(load_pool(pool), worker, device, vllm_command)
+    served = None
+    if encoder == SERVED:
+        served = plan_encoder(wanted, checkpoint, data_dir / "encoder", share=encoder_share, gpu=encoder_gpu)
     if dry_run:
-        for start in plan_workers(wanted, port_sequence(worker_port), local=_unfetched):
-            # Not through rich, which would wrap and colour what is meant for a shell.
-            typer.echo(start.shell())
+        _show(wanted, served, port_sequence(worker_port))
         return
     with running_stack(
         wanted, checkpoint, data_dir=data_dir, host=host, port=port, worker_port=worker_port, store_url=store,
-        console=console, run=run, encoder=encoder,
+        console=console, run=run, encoder=served or encoder,
     ) as stack:  # fmt: skip
         console.print(
             f"\nserving on [bold]{stack.url}[/]   API: {stack.url}/docs   metrics: {stack.url}/metrics\n\n"
@@ -151,7 +151,7 @@ def running_stack(
     store_url: str,
     console: Console,
     run: str | None = None,
-    encoder: str | None = None,
+    encoder: str | EncoderPlan | None = None,
 ) -> Iterator[Stack]:
     """Store, workers and gateway for the length of the block.
 
@@ -165,7 +165,7 @@ def running_stack(
         store_url: `embedded`, or the URL of a running server.
         console: where progress is shown.
         run: name of the default run.
-        encoder: the gateway's `--encoder`; `served` starts a server for the checkpoint's transformer.
+        encoder: the gateway's `--encoder`, or the server to be started for it.
 
     Raises:
         ConfigurationError: something did not start; with the end of its log.
@@ -181,9 +181,10 @@ def running_stack(
             )
         with ProcessGroup(data_dir / "logs") as processes:
             ports = port_sequence(worker_port)
-            resolved = _start_workers(pool, processes, ports, console)
-            if encoder == SERVED:
-                encoder = _serve_encoder(pool, checkpoint, data_dir / "encoder", processes, ports, console)
+            starts = _planned(pool, encoder if isinstance(encoder, EncoderPlan) else None, ports, console)
+            resolved = _placed(pool, start_workers(starts, processes, console))
+            if isinstance(encoder, EncoderPlan):
+                encoder = f"vllm:{starts[-1].url}"
             workers = tuple(processes.children)
             pool_file = data_dir / "pool.yaml"
             dump_pool(resolved, pool_file)
@@ -267,37 +268,36 @@ def port_sequence(first: int) -> Callable[[], int]:
     return next_port
 
 
-def _serve_encoder(
-    pool: PoolFile,
-    checkpoint: Path | None,
-    directory: Path,
-    processes: ProcessGroup,
-    next_port: Callable[[], int],
-    console: Console,
-) -> str:
-    """Export the checkpoint's transformer if need be, and start its server; returns the gateway's `--encoder`."""
-    from service.cli.encoder_launch import encoder_start, ensure_exported
-
-    if checkpoint is None:
-        raise ConfigurationError(
-            f"--encoder {SERVED} serves a checkpoint's transformer: give --checkpoint, or --encoder vllm:URL"
-        )
-    with console.status("encoder: exporting its transformer"):
-        ensure_exported(checkpoint, directory)
-    vllm = None if pool.worker == "cpu" else find_vllm(pool.vllm_command)
-    start = encoder_start(directory, next_port(), vllm=vllm, device=pool.device, gpu_share=ENCODER_SHARE)
-    start_workers([start], processes, console)
-    return f"vllm:{start.url}"
+def _planned(
+    pool: PoolFile, encoder: EncoderPlan | None, next_port: Callable[[], int], console: Console
+) -> list[WorkerStart]:
+    """What is to be started; the encoder's server, whose transformer is exported if need be, is the last."""
+    starts = [*plan_workers(pool, next_port, others=encoder.claims if encoder is not None else ())]
+    if encoder is not None:
+        with console.status("encoder: exporting its transformer"):
+            ensure_exported(encoder.checkpoint, encoder.directory)
+        starts.append(encoder.start(next_port()))
+    return starts
 
 
-def _start_workers(pool: PoolFile, processes: ProcessGroup, next_port: Callable[[], int], console: Console) -> PoolFile:
-    """Start what has no `urls`, and write down where it is."""
-    starts = plan_workers(pool, next_port)
-    urls = start_workers(starts, processes, console)
-    placed = [model if model.urls else _placed(model, urls[model.name]) for model in pool.models]
-    return pool.model_copy(update={"models": tuple(placed)})
+def _show(pool: PoolFile, encoder: EncoderPlan | None, next_port: Callable[[], int]) -> None:
+    """A dry run: the commands, and as comments who shares each GPU."""
+    # Not through rich, which would wrap and colour what is meant for a shell.
+    starts = [*plan_workers(pool, next_port, local=_unfetched, others=encoder.claims if encoder is not None else ())]
+    if encoder is not None:
+        if export := encoder.export_words():
+            typer.echo(shlex.join(export))
+        starts.append(encoder.start(next_port()))
+    for start in starts:
+        typer.echo(start.shell())
+    for line in share_lines(shares_of(starts)):
+        typer.echo(f"# {line}")
 
 
-def _placed(model: ModelEntry, urls: Sequence[str]) -> ModelEntry:
-    # Its urls are its replicas now.
-    return model.model_copy(update={"urls": tuple(urls), "replicas": 1})
+def _placed(pool: PoolFile, urls: Mapping[str, Sequence[str]]) -> PoolFile:
+    """The pool with where its models are: their urls are their replicas now."""
+    models = tuple(
+        model if model.urls else model.model_copy(update={"urls": tuple(urls[model.name]), "replicas": 1})
+        for model in pool.models
+    )
+    return pool.model_copy(update={"models": models})

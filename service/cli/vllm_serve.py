@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
@@ -32,8 +33,28 @@ ENVIRONMENT: Final = {
 }
 """What every vLLM process is told, unless the environment or the pool file says otherwise."""
 
+SHARE_REMEDY: Final = "lower `gpu_share`, or spread the models with `gpus`"
+"""What to do where a GPU cannot hold the models that the pool file places on it."""
+
 CPU_ENVIRONMENT: Final = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 """GiB of main memory for the KV cache on a CPU; by default vLLM takes most of what there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What one process of vLLM will take of the memory of each of its GPUs.
+
+    Attributes:
+        name: for people.
+        share: in (0, 1].
+        gpus: those that it is placed on.
+        remedy: what to do where they cannot hold it.
+    """
+
+    name: str
+    share: float
+    gpus: tuple[int, ...]
+    remedy: str = SHARE_REMEDY
 
 
 def find_vllm(command: Sequence[str] = ()) -> tuple[str, ...] | None:
@@ -122,7 +143,7 @@ def _visible(model: ModelEntry, gpu: int, environment: Mapping[str, str]) -> str
     if gpu >= len(names):
         raise ConfigurationError(
             f"model {model.name!r} is to be on GPU {gpu}, and CUDA_VISIBLE_DEVICES={allotted} leaves {len(names)} of "
-            "them, counted from 0: change `gpus` in the pool file, or CUDA_VISIBLE_DEVICES"
+            "them, counted from 0: change `gpus` in the pool file (for the encoder --encoder-gpu), or the variable"
         )
     return names[gpu]
 
@@ -140,29 +161,57 @@ def placements(model: ModelEntry) -> list[tuple[int, ...]]:
     return [groups[replica % len(groups)] for replica in range(model.replicas)]
 
 
-def check_shares(models: Sequence[ModelEntry]) -> None:
-    """Whether the replicas that share a GPU fit on it, by what the pool file says.
+def model_claims(models: Sequence[ModelEntry]) -> list[Claim]:
+    """One claim for each replica of the models, in order."""
+    return [Claim(model.name, model.gpu_share or DEFAULT_SHARE, gpus) for model in models for gpus in placements(model)]
+
+
+def claims_by_gpu(claims: Sequence[Claim]) -> dict[int, list[Claim]]:
+    """Who shares each GPU, by its number."""
+    shared: dict[int, list[Claim]] = defaultdict(list)
+    for claim in claims:
+        for gpu in claim.gpus:
+            shared[gpu].append(claim)
+    return dict(sorted(shared.items()))
+
+
+def check_shares(models: Sequence[ModelEntry], others: Sequence[Claim] = ()) -> None:
+    """Whether the processes that share a GPU fit on it, by what was asked for each.
 
     Args:
         models: those that vLLM is to serve on GPUs.
+        others: what else `up` starts there: the encoder's server.
 
     Raises:
-        ConfigurationError: the shares on a GPU sum to more than `LARGEST_SHARE`; names GPU, models and remedy.
+        ConfigurationError: the shares on a GPU sum to more than `LARGEST_SHARE`; names GPU, processes and remedy.
     """
-    claims: dict[int, list[tuple[str, float]]] = defaultdict(list)
-    for model in models:
-        for gpus in placements(model):
-            for gpu in gpus:
-                claims[gpu].append((model.name, model.gpu_share or DEFAULT_SHARE))
-    for gpu, claimed in sorted(claims.items()):
-        total = sum(share for _, share in claimed)
+    for gpu, claimed in claims_by_gpu([*model_claims(models), *others]).items():
+        total = sum(claim.share for claim in claimed)
         # One alone may have all that vLLM lets it have; rounding must not refuse .95 itself.
         if len(claimed) > 1 and total > LARGEST_SHARE + 1e-9:
-            listed = ", ".join(f"{name} {share:g}" for name, share in claimed)
+            listed = ", ".join(f"{claim.name} {claim.share:g}" for claim in claimed)
+            remedies = ", or ".join(dict.fromkeys(claim.remedy for claim in claimed))
             raise ConfigurationError(
                 f"GPU {gpu}: the shares of its memory sum to {total:.2f}, more than {LARGEST_SHARE:g} ({listed}): "
-                "lower `gpu_share`, or spread the models with `gpus`"
+                f"{remedies}"
             )
+
+
+def share_lines(claims: Sequence[Claim]) -> list[str]:
+    """A sentence for each GPU: who takes which share of its memory.
+
+    >>> share_lines([Claim("a", 0.5, (0, 1)), Claim("encoder", 0.1, (1,))])
+    ['GPU 0: a 0.5 of its memory', 'GPU 1: a 0.5 + encoder 0.1 = 0.6 of its memory, at most 0.95']
+    """
+    lines = []
+    for gpu, claimed in claims_by_gpu(claims).items():
+        line = f"GPU {gpu}: " + " + ".join(f"{claim.name} {claim.share:g}" for claim in claimed)
+        if len(claimed) > 1:
+            line += f" = {round(sum(claim.share for claim in claimed), 4):g} of its memory, at most {LARGEST_SHARE:g}"
+        else:
+            line += " of its memory"
+        lines.append(line)
+    return lines
 
 
 def served_by_vllm(model: ModelEntry, pool: PoolFile, command: Sequence[str] | None) -> bool:

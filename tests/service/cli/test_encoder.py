@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from click.testing import Result
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -18,8 +20,8 @@ from router_core.encoder.fuse import Fuse
 from router_core.encoder.registry import load_backbone
 from router_core.errors import EncoderError
 from service.cli import app
-from service.cli.encoder_launch import encoder_start, ensure_exported
-from service.cli.up import SERVED, running_stack
+from service.cli.encoder_launch import encoder_start, ensure_exported, plan_encoder
+from service.cli.up import running_stack
 from service.encoders.reading import Reading
 from service.errors import ConfigurationError
 from service.pool import ModelEntry, PoolFile
@@ -112,19 +114,78 @@ def test_vllm_is_started_as_an_embedding_server_and_without_it_our_own(checkpoin
 
 
 def test_up_without_a_checkpoint_has_no_transformer_to_serve(tmp_path: Path) -> None:
-    pool = PoolFile(models=(ModelEntry(name="a", urls=("http://127.0.0.1:9",)),))
-    stack = running_stack(
-        pool, None, data_dir=tmp_path, host="127.0.0.1", port=0, worker_port=0, store_url="redis://127.0.0.1:9",
-        console=Console(quiet=True), encoder=SERVED,
-    )  # fmt: skip
-    with pytest.raises(ConfigurationError, match="give --checkpoint"), stack:
-        pass
+    (tmp_path / "pool.yaml").write_text("models: [{name: a, urls: ['http://127.0.0.1:9']}]")
+    words = ["up", "--pool", str(tmp_path / "pool.yaml"), "--encoder", "served", "--data-dir", str(tmp_path / "data")]
+    done = runner.invoke(app, words)
+    assert isinstance(done.exception, ConfigurationError)
+    assert "give --checkpoint" in str(done.exception)
+    assert not (tmp_path / "data").exists()
+
+
+def fake_vllm(folder: Path) -> str:
+    """A program that could be vLLM; it is never run."""
+    program = folder / "vllm"
+    program.write_text("#!/bin/sh\nexit 1\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+def planned(folder: Path, checkpoint: Path, share: float, *words: str) -> Result:
+    """`up --encoder served --dry-run` of a pool with one RM on each of two GPUs, vLLM for all."""
+    models = [{"name": name, "path": "m", "gpu_share": share, "gpus": [gpu]} for gpu, name in enumerate("ab")]
+    (folder / "pool.yaml").write_text(yaml.safe_dump({"models": models, "vllm_command": fake_vllm(folder)}))
+    given = ["--pool", str(folder / "pool.yaml"), "--checkpoint", str(checkpoint), "--data-dir", str(folder / "data")]
+    return runner.invoke(app, ["up", *given, "--encoder", "served", "--dry-run", *words])
+
+
+def test_the_encoder_counts_among_those_that_share_a_gpu(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    refused = planned(tmp_path, checkpoint, 0.9)
+    assert isinstance(refused.exception, ConfigurationError)
+    assert str(refused.exception) == (
+        "GPU 0: the shares of its memory sum to 1.00, more than 0.95 (a 0.9, encoder 0.1): lower `gpu_share`, or "
+        "spread the models with `gpus`, or give the encoder a smaller share or another GPU (--encoder-share, --encoder-gpu)"
+    )
+    assert not (tmp_path / "data").exists(), "refused before anything is exported"
+    for words in (("--encoder-gpu", "2"), ("--encoder-share", "0.05"), ("--device", "cpu"), ("--worker", "cpu")):
+        done = planned(tmp_path, checkpoint, 0.9, *words)
+        assert done.exit_code == 0, (words, done.output)
+
+
+def test_a_dry_run_shows_the_encoder_its_export_and_who_shares_each_gpu(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    words = ("--encoder-gpu", "1", "--encoder-share", "0.2")
+    export, _, second, encoder, *comments = planned(tmp_path, checkpoint, 0.5, *words).output.splitlines()
+    folder = tmp_path / "data" / "encoder"
+    assert export.endswith(f"encoder export --checkpoint {checkpoint} --out {folder}")
+    assert "CUDA_VISIBLE_DEVICES=1 " in second
+    assert "CUDA_VISIBLE_DEVICES=1 " in encoder
+    assert f" serve {folder} " in encoder
+    assert encoder.endswith("--max-model-len 64 --gpu-memory-utilization 0.2")
+    assert comments == [
+        "# GPU 0: a 0.5 of its memory",
+        "# GPU 1: b 0.5 + encoder 0.2 = 0.7 of its memory, at most 0.95",
+    ]
+    assert not folder.exists(), "a dry run writes nothing"
+    ensure_exported(checkpoint, folder)
+    again = planned(tmp_path, checkpoint, 0.5, *words).output.splitlines()
+    assert not any(" encoder export " in line for line in again)
+    assert len(again) == 5
+    assert not any(
+        "# GPU" in line for line in planned(tmp_path, checkpoint, 0.5, "--worker", "cpu").output.splitlines()
+    )
 
 
 @pytest.mark.slow  # starts three processes, one of them with torch: 20 s on a free machine
 def test_up_serves_the_checkpoints_transformer_in_a_process_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
     pairs = write_recorded_pairs(tmp_path / "pairs.jsonl", 8)
     models = tuple(ModelEntry(name=name, recorded=tmp_path / "pairs.jsonl") for name in MODELS)
+    pool = PoolFile(models=models, worker="cpu")
+    encoder = plan_encoder(pool, checkpoint, tmp_path / "encoder")
 
     async def route(url: str) -> list[tuple[int, dict[str, object]]]:
         caller = Caller(url)
@@ -134,15 +195,16 @@ def test_up_serves_the_checkpoints_transformer_in_a_process_of_its_own(checkpoin
         return answers
 
     with running_stack(
-        PoolFile(models=models, worker="cpu"), checkpoint, data_dir=tmp_path / "data", host="127.0.0.1",
-        port=free_port(), worker_port=free_port(), store_url="embedded", console=Console(quiet=True), encoder=SERVED,
+        pool, checkpoint, data_dir=tmp_path / "data", host="127.0.0.1", port=free_port(),
+        worker_port=free_port(), store_url="embedded", console=Console(quiet=True), encoder=encoder,
     ) as stack:  # fmt: skip
         answers = asyncio.run(route(stack.url))
         assert [status for status, _ in answers] == [200] * len(pairs), answers
-        encoder = next(child for child in stack.processes.children if child.name == "encoder")
-        assert encoder.process.poll() is None
+        server = next(child for child in stack.processes.children if child.name == "encoder")
+        assert server.process.poll() is None
+        assert server in stack.workers, "it is started again when it leaves"
         assert fetch(f"{stack.url}/readyz")[0] == 200
-        encoder.process.kill()
-        encoder.process.wait()
+        server.process.kill()
+        server.process.wait()
         status, document = asyncio.run(route(stack.url))[0]
         assert (status, document["error"]["code"]) == (503, "encoder_unavailable"), json.dumps(document)  # type: ignore[index]

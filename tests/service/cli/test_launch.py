@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from service.cli.encoder_launch import EncoderPlan, encoder_start
 from service.cli.launch import WorkerStart, plan_workers, snapshot, start_workers
 from service.cli.processes import ProcessGroup
 from service.cli.supervise import Supervisor
@@ -114,6 +115,29 @@ def test_on_one_gpu_each_waits_for_the_one_before_and_gpus_do_not_wait_for_each_
     assert {line.split()[3] for line in lines.splitlines() if line.split()[1] == "a"} == {"0", "1"}
     assert "ready: b on http://127.0.0.1:" in text(out)
     assert "(vLLM GPU 0," in text(out)
+
+
+def test_the_encoder_takes_its_turn_among_the_models_of_its_gpu(
+    tmp_path: Path, vllm: tuple[str, ...], out: Console
+) -> None:
+    rm = Path("/models/rm")
+    pool = pool_of(
+        vllm,
+        ModelEntry(name="a", path=rm, gpu_share=0.3, gpus=(0,)),
+        ModelEntry(name="b", path=rm, gpu_share=0.3, gpus=(1,)),
+    )
+    ports = port_sequence(free_port())
+    plan = EncoderPlan(Path("checkpoint"), Path("encoder"), vllm, "cuda", 0.1, gpu=0)
+    workers = plan_workers(pool, ports, others=plan.claims)
+    encoder = encoder_start(plan.directory, ports(), vllm=vllm, gpu_share=plan.share, gpus=(plan.gpu,), max_tokens=64)
+    with ProcessGroup(tmp_path / "logs") as processes:
+        urls = start_workers([*workers, encoder], processes, out)
+        assert [child.gpus for child in processes.children if child.name == "encoder"] == [(0,)]
+    when = events(tmp_path)
+    assert when["encoder", "started"][0] > when["a", "ready"][0]
+    assert when["b", "started"][0] < when["a", "ready"][0]
+    assert set(urls) == {"a", "b"}, "the encoder is no model"
+    assert "ready: encoder on http://127.0.0.1:" in text(out)
 
 
 def test_a_worker_that_fails_is_shown_with_the_cause_and_the_last_lines(

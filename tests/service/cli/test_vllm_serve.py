@@ -165,8 +165,10 @@ def test_a_dry_run_prints_one_command_a_replica_and_starts_nothing(
     fake_vllm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    lines = dry_run(READY_POOLS[1].parent / "4x80gb.yaml", "--vllm-command", f"{fake_vllm} --verbose")
-    assert len(lines) == 12
+    printed = dry_run(READY_POOLS[1].parent / "4x80gb.yaml", "--vllm-command", f"{fake_vllm} --verbose")
+    lines, shares = printed[:12], printed[12:]
+    assert shares[0] == "# GPU 0: skywork-llama3.1-8b 0.46 + grm-llama3.1-8b 0.46 = 0.92 of its memory, at most 0.95"
+    assert [line[: len("# GPU 0")] for line in shares] == [f"# GPU {gpu}" for gpu in range(4)]
     assert all(f" {fake_vllm} --verbose serve " in line for line in lines)
     assert "CUDA_VISIBLE_DEVICES=1 " in lines[1]
     assert len({line.split("--port ")[1].split()[0] for line in lines}) == 12
