@@ -29,11 +29,12 @@ class LoggedData:
     Attributes:
         pool: K names, in arm order.
         x: (N, d) float32 contexts.
-        arm: (N,) int64, the asked arm.
-        propensities: (N, K) float64, probability that the arm's reward is in the log: that it was asked, among those
-            that could answer, or shadowed.
-        available: (N, K) bool, the arms that could answer.
-        rewards: (N, K) float64, NaN where the arm's reward is not in the log; the asked arm's always is.
+        arm: (N,) int64, the arm that was asked first: what a policy chooses.
+        propensities: (N, K) float64, probability that the arm's reward is in the log: that it was asked first, among
+            the available ones, or shadowed.
+        available: (N, K) bool, the arms that were not known to be away. One that failed when it was asked is one.
+        rewards: (N, K) float64, what came back for asking the arm first, from another one where it failed; NaN where
+            that is not in the log. That of `arm` always is.
     """
 
     pool: tuple[str, ...]
@@ -70,7 +71,7 @@ class LoggedData:
 
     @property
     def reward(self) -> Array:
-        """(N,) of the asked arm."""
+        """(N,) of the arm that was asked first."""
         asked: Array = self.rewards[np.arange(len(self)), self.arm]
         return asked
 
@@ -105,7 +106,7 @@ class LoggedData:
 
 
 def one_reward_per_row(arm: NDArray[np.int64], reward: Array, n_arms: int) -> Array:
-    """`LoggedData.rewards` where only the asked arm's reward is known: (N,) and (N,) to (N, K).
+    """`LoggedData.rewards` where only that of the first arm is known: (N,) and (N,) to (N, K).
 
     >>> one_reward_per_row(np.array([1]), np.array([0.5]), 2).tolist()
     [[nan, 0.5]]
@@ -118,14 +119,14 @@ def one_reward_per_row(arm: NDArray[np.int64], reward: Array, n_arms: int) -> Ar
 def with_shadows(propensities: Array, arm: NDArray[np.int64], available: Mask, rewards: Array) -> Array:
     """P(arm's reward is in the log) = e + (1 − e)·s_k where a share of the instances also asks the other arms.
 
-    s_k is the share of the rows without k asked, but available, whose shadow told k's verdict: the rate that was set,
-    less what came too late or failed. Right as long as shadows are chosen, and lost, whatever the draw and the verdict.
+    s_k is the share of the rows with k available, but not asked first, that were shadowed: the rate that was set, less
+    what came too late. Right as long as shadows are chosen, and lost, whatever the draw and the verdict.
 
     Args:
-        propensities: (N, K), of being asked.
-        arm: (N,), the asked arm.
+        propensities: (N, K), of being asked first.
+        arm: (N,), the arm that was asked first.
         available: (N, K).
-        rewards: (N, K), NaN where unknown.
+        rewards: (N, K), NaN where unknown; a shadowed row knows all available arms', also of those that failed.
     """
     others = available.copy()
     others[np.arange(len(arm)), arm] = False
@@ -162,7 +163,7 @@ class Estimate:
 
 
 def available_propensities(propensities: Array, means: Array, sds: Array, available: Mask) -> Array:
-    """Propensities among the arms that could answer: as logged where all could, computed from the draw's beliefs else.
+    """Propensities of the first choice among the available arms: as logged where all are, else from the draw's beliefs.
 
     Args:
         propensities: (N, K) as drawn, over all arms.

@@ -32,6 +32,7 @@ from service.errors import ConfigurationError
 from service.eventlog.load import EventLog, load_log, logged_data
 from service.eventlog.record import Header
 from service.eventlog.targets import SOFTMAX, Targets, load_checkpoint, temperature_of
+from service.usecases.decisions import StoredDecision
 
 Array = NDArray[np.float64]
 
@@ -125,6 +126,7 @@ def evaluate_log(
             f"run {log.header.run!r} has {len(log.events)} events and none with a reward of one asked RM: nothing can "
             "be evaluated; send feedback, and export again"
         )
+    decisions = [event.decision for event, usable in zip(log.events, log.usable, strict=True) if usable]
     q = sequential_ridge(whole)
     targets = Targets(log, checkpoint, learn_share)
     policies: dict[str, Any] = {}
@@ -139,7 +141,9 @@ def evaluate_log(
         "signal": log.header.signal.value,
         "left_out": len(log.events) - len(whole),
         "shadowed": int((whole.seen.sum(axis=1) > 1).sum()),
-        "sharing_a_draw": _followers(log),
+        "sharing_a_draw": _followers(decisions),
+        "after_a_failure": sum(bool(decision.failed) for decision in decisions),
+        "failures_unknown": sum(decision.hides_failures for decision in decisions),
         "logged": {"value": float(whole.reward.mean()), "ci95": list(_mean_interval(whole.reward))},
         "policies": policies,
     }
@@ -175,25 +179,29 @@ def print_figures(figures: dict[str, Any], console: Console | None = None) -> No
         cells = [_cell(row[how]) for how in ESTIMATORS]
         table.add_row(name, *cells, safe, "–" if row["snips"] is None else f"{row['snips']['ess']:.0f}")
     console.print(table)
-    if figures["sharing_a_draw"]:
-        console.print(
-            f"{figures['sharing_a_draw']} rows share the draw of an earlier one (sticky): the values stand, but the "
-            "intervals count them as draws of their own and are too narrow",
-            highlight=False,
-            soft_wrap=True,
-        )
+    for note in _notes(figures):
+        console.print(note, highlight=False, soft_wrap=True)
     for name, row in figures["policies"].items():
         for line in ([row["problem"]] if row["problem"] else []) + row["warnings"]:
             console.print(f"{name}: {line}", highlight=False, soft_wrap=True)
 
 
-def _followers(log: EventLog) -> int:
-    """Usable rows whose RM was drawn for an earlier row; see `StoredDecision.sticky`."""
-    shared = [
-        event.decision.sticky
-        for event, usable in zip(log.events, log.usable, strict=True)
-        if usable and event.decision.sticky
-    ]
+def _notes(figures: dict[str, Any]) -> list[str]:
+    """What to know about the log, whatever the policy."""
+    notes = {
+        "sharing_a_draw": "share the draw of an earlier one (sticky): the values stand, but the intervals count them "
+        "as draws of their own and are too narrow",
+        "after_a_failure": "asked an RM first that gave no reward: the values are of asking an RM first and, where it "
+        "fails, the next-best draws of the logged policy",
+        "failures_unknown": "with a fallback are of an earlier version, which did not tell an RM that failed from one "
+        "that was away: they count as away, and the values are biased where RMs fail on instances of one kind",
+    }
+    return [f"{figures[key]} rows {note}" for key, note in notes.items() if figures[key]]
+
+
+def _followers(decisions: Sequence[StoredDecision]) -> int:
+    """Rows whose RM was drawn for an earlier row; see `StoredDecision.sticky`."""
+    shared = [decision.sticky for decision in decisions if decision.sticky]
     return len(shared) - len(set(shared))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from router_core.records import Feedback, Signal
 from service.errors import ConfigurationError
-from service.eventlog.record import Header, LoggedEvent, model_of
+from service.eventlog.record import Header, LoggedEvent, decision_of, model_of
 from service.usecases.decisions import StoredDecision
 
 HEADER_KEY = "reward_router"
@@ -94,15 +94,14 @@ def _row(event: LoggedEvent, header: Header) -> dict[str, Any]:
 
 
 def _event(row: dict[str, Any]) -> LoggedEvent:
-    row.setdefault("sticky", "")  # a file of before there was the field
-    fields = {name: row[name] for name in StoredDecision.__struct_fields__}
+    fields = dict(row)
     fields["x"] = np.array(row["x"], "<f4").tobytes()
     fields["means"] = [-math.inf if mean is None else mean for mean in row["means"]]
     fields["shadows"] = [(told["arm"], told["offset"], told["verdict"]) for told in row["shadows"]]
     return LoggedEvent(
         row["event_id"],
         row["decision_id"],
-        StoredDecision(**fields),
+        decision_of(fields),
         Feedback(Signal(row["signal"]), float(row["value"])),
         row["reward"],
         tuple(told["reward"] for told in row["shadows"]),

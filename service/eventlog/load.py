@@ -54,8 +54,11 @@ def load_log(path: Path) -> EventLog:
 def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
     """The usable events of a part of the log, as arrays.
 
-    Propensities are those among the arms that could answer, and where instances were shadowed the probability that the
-    arm's reward is in the log at all. With shadows, an arm that said nothing counts as available all the same.
+    The action of a row is the arm that was asked first, its reward what came back in the end, also where that arm
+    failed and another one answered. Propensities are of that first choice, among the arms that were not known to be
+    away; and where instances were shadowed, the probability that the arm's reward is in the log at all. Rows of an
+    earlier version, which did not tell failed arms from those that were away, are of the arm that answered, among the
+    others.
 
     Args:
         log: the file.
@@ -64,28 +67,28 @@ def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
     chosen = [event for event, usable in zip(log.events[rows], log.usable[rows], strict=True) if usable]
     k = len(log.header.pool)
     decisions = [event.decision for event in chosen]
-    arm = np.array([decision.arm for decision in decisions], dtype=np.int64)
+    arm = np.array([decision.first_arm for decision in decisions], dtype=np.int64)
     available = np.ones((len(chosen), k), dtype=np.bool_)
     for row, decision in enumerate(decisions):
-        available[row, decision.gone] = False
+        available[row, decision.out_of_choice] = False
     rewards = one_reward_per_row(arm, np.array([event.reward for event in chosen], dtype=np.float64), k)
     for row, event in enumerate(chosen):
-        for (other, _, _), reward in zip(event.decision.shadows, event.shadow_rewards, strict=True):
-            rewards[row, other] = reward
+        _tell_shadows(event, available[row], rewards[row])
     asked = available_propensities(
         _matrix([decision.propensities for decision in decisions], k),
         _matrix([decision.means for decision in decisions], k),
         _matrix([decision.sds for decision in decisions], k),
         available,
     )
-    # An arm that answered in a shadow could answer, whatever was noted when another one was asked.
-    available |= ~np.isnan(rewards)
+    # Single responses are never shadowed: there, only being asked puts a reward into the log.
+    compared = np.array([decision.n > 1 for decision in decisions], dtype=np.bool_)
+    asked[compared] = with_shadows(asked[compared], arm[compared], available[compared], rewards[compared])
     contexts = np.frombuffer(b"".join([decision.x for decision in decisions]), "<f4")
     return LoggedData(
         log.header.pool,
         contexts.reshape(len(chosen), log.header.dim),
         arm,
-        with_shadows(asked, arm, available, rewards),
+        asked,
         available,
         rewards,
     )
@@ -105,6 +108,19 @@ def fold_events(log: EventLog, rows: slice = slice(None)) -> list[Event]:
         )
         for event in log.events[rows]
     ]
+
+
+def _tell_shadows(event: LoggedEvent, available: NDArray[np.bool_], rewards: NDArray[np.float64]) -> None:
+    """Add to a row's rewards (K,) what each available arm would have given, had it been asked first.
+
+    That is what it said in the shadow; and for an arm that failed, there or before, what the arm gave that was asked
+    instead of it in the end: the best draw that could answer is the same, whichever failing arm comes before it.
+    """
+    if not (event.decision.shadowed or event.decision.shadows):
+        return
+    for (other, _, _), reward in zip(event.decision.shadows, event.shadow_rewards, strict=True):
+        rewards[other] = reward
+    rewards[available & np.isnan(rewards)] = event.reward
 
 
 def _matrix(rows: Sequence[Sequence[float]], k: int) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from router_core.records import Feedback, Signal
 from service.errors import ConfigurationError
-from service.eventlog.record import Header, LoggedEvent, model_of
+from service.eventlog.record import Header, LoggedEvent, decision_of, model_of
 from service.usecases.decisions import StoredDecision
 
 METADATA_KEY = b"reward_router"
@@ -48,13 +48,17 @@ def arrow_schema(header: Header) -> Any:
         pa.field("offset", pa.float64(), nullable=False),
         pa.field("verdict", pa.int32(), nullable=False),
         pa.field("rewards", doubles, nullable=False),
+        pa.field("prompt_tokens_cut", pa.int32(), nullable=False),
         pa.field("propensity", pa.float64(), nullable=False),
         pa.field("propensities", doubles, nullable=False),
         pa.field("means", doubles, nullable=False),
         pa.field("sds", doubles, nullable=False),
         pa.field("fallback", pa.bool_(), nullable=False),
         pa.field("gone", pa.list_(pa.int32()), nullable=False),
+        pa.field("failed", pa.list_(pa.int32()), nullable=False),
+        pa.field("away", pa.list_(pa.int32()), nullable=False),
         pa.field("shadows", pa.list_(_SHADOW), nullable=False),
+        pa.field("shadowed", pa.bool_(), nullable=False),
         pa.field("sticky", pa.string(), nullable=False),
         pa.field("signal", name, nullable=False),
         pa.field("value", pa.float64(), nullable=False),
@@ -153,12 +157,11 @@ def read_parquet(path: Path) -> Iterator[LoggedEvent]:
 
 def _event(row: dict[str, Any], x: bytes) -> LoggedEvent:
     told = row["shadows"]
-    row.setdefault("sticky", "")  # a file of before there was the column
     row["x"], row["shadows"] = x, [(shadow["arm"], shadow["offset"], shadow["verdict"]) for shadow in told]
     return LoggedEvent(
         row["event_id"],
         row["decision_id"],
-        StoredDecision(**{name: row[name] for name in StoredDecision.__struct_fields__}),
+        decision_of(row),
         Feedback(Signal(row["signal"]), row["value"]),
         row["reward"],
         tuple(shadow["reward"] for shadow in told),

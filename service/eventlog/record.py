@@ -23,6 +23,9 @@ from service.usecases.decisions import StoredDecision, decode_decision, decode_f
 SCHEMA_VERSION = 1
 """Of the files. A column is only ever added under the same number."""
 
+ADDED_COLUMNS = ("sticky", "failed", "away", "shadowed", "prompt_tokens_cut")
+"""Fields of the decision that files of earlier versions lack; they read as the field's default."""
+
 
 @dataclass(frozen=True, slots=True)
 class Header:
@@ -191,6 +194,16 @@ def require_same_run(existing: Header, header: Header, source: object) -> None:
             f"{source} holds run {existing.run!r}, started with other settings than run {header.run!r} of this store: "
             "export to another file"
         )
+
+
+def decision_of(row: Mapping[str, Any]) -> StoredDecision:
+    """The decision of a row whose values are in the decision's own types.
+
+    Raises:
+        KeyError: a column that every version has written is not there.
+    """
+    names = [name for name in StoredDecision.__struct_fields__ if name in row or name not in ADDED_COLUMNS]
+    return StoredDecision(**{name: row[name] for name in names})
 
 
 def model_of(pool: Sequence[str], arm: int) -> str | None:

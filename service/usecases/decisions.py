@@ -33,10 +33,17 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
         version: events the posterior had learned from.
         fallback: whether the drawn arm gave no reward.
         time_ms: Unix time.
-        gone: arms that could not be asked; `propensity` is among the others.
+        gone: arms that were unavailable or failed before `arm` answered, or unavailable then; `propensity` is among the
+            others.
         shadows: (arm, o_k(x), verdict) of the other RMs that were asked after the reply.
         sticky: key of the draw that this decision shares with other singles of its prompt; "" for a draw of its own.
             `means`, `sds`, `propensities` and `version` are those of the shared draw.
+        failed: arms that were asked before `arm` and gave no reward, in that order; the first of them is what the
+            policy chose. Empty where every RM was asked.
+        away: arms that were unavailable when the first one was asked: the choice was among the others.
+        shadowed: whether the RMs that are in neither `gone` nor `arm` were asked after the reply; those that are not in
+            `shadows` then gave no reward.
+        prompt_tokens_cut: tokens of the prompt that the asked RM did not read.
     """
 
     n: int
@@ -56,6 +63,25 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
     gone: list[int] = []
     shadows: list[tuple[int, float, int]] = []
     sticky: str = ""
+    failed: list[int] = []
+    away: list[int] = []
+    shadowed: bool = False
+    prompt_tokens_cut: int = 0
+
+    @property
+    def first_arm(self) -> int:
+        """The arm that was asked first: the choice. `arm` where that one answered."""
+        return self.failed[0] if self.failed else self.arm
+
+    @property
+    def out_of_choice(self) -> list[int]:
+        """Arms that the first one was not chosen among; all of `gone` where an earlier version stored nothing else."""
+        return self.away if self.failed or self.away else self.gone
+
+    @property
+    def hides_failures(self) -> bool:
+        """Whether an earlier version stored it, which did not tell an arm that failed from one that was unavailable."""
+        return self.fallback and bool(self.gone) and not (self.failed or self.away)
 
 
 _ENCODER = msgspec.msgpack.Encoder()

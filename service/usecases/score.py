@@ -66,6 +66,10 @@ class _Job:
     """Arms that were drawn before the last one, and were unavailable or failed."""
     away: list[int] = field(default_factory=list)
     """Arms that would have come after the last one, and were unavailable when it was asked."""
+    failed: list[int] = field(default_factory=list)
+    """Arms of `gone` that were asked and gave no reward, in that order."""
+    away_first: list[int] = field(default_factory=list)
+    """Arms that were unavailable when the first one was asked, whichever that was."""
     fallbacks: list[Fallback] = field(default_factory=list)
     arm: int = ALL_ARMS
     rewards: list[float] | None = None
@@ -321,6 +325,8 @@ class Scorer:
             arm = job.order.pop(0)
             if arms[arm].available:
                 job.away = [other for other in job.order if not arms[other].available]
+                if not job.failed:
+                    job.away_first = [*job.gone, *job.away]
                 return arm
             self._give_up(job, arm, "worker_unavailable")
         return None
@@ -353,6 +359,7 @@ class Scorer:
             if isinstance(outcome, WorkerError):
                 job.refusals.append(outcome)
                 self._telemetry.called(worker.name, outcome.code).inc()
+                job.failed.append(arm)
                 self._give_up(job, arm, outcome.code)
                 if isinstance(outcome, WorkerTooLongError) and outcome.final:
                     job.error = outcome
@@ -541,6 +548,9 @@ def _decision(job: _Job, now_ms: int) -> StoredDecision:
         time_ms=now_ms,
         fallback=bool(job.fallbacks),
         gone=[*job.gone, *job.away],
+        failed=job.failed,
+        away=job.away_first,
+        prompt_tokens_cut=job.prompt_tokens_cut,
         sticky=job.sticky,
     )
 

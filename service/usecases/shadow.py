@@ -1,7 +1,8 @@
 """Shadow: for some instances, ask every other RM too, after the reply, so that the run learns from full information.
 
 The verdicts are added to the stored decision while it waits for its feedback; so they reach the log with it, and every
-replica folds the same. Feedback that comes first finds the decision without them: then they are dropped and counted.
+replica folds the same. That an instance was shadowed is noted even where nobody answered: off-policy evaluation divides
+by how often that happens. Feedback that comes first finds the decision without: then all is dropped and counted.
 Called by `score`; drained by `service.wiring` at shutdown. Knows no policy: what was drawn is done.
 """
 
@@ -128,10 +129,7 @@ class Shadower:
         await asyncio.gather(*(self._ask(arm, worker, asking) for arm, worker in enumerate(arms)))
         by_run: dict[str, list[_Asking]] = {}
         for one in asking:
-            if one.found:
-                by_run.setdefault(one.item.run.name, []).append(one)
-            else:
-                self._count(one.item, "failed")
+            by_run.setdefault(one.item.run.name, []).append(one)
         await asyncio.gather(*(self._record(run, found) for run, found in by_run.items()))
 
     async def _ask(self, arm: int, worker: Arm, asking: Sequence[_Asking]) -> None:
@@ -153,7 +151,7 @@ class Shadower:
         records = []
         for one in found:
             shadows = [tuple(shadow) for shadow in sorted(one.found)]
-            stored = msgspec.structs.replace(one.item.stored, shadows=shadows)
+            stored = msgspec.structs.replace(one.item.stored, shadows=shadows, shadowed=True)
             records.append(DecisionRecord(one.item.decision_id, encode_decision(stored)))
         try:
             pending = await self._store.update_decisions(run, records)
@@ -161,7 +159,10 @@ class Shadower:
             self._telemetry.store_errors.labels("update_decisions").inc()
             pending = None
         for index, one in enumerate(found):
-            self._count(one.item, "failed" if pending is None else "recorded" if pending[index] else "late")
+            if pending is None or not one.found:
+                self._count(one.item, "failed")
+            else:
+                self._count(one.item, "recorded" if pending[index] else "late")
 
     def _count(self, item: Shadowable, outcome: str) -> None:
         self._telemetry.shadows.labels(item.run.name, outcome).inc()

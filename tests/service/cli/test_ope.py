@@ -63,11 +63,10 @@ def checkpoint(seed: int = 0) -> Checkpoint:
     )
 
 
-def make_log(url: str, out: Path, count: int, **settings: Any) -> None:
-    """A file of so many events of a new run."""
+def make_log(url: str, out: Path, count: int, run: str | None = None, **settings: Any) -> None:
+    """A file of so many events of a new run; its draws are the same each time where its name is."""
 
-    async def make() -> None:
-        run = fresh_run()
+    async def make(run: str) -> None:
         async with open_gateway(url, arms=arms(), run=run, **settings) as gateway:
             for index in range(count):
                 reply = await gateway.client.ok("/reward", pair(index * 7))
@@ -80,7 +79,7 @@ def make_log(url: str, out: Path, count: int, **settings: Any) -> None:
         finally:
             await store.close()
 
-    asyncio.run(make())
+    asyncio.run(make(run or fresh_run()))
 
 
 def ope(*options: object) -> Result:
@@ -91,7 +90,7 @@ def ope(*options: object) -> Result:
 def random_file(valkey_server: ValkeyProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """150 events of the policy `random`."""
     out = tmp_path_factory.mktemp("ope") / "random.parquet"
-    make_log(valkey_server.url, out, 150, policy="random")
+    make_log(valkey_server.url, out, 150, run="ope-random", policy="random")
     return out
 
 

@@ -1,0 +1,283 @@
+"""Exported rows tell RMs that failed from RMs that were away; what that means for estimates, and for older files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import pytest
+from rich.console import Console
+
+from router_core.policies import propensity_without
+from service.cli.ope import evaluate_log, print_figures
+from service.eventlog.export import export_log, read_events
+from service.eventlog.load import EventLog, load_log, logged_data
+from service.eventlog.record import ADDED_COLUMNS
+from service.stores.redis import RedisStore
+from service.usecases.decisions import decode_decision, encode_decision
+from service.workers.protocol import Rewards
+from tests.support.arms import ScriptedArm
+from tests.support.gateway import Gateway, open_gateway, pair, until
+
+if TYPE_CHECKING:
+    from tests.conftest import ValkeyProcess
+
+pq = pytest.importorskip("pyarrow.parquet", reason="needs reward-router[export]")
+
+A, B, C = range(3)
+
+
+class LeavingArm(ScriptedArm):
+    """Calls `on_call` before it answers: what happens in the pool while an RM is asked."""
+
+    on_call: Callable[[], None] = staticmethod(lambda: None)
+
+    async def _take(self, items: list[tuple[str, str]], deadline: float) -> None:
+        self.on_call()
+        await super()._take(items, deadline)
+
+
+class CuttingArm(ScriptedArm):
+    """Reads all but 7 tokens of every prompt."""
+
+    async def score(self, items: Any, *, deadline: float) -> list[float]:
+        """See `Arm.score`."""
+        return Rewards(await super().score(items, deadline=deadline), prompt_tokens_cut=7)
+
+
+@pytest.fixture
+async def gateway(valkey_server: ValkeyProcess) -> AsyncIterator[Gateway]:
+    """rm-a refuses questions with a 5 in their prompt; rm-c prefers the shorter response, and feedback the longer."""
+    async with open_gateway(valkey_server.url, policy="random") as opened:
+        refuse_fives(opened)
+        yield opened
+
+
+def refuse_fives(gateway: Gateway) -> None:
+    gateway.arm("rm-a").refuses = lambda text: text.startswith("Question 5")
+    gateway.arm("rm-c").score_of = lambda _, response: -float(len(response))
+
+
+async def asked(gateway: Gateway, *indices: int, **more: Any) -> list[str]:
+    """Decisions about these pairs, with feedback for the longer response; their ids."""
+    ids = []
+    for index in indices:
+        reply = await gateway.client.ok("/reward", {**pair(index), **more})
+        ids.append(reply["decision_id"])
+        await gateway.client.ok("/feedback", {"decision_id": ids[-1], "preferred": 1})
+    return ids
+
+
+async def exported(gateway: Gateway, path: Path) -> EventLog:
+    """The gateway's log by way of a file."""
+    store = RedisStore(gateway.server_url, window_seconds=60)
+    await export_log(store, gateway.run, path)
+    await store.close()
+    return load_log(path)
+
+
+@pytest.mark.parametrize("name", ["log.parquet", "log.jsonl"])
+async def test_an_rm_that_failed_for_some_texts_is_the_first_choice_of_those_rows(
+    gateway: Gateway, tmp_path: Path, name: str
+) -> None:
+    await asked(gateway, *[5, 6] * 30)
+    log = await exported(gateway, tmp_path / name)
+    data = logged_data(log)
+    fell = [event.decision for event in log.events if event.decision.fallback]
+    assert 0 < len(fell) < 30
+    for decision in fell:
+        assert (decision.gone, decision.failed, decision.away) == ([A], [A], [])
+        assert decision.first_arm == A != decision.arm
+        # The reply's propensity is that of the RM that answered, among those that were left.
+        assert decision.propensity == pytest.approx(0.5, abs=1e-3)
+    assert not any(event.decision.failed for event in log.events[1::2])
+    assert data.arm.tolist() == [event.decision.first_arm for event in log.events]
+    assert data.available.all()
+    assert data.propensities == pytest.approx(np.full((60, 3), 1 / 3), abs=1e-3)
+    assert data.reward.tolist() == [float(event.decision.arm != C) for event in log.events]
+
+
+async def test_an_rm_that_is_away_is_out_of_the_choice_and_one_that_failed_is_not(
+    gateway: Gateway, tmp_path: Path
+) -> None:
+    gateway.arm("rm-b").available = False
+    await asked(gateway, *[5] * 24)
+    log = await exported(gateway, tmp_path / "log.parquet")
+    data = logged_data(log)
+    found = {(d.arm, tuple(d.failed), tuple(d.away)) for d in (event.decision for event in log.events)}
+    assert found == {(C, (), (B,)), (C, (A,), (B,))}
+    assert {tuple(sorted(event.decision.gone)) for event in log.events} == {(B,), (A, B)}
+    assert data.available.tolist() == [[True, False, True]] * 24
+    assert data.propensities == pytest.approx(np.tile([0.5, 0.0, 0.5], (24, 1)), abs=1e-3)
+    for event, propensities in zip(log.events, data.propensities, strict=True):
+        draw = np.array(event.decision.means), np.array(event.decision.sds)
+        first = propensity_without(*draw, event.decision.away, event.decision.first_arm)
+        assert propensities[event.decision.first_arm] == pytest.approx(first)
+
+
+async def test_what_leaves_or_comes_back_after_the_first_call_was_or_was_not_a_choice(
+    valkey_server: ValkeyProcess, tmp_path: Path
+) -> None:
+    arms = [LeavingArm("rm-a"), ScriptedArm("rm-b"), ScriptedArm("rm-c")]
+    async with open_gateway(valkey_server.url, arms=arms, policy="random") as gateway:
+        gateway.arm("rm-b").available = False
+        refuse_fives(gateway)
+
+        def swap() -> None:
+            gateway.arm("rm-b").available, gateway.arm("rm-c").available = True, False
+
+        arms[A].on_call = swap
+        # Where rm-b was drawn before rm-a, nobody is left when it has come back; where after it, rm-b answers.
+        for _ in range(200):
+            gateway.arm("rm-b").available, gateway.arm("rm-c").available = False, True
+            response = await gateway.client.post("/reward", pair(5))
+            if response.status == 200 and response.json["model"] == "rm-b":
+                break
+        identity = response.json["decision_id"]
+        await gateway.client.ok("/feedback", {"decision_id": identity, "preferred": 1})
+        log = await exported(gateway, tmp_path / "log.parquet")
+    # rm-a was chosen of rm-a and rm-c, failed, and rm-b had come back then.
+    last = log.events[-1].decision
+    assert (last.arm, last.failed, last.away) == (B, [A], [B])
+    data = logged_data(log)
+    assert data.arm[-1] == A
+    assert data.available[-1].tolist() == [True, False, True]
+    assert data.propensities[-1] == pytest.approx([0.5, 0.0, 0.5], abs=1e-3)
+
+
+async def test_failures_stand_in_the_order_of_asking(gateway: Gateway, tmp_path: Path) -> None:
+    gateway.arm("rm-b").refuses = lambda text: text.startswith("Question 5")
+    await asked(gateway, *[5] * 100)
+    log = await exported(gateway, tmp_path / "log.jsonl")
+    assert {tuple(event.decision.failed) for event in log.events} == {(), (A,), (B,), (A, B), (B, A)}
+    assert {event.decision.arm for event in log.events} == {C}
+
+
+async def test_singles_that_follow_a_draw_fail_over_from_its_first_choice(gateway: Gateway, tmp_path: Path) -> None:
+    gateway.arm("rm-a").refuses = lambda text: text == "refused"
+    drawn = ""
+    for index in range(100):
+        reply = await gateway.client.ok("/reward", {"prompt": f"p{index}", "responses": ["x"]})
+        if (drawn := reply["model"]) == "rm-a":
+            break
+    assert drawn == "rm-a"
+    follower = await gateway.client.ok("/reward", {"prompt": f"p{index}", "responses": ["refused"]})
+    assert follower["fallback"]
+    assert follower["sticky"]
+    stored = gateway.decision(follower["decision_id"])
+    assert (stored.failed, stored.away, stored.first_arm) == ([A], [], A)
+
+
+async def test_a_shadowed_row_knows_what_every_first_choice_would_have_given(
+    valkey_server: ValkeyProcess, tmp_path: Path
+) -> None:
+    async with open_gateway(valkey_server.url, policy="random", shadow_rate=1.0) as gateway:
+        refuse_fives(gateway)
+        for index in [5, 6] * 20:
+            reply = await gateway.client.ok("/reward", pair(index))
+            identity = reply["decision_id"]
+            await until(lambda i=identity: gateway.decision(i).shadowed, "shadowed")  # type: ignore[misc]
+            await gateway.client.ok("/feedback", {"decision_id": identity, "preferred": 1})
+        log = await exported(gateway, tmp_path / "log.parquet")
+    data = logged_data(log)
+    assert data.propensities == pytest.approx(np.ones((40, 3)))
+    assert data.rewards[1::2].tolist() == [[1.0, 1.0, 0.0]] * 20
+    for event, rewards in zip(log.events[0::2], data.rewards[0::2], strict=True):
+        # rm-a fails here, asked or shadowed: what answers instead is what the row's own draw had next.
+        assert rewards.tolist() == [float(event.decision.arm == B), 1.0, 0.0]
+    assert {event.decision.arm for event in log.events[0::2]} == {B, C}
+
+
+async def test_that_an_instance_was_shadowed_is_noted_though_nobody_answered(
+    valkey_server: ValkeyProcess, tmp_path: Path
+) -> None:
+    async with open_gateway(valkey_server.url, models=("rm-a", "rm-b"), policy="random", shadow_rate=1.0) as gateway:
+        gateway.arm("rm-a").refuses = lambda _: True
+        for index in range(6):
+            reply = await gateway.client.ok("/reward", pair(index))
+            identity = reply["decision_id"]
+            await until(lambda i=identity: gateway.decision(i).shadowed, "shadowed")  # type: ignore[misc]
+            await gateway.client.ok("/feedback", {"decision_id": identity, "preferred": 1})
+        log = await exported(gateway, tmp_path / "log.parquet")
+    assert all(event.decision.shadows == [] for event in log.events)
+    data = logged_data(log)
+    assert data.rewards.tolist() == [[1.0, 1.0]] * 6
+    assert data.propensities == pytest.approx(np.ones((6, 2)))
+
+
+async def test_single_responses_are_not_counted_where_the_shadow_rate_is_estimated(
+    valkey_server: ValkeyProcess, tmp_path: Path
+) -> None:
+    async with open_gateway(valkey_server.url, policy="random", shadow_rate=1.0, sticky_seconds=0) as gateway:
+        single = {"prompt": "p", "responses": ["a"]}
+        for request in (single, *map(pair, range(20)), single):
+            reply = await gateway.client.ok("/reward", request)
+            identity = reply["decision_id"]
+            if len(request["responses"]) > 1:
+                await until(lambda i=identity: gateway.decision(i).shadowed, "shadowed")  # type: ignore[misc]
+            await gateway.client.ok("/feedback", {"decision_id": identity, "preferred": 0})
+        data = logged_data(await exported(gateway, tmp_path / "log.parquet"))
+    assert data.propensities[1:-1] == pytest.approx(np.ones((20, 3)))
+    assert data.propensities[[0, -1]] == pytest.approx(np.full((2, 3), 1 / 3), abs=1e-3)
+
+
+async def test_cut_prompts_stand_in_the_log(valkey_server: ValkeyProcess, tmp_path: Path) -> None:
+    arms = [CuttingArm("rm-a"), ScriptedArm("rm-b")]
+    async with open_gateway(valkey_server.url, arms=arms) as gateway:
+        for name in ("rm-a", "rm-b"):
+            reply = await gateway.client.ok("/reward", {**pair(), "policy": f"single:{name}"})
+            assert reply.get("truncated") == ({"prompt_tokens_cut": 7} if name == "rm-a" else None)
+            await gateway.client.ok("/feedback", {"decision_id": reply["decision_id"], "preferred": 1})
+        log = await exported(gateway, tmp_path / "log.parquet")
+    assert [event.decision.prompt_tokens_cut for event in log.events] == [7, 0]
+    assert pq.read_table(tmp_path / "log.parquet")["prompt_tokens_cut"].to_pylist() == [7, 0]
+
+
+@pytest.mark.parametrize("name", ["log.parquet", "log.jsonl"])
+async def test_files_of_before_keep_their_meaning_and_the_command_says_so(
+    gateway: Gateway, tmp_path: Path, name: str
+) -> None:
+    await asked(gateway, *[5] * 20)
+    new, old = tmp_path / name, tmp_path / f"old-{name}"
+    log = await exported(gateway, new)
+    without_columns(new, old)
+    fell = np.array([bool(event.decision.failed) for event in log.events])
+    before = load_log(old)
+    assert [event.decision.failed for event in before.events] == [[]] * 20
+    data = logged_data(before)
+    assert data.arm.tolist() == [event.decision.arm for event in log.events]
+    assert (data.available[:, A] == ~fell).all()
+    assert data.propensities[fell] == pytest.approx(np.tile([0.0, 0.5, 0.5], (int(fell.sum()), 1)), abs=1e-3)
+    assert notes(log)[0].startswith(f"{fell.sum()} rows asked an RM first that gave no reward")
+    assert notes(before)[0].startswith(f"{fell.sum()} rows with a fallback are of an earlier version")
+    assert [event.decision.arm for event in read_events(old)] == [event.decision.arm for event in read_events(new)]
+
+
+async def test_a_decision_stored_before_there_were_the_fields_is_read(gateway: Gateway) -> None:
+    reply = await gateway.client.ok("/reward", pair(6))
+    stored = gateway.decision(reply["decision_id"])
+    payload = encode_decision(stored)
+    assert not set(ADDED_COLUMNS) & set(msgspec.msgpack.decode(payload)), "what is empty is not stored"
+    assert decode_decision(payload) == stored
+
+
+def without_columns(path: Path, out: Path) -> None:
+    """The file as an earlier version had written it."""
+    if path.suffix == ".parquet":
+        pq.write_table(pq.read_table(path).drop_columns(list(ADDED_COLUMNS)), out)
+        return
+    header, *rows = path.read_text().splitlines()
+    kept = [{key: value for key, value in json.loads(row).items() if key not in ADDED_COLUMNS} for row in rows]
+    out.write_text("\n".join([header, *map(json.dumps, kept)]) + "\n")
+
+
+def notes(log: EventLog) -> list[str]:
+    """The lines under the command's table that are about the log."""
+    output = StringIO()
+    print_figures(evaluate_log(log, ["random"], None), Console(file=output, width=400))
+    return [line for line in output.getvalue().splitlines() if " rows asked" in line or " rows with" in line]
