@@ -15,7 +15,7 @@
         revision: main                       # of `model`: branch, tag or commit
         licence: apache-2.0                  # for people
         served_name: rm-arithmetic           # the worker's name for it, if another
-        rendering: template                  # `messages` (default, any worker), `template` (texts) or `tokens` (ids)
+        rendering: template                  # `messages` (default, any worker), `template`, `tokens` or `auto`
         chat_template: plain                 # for `template`: plain, a .jinja file, or a tokenizer's directory
         score_scale: 0.5                     # the gateway answers score_scale * reward + score_shift
         score_shift: 0.0
@@ -25,8 +25,8 @@
         tensor_parallel: 1                   # GPUs of one replica
         dtype: bfloat16
         max_model_len: 4096                  # tokens it reads at most; by default what the worker says
-        tokenizer: models/rm-arithmetic      # for `tokens`: directory or hub id; by default `path` or `model`
-        tokens_per_request: 32768            # for `tokens`: bound on one request
+        tokenizer: models/rm-arithmetic      # for `tokens`, `auto`: directory or hub id; by default `path` or `model`
+        tokens_per_request: 32768            # for `tokens`, `auto`: bound on one request
         vllm_args: [--max-num-batched-tokens, "8192"]
         env: {VLLM_LOGGING_LEVEL: WARNING}
 
@@ -77,7 +77,7 @@ class ModelEntry(BaseModel):
     name: str = Field(min_length=1, max_length=200)
     urls: tuple[str, ...] = ()
     served_name: str | None = None
-    rendering: Literal["messages", "template", "tokens"] = "messages"
+    rendering: Literal["auto", "messages", "template", "tokens"] = "messages"
     chat_template: str = "plain"
     tokenizer: str | None = Field(default=None, min_length=1)
     tokens_per_request: int | None = Field(default=None, ge=1)
@@ -123,7 +123,7 @@ class ModelEntry(BaseModel):
 
     @model_validator(mode="after")
     def _tokenizable(self) -> ModelEntry:
-        if self.rendering != "tokens":
+        if self.rendering not in ("tokens", "auto"):
             for field in ("tokenizer", "tokens_per_request"):
                 if getattr(self, field) is not None:
                     raise ValueError(f"model {self.name!r} has `{field}` without `rendering: tokens`: add it")
@@ -131,7 +131,8 @@ class ModelEntry(BaseModel):
             raise ValueError(f"model {self.name!r} is recorded by its texts: use `rendering: template` or `messages`")
         elif self.tokenizer is None and self.source is None:
             raise ValueError(
-                f"model {self.name!r} has `rendering: tokens` and no `tokenizer`: name the RM's directory or hub id"
+                f"model {self.name!r} has `rendering: {self.rendering}` and no `tokenizer`: name the RM's directory or "
+                "hub id"
             )
         return self
 
@@ -225,10 +226,6 @@ def _resolved(model: object, folder: Path) -> object:
     template = out.get("chat_template")
     if isinstance(template, str) and template != "plain":
         out["chat_template"] = str((folder / template).absolute())
-    tokenizer = out.get("tokenizer")
-    if isinstance(tokenizer, str) and (folder / tokenizer).exists():
-        # Else it is a hub id, which looks like a relative path.
-        out["tokenizer"] = str((folder / tokenizer).absolute())
     tokenizer = out.get("tokenizer")
     if isinstance(tokenizer, str) and (folder / tokenizer).exists():
         # Else it is a hub id, which looks like a relative path.

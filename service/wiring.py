@@ -374,9 +374,20 @@ def describe_arms(arms: Sequence[Arm]) -> list[ArmStatus]:
                         failures=replica.consecutive_failures,
                         latency_ms=None if latency is None else latency * 1e3,
                         problem=replica.problem,
+                        max_model_len=replica.max_model_len,
                     )
                 )
-        out.append(ArmStatus(name=arm.name, available=arm.available, replicas=replicas))
+        served = arm if isinstance(arm, VllmArm) else None
+        out.append(
+            ArmStatus(
+                name=arm.name,
+                available=arm.available,
+                rendering=None if served is None else served.rendering.name,
+                max_model_len=None if served is None else served.max_model_len,
+                over_long=None if served is None else served.config.over_long.value,
+                replicas=replicas,
+            )
+        )
     return out
 
 
@@ -408,15 +419,17 @@ def build_arm(model: ModelEntry, settings: Settings, over_long: OverLong = OverL
             "`reward-router up` start it"
         )
     try:
-        rendering = _load_rendering(model)
+        rendering, fallback = _load_rendering(model)
     except (ValueError, OSError) as error:
-        raise ConfigurationError(f"model {model.name!r}: chat template {model.chat_template}: {error}") from error
+        what = "rendering: tokens" if model.rendering == "tokens" else f"chat template {model.chat_template}"
+        raise ConfigurationError(f"model {model.name!r}: {what}: {error}") from error
     return VllmArm(
         ArmConfig(
             name=model.name,
             urls=model.urls,
             model=model.served_name,
             rendering=rendering,
+            fallback=fallback,
             max_in_flight=model.max_in_flight or settings.worker_max_in_flight,
             tokens_per_request=model.tokens_per_request or TOKENS_PER_REQUEST,
             max_model_len=model.max_model_len,
@@ -429,17 +442,27 @@ def build_arm(model: ModelEntry, settings: Settings, over_long: OverLong = OverL
     )
 
 
-def _load_rendering(model: ModelEntry) -> Rendering:
-    """The model's rendering; `tokenizers` is imported only where a pool sends token ids."""
-    if model.rendering != "tokens":
-        return load_rendering(model.rendering, model.chat_template)
+def _load_rendering(model: ModelEntry) -> tuple[Rendering, Rendering | None]:
+    """The model's rendering, and the one for workers that read another text than that; `tokenizers` is imported only
+    where token ids are to be sent.
+    """
+    if model.rendering in ("messages", "template"):
+        return load_rendering(model.rendering, model.chat_template), None
     from service.workers.tokens import load_token_rendering
 
     # The template `plain` is the default of the field; a model that is given ids has one of its own.
     template = None if model.chat_template == "plain" else model.chat_template
     # A tokenizer of its own name has revisions of its own.
     revision = None if model.tokenizer else model.revision
-    return load_token_rendering(model.tokenizer or str(model.source), template, revision=revision)
+    try:
+        rendering = load_token_rendering(model.tokenizer or str(model.source), template, revision=revision)
+    except (ValueError, OSError) as error:
+        if model.rendering == "tokens":
+            raise
+        fields = {"model": model.name, "rendering": "messages", "reason": str(error)}
+        logger.warning("the reward model's tokenizer cannot be had", extra={"fields": fields})
+        return load_rendering("messages"), None
+    return rendering, load_rendering("messages") if model.rendering == "auto" else None
 
 
 def _build_monitor(arms: Sequence[VllmArm], settings: Settings) -> HealthMonitor | None:

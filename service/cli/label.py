@@ -186,7 +186,7 @@ async def _asked(asker: ModelAsker, instances: Sequence[tuple[str, Instance]]) -
 
 def _asker(arm: VllmArm, policy: AskPolicy, record: Callable[[Sequence[Answer]], None]) -> ModelAsker:
     """One request a batch: a rendering that takes one conversation a request gets one pair a batch."""
-    limit = arm.config.rendering.items_limit
+    limit = arm.rendering.items_limit
     if limit == 1:
         policy = replace(policy, batch=1)
 

@@ -127,7 +127,7 @@ def plan_workers(
         if model.name in by_vllm and vllm is not None:
             starts += _vllm_starts(model, pool.device, vllm, next_port)
         elif model.source is not None:
-            if model.rendering == "messages" and model.chat_template != "plain":
+            if model.rendering in ("messages", "auto") and model.chat_template != "plain":
                 raise ConfigurationError(
                     f"model {model.name!r}: the CPU worker knows the tokenizer's own chat template only, not "
                     f"{model.chat_template}: use `rendering: template`, which renders in the gateway, or vLLM"

@@ -25,7 +25,7 @@ def models(
         typer.echo(json.dumps({"models": pool, "posterior": posterior}))
         return
     table = Table(title=f"run {posterior['run']}: {posterior['version']} events learned, prior {posterior['prior']}")
-    for column in ("model", "available", "replicas", "feedbacks", "mean reward", "weight sd"):
+    for column in ("model", "available", "replicas", "sent", "reads", "feedbacks", "mean reward", "weight sd"):
         table.add_column(column)
     for arm, learned in zip(pool, posterior["models"], strict=True):
         mean = learned["mean_reward"]
@@ -33,6 +33,8 @@ def models(
             arm["name"],
             "yes" if arm["available"] else "[red]no[/]",
             ", ".join(f"{replica['url']} {replica['state']}" for replica in arm["replicas"]),
+            arm["rendering"] or "–",
+            "–" if arm["max_model_len"] is None else f"{arm['max_model_len']} tokens",
             str(learned["feedbacks"]),
             "–" if mean is None else f"{mean:.3f}",
             f"{learned['sd']:.4f}",

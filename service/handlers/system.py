@@ -59,7 +59,9 @@ def system_router() -> APIRouter:
 
     @router.get("/models", tags=["routing"], summary="The pool and its workers")
     async def models(request: Request) -> list[ArmStatus]:
-        """Each RM with its replicas: address, whether it is up, requests in flight, smoothed latency."""
+        """Each RM: what requests to it hold, how many tokens it reads, and its replicas: address, whether it is up,
+        requests in flight, smoothed latency, what the probe found.
+        """
         return _status(request).models()
 
     @router.get(

@@ -27,6 +27,9 @@ class ReplicaStatus(BaseModel):
     failures: int = Field(description="Failures in a row.")
     latency_ms: float | None = Field(description="Smoothed time of a request; null before the first.")
     problem: str | None = Field(description="Why its answers to the probe rule it out; null while they do not.")
+    max_model_len: int | None = Field(
+        description="Tokens that this worker says it reads at most; null where it does not say, or was not asked yet."
+    )
 
 
 class ArmStatus(BaseModel):
@@ -34,6 +37,16 @@ class ArmStatus(BaseModel):
 
     name: str
     available: bool
+    rendering: str | None = Field(
+        description="What requests to it hold: messages, template (texts), tokens (ids); null where it has no workers."
+    )
+    max_model_len: int | None = Field(
+        description="Tokens that it reads at most: the least of what the pool file and the workers that may be asked "
+        "say; null where nobody says."
+    )
+    over_long: str | None = Field(
+        description="What becomes of an instance with more: skip, refuse or cut_prompt; null where it has no workers."
+    )
     replicas: list[ReplicaStatus]
 
 

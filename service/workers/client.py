@@ -70,6 +70,7 @@ class ArmConfig:
         urls: one origin per replica; all serve the same weights.
         model: the name under which the workers serve it; the arm's name when None.
         rendering: what a request holds; see `service.workers.render`.
+        fallback: a rendering for an RM whose workers read another text than `rendering` writes; see `fall_back`.
         max_in_flight: requests at once per replica; also its connections.
         items_per_request: (prompt, response) items per request where the rendering allows several; 64 = 32 pairs.
         tokens_per_request: tokens per request, where the rendering counts them; a single instance may have more.
@@ -90,6 +91,7 @@ class ArmConfig:
     urls: tuple[str, ...]
     model: str | None = None
     rendering: Rendering = field(default_factory=MessagesRendering)
+    fallback: Rendering | None = None
     max_in_flight: int = 64
     items_per_request: int = 64
     tokens_per_request: int = TOKENS_PER_REQUEST
@@ -150,9 +152,7 @@ class VllmArm:
         self.config = config
         self.replicas = tuple(_build_replica(config, url, clock) for url in config.urls)
         self._model = config.served_model
-        self._rendering = config.rendering
-        self._chunk = min(config.items_per_request, config.rendering.items_limit or config.items_per_request)
-        self._chunk_size = config.tokens_per_request if config.rendering.counts_tokens else math.inf
+        self._render_by(config.rendering)
         self._answer = msgspec.json.Decoder(ClassifyAnswer)
         self._turn = 0
 
@@ -169,6 +169,25 @@ class VllmArm:
             if replica.breaker.allows and not replica.full:
                 return True
         return False
+
+    @property
+    def rendering(self) -> Rendering:
+        """What requests hold: the configured rendering, or the fallback since `fall_back`."""
+        return self._rendering
+
+    @property
+    def may_fall_back(self) -> bool:
+        """Whether there is a fallback, and no replica was ever used: what was asked of an RM stays what it was."""
+        return self.config.fallback is not None and not any(replica.admitted for replica in self.replicas)
+
+    def fall_back(self) -> bool:
+        """Use the fallback from now on; whether it is used now.
+
+        Only while no replica was ever admitted, so that no call is under way whose requests are half rendered.
+        """
+        if self.config.fallback is not None and self.may_fall_back:
+            self._render_by(self.config.fallback)
+        return self._rendering is self.config.fallback
 
     def snapshots(self) -> tuple[ReplicaSnapshot, ...]:
         """The replicas' states, in the order of `config.urls`."""
@@ -252,6 +271,12 @@ class VllmArm:
         """Tokens that every replica which may be asked reads; None while nobody has said."""
         told = [self.config.max_model_len, *(r.max_model_len for r in self.replicas if r.breaker.allows)]
         return min((limit for limit in told if limit is not None), default=None)
+
+    def _render_by(self, rendering: Rendering) -> None:
+        config = self.config
+        self._rendering = rendering
+        self._chunk = min(config.items_per_request, rendering.items_limit or config.items_per_request)
+        self._chunk_size = config.tokens_per_request if rendering.counts_tokens else math.inf
 
     async def _prepare(self, groups: Sequence[Sequence[tuple[str, str]]]) -> list[Prepared | RenderError]:
         rendering = self._rendering

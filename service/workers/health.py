@@ -3,6 +3,7 @@
 Closes the breaker of a replica that answers and counts a failure on one that does not; a refused connection opens it
 at once and gives up what is in flight there. A replica that is new, or has been out, must pass the whole probe
 (`service.workers.probe`); one with a problem, or that refused connections since, gets no traffic until it does.
+An RM that was never used and has a fallback rendering takes it where its workers pass with that one only.
 A replica that has equals is also asked how busy it is (vLLM's `/metrics`), for the choice among them.
 `service.wiring` awaits `check_all` before the first traffic, starts the monitor, and stops it when the service drains.
 Knows arms and replicas; nothing of runs or posteriors.
@@ -21,7 +22,7 @@ import numpy as np
 from service.workers.client import VllmArm
 from service.workers.http import HttpError
 from service.workers.load import read_load
-from service.workers.probe import ProbeError, UnreachableError, probe_replica, readiness
+from service.workers.probe import ProbeError, ReplicaProbe, UnreachableError, probe_replica, readiness
 from service.workers.replica import Replica
 from service.workers.wire import METRICS_PATH
 
@@ -157,7 +158,7 @@ class HealthMonitor:
         replica.report_load(load, valid_seconds=LOAD_VALID_INTERVALS * self._policy.interval_seconds)
 
     async def _probe(self, arm: VllmArm, replica: Replica, deadline: float) -> None:
-        report = await probe_replica(arm, replica, deadline=deadline)
+        report = await self._probed(arm, replica, deadline)
         if report.unavailable is None:
             replica.max_model_len = report.max_model_len
         if report.problems:
@@ -172,3 +173,18 @@ class HealthMonitor:
             # A replica that is in use and answers, only too slowly for a whole probe, stays in use.
             ready = report.raw is not None and not replica.breaker.held
             replica.report_check(None if ready else report.unavailable)
+
+    async def _probed(self, arm: VllmArm, replica: Replica, deadline: float) -> ReplicaProbe:
+        """The report, by the fallback rendering where the replica fails with the arm's own and passes with that."""
+        report = await probe_replica(arm, replica, deadline=deadline)
+        if not report.problems or not arm.may_fall_back:
+            return report
+        other = await probe_replica(arm, replica, deadline=deadline, rendering=arm.config.fallback)
+        if not other.ok or not arm.fall_back():
+            return report
+        fields = {"model": arm.name, "url": replica.url, "rendering": arm.rendering.name}
+        _log.warning(
+            "reward model reads another text than is rendered here",
+            extra={"fields": fields | {"reason": "; ".join(report.problems)}},
+        )
+        return other

@@ -99,7 +99,9 @@ async def probe(arm: VllmArm, *, deadline: float) -> tuple[ReplicaProbe, ...]:
     return tuple(await asyncio.gather(*(probe_replica(arm, replica, deadline=deadline) for replica in arm.replicas)))
 
 
-async def probe_replica(arm: VllmArm, replica: Replica, *, deadline: float) -> ReplicaProbe:
+async def probe_replica(
+    arm: VllmArm, replica: Replica, *, deadline: float, rendering: Rendering | None = None
+) -> ReplicaProbe:
     """Ask one replica what it must show before it is used.
 
     Checks that the model is served, that it reads as many tokens as configured, that `use_activation: false` is obeyed
@@ -111,11 +113,13 @@ async def probe_replica(arm: VllmArm, replica: Replica, *, deadline: float) -> R
         arm: what was configured.
         replica: one of the arm's.
         deadline: absolute `loop.time()` for the whole probe.
+        rendering: tried instead of the arm's.
 
     Returns:
         The report. Never raises for what a worker does.
     """
     model = arm.config.served_model
+    rendering = rendering or arm.rendering
     served: tuple[str, ...] = ()
     raw = default = unavailable = length = None
     problems: list[str] = []
@@ -128,15 +132,14 @@ async def probe_replica(arm: VllmArm, replica: Replica, *, deadline: float) -> R
         elif model not in served:
             raise ProbeError(f"serves {', '.join(served) or 'nothing'}, not {model!r}: check the served model name")
         length = next((one.max_model_len for one in models if one.id == model), None)
-        _judge_length(arm, length, problems, warnings)
-        rendering = arm.config.rendering
+        _judge_length(arm, length, rendering, problems, warnings)
         raw = await _classify(arm, replica, rendering, deadline, use_activation=False)
         default = await _classify(arm, replica, rendering, deadline, use_activation=None)
         _judge_activation(raw, default, problems, warnings)
         if not isinstance(rendering, MessagesRendering):
             await _compare_templates(arm, replica, raw, deadline, problems, warnings)
         if rendering.counts_tokens:
-            await _compare_ids(arm, replica, deadline, problems)
+            await _compare_ids(arm, replica, rendering, deadline, problems)
     except UnreachableError as error:
         unavailable = str(error)
     except ProbeError as error:
@@ -151,17 +154,19 @@ async def readiness(arm: VllmArm, replica: Replica, *, deadline: float) -> None:
         UnreachableError: the replica is not ready; the message says why.
         ProbeError: it answered what a reward model does not answer.
     """
-    await _classify(arm, replica, arm.config.rendering, deadline, use_activation=False)
+    await _classify(arm, replica, arm.rendering, deadline, use_activation=False)
 
 
-def _judge_length(arm: VllmArm, served: int | None, problems: list[str], warnings: list[str]) -> None:
+def _judge_length(
+    arm: VllmArm, served: int | None, rendering: Rendering, problems: list[str], warnings: list[str]
+) -> None:
     configured = arm.config.max_model_len
     if served is not None and configured is not None and served < configured:
         problems.append(
             f"reads at most {served} tokens, and max_model_len of {arm.name!r} is {configured}: lower it, or start the "
             f"worker with --max-model-len {configured}"
         )
-    elif served is None and configured is None and arm.config.rendering.counts_tokens:
+    elif served is None and configured is None and rendering.counts_tokens:
         warnings.append(
             "how many tokens it reads is not known, so that over-long texts are found only when it refuses them: set "
             f"max_model_len of {arm.name!r} in the pool file"
@@ -198,9 +203,10 @@ async def _compare_templates(
         )
 
 
-async def _compare_ids(arm: VllmArm, replica: Replica, deadline: float, problems: list[str]) -> None:
+async def _compare_ids(
+    arm: VllmArm, replica: Replica, rendering: Rendering, deadline: float, problems: list[str]
+) -> None:
     """A worker without `/tokenize` has only the rewards to be compared by."""
-    rendering = arm.config.rendering
     (own,) = rendering.prepare([[(AWKWARD_PROMPT, AWKWARD_RESPONSE)]])
     if isinstance(own, RenderError):
         problems.append(str(own))

@@ -75,6 +75,10 @@ class Rendering(Protocol):
     """How instances become request bodies."""
 
     @property
+    def name(self) -> str:
+        """As pool files name it: `messages`, `template` or `tokens`."""
+
+    @property
     def items_limit(self) -> int | None:
         """Items that one request may hold; None for any number."""
 
@@ -207,6 +211,11 @@ class MessagesRendering:
     """One conversation per request; the worker applies its own chat template."""
 
     @property
+    def name(self) -> str:
+        """As pool files name it."""
+        return "messages"
+
+    @property
     def items_limit(self) -> int | None:
         """`/classify` takes one conversation."""
         return 1
@@ -238,6 +247,11 @@ class TemplateRendering:
     """Many texts per request, templated here."""
 
     template: Template
+
+    @property
+    def name(self) -> str:
+        """As pool files name it."""
+        return "template"
 
     @property
     def items_limit(self) -> int | None:

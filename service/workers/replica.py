@@ -65,6 +65,7 @@ class Replica:
 
     Attributes:
         proven: a probe has passed since the replica was last out. Only the health monitor's probes prove.
+        admitted: a probe has ever passed.
         max_model_len: tokens that the worker says it reads at most; None while it has not.
         supervised: a health monitor watches. Then a replica that refused a connection, and so may come back as another
             one, gets no traffic until a probe has passed; without a monitor a trial request finds out.
@@ -96,6 +97,7 @@ class Replica:
         self.items = 0
         self.breaker = CircuitBreaker(policy, clock)
         self.proven = False
+        self.admitted = False
         self.supervised = False
         self.max_model_len: int | None = None
         self._model = model
@@ -230,7 +232,7 @@ class Replica:
 
     def admit(self) -> None:
         """A probe has passed: traffic may come."""
-        self.proven = True
+        self.proven = self.admitted = True
         self._problem = None
         self._back()
 

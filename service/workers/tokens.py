@@ -55,6 +55,11 @@ class TokenRendering:
         self._tokenizer = tokenizer
 
     @property
+    def name(self) -> str:
+        """As pool files name it."""
+        return "tokens"
+
+    @property
     def items_limit(self) -> int | None:
         """Any number."""
         return None
@@ -215,5 +220,6 @@ def _fetched(name: str, revision: str | None, cache_dir: Path | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files, cache_dir=cache_dir))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ValueError(
-            f"tokenizer {name!r} is neither a directory nor a model that the hub gives: {error}"
+            f"tokenizer {name!r} is neither a directory nor a model that the hub gives (set HF_TOKEN for one that it "
+            f"gives to some only, or use rendering 'messages'): {error}"
         ) from error
