@@ -1,12 +1,14 @@
 """Child processes of the gateway benchmark: a stub worker, a pass-through proxy, the real gateway, and idlers.
 
     python -m loadtests.stub awake --core C
-    python -m loadtests.stub stub --port P
+    python -m loadtests.stub stub --port P [--pairs-per-second R]
     python -m loadtests.stub proxy --port P --upstream http://127.0.0.1:Q
-    python -m loadtests.stub gateway --port P --pool FILE --store URL --run NAME --encoder hash:64|static
+    python -m loadtests.stub gateway --port P --pool FILE --store URL --run NAME --encoder hash:64|served:9:64|static
 
-Started by `loadtests.gateway`. The gateway is `service.app.create_app`, served as `reward-router serve` does; only its
-encoder may be another: `hash:D` looks a unit vector up, so that what remains is everything but encoding.
+Started by `loadtests.gateway` and `loadtests.pipeline`. With `--pairs-per-second` every model of the stub is one
+device: first come, first served, so many pairs a second. The gateway is `service.app.create_app`, served as
+`reward-router serve` does; only its encoder may be another: `hash:D` looks a unit vector up, so that what remains is
+everything but encoding; `served:R:D` does so too, and takes the time that a server of R pairs a second would.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +34,7 @@ from loadtests.report import use_one_blas_thread
 from router_core.encoder.fuse import PairEncoder
 from router_core.records import Instance
 from service.cli.serve import read_settings, serve_app
+from service.encoders.protocol import AwaitedEncoder, Encoded, ServerStatus
 from service.pool import load_pool
 from service.settings import Settings
 from service.telemetry import configure_logging
@@ -50,6 +53,9 @@ MODELS = ("rm-a", "rm-b", "rm-c", "rm-d")
 
 AWAKE_SECONDS = 600.0
 """No idler outlives this, whatever becomes of the benchmark."""
+
+PATIENCE_SECONDS = 120.0
+"""Deadlines of the gateway: a benchmark of slow devices waits for them."""
 
 HASH_ROWS = 4096
 """Unit vectors of the `hash:D` encoder."""
@@ -78,17 +84,86 @@ class HashEncoder(PairEncoder):
         return self._rows[[zlib.crc32(instance.responses[0].encode()) % HASH_ROWS for instance in instances]]
 
 
+class Device:
+    """Takes what it is asked in turn, at a steady rate.
+
+    Args:
+        items_per_second: its speed.
+    """
+
+    def __init__(self, items_per_second: float) -> None:
+        self._rate = items_per_second
+        self._free_at = 0.0
+
+    def done_at(self, items: int) -> float:
+        """When it will have done these too, by the event loop's clock."""
+        now = asyncio.get_running_loop().time()
+        self._free_at = max(now, self._free_at) + items / self._rate
+        return self._free_at
+
+
+class ServedEncoder(AwaitedEncoder):
+    """`HashEncoder` as if it were a server's: each call waits for its turn and its time.
+
+    Args:
+        pairs_per_second: the server's speed.
+        d: columns of x.
+    """
+
+    def __init__(self, pairs_per_second: float, d: int) -> None:
+        self._table = HashEncoder(d)
+        self._device = Device(pairs_per_second)
+
+    @property
+    def spec(self) -> str:
+        """`hash:D`."""
+        return self._table.spec
+
+    @property
+    def dim(self) -> int:
+        """d."""
+        return self._table.dim
+
+    @property
+    def available(self) -> bool:
+        """Always."""
+        return True
+
+    def servers(self) -> list[ServerStatus]:
+        """None that could be named."""
+        return []
+
+    async def start(self) -> None:
+        """Nothing to probe."""
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+    async def encode(self, instances: Sequence[Instance]) -> Encoded:
+        """(B, d), when their turn has come."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await asyncio.sleep(self._device.done_at(len(instances)) - began)
+        return Encoded(self._table.encode(instances), loop.time() - began)
+
+
 class _Question(msgspec.Struct):
     """What the stub reads of a request."""
 
+    model: str = MODELS[0]
     input: str | list[str] | None = None
     use_activation: bool | None = None
 
 
 class StubProtocol(asyncio.Protocol):
-    """Answers `/classify` with constant rewards as fast as Python can; no framework, no parser of headers."""
+    """Answers `/classify` with constant rewards as fast as Python can; no framework, no parser of headers.
 
-    def __init__(self) -> None:
+    Args:
+        devices: by model; empty to answer at once.
+    """
+
+    def __init__(self, devices: Mapping[str, Device]) -> None:
+        self._devices = devices
         self._buffer = b""
         self._transport: asyncio.Transport | None = None
         self._decoder = msgspec.json.Decoder(_Question)
@@ -112,21 +187,30 @@ class StubProtocol(asyncio.Protocol):
             length = int(self._buffer[mark + 15 : self._buffer.find(b"\r\n", mark)]) if mark >= 0 else 0
             if len(self._buffer) < body + length:
                 return
-            reply = self._answer(self._buffer[:body], self._buffer[body : body + length])
+            question, document = self._buffer[:body], self._buffer[body : body + length]
             self._buffer = self._buffer[body + length :]
-            if self._transport is not None:
-                self._transport.write(reply)
+            self._reply(question, document)
 
-    def _answer(self, head: bytes, body: bytes) -> bytes:
+    def _reply(self, head: bytes, body: bytes) -> None:
         if head.startswith(b"GET " + MODELS_PATH.encode()):
-            return _http(msgspec.json.encode(ModelList([ServedModel(name) for name in MODELS])))
+            self._write(_http(msgspec.json.encode(ModelList([ServedModel(name) for name in MODELS]))))
+            return
         if not head.startswith(b"POST " + CLASSIFY_PATH.encode()):
-            return _http(b"{}")
+            self._write(_http(b"{}"))
+            return
         question = self._decoder.decode(body)
         key = (len(question.input) if isinstance(question.input, list) else 1, question.use_activation is False)
         if key not in self._answers:
             self._answers[key] = _classified(*key)
-        return self._answers[key]
+        device = self._devices.get(question.model)
+        if device is None:
+            self._write(self._answers[key])
+        else:
+            asyncio.get_running_loop().call_at(device.done_at(key[0]), self._write, self._answers[key])
+
+    def _write(self, reply: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(reply)
 
 
 def _classified(count: int, raw: bool) -> bytes:
@@ -143,9 +227,10 @@ def _http(body: bytes) -> bytes:
     return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
-async def serve_stub(port: int) -> None:
+async def serve_stub(port: int, pairs_per_second: float | None) -> None:
     """Serve until the process is ended."""
-    server = await asyncio.get_running_loop().create_server(StubProtocol, "127.0.0.1", port)
+    devices = {} if pairs_per_second is None else {name: Device(2 * pairs_per_second) for name in MODELS}
+    server = await asyncio.get_running_loop().create_server(lambda: StubProtocol(devices), "127.0.0.1", port)
     await server.serve_forever()
 
 
@@ -186,11 +271,15 @@ def proxy_app(upstream: str) -> Any:
 
 
 def gateway_app(settings: Settings) -> Any:
-    """The real application; see the module. An encoder `hash:D` is ours."""
+    """The real application; see the module. An encoder `hash:D` or `served:R:D` is ours."""
     from service.app import create_app
 
-    kind, _, d = settings.encoder.partition(":")
-    encoder = HashEncoder(int(d)) if kind == "hash" else None
+    kind, *numbers = settings.encoder.split(":")
+    encoder: PairEncoder | AwaitedEncoder | None = None
+    if kind == "hash":
+        encoder = HashEncoder(int(numbers[0]))
+    elif kind == "served":
+        encoder = ServedEncoder(float(numbers[0]), int(numbers[1]))
     if settings.pool is None:
         raise SystemExit("give --pool")
     return create_app(settings, load_pool(settings.pool), encoder=encoder)
@@ -222,7 +311,9 @@ def main() -> None:
     parser.add_argument("--pool", type=Path, help="gateway: pool file")
     parser.add_argument("--store", help="gateway: URL of the store")
     parser.add_argument("--run", help="gateway: name of the run")
-    parser.add_argument("--encoder", default="static", help="gateway: hash:D or an encoder's name")
+    parser.add_argument("--encoder", default="static", help="gateway: hash:D, served:R:D or an encoder's name")
+    parser.add_argument("--piece", type=int, default=128, help="gateway: batch_piece_responses [default: 128]")
+    parser.add_argument("--pairs-per-second", type=float, help="stub: of each model; at once by default")
     parser.add_argument("--profile", type=Path, help="gateway: write a cProfile of the serving thread to this file")
     options = parser.parse_args()
     if options.core is not None:
@@ -233,13 +324,21 @@ def main() -> None:
     use_one_blas_thread()
     configure_logging("warning")
     if options.kind == "stub":
-        uvloop.run(serve_stub(options.port))
+        uvloop.run(serve_stub(options.port, options.pairs_per_second))
         return
     if options.kind == "proxy":
         serve_proxy(proxy_app(options.upstream), options.port)
         return
     settings = read_settings(
-        pool=options.pool, port=options.port, store_url=options.store, run=options.run, encoder=options.encoder, seed=1
+        pool=options.pool,
+        port=options.port,
+        store_url=options.store,
+        run=options.run,
+        encoder=options.encoder,
+        batch_piece_responses=options.piece,
+        request_timeout_seconds=PATIENCE_SECONDS,
+        worker_timeout_seconds=PATIENCE_SECONDS,
+        seed=1,
     )
     app = gateway_app(settings)
     if options.profile is None:

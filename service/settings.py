@@ -169,6 +169,12 @@ class Settings(BaseSettings):
     max_text_chars: int = Field(100_000, ge=1, description="Longest prompt or response, in characters.")
     max_responses: int = Field(64, ge=1, description="Responses per request at most.")
     max_batch: int = Field(1024, ge=1, description="Items per batch request at most.")
+    batch_piece_responses: int = Field(
+        128,
+        ge=0,
+        description="Responses that a batch request encodes and asks RMs about at once; the next are encoded "
+        "meanwhile. 0: the whole batch at once.",
+    )
     blas_threads: int = Field(1, ge=1, description="Threads of the linear algebra library.")
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line.")

@@ -503,4 +503,5 @@ def _score_limits(settings: Settings) -> ScoreLimits:
         on_store_unavailable=settings.on_store_unavailable,
         content_keys=settings.content_keys,
         normalize=settings.normalize,
+        piece_responses=settings.batch_piece_responses,
     )

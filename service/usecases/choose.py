@@ -113,6 +113,15 @@ class Chooser:
         self._scheduled = False
         self._running = False
 
+    def expected_seconds(self, run: Run, instances: Sequence[Instance]) -> float:
+        """What encoding and drawing for these instances alone would take; infinite where that is not known.
+
+        It never is where the encoder is elsewhere: what comes and goes over a network is not measured here.
+        """
+        if isinstance(run.template.encoder, AwaitedEncoder):
+            return math.inf
+        return self._times.expected(_units(len(instances), _characters(instances)))
+
     async def choose(self, run: Run, policy: Policy, instances: Sequence[Instance]) -> Chosen:
         """Contexts and draws for instances of one run.
 
@@ -135,7 +144,7 @@ class Chooser:
         self._scheduled = False
         batch, size = self._take()
         read = sum(_characters(waiting.instances) for waiting in batch if waiting.encoded is None)
-        units = size + read // TEXT_CHARS_PER_UNIT
+        units = _units(size, read)
         self._running = True
         self._telemetry.choice_batch.observe(size)
         began = time.perf_counter()
@@ -194,6 +203,11 @@ def _outcome(done: asyncio.Future[list[Chosen]]) -> list[Chosen] | BaseException
     if done.cancelled():
         return asyncio.CancelledError()
     return done.exception() or done.result()
+
+
+def _units(instances: int, characters: int) -> int:
+    """The size of a pass, as `PassTimes` compares them."""
+    return instances + characters // TEXT_CHARS_PER_UNIT
 
 
 def _characters(instances: Sequence[Instance]) -> int:

@@ -1,6 +1,7 @@
 """Score: choose an RM for each instance, ask it, save the decision, answer (design: the way of `POST /reward`).
 
-One path for one instance and for many. An RM that fails hands its instances to their next-best draws; what every RM
+One path for one instance and for many, which go piece by piece: while the RMs are asked about some, the next are
+encoded. An RM that fails hands its instances to their next-best draws; what every RM
 refused is an error of its own instance, never an invented reward.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +28,7 @@ from service.telemetry import Telemetry
 from service.usecases.choose import Chooser, Chosen
 from service.usecases.decisions import StoredDecision, content_key, encode_decision
 from service.usecases.normalise import Normalised, Normaliser
+from service.usecases.pieces import PIECES_ASKED, PIECES_CHOSEN, Piece, cut
 from service.usecases.runs import Run, RunRegistry
 from service.usecases.shadow import Shadowable, Shadower
 from service.usecases.sticky import StickyChoice, StickyChoices, sticky_key
@@ -50,6 +53,8 @@ class ScoreLimits:
     on_store_unavailable: OnStoreUnavailable
     content_keys: bool
     normalize: bool = False
+    piece_responses: int = 0
+    """Of a batch that is encoded and asked about in pieces; see `service.usecases.pieces`."""
 
 
 @dataclass(slots=True)
@@ -86,6 +91,25 @@ class _Job:
     """Key of the draw that singles of this prompt share; see `StoredDecision.sticky`."""
     followed: StickyChoice | None = None
     """The draw of an earlier one of them, which stands in the place of this one's own."""
+
+
+class _Call:
+    """What the pieces of one call share.
+
+    Attributes:
+        deadline: of choosing and asking, by the event loop's clock.
+        choosing: room for pieces that are encoded and drawn.
+        asking: room for pieces that RMs are asked about.
+        asked: instances that an RM is being asked about, by arm.
+    """
+
+    __slots__ = ("asked", "asking", "choosing", "deadline")
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self.choosing = asyncio.Semaphore(PIECES_CHOSEN)
+        self.asking = asyncio.Semaphore(PIECES_ASKED)
+        self.asked: Counter[int] = Counter()
 
 
 class _Entropy:
@@ -160,7 +184,11 @@ class Scorer:
         policy: str | None = None,
         normalize: bool | None = None,
     ) -> list[RewardReply | ServiceError]:
-        """Many instances: one encode batch, one GEMM per arm, one worker call per arm and chunk, one store pipeline.
+        """Many instances, in pieces: per piece one encode batch, one GEMM per arm and one worker call per arm and
+        chunk; then one store pipeline for all.
+
+        What goes wrong with one piece (its time is over, the encoder is away) is the error of its instances, where
+        another piece has come through.
 
         Args:
             requests: the instances.
@@ -185,28 +213,25 @@ class Scorer:
         refused: dict[int, ServiceError] = {}
         try:
             async with asyncio.timeout_at(deadline):
-                jobs = await self._choose(requests, run, policy, refused)
+                pieces = await self._pieces(requests, run, policy, refused)
         except TimeoutError as error:
             raise _too_late() from error
-        await self._ask(jobs, deadline)
+        jobs = await self._route(pieces, _Call(deadline), refused)
         normalize = self._limits.normalize if normalize is None else normalize
         wanted = [
             job
-            for job, request in zip(jobs, (r for i, r in enumerate(requests) if i not in refused), strict=True)
-            if (normalize if request.normalize is None else request.normalize)
+            for index, job in jobs.items()
+            if (normalize if requests[index].normalize is None else requests[index].normalize)
         ]
         if wanted:
             await self._normalise(wanted)
-        replies = await self._record_and_reply(jobs, started)
-        if not refused:
-            return replies
-        rest = iter(replies)
-        return [refused[index] if index in refused else next(rest) for index in range(len(requests))]
+        replies = dict(zip(jobs, await self._record_and_reply(list(jobs.values()), started), strict=True))
+        return [refused[index] if index in refused else replies[index] for index in range(len(requests))]
 
-    async def _choose(
+    async def _pieces(
         self, requests: Sequence[RewardRequest], run: str | None, policy: str | None, refused: dict[int, ServiceError]
-    ) -> list[_Job]:
-        """The jobs, in order, of all instances but those that are put into `refused`."""
+    ) -> list[Piece]:
+        """All instances but those that are put into `refused`, by run and policy, and each of them in pieces."""
         groups: dict[tuple[str | None, str | None], list[int]] = {}
         for index, request in enumerate(requests):
             try:
@@ -215,7 +240,7 @@ class Scorer:
                 refused[index] = error
             else:
                 groups.setdefault((request.run or run, request.policy or policy), []).append(index)
-        jobs: list[_Job | None] = [None] * len(requests)
+        pieces: list[Piece] = []
         for (run_name, policy_name), indices in groups.items():
             try:
                 template = self._runs.template
@@ -229,22 +254,60 @@ class Scorer:
                 refused.update(dict.fromkeys(indices, error))
                 continue
             instances = [Instance(requests[i].prompt, tuple(requests[i].responses)) for i in indices]
-            chosen = await self._chooser.choose(found, chosen_policy, instances)
-            # Copies: a row of a batch would keep the whole batch.
-            found.recent.append((chosen.x[0].copy(), chosen.offsets[0].copy()))
-            rankings, draws = chosen.choices.ranking.tolist(), chosen.choices.draws.tolist()
-            drawn = []
-            for row, index in enumerate(indices):
-                order = [arm for arm in rankings[row] if draws[row][arm] != -float("inf")]
-                job = jobs[index] = _Job(found, chosen_policy, instances[row], chosen, row, order)
-                drawn.append(job)
-            if chosen_policy.asks_all:
+            whole = Piece(found, chosen_policy, indices, instances)
+            pieces.extend(cut(whole, self._limits.piece_responses, self._chooser.expected_seconds))
+        return pieces
+
+    async def _route(self, pieces: Sequence[Piece], call: _Call, refused: dict[int, ServiceError]) -> dict[int, _Job]:
+        """Choose and ask, every piece on its own way; the jobs by place, but for pieces that are put into `refused`.
+
+        Raises:
+            ServiceError: what went wrong with the first piece, where it went wrong with all of them.
+        """
+        if len(pieces) == 1:
+            return await self._route_piece(pieces[0], call)
+        outcomes = await asyncio.gather(*(self._route_piece(piece, call) for piece in pieces), return_exceptions=True)
+        jobs: dict[int, _Job] = {}
+        failed: list[BaseException] = []
+        for piece, outcome in zip(pieces, outcomes, strict=True):
+            if isinstance(outcome, dict):
+                jobs.update(outcome)
                 continue
+            failed.append(outcome)
+            if isinstance(outcome, ServiceError):
+                refused.update(dict.fromkeys(piece.indices, outcome))
+        for error in failed:
+            if not isinstance(error, ServiceError) or len(failed) == len(pieces):
+                raise error
+        return jobs
+
+    async def _route_piece(self, piece: Piece, call: _Call) -> dict[int, _Job]:
+        try:
+            async with asyncio.timeout_at(call.deadline), call.choosing:
+                jobs = await self._choose(piece)
+        except TimeoutError as error:
+            raise _too_late() from error
+        async with call.asking:
+            await self._ask(jobs, call)
+        return dict(zip(piece.indices, jobs, strict=True))
+
+    async def _choose(self, piece: Piece) -> list[_Job]:
+        """The jobs of a piece, in order: drawn, and nobody asked yet."""
+        run, policy = piece.run, piece.policy
+        chosen = await self._chooser.choose(run, policy, piece.instances)
+        # Copies: a row of a batch would keep the whole batch.
+        run.recent.append((chosen.x[0].copy(), chosen.offsets[0].copy()))
+        rankings, draws = chosen.choices.ranking.tolist(), chosen.choices.draws.tolist()
+        jobs = [
+            _Job(run, policy, instance, chosen, row, [arm for arm in rankings[row] if draws[row][arm] != -float("inf")])
+            for row, instance in enumerate(piece.instances)
+        ]
+        if not policy.asks_all:
             if self._sticky.seconds:
-                await self._stick(drawn)
-            for job in drawn:
-                self._telemetry.drawn(found.name, found.template.pool[job.order[0]]).inc()
-        return [job for job in jobs if job is not None]
+                await self._stick(jobs)
+            for job in jobs:
+                self._telemetry.drawn(run.name, run.template.pool[job.order[0]]).inc()
+        return jobs
 
     async def _stick(self, jobs: Sequence[_Job]) -> None:
         """Singles whose prompt was asked about before take that draw; all of one run and policy."""
@@ -294,15 +357,15 @@ class Scorer:
                     details={"field": f"{where}{name}", "limit": limits.max_text_chars},
                 )
 
-    async def _ask(self, jobs: Sequence[_Job], deadline: float) -> None:
+    async def _ask(self, jobs: Sequence[_Job], call: _Call) -> None:
         """Rounds of asking: each round asks every open job's best arm that is left, one call per arm."""
         everyone = [job for job in jobs if job.policy.asks_all]
         single = [job for job in jobs if not job.policy.asks_all]
         if everyone:
-            await self._ask_all(everyone, deadline)
+            await self._ask_all(everyone, call)
         while single:
             by_arm: dict[int, list[_Job]] = {}
-            late = asyncio.get_running_loop().time() >= deadline
+            late = asyncio.get_running_loop().time() >= call.deadline
             for job in single:
                 arm = None if late else self._next_arm(job)
                 if late:
@@ -313,9 +376,9 @@ class Scorer:
                     by_arm.setdefault(arm, []).append(job)
             if len(by_arm) == 1:
                 [(arm, group)] = by_arm.items()
-                await self._ask_arm(arm, group, deadline)
+                await self._ask_arm(arm, group, call)
             else:
-                await asyncio.gather(*(self._ask_arm(arm, group, deadline) for arm, group in by_arm.items()))
+                await asyncio.gather(*(self._ask_arm(arm, group, call) for arm, group in by_arm.items()))
             single = [job for job in single if job.rewards is None and job.error is None]
 
     def _next_arm(self, job: _Job) -> int | None:
@@ -337,21 +400,24 @@ class Scorer:
         job.fallbacks.append(Fallback(name, reason))
         self._telemetry.fallbacks.labels(name, reason).inc()
 
-    async def _ask_arm(self, arm: int, jobs: list[_Job], deadline: float) -> None:
+    async def _ask_arm(self, arm: int, jobs: list[_Job], call: _Call) -> None:
         """Ask one RM about all of them; what is wrong with one of them spoils no other."""
         worker = jobs[0].run.template.arms[arm]
         groups = [[(job.instance.prompt, response) for response in job.instance.responses] for job in jobs]
         started = time.perf_counter()
-        patience = self._limits.worker_timeout_seconds * -(-len(jobs) // PATIENT_INSTANCES)
-        limit = min(deadline, asyncio.get_running_loop().time() + patience)
+        call.asked[arm] += len(jobs)
+        patience = self._limits.worker_timeout_seconds * -(-call.asked[arm] // PATIENT_INSTANCES)
+        limit = min(call.deadline, asyncio.get_running_loop().time() + patience)
         outcomes: list[list[float] | WorkerError]
-        if len(groups) == 1:
-            try:
+        try:
+            if len(groups) == 1:
                 outcomes = [await worker.score(groups[0], deadline=limit)]
-            except WorkerError as error:
-                outcomes = [error]
-        else:
-            outcomes = await worker.score_groups(groups, deadline=limit)
+            else:
+                outcomes = await worker.score_groups(groups, deadline=limit)
+        except WorkerError as error:
+            outcomes = [error] * len(groups)
+        finally:
+            call.asked[arm] -= len(jobs)
         seconds = time.perf_counter() - started
         answered = 0
         for job, outcome in zip(jobs, outcomes, strict=True):
@@ -371,7 +437,7 @@ class Scorer:
         if answered:
             self._telemetry.called(worker.name, "ok").inc(answered)
 
-    async def _ask_all(self, jobs: Sequence[_Job], deadline: float) -> None:
+    async def _ask_all(self, jobs: Sequence[_Job], call: _Call) -> None:
         """Ask every RM, one call per RM; the policy makes one reward of those that answered."""
         started = time.perf_counter()
         by_arm: list[list[_Job]] = []
@@ -380,7 +446,7 @@ class Scorer:
             votes = [_Job(job.run, job.policy, job.instance, job.chosen, job.row, []) for job in jobs]
             by_arm.append(votes)
             if worker.available:
-                calls.append(self._ask_arm(arm, votes, deadline))
+                calls.append(self._ask_arm(arm, votes, call))
             else:
                 for vote in votes:
                     self._give_up(vote, arm, "worker_unavailable")

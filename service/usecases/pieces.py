@@ -1,0 +1,73 @@
+"""How a batch is cut into pieces that go their own ways: while the RMs are asked about some, the next are encoded.
+
+Without it every RM would wait until the last text of the batch is encoded, and the encoder until the last RM has
+answered. `service.usecases.score` calls it; knows sizes only, no encoder and no worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from router_core.policies import Policy
+from router_core.records import Instance
+from service.usecases.runs import Run
+
+PIECES_CHOSEN = 2
+"""Pieces of one batch in the stage of encoding and drawing at once: one under way, one ready to follow."""
+
+PIECES_ASKED = 4
+"""Pieces of one batch that the RMs are asked about at once, so that a slow answer to one leaves no RM idle."""
+
+WORTH_SECONDS = 0.01
+"""A batch that is encoded faster stays whole: smaller requests to the RMs would cost more than the wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive instances of one run and policy.
+
+    Attributes:
+        run: their run.
+        policy: who draws.
+        indices: their places in the call.
+        instances: what is scored, by place.
+    """
+
+    run: Run
+    policy: Policy
+    indices: Sequence[int]
+    instances: Sequence[Instance]
+
+
+def cut(whole: Piece, responses: int, expected_seconds: Callable[[Run, Sequence[Instance]], float]) -> list[Piece]:
+    """The pieces of what one call asks of one run and policy, in order.
+
+    Args:
+        whole: all of it.
+        responses: responses of a piece, at most, but for an instance that has more; 0 for one piece.
+        expected_seconds: what encoding some instances takes.
+
+    Returns:
+        One piece where the policy draws one RM for all of a request, where all fit, or where encoding is too short to
+        be worth it.
+    """
+    if responses == 0 or whole.policy.one_arm_per_batch or _responses(whole.instances) <= responses:
+        return [whole]
+    starts, held = [0], 0
+    for index, instance in enumerate(whole.instances):
+        if held and held + len(instance.responses) > responses:
+            starts.append(index)
+            held = 0
+        held += len(instance.responses)
+    pieces = [
+        Piece(whole.run, whole.policy, whole.indices[start:end], whole.instances[start:end])
+        for start, end in zip(starts, [*starts[1:], len(whole.instances)], strict=True)
+    ]
+    if sum(expected_seconds(piece.run, piece.instances) for piece in pieces) < WORTH_SECONDS:
+        return [whole]
+    return pieces
+
+
+def _responses(instances: Sequence[Instance]) -> int:
+    return sum(len(instance.responses) for instance in instances)

@@ -1,0 +1,212 @@
+"""`/reward/batch` in pieces: an RM is asked before the batch is encoded, and a piece that fails fails alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from router_core.records import Instance
+from service.encoders.protocol import AwaitedEncoder, Encoded, EncoderUnavailableError, ServerStatus
+from tests.support.arms import ScriptedArm
+from tests.support.gateway import DIM, Gateway, fresh_run, open_gateway, pair, small_encoder, until
+
+if TYPE_CHECKING:
+    from tests.conftest import ValkeyProcess
+
+
+class SteppedEncoder(AwaitedEncoder):
+    """The small encoder as if it were elsewhere: each call first waits for `before`, told how many came before it.
+
+    Attributes:
+        sizes: instances of each call.
+    """
+
+    spec = "stepped"
+    dim = DIM
+    available = True
+
+    def __init__(self, before: Callable[[int], Awaitable[None]]) -> None:
+        self._before = before
+        self._encoder = small_encoder()
+        self.sizes: list[int] = []
+
+    def servers(self) -> list[ServerStatus]:
+        """None."""
+        return []
+
+    async def start(self) -> None:
+        """Nothing to do."""
+
+    async def close(self) -> None:
+        """Nothing to do."""
+
+    async def encode(self, instances: Sequence[Instance]) -> Encoded:
+        """See `AwaitedEncoder.encode`."""
+        self.sizes.append(len(instances))
+        await self._before(len(self.sizes) - 1)
+        return Encoded(self._encoder.encode(instances), 0.0)
+
+
+async def at_once(_: int) -> None:
+    """An encoder that never waits."""
+
+
+def batch(count: int, **more: Any) -> dict[str, Any]:
+    """That many pairs."""
+    return {"items": [pair(index) for index in range(count)], **more}
+
+
+async def results_of(gateway: Gateway, document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of `/reward/batch`."""
+    results: list[dict[str, Any]] = (await gateway.client.ok("/reward/batch", document))["results"]
+    return results
+
+
+async def test_rms_are_asked_about_the_first_piece_while_the_next_is_encoded(valkey_server: ValkeyProcess) -> None:
+    arm = ScriptedArm("rm-a")
+
+    async def asked_about_the_first(call: int) -> None:
+        # Without pieces under way side by side nobody would ever ask, and the request would end at its deadline.
+        if call == 1:
+            await until(lambda: arm.calls, "the RM is asked")
+
+    encoder = SteppedEncoder(asked_about_the_first)
+    async with open_gateway(valkey_server.url, arms=[arm], encoder=encoder, batch_piece_responses=4) as gateway:
+        results = await results_of(gateway, batch(5))
+    assert encoder.sizes == [2, 2, 1]
+    assert sorted(len(call) for call in arm.calls) == [2, 4, 4]
+    for index, result in enumerate(results):
+        assert result["rewards"] == [float(len(response)) for response in pair(index)["responses"]]
+
+
+async def test_the_next_piece_is_encoded_while_an_rm_is_asked_about_the_first(valkey_server: ValkeyProcess) -> None:
+    arm = ScriptedArm("rm-a")
+    arm.gate = asyncio.Event()
+
+    async def opens_the_gate(call: int) -> None:
+        if call == 1 and arm.gate is not None:
+            await until(lambda: arm.calls, "the RM is asked")
+            arm.gate.set()
+
+    async with open_gateway(
+        valkey_server.url, arms=[arm], encoder=SteppedEncoder(opens_the_gate), batch_piece_responses=4
+    ) as gateway:
+        assert [len(result["rewards"]) for result in await results_of(gateway, batch(4))] == [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "document", "sizes"),
+    [
+        ({"batch_piece_responses": 0}, batch(6), [6]),
+        ({"batch_piece_responses": 12}, batch(6), [6]),
+        ({"batch_piece_responses": 5}, batch(6), [2, 2, 2]),
+        ({"batch_piece_responses": 1}, batch(3), [1, 1, 1]),
+        ({"batch_piece_responses": 4}, batch(6, policy="laser", run=fresh_run()), [6]),
+        ({"batch_piece_responses": 4}, batch(6, policy="majority"), [2, 2, 2]),
+    ],
+)
+async def test_a_piece_holds_so_many_responses_and_whole_instances(
+    valkey_server: ValkeyProcess, options: dict[str, Any], document: dict[str, Any], sizes: list[int]
+) -> None:
+    encoder = SteppedEncoder(at_once)
+    async with open_gateway(valkey_server.url, encoder=encoder, **options) as gateway:
+        results = await results_of(gateway, document)
+        assert encoder.sizes == sizes
+        assert len({result["decision_id"] for result in results}) == len(document["items"])
+        for index, result in enumerate(results):
+            assert gateway.decision(result["decision_id"], result["run"]).n == len(pair(index)["responses"])
+
+
+async def test_one_rm_for_a_whole_batch_stays_one(valkey_server: ValkeyProcess) -> None:
+    async with open_gateway(
+        valkey_server.url, encoder=SteppedEncoder(at_once), batch_piece_responses=2, policy="laser"
+    ) as gateway:
+        assert len({result["model"] for result in await results_of(gateway, batch(8))}) == 1
+
+
+async def test_pieces_of_several_runs_and_policies_keep_their_places(valkey_server: ValkeyProcess) -> None:
+    async with open_gateway(
+        valkey_server.url, encoder=SteppedEncoder(at_once), batch_piece_responses=2, max_text_chars=60
+    ) as gateway:
+        items = [{**pair(i), "policy": f"single:rm-{'abc'[i % 3]}", "run": f"{gateway.run}-{i % 2}"} for i in range(12)]
+        items[7] = {"prompt": "x" * 61, "responses": ["a", "b"]}
+        results = await results_of(gateway, {"items": items})
+    for index, result in enumerate(results):
+        if index == 7:
+            assert result["error"]["code"] == "validation"
+            continue
+        assert (result["model"], result["run"]) == (f"rm-{'abc'[index % 3]}", f"{gateway.run}-{index % 2}")
+        assert result["rewards"] == [float(len(response)) for response in pair(index)["responses"]]
+
+
+async def test_a_piece_whose_encoding_fails_spoils_no_other(valkey_server: ValkeyProcess) -> None:
+    async def away_once(call: int) -> None:
+        if call == 1:
+            raise EncoderUnavailableError("the encoder's server went away")
+
+    async with open_gateway(valkey_server.url, encoder=SteppedEncoder(away_once), batch_piece_responses=4) as gateway:
+        results = await results_of(gateway, batch(6))
+    assert [result.get("error", {}).get("code") for result in results] == [
+        *(None, None),
+        *("encoder_unavailable", "encoder_unavailable"),
+        *(None, None),
+    ]
+
+
+async def test_what_fails_every_piece_is_the_answer_to_the_request(valkey_server: ValkeyProcess) -> None:
+    async def away(_: int) -> None:
+        raise EncoderUnavailableError("the encoder's server went away")
+
+    async with open_gateway(valkey_server.url, encoder=SteppedEncoder(away), batch_piece_responses=4) as gateway:
+        response = await gateway.client.post("/reward/batch", batch(6))
+    assert response.status == 503
+    assert response.error["code"] == "encoder_unavailable"
+
+
+async def test_rewards_that_came_in_time_are_given_though_a_later_piece_is_late(valkey_server: ValkeyProcess) -> None:
+    async def never(call: int) -> None:
+        if call == 1:
+            await asyncio.Event().wait()
+
+    async with open_gateway(
+        valkey_server.url, encoder=SteppedEncoder(never), batch_piece_responses=4, request_timeout_seconds=0.5
+    ) as gateway:
+        results = await results_of(gateway, batch(4))
+    assert [result.get("error", {}).get("code") for result in results[2:]] == ["deadline_exceeded"] * 2
+    assert [len(result["rewards"]) for result in results[:2]] == [2, 2]
+
+
+async def test_a_fault_in_one_piece_is_told_and_ends_no_other_task_unseen(valkey_server: ValkeyProcess) -> None:
+    async def broken(call: int) -> None:
+        if call == 0:
+            raise RuntimeError("a fault")
+
+    async with open_gateway(valkey_server.url, encoder=SteppedEncoder(broken), batch_piece_responses=4) as gateway:
+        response = await gateway.client.post("/reward/batch", batch(6))
+        assert (response.status, response.error["code"]) == (500, "internal")
+        assert len(await results_of(gateway, batch(6))) == 6
+
+
+async def test_singles_of_one_prompt_stick_to_one_rm_across_pieces(valkey_server: ValkeyProcess) -> None:
+    items = [{"prompt": "one prompt", "responses": [f"response {index}"]} for index in range(12)]
+    async with open_gateway(valkey_server.url, encoder=SteppedEncoder(at_once), batch_piece_responses=2) as gateway:
+        assert len({result["model"] for result in await results_of(gateway, {"items": items})}) == 1
+
+
+async def test_at_most_four_pieces_are_asked_about_at_once(valkey_server: ValkeyProcess) -> None:
+    arm = ScriptedArm("rm-a")
+    arm.gate = asyncio.Event()
+    async with open_gateway(
+        valkey_server.url, arms=[arm], encoder=SteppedEncoder(at_once), batch_piece_responses=2
+    ) as gateway:
+        asked = asyncio.create_task(results_of(gateway, batch(9)))
+        await until(lambda: len(arm.calls) >= 4, "four pieces are asked about")
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert len(arm.calls) == 4
+        arm.gate.set()
+        assert len(await asked) == 9
+    assert len(arm.calls) == 9
