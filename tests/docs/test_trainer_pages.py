@@ -23,8 +23,8 @@ from service.trainers.values import Feedback, Scored
 from tests.conftest import ValkeyProcess
 from tests.docs.tables import ROOT
 from tests.support.live import LiveGateway, live_gateway
+from tests.support.trainer_clients import client_folder
 from tests.support.trainer_processes import (
-    client_folder,
     opinionated_arms,
     result_of,
     run_module,

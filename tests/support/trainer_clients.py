@@ -1,8 +1,8 @@
 """The trainers' own client code, loaded without their GPU dependencies.
 
-`make trainer-wheels` puts OpenRLHF's and LLaMA-Factory's wheels and slime's sources into `.data/trainer-clients`. Only
-the modules that talk to a reward server are loaded; the packages around them are stubs that find their files and run
-nothing.
+`tests.support.fetch_trainers` puts trainers into `.data/trainer-clients`; slime's few files are kept beside its tests.
+Only the modules that talk to a reward server are loaded; the packages around them are stubs that find their files and
+run nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import sys
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,25 +18,25 @@ from typing import Any
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[2] / ".data/trainer-clients"
+from tests.support.fetch_trainers import FOLDER, is_there, trainer_named
+
+SLIME = Path(__file__).resolve().parents[1] / "service/trainers/slime_client"
 
 
-def unpacked_wheel(name: str, target: Path) -> Path:
-    """The folder that holds the package of a wheel; skips where there is no such wheel."""
-    wheels = sorted((FOLDER / "wheels").glob(f"{name}-*.whl"))
-    if not wheels:
-        pytest.skip(f"needs {name}'s wheel: make trainer-wheels")
-    with zipfile.ZipFile(wheels[-1]) as wheel:
-        wheel.extractall(target)
-    return next(path.parent for path in target.rglob(f"{name}/__init__.py"))
+def client_folder(name: str) -> Path:
+    """Where a trainer's packages lie; skips where they were not fetched."""
+    trainer = trainer_named(name)
+    if not is_there(trainer):
+        target = "trainer-wheels" if trainer.light else "trainer-clients"
+        pytest.skip(f"{trainer.requirements[0]} is not there: `make {target}` fetches it where PyPI can be reached")
+    return FOLDER / name
 
 
-def slime_sources() -> Path:
-    """slime's checkout; skips where there is none."""
-    found = FOLDER / "slime"
-    if not (found / "slime/rollout/rm_hub/__init__.py").exists():
-        pytest.skip("needs slime's sources: make trainer-wheels")
-    return found
+def slime_folders() -> dict[str, Path]:
+    """slime's files: the kept ones, and the newest, where `make slime` fetched them."""
+    newest = FOLDER / "slime"
+    fetched = (newest / "slime/rollout/rm_hub/__init__.py").exists()
+    return {"kept": SLIME, **({"newest": newest} if fetched else {})}
 
 
 class Anything(ModuleType):

@@ -1,4 +1,4 @@
-"""Whole trainers in processes of their own: where `make trainer-clients` puts verl and ms-swift, and how one is run."""
+"""Trainers in processes of their own: how one is run, and what it is given."""
 
 from __future__ import annotations
 
@@ -10,22 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.support.arms import ScriptedArm
-
-CLIENTS = Path(__file__).resolve().parents[2] / ".data" / "trainer-clients"
 
 SECONDS = 300.0
 """Longest wait on a busy machine; importing a trainer takes most of it."""
-
-
-def client_folder(name: str) -> Path:
-    """Where a trainer's packages lie; skips where they were not fetched."""
-    folder = CLIENTS / name
-    if not folder.is_dir():
-        pytest.skip(f"{name} is not there: run `make trainer-clients`")
-    return folder
 
 
 def opinionated_arms() -> list[ScriptedArm]:

@@ -18,7 +18,8 @@ from service.trainers.values import Feedback
 from tests.conftest import ValkeyProcess, free_port
 from tests.support.gateway import fresh_run
 from tests.support.live import LiveGateway, live_gateway
-from tests.support.trainer_processes import client_folder, opinionated_arms, result_of, run_module
+from tests.support.trainer_clients import client_folder
+from tests.support.trainer_processes import opinionated_arms, result_of, run_module
 
 ROWS = [
     [{"role": "user", "content": "a b c"}, {"role": "assistant", "content": "a b"}],

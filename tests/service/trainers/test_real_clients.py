@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ import pytest
 from tests.support.arms import ScriptedArm
 from tests.support.gateway import until
 from tests.support.live import LiveGateway, live_gateway
-from tests.support.trainer_clients import ImpatientAsyncio, loaded, slime_sources, unpacked_wheel
+from tests.support.trainer_clients import ImpatientAsyncio, client_folder, loaded, slime_folders
 
 if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
@@ -86,10 +85,9 @@ class Engine:
 
 
 @pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def agent() -> Iterator[Any]:
     """`openrlhf.utils.agent`."""
-    folder = unpacked_wheel("openrlhf", tmp_path_factory.mktemp("openrlhf"))
-    with loaded(folder.parent if folder.name == "openrlhf" else folder, "openrlhf.utils.agent") as module:
+    with loaded(client_folder("openrlhf"), "openrlhf.utils.agent") as module:
         module.asyncio = ImpatientAsyncio()
         yield module
 
@@ -166,13 +164,12 @@ async def test_openrlhf_normalised_rewards_of_the_first_samples_come_at_the_next
 
 
 @pytest.fixture(scope="module")
-def ppo_utils(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def ppo_utils() -> Iterator[Any]:
     """`llamafactory.train.ppo.ppo_utils`."""
     for needed in ("torch", "transformers", "requests"):
         pytest.importorskip(needed)
-    folder: Path = unpacked_wheel("llamafactory", tmp_path_factory.mktemp("llamafactory"))
     with loaded(
-        folder.parent if folder.name == "llamafactory" else folder,
+        client_folder("llamafactory"),
         "llamafactory.train.ppo.ppo_utils",
         anything=("llamafactory.extras", "llamafactory.extras.packages"),
     ) as module:
@@ -217,55 +214,65 @@ def test_llamafactory_would_end_it_at_a_null_too(ppo_utils: Any) -> None:
 # slime ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-async def rm_hub() -> Any:
-    """`slime.rollout.rm_hub`."""
+@pytest.fixture(params=slime_folders())
+async def rm_hub(request: pytest.FixtureRequest) -> Any:
+    """`slime.rollout.rm_hub`, with slime's own samples; its rules for maths and quizzes are stood for."""
+    pytest.importorskip("torch")
     helpers = ("deepscaler", "f1", "gpqa", "math_dapo_utils", "math_utils")
-    stubs = ["slime.utils", "slime.utils.misc", "slime.utils.types", *(f"slime.rollout.rm_hub.{h}" for h in helpers)]
-    with loaded(slime_sources(), "slime.rollout.rm_hub", anything=stubs) as module:
+    stubs = ["slime.utils.http_utils", *(f"slime.rollout.rm_hub.{helper}" for helper in helpers)]
+    with loaded(slime_folders()[request.param], "slime.rollout.rm_hub", anything=stubs) as module:
         module.asyncio = ImpatientAsyncio()
         yield module
         if module._shared_session is not None:
             await module._shared_session.close()
 
 
-def arguments(endpoint: str) -> SimpleNamespace:
-    return SimpleNamespace(rm_url=endpoint)
+def arguments(endpoint: str, reward_key: str | None = None) -> SimpleNamespace:
+    """What slime's command line gives: `--rm-type remote_rm --rm-url ENDPOINT`."""
+    return SimpleNamespace(rm_type="remote_rm", rm_url=endpoint, custom_rm_path=None, reward_key=reward_key)
 
 
-def sample(prompt: Any, response: str) -> SimpleNamespace:
-    return SimpleNamespace(prompt=prompt, response=response, label="42")
+def sample(rm_hub: Any, prompt: Any, response: str) -> Any:
+    return rm_hub.Sample(prompt=prompt, response=response, label="42")
 
 
 async def test_slime_the_answer_is_the_reward(rm_hub: Any, healthy: LiveGateway) -> None:
     args = arguments(url(healthy, "/remote_rm", "?policy=single:rm-c"))
-    messages = [{"role": "user", "content": "Why?"}]
-    assert await rm_hub.remote_rm(args, sample("Why?", "Because.")) == 208.0
-    assert await rm_hub.remote_rm(args, sample(messages, "Because.")) == 208.0
-    assert await rm_hub.remote_rm(args, sample(PROMPT.format("1"), "Because.<|im_end|>")) == 208.0
+    for prompt in ("Why?", [{"role": "user", "content": "Why?"}]):
+        assert await rm_hub.async_rm(args, sample(rm_hub, prompt, "Because.")) == 208.0
+    assert await rm_hub.async_rm(args, sample(rm_hub, PROMPT.format("1"), "Because.<|im_end|>")) == 208.0
 
 
 async def test_slime_reads_its_reward_key_from_an_object(rm_hub: Any, healthy: LiveGateway) -> None:
-    args = arguments(url(healthy, "/remote_rm", "?policy=single:rm-a&reward_key=score"))
-    found = await rm_hub.remote_rm(args, sample("Why?", "Because."))
-    # As `Sample.get_reward_value` does.
-    assert found["score"] == 8.0
-    feedback = {"decision_id": found["decision_id"], "reward": 0.5}
+    args = arguments(url(healthy, "/remote_rm", "?policy=single:rm-a&reward_key=score"), "score")
+    asked = sample(rm_hub, "Why?", "Because.")
+    asked.reward = await rm_hub.async_rm(args, asked)
+    assert asked.get_reward_value(args) == 8.0
+    feedback = {"decision_id": asked.reward["decision_id"], "reward": 0.5}
     async with rm_hub._get_shared_session().post(url(healthy, "/feedback"), json=feedback) as response:
         assert response.status == 200
+
+
+async def test_slime_without_the_key_in_the_url_stops_at_the_number(rm_hub: Any, healthy: LiveGateway) -> None:
+    """What docs/trainers/slime.md says of it."""
+    args = arguments(url(healthy, "/remote_rm"), "score")
+    asked = sample(rm_hub, "Why?", "Because.")
+    asked.reward = await rm_hub.async_rm(args, asked)
+    with pytest.raises(TypeError, match="'float' object is not subscriptable"):
+        asked.get_reward_value(args)
 
 
 async def test_slime_a_group_at_once_meets_one_rm(rm_hub: Any, healthy: LiveGateway) -> None:
     args = arguments(url(healthy, "/remote_rm"))
     for group in range(6):
-        rewards = await asyncio.gather(*(rm_hub.remote_rm(args, sample(f"slime {group}", "x" * 3)) for _ in range(16)))
-        assert len(set(rewards)) == 1
+        samples = [sample(rm_hub, f"slime {group}", "x" * 3) for _ in range(16)]
+        assert len(set(await rm_hub.batched_async_rm(args, samples))) == 1
 
 
 async def test_slime_tries_again_until_there_is_a_reward(rm_hub: Any, healthy: LiveGateway) -> None:
     for arm in healthy.arms:
         arm.available = False
-    asking = asyncio.create_task(rm_hub.remote_rm(arguments(url(healthy, "/remote_rm")), sample("again", "xx")))
+    asking = asyncio.create_task(rm_hub.async_rm(arguments(url(healthy, "/remote_rm")), sample(rm_hub, "again", "xx")))
     await until(lambda: rm_hub.asyncio.pauses, "its first try failed")
     for arm in healthy.arms:
         arm.available = True
@@ -278,6 +285,6 @@ async def test_slime_gives_up_by_raising_never_with_a_zero(rm_hub: Any, healthy:
     for arm in healthy.arms:
         arm.available = False
     with pytest.raises(aiohttp.ClientResponseError) as raised:
-        await rm_hub.remote_rm(arguments(url(healthy, "/remote_rm")), sample("never", "xx"))
+        await rm_hub.async_rm(arguments(url(healthy, "/remote_rm")), sample(rm_hub, "never", "xx"))
     assert raised.value.status == 503
     assert len(rm_hub.asyncio.pauses) == 9

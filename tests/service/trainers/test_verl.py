@@ -20,7 +20,8 @@ from service.trainers.verl import client_of, coalescer_of, compute_score, comput
 from tests.conftest import ValkeyProcess, free_port
 from tests.support.gateway import fresh_run
 from tests.support.live import LiveGateway, live_gateway
-from tests.support.trainer_processes import client_folder, opinionated_arms, result_of, run_module, save_policy
+from tests.support.trainer_clients import client_folder
+from tests.support.trainer_processes import opinionated_arms, result_of, run_module, save_policy
 
 
 @pytest.fixture(scope="module")

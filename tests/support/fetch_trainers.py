@@ -1,0 +1,186 @@
+"""Fetches trainers' own code, for the tests that run it: `python -m tests.support.fetch_trainers light|all`.
+
+Knows which version of which trainer is tested, and what it needs to be imported; installs it with pip, without
+dependencies, into `.data/trainer-clients/NAME`, never into the environment. What is there in the right version is left
+alone. What cannot be fetched is said, and its tests are skipped: a missing network never fails a run. Called by the
+Makefile (`trainer-wheels`, `trainer-clients`); read by the tests, for the folders and the versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parents[2] / ".data" / "trainer-clients"
+
+STAMP = ".fetched"
+"""File beside a trainer's packages that says which they are."""
+
+IMPATIENT = ("--retries", "1", "--timeout", "20")
+"""Of pip, so that a registry that cannot be reached is given up within seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trainer:
+    """One trainer as it is on PyPI.
+
+    Args:
+        name: of its folder.
+        requirements: the trainer, pinned, and then what its reward code imports and our environment has not.
+        light: a few megabytes: `make test` fetches it. The others come with `make trainer-clients`.
+        seconds: after which fetching is given up.
+        options: more for pip.
+    """
+
+    name: str
+    requirements: tuple[str, ...]
+    light: bool
+    seconds: float
+    options: tuple[str, ...] = ()
+
+    @property
+    def version(self) -> str:
+        """Which is tested."""
+        return self.requirements[0].partition("==")[2]
+
+    @property
+    def stamp(self) -> str:
+        """What the folder has when it is right: packages, and the Python that some of them were built for."""
+        python = f"python {sys.version_info.major}.{sys.version_info.minor}"
+        return "\n".join((python, *self.requirements, *self.options)) + "\n"
+
+
+# OpenRLHF's wheel is tagged for one Python and one platform, and holds Python only.
+ANYWHERE = "--only-binary=:all: --implementation cp --python-version 3.11 --platform manylinux1_x86_64 --platform any"
+
+TRAINERS = (
+    Trainer("openrlhf", ("openrlhf==0.11.2",), True, 60, tuple(ANYWHERE.split())),
+    Trainer("llamafactory", ("llamafactory==0.9.5",), True, 60),
+    Trainer(
+        "areal",
+        (
+            "areal==1.0.4",
+            "hydra-core==1.3.8",
+            "omegaconf==2.4.0",
+            "antlr4-python3-runtime==4.9.3",
+            "colorlog==6.12.0",
+            "lark==1.3.1",
+            "tenacity==9.2.1",
+            "torchdata==0.11.0",
+        ),
+        True,
+        120,
+    ),
+    Trainer(
+        "verl",
+        (
+            "verl==0.9.1",
+            "ray==2.60.0",
+            "tensordict==0.15.3",
+            "hydra-core==1.3.8",
+            "omegaconf==2.4.0",
+            "antlr4-python3-runtime==4.9.3",
+            "codetiming==1.4.0",
+            "cloudpickle==3.1.2",
+            "msgpack==1.2.4",
+            "protobuf==7.36.2",
+            "orjson==3.13.0",
+            "pyvers==0.2.3",
+        ),
+        False,
+        300,
+    ),
+    Trainer(
+        "swift",
+        (
+            "ms-swift==4.6.0",
+            "modelscope==1.40.2",
+            "modelscope_hub==0.5.1",
+            "dacite==1.9.2",
+            "json_repair==0.64.6",
+            "addict==2.4.0",
+            "attrdict==2.0.1",
+            "binpacking==2.0.1",
+            "einops==0.8.2",
+            "cryptography==50.0.2",
+            "cffi==2.1.1",
+        ),
+        False,
+        300,
+    ),
+)
+
+
+def trainer_named(name: str) -> Trainer:
+    """One of `TRAINERS`."""
+    return next(trainer for trainer in TRAINERS if trainer.name == name)
+
+
+def is_there(trainer: Trainer, folder: Path = FOLDER) -> bool:
+    """Whether the folder has this version for this Python."""
+    stamp = folder / trainer.name / STAMP
+    return stamp.is_file() and stamp.read_text("utf-8") == trainer.stamp
+
+
+def fetch(trainer: Trainer, folder: Path, pip_words: Sequence[str] = ()) -> str | None:
+    """Put the trainer's packages into `folder/NAME`, where they are not there yet.
+
+    Args:
+        trainer: which.
+        folder: of all trainers.
+        pip_words: more options of pip.
+
+    Returns:
+        Why it could not be had; None if it is there.
+    """
+    if is_there(trainer, folder):
+        return None
+    target, coming = folder / trainer.name, folder / f"{trainer.name}.coming"
+    shutil.rmtree(coming, ignore_errors=True)
+    coming.mkdir(parents=True)
+    failure = _install(trainer, coming, pip_words)
+    if failure is None:
+        (coming / STAMP).write_text(trainer.stamp, "utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        coming.rename(target)
+    shutil.rmtree(coming, ignore_errors=True)
+    return failure
+
+
+def _install(trainer: Trainer, target: Path, pip_words: Sequence[str]) -> str | None:
+    words = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
+    words += ["--no-compile", *IMPATIENT, "--target", str(target), *trainer.options, *pip_words, *trainer.requirements]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=trainer.seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return f"pip took more than {trainer.seconds:g} s"
+    if done.returncode == 0:
+        return None
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    return (errors or done.stderr.splitlines() or [f"pip ended with {done.returncode}"])[-1]
+
+
+def main() -> None:
+    """Fetch what is missing, and say what became of it."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("which", choices=["light", "all"])
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--pip-args", default="", help="more options of pip, as one word")
+    given = parser.parse_args()
+    for trainer in TRAINERS:
+        if (given.which == "light" and not trainer.light) or is_there(trainer, given.folder):
+            continue
+        failure = fetch(trainer, given.folder, shlex.split(given.pip_args))
+        outcome = "fetched" if failure is None else f"not fetched, so its tests are skipped: {failure}"
+        sys.stdout.write(f"{trainer.requirements[0]}: {outcome}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
