@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.ope import LoggedData, one_reward_per_row
+from router_core.ope import LoggedData, one_reward_per_row, with_shadows
 from router_core.propensity import argmax_propensities
 
 POOL = ("a", "b", "c")
@@ -73,3 +73,63 @@ def _log(
         rewards = (rng.random(e.shape) < VALUE[context]).astype(np.float64)
     asked = one_reward_per_row(arm, rewards[np.arange(len(arm)), arm], 3)
     return LoggedData(POOL, CONTEXTS[context], arm, e, np.ones(e.shape, np.bool_), asked)
+
+
+DRAWN = np.array([[0.6, 0.3, 0.5], [0.5, 0.6, 0.4], [0.4, 0.3, 0.6], [0.5, 0.4, 0.6]])
+"""Means of the Gaussian draws of a sampler that stands still, at each context; their sd is `SPREAD`."""
+
+SPREAD = 0.25
+
+FAILS = np.array([[True, False, False], [False, False, False], [True, False, False], [False, False, False]])
+"""(4, K): arm "a" fails when it is asked at the first and the third context, the best draw that is left answers."""
+
+LEFT = argmax_propensities(np.where(FAILS, -np.inf, DRAWN), np.full((4, 3), SPREAD))
+"""(4, K): who answers, among those that do not fail."""
+
+FIRST = argmax_propensities(DRAWN, np.full((4, 3), SPREAD))
+"""(4, K): who is asked first."""
+
+
+def value_of_first() -> NDArray[np.float64]:
+    """(4, K): expected reward of asking an arm first. P(j next | a first) = (P(j largest without a) − P(j))/P(a)."""
+    after = np.where(FAILS, 0.0, LEFT - FIRST)
+    following = (after * VALUE).sum(axis=1, keepdims=True) / np.maximum(after.sum(axis=1, keepdims=True), 1e-12)
+    return np.where(FAILS, following, VALUE)
+
+
+def truth_of_first(pi: NDArray[np.float64]) -> float:
+    """Value of a policy (4, K) that chooses whom to ask first, in the log of `failing_logs`."""
+    return float((pi * value_of_first()).sum(axis=1).mean())
+
+
+def failing_logs(
+    n: int, rng: np.random.Generator, shadow: float = 0.0
+) -> tuple[LoggedData, LoggedData, NDArray[np.int64]]:
+    """n rows in which arm "a" fails at some contexts: by the first choice; with failed arms masked; the contexts.
+
+    Args:
+        n: rows.
+        rng: of all that is drawn.
+        shadow: share of the rows, of the first log only, whose other arms are asked too.
+    """
+    context = rng.integers(4, size=n)
+    draws = DRAWN[context] + SPREAD * rng.standard_normal((n, 3))
+    first, answered = draws.argmax(axis=1), np.where(FAILS[context], -np.inf, draws).argmax(axis=1)
+    rewards = (rng.random((n, 3)) < VALUE[context]).astype(np.float64)
+    outcome = rewards[np.arange(n), answered]
+    everywhere = np.ones((n, 3), np.bool_)
+    seen = one_reward_per_row(first, outcome, 3)
+    told = (rng.random(n) < shadow)[:, None]
+    seen = np.where(told, np.where(FAILS[context], outcome[:, None], rewards), seen)
+    e = with_shadows(FIRST[context], first, everywhere, seen)
+    by_first = LoggedData(POOL, CONTEXTS[context], first, e, everywhere, seen)
+    fell = (first != answered)[:, None]
+    masked = LoggedData(
+        POOL,
+        CONTEXTS[context],
+        answered,
+        np.where(fell, LEFT[context], FIRST[context]),
+        ~(fell & FAILS[context]),
+        one_reward_per_row(answered, outcome, 3),
+    )
+    return by_first, masked, context

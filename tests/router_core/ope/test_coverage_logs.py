@@ -27,7 +27,9 @@ def population() -> Population:
 @pytest.mark.parametrize("informed", [False, True])
 def test_batched_logs_are_thompson_sampling_as_the_router_does_it(informed: bool) -> None:
     made = population()
-    index, arm, propensities = make_logs(made, Logger("t", HYPER, informed), 3, 80, np.random.default_rng(1))
+    streams = make_logs(made, Logger("t", HYPER, informed), 3, 80, np.random.default_rng(1))
+    index, arm, propensities = streams.index, streams.arm, streams.propensities
+    assert np.array_equal(arm, streams.first)
     for log in range(3):
         state = start(no_prior(3, 4, HYPER))
         for t in range(80):
