@@ -102,6 +102,31 @@ async def test_an_rm_that_failed_for_some_texts_is_the_first_choice_of_those_row
     assert data.reward.tolist() == [float(event.decision.arm != C) for event in log.events]
 
 
+async def test_estimates_count_what_the_fallback_earned_and_those_of_an_old_file_do_not(
+    valkey_server: ValkeyProcess, tmp_path: Path
+) -> None:
+    """300 even draws of a run whose draws are the same each time. rm-a first: half the texts fall to rm-b or rm-c."""
+    async with open_gateway(valkey_server.url, run="failed-columns", policy="random") as gateway:
+        refuse_fives(gateway)
+        for _ in range(3):
+            results = (await gateway.client.ok("/reward/batch", {"items": [pair(5), pair(6)] * 50}))["results"]
+            items = [{"decision_id": result["decision_id"], "preferred": 1} for result in results]
+            await gateway.client.ok("/feedback/batch", {"items": items})
+        log = await exported(gateway, tmp_path / "log.parquet")
+    without_columns(tmp_path / "log.parquet", tmp_path / "old.parquet")
+    truth = {"single:rm-a": 0.75, "single:rm-b": 1.0, "single:rm-c": 0.0, "random": (0.75 + 1.0 + 0.0) / 3}
+    policies = evaluate_log(log, list(truth), None)["policies"]
+    for name, value in truth.items():
+        for how in ("ips", "snips", "dr"):
+            low, high = policies[name][how]["ci95"]
+            assert low - 0.01 <= value <= high + 0.01, (name, how)
+        assert policies[name]["safe95"][0] <= value <= policies[name]["safe95"][1]
+    before = evaluate_log(load_log(tmp_path / "old.parquet"), ["single:rm-a"], None)["policies"]["single:rm-a"]
+    # It answers only where it can, and is right there.
+    assert before["snips"]["value"] == 1.0
+    assert before["dr"]["ci95"][0] > 0.75
+
+
 async def test_an_rm_that_is_away_is_out_of_the_choice_and_one_that_failed_is_not(
     gateway: Gateway, tmp_path: Path
 ) -> None:
