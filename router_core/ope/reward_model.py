@@ -1,4 +1,4 @@
-"""A model q(x, k) of the reward, for the doubly robust estimator: ridge regression per arm, fitted on the past only.
+"""A model q(x, k) of the reward of asking k first, for the doubly robust estimator: ridge per arm, on the past only.
 
 The prediction for a row uses no reward of that row or of a later one. So the doubly robust score's error, given the
 past, has mean zero even when the log was collected by a policy that learned from it, and q may be as wrong as it likes

@@ -72,7 +72,7 @@ def weigh(
     floor: float = PROPENSITY_FLOOR,
     max_lost: float = MAX_LOST,
 ) -> Weighted:
-    """w_ta = π(a|x_t)/e_t(a|x_t) for every arm a whose reward is in the log, among the arms that could answer.
+    """w_ta = π(a|x_t)/e_t(a|x_t) for every arm a whose reward is in the log, among the available arms.
 
     Args:
         data: the log.
