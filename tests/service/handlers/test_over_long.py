@@ -60,6 +60,9 @@ async def test_skip_asks_an_rm_that_reads_more_and_leaves_the_rest_of_the_batch_
         reasons = [fallback for result in results for fallback in result["fallbacks"]]
         assert reasons
         assert all(reason == {"model": "small", "reason": "worker_too_long"} for reason in reasons)
+        # The log tells an RM that could not read the text from one that was away.
+        stored = [(gateway.decision(result["decision_id"]), result["fallback"]) for result in results]
+        assert all((decision.failed, decision.away) == ([0] if fell else [], []) for decision, fell in stored)
         assert not any("truncated" in result for result in results)
         (alone, fine) = await rewards_of(gateway, LONG, SHORT, policy="single:small")
         assert alone["error"]["code"] == "worker_too_long"
@@ -87,5 +90,7 @@ async def test_cut_prompt_says_how_much_was_cut(serve: Serve, valkey_url: str) -
         assert long["truncated"] == {"prompt_tokens_cut": len("<user>" + "p" * 100 + "<assistant>bb") + 3 - 60}
         assert long["rewards"] == [1.5, 1.5]
         assert "truncated" not in short
+        cut = [gateway.decision(result["decision_id"]).prompt_tokens_cut for result in (long, short)]
+        assert cut == [long["truncated"]["prompt_tokens_cut"], 0]
         assert response["error"]["code"] == "worker_too_long"
         assert "never cut" in response["error"]["message"]
