@@ -1,29 +1,34 @@
-"""A reward function for AReaL.
+"""Rewards for AReaL: `RouterRewards` for its workflows, and a reward function for those who keep AReaL's own.
 
+    workflow = "service.trainers.areal_workflow.RouterWorkflow"
     workflow_kwargs = dict(reward_fn="service.trainers.areal.reward_fn", ...)
 
-AReaL runs it in a pool of processes, one sample a call, waits 15 s, tries four times, and then takes 0 for a timeout
-but rejects the trajectory for an exception. So the deadline here is shorter than AReaL's, and it ends in an exception:
-a sample without a reward is left out, never trained on as a 0.
+AReaL runs a function in a small pool of processes, one sample a call, waits 15 s, tries four times, and then takes 0
+for a timeout but rejects the trajectory for an exception. So the deadline here is shorter than AReaL's, and it ends in
+an exception. That does not help a sample that waited in the pool's queue: AReaL's 15 s run there too. `RouterRewards`
+needs no pool: its samples await the gateway, many in one request, and one without a reward is left out.
 
 AReaL hands over the prompt as the policy's chat template made it. The messages are taken from the data set's column
 `messages` where there is one; else the usual templates are taken apart (`templated`). Options come from the environment
-(`REWARD_ROUTER_URL`, `REWARD_ROUTER_RUN`, …). Knows AReaL 1.0's call; imports nothing of it.
+(`REWARD_ROUTER_URL`, `REWARD_ROUTER_RUN`, …). Knows AReaL 1.0's calls; imports nothing of it. Called by AReaL, and by
+`areal_workflow`.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from service.trainers.client import RouterClient
+from service.trainers.client import AsyncRouterClient, RouterClient
+from service.trainers.coalesce import Coalescer
 from service.trainers.conversation import prompt_text
 from service.trainers.options import ClientOptions, from_environment
 from service.trainers.templated import split_prompt
-from service.trainers.values import RouterUnavailableError
+from service.trainers.values import RewardItem, RouterUnavailableError
+from service.trainers.verl import score_single
 
 DEADLINE_SECONDS = 12.0
 """Below the 15 s after which AReaL gives up on a call."""
@@ -87,12 +92,65 @@ def score(client: RouterClient, prompt: str, completion: str, messages: Any = No
     Raises:
         RouterUnavailableError: there is none.
     """
-    asked, said = split_prompt(prompt, completion)
-    scored = client.reward(asked if messages is None else prompt_text(messages), [said])
+    item = item_of(prompt, completion, messages)
+    scored = client.reward(item.prompt, item.responses)
     [reward] = scored.rewards
     if reward is None:
         raise RouterUnavailableError(f"{scored.model} gave no reward for this sample")
     return reward
+
+
+def item_of(prompt: str, completion: str, messages: Any = None) -> RewardItem:
+    """The sample without its chat template; the arguments are those of `score`."""
+    asked, said = split_prompt(prompt, completion)
+    return RewardItem(asked if messages is None else prompt_text(messages), (said,))
+
+
+class RouterRewards:
+    """Mixin for AReaL's workflows, such as `RLVRWorkflow`: their rewards come from the gateway.
+
+    Stands before the workflow among the bases, and takes the place of its reward function.
+
+    Args:
+        reward_options: of `ClientOptions`; they win over the environment's `REWARD_ROUTER_…`.
+        workflow: the workflow's own arguments, by name.
+
+    Raises:
+        ValueError: `reward_fn` is given too, or an option is not known.
+    """
+
+    def __init__(self, *, reward_options: Mapping[str, Any] | None = None, **workflow: Any) -> None:
+        if "reward_fn" in workflow:
+            raise ValueError("reward_fn: the rewards come from the gateway here; leave it out")
+        # A function, since AReaL would load one that is named, and put it in the place of ours at the first episode.
+        super().__init__(reward_fn=reward_fn, **workflow)  # type: ignore[call-arg]
+        self.async_reward_fn = AwaitedReward(from_environment(os.environ, **(reward_options or {})))
+
+
+class AwaitedReward:
+    """What AReaL's workflows await for a sample, in place of their `AsyncRewardWrapper`.
+
+    Args:
+        options: of the client.
+    """
+
+    def __init__(self, options: ClientOptions) -> None:
+        self.options = options
+        self._coalescer = Coalescer(AsyncRouterClient(options))
+
+    async def __call__(self, prompt: str, completions: str, *_: Any, **columns: Any) -> float:
+        """See `reward_fn`; concurrent samples travel in one request.
+
+        Raises:
+            RouterUnavailableError: no reward before the deadline: AReaL rejects the trajectory.
+            RouterRefusedError: a final refusal.
+        """
+        item = item_of(prompt, completions, columns.get("messages"))
+        return float((await score_single(self._coalescer, item))["score"])
+
+    async def close(self) -> None:
+        """Close the connections of this event loop."""
+        await self._coalescer.close()
 
 
 def _options() -> ClientOptions:

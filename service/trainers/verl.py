@@ -94,7 +94,7 @@ async def compute_score_async(
 ) -> dict[str, Any]:
     """`compute_score` for verl's event loop: concurrent samples travel in one request. Prefer it."""
     coalescer = coalescer_of(_options(options), os.getpid())
-    return await _score(coalescer, RewardItem(_prompt_of(extra_info), (solution_str,)))
+    return await score_single(coalescer, RewardItem(_prompt_of(extra_info), (solution_str,)))
 
 
 class RouterRewardManager:
@@ -140,7 +140,7 @@ class RouterRewardManager:
         fields = sample.non_tensor_batch
         raw = fields.get("raw_prompt")
         prompt = prompt_text(_plain(raw)) if raw is not None else _prompt_of(fields.get("extra_info"))
-        found = await _score(self._coalescer, RewardItem(prompt, (str(response),)))
+        found = await score_single(self._coalescer, RewardItem(prompt, (str(response),)))
         return {"reward_score": found["score"], "reward_extra_info": found}
 
     @classmethod
@@ -163,8 +163,13 @@ class RouterRewardManager:
         return placed
 
 
-async def _score(coalescer: Coalescer, item: RewardItem) -> dict[str, Any]:
-    """The sample's score, asked for again while its model's scale is not known yet."""
+async def score_single(coalescer: Coalescer, item: RewardItem) -> dict[str, Any]:
+    """The sample's score, asked for again while its model's scale is not known yet.
+
+    Raises:
+        RouterUnavailableError: there is none.
+        RouterRefusedError: a final refusal.
+    """
     result = await coalescer.reward(item)
     for pause in PAUSES_SECONDS:
         if isinstance(result, Missing) or result.rewards != (None,):

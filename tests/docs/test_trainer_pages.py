@@ -11,17 +11,18 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from service.trainers.areal import client_of
-from service.trainers.options import PREFIX, VARIABLES, ClientOptions
+from service.trainers.options import PREFIX, VARIABLES, ClientOptions, from_environment
 from service.trainers.rowwise import Judged
 from service.trainers.values import Feedback, Scored
 from tests.conftest import ValkeyProcess
 from tests.docs.tables import ROOT
+from tests.support import areal_scoring
 from tests.support.live import LiveGateway, live_gateway
 from tests.support.trainer_clients import client_folder
 from tests.support.trainer_processes import (
@@ -178,14 +179,33 @@ def test_ms_swifts_own_plugin_registers_a_judge(monkeypatch: pytest.MonkeyPatch)
     assert function.judge(Judged("p", ("no", "yes"), {"solution": ("yes", "yes")}, result)).preferred == 1
 
 
-def test_areals_examples_give_a_function_and_a_reward(gateway: LiveGateway, capsys: pytest.CaptureFixture[str]) -> None:
-    name, arguments, own = blocks("areal.md", "python")
-    path = execute(name)["reward_fn"]
-    module, _, function = path.rpartition(".")
+def test_areals_workflow_is_the_one_that_areals_code_runs_in_our_tests() -> None:
+    name, config, *_ = blocks("areal.md", "python")
+    path, _ = areal_scoring.WAYS["workflow"]
+    assert execute(name)["workflow"] == path
+    given = SimpleNamespace(gconfig=object(), tokenizer_path="policy")
+    trainer = Recorder()
+    execute(config)["train"](trainer, given)
+    assert trainer.given["workflow"] == path
+    arguments = trainer.given["workflow_kwargs"]
+    assert set(arguments) == {"gconfig", "tokenizer", "enable_thinking", "reward_options"}
+    assert from_environment({}, **arguments["reward_options"]).run == "areal-1"
+
+
+class Recorder:
+    """A trainer that notes what it is to train."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, Any] = {}
+
+    def train(self, **given: Any) -> None:
+        self.given = given
+
+
+def test_areals_functions_give_a_reward(gateway: LiveGateway, capsys: pytest.CaptureFixture[str]) -> None:
+    *_, name, own = blocks("areal.md", "python")
+    module, _, function = execute(name)["reward_fn"].rpartition(".")
     assert callable(getattr(__import__(module, fromlist=[function]), function))
-    config = ModuleType("config")
-    config.gconfig, config.tokenizer_path = object(), "policy"  # type: ignore[attr-defined]
-    assert execute(arguments)["workflow_arguments"](config)["reward_fn"] == path
     found = execute(own.replace(GATEWAY, gateway.url))
     client_of(found["reward_fn"].options, os.getpid()).close()
     assert isinstance(float(capsys.readouterr().out), float)

@@ -38,6 +38,36 @@ def save_policy(folder: Path) -> Path:
     return folder
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def save_chatml_tokenizer(folder: Path) -> Path:
+    """A tokenizer of single bytes, which gives every text back as it was, with the template that most policies have."""
+    import tokenizers
+    import transformers
+
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<|im_start|>", "<|im_end|>", *letters])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<|im_end|>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated"),
+        ]
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    special = tokenizers.AddedToken("<|im_start|>", special=True)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", additional_special_tokens=[special]
+    )
+    fast.chat_template = CHATML
+    fast.save_pretrained(folder)
+    return folder
+
+
 def run_python(
     arguments: Sequence[object], environment: Mapping[str, str] | None = None, folder: Path | None = None
 ) -> subprocess.CompletedProcess[str]:

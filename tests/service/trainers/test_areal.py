@@ -1,4 +1,4 @@
-"""AReaL's function, called as AReaL calls it: in a pool of processes, with a time limit."""
+"""AReaL's function: alone, and under AReaL's own workflow where `make trainer-wheels` has fetched it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from service.trainers.areal import DEADLINE_SECONDS, client_of, make_reward_fn, reward_fn
+from service.trainers.areal import DEADLINE_SECONDS, AwaitedReward, RouterRewards, client_of, make_reward_fn, reward_fn
 from service.trainers.options import ClientOptions, from_environment
 from service.trainers.values import RouterUnavailableError
 from tests.conftest import ValkeyProcess, free_port
 from tests.support.gateway import fresh_run
 from tests.support.live import LiveGateway, live_gateway
-from tests.support.trainer_processes import opinionated_arms
+from tests.support.trainer_clients import client_folder
+from tests.support.trainer_processes import opinionated_arms, result_of, run_module, save_chatml_tokenizer
 
 PROMPT = "<|im_start|>user\nWhat is 7 + 5?<|im_end|>\n<|im_start|>assistant\n"
 
@@ -72,3 +75,58 @@ def test_what_cannot_be_had_is_an_exception_before_areal_takes_a_zero() -> None:
     function = make_reward_fn(ClientOptions(url=f"http://127.0.0.1:{free_port()}", deadline_seconds=0.3))
     with pytest.raises(RouterUnavailableError):
         function(PROMPT, "12", [1], [2])
+
+
+AWAY = {"REWARD_ROUTER_DEADLINE_SECONDS": "0.8"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "column"), [("function", "messages"), ("function", "chat"), ("workflow", "chat")])
+def test_areals_own_workflow_gets_the_rewards(way: str, column: str, gateway: LiveGateway, tmp_path: Path) -> None:
+    words = ["--clients", client_folder("areal"), "--way", way, "--column", column]
+    environment = {"REWARD_ROUTER_URL": gateway.url, "REWARD_ROUTER_RUN": fresh_run()}
+    environment["REWARD_ROUTER_POLICY"] = "single:rm-long"
+    asked = len(gateway.arms[0].calls)
+    found = areal([*words, "--model", save_chatml_tokenizer(tmp_path)], environment)
+    assert found["rewards"] == [3.0, 7.0, 1.0]  # the lengths of "a b", "c d e f" and "g"
+    assert found["logged"]["rollout/reward"] == pytest.approx(11 / 3)
+    assert sorted(call for calls in gateway.arms[0].calls[asked:] for call in calls) == [
+        ("a b c", "a b"),
+        ("d e f", "c d e f"),
+        ("g h i", "g"),
+    ]
+
+
+@pytest.mark.slow
+def test_areals_workflow_rejects_every_trajectory_while_the_gateway_is_away(tmp_path: Path) -> None:
+    words = ["--clients", client_folder("areal"), "--way", "workflow", "--model", save_chatml_tokenizer(tmp_path)]
+    found = areal(words, {"REWARD_ROUTER_URL": f"http://127.0.0.1:{free_port()}", **AWAY})
+    assert found == {"rewards": ["RouterUnavailableError"] * 3, "logged": {}}
+
+
+@pytest.mark.slow
+def test_areals_pool_takes_a_zero_for_what_waits_in_its_queue() -> None:
+    """Why docs/trainers/areal.md prefers the workflow: the first sample fails, the others wait for it too long."""
+    words = ["--clients", client_folder("areal"), "--way", "queue"]
+    found = areal(words, {"REWARD_ROUTER_URL": f"http://127.0.0.1:{free_port()}", **AWAY})
+    assert 0 in found["rewards"]
+
+
+def areal(words: list[Any], environment: dict[str, str]) -> Any:
+    """What AReaL made of the rewards."""
+    return result_of(run_module("tests.support.areal_scoring", words, environment))
+
+
+def test_the_workflow_has_no_other_reward_function() -> None:
+    with pytest.raises(ValueError, match="leave it out"):
+        RouterRewards(reward_fn="areal.reward.gsm8k.gsm8k_reward_fn")
+
+
+async def test_awaited_samples_travel_together(gateway: LiveGateway) -> None:
+    reward = AwaitedReward(ClientOptions(url=gateway.url, run=fresh_run(), policy="single:rm-long"))
+    asked = len(gateway.arms[0].calls)
+    assert await asyncio.gather(*(reward(PROMPT, "x" * n, [1], [2], answer="") for n in range(1, 21))) == [
+        float(n) for n in range(1, 21)
+    ]
+    await reward.close()
+    assert len(gateway.arms[0].calls) - asked <= 2
