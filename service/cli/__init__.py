@@ -11,7 +11,22 @@ from rich.console import Console
 from rich.markup import escape
 
 from router_core.errors import RouterCoreError
-from service.cli import demo, encoder, evaluate, export, label, manifests, models, ope, replay, serve, train, up, worker
+from service.cli import (
+    demo,
+    encoder,
+    evaluate,
+    export,
+    label,
+    manifests,
+    models,
+    ope,
+    pin,
+    replay,
+    serve,
+    train,
+    up,
+    worker,
+)
 from service.errors import ServiceError
 
 app = typer.Typer(
@@ -30,6 +45,7 @@ app.command("up")(up.up)
 app.command("serve")(serve.serve)
 app.command("worker")(worker.worker)
 app.command("manifests")(manifests.manifests)
+app.command("pin")(pin.pin)
 app.add_typer(encoder.app, name="encoder")
 app.command("train")(train.train)
 app.command("label")(label.label)

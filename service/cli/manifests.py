@@ -15,6 +15,7 @@ import typer
 import yaml
 from rich.console import Console
 
+from service.cli.pin import warn_moving
 from service.cli.vllm_serve import serve_environment, serve_words
 from service.errors import ConfigurationError
 from service.pool import ModelEntry, PoolFile, load_pool
@@ -73,6 +74,7 @@ def manifests(
 ) -> None:
     """Write the Kubernetes manifests of a pool's workers, and the pool file for the gateways in front of them."""
     parsed = load_pool(pool)
+    warn_moving(parsed, pool)
     choices = Choices(image, gpu_resource, shared_gpus, cache_size)
     head = f"# Made by `reward-router manifests` from {pool.name}. Change that file, or patch this one in an overlay.\n"
     files = {
@@ -122,6 +124,8 @@ def kustomization(has_workers: bool) -> Manifest:
 def gateway_pool(pool: PoolFile) -> Manifest:
     """The pool as gateways see it: every replica by the name of its pod, since they choose among replicas themselves.
 
+    A tokenizer that gateways need is named by `model` and `revision`, the ones that the worker serves.
+
     Raises:
         ConfigurationError: two models would have one Service, or a file of this machine is named.
     """
@@ -131,7 +135,11 @@ def gateway_pool(pool: PoolFile) -> Manifest:
         raise ConfigurationError(f"models of the pool would share the Kubernetes name {twice[0]!r}: rename one")
     models = []
     for model in pool.models:
-        for field, value in (("chat_template", model.chat_template), ("tokenizer", model.tokenizer or "")):
+        tokenizes = model.rendering in ("tokens", "auto")
+        path = str(model.path) if tokenizes and model.tokenizer is None and model.path is not None else ""
+        for field, value in (
+            ("chat_template", model.chat_template), ("tokenizer", model.tokenizer or ""), ("path", path),
+        ):  # fmt: skip
             if value.startswith("/"):
                 raise ConfigurationError(
                     f"model {model.name!r}: `{field}` {value} is a file of this machine, which a pod does not have; "
@@ -139,8 +147,10 @@ def gateway_pool(pool: PoolFile) -> Manifest:
                 )
         urls = list(model.urls) or replica_urls(model)
         given = model.model_dump(mode="json", exclude_defaults=True, include=set(GATEWAY_FIELDS))
-        if model.rendering == "tokens":
-            given["tokenizer"] = model.tokenizer or model.model
+        if tokenizes:
+            own = {"model": model.model, "revision": model.revision}
+            named = own if model.tokenizer is None else {"tokenizer": model.tokenizer}
+            given |= {field: value for field, value in named.items() if value is not None}
         models.append({"name": model.name, "urls": urls} | given)
     return pool.model_dump(mode="json", exclude_defaults=True, include={"name", "over_long"}) | {"models": models}
 

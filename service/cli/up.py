@@ -17,6 +17,7 @@ from rich.console import Console
 
 from service.cli.encoder_launch import ENCODER_SHARE, SERVED, EncoderPlan, ensure_exported, plan_encoder
 from service.cli.launch import WORKER_SECONDS, WorkerStart, plan_workers, shares_of, start_workers
+from service.cli.pin import warn_moving
 from service.cli.processes import Child, ProcessGroup, free_port, interruptible
 from service.cli.supervise import Supervisor
 from service.cli.vllm_serve import share_lines
@@ -113,12 +114,14 @@ def up(
     """
     interruptible()
     console = Console()
+    given = pool
     if pool is None:
         from service.cli.demo import demo_run, ensure_demo_pool
 
         pool, checkpoint = ensure_demo_pool(data_dir, console, checkpoint)
         run = run or demo_run(checkpoint)
     wanted = _overridden(load_pool(pool), worker, device, vllm_command)
+    warn_moving(wanted, given)
     served = None
     if encoder == SERVED:
         served = plan_encoder(wanted, checkpoint, data_dir / "encoder", share=encoder_share, gpu=encoder_gpu)

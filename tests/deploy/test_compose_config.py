@@ -215,7 +215,8 @@ def test_vllm_gets_the_flags_and_environment_that_up_would_give_it(gpu: Config) 
         expected = serve_words(served[model.name], "cuda", host="0.0.0.0", port=8000)
         assert (*service["entrypoint"][1:], *service["command"]) == expected
         assert service["environment"].items() >= ENVIRONMENT.items()
-        assert model.rendering == served[model.name].rendering
+        for field in ("rendering", "model", "revision", "tokenizer"):
+            assert getattr(model, field) == getattr(served[model.name], field), field
         assert (model.score_scale, model.score_shift) == (
             served[model.name].score_scale,
             served[model.name].score_shift,
@@ -245,6 +246,15 @@ def test_the_weights_are_downloaded_where_offline_workers_look_for_them(gpu: Con
         assert mounted[cache["target"]]["source"] == cache["source"], name
         assert worker["environment"]["HF_HOME"] == cache["target"], name
         assert worker["environment"]["HF_HUB_OFFLINE"] == "1", name
+
+
+def test_the_gateway_reads_tokenizers_where_the_weights_were_downloaded_and_asks_no_hub(gpu: Config) -> None:
+    found, weights = gpu["services"]["gateway-gpu"], gpu["services"]["weights"]
+    (cache,) = weights["volumes"]
+    (mount,) = (volume for volume in found["volumes"] if volume["target"] == found["environment"]["HF_HOME"])
+    assert (mount["source"], mount["read_only"]) == (cache["source"], True)
+    assert found["environment"]["HF_HUB_OFFLINE"] == "1"
+    assert found["depends_on"]["weights"]["condition"] == "service_completed_successfully"
 
 
 def test_the_encoder_is_served_with_the_flags_that_its_export_prints_and_locked_in_like_a_worker() -> None:

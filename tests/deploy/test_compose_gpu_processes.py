@@ -1,12 +1,14 @@
 """docker-compose.yml's profiles `gpu` and `encoder` as processes, with our own workers in the place of vLLM's.
 
-What is proven: names, ports, networks, mounts, order, pool file, the gateway's environment, the encoder's export.
+What is proven: names, ports, networks, mounts, order, pool file, the gateway's environment, the encoder's export, and
+that the gateway finds the models' tokenizers where the weights were downloaded to, and sends token ids.
 What is not: vLLM (tests/vllm), its flags (test_compose_vllm.py reads them with vLLM's own parser), and a GPU.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,10 +16,9 @@ import pytest
 
 pytest.importorskip("dockerfile_parse", reason="needs reward-router[dev]")
 pytest.importorskip("torch", reason="exporting an encoder needs reward-router[train]")
-from router_core.dataset import write_pairs
-from router_core.records import Instance, LabelledPair, verdict_of
-from service.pool import load_pool
-from tests.support.compose import ROOT, ComposeStack, Image, compose_config
+pytest.importorskip("transformers", reason="the small reward model needs reward-router[train]")
+from tests.service.workers.test_cpu import MAX_LENGTH, build
+from tests.support.compose import ComposeStack, Image, compose_config
 from tests.support.compose_parts import SECRETS, ask, vllm_image
 
 pytestmark = [
@@ -39,13 +40,7 @@ PAIR = {"prompt": "Name a prime.", "responses": ["Seven is one.", "Eight is one.
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> Image:
     """Stands for vLLM's image."""
     folder = tmp_path_factory.mktemp("vllm-image")
-    names = [model.name for model in load_pool(ROOT / "deploy/compose/pool.gpu.yaml").models]
-    instance = Instance(PAIR["prompt"], tuple(PAIR["responses"]))
-    recorded = {name: (1.0 + index, -1.0) for index, name in enumerate(names)}
-    verdicts = {name: verdict_of(scores) for name, scores in recorded.items()}
-    pair = LabelledPair("pair", instance, 0, recorded, verdicts, "maths", "maths", "0")
-    write_pairs(folder / "pairs.jsonl", [pair])
-    return vllm_image(folder, folder / "pairs.jsonl")
+    return vllm_image(folder, build(folder / "tiny"))
 
 
 def test_models_are_downloaded_started_in_turn_and_asked_through_a_gateway_whose_encoder_is_a_server(
@@ -57,12 +52,21 @@ def test_models_are_downloaded_started_in_turn_and_asked_through_a_gateway_whose
         turns = ["weights", "skywork-qwen3-06b", "skywork-llama32-1b", "grm-gemma2-2b", "grm-llama32-3b"]
         assert [name for name in stack.order if name in turns] == turns
         assert stack.order.index("encoder-files") < stack.order.index("gateway-gpu")
+        assert stack.order.index("weights") < stack.order.index("gateway-gpu")
 
         url = stack.url("gateway-gpu")
-        assert all(model["available"] for model in ask(url, "/models")[1])
+        # The last worker is healthy, and the gateway tries it at its next check.
+        deadline = time.monotonic() + 60
+        models = ask(url, "/models")[1]
+        while not all(model["available"] for model in models):
+            assert time.monotonic() < deadline, models
+            time.sleep(0.1)
+            models = ask(url, "/models")[1]
+        assert [model["rendering"] for model in models] == ["tokens"] * 4, "tokenizers are read where weights lie"
+        assert [model["max_model_len"] for model in models] == [MAX_LENGTH] * 4
         status, reward = ask(url, "/reward", PAIR)
         assert status == 200, reward
-        assert (reward["recorded"], reward["fallback"], reward["preferred"]) == (True, False, 0)
+        assert (reward["recorded"], reward["fallback"]) == (True, False)
         status, accepted = ask(url, "/feedback", {"decision_id": reward["decision_id"], "preferred": 0})
         assert status == 200, accepted
 
@@ -71,11 +75,15 @@ def test_the_gateway_is_alive_and_not_ready_while_no_model_is_there(images: dict
     config = compose_config("gpu", variables=SECRETS)
     # Its image's own health check, which asks whether it lives.
     del config["services"]["gateway-gpu"]["healthcheck"]
+    # There is no image that could download anything: the tokenizers are not there either.
+    del config["services"]["gateway-gpu"]["depends_on"]["weights"]
     with ComposeStack(config, tmp_path, images, network=os.getpid() % 240) as stack:
         stack.up(60)
         assert "gateway-gpu" in stack.order
         url = stack.url("gateway-gpu")
         status, refused = ask(url, "/readyz")
         assert status == 503, refused
-        assert [model["available"] for model in ask(url, "/models")[1]] == [False] * 4
+        models = ask(url, "/models")[1]
+        assert [model["available"] for model in models] == [False] * 4
+        assert [model["rendering"] for model in models] == ["messages"] * 4
         assert ask(url, "/reward", PAIR)[0] == 503

@@ -158,7 +158,7 @@ def test_no_pod_may_do_more_than_it_has_to(everything: list[Manifest]) -> None:
 
 def gateway_environment(manifests: list[Manifest]) -> dict[str, str]:
     """What the gateway's container would find in its environment, with the secrets of the docs."""
-    secrets = {"api-keys": '["KEY"]', "store-url": "redis://reward-router-redis:6379/0"}
+    secrets = {"api-keys": '["KEY"]', "store-url": "redis://reward-router-redis:6379/0", "hf-token": "TOKEN"}
     (container,) = of_kind(manifests, "Deployment")["reward-router"]["spec"]["template"]["spec"]["containers"]
     maps = of_kind(manifests, "ConfigMap")
     environment = {k: v for ref in container["envFrom"] for k, v in maps[ref["configMapRef"]["name"]]["data"].items()}

@@ -142,12 +142,16 @@ class Cluster:
         for source in spec["envFrom"]:
             environment |= maps[source["configMapRef"]["name"]]["data"]
         for variable in spec["env"]:
-            key = variable.get("valueFrom", {}).get("secretKeyRef", {}).get("key")
-            environment[variable["name"]] = variable["value"] if key is None else secret[key]
+            reference = variable.get("valueFrom", {}).get("secretKeyRef", {})
+            if reference.get("optional") and reference["key"] not in secret:
+                continue
+            environment[variable["name"]] = secret[reference["key"]] if reference else variable["value"]
         assert environment["REWARD_ROUTER_HOST"] == "0.0.0.0"
         assert int(environment["REWARD_ROUTER_PORT"]) == spec["ports"][0]["containerPort"]
         environment = {name: self.here(value) for name, value in environment.items()}
         environment |= {"REWARD_ROUTER_HOST": "127.0.0.1", "REWARD_ROUTER_PORT": str(port)}
+        # No test asks the hub: without tokenizers the gateway sends conversations, which a recorded worker knows.
+        environment |= {"HF_HOME": str(self.folder / "huggingface"), "HF_HUB_OFFLINE": "1"}
         arguments = [word.replace("/etc/reward-router", str(self.pool_folder())) for word in spec["args"]]
         return self.start("reward-router", [sys.executable, "-m", "service.cli", *arguments], environment, port)
 

@@ -28,28 +28,31 @@ sys.exit(reply != b"+PONG\\r\\n")
 """
 
 VLLM = """#!{python}
-# `vllm serve`, answered in vLLM's words by our own workers: recorded scores for an RM, transformers for an encoder.
+# `vllm serve`, answered in vLLM's words by our own workers: an RM out of the hub's cache, an encoder's directory.
 import os, sys
+from huggingface_hub import snapshot_download
 assert sys.argv[1] == "serve", sys.argv
 source, flags = sys.argv[2], dict(zip(sys.argv[3::2], sys.argv[4::2], strict=True))
 assert flags["--runner"] == "pooling", flags
 place = ["--host", flags["--host"], "--port", flags["--port"]]
 if flags["--convert"] == "classify":
     assert os.environ["HF_HUB_OFFLINE"] == "1"
-    model = os.path.join(os.environ["HF_HOME"], source.replace("/", "--"))
-    assert os.path.exists(model), f"{{model}} was not downloaded"
-    words = ["worker", "--recorded", {pairs!r}, "--model", flags["--served-model-name"], *place]
+    model = snapshot_download(source, revision=flags["--revision"])
+    words = ["worker", "--model", model, "--name", flags["--served-model-name"], *place]
 else:
     words = ["encoder", "serve", source, "--name", flags["--served-model-name"], *place]
 os.execv({router!r}, [{router!r}, *words])
 """
 
 DOWNLOAD = """#!{python}
-# `hf download MODEL --revision REVISION`, which leaves a mark where the weights would lie.
-import os, pathlib, sys
+# `hf download MODEL --revision REVISION`, which lays a small model into the hub's cache in the place of any other.
+import os, pathlib, shutil, sys
 _, verb, model, flag, revision = sys.argv
 assert (verb, flag, revision) == ("download", "--revision", "main"), sys.argv
-pathlib.Path(os.environ["HF_HOME"], model.replace("/", "--")).touch()
+cached = pathlib.Path(os.environ["HF_HOME"], "hub", "models--" + model.replace("/", "--"))
+(cached / "refs").mkdir(parents=True, exist_ok=True)
+(cached / "refs" / revision).write_text("0" * 40)
+shutil.copytree({model!r}, cached / "snapshots" / ("0" * 40), dirs_exist_ok=True)
 """
 
 
@@ -66,16 +69,16 @@ def valkey_image(binary: Path, folder: Path) -> Image:
     return Image((folder,), extra=("--bind", "{address}"))
 
 
-def vllm_image(folder: Path, pairs: Path) -> Image:
+def vllm_image(folder: Path, model: Path) -> Image:
     """`vllm/vllm-openai` without vLLM: its commands, answered by our own workers.
 
     Args:
         folder: for the executables.
-        pairs: recorded scores for every RM of the pool.
+        model: directory of a small reward model, which every RM of the pool is.
     """
     router = Path(sys.executable).parent / "reward-router"
-    script(folder / "vllm", VLLM.format(python=sys.executable, pairs=str(pairs), router=str(router)))
-    script(folder / "hf", DOWNLOAD.format(python=sys.executable))
+    script(folder / "vllm", VLLM.format(python=sys.executable, router=str(router)))
+    script(folder / "hf", DOWNLOAD.format(python=sys.executable, model=str(model)))
     return Image((folder,))
 
 

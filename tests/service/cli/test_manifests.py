@@ -56,7 +56,8 @@ def test_gateways_are_told_what_concerns_them_and_nothing_of_gpus() -> None:
         models=(
             entry(score_scale=2.0, gpu_share=0.3, gpus=(0,), licence="x", max_model_len=512, served_name="served"),
             ModelEntry(name="elsewhere", urls=("http://gpu:8000",)),
-            entry("ids", rendering="tokens"),
+            entry("ids", rendering="tokens", revision="v1"),
+            entry("perhaps", rendering="auto", tokenizer="org/b"),
         ),
     )
     assert gateway_pool(pool) == {
@@ -70,7 +71,19 @@ def test_gateways_are_told_what_concerns_them_and_nothing_of_gpus() -> None:
                 "served_name": "served",
             },
             {"name": "elsewhere", "urls": ["http://gpu:8000"]},
-            {"name": "ids", "urls": ["http://rm-ids-0.rm-ids:8000"], "rendering": "tokens", "tokenizer": "org/a"},
+            {
+                "name": "ids",
+                "urls": ["http://rm-ids-0.rm-ids:8000"],
+                "rendering": "tokens",
+                "model": "org/a",
+                "revision": "v1",
+            },
+            {
+                "name": "perhaps",
+                "urls": ["http://rm-perhaps-0.rm-perhaps:8000"],
+                "rendering": "auto",
+                "tokenizer": "org/b",
+            },
         ],
     }
 
@@ -115,6 +128,10 @@ def refused(content: dict[str, Any], tmp_path: Path) -> str:
         ({"path": "models/a"}, "'a' is not one of the Hugging Face hub.*`urls`"),
         ({"recorded": "a.jsonl"}, "'a' is not one of the Hugging Face hub"),
         ({"model": "org/a", "chat_template": "a.jinja"}, "`chat_template` .*a.jinja is a file of this machine"),
+        (
+            {"path": "models/a", "urls": ["http://a:1"], "rendering": "auto"},
+            "`path` .*models/a is a file of this machine",
+        ),
     ],
 )
 def test_what_a_pod_would_not_have_is_refused_and_nothing_written(

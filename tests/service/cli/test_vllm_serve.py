@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from service.cli.launch import plan_workers
 from service.cli.up import port_sequence
 from service.cli.vllm_serve import (
     check_shares,
+    claims_by_gpu,
     find_vllm,
+    model_claims,
     placements,
     serve_environment,
     serve_words,
@@ -121,6 +125,43 @@ def test_ready_pools_fit_on_their_gpus_and_name_every_licence(
         assert used == set(range(int(pool.name.split("-")[1].partition("x")[0])))
 
 
+PUBLISHED = [path for path in READY_POOLS if path.stem != "demo"]
+
+ROW = re.compile(
+    r"#.* (?P<name>[\w.-]+) +[\d.]+ GB +(?P<weights>[\d.]+) GiB +(?P<kv>[\d* ]+) B = +(?P<kib>\d+) KiB +"
+    r"(?P<share>[.\d]+) = +(?P<gib>[\d.]+) GiB +(?P<left>[\d.]+) GiB = +(?P<tokens>\d+)k tokens"
+)
+"""One RM in the comment on top of a ready pool."""
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_the_arithmetic_on_top_of_a_ready_pool_is_that_of_its_entries_and_right(path: Path) -> None:
+    text = path.read_text("utf-8")
+    memory = float(re.search(r"[Cc]ounted on ([\d.]+) GiB", text)[1])  # type: ignore[index]
+    working = float(re.search(r"([\d.]+) GiB of working\s+(?:# )?memory", text)[1])  # type: ignore[index]
+    rows = {row["name"]: row for row in ROW.finditer(text)}
+    pool = load_pool(path)
+    assert set(rows) == {model.name for model in pool.models}
+    for model in pool.models:
+        row = rows[model.name]
+        share, weights, left = float(row["share"]), float(row["weights"]), float(row["left"])
+        assert share == model.gpu_share, model.name
+        assert math.prod(map(int, row["kv"].split("*"))) == 1024 * int(row["kib"]), model.name
+        assert share * memory == pytest.approx(float(row["gib"]), abs=0.06), model.name
+        assert share * memory - weights - working == pytest.approx(left, abs=0.5 if left >= 10 else 0.06), model.name
+        tokens = left * 1024**2 / int(row["kib"])
+        # Rounded down, from a `left` of more digits than are shown.
+        assert int(row["tokens"]) * 1000 == pytest.approx(tokens, abs=1000, rel=0.05), model.name
+        assert model.max_model_len is not None
+        assert tokens > model.max_model_len, f"{model.name}: one text must fit"
+    sums = [float(one) for one in re.findall(r"# +sum +(\.\d+)", text)]
+    taken = {round(sum(claim.share for claim in one), 4) for one in claims_by_gpu(model_claims(pool.models)).values()}
+    assert set(sums) == taken
+    assert f"reward-router pin --pool deploy/models/{path.name}" in text
+    assert "Chat template: every model's own" in text
+    assert all(model.rendering == "auto" and model.chat_template == "plain" for model in pool.models)
+
+
 def test_the_pool_files_command_is_relative_to_the_file(tmp_path: Path, fake_vllm: str) -> None:
     (tmp_path / "pool.yaml").write_text("vllm_command: bin/vllm --flag\nmodels: [{name: rm, path: rm}]\n")
     pool = load_pool(tmp_path / "pool.yaml")
@@ -158,7 +199,7 @@ def dry_run(pool: Path, *words: str) -> list[str]:
     """What `up --dry-run` prints."""
     done = CliRunner().invoke(app, ["up", "--pool", str(pool), "--dry-run", *words])
     assert done.exit_code == 0, done.output
-    return done.output.splitlines()
+    return done.stdout.splitlines()
 
 
 def test_a_dry_run_prints_one_command_a_replica_and_starts_nothing(
