@@ -71,6 +71,7 @@ TRAINERS = (
             "antlr4-python3-runtime==4.9.3",
             "colorlog==6.12.0",
             "lark==1.3.1",
+            "orjson==3.13.0",
             "tenacity==9.2.1",
             "torchdata==0.11.0",
         ),
