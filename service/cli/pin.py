@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
+import httpx2
 import typer
 import yaml
 from rich.console import Console
@@ -21,6 +22,9 @@ from service.pool import ModelEntry, PoolFile, load_pool
 
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 """A commit's whole name; whatever else a `revision` says may come to mean another one."""
+
+HUB_SECONDS: Final = 30.0
+"""Longest wait for an answer of the hub about one model."""
 
 DEFAULT_BRANCH: Final = "main"
 """What the hub gives where no revision is named."""
@@ -80,9 +84,10 @@ def look_up(model: ModelEntry) -> str:
 
     revision = model.revision or DEFAULT_BRANCH
     try:
-        commit = HfApi(endpoint=os.environ.get("HF_ENDPOINT")).model_info(str(model.model), revision=revision).sha
-    # The hub's errors are OSErrors (network, 404, gated) and ValueErrors (no such name).
-    except (OSError, ValueError) as error:
+        hub = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+        commit = hub.model_info(str(model.model), revision=revision, timeout=HUB_SECONDS).sha
+    # The hub's errors are OSErrors (network, 404, gated) and ValueErrors (no such name); the client's are its own.
+    except (OSError, ValueError, httpx2.HTTPError) as error:
         raise ConfigurationError(
             f"model {model.name!r}: {model.model} at {revision!r} cannot be looked up (set HF_TOKEN for one that the "
             f"hub gives to some only): {error}"

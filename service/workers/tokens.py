@@ -13,8 +13,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+import httpx2
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from tokenizers import Tokenizer
 
 from service.workers.render import (
@@ -29,6 +30,10 @@ from service.workers.wire import ClassifyRequest
 
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """What of a model's repository is needed here."""
+
+HUB_SECONDS: Final = 10.0
+"""Longest wait for an answer of the hub. A network that swallows what is sent to it must not keep a gateway from
+starting: without a bound each model would cost minutes."""
 
 INLINE_CHARACTERS: Final = 2048
 """Texts shorter than this, all of a call together, are tokenized on the event loop: about 2 ms at most. Handing them to
@@ -184,21 +189,23 @@ def load_token_rendering(
     revision: str | None = None,
     now: Callable[[], datetime] = datetime.now,
     cache_dir: Path | None = None,
+    hub_seconds: float = HUB_SECONDS,
 ) -> TokenRendering:
     """The rendering `tokens` of a pool file.
 
     Args:
-        name: the RM's directory, or its id on the model hub, from which three small files are fetched once.
+        name: the RM's directory, or its id on the model hub, from which three files are fetched once.
         template: a `.jinja` file; None for the model's own.
         revision: branch, tag or commit of an id on the hub.
         now: see `ChatTemplate`.
         cache_dir: where fetched files are kept; the hub library's default when None.
+        hub_seconds: longest wait for an answer of the hub; what is kept is used when there is none.
 
     Raises:
         ValueError: no tokenizer or no chat template there.
         OSError: a file cannot be read.
     """
-    directory = Path(name) if Path(name).is_dir() else _fetched(name, revision, cache_dir)
+    directory = Path(name) if Path(name).is_dir() else _fetched(name, revision, cache_dir, hub_seconds)
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise ValueError(
@@ -214,12 +221,27 @@ def load_token_rendering(
     )
 
 
-def _fetched(name: str, revision: str | None, cache_dir: Path | None) -> Path:
+def _fetched(name: str, revision: str | None, cache_dir: Path | None, seconds: float) -> Path:
+    """The folder with the files, from the hub or, where it does not answer, as they were fetched before."""
+    away: Exception | None = None
     try:
-        files = list(TOKENIZER_FILES)
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files, cache_dir=cache_dir))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        # Asked first, because the download itself waits for ever.
+        HfApi().model_info(name, revision=revision, timeout=seconds)
+    # The hub's refusals, no network or offline mode, and the client's own.
+    except (HFValidationError, HfHubHTTPError, OSError, httpx2.HTTPError) as error:
+        away = error
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=list(TOKENIZER_FILES),
+                cache_dir=cache_dir,
+                local_files_only=away is not None,
+            )
+        )
+    except (HFValidationError, HfHubHTTPError, OSError, httpx2.HTTPError) as error:
         raise ValueError(
             f"tokenizer {name!r} is neither a directory nor a model that the hub gives (set HF_TOKEN for one that it "
-            f"gives to some only, or use rendering 'messages'): {error}"
+            f"gives to some only, or use rendering 'messages'): {away or error}"
         ) from error

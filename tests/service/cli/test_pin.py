@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 from typer.testing import CliRunner
 
@@ -17,6 +12,7 @@ from service.cli import app
 from service.cli.pin import with_revisions
 from service.errors import ConfigurationError
 from service.pool import load_pool
+from tests.support.hub import Hub, running_hub
 
 A, B = "a" * 40, "1" * 40
 
@@ -43,44 +39,12 @@ models:
 """
 
 
-@dataclass
-class Hub:
-    """What the hub knows, (model, revision) -> commit, and what it was asked."""
-
-    known: dict[tuple[str, str], str]
-    asked: list[str] = field(default_factory=list)
-
-
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub that answers `model_info` as the real one does."""
     knows = Hub({("org/a", "main"): A, ("org/b", "main"): B, ("org/a", "v1"): B})
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            knows.asked.append(self.path)
-            owner, name, _, revision = self.path.removeprefix("/api/models/").partition("?")[0].split("/")
-            commit = knows.known.get((f"{owner}/{name}", revision))
-            body = json.dumps({"id": f"{owner}/{name}", "sha": commit} if commit else {"error": "not found"}).encode()
-            self.send_response(200 if commit else 404)
-            if not commit:
-                self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        yield knows
-        server.shutdown()
-        thread.join()
+    with running_hub(knows, monkeypatch) as running:
+        yield running
 
 
 def pool_file(folder: Path, text: str = POOL) -> Path:
@@ -123,7 +87,7 @@ def test_a_second_time_changes_nothing_and_asks_nothing(hub: Hub, tmp_path: Path
 
 @pytest.mark.parametrize("lost", [("org/b", "main"), ("org/a", "v1")])
 def test_unless_every_model_is_found_nothing_is_written(hub: Hub, tmp_path: Path, lost: tuple[str, str]) -> None:
-    del hub.known[lost]
+    del hub.commits[lost]
     file = pool_file(tmp_path)
     with pytest.raises(ConfigurationError, match=rf"{lost[0]} at '{lost[1]}' cannot be looked up \(set HF_TOKEN"):
         pin(file)

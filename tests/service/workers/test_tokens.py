@@ -17,6 +17,7 @@ from service.workers.protocol import OverLong, Rewards, WorkerError, WorkerRejec
 from service.workers.render import PLAIN_TEMPLATE, ChatTemplate, Prepared, RenderError, TooLongError, encode
 from service.workers.tokens import INLINE_CHARACTERS, TokenRendering, load_token_rendering
 from tests.service.workers.worker_servers import Json, RunningWorker, ScriptedWorker, Serve, error, reply, soon
+from tests.support.hub import Hub, running_hub, silent_hub
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -372,6 +373,37 @@ def test_a_hub_id_is_looked_up_in_the_hub_s_cache(tmp_path: Path, monkeypatch: p
     assert fitted(pinned, ITEMS, 1000) == fitted(byte_rendering(), ITEMS, 1000)
     with pytest.raises(ValueError, match="neither a directory nor a model"):
         load_token_rendering("acme/rm", revision="1" * 40, cache_dir=tmp_path)
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """What an author has on the hub: a tokenizer, and weights that nobody here wants."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    (folder / "chat_template.jinja").write_text(TRIMMING)
+    (folder / "model.safetensors").write_text("large")
+    return folder
+
+
+def test_the_tokenizers_files_and_no_weights_are_fetched_once_and_kept(
+    tmp_path: Path, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "c" * 40
+    with running_hub(Hub({("acme/rm", "main"): commit}, {"acme/rm": published}), monkeypatch) as hub:
+        loaded = load_token_rendering("acme/rm", revision="main", cache_dir=tmp_path / "cache")
+        assert fitted(loaded, ITEMS, 1000) == fitted(byte_rendering(), ITEMS, 1000)
+        load_token_rendering("acme/rm", revision="main", cache_dir=tmp_path / "cache")
+        files = [path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path]
+        assert set(files) == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+        with pytest.raises(ValueError, match=r"'acme/none' is neither .* \(set HF_TOKEN"):
+            load_token_rendering("acme/none", cache_dir=tmp_path / "cache")
+    with silent_hub(monkeypatch):
+        kept = load_token_rendering("acme/rm", revision="main", cache_dir=tmp_path / "cache", hub_seconds=0.2)
+        assert fitted(kept, ITEMS, 1000) == fitted(byte_rendering(), ITEMS, 1000)
+        with pytest.raises(ValueError, match=r"'acme/rm' is neither .* timed out"):
+            load_token_rendering("acme/rm", revision="main", cache_dir=tmp_path / "empty", hub_seconds=0.2)
 
 
 def test_a_pool_file_says_how_lengths_are_treated(tmp_path: Path) -> None:
