@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 pytest.importorskip("torch")
 
+# Before TrainConfig is replaced below: the module's own annotations are evaluated when it is imported.
+import router_core.offline.table  # noqa: F401
 from router_core.dataset import load_pairs, pairs_digest, write_pairs
 from router_core.encoder.surface import SurfaceBackbone
 from router_core.errors import DatasetError, EncoderError
