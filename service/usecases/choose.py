@@ -65,6 +65,8 @@ class _Waiting:
     future: asyncio.Future[Chosen]
     encoded: Encoded | None
     """The contexts, where they came over a network."""
+    apart: object | None
+    """Of those with the same one a pass holds one at most."""
 
 
 class PassTimes:
@@ -122,8 +124,17 @@ class Chooser:
             return math.inf
         return self._times.expected(_units(len(instances), _characters(instances)))
 
-    async def choose(self, run: Run, policy: Policy, instances: Sequence[Instance]) -> Chosen:
+    async def choose(
+        self, run: Run, policy: Policy, instances: Sequence[Instance], *, apart: object | None = None
+    ) -> Chosen:
         """Contexts and draws for instances of one run.
+
+        Args:
+            run: theirs.
+            policy: who draws.
+            instances: (B,), at least one.
+            apart: pieces of one whole name it here, so that no two of them share a pass: the first would wait for the
+                second's texts.
 
         Raises:
             RouterCoreError: the encoder or the draw failed.
@@ -133,7 +144,7 @@ class Chooser:
         encoder = run.template.encoder
         encoded = await encoder.encode(instances) if isinstance(encoder, AwaitedEncoder) else None
         future: asyncio.Future[Chosen] = loop.create_future()
-        self._waiting.append(_Waiting(run, policy, instances, future, encoded))
+        self._waiting.append(_Waiting(run, policy, instances, future, encoded, apart))
         if not self._running and not self._scheduled:
             # Not at once: whoever else is ready in this turn of the loop joins the batch.
             self._scheduled = True
@@ -160,13 +171,19 @@ class Chooser:
 
     def _take(self) -> tuple[list[_Waiting], int]:
         """As many of the waiting as one pass may hold, at least one, and how many instances they are."""
-        size, taken = 0, 0
-        for waiting in self._waiting:
-            if taken and size + len(waiting.instances) > MAX_CHOICE_BATCH:
+        size = 0
+        batch: list[_Waiting] = []
+        left: list[_Waiting] = []
+        for index, waiting in enumerate(self._waiting):
+            if batch and size + len(waiting.instances) > MAX_CHOICE_BATCH:
+                left += self._waiting[index:]
                 break
+            if waiting.apart is not None and any(waiting.apart is other.apart for other in batch):
+                left.append(waiting)
+                continue
             size += len(waiting.instances)
-            taken += 1
-        batch, self._waiting = self._waiting[:taken], self._waiting[taken:]
+            batch.append(waiting)
+        self._waiting = left
         return batch, size
 
     def _finish(

@@ -284,17 +284,17 @@ class Scorer:
     async def _route_piece(self, piece: Piece, call: _Call) -> dict[int, _Job]:
         try:
             async with asyncio.timeout_at(call.deadline), call.choosing:
-                jobs = await self._choose(piece)
+                jobs = await self._choose(piece, call)
         except TimeoutError as error:
             raise _too_late() from error
         async with call.asking:
             await self._ask(jobs, call)
         return dict(zip(piece.indices, jobs, strict=True))
 
-    async def _choose(self, piece: Piece) -> list[_Job]:
+    async def _choose(self, piece: Piece, call: _Call) -> list[_Job]:
         """The jobs of a piece, in order: drawn, and nobody asked yet."""
         run, policy = piece.run, piece.policy
-        chosen = await self._chooser.choose(run, policy, piece.instances)
+        chosen = await self._chooser.choose(run, policy, piece.instances, apart=call)
         # Copies: a row of a batch would keep the whole batch.
         run.recent.append((chosen.x[0].copy(), chosen.offsets[0].copy()))
         rankings, draws = chosen.choices.ranking.tolist(), chosen.choices.draws.tolist()

@@ -6,8 +6,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from router_core.encoder.fuse import Fuse, PairEncoder
+from router_core.encoder.surface import SurfaceBackbone
 from router_core.records import Instance
 from service.encoders.protocol import AwaitedEncoder, Encoded, EncoderUnavailableError, ServerStatus
 from tests.support.arms import ScriptedArm
@@ -48,6 +52,24 @@ class SteppedEncoder(AwaitedEncoder):
         self.sizes.append(len(instances))
         await self._before(len(self.sizes) - 1)
         return Encoded(self._encoder.encode(instances), 0.0)
+
+
+class SizedEncoder(PairEncoder):
+    """The small encoder, of a speed that the gateway does not know yet.
+
+    Attributes:
+        sizes: instances of each pass.
+    """
+
+    def __init__(self) -> None:
+        backbone = SurfaceBackbone()
+        super().__init__(backbone, Fuse.identity(backbone.dim, DIM))
+        self.sizes: list[int] = []
+
+    def encode(self, instances: Sequence[Instance]) -> NDArray[np.float32]:
+        """See `PairEncoder.encode`."""
+        self.sizes.append(len(instances))
+        return super().encode(instances)
 
 
 async def at_once(_: int) -> None:
@@ -95,6 +117,13 @@ async def test_the_next_piece_is_encoded_while_an_rm_is_asked_about_the_first(va
         valkey_server.url, arms=[arm], encoder=SteppedEncoder(opens_the_gate), batch_piece_responses=4
     ) as gateway:
         assert [len(result["rewards"]) for result in await results_of(gateway, batch(4))] == [2] * 4
+
+
+async def test_an_encoder_in_the_gateway_takes_one_piece_at_a_time(valkey_server: ValkeyProcess) -> None:
+    encoder = SizedEncoder()
+    async with open_gateway(valkey_server.url, encoder=encoder, batch_piece_responses=4) as gateway:
+        assert len(await results_of(gateway, batch(7))) == 7
+    assert encoder.sizes == [2, 2, 2, 1]
 
 
 @pytest.mark.parametrize(
