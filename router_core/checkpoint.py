@@ -5,7 +5,7 @@ start-up by `service.wiring`, and by replay.
 
 A checkpoint is a directory:
 
-    weights.safetensors   float32 tensors: fuse.*, bt_embeddings, cls_*, calibration_*
+    weights.safetensors   float32 tensors: fuse.*, bt_embeddings, cls_*, calibration_*, score_*, landmark_positions
     metadata.json         pool, encoder, prior form, hyper-parameters, metrics, provenance, and the digest of all that
     backbone/             the fine-tuned transformer, where there is one; its files' digests stand in the metadata
 
@@ -32,7 +32,8 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from router_core.encoder.fuse import Fuse
-from router_core.errors import CheckpointError, HyperparameterError, ShapeMismatchError
+from router_core.errors import CheckpointError, HyperparameterError, NotFiniteError, ShapeMismatchError
+from router_core.novelty import Landmarks
 from router_core.policies.scale import ScoreScale
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, Hyperparameters, PriorForm
 
@@ -45,6 +46,7 @@ _ARM_TENSORS = ("bt_embeddings", "cls_weight", "cls_bias", "calibration_scale", 
 _FUSE_TENSORS = ("shift", "projection", "w1", "b1", "w2", "b2")
 _OPTIONAL_FUSE_TENSORS = ("rotation", "context")
 _SCORE_TENSORS = ("score_shift", "score_scale")
+_LANDMARKS = "landmark_positions"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +71,7 @@ class Checkpoint:
         directory: where those files lie; set by `load`, and no part of what the checkpoint is.
         score_shift, score_scale: (K,), (K,), mean and standard deviation of each RM's raw rewards on the training
             pairs, for what combines several RMs' rewards; None where the pairs held no scores.
+        landmarks: where the training pairs lie, from which texts unlike them are told; None where it is not known.
     """
 
     pool: tuple[str, ...]
@@ -88,6 +91,7 @@ class Checkpoint:
     directory: Path | None = None
     score_shift: NDArray[np.float32] | None = None
     score_scale: NDArray[np.float32] | None = None
+    landmarks: Landmarks | None = None
 
     def __post_init__(self) -> None:
         """Raises CheckpointError if a shape, a number or the pool cannot be."""
@@ -111,6 +115,11 @@ class Checkpoint:
             array = getattr(self, name)
             if array is not None and (array.shape != (K,) or (name == "score_scale" and not (array > 0).all())):
                 raise CheckpointError(f"{name}: must be ({K},), and a scale positive; train again")
+        if self.landmarks is not None and self.landmarks.positions.shape[1] != self.d - self.fuse.features - 1:
+            raise CheckpointError(
+                f"landmarks have {self.landmarks.positions.shape[1]} columns and the fuse's context "
+                f"{self.d - self.fuse.features - 1} besides its constant; train again"
+            )
         for name, array in self._tensors().items():
             if array.dtype != np.float32 or not np.isfinite(array).all():
                 raise CheckpointError(f"{name}: must be finite float32 (is {array.dtype}); train again")
@@ -259,6 +268,7 @@ class Checkpoint:
                 **{name: tensors[name] for name in _ARM_TENSORS},
                 score_shift=tensors.get("score_shift"),
                 score_scale=tensors.get("score_scale"),
+                landmarks=_landmarks(tensors, metadata),
                 prior_form=PriorForm(metadata["prior_form"]),
                 hyperparameters=Hyperparameters(**metadata["hyperparameters"]),
                 metrics=metadata["metrics"],
@@ -272,6 +282,7 @@ class Checkpoint:
             TypeError,
             ValueError,
             HyperparameterError,
+            NotFiniteError,
             ShapeMismatchError,
             safetensors.SafetensorError,
         ) as error:
@@ -285,6 +296,7 @@ class Checkpoint:
     def _tensors(self) -> dict[str, NDArray[np.float32]]:
         named = {f"fuse.{name}": getattr(self.fuse, name) for name in (*_FUSE_TENSORS, *_OPTIONAL_FUSE_TENSORS)}
         named.update({name: getattr(self, name) for name in (*_ARM_TENSORS, *_SCORE_TENSORS)})
+        named[_LANDMARKS] = None if self.landmarks is None else self.landmarks.positions
         # safetensors writes the buffer as it lies in memory: a transposed view would be stored with its axes mixed up.
         return {name: np.ascontiguousarray(array) for name, array in named.items() if array is not None}
 
@@ -297,12 +309,20 @@ class Checkpoint:
             "d": self.d,
             "fuse_limit": self.fuse.limit,
             "prior_form": self.prior_form,
-            "hyperparameters": {f.name: getattr(self.hyperparameters, f.name) for f in fields(Hyperparameters)},
+            "hyperparameters": self._hyperparameters(),
             "metrics": {name: float(value) for name, value in self.metrics.items()},
             "data_digest": self.data_digest,
             # Absent where there are none, so that such checkpoints keep the digest that they always had.
             **({"encoder_files": dict(self.encoder_files)} if self.encoder_files else {}),
+            **({} if self.landmarks is None else {"landmark_radius": self.landmarks.radius}),
         }
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        """By name; one that came later is absent at the value that means what older checkpoints mean."""
+        named = {f.name: getattr(self.hyperparameters, f.name) for f in fields(Hyperparameters)}
+        if not named["lambda_novel"]:
+            del named["lambda_novel"]
+        return named
 
     def _copy_encoder(self, target: Path) -> None:
         """The fine-tuned backbone's files from where they lie, checked again on the way."""
@@ -315,6 +335,10 @@ class Checkpoint:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.directory / name, copy)
         _verified_files(target, self.encoder_files)
+
+
+def _landmarks(tensors: Mapping[str, NDArray[np.float32]], metadata: Mapping[str, Any]) -> Landmarks | None:
+    return Landmarks(tensors[_LANDMARKS], metadata["landmark_radius"]) if _LANDMARKS in tensors else None
 
 
 def _digest(weights: bytes, metadata: Mapping[str, Any]) -> str:

@@ -9,7 +9,8 @@ equals fold(s, a + b) wherever the log is cut, because floating-point sums are g
 * an event that holds verdicts of other RMs (`Event.shadows`) moves the asked arm first, then those, by arm; it counts
   as one event of the log;
 * with `Hyperparameters.adapt`, λ₀ is chosen anew at every `block_size`-th event of the log, for all arms at once: the
-  value of `evidence.LAMBDA_GRID` that makes what was observed most probable; O(K d³);
+  value of `evidence.LAMBDA_GRID` that makes what was observed most probable; O(K d³). While the log's contexts are
+  unlike the prior's landmarks it is drawn down to `lambda_novel` (`router_core.novelty`);
 * a discount γ < 1 falls at every `block_size`-th event of the log, for all arms at once, and inverts each Λ: O(K d³);
 * Σ's drift from Λ⁻¹ is probed at each block, and Σ inverted afresh at once when it exceeds `drift_tolerance`.
 
@@ -31,6 +32,7 @@ from router_core.errors import FeedbackError, NotFiniteError, ShapeMismatchError
 from router_core.evidence import most_probable_precision
 from router_core.feedback import SignalAccumulator, SignalStatistics
 from router_core.linalg import inverse_probe, inverse_residual, inverse_spd
+from router_core.novelty import Tally, loosened
 from router_core.prior import Prior
 from router_core.records import Event, Feedback, Signal
 
@@ -104,6 +106,7 @@ class Posterior:
         statistics: running statistics per arm.
         drift: largest |ΛΣ − I| over the arms, measured at the last inversion, before it.
         lambda0: the prior precision now; `prior.hyper.lambda0` unless it adapts.
+        tally: contexts met and how many of them were novel; empty unless `Prior.watches_novelty`.
     """
 
     prior: Prior
@@ -113,6 +116,7 @@ class Posterior:
     statistics: SignalStatistics
     drift: float = 0.0
     lambda0: float = 0.0
+    tally: Tally = field(default_factory=Tally)
     _means: list[Array] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -139,7 +143,8 @@ class Posterior:
 
     def digest(self) -> str:
         """sha256 over every number that the fold carries on: equal digests mean equal posteriors, bit for bit."""
-        h = hashlib.sha256(np.int64(self.count).tobytes() + np.float64(self.lambda0).tobytes())
+        scalars = (self.lambda0, self.tally.met, self.tally.novel)
+        h = hashlib.sha256(np.int64(self.count).tobytes() + np.array(scalars).tobytes())
         for arm in self.arms:
             for array in (
                 arm.precision,
@@ -189,6 +194,7 @@ def restore(
     statistics: SignalStatistics,
     drift: float,
     lambda0: float,
+    tally: Tally,
 ) -> Posterior:
     """The posterior at a refresh position, from what a snapshot holds; bit for bit what the fold had there.
 
@@ -201,6 +207,7 @@ def restore(
         statistics: running statistics at the position.
         drift: as it was measured there.
         lambda0: the prior precision at the position.
+        tally: of novel contexts up to there.
 
     Raises:
         ShapeMismatchError: `count` is no refresh position, or the arrays do not fit the prior.
@@ -217,7 +224,7 @@ def restore(
     for lam, b in zip(precision, information, strict=True):
         covariance = inverse_spd(lam)
         arms.append(_arm(lam, b.copy(), covariance, covariance @ b))
-    return Posterior(prior, settings, count, tuple(arms), statistics, drift, lambda0)
+    return Posterior(prior, settings, count, tuple(arms), statistics, drift, lambda0, tally)
 
 
 def fold(state: Posterior, events: Sequence[Event]) -> Posterior:
@@ -276,12 +283,16 @@ class _Folding:
         self._count = state.count
         self._drift = state.drift
         self._lambda0 = state.lambda0
+        self._tally = state.tally
+        self._landmarks = state.prior.landmarks if state.prior.watches_novelty else None
         self._signal = SignalAccumulator(state.statistics, state.prior.loss_scale)
         self._touched: dict[int, _ArmFolding] = {}
 
     def apply(self, event: Event) -> None:
         x = np.frombuffer(event.x, dtype="<f4")
         self._check(event, x)
+        if self._landmarks is not None:
+            self._tally = self._tally.add(self._landmarks.is_novel(x))
         x = self._state.prior.learned(x)
         settings = self._state.settings
         if event.arm != NO_ARM:
@@ -304,6 +315,9 @@ class _Folding:
         if hyper.adapt:
             data = [self._arm(k).data(self._lambda0) for k in arms]
             chosen = most_probable_precision(np.stack([g for g, _ in data]), np.stack([b for _, b in data]))
+            if self._landmarks is not None:
+                self._tally = self._tally.faded()
+                chosen = loosened(chosen, self._tally.excess(), hyper.lambda_novel)
             if chosen != self._lambda0:
                 for k in arms:
                     self._arm(k).change_precision(chosen - self._lambda0)
@@ -358,6 +372,7 @@ class _Folding:
             statistics=self._signal.freeze(),
             drift=self._drift,
             lambda0=self._lambda0,
+            tally=self._tally,
             _means=[],
         )
 

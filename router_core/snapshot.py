@@ -16,6 +16,7 @@ from safetensors.numpy import load, save
 
 from router_core.errors import SnapshotError
 from router_core.feedback import SignalStatistics
+from router_core.novelty import Tally
 from router_core.posterior import FoldSettings, Posterior, restore
 from router_core.prior import Prior
 
@@ -43,7 +44,7 @@ def dump(snapshot: Snapshot, fingerprint: str) -> bytes:
             f"posterior at event {posterior.count}: snapshots are taken at multiples of "
             f"{posterior.settings.refresh_events}"
         )
-    stats = posterior.statistics
+    stats, tally = posterior.statistics, posterior.tally
     tensors = {
         "precision": np.stack([arm.precision for arm in posterior.arms]),
         "information": np.stack([arm.information for arm in posterior.arms]),
@@ -62,6 +63,8 @@ def dump(snapshot: Snapshot, fingerprint: str) -> bytes:
         "position": posterior.count,
         "drift": posterior.drift.hex(),
         "lambda0": posterior.lambda0.hex(),
+        # Only where it is kept, so that snapshots of other runs are what they always were.
+        **({"tally": [tally.met.hex(), tally.novel.hex()]} if posterior.prior.watches_novelty else {}),
     }
     return save(
         {name: np.ascontiguousarray(t) for name, t in tensors.items()}, metadata={"reward_router": json.dumps(header)}
@@ -108,5 +111,6 @@ def parse(data: bytes, fingerprint: str, prior: Prior, settings: FoldSettings) -
         statistics=statistics,
         drift=float.fromhex(header["drift"]),
         lambda0=float.fromhex(header["lambda0"]),
+        tally=Tally(*map(float.fromhex, header.get("tally", ()))),
     )
     return Snapshot(posterior, header["last_event_id"])

@@ -87,6 +87,12 @@ class Settings(BaseSettings):
         None,
         description="Overrides whether λ₀ follows the feedback (empirical Bayes); setting `lambda0` turns it off.",
     )
+    lambda_novel: float | None = Field(
+        None,
+        ge=0,
+        description="Overrides the precision that λ₀ is drawn down to while texts are unlike the checkpoint's training "
+        "pairs; 0: it makes no difference. Only while λ₀ follows the feedback.",
+    )
     policy: str = Field("bayesian", description="Policy of requests that name none.")
     signal: Signal = Field(Signal.PREFERENCE, description="Kind of feedback of the runs: preference, loss or reward.")
     seed: int | None = Field(None, description="Seed of the draws; by default drawn from the operating system.")

@@ -295,7 +295,8 @@ def build_prior(
 ) -> Prior:
     """The prior of that form; by default of the one that the settings and the checkpoint name.
 
-    The settings' lambda0, sigma2, v and gamma override those of every form but `linucb`, which is LASER's as published.
+    The settings' lambda0, sigma2, v, gamma, adapt and lambda_novel override those of every form but `linucb`, which is
+    LASER's as published.
 
     Raises:
         ConfigurationError: a prior form that needs a checkpoint, without one.
@@ -320,7 +321,7 @@ def _prior_of_form(settings: Settings, checkpoint: Checkpoint | None, n_arms: in
         return paper_prior(checkpoint.bt_embeddings, _overridden(PAPER_HYPERPARAMETERS, settings))
     learned = CALIBRATED_LOSS_HYPERPARAMETERS if settings.signal is Signal.LOSS else checkpoint.hyperparameters
     hyper = _overridden(learned, settings)
-    return calibrated_prior(n_arms, d, checkpoint.class_probabilities, hyper)
+    return calibrated_prior(n_arms, d, checkpoint.class_probabilities, hyper, checkpoint.landmarks)
 
 
 def _form_of(settings: Settings, checkpoint: Checkpoint | None) -> PriorForm:
@@ -401,7 +402,7 @@ def _load_checkpoint(settings: Settings, names: list[str]) -> Checkpoint | None:
 
 
 def _overridden(hyper: Hyperparameters, settings: Settings) -> Hyperparameters:
-    given = {name: getattr(settings, name) for name in ("lambda0", "sigma2", "v", "gamma", "adapt")}
+    given = {name: getattr(settings, name) for name in ("lambda0", "sigma2", "v", "gamma", "adapt", "lambda_novel")}
     if settings.lambda0 is not None and settings.adapt is None:
         given["adapt"] = False
     return replace(hyper, **{name: value for name, value in given.items() if value is not None})

@@ -135,7 +135,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "encoders": encoders,
         "not_run": left_out,
         "hyperparameters": {
-            name: getattr(checkpoint.hyperparameters, name) for name in ("lambda0", "sigma2", "v", "gamma", "adapt")
+            name: getattr(checkpoint.hyperparameters, name)
+            for name in ("lambda0", "sigma2", "v", "gamma", "adapt", "lambda_novel")
         },
         **document,
     }

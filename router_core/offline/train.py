@@ -25,6 +25,7 @@ from router_core.dataset import grouped_folds, pairs_digest, pool_matrix
 from router_core.encoder.base import Backbone, Block
 from router_core.encoder.fuse import Fuse, two_branch
 from router_core.errors import DatasetError
+from router_core.novelty import Landmarks, fit_landmarks
 from router_core.offline.calibrate import expected_calibration_error, fit_calibration, negative_log_likelihood
 from router_core.offline.losses import bradley_terry, correctness_bce
 from router_core.offline.members import SCORE_SCALE, MembersFit, TrainConfig
@@ -135,16 +136,18 @@ def _fit_checkpoint(
     form = PriorForm.CALIBRATED if config.lambda_cls > 0 else PriorForm.PAPER
     if config.tune and config.lambda_cls > 0:
         data = _Labelled(pairs, pool, correctness, targets, z)
-        streams = [_stream("in distribution", data, np.arange(len(pairs)), fuse, held_out.probabilities)]
+        everything = np.arange(len(pairs))
+        streams = [_stream("in distribution", data, everything, fuse, held_out.probabilities, everything)]
         for domain, rows in _domains(pairs):
             scores, logits = _fit_without(data, rows, backbone.blocks, config, epochs * steps).predict(z[rows])
             offsets = calibration.probabilities(_blended(scores, logits, blend))
-            streams.append(_stream(f"unseen {domain}", data, rows, fuse, offsets))
+            streams.append(_stream(f"unseen {domain}", data, rows, fuse, offsets, np.setdiff1d(everything, rows)))
         sigma2 = residual_variance(held_out.probabilities, correctness)
         kept = [stream for stream in streams if stream is not None]
         hyperparameters, replayed = fit_hyperparameters(sigma2, kept)
         form, of_paper = choose_form(hyperparameters, embeddings, kept)
     scale = score_scale(pairs, pool)
+    landmarks = context_landmarks(pairs, fuse.apply(z), fuse, np.random.default_rng(config.seed))
     checkpoint = Checkpoint(
         pool=tuple(pool),
         encoder_spec=backbone.spec,
@@ -169,8 +172,18 @@ def _fit_checkpoint(
         data_digest=pairs_digest(pairs),
         score_shift=scale.shift.astype(np.float32),
         score_scale=scale.scale.astype(np.float32),
+        landmarks=landmarks,
     )
     return checkpoint, held_out
+
+
+def context_landmarks(
+    pairs: Sequence[LabelledPair], x: NDArray[np.float32], fuse: Fuse, rng: np.random.Generator
+) -> Landmarks | None:
+    """Where the pairs lie, from their contexts x (N, dim); None without a low-rank context, or with too few pairs."""
+    if fuse.context is None:
+        return None
+    return fit_landmarks(x[:, fuse.features :], [pair.group for pair in pairs], rng)
 
 
 def _blended(bt_scores: NDArray[np.float64], logits: NDArray[np.float64], blend: float) -> NDArray[np.float64]:
@@ -213,7 +226,12 @@ def _fit_without(
 
 
 def _stream(
-    name: str, data: _Labelled, rows: NDArray[np.int64], fuse: Fuse, offsets: NDArray[np.float64]
+    name: str,
+    data: _Labelled,
+    rows: NDArray[np.int64],
+    fuse: Fuse,
+    offsets: NDArray[np.float64],
+    learned: NDArray[np.int64],
 ) -> Stream | None:
     """Those of the rows that every RM has judged, at most `MAX_STREAM`; None where there are too few.
 
@@ -223,6 +241,7 @@ def _stream(
         rows: (n,) which of them.
         fuse: from their z to contexts.
         offsets: (n, K) of a fit that saw none of these rows.
+        learned: rows of the pairs that such a router would have learned from.
     """
     complete = np.flatnonzero(~np.isnan(data.correctness[rows]).any(axis=1))
     if len(complete) < _SMALLEST_DOMAIN:
@@ -230,7 +249,10 @@ def _stream(
     kept = np.sort(np.random.default_rng(0).permutation(complete)[:MAX_STREAM])
     chosen = rows[kept]
     table = tabulate([data.pairs[i] for i in chosen], data.pool)
-    return Stream(name, table, fuse.apply(data.z[chosen]), offsets[kept], fuse.features, fuse.dim - fuse.features)
+    known = [data.pairs[i] for i in learned]
+    landmarks = context_landmarks(known, fuse.apply(data.z[learned]), fuse, np.random.default_rng(0))
+    x, width = fuse.apply(data.z[chosen]), fuse.dim - fuse.features
+    return Stream(name, table, x, offsets[kept], fuse.features, width, landmarks)
 
 
 def pair_features(pairs: Sequence[LabelledPair], backbone: Backbone) -> NDArray[np.float32]:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from router_core.novelty import Landmarks
 from router_core.policies import BayesianPolicy
 from router_core.prior import (
     CALIBRATED_HYPERPARAMETERS,
@@ -38,6 +40,8 @@ SCALES = (0.1, 0.2, 0.3)
 """Candidates for v."""
 DISCOUNTS = (1.0, 0.95)
 """Candidates for γ."""
+NOVEL = (10.0, 30.0, 100.0)
+"""Candidates for λ_n, the precision on texts unlike those learned from."""
 SEEDS = (0, 1, 2)
 """Of the streams' orders and of the draws: the same for every candidate."""
 MAX_STREAM = 600
@@ -48,8 +52,8 @@ SIGMA2_BOUNDS = (0.02, 0.25)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stream:
-    """Pairs to replay: the table, contexts x (N, dim), of which the posterior reads d from `first` on, and offsets
-    (N, K) of a fit that did not see them.
+    """Pairs to replay: the table, contexts x (N, dim), of which the posterior reads d from `first` on, offsets (N, K)
+    of a fit that did not see them, and where the pairs of that fit lie.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Stream:
     offsets: Array
     first: int
     d: int
+    landmarks: Landmarks | None = None
 
 
 def residual_variance(probabilities: Array, correctness: Array) -> float:
@@ -69,8 +74,8 @@ def residual_variance(probabilities: Array, correctness: Array) -> float:
 
 
 def fit_hyperparameters(sigma2: float, streams: Sequence[Stream]) -> tuple[Hyperparameters, dict[str, float]]:
-    """λ₀, v and γ by replay, one after the other (γ last), each kept at its default unless another value is clearly
-    better.
+    """λ₀, λ_n, v and γ by replay, one after the other (γ last), each kept at its default unless another value is
+    clearly better.
 
     Clearly: by more than the standard error of the paired difference over streams and seeds. Replays are noisy, and the
     defaults were measured on more data than most users have.
@@ -86,7 +91,8 @@ def fit_hyperparameters(sigma2: float, streams: Sequence[Stream]) -> tuple[Hyper
     if not streams:
         return best, {}
     known = {best: _accuracies(best, streams)}
-    for name, values in (("lambda0", STARTS), ("v", SCALES), ("gamma", DISCOUNTS)):
+    scalars = (("lambda0", STARTS), ("lambda_novel", NOVEL), ("v", SCALES), ("gamma", DISCOUNTS))
+    for name, values in scalars:
         candidates = [_with(best, name, value) for value in values]
         for candidate in candidates:
             if candidate not in known:
@@ -118,9 +124,8 @@ def choose_form(
 
 
 def _with(hyper: Hyperparameters, name: str, value: float) -> Hyperparameters:
-    if name == "lambda0":
-        return replace(hyper, lambda0=value)
-    return replace(hyper, v=value) if name == "v" else replace(hyper, gamma=value)
+    changed: dict[str, Any] = {name: value}
+    return replace(hyper, **changed)
 
 
 def _lead(candidate: Array, standing: Array) -> float:
@@ -136,7 +141,8 @@ def _accuracies(hyper: Hyperparameters, streams: Sequence[Stream]) -> Array:
 
 
 def _calibrated(hyper: Hyperparameters, stream: Stream) -> Prior:
-    prior = calibrated_prior(stream.offsets.shape[1], stream.d, lambda x: stream.offsets, hyper)
+    K = stream.offsets.shape[1]
+    prior = calibrated_prior(K, stream.d, lambda x: stream.offsets, hyper, stream.landmarks)
     return prior.reading(stream.first, stream.x.shape[1])
 
 

@@ -81,6 +81,7 @@ class Targets:
         given: dict[str, object] = {"signal": header.signal}
         if form is header.form and form is not PriorForm.LINUCB:
             given |= dict(zip(("lambda0", "sigma2", "gamma", "adapt"), header.fingerprint["hyper"], strict=False))
+            given["lambda_novel"] = header.fingerprint.get("lambda_novel", 0.0)
         if form in _OFFLINE_FORMS and self._checkpoint is None:
             raise ConfigurationError(
                 f"policy {name!r} starts from the prior {form.value!r}, which a checkpoint holds: give --checkpoint"

@@ -154,6 +154,8 @@ class RunTemplate:
             "means": hashlib.sha256(np.ascontiguousarray(prior.means).tobytes()).hexdigest(),
             "fold": [settings.block_size, settings.refresh_events, settings.drift_tolerance],
             "blas_threads": self._blas_threads,
+            # Only where it matters: runs that do without keep the fingerprint that they always had.
+            **({"lambda_novel": prior.hyper.lambda_novel} if prior.watches_novelty else {}),
         }
         return json.dumps(identity, sort_keys=True)
 

@@ -12,6 +12,7 @@ import pytest
 from router_core.checkpoint import METADATA_FILE, WEIGHTS_FILE, Checkpoint
 from router_core.encoder.fuse import Fuse
 from router_core.errors import CheckpointError, ShapeMismatchError
+from router_core.novelty import Landmarks
 from router_core.prior import Hyperparameters, PriorForm
 
 
@@ -159,3 +160,41 @@ def test_another_pool_or_encoder_is_refused() -> None:
 def test_a_checkpoint_that_cannot_be_is_never_built(changes: dict[str, object], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         replace(make(), **changes)
+
+
+def with_landmarks(columns: int = 2) -> Checkpoint:
+    """A checkpoint whose fuse makes a context of 1 + 2 columns, and landmarks of so many."""
+    base = make()
+    rng = np.random.default_rng(3)
+    fuse = replace(base.fuse, context=rng.standard_normal((4, 2)).astype(np.float32))
+    landmarks = Landmarks(rng.standard_normal((8, columns)).astype(np.float32), 0.1 + 0.2)
+    hyper = replace(base.hyperparameters, lambda_novel=30.0)
+    return replace(base, fuse=fuse, landmarks=landmarks, hyperparameters=hyper)
+
+
+def test_landmarks_and_the_precision_beside_them_survive_the_disk(tmp_path: Path) -> None:
+    saved = with_landmarks()
+    assert saved.landmarks is not None
+    assert saved.save(tmp_path / "ckpt") == saved.digest
+    loaded = Checkpoint.load(tmp_path / "ckpt")
+    assert loaded.landmarks is not None
+    np.testing.assert_array_equal(loaded.landmarks.positions, saved.landmarks.positions)
+    assert loaded.landmarks.radius == 0.1 + 0.2
+    assert loaded.hyperparameters.lambda_novel == 30.0
+    assert loaded.digest == saved.digest
+    assert loaded.select_pool(["R2"]).landmarks is loaded.landmarks
+
+
+def test_a_checkpoint_from_before_landmarks_keeps_its_meaning_and_its_digest(tmp_path: Path) -> None:
+    make().save(tmp_path / "ckpt")
+    metadata = json.loads((tmp_path / "ckpt" / METADATA_FILE).read_text())
+    assert "lambda_novel" not in metadata["hyperparameters"]
+    assert "landmark_radius" not in metadata
+    loaded = Checkpoint.load(tmp_path / "ckpt")
+    assert (loaded.landmarks, loaded.hyperparameters.lambda_novel) == (None, 0.0)
+    assert loaded.digest == metadata["digest"]
+
+
+def test_landmarks_that_do_not_fit_the_fuse_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="landmarks have 3 columns and the fuse's context 2"):
+        with_landmarks(columns=3)

@@ -28,7 +28,7 @@ from router_core.offline.finetune.config import FinetuneConfig, Mode
 from router_core.offline.finetune.loop import Look, Loop, Progress, seeded
 from router_core.offline.finetune.model import RoutingModel, TokenisedPair, adapt, merged
 from router_core.offline.members import whitening
-from router_core.offline.train import HeldOut, pair_features, routed_accuracy
+from router_core.offline.train import HeldOut, context_landmarks, pair_features, routed_accuracy
 from router_core.offline.tune import residual_variance
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, PriorForm
 from router_core.records import LabelledPair
@@ -203,7 +203,8 @@ def _checkpoint(
     z = pair_features([pairs[i] for i in outside], backbone)
     # From the held-out pairs: those that the transformer was fitted to lie apart more neatly than any to come.
     fuse = replace(fuse, context=whitening(fuse.standardise(z), config.context))
-    x = fuse.apply(z)[:, : fuse.features]
+    contexts = fuse.apply(z)
+    x = contexts[:, : fuse.features]
     logits = x @ heads["cls_weight"].T + heads["cls_bias"]
     bt_scores = np.asarray(x @ heads["bt_embeddings"].T, dtype=np.float64)
     calibration = fit_calibration(logits, y)
@@ -238,5 +239,7 @@ def _checkpoint(
         score_scale=scores.scale.astype(np.float32),
         encoder_files=file_digests(work, FOLDER),
         directory=work,
+        # From the held-out pairs, as the whitening and for its reason.
+        landmarks=context_landmarks([pairs[i] for i in outside], contexts, fuse, np.random.default_rng(0)),
     )
     return FineTuned(checkpoint, outside, HeldOut(probabilities, bt_scores, y), tuple(looks))

@@ -10,9 +10,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from router_core.encoder.surface import SurfaceBackbone  # noqa: E402
+from router_core.novelty import Landmarks  # noqa: E402
 from router_core.offline.members import spanning, whitening  # noqa: E402
-from router_core.offline.train import TrainConfig, fit  # noqa: E402
-from router_core.offline.tune import Stream, choose_form, fit_hyperparameters, residual_variance  # noqa: E402
+from router_core.offline.train import TrainConfig, fit, pair_features  # noqa: E402
+from router_core.offline.tune import NOVEL, Stream, choose_form, fit_hyperparameters, residual_variance  # noqa: E402
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, PriorForm  # noqa: E402
 from router_core.replay.table import tabulate  # noqa: E402
 from tests.support.offline import POOL, two_domains  # noqa: E402
@@ -78,6 +79,34 @@ def test_a_checkpoint_keeps_the_heads_exact_and_says_which_columns_each_form_rea
     np.testing.assert_allclose(np.linalg.norm(checkpoint.bt_embeddings, axis=1), 1.0, rtol=1e-5)
     assert checkpoint.scores is not None
     assert fit(pairs, POOL, SurfaceBackbone(), replace(FAST, lambda_cls=0.0))[0].prior_form is PriorForm.PAPER
+
+
+def test_a_checkpoint_tells_texts_of_a_domain_that_it_never_saw_from_those_that_it_did() -> None:
+    pairs = two_domains(240)
+    prose = [pair for pair in pairs if pair.domain == "prose"]
+    checkpoint, _ = fit(prose, POOL, SurfaceBackbone(), FAST)
+    landmarks = checkpoint.landmarks
+    assert landmarks is not None
+    shares = {}
+    for domain in ("prose", "code"):
+        new = [pair for pair in two_domains(200, seed=5) if pair.domain == domain]
+        x = checkpoint.fuse.apply(pair_features(new, SurfaceBackbone()))
+        shares[domain] = np.mean([landmarks.is_novel(row) for row in x])
+    assert shares["prose"] < 0.45 < 0.9 < shares["code"]
+
+
+def test_the_precision_for_novel_texts_is_lowered_where_that_pays_on_novel_domains() -> None:
+    pairs = two_domains(400)
+    table = tabulate(pairs, POOL)
+    x = np.float32([[1, 3] if pair.subset == "code" else [1, -3] for pair in pairs])
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    # One RM is said to be the better one everywhere; in truth each is the better one of its own domain.
+    offsets = np.tile([0.75, 0.5], (len(pairs), 1))
+    elsewhere = Landmarks(np.zeros((6, 1), np.float32), 1.0)
+    novel = Stream("unseen", table, x, offsets, 0, 2, elsewhere)
+    assert fit_hyperparameters(0.15, [novel])[0].lambda_novel == min(NOVEL)
+    known = replace(novel, landmarks=Landmarks(np.zeros((6, 1), np.float32), 9.0))
+    assert fit_hyperparameters(0.15, [known])[0].lambda_novel == CALIBRATED_HYPERPARAMETERS.lambda_novel
 
 
 def test_a_rotation_spans_what_is_wanted_and_the_leading_rest() -> None:
