@@ -32,7 +32,7 @@ from service.usecases.pieces import PIECES_ASKED, PIECES_CHOSEN, Piece, cut
 from service.usecases.runs import Run, RunRegistry
 from service.usecases.shadow import Shadowable, Shadower
 from service.usecases.sticky import StickyChoice, StickyChoices, sticky_key
-from service.workers.protocol import Rewards, WorkerError, WorkerRejectedError, WorkerTooLongError
+from service.workers.protocol import Arm, Rewards, WorkerError, WorkerRejectedError, WorkerTooLongError
 
 ALL_ARMS = -1
 """`StoredDecision.arm` where every RM was asked."""
@@ -103,13 +103,34 @@ class _Call:
         asked: instances that an RM is being asked about, by arm.
     """
 
-    __slots__ = ("asked", "asking", "choosing", "deadline")
+    __slots__ = ("_returned", "asked", "asking", "choosing", "deadline")
 
     def __init__(self, deadline: float) -> None:
         self.deadline = deadline
         self.choosing = asyncio.Semaphore(PIECES_CHOSEN)
         self.asking = asyncio.Semaphore(PIECES_ASKED)
         self.asked: Counter[int] = Counter()
+        self._returned = asyncio.Event()
+
+    def can_ask(self, arm: int, worker: Arm) -> bool:
+        """Whether the RM is there. One that may be at its limit only with what this call asks of it is."""
+        return worker.available or self.asked[arm] > 0
+
+    async def enter(self, arm: int, worker: Arm, instances: int) -> None:
+        """Count instances that the RM is to be asked about, as soon as it has room beside those of other pieces.
+
+        Without the wait a long batch would find an RM full of its own pieces, and take it for away.
+        """
+        while self.asked[arm] > 0 and not worker.available:
+            await self._returned.wait()
+        self.asked[arm] += instances
+
+    def leave(self, arm: int, instances: int) -> None:
+        """The RM has answered about these."""
+        self.asked[arm] -= instances
+        # An event of its own for each return: whoever waits looks again, and waits for the next one if need be.
+        self._returned.set()
+        self._returned = asyncio.Event()
 
 
 class _Entropy:
@@ -367,7 +388,7 @@ class Scorer:
             by_arm: dict[int, list[_Job]] = {}
             late = asyncio.get_running_loop().time() >= call.deadline
             for job in single:
-                arm = None if late else self._next_arm(job)
+                arm = None if late else self._next_arm(job, call)
                 if late:
                     job.error = _too_late(job)
                 elif arm is None:
@@ -381,13 +402,13 @@ class Scorer:
                 await asyncio.gather(*(self._ask_arm(arm, group, call) for arm, group in by_arm.items()))
             single = [job for job in single if job.rewards is None and job.error is None]
 
-    def _next_arm(self, job: _Job) -> int | None:
+    def _next_arm(self, job: _Job, call: _Call) -> int | None:
         """The best draw whose arm can be asked; arms that are passed over are noted as fallbacks."""
         arms = job.run.template.arms
         while job.order:
             arm = job.order.pop(0)
-            if arms[arm].available:
-                job.away = [other for other in job.order if not arms[other].available]
+            if call.can_ask(arm, arms[arm]):
+                job.away = [other for other in job.order if not call.can_ask(other, arms[other])]
                 if not job.failed:
                     job.away_first = [*job.gone, *job.away]
                 return arm
@@ -405,7 +426,7 @@ class Scorer:
         worker = jobs[0].run.template.arms[arm]
         groups = [[(job.instance.prompt, response) for response in job.instance.responses] for job in jobs]
         started = time.perf_counter()
-        call.asked[arm] += len(jobs)
+        await call.enter(arm, worker, len(jobs))
         patience = self._limits.worker_timeout_seconds * -(-call.asked[arm] // PATIENT_INSTANCES)
         limit = min(call.deadline, asyncio.get_running_loop().time() + patience)
         outcomes: list[list[float] | WorkerError]
@@ -417,7 +438,7 @@ class Scorer:
         except WorkerError as error:
             outcomes = [error] * len(groups)
         finally:
-            call.asked[arm] -= len(jobs)
+            call.leave(arm, len(jobs))
         seconds = time.perf_counter() - started
         answered = 0
         for job, outcome in zip(jobs, outcomes, strict=True):
@@ -445,7 +466,7 @@ class Scorer:
         for arm, worker in enumerate(jobs[0].run.template.arms):
             votes = [_Job(job.run, job.policy, job.instance, job.chosen, job.row, []) for job in jobs]
             by_arm.append(votes)
-            if worker.available:
+            if call.can_ask(arm, worker):
                 calls.append(self._ask_arm(arm, votes, call))
             else:
                 for vote in votes:

@@ -14,6 +14,7 @@ from router_core.encoder.fuse import Fuse, PairEncoder
 from router_core.encoder.surface import SurfaceBackbone
 from router_core.records import Instance
 from service.encoders.protocol import AwaitedEncoder, Encoded, EncoderUnavailableError, ServerStatus
+from service.workers.protocol import WorkerUnavailableError
 from tests.support.arms import ScriptedArm
 from tests.support.gateway import DIM, Gateway, fresh_run, open_gateway, pair, small_encoder, until
 
@@ -223,6 +224,62 @@ async def test_singles_of_one_prompt_stick_to_one_rm_across_pieces(valkey_server
     items = [{"prompt": "one prompt", "responses": [f"response {index}"]} for index in range(12)]
     async with open_gateway(valkey_server.url, encoder=SteppedEncoder(at_once), batch_piece_responses=2) as gateway:
         assert len({result["model"] for result in await results_of(gateway, {"items": items})}) == 1
+
+
+class NarrowArm(ScriptedArm):
+    """Takes one call at a time, as a worker whose limit of requests in flight is small; others find it not available.
+
+    Attributes:
+        leaves: it goes away, for good, while it is asked.
+    """
+
+    def __init__(self, name: str, *, leaves: bool = False) -> None:
+        self._busy, self.leaves = False, leaves
+        super().__init__(name)
+
+    @property
+    def available(self) -> bool:
+        """Whether nobody is asking it."""
+        return not self._busy
+
+    @available.setter
+    def available(self, _: bool) -> None: ...
+
+    async def _take(self, items: list[tuple[str, str]], deadline: float) -> None:
+        await super()._take(items, deadline)
+        self._busy = True
+        await asyncio.sleep(0.01)
+        if self.leaves:
+            raise WorkerUnavailableError("it went away")
+        self._busy = False
+
+
+@pytest.mark.parametrize("policy", ["random", "majority"])
+async def test_an_rm_at_its_limit_with_other_pieces_of_the_batch_is_waited_for(
+    valkey_server: ValkeyProcess, policy: str
+) -> None:
+    arms = [NarrowArm("rm-a"), NarrowArm("rm-b")]
+    async with open_gateway(
+        valkey_server.url, arms=arms, encoder=SteppedEncoder(at_once), batch_piece_responses=2, policy=policy
+    ) as gateway:
+        results = await results_of(gateway, batch(12))
+    for index, result in enumerate(results):
+        assert not result["fallback"]
+        if policy == "random":
+            assert result["rewards"] == [float(len(response)) for response in pair(index)["responses"]]
+            assert gateway.decision(result["decision_id"]).away == []
+
+
+async def test_an_rm_that_leaves_while_pieces_wait_for_it_keeps_no_reward_from_them(
+    valkey_server: ValkeyProcess,
+) -> None:
+    arms = [NarrowArm("rm-a", leaves=True), ScriptedArm("rm-b")]
+    async with open_gateway(
+        valkey_server.url, arms=arms, encoder=SteppedEncoder(at_once), batch_piece_responses=2, policy="random"
+    ) as gateway:
+        results = await results_of(gateway, batch(12))
+    assert {result["model"] for result in results} == {"rm-b"}
+    assert any(result["fallback"] for result in results)
 
 
 async def test_at_most_four_pieces_are_asked_about_at_once(valkey_server: ValkeyProcess) -> None:
