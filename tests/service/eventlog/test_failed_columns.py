@@ -223,7 +223,8 @@ async def test_that_an_instance_was_shadowed_is_noted_though_nobody_answered(
 ) -> None:
     async with open_gateway(valkey_server.url, models=("rm-a", "rm-b"), policy="random", shadow_rate=1.0) as gateway:
         gateway.arm("rm-a").refuses = lambda _: True
-        for index in range(6):
+        # So many that each of the two is asked first at least once: else nobody could say how often it is shadowed.
+        for index in range(32):
             reply = await gateway.client.ok("/reward", pair(index))
             identity = reply["decision_id"]
             await until(lambda i=identity: gateway.decision(i).shadowed, "shadowed")  # type: ignore[misc]
@@ -231,8 +232,8 @@ async def test_that_an_instance_was_shadowed_is_noted_though_nobody_answered(
         log = await exported(gateway, tmp_path / "log.parquet")
     assert all(event.decision.shadows == [] for event in log.events)
     data = logged_data(log)
-    assert data.rewards.tolist() == [[1.0, 1.0]] * 6
-    assert data.propensities == pytest.approx(np.ones((6, 2)))
+    assert data.rewards.tolist() == [[1.0, 1.0]] * 32
+    assert data.propensities == pytest.approx(np.ones((32, 2)))
 
 
 async def test_single_responses_are_not_counted_where_the_shadow_rate_is_estimated(

@@ -277,7 +277,7 @@ async def test_an_rm_that_leaves_while_pieces_wait_for_it_keeps_no_reward_from_t
     async with open_gateway(
         valkey_server.url, arms=arms, encoder=SteppedEncoder(at_once), batch_piece_responses=2, policy="random"
     ) as gateway:
-        results = await results_of(gateway, batch(12))
+        results = await results_of(gateway, batch(32))
     assert {result["model"] for result in results} == {"rm-b"}
     assert any(result["fallback"] for result in results)
 
