@@ -120,13 +120,15 @@ def with_shadows(propensities: Array, arm: NDArray[np.int64], available: Mask, r
     """P(arm's reward is in the log) = e + (1 − e)·s_k where a share of the instances also asks the other arms.
 
     s_k is the share of the rows with k available, but not asked first, that were shadowed: the rate that was set, less
-    what came too late. Right as long as shadows are chosen, and lost, whatever the draw and the verdict.
+    what came too late, or when k had gone away. Right as long as shadows are chosen, and lost, whatever the draw and
+    the verdict.
 
     Args:
         propensities: (N, K), of being asked first.
         arm: (N,), the arm that was asked first.
         available: (N, K).
-        rewards: (N, K), NaN where unknown; a shadowed row knows all available arms', also of those that failed.
+        rewards: (N, K), NaN where unknown; a shadowed row knows those of all arms that were asked then, also where
+            they failed.
     """
     others = available.copy()
     others[np.arange(len(arm)), arm] = False

@@ -114,13 +114,16 @@ def _tell_shadows(event: LoggedEvent, available: NDArray[np.bool_], rewards: NDA
     """Add to a row's rewards (K,) what each available arm would have given, had it been asked first.
 
     That is what it said in the shadow; and for an arm that failed, there or before, what the arm gave that was asked
-    instead of it in the end: the best draw that could answer is the same, whichever failing arm comes before it.
+    instead of it in the end: the best draw that could answer is the same, whichever failing arm comes before it. What
+    left before anybody asked it has told nothing.
     """
     if not (event.decision.shadowed or event.decision.shadows):
         return
     for (other, _, _), reward in zip(event.decision.shadows, event.shadow_rewards, strict=True):
         rewards[other] = reward
-    rewards[available & np.isnan(rewards)] = event.reward
+    failed = available & np.isnan(rewards)
+    failed[event.decision.untold] = False
+    rewards[failed] = event.reward
 
 
 def _matrix(rows: Sequence[Sequence[float]], k: int) -> NDArray[np.float64]:

@@ -59,6 +59,7 @@ def arrow_schema(header: Header) -> Any:
         pa.field("away", pa.list_(pa.int32()), nullable=False),
         pa.field("shadows", pa.list_(_SHADOW), nullable=False),
         pa.field("shadowed", pa.bool_(), nullable=False),
+        pa.field("unasked", pa.list_(pa.int32()), nullable=False),
         pa.field("sticky", pa.string(), nullable=False),
         pa.field("signal", name, nullable=False),
         pa.field("value", pa.float64(), nullable=False),

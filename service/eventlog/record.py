@@ -23,7 +23,7 @@ from service.usecases.decisions import StoredDecision, decode_decision, decode_f
 SCHEMA_VERSION = 1
 """Of the files. A column is only ever added under the same number."""
 
-ADDED_COLUMNS = ("sticky", "failed", "away", "shadowed", "prompt_tokens_cut")
+ADDED_COLUMNS = ("sticky", "failed", "away", "shadowed", "unasked", "prompt_tokens_cut")
 """Fields of the decision that files of earlier versions lack; they read as the field's default."""
 
 

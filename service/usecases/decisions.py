@@ -41,8 +41,9 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
         failed: arms that were asked before `arm` and gave no reward, in that order; the first of them is what the
             policy chose. Empty where every RM was asked.
         away: arms that were unavailable when the first one was asked: the choice was among the others.
-        shadowed: whether the RMs that are in neither `gone` nor `arm` were asked after the reply; those that are not in
-            `shadows` then gave no reward.
+        shadowed: whether the RMs that are in neither `gone` nor `arm` were asked after the reply, but for `unasked`;
+            those that are not in `shadows` then gave no reward.
+        unasked: arms that should have been asked after the reply and were unavailable then.
         prompt_tokens_cut: tokens of the prompt that the asked RM did not read.
     """
 
@@ -66,6 +67,7 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
     failed: list[int] = []
     away: list[int] = []
     shadowed: bool = False
+    unasked: list[int] = []
     prompt_tokens_cut: int = 0
 
     @property
@@ -77,6 +79,15 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
     def out_of_choice(self) -> list[int]:
         """Arms that the first one was not chosen among; all of `gone` where an earlier version stored nothing else."""
         return self.away if self.failed or self.away else self.gone
+
+    @property
+    def untold(self) -> list[int]:
+        """Arms that the first one was chosen among, and that then left before they were asked, or shadowed: nobody
+        knows what they would have given.
+        """
+        if not (self.failed or self.away):
+            return self.unasked
+        return [*self.unasked, *(arm for arm in self.gone if arm not in self.failed and arm not in self.away)]
 
     @property
     def hides_failures(self) -> bool:

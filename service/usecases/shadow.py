@@ -48,10 +48,11 @@ class Shadowable(NamedTuple):
 
 @dataclass(slots=True)
 class _Asking:
-    """One instance on its way, and the verdicts that came back."""
+    """One instance on its way, the verdicts that came back, and the arms that could not be asked."""
 
     item: Shadowable
     found: list[Shadow]
+    unasked: list[int]
 
 
 def is_shadowed(decision_id: str, rate: float) -> bool:
@@ -104,7 +105,7 @@ class Shadower:
             self._count(item, "skipped")
         if not chosen[:room]:
             return
-        asking = [_Asking(item, []) for item in chosen[:room]]
+        asking = [_Asking(item, [], []) for item in chosen[:room]]
         self._in_flight += len(asking)
         task = asyncio.get_running_loop().create_task(self._shadow(asking))
         self._tasks.add(task)
@@ -135,7 +136,12 @@ class Shadower:
     async def _ask(self, arm: int, worker: Arm, asking: Sequence[_Asking]) -> None:
         """Ask one RM about all instances that it was not asked about, and had not failed for, when they were scored."""
         mine = [one for one in asking if arm != one.item.stored.arm and arm not in one.item.stored.gone]
-        if not mine or not worker.available:
+        if not mine:
+            return
+        if not worker.available:
+            # It may be busy, or have left since the choice: that says nothing about these texts.
+            for one in mine:
+                one.unasked.append(arm)
             return
         groups = [[(one.item.instance.prompt, text) for text in one.item.instance.responses] for one in mine]
         patience = self._timeout_seconds * -(-len(mine) // PATIENT_INSTANCES)
@@ -151,7 +157,9 @@ class Shadower:
         records = []
         for one in found:
             shadows = [tuple(shadow) for shadow in sorted(one.found)]
-            stored = msgspec.structs.replace(one.item.stored, shadows=shadows, shadowed=True)
+            stored = msgspec.structs.replace(
+                one.item.stored, shadows=shadows, shadowed=True, unasked=sorted(one.unasked)
+            )
             records.append(DecisionRecord(one.item.decision_id, encode_decision(stored)))
         try:
             pending = await self._store.update_decisions(run, records)

@@ -236,6 +236,59 @@ async def test_that_an_instance_was_shadowed_is_noted_though_nobody_answered(
     assert data.propensities == pytest.approx(np.ones((32, 2)))
 
 
+async def test_an_rm_that_left_before_its_shadow_is_not_taken_for_one_that_failed(
+    valkey_server: ValkeyProcess, tmp_path: Path
+) -> None:
+    arms = [LeavingArm("rm-a"), ScriptedArm("rm-b"), LeavingArm("rm-c")]
+    async with open_gateway(valkey_server.url, arms=arms, policy="random", shadow_rate=1.0) as gateway:
+        gateway.arm("rm-b").score_of = lambda _, response: -float(len(response))
+
+        def leave() -> None:
+            gateway.arm("rm-b").available = False
+
+        arms[A].on_call = arms[C].on_call = leave  # type: ignore[attr-defined]
+        for index in range(40):
+            gateway.arm("rm-b").available = True
+            reply = await gateway.client.ok("/reward", pair(index))
+            identity = reply["decision_id"]
+            await until(lambda i=identity: gateway.decision(i).shadowed, "shadowed")  # type: ignore[misc]
+            await gateway.client.ok("/feedback", {"decision_id": identity, "preferred": 1})
+        log = await exported(gateway, tmp_path / "log.parquet")
+    data = logged_data(log)
+    for event, rewards in zip(log.events, data.rewards, strict=True):
+        own = event.decision.arm == B
+        assert event.decision.unasked == ([] if own else [B])
+        # rm-b is always wrong; nobody knows it where it was not asked, and nobody takes another one's answer for its.
+        assert rewards.tolist() == pytest.approx([1.0, 0.0 if own else np.nan, 1.0], nan_ok=True)
+    assert data.propensities == pytest.approx(np.tile([1.0, 1 / 3, 1.0], (40, 1)), abs=1e-3)
+    assert evaluate_log(log, ["single:rm-b"], None)["policies"]["single:rm-b"]["snips"]["value"] < 0.2
+
+
+async def test_an_rm_that_left_after_another_one_failed_has_told_nothing(
+    valkey_server: ValkeyProcess, tmp_path: Path
+) -> None:
+    arms = [LeavingArm("rm-a"), ScriptedArm("rm-b"), ScriptedArm("rm-c")]
+    async with open_gateway(valkey_server.url, arms=arms, policy="random", shadow_rate=1.0) as gateway:
+        refuse_fives(gateway)
+
+        def leave() -> None:
+            gateway.arm("rm-c").available = False
+
+        arms[A].on_call = leave
+        for _ in range(60):
+            gateway.arm("rm-c").available = True
+            reply = await gateway.client.ok("/reward", pair(5))
+            identity = reply["decision_id"]
+            if gateway.decision(identity).failed:
+                break
+        await until(lambda: gateway.decision(identity).shadowed, "shadowed")
+        await gateway.client.ok("/feedback", {"decision_id": identity, "preferred": 1})
+        log = await exported(gateway, tmp_path / "log.jsonl")
+    [decision] = [event.decision for event in log.events]
+    assert (decision.arm, decision.failed, decision.away, sorted(decision.gone)) == (B, [A], [], [A, C])
+    assert logged_data(log).rewards[0].tolist() == pytest.approx([1.0, 1.0, np.nan], nan_ok=True)
+
+
 async def test_single_responses_are_not_counted_where_the_shadow_rate_is_estimated(
     valkey_server: ValkeyProcess, tmp_path: Path
 ) -> None:
