@@ -26,6 +26,9 @@ COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 HUB_SECONDS: Final = 30.0
 """Longest wait for an answer of the hub about one model."""
 
+NULL: Final = "tag:yaml.org,2002:null"
+"""What YAML takes an empty value, `~` and `null` for."""
+
 DEFAULT_BRANCH: Final = "main"
 """What the hub gives where no revision is named."""
 
@@ -40,7 +43,9 @@ def pin(
     console = Console()
     unpinned = moving(load_pool(pool).models)
     found = {(model.model, model.revision): look_up(model) for model in unpinned}
-    text = pool.read_text("utf-8")
+    # As it stands: line ends are no business of ours.
+    with pool.open(encoding="utf-8", newline="") as file:
+        text = file.read()
     pinned = with_revisions(text, lambda name, revision: found.get((name, revision)))
     if unpinned:
         _replace(pool, pinned)
@@ -113,8 +118,9 @@ def with_revisions(text: str, commit_of: Callable[[str, str | None], str | None]
             continue
         key, model = fields["model"]
         revision = fields["revision"][1] if "revision" in fields else None
-        # An empty value is none.
-        commit = commit_of(model.value, None if revision is None else revision.value or None)
+        # An empty value is none, and so is YAML's null.
+        named = None if revision is None or revision.tag == NULL else revision.value or None
+        commit = commit_of(model.value, named)
         if commit is None:
             continue
         # Quoted: a commit of digits alone would be a number.
@@ -122,7 +128,8 @@ def with_revisions(text: str, commit_of: Callable[[str, str | None], str | None]
             start, end = revision.start_mark.index, revision.end_mark.index
             edits.append((start, end, f'"{commit}"' if end > start else f' "{commit}"'))
         else:
-            between = ", " if entry.flow_style else "\n" + " " * key.start_mark.column
+            line = "\r\n" if "\r\n" in text else "\n"
+            between = ", " if entry.flow_style else line + " " * key.start_mark.column
             edits.append((model.end_mark.index, model.end_mark.index, f'{between}revision: "{commit}"'))
     for start, end, words in sorted(edits, reverse=True):
         text = text[:start] + words + text[end:]
@@ -135,15 +142,21 @@ def _fields(node: yaml.MappingNode) -> dict[str, tuple[yaml.ScalarNode, yaml.Nod
 
 
 def _replace(file: Path, text: str) -> None:
-    """The file with another text, whole or not at all; its permissions stay, for it may hold keys."""
+    """The file with another text, whole or not at all; its permissions stay, for it may hold keys, and links to it too."""
+    file = file.resolve()
     new = file.with_name(f".{file.name}.pinned")
     try:
         new.touch(mode=file.stat().st_mode & 0o777)
-        new.write_text(text, "utf-8")
-        if left := moving(load_pool(new).models):
-            # The entry is written with an alias or a merge of YAML's, say.
+        new.write_text(text, "utf-8", newline="")
+        try:
+            left = [model.name for model in moving(load_pool(new).models)]
+        except ConfigurationError:
+            left = [model.name for model in moving(load_pool(file).models)]
+        if left:
+            # The entry is written with an alias, a merge or a block of YAML's, say.
             raise ConfigurationError(
-                f"pool file {file}: where the `revision` of {left[0].name!r} stands is not clear; write it by hand"
+                f"pool file {file}: where the `revision` of {' or '.join(map(repr, left))} stands is not clear; write it "
+                "by hand"
             )
         new.replace(file)
     except OSError as error:

@@ -103,12 +103,36 @@ def test_an_entry_that_is_written_with_a_merge_is_left_to_its_author(hub: Hub, t
     assert [path.name for path in tmp_path.iterdir()] == ["pool.yaml"]
 
 
-def test_an_empty_revision_is_none_and_takes_a_commit() -> None:
-    text = "models:\n  - name: a\n    model: org/a\n    revision:\n"
+def test_a_value_that_is_written_as_a_block_or_shared_is_left_to_its_author(hub: Hub, tmp_path: Path) -> None:
+    entry = "  - name: {0}\n    model: org/a\n    revision: {1}\n"
+    block = "models:\n  - name: a\n    model: >-\n      org/a\n    licence: mit\n"
+    shared = "models:\n" + entry.format("a", "&r main") + entry.format("b", "*r")
+    for before in (block, shared):
+        file = pool_file(tmp_path, before)
+        with pytest.raises(ConfigurationError, match=r"pool\.yaml: where the `revision` of 'a'.* is not clear"):
+            pin(file)
+        assert file.read_text() == before
+
+
+def test_line_ends_and_links_stay(hub: Hub, tmp_path: Path) -> None:
+    real, link = tmp_path / "real.yaml", tmp_path / "pool.yaml"
+    real.write_bytes(POOL.replace("\n", "\r\n").encode())
+    link.symlink_to(real.name)
+    pin(link)
+    assert link.is_symlink()
+    lines = real.read_bytes().split(b"\r\n")
+    assert f'    revision: "{A}"  # follows the hub'.encode() in lines
+    assert not any(b"\n" in line for line in lines), "also before the line that was added"
+    assert len(lines) == POOL.count("\n") + 2
+
+
+@pytest.mark.parametrize("nothing", ["", " ~", " null"])
+def test_an_empty_revision_is_none_and_takes_a_commit(nothing: str) -> None:
+    text = f"models:\n  - name: a\n    model: org/a\n    revision:{nothing}\n"
     asked: list[object] = []
     pinned = with_revisions(text, lambda name, revision: asked.append((name, revision)) or A)  # type: ignore[func-returns-value]
     assert asked == [("org/a", None)]
-    assert pinned == text.replace("revision:", f'revision: "{A}"')
+    assert pinned == text.replace(f"revision:{nothing}", f'revision: "{A}"')
 
 
 def test_up_and_manifests_warn_once_of_what_follows_a_branch(tmp_path: Path) -> None:
