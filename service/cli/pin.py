@@ -142,7 +142,7 @@ def _fields(node: yaml.MappingNode) -> dict[str, tuple[yaml.ScalarNode, yaml.Nod
 
 
 def _replace(file: Path, text: str) -> None:
-    """The file with another text, whole or not at all; its permissions stay, for it may hold keys, and links to it too."""
+    """The file with another text, whole or not at all; links to it stay, and its permissions, for it may hold keys."""
     file = file.resolve()
     new = file.with_name(f".{file.name}.pinned")
     try:
@@ -154,9 +154,9 @@ def _replace(file: Path, text: str) -> None:
             left = [model.name for model in moving(load_pool(file).models)]
         if left:
             # The entry is written with an alias, a merge or a block of YAML's, say.
+            names = " or ".join(map(repr, left))
             raise ConfigurationError(
-                f"pool file {file}: where the `revision` of {' or '.join(map(repr, left))} stands is not clear; write it "
-                "by hand"
+                f"pool file {file}: where the `revision` of {names} stands is not clear; write it by hand"
             )
         new.replace(file)
     except OSError as error:
