@@ -98,19 +98,28 @@ class _Call:
 
     Attributes:
         deadline: of choosing and asking, by the event loop's clock.
+        pieces: how many there are.
         choosing: room for pieces that are encoded and drawn.
         asking: room for pieces that RMs are asked about.
         asked: instances that an RM is being asked about, by arm.
     """
 
-    __slots__ = ("_returned", "asked", "asking", "choosing", "deadline")
+    __slots__ = ("_returned", "_slots", "asked", "asking", "choosing", "deadline", "pieces")
 
-    def __init__(self, deadline: float) -> None:
+    def __init__(self, deadline: float, pieces: int) -> None:
         self.deadline = deadline
+        self.pieces = pieces
         self.choosing = asyncio.Semaphore(PIECES_CHOSEN)
         self.asking = asyncio.Semaphore(PIECES_ASKED)
         self.asked: Counter[int] = Counter()
         self._returned = asyncio.Event()
+        self._slots: dict[int, asyncio.Semaphore] = {}
+
+    def slots(self, arm: int, worker: Arm) -> asyncio.Semaphore:
+        """Of the requests to the RM: pieces have no more of them in flight together than a whole batch has."""
+        if arm not in self._slots:
+            self._slots[arm] = worker.slots()
+        return self._slots[arm]
 
     def can_ask(self, arm: int, worker: Arm) -> bool:
         """Whether the RM is there. One that may be at its limit only with what this call asks of it is."""
@@ -237,7 +246,7 @@ class Scorer:
                 pieces = await self._pieces(requests, run, policy, refused)
         except TimeoutError as error:
             raise _too_late() from error
-        jobs = await self._route(pieces, _Call(deadline), refused)
+        jobs = await self._route(pieces, _Call(deadline, len(pieces)), refused)
         normalize = self._limits.normalize if normalize is None else normalize
         wanted = [
             job
@@ -431,10 +440,10 @@ class Scorer:
         limit = min(call.deadline, asyncio.get_running_loop().time() + patience)
         outcomes: list[list[float] | WorkerError]
         try:
-            if len(groups) == 1:
+            if len(groups) == 1 and call.pieces == 1:
                 outcomes = [await worker.score(groups[0], deadline=limit)]
             else:
-                outcomes = await worker.score_groups(groups, deadline=limit)
+                outcomes = await worker.score_groups(groups, deadline=limit, slots=call.slots(arm, worker))
         except WorkerError as error:
             outcomes = [error] * len(groups)
         finally:

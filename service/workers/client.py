@@ -215,8 +215,16 @@ class VllmArm:
             raise outcome
         return outcome
 
+    def slots(self) -> asyncio.Semaphore:
+        """See `Arm.slots`."""
+        return asyncio.Semaphore(self.config.parallel_requests)
+
     async def score_groups(
-        self, groups: Sequence[Sequence[tuple[str, str]]], *, deadline: float
+        self,
+        groups: Sequence[Sequence[tuple[str, str]]],
+        *,
+        deadline: float,
+        slots: asyncio.Semaphore | None = None,
     ) -> list[list[float] | WorkerError]:
         """The raw rewards of many instances' items; see `Arm.score_groups`.
 
@@ -230,6 +238,7 @@ class VllmArm:
         Args:
             groups: see `Arm.score_groups`.
             deadline: see `Arm.score_groups`.
+            slots: see `Arm.score_groups`.
 
         Raises:
             ValueError: no groups, or a group without items.
@@ -246,7 +255,7 @@ class VllmArm:
                 ready[index] = one
             else:
                 outcomes[index] = self._unsent(one)
-        slots = asyncio.Semaphore(self.config.parallel_requests)
+        slots = slots or self.slots()
         chunks = self._chunks_of(ready)
         if len(chunks) == 1:
             answers = [await self._ask_groups([ready[index] for index in chunks[0]], deadline, slots)]

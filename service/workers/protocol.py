@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Protocol
@@ -66,14 +67,22 @@ class Arm(Protocol):
             WorkerProtocolError: the answer is not what `/classify` promises, or is NaN or infinite.
         """
 
+    def slots(self) -> asyncio.Semaphore:
+        """As many as one call has requests in flight at most; calls that are parts of one share them."""
+
     async def score_groups(
-        self, groups: Sequence[Sequence[tuple[str, str]]], *, deadline: float
+        self,
+        groups: Sequence[Sequence[tuple[str, str]]],
+        *,
+        deadline: float,
+        slots: asyncio.Semaphore | None = None,
     ) -> list[list[float] | WorkerError]:
         """Ask for the raw rewards of many instances at once; what is wrong with one does not fail the others.
 
         Args:
             groups: (prompt, response) texts by instance, at least one group and one item in each.
             deadline: of the whole call; see `score`.
+            slots: of the calls that this one is part of; its own when None.
 
         Returns:
             Per group, in order, its rewards in the order of its items, or the error for which it has none: a

@@ -35,8 +35,16 @@ class ScriptedArm:
         await self._take(list(items), deadline)
         return self._rewards(items)
 
+    def slots(self) -> asyncio.Semaphore:
+        """See `Arm.slots`; scripted calls take none."""
+        return asyncio.Semaphore(8)
+
     async def score_groups(
-        self, groups: Sequence[Sequence[tuple[str, str]]], *, deadline: float
+        self,
+        groups: Sequence[Sequence[tuple[str, str]]],
+        *,
+        deadline: float,
+        slots: asyncio.Semaphore | None = None,
     ) -> list[list[float] | WorkerError]:
         """See `Arm.score_groups`; one call of all items."""
         assert groups

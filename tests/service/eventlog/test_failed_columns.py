@@ -279,9 +279,10 @@ async def test_an_rm_that_left_after_another_one_failed_has_told_nothing(
             gateway.arm("rm-c").available = True
             reply = await gateway.client.ok("/reward", pair(5))
             identity = reply["decision_id"]
+            # Also rm-a's shadow call of another row makes rm-c leave: it must be over before the next row.
+            await until(lambda i=identity: gateway.decision(i).shadowed, "shadowed")  # type: ignore[misc]
             if gateway.decision(identity).failed:
                 break
-        await until(lambda: gateway.decision(identity).shadowed, "shadowed")
         await gateway.client.ok("/feedback", {"decision_id": identity, "preferred": 1})
         log = await exported(gateway, tmp_path / "log.jsonl")
     [decision] = [event.decision for event in log.events]

@@ -14,7 +14,9 @@ from router_core.encoder.fuse import Fuse, PairEncoder
 from router_core.encoder.surface import SurfaceBackbone
 from router_core.records import Instance
 from service.encoders.protocol import AwaitedEncoder, Encoded, EncoderUnavailableError, ServerStatus
+from service.workers.client import ArmConfig, VllmArm
 from service.workers.protocol import WorkerUnavailableError
+from tests.service.workers.worker_servers import RunningWorker, ScriptedWorker
 from tests.support.arms import ScriptedArm
 from tests.support.gateway import DIM, Gateway, fresh_run, open_gateway, pair, small_encoder, until
 
@@ -268,6 +270,23 @@ async def test_an_rm_at_its_limit_with_other_pieces_of_the_batch_is_waited_for(
         if policy == "random":
             assert result["rewards"] == [float(len(response)) for response in pair(index)["responses"]]
             assert gateway.decision(result["decision_id"]).away == []
+
+
+async def test_pieces_have_no_more_requests_in_flight_together_than_a_whole_batch(
+    valkey_server: ValkeyProcess,
+) -> None:
+    worker = ScriptedWorker("rm-a")
+    worker.delay = 0.02
+    running = RunningWorker(worker)
+    arm: Any = VllmArm(ArmConfig(name="rm-a", urls=(running.url,), parallel_requests=3))
+    async with open_gateway(
+        valkey_server.url, arms=[arm], encoder=SteppedEncoder(at_once), batch_piece_responses=4
+    ) as gateway:
+        results = await results_of(gateway, batch(16))
+    assert not any(result["fallback"] for result in results)
+    assert worker.most_in_flight == 3
+    running.stop(force=True)
+    running.join()
 
 
 async def test_an_rm_that_leaves_while_pieces_wait_for_it_keeps_no_reward_from_them(

@@ -303,10 +303,14 @@ class Late(ScriptedArm):
     """Is away for the prompts that begin with `late`, at first."""
 
     async def score_groups(
-        self, groups: Sequence[Sequence[tuple[str, str]]], *, deadline: float
+        self,
+        groups: Sequence[Sequence[tuple[str, str]]],
+        *,
+        deadline: float,
+        slots: asyncio.Semaphore | None = None,
     ) -> list[list[float] | WorkerError]:
         first = not self.calls
-        outcomes = await super().score_groups(groups, deadline=deadline)
+        outcomes = await super().score_groups(groups, deadline=deadline, slots=slots)
         away = WorkerUnavailableError("away")
         return [
             away if first and group[0][0].startswith("late") else outcome

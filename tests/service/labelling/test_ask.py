@@ -37,7 +37,12 @@ class FakeArm:
     in_flight: int = 0
     most_in_flight: int = 0
 
-    async def score_groups(self, groups: Sequence[Group], *, deadline: float) -> list[list[float] | WorkerError]:
+    def slots(self) -> asyncio.Semaphore:
+        raise AssertionError("each call has its own")
+
+    async def score_groups(
+        self, groups: Sequence[Group], *, deadline: float, slots: asyncio.Semaphore | None = None
+    ) -> list[list[float] | WorkerError]:
         self.calls.append([group[0][0] for group in groups])
         self.in_flight += 1
         self.most_in_flight = max(self.in_flight, self.most_in_flight)

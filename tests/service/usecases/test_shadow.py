@@ -216,7 +216,7 @@ async def test_a_store_that_is_away_loses_the_shadow_and_nothing_else(valkey_ser
 class BrokenArm(ScriptedArm):
     """An RM whose client has a fault of its own."""
 
-    async def score_groups(self, groups: Sequence[Sequence[tuple[str, str]]], *, deadline: float) -> Any:
+    async def score_groups(self, groups: Sequence[Sequence[tuple[str, str]]], **_: Any) -> Any:
         """Fails in a way that no protocol foresees."""
         raise RuntimeError("a bug")
 
