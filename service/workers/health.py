@@ -176,10 +176,16 @@ class HealthMonitor:
 
     async def _probed(self, arm: VllmArm, replica: Replica, deadline: float) -> ReplicaProbe:
         """The report, by the fallback rendering where the replica fails with the arm's own and passes with that."""
-        report = await probe_replica(arm, replica, deadline=deadline)
-        if not report.problems or not arm.may_fall_back:
+        rendering, fallback = arm.rendering, arm.config.fallback
+        report = await probe_replica(arm, replica, deadline=deadline, rendering=rendering)
+        if not report.problems or fallback is None or rendering is fallback:
             return report
-        other = await probe_replica(arm, replica, deadline=deadline, rendering=arm.config.fallback)
+        if arm.rendering is rendering and not arm.may_fall_back:
+            return report
+        other = await probe_replica(arm, replica, deadline=deadline, rendering=fallback)
+        if arm.rendering is fallback:
+            # An equal of this one has found the same in the meantime, and said so.
+            return other
         if not other.ok or not arm.fall_back():
             return report
         fields = {"model": arm.name, "url": replica.url, "rendering": arm.rendering.name}

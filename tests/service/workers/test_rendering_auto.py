@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from service.workers.cpu import cpu_app
 from service.workers.health import HealthMonitor, HealthPolicy
 from tests.service.workers.test_cpu import build
 from tests.service.workers.worker_servers import RunningWorker, soon
+from tests.support.gateway import until
 
 ITEMS = [("the quick", "brown fox"), ("the quick", "lazy dog jumps"), ("Café 東京", "  x\n")]
 
@@ -94,6 +97,33 @@ async def test_an_rm_whose_workers_read_another_text_gets_conversations_and_the_
     assert not strict.available, "`tokens` insists"
     for one in (arm, by_messages, strict):
         await one.close()
+
+
+async def test_a_replica_that_is_slower_to_find_the_same_is_used_too(
+    worker: str, model: Path, other: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fallen = threading.Event()
+    app = cpu_app([model], threads=1)
+
+    async def held(scope: Any, receive: Any, send: Any) -> None:
+        """The worker, whose answers wait until the RM is asked otherwise."""
+        if scope["type"] == "http":
+            await asyncio.to_thread(fallen.wait, 30)
+        await app(scope, receive, send)
+
+    slower = RunningWorker(held)
+    arm = arm_of(worker, rendering="auto", tokenizer=str(other), urls=[worker, slower.url])
+    with caplog.at_level(logging.WARNING):
+        checking = asyncio.create_task(checked(arm))
+        await until(lambda: arm.rendering.name == "messages", "the first replica's probe makes the RM fall back")
+        fallen.set()
+        await checking
+    assert [replica.problem for replica in arm.snapshots()] == [None, None]
+    assert [replica.admitted for replica in arm.replicas] == [True, True]
+    assert [record.message for record in caplog.records] == ["reward model reads another text than is rendered here"]
+    await arm.close()
+    slower.stop(force=False)
+    slower.join()
 
 
 async def test_a_worker_that_is_wrong_in_any_rendering_stays_out_and_changes_nothing(worker: str, model: Path) -> None:
