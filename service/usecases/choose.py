@@ -174,13 +174,16 @@ class Chooser:
         size = 0
         batch: list[_Waiting] = []
         left: list[_Waiting] = []
+        wholes: set[int] = set()
         for index, waiting in enumerate(self._waiting):
             if batch and size + len(waiting.instances) > MAX_CHOICE_BATCH:
                 left += self._waiting[index:]
                 break
-            if waiting.apart is not None and any(waiting.apart is other.apart for other in batch):
-                left.append(waiting)
-                continue
+            if waiting.apart is not None:
+                if id(waiting.apart) in wholes:
+                    left.append(waiting)
+                    continue
+                wholes.add(id(waiting.apart))
             size += len(waiting.instances)
             batch.append(waiting)
         self._waiting = left

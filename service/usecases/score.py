@@ -324,7 +324,8 @@ class Scorer:
     async def _choose(self, piece: Piece, call: _Call) -> list[_Job]:
         """The jobs of a piece, in order: drawn, and nobody asked yet."""
         run, policy = piece.run, piece.policy
-        chosen = await self._chooser.choose(run, policy, piece.instances, apart=call)
+        apart = call if call.pieces > 1 else None
+        chosen = await self._chooser.choose(run, policy, piece.instances, apart=apart)
         # Copies: a row of a batch would keep the whole batch.
         run.recent.append((chosen.x[0].copy(), chosen.offsets[0].copy()))
         rankings, draws = chosen.choices.ranking.tolist(), chosen.choices.draws.tolist()
