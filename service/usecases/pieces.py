@@ -14,10 +14,10 @@ from router_core.records import Instance
 from service.usecases.runs import Run
 
 PIECES_CHOSEN = 2
-"""Pieces of one batch in the stage of encoding and drawing at once: one under way, one ready to follow."""
+"""Pieces of a batch's run and policy in the stage of encoding and drawing at once: one under way, one ready to follow."""
 
 PIECES_ASKED = 4
-"""Pieces of one batch that the RMs are asked about at once, so that a slow answer to one leaves no RM idle."""
+"""Pieces of a batch's run and policy that RMs are asked about at once: a slow answer to one leaves no RM idle."""
 
 WORTH_SECONDS = 0.01
 """A batch that is encoded faster stays whole: smaller requests to the RMs would cost more than the wait."""

@@ -93,27 +93,43 @@ class _Job:
     """The draw of an earlier one of them, which stands in the place of this one's own."""
 
 
+class _Room:
+    """For how many pieces of one run and policy there is room at once, in each stage.
+
+    Attributes:
+        choosing: of those that are encoded and drawn.
+        asking: of those that RMs are asked about.
+    """
+
+    __slots__ = ("asking", "choosing")
+
+    def __init__(self) -> None:
+        self.choosing = asyncio.Semaphore(PIECES_CHOSEN)
+        self.asking = asyncio.Semaphore(PIECES_ASKED)
+
+
 class _Call:
     """What the pieces of one call share.
 
     Attributes:
         deadline: of choosing and asking, by the event loop's clock.
         pieces: how many there are.
-        choosing: room for pieces that are encoded and drawn.
-        asking: room for pieces that RMs are asked about.
         asked: instances that an RM is being asked about, by arm.
     """
 
-    __slots__ = ("_returned", "_slots", "asked", "asking", "choosing", "deadline", "pieces")
+    __slots__ = ("_returned", "_rooms", "_slots", "asked", "deadline", "pieces")
 
     def __init__(self, deadline: float, pieces: int) -> None:
         self.deadline = deadline
         self.pieces = pieces
-        self.choosing = asyncio.Semaphore(PIECES_CHOSEN)
-        self.asking = asyncio.Semaphore(PIECES_ASKED)
         self.asked: Counter[int] = Counter()
         self._returned = asyncio.Event()
         self._slots: dict[int, asyncio.Semaphore] = {}
+        self._rooms: dict[tuple[str, str], _Room] = {}
+
+    def room(self, piece: Piece) -> _Room:
+        """That of the piece's run and policy: those of another one do not wait for these."""
+        return self._rooms.setdefault((piece.run.name, piece.policy.name), _Room())
 
     def slots(self, arm: int, worker: Arm) -> asyncio.Semaphore:
         """Of the requests to the RM: pieces have no more of them in flight together than a whole batch has."""
@@ -312,19 +328,19 @@ class Scorer:
         return jobs
 
     async def _route_piece(self, piece: Piece, call: _Call) -> dict[int, _Job]:
+        room = call.room(piece)
         try:
-            async with asyncio.timeout_at(call.deadline), call.choosing:
-                jobs = await self._choose(piece, call)
+            async with asyncio.timeout_at(call.deadline), room.choosing:
+                jobs = await self._choose(piece, room if call.pieces > 1 else None)
         except TimeoutError as error:
             raise _too_late() from error
-        async with call.asking:
+        async with room.asking:
             await self._ask(jobs, call)
         return dict(zip(piece.indices, jobs, strict=True))
 
-    async def _choose(self, piece: Piece, call: _Call) -> list[_Job]:
+    async def _choose(self, piece: Piece, apart: object | None) -> list[_Job]:
         """The jobs of a piece, in order: drawn, and nobody asked yet."""
         run, policy = piece.run, piece.policy
-        apart = call if call.pieces > 1 else None
         chosen = await self._chooser.choose(run, policy, piece.instances, apart=apart)
         # Copies: a row of a batch would keep the whole batch.
         run.recent.append((chosen.x[0].copy(), chosen.offsets[0].copy()))

@@ -174,6 +174,24 @@ async def test_pieces_of_several_runs_and_policies_keep_their_places(valkey_serv
         assert result["rewards"] == [float(len(response)) for response in pair(index)["responses"]]
 
 
+@pytest.mark.parametrize("responses", [0, 2, 128])
+async def test_what_is_asked_of_one_run_and_policy_does_not_wait_for_the_others(
+    valkey_server: ValkeyProcess, responses: int
+) -> None:
+    arms = [ScriptedArm(name) for name in ("rm-a", "rm-b", "rm-c")]
+    async with open_gateway(valkey_server.url, arms=arms, batch_piece_responses=responses) as gateway:
+        gate = asyncio.Event()
+        for arm in arms:
+            arm.gate = gate
+        items = [
+            {**pair(i), "policy": f"single:{arms[i % 3].name}", "run": f"{gateway.run}-{i // 3}"} for i in range(9)
+        ]
+        asked = asyncio.create_task(results_of(gateway, {"items": items}))
+        await until(lambda: sum(len(arm.calls) for arm in arms) == 9, "all nine are asked about at once")
+        gate.set()
+        assert not any("error" in result for result in await asked)
+
+
 async def test_a_piece_whose_encoding_fails_spoils_no_other(valkey_server: ValkeyProcess) -> None:
     async def away_once(call: int) -> None:
         if call == 1:
