@@ -14,7 +14,7 @@ from router_core.records import Instance
 from service.usecases.runs import Run
 
 PIECES_CHOSEN = 2
-"""Pieces of a batch's run and policy in the stage of encoding and drawing at once: one under way, one ready to follow."""
+"""Pieces of a batch's run and policy that are encoded and drawn at once: one under way, one ready to follow."""
 
 PIECES_ASKED = 4
 """Pieces of a batch's run and policy that RMs are asked about at once: a slow answer to one leaves no RM idle."""
