@@ -14,7 +14,7 @@ from router_core.checkpoint import Checkpoint
 from router_core.encoder.fuse import Fuse, PairEncoder
 from router_core.encoder.surface import SurfaceBackbone
 from router_core.novelty import Landmarks
-from router_core.prior import CALIBRATED_HYPERPARAMETERS, CALIBRATED_LOSS_HYPERPARAMETERS, Prior, PriorForm
+from router_core.prior import CALIBRATED_HYPERPARAMETERS, Prior, PriorForm
 from router_core.records import Signal
 from service.eventlog.export import export_log
 from service.eventlog.load import load_log
@@ -57,7 +57,8 @@ def prior_of(**settings: object) -> Prior:
     ("settings", "watched", "precision"),
     [
         ({}, True, CALIBRATED_HYPERPARAMETERS.lambda_novel),
-        ({"signal": Signal.LOSS}, True, CALIBRATED_LOSS_HYPERPARAMETERS.lambda_novel),
+        ({"signal": Signal.LOSS}, False, 0.0),
+        ({"signal": Signal.LOSS, "adapt": True, "lambda_novel": 50.0}, True, 50.0),
         ({"lambda_novel": 7.0}, True, 7.0),
         ({"lambda_novel": 0.0}, False, 0.0),
         ({"lambda0": 50.0}, False, CALIBRATED_HYPERPARAMETERS.lambda_novel),
