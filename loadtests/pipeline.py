@@ -147,7 +147,7 @@ async def run(rounds: int, pieces: Sequence[int], settings: Sequence[Setting]) -
                 children.start(f"piece{piece}", "gateway", "/readyz", *words, tested=True)
             batches = batch_messages(pairs, setting.batch)
             for piece in pieces:
-                # The first batch tells the gateway how long its encoder takes.
+                # The first batch opens connections, and loads what is loaded late.
                 await load(children.ports[f"piece{piece}"], batches, count=1, concurrency=1)
             for _ in range(rounds):
                 for piece in pieces:

@@ -115,15 +115,6 @@ class Chooser:
         self._scheduled = False
         self._running = False
 
-    def expected_seconds(self, run: Run, instances: Sequence[Instance]) -> float:
-        """What encoding and drawing for these instances alone would take; infinite where that is not known.
-
-        It never is where the encoder is elsewhere: what comes and goes over a network is not measured here.
-        """
-        if isinstance(run.template.encoder, AwaitedEncoder):
-            return math.inf
-        return self._times.expected(_units(len(instances), _characters(instances)))
-
     async def choose(
         self, run: Run, policy: Policy, instances: Sequence[Instance], *, apart: object | None = None
     ) -> Chosen:

@@ -1,12 +1,13 @@
 """How a batch is cut into pieces that go their own ways: while the RMs are asked about some, the next are encoded.
 
-Without it every RM would wait until the last text of the batch is encoded, and the encoder until the last RM has
-answered. `service.usecases.score` calls it; knows sizes only, no encoder and no worker.
+Without it every RM would wait until the last text of the batch is encoded, the encoder until the last RM has answered,
+and a single request until the RMs have done with the whole batch. `service.usecases.score` calls it; knows sizes only,
+no encoder and no worker.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from router_core.policies import Policy
@@ -18,9 +19,6 @@ PIECES_CHOSEN = 2
 
 PIECES_ASKED = 4
 """Pieces of a batch's run and policy that RMs are asked about at once: a slow answer to one leaves no RM idle."""
-
-WORTH_SECONDS = 0.01
-"""A batch that is encoded faster stays whole: smaller requests to the RMs would cost more than the wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +38,15 @@ class Piece:
     instances: Sequence[Instance]
 
 
-def cut(whole: Piece, responses: int, expected_seconds: Callable[[Run, Sequence[Instance]], float]) -> list[Piece]:
+def cut(whole: Piece, responses: int) -> list[Piece]:
     """The pieces of what one call asks of one run and policy, in order.
 
     Args:
         whole: all of it.
         responses: responses of a piece, at most, but for an instance that has more; 0 for one piece.
-        expected_seconds: what encoding some instances takes.
 
     Returns:
-        One piece where the policy draws one RM for all of a request, where all fit, or where encoding is too short to
-        be worth it.
+        One piece where the policy draws one RM for all of a request, or where all fit.
     """
     if responses == 0 or whole.policy.one_arm_per_batch or _responses(whole.instances) <= responses:
         return [whole]
@@ -60,13 +56,10 @@ def cut(whole: Piece, responses: int, expected_seconds: Callable[[Run, Sequence[
             starts.append(index)
             held = 0
         held += len(instance.responses)
-    pieces = [
+    return [
         Piece(whole.run, whole.policy, whole.indices[start:end], whole.instances[start:end])
         for start, end in zip(starts, [*starts[1:], len(whole.instances)], strict=True)
     ]
-    if sum(expected_seconds(piece.run, piece.instances) for piece in pieces) < WORTH_SECONDS:
-        return [whole]
-    return pieces
 
 
 def _responses(instances: Sequence[Instance]) -> int:

@@ -301,7 +301,7 @@ class Scorer:
                 continue
             instances = [Instance(requests[i].prompt, tuple(requests[i].responses)) for i in indices]
             whole = Piece(found, chosen_policy, indices, instances)
-            pieces.extend(cut(whole, self._limits.piece_responses, self._chooser.expected_seconds))
+            pieces.extend(cut(whole, self._limits.piece_responses))
         return pieces
 
     async def _route(self, pieces: Sequence[Piece], call: _Call, refused: dict[int, ServiceError]) -> dict[int, _Job]:

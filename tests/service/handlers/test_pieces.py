@@ -58,7 +58,7 @@ class SteppedEncoder(AwaitedEncoder):
 
 
 class SizedEncoder(PairEncoder):
-    """The small encoder, of a speed that the gateway does not know yet.
+    """The small encoder.
 
     Attributes:
         sizes: instances of each pass.

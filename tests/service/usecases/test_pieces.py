@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import cast
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from router_core.policies import make_policy
 from router_core.records import Instance
-from service.usecases.pieces import WORTH_SECONDS, Piece, cut
+from service.usecases.pieces import Piece, cut
 from service.usecases.runs import Run
 
 RUN = cast(Run, SimpleNamespace())
@@ -28,7 +26,7 @@ def whole(counts: list[int], policy: str = "random") -> Piece:
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(1, 12))
 def test_pieces_are_the_whole_in_order_and_none_is_too_large(counts: list[int], responses: int) -> None:
     given_piece = whole(counts)
-    pieces = cut(given_piece, responses, lambda *_: math.inf)
+    pieces = cut(given_piece, responses)
     assert [index for piece in pieces for index in piece.indices] == given_piece.indices
     assert [instance for piece in pieces for instance in piece.instances] == given_piece.instances
     for piece in pieces:
@@ -39,11 +37,11 @@ def test_pieces_are_the_whole_in_order_and_none_is_too_large(counts: list[int], 
         assert sum(len(instance.responses) for instance in piece.instances) + first > responses
 
 
-@pytest.mark.parametrize(("seconds", "count"), [(WORTH_SECONDS / 4, 1), (WORTH_SECONDS / 2, 3)])
-def test_a_batch_that_is_encoded_in_no_time_stays_whole(seconds: float, count: int) -> None:
-    assert len(cut(whole([2] * 6), 4, lambda *_: seconds)) == count
+def test_a_whole_that_fits_and_one_that_shall_not_be_cut_stay_one_piece() -> None:
+    given_piece = whole([2] * 6)
+    assert [len(cut(given_piece, responses)) for responses in (0, 4, 11, 12)] == [1, 3, 2, 1]
 
 
 def test_a_policy_of_one_rm_for_all_is_never_cut() -> None:
     given_piece = whole([2] * 6, "laser")
-    assert cut(given_piece, 4, lambda *_: math.inf) == [given_piece]
+    assert cut(given_piece, 4) == [given_piece]
