@@ -91,6 +91,11 @@ class Tally:
         """
         return Tally(self.met + 1.0, self.novel + float(novel))
 
+    @property
+    def share(self) -> float | None:
+        """Of the contexts met, how many were novel; None before the first."""
+        return self.novel / self.met if self.met else None
+
     def faded(self) -> Tally:
         """Half of everything once there are `MEMORY`: exact in floating point."""
         return self if self.met < MEMORY else Tally(self.met / 2.0, self.novel / 2.0)
@@ -103,10 +108,11 @@ class Tally:
         >>> Tally(100.0, 25.0).excess(), round(Tally(1e9, 1e9).excess(), 3)
         (0.0, 1.0)
         """
-        if not self.met:
+        share = self.share
+        if share is None:
             return 0.0
         noise = NOISE * math.sqrt(USUAL * (1.0 - USUAL) / self.met)
-        return max(0.0, self.novel / self.met - (1.0 - USUAL) - noise) / USUAL
+        return max(0.0, share - (1.0 - USUAL) - noise) / USUAL
 
 
 def loosened(precision: float, excess: float, novel_precision: float) -> float:

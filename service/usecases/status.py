@@ -74,6 +74,11 @@ class PosteriorStatus(BaseModel):
     signal: str
     dim: int
     drift: float = Field(description="Largest entry of ΛΣ − I at the last refresh.")
+    lambda0: float = Field(description="Prior precision λ₀ now: how far the offline stage is trusted.")
+    novel_share: float | None = Field(
+        description="Share of its contexts that are unlike the checkpoint's training pairs; about 0.25 on texts of the "
+        "same kind. Null before the first one, and where nothing depends on it."
+    )
     log_appended: int = Field(description="Events ever appended to the run's log.")
     scale_version: int | None = Field(description="Entries of the score log folded here; null without `normalize`.")
     models: list[ArmLearned]
@@ -232,6 +237,8 @@ class StatusService:
             signal=run.template.signal,
             dim=posterior.dim,
             drift=posterior.drift,
+            lambda0=posterior.lambda0,
+            novel_share=posterior.tally.share,
             log_appended=status.appended,
             scale_version=None if scales is None else scales.count,
             models=models,

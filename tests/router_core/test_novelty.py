@@ -109,7 +109,7 @@ def test_the_excess_is_zero_as_long_as_chance_may_explain_the_share() -> None:
     # 1 − u = 1/4 and √(u(1 − u)/n) = .0433 at n = 100: .25 + 3 · .0433 = .3799.
     assert Tally(100.0, 37.0).excess() == 0.0
     assert Tally(100.0, 43.0).excess() == pytest.approx((0.43 - 0.25 - 3 * 0.0433013) / 0.75, abs=1e-6)
-    assert Tally().excess() == 0.0
+    assert (Tally().excess(), Tally().share, Tally(100.0, 43.0).share) == (0.0, None, 0.43)
 
 
 def test_old_contexts_fade_by_exact_halves() -> None:

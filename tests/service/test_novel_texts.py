@@ -95,6 +95,7 @@ async def test_replicas_and_an_exported_log_come_to_the_same_posterior(
         assert there["digest"] == here["digest"] == folded.digest()
         assert folded.tally.met == folded.tally.novel == 70.0
         assert folded.digest() != one.folded(run, prior_of(lambda_novel=0.0)).digest()
+        assert (there["novel_share"], there["lambda0"]) == (1.0, folded.lambda0)
     store = RedisStore(url, window_seconds=60)
     try:
         await export_log(store, run, tmp_path / "log.parquet")
@@ -118,4 +119,5 @@ async def test_runs_that_watch_for_nothing_keep_the_fingerprint_that_they_always
         finally:
             await store.close()
         assert fingerprint["prior"] == "none"
+        assert (await gateway.client.get("/posterior")).json["novel_share"] is None
         assert "lambda_novel" not in fingerprint
