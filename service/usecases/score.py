@@ -11,8 +11,8 @@ import asyncio
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -59,7 +59,10 @@ class ScoreLimits:
 
 @dataclass(slots=True)
 class _Job:
-    """One instance on its way: which arms are still to be asked, and what came back."""
+    """One instance on its way: which arms are still to be asked, and what came back.
+
+    Made for every instance of every request: what is seldom filled is an empty tuple, and replaced, not appended to.
+    """
 
     run: Run
     policy: Policy
@@ -67,15 +70,15 @@ class _Job:
     chosen: Chosen
     row: int
     order: list[int]
-    gone: list[int] = field(default_factory=list)
+    gone: Sequence[int] = ()
     """Arms that were drawn before the last one, and were unavailable or failed."""
-    away: list[int] = field(default_factory=list)
+    away: Sequence[int] = ()
     """Arms that would have come after the last one, and were unavailable when it was asked."""
-    failed: list[int] = field(default_factory=list)
+    failed: Sequence[int] = ()
     """Arms of `gone` that were asked and gave no reward, in that order."""
-    away_first: list[int] = field(default_factory=list)
+    away_first: Sequence[int] = ()
     """Arms that were unavailable when the first one was asked, whichever that was."""
-    fallbacks: list[Fallback] = field(default_factory=list)
+    fallbacks: Sequence[Fallback] = ()
     arm: int = ALL_ARMS
     rewards: list[float] | None = None
     verdict: int | None = None
@@ -84,7 +87,7 @@ class _Job:
     worker_seconds: float = 0.0
     prompt_tokens_cut: int = 0
     """The most that an RM that was asked did not read of the prompt."""
-    refusals: list[WorkerError] = field(default_factory=list)
+    refusals: Sequence[WorkerError] = ()
     normalised: list[float | None] | None = None
     scale_version: int = 0
     sticky: str = ""
@@ -345,15 +348,17 @@ class Scorer:
         # Copies: a row of a batch would keep the whole batch.
         run.recent.append((chosen.x[0].copy(), chosen.offsets[0].copy()))
         rankings, draws = chosen.choices.ranking.tolist(), chosen.choices.draws.tolist()
-        jobs = [
-            _Job(run, policy, instance, chosen, row, [arm for arm in rankings[row] if draws[row][arm] != -float("inf")])
-            for row, instance in enumerate(piece.instances)
-        ]
+        if not np.isfinite(chosen.choices.draws).all():
+            rankings = [
+                [arm for arm in ranking if drawn[arm] != -float("inf")]
+                for ranking, drawn in zip(rankings, draws, strict=True)
+            ]
+        jobs = [_Job(run, policy, instance, chosen, row, rankings[row]) for row, instance in enumerate(piece.instances)]
         if not policy.asks_all:
             if self._sticky.seconds:
                 await self._stick(jobs)
-            for job in jobs:
-                self._telemetry.drawn(run.name, run.template.pool[job.order[0]]).inc()
+            for arm, count in Counter(job.order[0] for job in jobs).items():
+                self._telemetry.drawn(run.name, run.template.pool[arm]).inc(count)
         return jobs
 
     async def _stick(self, jobs: Sequence[_Job]) -> None:
@@ -394,18 +399,21 @@ class Scorer:
                 f"{where}responses holds {len(request.responses)} texts: send at most {limits.max_responses}",
                 details={"field": f"{where}responses", "limit": limits.max_responses},
             )
+        longest = limits.max_text_chars
+        if max(map(len, (request.prompt, *request.responses))) <= longest:
+            return
         for name, text in (
             ("prompt", request.prompt),
             *((f"responses[{i}]", r) for i, r in enumerate(request.responses)),
         ):
-            if len(text) > limits.max_text_chars:
+            if len(text) > longest:
                 raise ValidationError(
-                    f"{where}{name} is {len(text)} characters long: send at most {limits.max_text_chars}",
-                    details={"field": f"{where}{name}", "limit": limits.max_text_chars},
+                    f"{where}{name} is {len(text)} characters long: send at most {longest}",
+                    details={"field": f"{where}{name}", "limit": longest},
                 )
 
     async def _ask(self, jobs: Sequence[_Job], call: _Call) -> None:
-        """Rounds of asking: each round asks every open job's best arm that is left, one call per arm."""
+        """Rounds of asking about jobs of one run: each asks every open job's best arm that is left, one call per arm."""
         everyone = [job for job in jobs if job.policy.asks_all]
         single = [job for job in jobs if not job.policy.asks_all]
         if everyone:
@@ -413,8 +421,10 @@ class Scorer:
         while single:
             by_arm: dict[int, list[_Job]] = {}
             late = asyncio.get_running_loop().time() >= call.deadline
+            arms = single[0].run.template.arms
+            out = {arm for arm, worker in enumerate(arms) if not call.can_ask(arm, worker)}
             for job in single:
-                arm = None if late else self._next_arm(job, call)
+                arm = None if late else self._next_arm(job, out)
                 if late:
                     job.error = _too_late(job)
                 elif arm is None:
@@ -428,13 +438,13 @@ class Scorer:
                 await asyncio.gather(*(self._ask_arm(arm, group, call) for arm, group in by_arm.items()))
             single = [job for job in single if job.rewards is None and job.error is None]
 
-    def _next_arm(self, job: _Job, call: _Call) -> int | None:
-        """The best draw whose arm can be asked; arms that are passed over are noted as fallbacks."""
-        arms = job.run.template.arms
+    def _next_arm(self, job: _Job, out: Set[int]) -> int | None:
+        """The best draw whose arm is not `out`; arms that are passed over are noted as fallbacks."""
         while job.order:
             arm = job.order.pop(0)
-            if call.can_ask(arm, arms[arm]):
-                job.away = [other for other in job.order if not call.can_ask(other, arms[other])]
+            if arm not in out:
+                if out or job.away:
+                    job.away = [other for other in job.order if other in out]
                 if not job.failed:
                     job.away_first = [*job.gone, *job.away]
                 return arm
@@ -443,8 +453,8 @@ class Scorer:
 
     def _give_up(self, job: _Job, arm: int, reason: str) -> None:
         name = job.run.template.pool[arm]
-        job.gone.append(arm)
-        job.fallbacks.append(Fallback(name, reason))
+        job.gone = [*job.gone, arm]
+        job.fallbacks = [*job.fallbacks, Fallback(name, reason)]
         self._telemetry.fallbacks.labels(name, reason).inc()
 
     async def _ask_arm(self, arm: int, jobs: list[_Job], call: _Call) -> None:
@@ -470,9 +480,9 @@ class Scorer:
         for job, outcome in zip(jobs, outcomes, strict=True):
             job.worker_seconds += seconds
             if isinstance(outcome, WorkerError):
-                job.refusals.append(outcome)
+                job.refusals = [*job.refusals, outcome]
                 self._telemetry.called(worker.name, outcome.code).inc()
-                job.failed.append(arm)
+                job.failed = [*job.failed, arm]
                 self._give_up(job, arm, outcome.code)
                 if isinstance(outcome, WorkerTooLongError) and outcome.final:
                     job.error = outcome
@@ -501,8 +511,8 @@ class Scorer:
         seconds = time.perf_counter() - started
         for job, ballot in zip(jobs, zip(*by_arm, strict=True), strict=True):
             for vote in ballot:
-                job.fallbacks.extend(vote.fallbacks)
-                job.refusals.extend(vote.refusals)
+                job.fallbacks = [*job.fallbacks, *vote.fallbacks]
+                job.refusals = [*job.refusals, *vote.refusals]
                 job.error = job.error or vote.error
                 job.prompt_tokens_cut = max(job.prompt_tokens_cut, vote.prompt_tokens_cut)
             answers = {arm: vote.rewards for arm, vote in enumerate(ballot) if vote.rewards is not None}
@@ -547,9 +557,11 @@ class Scorer:
                 replies.append(job.error or NoWorkerError("no reward model answered"))
                 continue
             self._telemetry.stage["worker"].observe(job.worker_seconds)
-            self._telemetry.decided(job.run.name, job.policy.name).inc()
             recorded = job.run.name not in unsaved
             replies.append(_reply(job, *made, recorded=recorded, store_seconds=store_seconds, started=started))
+        given = Counter((job.run.name, job.policy.name) for job, made in zip(jobs, decisions, strict=True) if made)
+        for (run, policy), count in given.items():
+            self._telemetry.decided(run, policy).inc(count)
         self._telemetry.stage["total"].observe(time.perf_counter() - started)
         return replies
 
@@ -661,8 +673,8 @@ def _decision(job: _Job, now_ms: int) -> StoredDecision:
         time_ms=now_ms,
         fallback=bool(job.fallbacks),
         gone=[*job.gone, *job.away],
-        failed=job.failed,
-        away=job.away_first,
+        failed=[*job.failed],
+        away=[*job.away_first],
         prompt_tokens_cut=job.prompt_tokens_cut,
         sticky=job.sticky,
     )
@@ -693,7 +705,7 @@ def _reply(
             store_ms=round(store_seconds * 1e3, 4),
             total_ms=round((time.perf_counter() - started) * 1e3, 4),
         ),
-        fallbacks=job.fallbacks,
+        fallbacks=[*job.fallbacks],
         truncated=Truncated(job.prompt_tokens_cut) if job.prompt_tokens_cut else msgspec.UNSET,
         sticky=msgspec.UNSET if job.followed is None else True,
         raw_rewards=msgspec.UNSET if normalised is None else raw,
