@@ -413,7 +413,7 @@ class Scorer:
                 )
 
     async def _ask(self, jobs: Sequence[_Job], call: _Call) -> None:
-        """Rounds of asking about jobs of one run: each asks every open job's best arm that is left, one call per arm."""
+        """Rounds of asking (jobs of one run): each asks every open job's best arm that is left, one call per arm."""
         everyone = [job for job in jobs if job.policy.asks_all]
         single = [job for job in jobs if not job.policy.asks_all]
         if everyone:
