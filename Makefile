@@ -66,9 +66,10 @@ trainer-clients: $(VENV)/.development  ## Those, verl and ms-swift (290 MB), so 
 	@$(FETCH_TRAINERS) all --pip-args='$(PIP_ARGS)'
 
 slime:  ## Fetch the newest slime, so that `make test` runs its client beside the kept one
-	rm -rf .data/trainer-clients/slime
-	GIT_TERMINAL_PROMPT=0 timeout 120 git clone -q --depth 1 $(SLIME) .data/trainer-clients/slime || \
-		{ rm -rf .data/trainer-clients/slime; echo "slime could not be fetched: only its kept client is tested"; }
+	rm -rf .data/trainer-clients/slime.new
+	GIT_TERMINAL_PROMPT=0 timeout 120 git clone -q --depth 1 $(SLIME) .data/trainer-clients/slime.new && \
+		rm -rf .data/trainer-clients/slime && mv .data/trainer-clients/slime.new .data/trainer-clients/slime || \
+		echo "slime could not be fetched: its kept client is tested, and what was fetched before"
 
 test-vllm: $(VENV)/.development $(VLLM_VENV)/.ready  ## Tests against a real vLLM on the CPU (a quarter of an hour; AVX2, 6 GB of memory)
 	VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest tests/vllm
