@@ -77,11 +77,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def worker(directory: Path) -> Any:
+    # Workers that other tests killed in this process were not told to end their threads.
+    before = set(threading.enumerate())
     running = RunningWorker(cpu_app([directory], threads=1))
     yield running.url
     running.stop(force=False)
     running.join()
-    assert "infer" not in {thread.name for thread in threading.enumerate()}
+    assert "infer" not in {thread.name for thread in set(threading.enumerate()) - before}
 
 
 @pytest.fixture(scope="module")
