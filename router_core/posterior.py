@@ -143,7 +143,8 @@ class Posterior:
 
     def digest(self) -> str:
         """sha256 over every number that the fold carries on: equal digests mean equal posteriors, bit for bit."""
-        scalars = (self.lambda0, self.tally.met, self.tally.novel)
+        # The tally only where it is kept: other runs' digests are what they always were.
+        scalars = (self.lambda0, *((self.tally.met, self.tally.novel) if self.prior.watches_novelty else ()))
         h = hashlib.sha256(np.int64(self.count).tobytes() + np.array(scalars).tobytes())
         for arm in self.arms:
             for array in (

@@ -162,7 +162,14 @@ def test_usual_texts_leave_the_posterior_as_it_was_bit_for_bit() -> None:
     events = as_expected(near(150))
     watched, unwatched = (fold(start(prior(landmarks=each), SETTINGS), events) for each in (LINE, None))
     assert watched.lambda0 == unwatched.lambda0
-    assert replace(watched, tally=Tally()).digest() == unwatched.digest()
+    assert replace(watched, prior=unwatched.prior).digest() == unwatched.digest()
+
+
+def test_the_tally_is_part_of_the_digest_where_it_is_kept_only() -> None:
+    events = as_expected(near(20))
+    watched, unwatched = (fold(start(prior(landmarks=each), SETTINGS), events) for each in (LINE, None))
+    assert replace(watched, tally=Tally(20.0, 1.0)).digest() != watched.digest()
+    assert replace(unwatched, tally=Tally(20.0, 1.0)).digest() == unwatched.digest()
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])

@@ -73,6 +73,18 @@ async def asked(gateway: Gateway, *indices: int, **more: Any) -> list[str]:
     return ids
 
 
+async def shadow_of(gateway: Gateway, identity: str) -> None:
+    """Until the decision was shadowed."""
+    await until(lambda: gateway.decision(identity).shadowed, "shadowed")
+
+
+async def scored_and_shadowed(gateway: Gateway, index: int) -> None:
+    """A decision about the pair, shadowed, and then with feedback for the longer response."""
+    reply = await gateway.client.ok("/reward", pair(index))
+    await shadow_of(gateway, reply["decision_id"])
+    await gateway.client.ok("/feedback", {"decision_id": reply["decision_id"], "preferred": 1})
+
+
 async def exported(gateway: Gateway, path: Path) -> EventLog:
     """The gateway's log by way of a file."""
     store = RedisStore(gateway.server_url, window_seconds=60)
@@ -204,10 +216,7 @@ async def test_a_shadowed_row_knows_what_every_first_choice_would_have_given(
     async with open_gateway(valkey_server.url, policy="random", shadow_rate=1.0) as gateway:
         refuse_fives(gateway)
         for index in [5, 6] * 20:
-            reply = await gateway.client.ok("/reward", pair(index))
-            identity = reply["decision_id"]
-            await until(lambda i=identity: gateway.decision(i).shadowed, "shadowed")  # type: ignore[misc]
-            await gateway.client.ok("/feedback", {"decision_id": identity, "preferred": 1})
+            await scored_and_shadowed(gateway, index)
         log = await exported(gateway, tmp_path / "log.parquet")
     data = logged_data(log)
     assert data.propensities == pytest.approx(np.ones((40, 3)))
@@ -225,10 +234,7 @@ async def test_that_an_instance_was_shadowed_is_noted_though_nobody_answered(
         gateway.arm("rm-a").refuses = lambda _: True
         # So many that each of the two is asked first at least once: else nobody could say how often it is shadowed.
         for index in range(32):
-            reply = await gateway.client.ok("/reward", pair(index))
-            identity = reply["decision_id"]
-            await until(lambda i=identity: gateway.decision(i).shadowed, "shadowed")  # type: ignore[misc]
-            await gateway.client.ok("/feedback", {"decision_id": identity, "preferred": 1})
+            await scored_and_shadowed(gateway, index)
         log = await exported(gateway, tmp_path / "log.parquet")
     assert all(event.decision.shadows == [] for event in log.events)
     data = logged_data(log)
@@ -249,10 +255,7 @@ async def test_an_rm_that_left_before_its_shadow_is_not_taken_for_one_that_faile
         arms[A].on_call = arms[C].on_call = leave  # type: ignore[attr-defined]
         for index in range(40):
             gateway.arm("rm-b").available = True
-            reply = await gateway.client.ok("/reward", pair(index))
-            identity = reply["decision_id"]
-            await until(lambda i=identity: gateway.decision(i).shadowed, "shadowed")  # type: ignore[misc]
-            await gateway.client.ok("/feedback", {"decision_id": identity, "preferred": 1})
+            await scored_and_shadowed(gateway, index)
         log = await exported(gateway, tmp_path / "log.parquet")
     data = logged_data(log)
     for event, rewards in zip(log.events, data.rewards, strict=True):
@@ -280,7 +283,7 @@ async def test_an_rm_that_left_after_another_one_failed_has_told_nothing(
             reply = await gateway.client.ok("/reward", pair(5))
             identity = reply["decision_id"]
             # Also rm-a's shadow call of another row makes rm-c leave: it must be over before the next row.
-            await until(lambda i=identity: gateway.decision(i).shadowed, "shadowed")  # type: ignore[misc]
+            await shadow_of(gateway, identity)
             if gateway.decision(identity).failed:
                 break
         await gateway.client.ok("/feedback", {"decision_id": identity, "preferred": 1})
@@ -299,7 +302,7 @@ async def test_single_responses_are_not_counted_where_the_shadow_rate_is_estimat
             reply = await gateway.client.ok("/reward", request)
             identity = reply["decision_id"]
             if len(request["responses"]) > 1:
-                await until(lambda i=identity: gateway.decision(i).shadowed, "shadowed")  # type: ignore[misc]
+                await shadow_of(gateway, identity)
             await gateway.client.ok("/feedback", {"decision_id": identity, "preferred": 0})
         data = logged_data(await exported(gateway, tmp_path / "log.parquet"))
     assert data.propensities[1:-1] == pytest.approx(np.ones((20, 3)))
