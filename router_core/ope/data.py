@@ -120,8 +120,9 @@ def with_shadows(propensities: Array, arm: NDArray[np.int64], available: Mask, r
     """P(arm's reward is in the log) = e + (1 − e)·s_k where a share of the instances also asks the other arms.
 
     s_k is the share of the rows with k available, but not asked first, that were shadowed: the rate that was set, less
-    what came too late, or when k had gone away. Right as long as shadows are chosen, and lost, whatever the draw and
-    the verdict.
+    what came too late, or when k had gone away. An arm that was asked first wherever it was available has no such rows:
+    there s is the share of all arms together. Right as long as shadows are chosen, and lost, whatever the draw and the
+    verdict.
 
     Args:
         propensities: (N, K), of being asked first.
@@ -132,8 +133,9 @@ def with_shadows(propensities: Array, arm: NDArray[np.int64], available: Mask, r
     """
     others = available.copy()
     others[np.arange(len(arm)), arm] = False
-    told = (others & ~np.isnan(rewards)).sum(axis=0)
-    share = np.divide(told, others.sum(axis=0), out=np.zeros(propensities.shape[1]), where=told > 0)
+    told, asked = (others & ~np.isnan(rewards)).sum(axis=0), others.sum(axis=0)
+    everywhere = told.sum() / max(asked.sum(), 1)
+    share = np.divide(told, asked, out=np.full(propensities.shape[1], everywhere), where=asked > 0)
     seen: Array = np.where(available, propensities + (1.0 - propensities) * share, propensities)
     return seen
 

@@ -206,6 +206,16 @@ def test_shadowed_instances_give_a_deterministic_log_support() -> None:
     assert np.mean(hits) > 0.9
 
 
+def test_an_arm_that_was_always_asked_first_is_shadowed_as_often_as_the_others() -> None:
+    """Four rows ask arm 2 first, two of them ask the others in the shadow; without shadows nothing is added."""
+    arm, available = np.full(4, 2), np.ones((4, 3), np.bool_)
+    first = np.tile([0.2, 0.2, 0.6], (4, 1))
+    rewards = np.where((np.arange(4) < 2)[:, None] | (np.arange(3) == 2), 1.0, np.nan)
+    assert with_shadows(first, arm, available, rewards) == pytest.approx(np.tile([0.6, 0.6, 0.8], (4, 1)))
+    alone = np.where(np.arange(3) == 2, 1.0, np.nan) * np.ones((4, 1))
+    assert with_shadows(first, arm, available, alone).tolist() == first.tolist()
+
+
 def test_losses_and_other_rewards_widen_by_their_own_range() -> None:
     rows = 100
     log = hand_log([0] * rows, [-2.0, 2.0] * 50, [[0.9995, 0.0005]] * rows)
