@@ -1,6 +1,6 @@
 """What the gateway adds over calling a worker directly, beside a FastAPI + aiohttp pass-through, in one run.
 
-    python -m loadtests.gateway [--json OUT] [--rounds N] [--quick]
+    python -m loadtests.gateway [--json OUT] [--rounds N] [--quick] [--against CHECKOUT]
 
 One process each: a stub worker (constant rewards), the pass-through, and the real gateway (`service.app.create_app` on
 uvicorn, uvloop and httptools, with a real embedded store) in several settings. They take turns in interleaved rounds;
@@ -11,6 +11,9 @@ the first. A process of idle priority keeps each core awake: on a virtual machin
 microseconds, as it does three times a request at concurrency 1, comes back cold, which doubles all CPU times and says
 nothing about the code; `--let-cores-sleep` leaves that out. Requests per second of a core are requests per second of
 the gateway's own CPU time (all its threads).
+
+`--against` takes the folder of another checkout of this project (`git worktree add`): its gateway runs too, in turns
+with this one, and a last table has the ratios of the two within each round.
 """
 
 from __future__ import annotations
@@ -55,6 +58,17 @@ GOALS = {
     "requests/s a core at concurrency 16": ">= 1500 (aim 3500)",
     "pairs/s of /reward/batch": ">= 5000",
 }
+
+SINGLES = (
+    ("hash64", "look-up encoder d=64", "short"),
+    ("hash576", "look-up encoder d=576", "short"),
+    ("hash576", "look-up encoder d=576", "long"),
+    ("static", "static encoder d=128", "long"),
+)
+"""The gateways that are measured: process, name and texts."""
+
+OTHER = "the other checkout"
+"""Its name in the tables."""
 
 START_SECONDS = 60.0
 """How long a child may take until it answers."""
@@ -132,14 +146,15 @@ class Children:
                 process.kill()
                 process.wait()
 
-    def start(self, name: str, kind: str, ready: str, *more: str, tested: bool) -> None:
-        """Start `python -m loadtests.stub KIND` and wait until GET `ready` answers 200."""
+    def start(self, name: str, kind: str, ready: str, *more: str, tested: bool, folder: Path | None = None) -> None:
+        """Start `python -m loadtests.stub KIND`, of the checkout in `folder`, and wait for 200 from GET `ready`."""
         port = free_port(0)
         core = [] if self._cores is None else ["--core", str(self._cores[tested])]
         log = self._folder / f"{name}.log"
         with log.open("wb") as output:
             self.processes[name] = process = subprocess.Popen(
                 [sys.executable, "-m", "loadtests.stub", kind, "--port", str(port), *core, *more],
+                cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -263,7 +278,7 @@ async def measure_batches(children: Children, process: str, pairs: Sequence[Pair
     }
 
 
-async def run(rounds: int, requests: int, batches: int, *, awake: bool) -> dict[str, Any]:
+async def run(rounds: int, requests: int, batches: int, *, awake: bool, against: Path | None = None) -> dict[str, Any]:
     """Start everything, measure in turn, and end everything."""
     short, long = short_pairs(1024), long_pairs(1024)
     cores = sorted(os.sched_getaffinity(0))
@@ -283,28 +298,36 @@ async def run(rounds: int, requests: int, batches: int, *, awake: bool) -> dict[
         models = [ModelEntry(name=name, urls=(stub_url,), rendering="template") for name in MODELS]
         dump_pool(PoolFile(name="bench", models=tuple(models)), pool)
         children.start("proxy", "proxy", "/openapi.json", "--upstream", stub_url, tested=True)
-        gateways = {"hash64": "hash:64", "hash576": "hash:576", "static": "static"}
-        for name, encoder in gateways.items():
-            children.start(
-                *(name, "gateway", "/readyz", "--pool", str(pool), "--store", store.url, "--run", name),
-                *("--encoder", encoder),
-                tested=True,
-            )
+        encoders = {"hash64": "hash:64", "hash576": "hash:576", "static": "static"}
+        checkouts: list[tuple[str, str, Path | None]] = [("ours", "", None)]
+        if against is not None:
+            checkouts.append((OTHER, "-other", against))
+        for _, suffix, checkout in checkouts:
+            for name, encoder in encoders.items():
+                key = name + suffix
+                children.start(
+                    *(key, "gateway", "/readyz", "--pool", str(pool), "--store", store.url, "--run", key),
+                    *("--encoder", encoder),
+                    tested=True,
+                    folder=checkout,
+                )
         direct = {
             kind: [request_bytes("/classify", p.classify()) for p in pairs] for kind, pairs in _kinds(short, long)
         }
         routed = {kind: [request_bytes("/reward", p.reward()) for p in pairs] for kind, pairs in _kinds(short, long)}
-        for name in gateways:
-            await teach(children.ports[name], routed["short"])
+        for _, suffix, _ in checkouts:
+            for name in encoders:
+                await teach(children.ports[name + suffix], routed["short"])
         targets = [
             Target("stub, short texts", "stub, short texts", "stub", direct["short"]),
             Target("stub, long texts", "stub, long texts", "stub", direct["long"]),
             Target("FastAPI + aiohttp, short", "stub, short texts", "proxy", direct["short"]),
             Target("FastAPI + aiohttp, long", "stub, long texts", "proxy", direct["long"]),
-            Target("ours, look-up encoder d=64, short", "stub, short texts", "hash64", routed["short"]),
-            Target("ours, look-up encoder d=576, short", "stub, short texts", "hash576", routed["short"]),
-            Target("ours, look-up encoder d=576, long", "stub, long texts", "hash576", routed["long"]),
-            Target("ours, static encoder d=128, long", "stub, long texts", "static", routed["long"]),
+            *(
+                Target(f"{who}, {what}, {kind}", f"stub, {kind} texts", name + suffix, routed[kind])
+                for name, what, kind in SINGLES
+                for who, suffix, _ in checkouts
+            ),
         ]
         taken: dict[str, list[Figures]] = {target.name: [] for target in targets}
         encode = {"before": stage_means(children.ports["static"])}
@@ -312,12 +335,13 @@ async def run(rounds: int, requests: int, batches: int, *, awake: bool) -> dict[
             for target in targets:
                 taken[target.name].append(await measure(children, target, requests))
         encode["after"] = stage_means(children.ports["static"])
-        batch = {
-            "look-up encoder d=64, short texts": await measure_batches(children, "hash64", short, batches),
-            "look-up encoder d=576, short texts": await measure_batches(children, "hash576", short, batches),
-            "look-up encoder d=576, long texts": await measure_batches(children, "hash576", long, batches),
-            "static encoder d=128, long texts": await measure_batches(children, "static", long, batches),
-        }
+        batch: dict[str, list[dict[str, float]]] = {}
+        texts = {"short": short, "long": long}
+        for _ in range(rounds):
+            for name, what, kind in SINGLES:
+                for who, suffix, _ in checkouts:
+                    turn = await measure_batches(children, name + suffix, texts[kind], batches)
+                    batch.setdefault(f"{who}, {what}, {kind}", []).append(turn)
     asked = encode["after"]["requests"] - encode["before"]["requests"]
     stages = {
         stage: (encode["after"][stage] - encode["before"][stage]) / asked * 1e3
@@ -330,7 +354,8 @@ async def run(rounds: int, requests: int, batches: int, *, awake: bool) -> dict[
         "rounds": rounds,
         "requests_per_round": {"concurrency 1": requests, "concurrency 16": 3 * requests},
         "single": {target.name: _summary(target, taken) for target in targets},
-        "batch_256": batch,
+        "batch_256": {name: _medians(turns) for name, turns in batch.items()},
+        "against": {} if against is None else _ratios(taken, batch),
         "static_encoder_stage_ms": stages,
     }
 
@@ -355,6 +380,30 @@ def _summary(target: Target, taken: Mapping[str, list[Figures]]) -> dict[str, fl
     }
 
 
+def _medians(turns: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: median(turn[key] for turn in turns) for key in turns[0]}
+
+
+def _ratios(
+    taken: Mapping[str, Sequence[Figures]], batch: Mapping[str, Sequence[Mapping[str, float]]]
+) -> dict[str, dict[str, float]]:
+    """This checkout over the other one, within each round: median, smallest and largest."""
+    out: dict[str, dict[str, float]] = {}
+    for _, what, kind in SINGLES:
+        ours, other = f"ours, {what}, {kind}", f"{OTHER}, {what}, {kind}"
+        pairs = list(zip(taken[ours], taken[other], strict=True))
+        out[f"one pair, {what}, {kind}: p50"] = _spread([mine.p50 / its.p50 for mine, its in pairs])
+        out[f"one pair, {what}, {kind}: CPU"] = _spread([mine.cpu_seconds / its.cpu_seconds for mine, its in pairs])
+        turns = list(zip(batch[ours], batch[other], strict=True))
+        for key, name in (("pairs_per_second", "time"), ("pairs_per_cpu_second", "CPU")):
+            out[f"batch, {what}, {kind}: {name}"] = _spread([its[key] / mine[key] for mine, its in turns])
+    return out
+
+
+def _spread(ratios: Sequence[float]) -> dict[str, float]:
+    return {"median": median(ratios), "smallest": min(ratios), "largest": max(ratios)}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m loadtests.gateway", description=__doc__.partition("\n")[0])
@@ -363,11 +412,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=600, help="requests per turn at concurrency 1 [default: 600]")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 300 requests")
     parser.add_argument("--let-cores-sleep", action="store_true", help="do not keep the cores awake")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="take turns with this other checkout")
     options = parser.parse_args(arguments)
     rounds, requests = (2, 300) if options.quick else (options.rounds, options.requests)
     facts = machine()
     print(describe(facts))
-    figures = uvloop.run(run(rounds, requests, 8 if options.quick else 30, awake=not options.let_cores_sleep))
+    batches, awake = 8 if options.quick else 12, not options.let_cores_sleep
+    figures = uvloop.run(run(rounds, requests, batches, awake=awake, against=options.against))
     where = "the process under test has a core to itself" if figures["pinned"] else "one core, shared by all"
     where += ", cores kept awake" if figures["cores_kept_awake"] else ""
     print(f"seed {SEED}; {rounds} interleaved rounds; {where}; K = {len(MODELS)}; posterior with {FEEDBACKS} feedbacks")
@@ -389,6 +440,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("stage", "ms"),
         list(figures["static_encoder_stage_ms"].items()),
     )
+    if figures["against"]:
+        table(
+            "ours / the other checkout, within each round",
+            ("what", "median", "smallest", "largest"),
+            [(name, *(f"{value:.2f}" for value in row.values())) for name, row in figures["against"].items()],
+        )
     print("goals: " + "; ".join(f"{name} {goal}" for name, goal in GOALS.items()))
     write_json(options.json, {"machine": facts, "seed": SEED, "goals": GOALS, **figures})
 

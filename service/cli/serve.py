@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from service.errors import ConfigurationError
-from service.memory import keep_freed_memory
+from service.memory import keep_freed_memory, leave_loaded_objects_alone
 from service.settings import Settings
 from service.telemetry import configure_logging
 
@@ -89,7 +89,6 @@ def run_gateway(settings: Settings) -> None:
     from service.pool import load_pool
 
     threadpool_limits(settings.blas_threads, user_api="blas")
-    keep_freed_memory()
     configure_logging(settings.log_level)
     if settings.pool is None:
         raise ConfigurationError("no pool file: give --pool, or set REWARD_ROUTER_POOL")
@@ -101,6 +100,8 @@ def serve_app(app: ASGIApp, settings: Settings) -> None:
     # Loaded only here: it loads uvicorn's parser, which the other commands do not need.
     from service.handlers.corked import CorkedProtocol
 
+    keep_freed_memory()
+    leave_loaded_objects_alone()
     uvicorn.run(
         app,
         host=settings.host,

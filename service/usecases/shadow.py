@@ -23,6 +23,7 @@ from router_core.records import Instance, Shadow, verdict_of
 from service.errors import StoreUnavailableError
 from service.stores.protocol import DecisionRecord, Store
 from service.telemetry import Telemetry
+from service.usecases.ask import PATIENT_INSTANCES
 from service.usecases.decisions import StoredDecision, encode_decision
 from service.usecases.runs import Run
 from service.workers.protocol import Arm, WorkerError
@@ -31,9 +32,6 @@ logger = logging.getLogger(__name__)
 
 MAX_SHADOWED = 256
 """Instances being shadowed at once; more are skipped and counted, so that slow RMs cannot pile up work."""
-
-PATIENT_INSTANCES = 64
-"""An RM may take `timeout_seconds` for every so many instances that it is asked about at once."""
 
 
 class Shadowable(NamedTuple):
@@ -72,7 +70,7 @@ class Shadower:
         store: where decisions wait for feedback.
         telemetry: counters.
         rate: fraction of the instances, 0 to 1.
-        timeout_seconds: deadline of asking one RM about up to 64 instances.
+        timeout_seconds: deadline of asking one RM about up to `PATIENT_INSTANCES` instances.
         max_instances: how many may be under way at once.
     """
 

@@ -210,10 +210,16 @@ class VllmArm:
         """
         if not items:
             raise ValueError("score needs at least one item")
-        (outcome,) = await self.score_groups([items], deadline=deadline)
-        if isinstance(outcome, WorkerError):
-            raise outcome
-        return outcome
+        if not self.available:
+            raise self._out()
+        (ready,) = await self._prepare([items])
+        if not isinstance(ready, Prepared):
+            raise self._unsent(ready)
+        if len(items) <= self._chunk and ready.size <= self._chunk_size:
+            rewards = await self._ask(ready.contents, deadline)
+        else:
+            rewards = await self._ask_in_parts(self._parts_of(ready.contents), deadline, self.slots())
+        return Rewards(rewards, prompt_tokens_cut=ready.prompt_tokens_cut)
 
     def slots(self) -> asyncio.Semaphore:
         """See `Arm.slots`."""
