@@ -32,9 +32,8 @@ def keep_freed_memory() -> bool:
 def leave_loaded_objects_alone() -> None:
     """Take all objects that are alive now out of the garbage collector's passes: modules, the pool, tokenizers.
 
-    They stay until the process ends. Without this each full pass visits all of them again, a few hundred thousand, and
-    batches, which hold thousands of objects at once, set off full passes: 15 to 20 % of their CPU time
-    (docs/experiments.md).
+    They stay until the process ends. Without this each full pass visits all of them again, a hundred thousand, and
+    batches, which hold thousands of objects at once, set off full passes (loadtests/README.md has what it gains).
     """
     gc.collect()
     gc.freeze()

@@ -97,19 +97,25 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         tables = {name: TableTwo(pairs, pool, encoders, size) for name, pool in pools.items()}
         online = plan.online(pools)
         transfer = plan.transfer({name: pools[name] for name in ("K4", "K9")})
+        labels = plan.labels({name: pools[name] for name in ("K4", "K9")})
         ablations = plan.ablations(K4)
         jobs = {("online", key): job for key, job in online.items()}
         jobs |= {("transfer", key): job for key, job in transfer.items()}
+        jobs |= {(pool, number): job for pool, by_number in labels.items() for number, job in by_number.items()}
         jobs |= {(title, column): job for title, (_, columns) in ablations.items() for column, job in columns.items()}
         fitted = _fit(tables, jobs, material, options.workers, bar)
         replayed = _replay(jobs, fitted, material, options.workers, bar)
-        step = bar("figures", len(tables) + len(online) + len(transfer) + len(ablations))
+        step = bar("figures", len(tables) + len(online) + len(transfer) + len(labels) + len(ablations))
         document = {
             "offline": {
                 name: _told(offline_figures(table.judged(fitted, material)), step) for name, table in tables.items()
             },
             "online": {key: _told(stream_figures(replayed["online", key]), step) for key in online},
             "transfer": {key: _told(domain_figures(replayed["transfer", key]), step) for key in transfer},
+            "labels": {
+                pool: _told({number: stream_figures(replayed[pool, number]) for number in by_number}, step)
+                for pool, by_number in labels.items()
+            },
             "ablations": {
                 title: _told(_ablation(title, columns, replayed), step) for title, (_, columns) in ablations.items()
             },

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from router_core.dataset import grouped_folds
+from router_core.dataset import grouped_folds, grouped_split
 from router_core.offline.train import TrainConfig
 from router_core.records import LabelledPair, Signal
 from router_core.replay import Delay, Scenario, Shift, complete_pairs, share_split
@@ -30,6 +30,9 @@ FEW = (OURS, "bayesian:none", "offline", "laser", "random", "majority", "uwo")
 
 ABLATION_SEEDS, ABLATION_SHIFTS = 3, 2
 """Passes and shifted dealings of an ablation: differences are paired, so fewer do."""
+
+STREAMED = 0.6
+"""Share of the pairs that is streamed where the number of labelled ones is varied."""
 
 SHIFT = Shift("code")
 """The offline stage sees 10 % code, the stream is 80 % code."""
@@ -130,7 +133,8 @@ class Size:
         folds: of the cross-validation.
         long_folds: of the cross-validation with longer streams.
         dealings: of the folds for the first encoder; the other encoders take the first.
-        shifts: dealings of the shifted split.
+        shifts: dealings of the shifted split, and of the one with few labelled pairs.
+        labelled: how many pairs are labelled there.
         seeds: passes per stream.
         config: of all fits, but for their seeds.
     """
@@ -139,6 +143,7 @@ class Size:
     long_folds: int = 2
     dealings: int = 2
     shifts: int = 3
+    labelled: tuple[int, ...] = (64, 128, 256, 512)
     seeds: int = 5
     config: TrainConfig = field(default_factory=TrainConfig)
 
@@ -179,6 +184,26 @@ class Plan:
             streams.append(self._stream(pool, inside, outside, 0))
         return tuple(streams)
 
+    def few_labels(self, pool: Sequence[str]) -> dict[int, tuple[Stream, ...]]:
+        """By the number of labelled pairs: one stream per dealing, the same for all numbers; fewer are part of more.
+
+        Numbers that the pairs which are not streamed do not reach are left out.
+        """
+        streams: dict[int, list[Stream]] = {}
+        for dealing in range(self.size.shifts):
+            rng = np.random.default_rng(dealing)
+            inside, outside = grouped_split(self._pairs, STREAMED, rng)
+            groups: dict[str, list[int]] = {}
+            for index in inside.tolist():
+                groups.setdefault(self._pairs[index].group or f"pair {index}", []).append(index)
+            members = list(groups.values())
+            shuffled = [index for group in rng.permutation(len(members)) for index in members[group]]
+            for number in self.size.labelled:
+                if number <= len(shuffled):
+                    stream = self._stream(pool, sorted(shuffled[:number]), outside.tolist(), dealing)
+                    streams.setdefault(number, []).append(stream)
+        return {number: tuple(found) for number, found in streams.items() if len(found) == self.size.shifts}
+
     def online(self, pools: Mapping[str, tuple[str, ...]]) -> dict[str, Job]:
         """The streams of the online stage, by key; the first pool's in full, of the others the first."""
         (first, pool), *others = pools.items()
@@ -209,6 +234,16 @@ class Plan:
         """Leave one domain out, per pool."""
         return {
             name: Job(f"{name}, a domain never seen", self.without_a_domain(pool), FEW, self._seeds)
+            for name, pool in pools.items()
+        }
+
+    def labels(self, pools: Mapping[str, tuple[str, ...]]) -> dict[str, dict[str, Job]]:
+        """By pool, and by the number of labelled pairs."""
+        return {
+            name: {
+                str(number): Job(f"{name}, {number} labelled pairs", streams, FEW, self._seeds)
+                for number, streams in self.few_labels(pool).items()
+            }
             for name, pool in pools.items()
         }
 

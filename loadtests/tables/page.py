@@ -13,6 +13,7 @@ from loadtests.tables.prose import EQUALS, LOSES, against, against_zero, by_plac
 from loadtests.tables.sections import (
     Document,
     ablation_section,
+    labels_section,
     offline_section,
     online_section,
     row_of,
@@ -42,6 +43,7 @@ def page(document: Document) -> list[Block]:
         *_measured(document),
         *offline_section(document),
         *transfer_section(document),
+        *labels_section(document),
         *online_section(document),
         *ablation_section(document),
         *_lost(document),

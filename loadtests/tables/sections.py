@@ -89,6 +89,30 @@ def transfer_section(document: Document) -> list[Block]:
     return blocks
 
 
+def labels_section(document: Document) -> list[Block]:
+    shown = (OURS, "offline", "bayesian:none", "majority", BEST_HINDSIGHT)
+    blocks: list[Block] = [
+        Heading("How many labelled pairs?"),
+        "The same streams after offline stages that learned from ever more pairs of the same kinds, fewer being part "
+        f"of more ({document['shift_dealings']} dealings; `bayesian:none` and `majority` learn from none).",
+    ]
+    for pool, by_number in document["labels"].items():
+        rows = [
+            (
+                number,
+                *(accuracy(row_of(found, row)["accuracy"]) for row in shown),
+                difference(found["minus"]["offline"]),
+                difference(found["minus"][BEST_HINDSIGHT]),
+                accuracy(row_of(found, OURS)["last_third"]),
+            )
+            for number, found in by_number.items()
+        ]
+        columns = ("labelled", *shown, "bayesian − offline", f"bayesian − {BEST_HINDSIGHT}", "bayesian, last third")
+        length = max(max(found["length"]) for found in by_number.values()) if by_number else 0
+        blocks.append(Sheet(f"{pool}, streams of {length:,} pairs by labelled pairs", columns, tuple(rows)))
+    return blocks
+
+
 def online_section(document: Document) -> list[Block]:
     online = document["online"]
     first = [key for key in online if not key.startswith(("K6", "K9"))]

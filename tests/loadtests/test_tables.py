@@ -51,7 +51,7 @@ from tests.support.replay import pair
 
 ROOT = Path(__file__).parents[2]
 FAST = TrainConfig(max_epochs=8, folds=2, members=1, d=4, context=2, hidden=8)
-SIZE = Size(folds=3, dealings=2, shifts=2, seeds=2, config=FAST)
+SIZE = Size(folds=3, dealings=2, shifts=2, labelled=(12, 24, 1000), seeds=2, config=FAST)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,11 @@ def fitted(pairs: list[LabelledPair], material: Material, plan: Plan) -> dict[Fi
 
 
 def streams_of(plan: Plan) -> list[Stream]:
-    return [*plan.in_distribution(POOL), *plan.shifted(POOL), *plan.without_a_domain(POOL), *plan.folds(POOL, 2, 0)]
+    few = [stream for streams in plan.few_labels(POOL).values() for stream in streams]
+    return [
+        *(*plan.in_distribution(POOL), *plan.shifted(POOL), *plan.without_a_domain(POOL), *plan.folds(POOL, 2, 0)),
+        *few,
+    ]
 
 
 def replayed_of(job: Job, fitted: dict[Fit, Checkpoint], material: Material) -> Replayed:
@@ -107,6 +111,17 @@ def test_a_shifted_stream_is_mostly_code_and_its_offline_data_hardly(plan: Plan,
     for stream in plan.shifted(POOL):
         share = [np.mean([pairs[i].domain == "code" for i in rows]) for rows in (stream.rows, stream.fit.rows)]
         assert share == pytest.approx([0.8, 0.1], abs=0.03)
+
+
+def test_more_labelled_pairs_hold_the_fewer_and_stream_the_same(plan: Plan, pairs: list[LabelledPair]) -> None:
+    few = plan.few_labels(POOL)
+    assert list(few) == [12, 24]
+    assert [stream.fit.config.seed for stream in few[12]] == [0, 1]
+    for fewer, more in zip(few[12], few[24], strict=True):
+        assert len(fewer.fit.rows) == 12
+        assert set(fewer.fit.rows) < set(more.fit.rows)
+        assert fewer.rows == more.rows
+        assert len(fewer.rows) == pytest.approx(0.6 * len(pairs), abs=4)
 
 
 def test_a_domain_that_is_left_out_is_streamed_and_not_learned_from(plan: Plan, pairs: list[LabelledPair]) -> None:

@@ -65,6 +65,7 @@ def document(lead: float = 0.05) -> dict[str, Any]:
         "offline": {name: table | {"subsets": {"go": part}} for name in ("K4", "K6", "K9")},
         "online": dict.fromkeys(keys, stream),
         "transfer": {pool: {"code": unseen, "": unseen} for pool in ("K4", "K9")},
+        "labels": {"K4": {"64": stream, "128": stream}, "K9": {"64": stream}},
         "ablations": {
             variant.title: {
                 column: {name: {"accuracy": 0.9} for name in ("offline", "bayesian")} if not number else ablated
