@@ -222,7 +222,7 @@ async def test_rewards_that_came_in_time_are_given_though_a_later_piece_is_late(
             await asyncio.Event().wait()
 
     async with open_gateway(
-        valkey_server.url, encoder=SteppedEncoder(never), batch_piece_responses=4, request_timeout_seconds=1.5
+        valkey_server.url, encoder=SteppedEncoder(never), batch_piece_responses=4, request_timeout_seconds=4.0
     ) as gateway:
         results = await results_of(gateway, batch(4))
     assert [result.get("error", {}).get("code") for result in results[2:]] == ["deadline_exceeded"] * 2
