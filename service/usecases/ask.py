@@ -154,7 +154,7 @@ class Asker:
         worker = jobs[0].run.template.arms[arm]
         groups = [[(job.instance.prompt, response) for response in job.instance.responses] for job in jobs]
         started = time.perf_counter()
-        asked = await call.enter(arm, worker, len(jobs))
+        asked, slots = call.enter(arm, worker, len(jobs))
         patience = self._timeout_seconds * -(-asked // PATIENT_INSTANCES)
         limit = min(call.deadline, asyncio.get_running_loop().time() + patience)
         outcomes: list[list[float] | WorkerError]
@@ -162,7 +162,7 @@ class Asker:
             if len(groups) == 1 and call.alone:
                 outcomes = [await worker.score(groups[0], deadline=limit)]
             else:
-                outcomes = await worker.score_groups(groups, deadline=limit, slots=call.slots(arm, worker))
+                outcomes = await worker.score_groups(groups, deadline=limit, slots=slots)
         except WorkerError as error:
             outcomes = [error] * len(groups)
         finally:

@@ -94,13 +94,12 @@ class Call:
         pieces: how many there are.
     """
 
-    __slots__ = ("_asked", "_returned", "_rooms", "_slots", "alone", "deadline")
+    __slots__ = ("_asked", "_rooms", "_slots", "alone", "deadline")
 
     def __init__(self, deadline: float, pieces: int) -> None:
         self.deadline = deadline
         self.alone = pieces == 1
         self._asked: defaultdict[int, int] = defaultdict(int)
-        self._returned: asyncio.Event | None = None
         self._slots: dict[int, asyncio.Semaphore] = {}
         self._rooms: dict[tuple[str, str], Room] = {}
 
@@ -110,37 +109,27 @@ class Call:
             return None
         return self._rooms.setdefault((piece.run.name, piece.policy.name), Room())
 
-    def slots(self, arm: int, worker: Arm) -> asyncio.Semaphore | None:
-        """Of the requests to the RM: pieces have no more of them in flight together than a whole batch has."""
-        if self.alone:
-            return None
-        if arm not in self._slots:
-            self._slots[arm] = worker.slots()
-        return self._slots[arm]
-
     def can_ask(self, arm: int, worker: Arm) -> bool:
-        """Whether the RM is there. One that may be at its limit only with what this call asks of it is."""
-        return worker.available or self._asked[arm] > 0
+        """Whether the RM is there. A call is admitted as a whole: one that took a piece of it takes the others too.
 
-    async def enter(self, arm: int, worker: Arm, instances: int) -> int:
-        """Count instances that the RM is to be asked about, as soon as it has room beside those of other pieces.
+        Without that a long batch would find an RM full of its own pieces, or of other batches', and take it for away.
+        """
+        return worker.available or (arm in self._slots and worker.reachable)
 
-        Without the wait a long batch would find an RM full of its own pieces, and take it for away.
+    def enter(self, arm: int, worker: Arm, instances: int) -> tuple[int, asyncio.Semaphore | None]:
+        """Count instances that the RM is asked about from now on.
 
         Returns:
-            How many instances it is being asked about now, these among them.
+            How many it is being asked about now, these among them; and the slots of the requests to it, where there are
+            other pieces: they have no more of them in flight together than a whole batch has.
         """
-        while self._asked[arm] > 0 and not worker.available:
-            if self._returned is None:
-                self._returned = asyncio.Event()
-            await self._returned.wait()
         self._asked[arm] += instances
-        return self._asked[arm]
+        if self.alone:
+            return self._asked[arm], None
+        if arm not in self._slots:
+            self._slots[arm] = worker.slots()
+        return self._asked[arm], self._slots[arm]
 
     def leave(self, arm: int, instances: int) -> None:
         """The RM has answered about these."""
         self._asked[arm] -= instances
-        # An event of its own for each return: whoever waits looks again, and waits for the next one if need be.
-        if self._returned is not None:
-            self._returned.set()
-            self._returned = None

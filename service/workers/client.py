@@ -171,6 +171,11 @@ class VllmArm:
         return False
 
     @property
+    def reachable(self) -> bool:
+        """Whether some replica's breaker allows a request."""
+        return any(replica.breaker.allows for replica in self.replicas)
+
+    @property
     def rendering(self) -> Rendering:
         """What requests hold: the configured rendering, or the fallback since `fall_back`."""
         return self._rendering
@@ -251,7 +256,8 @@ class VllmArm:
         """
         if not groups or not all(groups):
             raise ValueError("score_groups needs at least one group, and at least one item in each")
-        if not self.available:
+        # A part of a whole that was admitted queues for a connection, as later requests of one call do.
+        if not (self.available if slots is None else self.reachable):
             return [self._out()] * len(groups)
         prepared = await self._prepare(groups)
         outcomes: dict[int, list[float] | WorkerError] = {}

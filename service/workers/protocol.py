@@ -49,6 +49,10 @@ class Arm(Protocol):
     def available(self) -> bool:
         """False while every replica's circuit is open or the arm is over its limit of requests in flight."""
 
+    @property
+    def reachable(self) -> bool:
+        """False while every replica's circuit is open; one that is only over its limit is reachable."""
+
     async def score(self, items: Sequence[tuple[str, str]], *, deadline: float) -> list[float]:
         """Ask one replica for the raw reward (logit, no activation) of each (prompt, response).
 
@@ -82,7 +86,8 @@ class Arm(Protocol):
         Args:
             groups: (prompt, response) texts by instance, at least one group and one item in each.
             deadline: of the whole call; see `score`.
-            slots: of the calls that this one is part of; its own when None.
+            slots: of the whole that this call is part of; its own when None. A part is admitted with its whole: an arm
+                that is over its limit makes it wait, where it refuses a call of its own.
 
         Returns:
             Per group, in order, its rewards in the order of its items, or the error for which it has none: a

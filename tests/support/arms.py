@@ -13,7 +13,7 @@ class ScriptedArm:
 
     Attributes:
         score_of: (prompt, response) to the raw reward; the response's length by default.
-        available: whether it can be asked.
+        available: whether it can be asked; a scripted arm has no limit, so that it is reachable then.
         error: raised by every call when set.
         refuses: texts that it refuses; a call that holds one is refused whole, as by a real worker.
         gate: calls wait for it, until their deadline, when set.
@@ -28,6 +28,11 @@ class ScriptedArm:
         self.refuses: Callable[[str], bool] = lambda _: False
         self.gate: asyncio.Event | None = None
         self.calls: list[list[tuple[str, str]]] = []
+
+    @property
+    def reachable(self) -> bool:
+        """See `Arm.reachable`."""
+        return self.available
 
     async def score(self, items: Sequence[tuple[str, str]], *, deadline: float) -> list[float]:
         """See `Arm.score`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -246,48 +247,67 @@ async def test_singles_of_one_prompt_stick_to_one_rm_across_pieces(valkey_server
         assert len({result["model"] for result in await results_of(gateway, {"items": items})}) == 1
 
 
-class NarrowArm(ScriptedArm):
-    """Takes one call at a time, as a worker whose limit of requests in flight is small; others find it not available.
-
-    Attributes:
-        leaves: it goes away, for good, while it is asked.
-    """
-
-    def __init__(self, name: str, *, leaves: bool = False) -> None:
-        self._busy, self.leaves = False, leaves
-        super().__init__(name)
-
-    @property
-    def available(self) -> bool:
-        """Whether nobody is asking it."""
-        return not self._busy
-
-    @available.setter
-    def available(self, _: bool) -> None: ...
+class LeavingArm(ScriptedArm):
+    """Goes away, for good, while it is asked."""
 
     async def _take(self, items: list[tuple[str, str]], deadline: float) -> None:
         await super()._take(items, deadline)
-        self._busy = True
         await asyncio.sleep(0.01)
-        if self.leaves:
-            raise WorkerUnavailableError("it went away")
-        self._busy = False
+        self.available = False
+        raise WorkerUnavailableError("it went away")
+
+
+@contextmanager
+def narrow_arms(names: Sequence[str], *, limit: int) -> Iterator[list[Any]]:
+    """Real clients of slow workers, that have up to `limit` requests in flight, two of one call."""
+    workers = [ScriptedWorker(name) for name in names]
+    for worker in workers:
+        worker.delay = 0.02
+    servers = [RunningWorker(worker) for worker in workers]
+    try:
+        yield [
+            VllmArm(ArmConfig(name=name, urls=(running.url,), parallel_requests=2, max_in_flight=limit))
+            for name, running in zip(names, servers, strict=True)
+        ]
+    finally:
+        for running in servers:
+            running.stop(force=True)
+            running.join()
 
 
 @pytest.mark.parametrize("policy", ["random", "majority"])
 async def test_an_rm_at_its_limit_with_other_pieces_of_the_batch_is_waited_for(
     valkey_server: ValkeyProcess, policy: str
 ) -> None:
-    arms = [NarrowArm("rm-a"), NarrowArm("rm-b")]
-    async with open_gateway(
-        valkey_server.url, arms=arms, encoder=SteppedEncoder(at_once), batch_piece_responses=2, policy=policy
-    ) as gateway:
-        results = await results_of(gateway, batch(12))
-    for index, result in enumerate(results):
-        assert not result["fallback"]
-        if policy == "random":
-            assert result["rewards"] == [float(len(response)) for response in pair(index)["responses"]]
-            assert gateway.decision(result["decision_id"]).away == []
+    with narrow_arms(["rm-a", "rm-b"], limit=1) as arms:
+        async with open_gateway(
+            valkey_server.url, arms=arms, encoder=SteppedEncoder(at_once), batch_piece_responses=2, policy=policy
+        ) as gateway:
+            results = await results_of(gateway, batch(12))
+            assert not any(result["fallback"] for result in results)
+            assert policy == "majority" or all(gateway.decision(r["decision_id"]).away == [] for r in results)
+
+
+async def test_a_batch_that_was_admitted_is_not_put_off_by_others(valkey_server: ValkeyProcess) -> None:
+    """Its first piece is answered; then somebody else has the RM at its limit, and its second piece comes."""
+    busy = asyncio.Event()
+
+    async def before(call: int) -> None:
+        if call == 1:
+            await busy.wait()
+
+    with narrow_arms(["rm-a"], limit=1) as (arm,):
+        async with open_gateway(
+            valkey_server.url, arms=[arm], encoder=SteppedEncoder(before), batch_piece_responses=2
+        ) as gateway:
+            asked = asyncio.create_task(results_of(gateway, batch(2)))
+            # A request for each of its two responses.
+            await until(lambda: arm.snapshots()[0].requests == 2 and arm.available, "the first piece is answered")
+            other = asyncio.create_task(arm.score([("p", "r")], deadline=asyncio.get_running_loop().time() + 5))
+            await until(lambda: not arm.available, "somebody else asks")
+            busy.set()
+            assert [result.get("fallback") for result in await asked] == [False, False]
+            await other
 
 
 async def test_pieces_have_no_more_requests_in_flight_together_than_a_whole_batch(
@@ -310,7 +330,7 @@ async def test_pieces_have_no_more_requests_in_flight_together_than_a_whole_batc
 async def test_an_rm_that_leaves_while_pieces_wait_for_it_keeps_no_reward_from_them(
     valkey_server: ValkeyProcess,
 ) -> None:
-    arms = [NarrowArm("rm-a", leaves=True), ScriptedArm("rm-b")]
+    arms = [LeavingArm("rm-a"), ScriptedArm("rm-b")]
     async with open_gateway(
         valkey_server.url, arms=arms, encoder=SteppedEncoder(at_once), batch_piece_responses=2, policy="random"
     ) as gateway:

@@ -37,6 +37,10 @@ class FakeArm:
     in_flight: int = 0
     most_in_flight: int = 0
 
+    @property
+    def reachable(self) -> bool:
+        return self.available
+
     def slots(self) -> asyncio.Semaphore:
         raise AssertionError("each call has its own")
 
