@@ -98,7 +98,7 @@ gpu-toy: $(VENV)/.development  ## The same with toy models on the CPU: proves th
 tables: $(VENV)/.development  ## Every figure of the learning, offline and online, into docs/results.md (a quarter of an hour)
 	$(BIN)/python -m loadtests.tables --write docs
 
-table1: $(VENV)/.development  ## Table 1 of the paper, small: online DPO for every row (an hour on 2 cores; docs/table1.md)
+table1: $(VENV)/.development  ## Table 1 of the paper, small: online DPO for every row (40 minutes on 2 cores; docs/table1.md)
 	$(BIN)/python -m loadtests.table1 --write-docs --json .data/table1/table1.json
 
 table1-small: $(VENV)/.development  ## The same with tiny models and three rows: proves that it works
