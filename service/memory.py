@@ -1,4 +1,7 @@
-"""Memory of a process that serves: what was freed is kept for the next arrays, what is loaded is left alone."""
+"""Memory of a process that serves: what was freed is kept for the next arrays, what is loaded is left alone.
+
+Called by `service.cli.serve`, and by the benchmark of the posterior.
+"""
 
 from __future__ import annotations
 

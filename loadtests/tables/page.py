@@ -192,7 +192,12 @@ def _lost(document: Document) -> list[Block]:
                 f"* {pool}: trained without it, offline routing alone is worse than the best RM of {listed(worse)}: "
                 "labelled pairs of one kind teach little about another."
             )
-    for key, found in document["online"].items():
+    few = {
+        f"{pool}, {number} labelled pairs": found
+        for pool, by_number in document["labels"].items()
+        for number, found in by_number.items()
+    }
+    for key, found in [*few.items(), *document["online"].items()]:
         losing = {name: d for name, d in found["minus"].items() if name not in REFERENCES and standing(d) == LOSES}
         if losing:
             items.append(f"* {key}: `bayesian` is {against(losing)}.")

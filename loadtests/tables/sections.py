@@ -1,4 +1,4 @@
-"""The sections of docs/results.md that hold the tables: offline, transfer, online, ablations.
+"""The sections of docs/results.md that hold the tables: offline, transfer, labelled pairs, online, ablations.
 
 Knows the document's keys and nothing of how its figures were made. Called by `page`.
 """
@@ -94,7 +94,8 @@ def labels_section(document: Document) -> list[Block]:
     blocks: list[Block] = [
         Heading("How many labelled pairs?"),
         "The same streams after offline stages that learned from ever more pairs of the same kinds, fewer being part "
-        f"of more ({document['shift_dealings']} dealings; `bayesian:none` and `majority` learn from none).",
+        f"of more ({document['shift_dealings']} dealings). `majority` learns from none; `bayesian:none` takes from "
+        "them how its context is scaled, and no labels.",
     ]
     for pool, by_number in document["labels"].items():
         rows = [

@@ -22,7 +22,14 @@ from service.usecases.choose import Chosen
 from service.usecases.pieces import Call
 from service.usecases.runs import Run
 from service.usecases.sticky import StickyChoice
-from service.workers.protocol import Rewards, WorkerError, WorkerRejectedError, WorkerTooLongError
+from service.workers.protocol import (
+    Rewards,
+    WorkerError,
+    WorkerRejectedError,
+    WorkerTimeoutError,
+    WorkerTooLongError,
+    WorkerUnavailableError,
+)
 
 ALL_ARMS = -1
 """`StoredDecision.arm` where every RM was asked."""
@@ -154,10 +161,10 @@ class Asker:
         worker = jobs[0].run.template.arms[arm]
         groups = [[(job.instance.prompt, response) for response in job.instance.responses] for job in jobs]
         started = time.perf_counter()
-        asked, slots = call.enter(arm, worker, len(jobs))
+        asked, slots = await call.enter(arm, worker, len(jobs))
         patience = self._timeout_seconds * -(-asked // PATIENT_INSTANCES)
         limit = min(call.deadline, asyncio.get_running_loop().time() + patience)
-        outcomes: list[list[float] | WorkerError]
+        outcomes: list[list[float] | WorkerError] = []
         try:
             if len(groups) == 1 and call.alone:
                 outcomes = [await worker.score(groups[0], deadline=limit)]
@@ -166,7 +173,8 @@ class Asker:
         except WorkerError as error:
             outcomes = [error] * len(groups)
         finally:
-            call.leave(arm, len(jobs))
+            gone = any(isinstance(outcome, WorkerTimeoutError | WorkerUnavailableError) for outcome in outcomes)
+            call.leave(arm, len(jobs), late=gone)
         seconds = time.perf_counter() - started
         answered = 0
         for job, outcome in zip(jobs, outcomes, strict=True):

@@ -94,14 +94,16 @@ class Call:
         pieces: how many there are.
     """
 
-    __slots__ = ("_asked", "_rooms", "_slots", "alone", "deadline")
+    __slots__ = ("_admitted", "_asked", "_returned", "_rooms", "_slots", "alone", "deadline")
 
     def __init__(self, deadline: float, pieces: int) -> None:
         self.deadline = deadline
         self.alone = pieces == 1
         self._asked: defaultdict[int, int] = defaultdict(int)
+        self._admitted: set[int] = set()
         self._slots: dict[int, asyncio.Semaphore] = {}
         self._rooms: dict[tuple[str, str], Room] = {}
+        self._returned: asyncio.Event | None = None
 
     def room(self, piece: Piece) -> Room | None:
         """That of the piece's run and policy: those of another one do not wait for these. None where none can wait."""
@@ -114,22 +116,35 @@ class Call:
 
         Without that a long batch would find an RM full of its own pieces, or of other batches', and take it for away.
         """
-        return worker.available or (arm in self._slots and worker.reachable)
+        return worker.available or (arm in self._admitted and (worker.reachable or self._asked[arm] > 0))
 
-    def enter(self, arm: int, worker: Arm, instances: int) -> tuple[int, asyncio.Semaphore | None]:
+    async def enter(self, arm: int, worker: Arm, instances: int) -> tuple[int, asyncio.Semaphore | None]:
         """Count instances that the RM is asked about from now on.
+
+        Where the RM is on trial with another piece of this call, once that one is back.
 
         Returns:
             How many it is being asked about now, these among them; and the slots of the requests to it, where there are
             other pieces: they have no more of them in flight together than a whole batch has.
         """
+        while self._asked[arm] > 0 and not worker.reachable:
+            if self._returned is None:
+                self._returned = asyncio.Event()
+            await self._returned.wait()
         self._asked[arm] += instances
         if self.alone:
             return self._asked[arm], None
+        self._admitted.add(arm)
         if arm not in self._slots:
             self._slots[arm] = worker.slots()
         return self._asked[arm], self._slots[arm]
 
-    def leave(self, arm: int, instances: int) -> None:
-        """The RM has answered about these."""
+    def leave(self, arm: int, instances: int, *, late: bool) -> None:
+        """The RM has answered about these, or was `late`, or gone: then it has to take the next piece anew."""
         self._asked[arm] -= instances
+        if late:
+            self._admitted.discard(arm)
+        # An event of its own for each return: whoever waits looks again, and waits for the next one if need be.
+        if self._returned is not None:
+            self._returned.set()
+            self._returned = None

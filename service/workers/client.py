@@ -228,7 +228,8 @@ class VllmArm:
 
     def slots(self) -> asyncio.Semaphore:
         """See `Arm.slots`."""
-        return asyncio.Semaphore(self.config.parallel_requests)
+        # More than the replicas take would wait for a connection, on the time of an attempt.
+        return asyncio.Semaphore(min(self.config.parallel_requests, self.config.max_in_flight * len(self.replicas)))
 
     async def score_groups(
         self,
@@ -244,7 +245,8 @@ class VllmArm:
         than that, or a rendering of one item per request) is asked in several, and the first that fails ends that
         group. Requests are filled longest groups first, so that those in flight at once are alike and the last are
         short. A refused request is halved by group until the refused groups stand alone: about 2·log2(groups) more
-        requests for one of them. At most `parallel_requests` requests of the call are in flight at once.
+        requests for one of them. At most `parallel_requests` requests of the call are in flight at once, and no more
+        than the replicas' `max_in_flight`.
 
         Args:
             groups: see `Arm.score_groups`.

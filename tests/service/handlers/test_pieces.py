@@ -258,15 +258,25 @@ class LeavingArm(ScriptedArm):
 
 
 @contextmanager
-def narrow_arms(names: Sequence[str], *, limit: int) -> Iterator[list[Any]]:
-    """Real clients of slow workers, that have up to `limit` requests in flight, two of one call."""
+def narrow_arms(
+    names: Sequence[str], *, limit: int, delay: float = 0.02, parallel_requests: int = 2, timeout: float = 5.0
+) -> Iterator[list[Any]]:
+    """Real clients of slow workers, that have up to `limit` requests in flight, `parallel_requests` of one call."""
     workers = [ScriptedWorker(name) for name in names]
     for worker in workers:
-        worker.delay = 0.02
+        worker.delay = delay
     servers = [RunningWorker(worker) for worker in workers]
     try:
         yield [
-            VllmArm(ArmConfig(name=name, urls=(running.url,), parallel_requests=2, max_in_flight=limit))
+            VllmArm(
+                ArmConfig(
+                    name=name,
+                    urls=(running.url,),
+                    parallel_requests=parallel_requests,
+                    max_in_flight=limit,
+                    attempt_timeout_seconds=timeout,
+                )
+            )
             for name, running in zip(names, servers, strict=True)
         ]
     finally:
@@ -284,8 +294,11 @@ async def test_an_rm_at_its_limit_with_other_pieces_of_the_batch_is_waited_for(
             valkey_server.url, arms=arms, encoder=SteppedEncoder(at_once), batch_piece_responses=2, policy=policy
         ) as gateway:
             results = await results_of(gateway, batch(12))
-            assert not any(result["fallback"] for result in results)
-            assert policy == "majority" or all(gateway.decision(r["decision_id"]).away == [] for r in results)
+    for index, result in enumerate(results):
+        assert not result["fallback"]
+        if policy == "random":
+            assert result["rewards"] == [float(len(response)) for response in pair(index)["responses"]]
+            assert gateway.decision(result["decision_id"]).away == []
 
 
 async def test_a_batch_that_was_admitted_is_not_put_off_by_others(valkey_server: ValkeyProcess) -> None:
@@ -308,6 +321,32 @@ async def test_a_batch_that_was_admitted_is_not_put_off_by_others(valkey_server:
             busy.set()
             assert [result.get("fallback") for result in await asked] == [False, False]
             await other
+
+
+async def test_pieces_of_a_batch_wait_for_no_connection_on_the_time_of_their_attempts(
+    valkey_server: ValkeyProcess,
+) -> None:
+    """Sixteen requests of 0.1 s, one at a time, where an attempt may take 0.5 s."""
+    with narrow_arms(["rm-a"], limit=1, delay=0.1, parallel_requests=8, timeout=0.5) as (arm,):
+        async with open_gateway(
+            valkey_server.url, arms=[arm], encoder=SteppedEncoder(at_once), batch_piece_responses=2
+        ) as gateway:
+            results = await results_of(gateway, batch(8))
+    assert [result.get("fallback") for result in results] == [False] * 8
+
+
+async def test_an_rm_on_trial_with_one_piece_is_waited_for_by_the_others(valkey_server: ValkeyProcess) -> None:
+    """Its breaker is half open: one request may go, and what comes back decides."""
+    items = [{"prompt": f"prompt {index}", "responses": ["a response"]} for index in range(8)]
+    with narrow_arms(["rm-a"], limit=8) as (arm,):
+        async with open_gateway(
+            valkey_server.url, arms=[arm], encoder=SteppedEncoder(at_once), batch_piece_responses=1
+        ) as gateway:
+            arm.replicas[0].breaker.trip()
+            assert not arm.reachable
+            await until(lambda: arm.reachable, "the back-off is over")
+            results = await results_of(gateway, {"items": items})
+    assert [result.get("fallback") for result in results] == [False] * 8
 
 
 async def test_pieces_have_no_more_requests_in_flight_together_than_a_whole_batch(
