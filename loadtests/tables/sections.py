@@ -16,6 +16,9 @@ from loadtests.tables.work import BEST_HINDSIGHT, BEST_LEARNED, SUBSETS_LEARNED
 Document = Mapping[str, Any]
 """What the command writes as JSON, or a part of it."""
 
+COMPARED = ("bayesian − offline", f"bayesian − {BEST_HINDSIGHT}")
+"""Columns of differences; see `_compared`."""
+
 
 def offline_section(document: Document) -> list[Block]:
     blocks: list[Block] = [
@@ -74,17 +77,8 @@ def transfer_section(document: Document) -> list[Block]:
         "stream itself (in the last row: one RM for all streams).",
     ]
     for pool, domains in document["transfer"].items():
-        rows = [
-            (
-                name or "all",
-                str(found["n"]),
-                *(accuracy(row_of(found, row)["accuracy"]) for row in shown),
-                difference(found["minus"]["offline"]),
-                difference(found["minus"][BEST_HINDSIGHT]),
-            )
-            for name, found in domains.items()
-        ]
-        columns = ("left out", "pairs", *shown, "bayesian − offline", f"bayesian − {BEST_HINDSIGHT}")
+        rows = [(name or "all", str(found["n"]), *_compared(found, shown)) for name, found in domains.items()]
+        columns = ("left out", "pairs", *shown, *COMPARED)
         blocks.append(Sheet(f"{pool}, one domain left out", columns, tuple(rows)))
     return blocks
 
@@ -99,16 +93,10 @@ def labels_section(document: Document) -> list[Block]:
     ]
     for pool, by_number in document["labels"].items():
         rows = [
-            (
-                number,
-                *(accuracy(row_of(found, row)["accuracy"]) for row in shown),
-                difference(found["minus"]["offline"]),
-                difference(found["minus"][BEST_HINDSIGHT]),
-                accuracy(row_of(found, OURS)["last_third"]),
-            )
+            (number, *_compared(found, shown), accuracy(row_of(found, OURS)["last_third"]))
             for number, found in by_number.items()
         ]
-        columns = ("labelled", *shown, "bayesian − offline", f"bayesian − {BEST_HINDSIGHT}", "bayesian, last third")
+        columns = ("labelled", *shown, *COMPARED, "bayesian, last third")
         length = max(max(found["length"]) for found in by_number.values()) if by_number else 0
         blocks.append(Sheet(f"{pool}, streams of {length:,} pairs by labelled pairs", columns, tuple(rows)))
     return blocks
@@ -191,6 +179,12 @@ def _policy_sheet(title: str, found: Document, ours: str, *, seeds: bool) -> She
     rows.append(("oracle", accuracy(found["oracle"]), "", accuracy(0.0), *(("",) if seeds else ()), "", ""))
     last = ("last third",) if seeds else ()
     return Sheet(title, ("row", "accuracy", "95 % interval", "regret", *last, "RM calls", f"{ours} − it"), tuple(rows))
+
+
+def _compared(found: Document, shown: Iterable[str]) -> tuple[str, ...]:
+    """The accuracies of the rows that are shown, and the differences that `COMPARED` names."""
+    differences = (difference(found["minus"][name]) for name in ("offline", BEST_HINDSIGHT))
+    return (*(accuracy(row_of(found, row)["accuracy"]) for row in shown), *differences)
 
 
 def row_of(found: Document, name: str) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ before = len(gc.get_objects())
 keep_freed_memory()
 leave_loaded_objects_alone()
 later = [[] for _ in range(10)]
-print(before, gc.get_freeze_count(), len(gc.get_objects()), sum(x in gc.get_objects() for x in [later]))
+print(before, gc.get_freeze_count(), len(gc.get_objects()), sum(one is later for one in gc.get_objects()))
 """
 
 
