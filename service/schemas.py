@@ -63,6 +63,17 @@ class Fallback(msgspec.Struct):
     ]
 
 
+class AttemptReply(msgspec.Struct):
+    """One asking of one scorer, or the finding that it could not be asked."""
+
+    model: str
+    outcome: Annotated[str, Meta(description="`answered`, `failed`, or `away`: it could not be asked.")]
+    reason: Annotated[str | None, Meta(description="Stable code where there is no answer; see `fallbacks`.")]
+    rewards: Annotated[list[float] | None, Meta(description="What it said, raw, per response; null without an answer.")]
+    ms: Annotated[float, Meta(description="Milliseconds that it took.")]
+    price: Annotated[float, Meta(description="In units of the cheapest scorer; 0 where it was not asked.")]
+
+
 class Truncated(msgspec.Struct):
     """What the RM did not read. Responses are always whole."""
 
@@ -100,6 +111,7 @@ class RewardReply(msgspec.Struct):
         bool, Meta(description="False if the decision could not be saved: feedback for it will be 404.")
     ]
     timings: Timings
+    attempts: Annotated[list[AttemptReply], Meta(description="Everyone who was asked, in order.")] = []
     fallbacks: list[Fallback] = []
     truncated: Annotated[
         Truncated | msgspec.UnsetType,

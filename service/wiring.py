@@ -50,7 +50,7 @@ from service.usecases.choose import Chooser
 from service.usecases.learn import FeedbackService, Learner
 from service.usecases.normalise import Normaliser
 from service.usecases.runs import Run, RunRegistry, RunTemplate
-from service.usecases.score import ScoreLimits, Scorer
+from service.usecases.score import RewardService, ScoreLimits
 from service.usecases.shadow import Shadower
 from service.usecases.status import ArmStatus, ReplicaStatus, StatusService
 from service.usecases.sticky import StickyChoices
@@ -70,7 +70,7 @@ class Gateway:
     telemetry: Telemetry
     store: Store
     runs: RunRegistry
-    scorer: Scorer
+    scorer: RewardService
     feedback: FeedbackService
     status: StatusService
     shadower: Shadower
@@ -256,7 +256,7 @@ def build_gateway(
         telemetry=telemetry,
         store=store,
         runs=runs,
-        scorer=Scorer(
+        scorer=RewardService(
             runs,
             Chooser(chooser_thread, telemetry),
             store,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from router_core.errors import HyperparameterError, UnknownPolicyError
 from router_core.ope.data import Array, Mask
-from router_core.policies import Policy
+from router_core.policies import AllCalls, Policy
 from router_core.posterior import Posterior
 from router_core.propensity import argmax_propensities
 
@@ -34,7 +34,7 @@ def fixed_policy(policy: Policy, x: NDArray[np.float32], available: Mask, poster
     Raises:
         UnknownPolicyError: the policy asks all RMs, or one for a whole batch.
     """
-    if policy.asks_all:
+    if isinstance(policy, AllCalls):
         raise UnknownPolicyError(
             f"policy {policy.name!r} asks every RM, and a log holds one RM's answer: use `reward-router replay`"
         )

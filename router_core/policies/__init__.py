@@ -22,10 +22,21 @@ from functools import partial
 from types import MappingProxyType
 
 from router_core.errors import UnknownPolicyError
-from router_core.policies.base import Beliefs, Choices, Policy, combined_verdict, draw, draw_batch, propensity_without
+from router_core.policies.base import (
+    AllCalls,
+    Beliefs,
+    Choices,
+    OneCall,
+    Policy,
+    combined_verdict,
+    draw,
+    draw_batch,
+    propensity_without,
+)
 from router_core.policies.bayesian import BayesianPolicy, OfflinePolicy
 from router_core.policies.laser import LaserPolicy
 from router_core.policies.majority import MajorityPolicy, majority_verdict, vote_shares
+from router_core.policies.plan import AskRest, Given, Plan, ScaleOf
 from router_core.policies.random import RandomPolicy
 from router_core.policies.scale import RunningScale, ScoreScale
 from router_core.policies.single import SinglePolicy
@@ -78,15 +89,21 @@ def make_policy(name: str, pool: Sequence[str]) -> Policy:
 __all__ = [
     "UWO_CHOICE_LAMBDA",
     "UWO_REWARD_LAMBDA",
+    "AllCalls",
+    "AskRest",
     "BayesianPolicy",
     "Beliefs",
     "Choices",
+    "Given",
     "LaserPolicy",
     "MajorityPolicy",
     "OfflinePolicy",
+    "OneCall",
+    "Plan",
     "Policy",
     "RandomPolicy",
     "RunningScale",
+    "ScaleOf",
     "ScoreScale",
     "SinglePolicy",
     "UwoPolicy",

@@ -2,8 +2,8 @@
 
 A policy turns contexts into an independent Gaussian belief per arm; the arm with the largest draw is asked.
 Deterministic policies believe with sd 0, `random` believes the same of every arm, `single:<model>` believes −inf of the
-others. So drawing, ranking for fallbacks, and propensities are written once, here. Policies that ask every RM say how
-the rewards become one (`Policy.combine`). Called by `service.usecases` and by replay.
+others. So drawing, ranking for fallbacks, and propensities are written once, here. Whom a policy asks, and what it
+makes of the answers, is its plan (`plan`). Called by `service.usecases` and by replay.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from router_core.policies.plan import AskAll, AskBest, Plan
 from router_core.policies.scale import ScoreScale
 from router_core.posterior import Posterior
 from router_core.prior import PriorForm
@@ -53,16 +54,12 @@ class Choices:
     propensities: Array
 
 
-class Policy(Protocol):
-    """One system of the paper's tables. Stateless: what was learned is in the posterior."""
+class Policy(Plan, Protocol):
+    """One system of the paper's tables: beliefs and a plan. Stateless: what was learned is in the posterior."""
 
     @property
     def name(self) -> str:
         """The name it is selected by, for example `bayesian:none`."""
-
-    @property
-    def asks_all(self) -> bool:
-        """True if every RM is asked for each instance and `combine` makes the reward (K calls)."""
 
     @property
     def prior(self) -> PriorForm | None:
@@ -81,48 +78,22 @@ class Policy(Protocol):
             posterior: what the run has learned.
         """
 
-    def combine(self, rewards: Array, scale: ScoreScale | None) -> Array:
-        """The reward per response that is handed to the trainer.
 
-        Args:
-            rewards: (K', n) float64, raw rewards of the RMs that answered; at least one row.
-            scale: of those RMs, in the same order; None: normalise inside this group.
-
-        Returns:
-            (n,) float64.
-        """
-
-    def preference(self, rewards: Array, scale: ScoreScale | None) -> Array:
-        """(n,) numbers whose largest marks the preferred response: those of `combine`, where the policy does not say
-        otherwise. Arguments as `combine`.
-        """
-
-
-class OneCall:
-    """The half of `Policy` that all policies share which ask one RM: its rewards are the reward."""
+class OneCall(AskBest):
+    """The half of `Policy` that all policies share which ask the best draw."""
 
     __slots__ = ()
 
-    asks_all: bool = False
     prior: PriorForm | None = None
     one_arm_per_batch: bool = False
 
-    def combine(self, rewards: Array, scale: ScoreScale | None) -> Array:
-        """The one row that there is; a scale does not matter."""
-        only: Array = rewards[0]
-        return only
 
-    def preference(self, rewards: Array, scale: ScoreScale | None) -> Array:
-        """As `combine`."""
-        return self.combine(rewards, scale)
-
-
-class AllCalls:
+class AllCalls(AskAll):
     """The half of `Policy` that all policies share which ask every RM: what is asked depends on nothing learned."""
 
     __slots__ = ()
 
-    asks_all: bool = True
+    name: str
     prior: PriorForm | None = None
     one_arm_per_batch: bool = False
 
@@ -131,8 +102,8 @@ class AllCalls:
         return Beliefs(np.zeros_like(offsets), np.zeros_like(offsets))
 
 
-def combined_verdict(policy: Policy, rewards: Array, scale: ScoreScale | None) -> int:
-    """The response that the policy prefers, or TIE; arguments as `Policy.combine`."""
+def combined_verdict(policy: AllCalls, rewards: Array, scale: ScoreScale | None) -> int:
+    """The response that the policy prefers, or TIE; arguments as `AskAll.combine`."""
     return verdict_of(policy.preference(rewards, scale).tolist())
 
 

@@ -19,13 +19,9 @@ class MajorityPolicy(AllCalls):
     name: str = "majority"
 
     def combine(self, rewards: Array, scale: ScoreScale | None) -> Array:
-        """`vote_shares` of the RMs' verdicts; see `Policy.combine`."""
+        """`vote_shares` of the RMs' verdicts; see `AskAll.combine`."""
         verdicts = [verdict_of(row) for row in rewards.tolist()]
         return np.array(vote_shares(verdicts, rewards.shape[1]))
-
-    def preference(self, rewards: Array, scale: ScoreScale | None) -> Array:
-        """As `combine`."""
-        return self.combine(rewards, scale)
 
 
 def vote_shares(verdicts: Sequence[int], n_responses: int) -> list[float]:

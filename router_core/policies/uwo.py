@@ -25,7 +25,7 @@ class UwoPolicy(AllCalls):
     name: str = "uwo"
 
     def combine(self, rewards: Array, scale: ScoreScale | None) -> Array:
-        """The conservative reward with λ = 0.1; see `Policy.combine`."""
+        """The conservative reward with λ = 0.1; see `AskAll.combine`."""
         return uncertainty_weighted(rewards, scale, UWO_REWARD_LAMBDA)
 
     def preference(self, rewards: Array, scale: ScoreScale | None) -> Array:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from router_core.errors import DatasetError
 from router_core.policies import (
+    AllCalls,
     Beliefs,
     MajorityPolicy,
     OfflinePolicy,
@@ -63,7 +64,7 @@ class Stage:
 
 def learns(policy: Policy) -> bool:
     """False for policies known to give the same beliefs whatever the posterior."""
-    return not (policy.asks_all or isinstance(policy, SinglePolicy | RandomPolicy | OfflinePolicy))
+    return not isinstance(policy, AllCalls | SinglePolicy | RandomPolicy | OfflinePolicy)
 
 
 def first_choice(beliefs: Beliefs, noise: Array) -> NDArray[np.int64]:
@@ -83,7 +84,7 @@ def fixed_pass(stage: Stage, plan: Plan, on_step: Steps) -> Pass:
     return Pass(plan.seed, plan.order, stage.table.correctness[plan.order, asked], asked)
 
 
-def combined_correctness(table: Table, policy: Policy, scale: ScoreScale) -> Array:
+def combined_correctness(table: Table, policy: AllCalls, scale: ScoreScale) -> Array:
     """(N,) in {0, 0.5, 1}: is the verdict right of a policy that asks all RMs.
 
     Majority counts the recorded verdicts; other policies combine the recorded scores.

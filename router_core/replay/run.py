@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.errors import FeedbackError, UnknownPolicyError
-from router_core.policies import Policy, ScoreScale, make_policy
+from router_core.policies import AllCalls, Policy, ScoreScale, make_policy
 from router_core.posterior import FoldSettings
 from router_core.prior import Prior
 from router_core.records import Signal
@@ -50,7 +50,7 @@ class Selected:
 
     def calls(self, plans: Sequence[Plan], n_arms: int) -> float:
         """RM calls per instance: K where all are asked, else 1 + (share shadowed)·(K − 1)."""
-        if self.policy.asks_all:
+        if isinstance(self.policy, AllCalls):
             return float(n_arms)
         shadowed = sum(int(plan.shadowed(self.shadow).sum()) for plan in plans)
         return 1.0 + shadowed / sum(len(plan) for plan in plans) * (n_arms - 1)
@@ -116,7 +116,7 @@ def replay(
     tell = on_step or (lambda _: None)
     traces = {}
     for each in selected:
-        if each.policy.asks_all:
+        if isinstance(each.policy, AllCalls):
             correct = combined_correctness(table, each.policy, scale or _own_scale(table))
             passes = [all_arms_pass(correct, plan, tell) for plan in plans]
         else:

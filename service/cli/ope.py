@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from router_core.attempts import Outcome
 from router_core.checkpoint import Checkpoint
 from router_core.ope import (
     Estimate,
@@ -142,8 +143,7 @@ def evaluate_log(
         "left_out": len(log.events) - len(whole),
         "shadowed": int((whole.seen.sum(axis=1) > 1).sum()),
         "sharing_a_draw": _followers(decisions),
-        "after_a_failure": sum(bool(decision.failed) for decision in decisions),
-        "failures_unknown": sum(decision.hides_failures for decision in decisions),
+        "after_a_failure": sum(any(it.outcome is Outcome.FAILED for it in one.attempts) for one in decisions),
         "logged": {"value": float(whole.reward.mean()), "ci95": list(_mean_interval(whole.reward))},
         "policies": policies,
     }
@@ -193,8 +193,6 @@ def _notes(figures: dict[str, Any]) -> list[str]:
         "as draws of their own and are too narrow",
         "after_a_failure": "asked an RM first that gave no reward: the values are of asking an RM first and, where it "
         "fails, the next-best draws of the logged policy",
-        "failures_unknown": "with a fallback are of an earlier version, which did not tell an RM that failed from one "
-        "that was away: they count as away, and the values are biased where RMs fail on instances of one kind",
     }
     return [f"{figures[key]} rows {note}" for key, note in notes.items() if figures[key]]
 

@@ -174,7 +174,7 @@ def _keep(out: Path, writer: EventWriter, follower: RewardFollower) -> tuple[int
     kept, last = 0, None
     chunk: list[LoggedEvent] = []
     for event in read_events(out):
-        follower.reward(event.decision.arm, event.feedback, event.decision.verdict, event.decision.offset)
+        follower.learned(event.decision_id, event.decision, event.feedback)
         chunk.append(event)
         kept, last = kept + 1, event.event_id
         if len(chunk) == CHUNK:

@@ -13,9 +13,8 @@ from typing import Any, BinaryIO
 import msgspec
 import numpy as np
 
-from router_core.records import Feedback, Signal
 from service.errors import ConfigurationError
-from service.eventlog.record import Header, LoggedEvent, decision_of, model_of
+from service.eventlog.record import Header, LoggedEvent, event_of_row, model_of
 from service.usecases.decisions import StoredDecision
 
 HEADER_KEY = "reward_router"
@@ -85,24 +84,13 @@ def _row(event: LoggedEvent, header: Header) -> dict[str, Any]:
     }
     row["x"] = np.frombuffer(decision.x, "<f4").tolist()
     row["means"] = [mean if math.isfinite(mean) else None for mean in decision.means]
-    row["shadows"] = [
-        {"arm": arm, "offset": offset, "verdict": verdict, "reward": reward}
-        for (arm, offset, verdict), reward in zip(decision.shadows, event.shadow_rewards, strict=True)
-    ]
+    row["attempts"] = [attempt._asdict() for attempt in decision.attempts]
+    row["shadows"] = None if decision.shadows is None else [attempt._asdict() for attempt in decision.shadows]
+    row["learned"] = [{"arm": arm, "reward": reward} for arm, reward in event.learned]
     row.update(signal=event.feedback.signal.value, value=event.feedback.value, reward=event.reward)
     return row
 
 
 def _event(row: dict[str, Any]) -> LoggedEvent:
-    fields = dict(row)
-    fields["x"] = np.array(row["x"], "<f4").tobytes()
-    fields["means"] = [-math.inf if mean is None else mean for mean in row["means"]]
-    fields["shadows"] = [(told["arm"], told["offset"], told["verdict"]) for told in row["shadows"]]
-    return LoggedEvent(
-        row["event_id"],
-        row["decision_id"],
-        decision_of(fields),
-        Feedback(Signal(row["signal"]), float(row["value"])),
-        row["reward"],
-        tuple(told["reward"] for told in row["shadows"]),
-    )
+    x = np.array(row["x"], "<f4").tobytes()
+    return event_of_row({**row, "means": [-math.inf if mean is None else mean for mean in row["means"]]}, x)

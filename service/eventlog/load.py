@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from router_core.attempts import Attempt, Outcome, excluded, first_choice
 from router_core.ope import LoggedData, available_propensities, one_reward_per_row, with_shadows
-from router_core.posterior import NO_ARM
-from router_core.records import Event, Shadow
+from router_core.records import Event
 from service.errors import ConfigurationError
 from service.eventlog.export import read_events, read_header
 from service.eventlog.record import Header, LoggedEvent
+from service.usecases.decisions import event_from
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class EventLog:
     @property
     def usable(self) -> NDArray[np.bool_]:
         """(N,) whether the event asked one RM and has a reward."""
-        usable = [event.decision.arm != NO_ARM and event.reward is not None for event in self.events]
+        usable = [event.decision.arm is not None and event.reward is not None for event in self.events]
         return np.array(usable, dtype=np.bool_)
 
 
@@ -56,9 +57,7 @@ def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
 
     The action of a row is the arm that was asked first, its reward what came back in the end, also where that arm
     failed and another one answered. Propensities are of that first choice, among the arms that were not known to be
-    away; and where instances were shadowed, the probability that the arm's reward is in the log at all. Rows of an
-    earlier version, which did not tell failed arms from those that were away, are of the arm that answered, among the
-    others.
+    away; and where instances were shadowed, the probability that the arm's reward is in the log at all.
 
     Args:
         log: the file.
@@ -67,10 +66,10 @@ def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
     chosen = [event for event, usable in zip(log.events[rows], log.usable[rows], strict=True) if usable]
     k = len(log.header.pool)
     decisions = [event.decision for event in chosen]
-    arm = np.array([decision.first_arm for decision in decisions], dtype=np.int64)
+    arm = np.array([_first_arm(decision.attempts) for decision in decisions], dtype=np.int64)
     available = np.ones((len(chosen), k), dtype=np.bool_)
     for row, decision in enumerate(decisions):
-        available[row, decision.out_of_choice] = False
+        available[row, excluded(decision.attempts, 0)] = False
     rewards = one_reward_per_row(arm, np.array([event.reward for event in chosen], dtype=np.float64), k)
     for row, event in enumerate(chosen):
         _tell_shadows(event, available[row], rewards[row])
@@ -96,18 +95,7 @@ def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
 
 def fold_events(log: EventLog, rows: slice = slice(None)) -> list[Event]:
     """A part of the log as the fold takes it."""
-    return [
-        Event(
-            event.decision.arm,
-            event.decision.x,
-            event.decision.offset,
-            event.decision.verdict,
-            event.feedback,
-            event.decision_id,
-            tuple(Shadow(*shadow) for shadow in event.decision.shadows),
-        )
-        for event in log.events[rows]
-    ]
+    return [event_from(event.decision_id, event.decision, event.feedback) for event in log.events[rows]]
 
 
 def _tell_shadows(event: LoggedEvent, available: NDArray[np.bool_], rewards: NDArray[np.float64]) -> None:
@@ -117,13 +105,26 @@ def _tell_shadows(event: LoggedEvent, available: NDArray[np.bool_], rewards: NDA
     instead of it in the end: the best draw that could answer is the same, whichever failing arm comes before it. What
     left before anybody asked it has told nothing.
     """
-    if not (event.decision.shadowed or event.decision.shadows):
+    decision = event.decision
+    if decision.shadows is None:
         return
-    for (other, _, _), reward in zip(event.decision.shadows, event.shadow_rewards, strict=True):
-        rewards[other] = reward
+    for arm, reward in event.learned:
+        rewards[arm] = reward
     failed = available & np.isnan(rewards)
-    failed[event.decision.untold] = False
+    failed[_untold(decision.attempts, decision.shadows)] = False
     rewards[failed] = event.reward
+
+
+def _first_arm(attempts: Sequence[Attempt]) -> int:
+    first = first_choice(attempts)
+    assert first is not None, "a usable event has an answer"
+    return first.arm
+
+
+def _untold(attempts: Sequence[Attempt], shadows: Sequence[Attempt]) -> list[int]:
+    """Return the arms that the first one was chosen among, and that left before anybody asked them."""
+    left = [attempt for attempt in attempts if attempt.turn > 0] + [*shadows]
+    return [attempt.arm for attempt in left if attempt.outcome in (Outcome.AWAY, Outcome.ABSENT)]
 
 
 def _matrix(rows: Sequence[Sequence[float]], k: int) -> NDArray[np.float64]:

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from router_core.records import Feedback, Signal
+from router_core.attempts import Attempt
 from service.errors import ConfigurationError
-from service.eventlog.record import Header, LoggedEvent, decision_of, model_of
+from service.eventlog.record import Header, LoggedEvent, event_of_row, model_of
 from service.usecases.decisions import StoredDecision
 
 METADATA_KEY = b"reward_router"
@@ -24,10 +24,24 @@ METADATA_KEY = b"reward_router"
 READ_ROWS = 8192
 """Rows held at once when a file is read."""
 
-_PLAIN = tuple(name for name in StoredDecision.__struct_fields__ if name not in ("x", "shadows"))
+_PLAIN = tuple(name for name in StoredDecision.__struct_fields__ if name not in ("x", "attempts", "shadows"))
 """Columns that are the decision's fields as they stand."""
 
-_SHADOW = pa.struct([("arm", pa.int32()), ("offset", pa.float64()), ("verdict", pa.int32()), ("reward", pa.float64())])
+_ATTEMPT = pa.struct(
+    [
+        ("arm", pa.int32()),
+        ("turn", pa.int32()),
+        ("outcome", pa.string()),
+        ("reason", pa.string()),
+        ("rewards", pa.list_(pa.float64())),
+        ("verdict", pa.int32()),
+        ("seconds", pa.float64()),
+        ("price", pa.float64()),
+        ("prompt_tokens_cut", pa.int32()),
+    ]
+)
+
+_LEARNED = pa.struct([("arm", pa.int32()), ("reward", pa.float64())])
 
 
 def arrow_schema(header: Header) -> Any:
@@ -41,29 +55,24 @@ def arrow_schema(header: Header) -> Any:
         pa.field("run", name, nullable=False),
         pa.field("policy", name, nullable=False),
         pa.field("version", pa.int64(), nullable=False),
-        pa.field("arm", pa.int32(), nullable=False),
+        pa.field("arm", pa.int32()),
         pa.field("model", name),
         pa.field("n", pa.int32(), nullable=False),
         pa.field("x", pa.list_(pa.float32(), header.dim), nullable=False),
-        pa.field("offset", pa.float64(), nullable=False),
+        pa.field("offsets", doubles, nullable=False),
         pa.field("verdict", pa.int32(), nullable=False),
         pa.field("rewards", doubles, nullable=False),
-        pa.field("prompt_tokens_cut", pa.int32(), nullable=False),
         pa.field("propensity", pa.float64(), nullable=False),
         pa.field("propensities", doubles, nullable=False),
         pa.field("means", doubles, nullable=False),
         pa.field("sds", doubles, nullable=False),
-        pa.field("fallback", pa.bool_(), nullable=False),
-        pa.field("gone", pa.list_(pa.int32()), nullable=False),
-        pa.field("failed", pa.list_(pa.int32()), nullable=False),
-        pa.field("away", pa.list_(pa.int32()), nullable=False),
-        pa.field("shadows", pa.list_(_SHADOW), nullable=False),
-        pa.field("shadowed", pa.bool_(), nullable=False),
-        pa.field("unasked", pa.list_(pa.int32()), nullable=False),
+        pa.field("attempts", pa.list_(_ATTEMPT), nullable=False),
+        pa.field("shadows", pa.list_(_ATTEMPT)),
         pa.field("sticky", pa.string(), nullable=False),
         pa.field("signal", name, nullable=False),
         pa.field("value", pa.float64(), nullable=False),
         pa.field("reward", pa.float64()),
+        pa.field("learned", pa.list_(_LEARNED), nullable=False),
     ]
     return pa.schema(columns, metadata={METADATA_KEY: header.to_json().encode()})
 
@@ -110,7 +119,9 @@ def record_batch(events: Sequence[LoggedEvent], header: Header) -> Any:
         "run": [header.run] * len(events),
         "model": [model_of(header.pool, event.decision.arm) for event in events],
         "x": pa.FixedSizeListArray.from_arrays(pa.array(contexts), header.dim),
-        "shadows": [_shadows(event) for event in events],
+        "attempts": [_rows(event.decision.attempts) for event in events],
+        "shadows": [None if event.decision.shadows is None else _rows(event.decision.shadows) for event in events],
+        "learned": [[{"arm": arm, "reward": reward} for arm, reward in event.learned] for event in events],
         "signal": [event.feedback.signal.value for event in events],
         "value": [event.feedback.value for event in events],
         "reward": [event.reward for event in events],
@@ -122,11 +133,8 @@ def record_batch(events: Sequence[LoggedEvent], header: Header) -> Any:
     return pa.record_batch(arrays, schema=schema)
 
 
-def _shadows(event: LoggedEvent) -> list[dict[str, float]]:
-    return [
-        {"arm": arm, "offset": offset, "verdict": verdict, "reward": reward}
-        for (arm, offset, verdict), reward in zip(event.decision.shadows, event.shadow_rewards, strict=True)
-    ]
+def _rows(attempts: Sequence[Attempt]) -> list[dict[str, Any]]:
+    return [attempt._asdict() for attempt in attempts]
 
 
 def read_parquet_header(path: Path) -> Header:
@@ -153,20 +161,7 @@ def read_parquet(path: Path) -> Iterator[LoggedEvent]:
             contexts = batch["x"].flatten().to_numpy().reshape(batch.num_rows, -1)
             columns = {name: batch[name].to_pylist() for name in batch.schema.names if name != "x"}
             for index, context in enumerate(contexts):
-                yield _event({name: values[index] for name, values in columns.items()}, context.tobytes())
-
-
-def _event(row: dict[str, Any], x: bytes) -> LoggedEvent:
-    told = row["shadows"]
-    row["x"], row["shadows"] = x, [(shadow["arm"], shadow["offset"], shadow["verdict"]) for shadow in told]
-    return LoggedEvent(
-        row["event_id"],
-        row["decision_id"],
-        decision_of(row),
-        Feedback(Signal(row["signal"]), row["value"]),
-        row["reward"],
-        tuple(shadow["reward"] for shadow in told),
-    )
+                yield event_of_row({name: values[index] for name, values in columns.items()}, context.tobytes())
 
 
 def _open(path: Path) -> Any:

@@ -12,19 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from router_core.attempts import Attempt, Outcome
 from router_core.feedback import SignalAccumulator, SignalStatistics
 from router_core.posterior import NO_ARM
 from router_core.prior import LOSS_SCALES, PriorForm
-from router_core.records import Feedback, Shadow, Signal
+from router_core.records import Feedback, Signal
 from service.errors import ConfigurationError
 from service.stores.protocol import LogEntry
-from service.usecases.decisions import StoredDecision, decode_decision, decode_feedback
+from service.usecases.decisions import StoredDecision, decode_decision, decode_feedback, event_from
 
-SCHEMA_VERSION = 1
-"""Of the files. A column is only ever added under the same number."""
-
-ADDED_COLUMNS = ("sticky", "failed", "away", "shadowed", "unasked", "prompt_tokens_cut")
-"""Fields of the decision that files of earlier versions lack; they read as the field's default."""
+SCHEMA_VERSION = 2
+"""Of the files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +83,7 @@ class Header:
             complete = all(key in header.fingerprint for key in ("pool", "d", "signal", "prior"))
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"{source} is no event log of reward-router: {error}") from error
-        if not complete or header.schema_version > SCHEMA_VERSION:
+        if not complete or header.schema_version != SCHEMA_VERSION:
             raise ConfigurationError(
                 f"{source} was written by {header.created_by} in schema version {header.schema_version}, and this "
                 f"program reads {SCHEMA_VERSION}: use that version, or export again"
@@ -102,17 +100,20 @@ class LoggedEvent:
         decision_id: what the feedback named.
         decision: all that was stored of it.
         feedback: kind and raw value.
-        reward: of the asked RM, as the fold learns it; None while a loss signal warms up, where every RM was asked, and
-            where it cannot be told (`Header.exact_rewards`).
-        shadow_rewards: of `decision.shadows`, in their order.
+        learned: (arm, reward) of every scorer that the fold learns about from this event. Empty while a loss signal
+            warms up, and where it cannot be told (`Header.exact_rewards`).
     """
 
     event_id: str
     decision_id: str
     decision: StoredDecision
     feedback: Feedback
-    reward: float | None
-    shadow_rewards: tuple[float, ...] = ()
+    learned: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def reward(self) -> float | None:
+        """What the fold learns about the scorer whose answer the caller got; None where that is nothing."""
+        return dict(self.learned).get(NO_ARM if self.decision.arm is None else self.decision.arm)
 
     @property
     def feedback_time_ms(self) -> int:
@@ -133,7 +134,7 @@ class RewardFollower:
         self._signal = SignalAccumulator(SignalStatistics.empty(len(header.pool)), scale)
 
     def event(self, entry: LogEntry) -> LoggedEvent:
-        """The next event of the log.
+        """Return the next event of the log.
 
         Raises:
             ConfigurationError: the entry cannot be read.
@@ -146,20 +147,20 @@ class RewardFollower:
                 f"event {entry.event_id} of run {self._header.run!r} cannot be read ({error}): export with the version "
                 "of the gateway that wrote it"
             ) from error
-        reward = self.reward(decision.arm, feedback, decision.verdict, decision.offset)
-        shadows = tuple(
-            told
-            for shadow in (Shadow(*words) for words in decision.shadows)
-            if (told := self.reward(shadow.arm, feedback, shadow.verdict, shadow.offset)) is not None
+        return LoggedEvent(
+            entry.event_id, entry.decision_id, decision, feedback, self.learned(entry.decision_id, decision, feedback)
         )
-        return LoggedEvent(entry.event_id, entry.decision_id, decision, feedback, reward, shadows)
 
-    def reward(self, arm: int, feedback: Feedback, verdict: int, offset: float) -> float | None:
-        """What the fold learns from one verdict; the statistics move on."""
-        if arm == NO_ARM:
-            return None
-        reward = self._signal.observe(arm, feedback, verdict=verdict, offset=offset)
-        return reward if self._header.exact_rewards else None
+    def learned(self, decision_id: str, decision: StoredDecision, feedback: Feedback) -> tuple[tuple[int, float], ...]:
+        """Return (arm, reward) of what the fold learns, in its order; the statistics move on."""
+        event = event_from(decision_id, decision, feedback)
+        told = [(event.arm, event.offset, event.verdict)] if event.arm != NO_ARM else []
+        out = []
+        for arm, offset, verdict in [*told, *sorted(event.shadows)]:
+            reward = self._signal.observe(arm, feedback, verdict=verdict, offset=offset)
+            if reward is not None and self._header.exact_rewards:
+                out.append((arm, reward))
+        return tuple(out)
 
 
 def new_header(run: str, fingerprint: bytes, first_position: int | None, *, from_first_event: bool) -> Header:
@@ -196,16 +197,37 @@ def require_same_run(existing: Header, header: Header, source: object) -> None:
         )
 
 
-def decision_of(row: Mapping[str, Any]) -> StoredDecision:
-    """The decision of a row whose values are in the decision's own types.
+def model_of(pool: Sequence[str], arm: int | None) -> str | None:
+    """Return the name of the scorer whose answer the caller got; None where several were combined."""
+    return None if arm is None else pool[arm]
+
+
+def event_of_row(row: Mapping[str, Any], x: bytes) -> LoggedEvent:
+    """Return the event of a file's row.
+
+    Args:
+        row: the columns as Python values; means are floats.
+        x: the context's bytes.
 
     Raises:
-        KeyError: a column that every version has written is not there.
+        KeyError: a column is missing.
     """
-    names = [name for name in StoredDecision.__struct_fields__ if name in row or name not in ADDED_COLUMNS]
-    return StoredDecision(**{name: row[name] for name in names})
+    made = ("x", "attempts", "shadows")
+    fields = {name: row[name] for name in StoredDecision.__struct_fields__ if name not in made}
+    shadows = row["shadows"]
+    fields |= {
+        "x": x,
+        "attempts": [_attempt(one) for one in row["attempts"]],
+        "shadows": None if shadows is None else [_attempt(one) for one in shadows],
+    }
+    return LoggedEvent(
+        row["event_id"],
+        row["decision_id"],
+        StoredDecision(**fields),
+        Feedback(Signal(row["signal"]), float(row["value"])),
+        tuple((one["arm"], one["reward"]) for one in row["learned"]),
+    )
 
 
-def model_of(pool: Sequence[str], arm: int) -> str | None:
-    """Name of the asked RM; None where all were."""
-    return None if arm == NO_ARM else pool[arm]
+def _attempt(row: Mapping[str, Any]) -> Attempt:
+    return Attempt(**{**row, "outcome": Outcome(row["outcome"])})

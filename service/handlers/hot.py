@@ -39,7 +39,7 @@ from service.schemas import (
 )
 from service.telemetry import Telemetry
 from service.usecases.learn import FeedbackService
-from service.usecases.score import Scorer
+from service.usecases.score import RewardService
 
 _ENCODER = msgspec.json.Encoder()
 _JSON_HEADER = (b"content-type", b"application/json")
@@ -119,7 +119,7 @@ class HotRoutes:
     def __init__(
         self,
         *,
-        scorer: Scorer,
+        scorer: RewardService,
         feedback: FeedbackService,
         telemetry: Telemetry,
         keys: ApiKeys,

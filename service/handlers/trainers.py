@@ -20,7 +20,7 @@ from service.schemas import FeedbackBatchReply, FeedbackReply, FeedbackRequest, 
 from service.trainers import llamafactory, openrlhf, slime
 from service.trainers.shim import Sample, ScoredSample, ShimOptions
 from service.usecases.learn import FeedbackService
-from service.usecases.score import Scorer
+from service.usecases.score import RewardService
 
 PAUSE_SECONDS = 1.0
 """Between two tries of a client that does not try again by itself."""
@@ -55,7 +55,7 @@ class TrainerRoutes:
     """
 
     def __init__(
-        self, scorer: Scorer, feedback: FeedbackService, *, pool: Sequence[str], patience_seconds: float
+        self, scorer: RewardService, feedback: FeedbackService, *, pool: Sequence[str], patience_seconds: float
     ) -> None:
         self._scorer = scorer
         self._feedback = feedback

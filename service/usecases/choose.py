@@ -65,8 +65,6 @@ class _Waiting:
     future: asyncio.Future[Chosen]
     encoded: Encoded | None
     """The contexts, where they came over a network."""
-    apart: object | None
-    """Of those with the same one a pass holds one at most."""
 
 
 class PassTimes:
@@ -115,17 +113,13 @@ class Chooser:
         self._scheduled = False
         self._running = False
 
-    async def choose(
-        self, run: Run, policy: Policy, instances: Sequence[Instance], *, apart: object | None = None
-    ) -> Chosen:
+    async def choose(self, run: Run, policy: Policy, instances: Sequence[Instance]) -> Chosen:
         """Contexts and draws for instances of one run.
 
         Args:
             run: theirs.
             policy: who draws.
             instances: (B,), at least one.
-            apart: pieces of one whole name it here, so that no two of them share a pass: the first would wait for the
-                second's texts.
 
         Raises:
             RouterCoreError: the encoder or the draw failed.
@@ -135,7 +129,7 @@ class Chooser:
         encoder = run.template.encoder
         encoded = await encoder.encode(instances) if isinstance(encoder, AwaitedEncoder) else None
         future: asyncio.Future[Chosen] = loop.create_future()
-        self._waiting.append(_Waiting(run, policy, instances, future, encoded, apart))
+        self._waiting.append(_Waiting(run, policy, instances, future, encoded))
         if not self._running and not self._scheduled:
             # Not at once: whoever else is ready in this turn of the loop joins the batch.
             self._scheduled = True
@@ -162,22 +156,13 @@ class Chooser:
 
     def _take(self) -> tuple[list[_Waiting], int]:
         """As many of the waiting as one pass may hold, at least one, and how many instances they are."""
-        size = 0
-        batch: list[_Waiting] = []
-        left: list[_Waiting] = []
-        wholes: set[int] = set()
-        for index, waiting in enumerate(self._waiting):
-            if batch and size + len(waiting.instances) > MAX_CHOICE_BATCH:
-                left += self._waiting[index:]
+        size = count = 0
+        for waiting in self._waiting:
+            if count and size + len(waiting.instances) > MAX_CHOICE_BATCH:
                 break
-            if waiting.apart is not None:
-                if id(waiting.apart) in wholes:
-                    left.append(waiting)
-                    continue
-                wholes.add(id(waiting.apart))
             size += len(waiting.instances)
-            batch.append(waiting)
-        self._waiting = left
+            count += 1
+        batch, self._waiting = self._waiting[:count], self._waiting[count:]
         return batch, size
 
     def _finish(

@@ -10,89 +10,58 @@ from collections.abc import Sequence
 
 import msgspec
 
+from router_core.attempts import Attempt, answers
 from router_core.errors import FeedbackError
 from router_core.feedback import validate
+from router_core.posterior import NO_ARM
 from router_core.records import Event, Feedback, Shadow, Signal
 
 
 class StoredDecision(msgspec.Struct, omit_defaults=True):
-    """One decision. The store reads only `n`; the log carries the whole of it.
+    """One decision: what was believed, what was asked, and what the caller got. The log carries the whole of it.
 
     Attributes:
         n: number of responses.
-        arm: index of the asked RM; −1 where all were asked.
         x: context, little-endian float32 bytes (d,).
-        offset: o_k(x) of the asked arm.
-        verdict: the asked RM's verdict, −1 for a tie.
-        propensity: probability of the asked arm among those that could answer.
-        propensities: of every arm, as drawn.
-        means: of the draws, per arm.
-        sds: of the draws, per arm.
-        rewards: raw reward per response.
+        offsets: o_k(x) of every arm (K,).
+        means: of the draws (K,); −inf for arms that the policy never asks.
+        sds: of the draws (K,).
+        propensities: of every arm, as drawn (K,).
         policy: name of the policy that drew.
         version: events the posterior had learned from.
-        fallback: whether the drawn arm gave no reward.
-        time_ms: Unix time.
-        gone: arms that were unavailable or failed before `arm` answered, or unavailable then; `propensity` is among the
-            others.
-        shadows: (arm, o_k(x), verdict) of the other RMs that were asked after the reply.
+        time_ms: Unix time in milliseconds.
+        attempts: whom the plan asked before the reply, in order.
+        arm: index of the scorer whose answer the caller got; None where the plan combined several.
+        rewards: what the caller got, raw, per response (n,).
+        verdict: the preferred response that the caller got, or TIE.
+        propensity: probability of `arm` among those that could answer; 1 where several were combined.
         sticky: key of the draw that this decision shares with other singles of its prompt; "" for a draw of its own.
             `means`, `sds`, `propensities` and `version` are those of the shared draw.
-        failed: arms that were asked before `arm` and gave no reward, in that order; the first of them is what the
-            policy chose. Empty where every RM was asked.
-        away: arms that were unavailable when the first one was asked: the choice was among the others.
-        shadowed: whether the RMs that are in neither `gone` nor `arm` were asked after the reply, but for `unasked`;
-            those that are not in `shadows` then gave no reward.
-        unasked: arms that should have been asked after the reply and were unavailable then.
-        prompt_tokens_cut: tokens of the prompt that the asked RM did not read.
+        shadows: attempts after the reply, at the scorers that the plan had not asked; None where the decision was not
+            chosen for that.
     """
 
     n: int
-    arm: int
     x: bytes
-    offset: float
-    verdict: int
-    propensity: float
-    propensities: list[float]
+    offsets: list[float]
     means: list[float]
     sds: list[float]
-    rewards: list[float]
+    propensities: list[float]
     policy: str
     version: int
     time_ms: int
-    fallback: bool = False
-    gone: list[int] = []
-    shadows: list[tuple[int, float, int]] = []
+    attempts: list[Attempt]
+    arm: int | None
+    rewards: list[float]
+    verdict: int
+    propensity: float
     sticky: str = ""
-    failed: list[int] = []
-    away: list[int] = []
-    shadowed: bool = False
-    unasked: list[int] = []
-    prompt_tokens_cut: int = 0
+    shadows: list[Attempt] | None = None
 
     @property
-    def first_arm(self) -> int:
-        """The arm that was asked first: the choice. `arm` where that one answered."""
-        return self.failed[0] if self.failed else self.arm
-
-    @property
-    def out_of_choice(self) -> list[int]:
-        """Arms that the first one was not chosen among; all of `gone` where an earlier version stored nothing else."""
-        return self.away if self.failed or self.away else self.gone
-
-    @property
-    def untold(self) -> list[int]:
-        """Arms that the first one was chosen among, and that then left before they were asked, or shadowed: nobody
-        knows what they would have given.
-        """
-        if not (self.failed or self.away):
-            return self.unasked
-        return [*self.unasked, *(arm for arm in self.gone if arm not in self.failed and arm not in self.away)]
-
-    @property
-    def hides_failures(self) -> bool:
-        """Whether an earlier version stored it, which did not tell an arm that failed from one that was unavailable."""
-        return self.fallback and bool(self.gone) and not (self.failed or self.away)
+    def heard(self) -> list[Attempt]:
+        """Every answer to this instance, those of the shadow included, in order."""
+        return answers([*self.attempts, *(self.shadows or ())])
 
 
 _ENCODER = msgspec.msgpack.Encoder()
@@ -136,16 +105,37 @@ def decode_feedback(value: bytes) -> Feedback:
 
 
 def event_of(decision_id: str, payload: bytes, value: bytes) -> Event:
-    """The event that a log entry stands for."""
-    decision = decode_decision(payload)
+    """Return the event that a log entry stands for.
+
+    A preference teaches every scorer that answered; a loss or a reward speaks of the answer that the caller got.
+    """
+    return event_from(decision_id, decode_decision(payload), decode_feedback(value))
+
+
+def event_from(decision_id: str, decision: StoredDecision, feedback: Feedback) -> Event:
+    """Return the event of a decision and its feedback; see `event_of`."""
+    others = _others(decision) if feedback.signal is Signal.PREFERENCE and decision.n > 1 else ()
     return Event(
-        decision.arm,
+        NO_ARM if decision.arm is None else decision.arm,
         decision.x,
-        decision.offset,
+        0.0 if decision.arm is None else decision.offsets[decision.arm],
         decision.verdict,
-        decode_feedback(value),
+        feedback,
         decision_id,
-        tuple(Shadow(*shadow) for shadow in decision.shadows) if decision.shadows else (),
+        others,
+    )
+
+
+def _others(decision: StoredDecision) -> tuple[Shadow, ...]:
+    """Return what the scorers said whose answer the caller did not get, or not alone."""
+    if decision.shadows is None and len(decision.attempts) == 1:
+        return ()
+    return tuple(
+        [
+            Shadow(answer.arm, decision.offsets[answer.arm], answer.verdict)
+            for answer in decision.heard
+            if answer.arm != decision.arm
+        ]
     )
 
 

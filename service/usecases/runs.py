@@ -188,6 +188,18 @@ class Run:
         entropy = None if template.seed is None else [template.seed, *name.encode()]
         self.rng = np.random.default_rng(entropy)
 
+    def scale_of(self, arms: Sequence[int], rewards: NDArray[np.float64]) -> ScoreScale:
+        """Return the scale of the RMs that answered: the checkpoint's, else what the run has seen before these.
+
+        Args:
+            arms: (K',) who answered.
+            rewards: (K', n) what they said.
+        """
+        known = self.template.score_scale
+        scale = self.scores.rows(arms, rewards) if known is None else known.rows(arms)
+        self.scores.observe(arms, rewards)
+        return scale
+
 
 class RunRegistry:
     """Opens runs on first use and checks that a name means the same run as before.

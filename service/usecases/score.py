@@ -1,7 +1,7 @@
 """Score: choose an RM for each instance, ask it, save the decision, answer (design: the way of `POST /reward`).
 
-One path for one instance and for many, which go piece by piece (`service.usecases.pieces`). Choosing is
-`service.usecases.choose`, asking `.ask`; what was decided is saved before it is answered.
+One path for one instance and for many. A request goes forward through `choose` (contexts and draws), `ask` (plans and
+attempts) and `reply` (decision and reply); what was decided is saved before it is answered.
 """
 
 from __future__ import annotations
@@ -13,25 +13,27 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import msgspec
 import numpy as np
 
-from router_core.policies import propensity_without
-from router_core.records import TIE, Instance, verdict_of
+from router_core.attempts import passed_over, waited_seconds
+from router_core.policies import OneCall
+from router_core.records import Instance
 from service.errors import NoWorkerError, ServiceError, StoreUnavailableError, ValidationError
-from service.schemas import RewardReply, RewardRequest, Timings, Truncated
+from service.schemas import RewardReply, RewardRequest
 from service.settings import OnStoreUnavailable
 from service.stores.ids import RANDOM_BYTES, new_decision_id
 from service.stores.protocol import DecisionRecord, Store
 from service.telemetry import Telemetry
-from service.usecases.ask import ALL_ARMS, Asker, Job, too_late
+from service.usecases.admission import Tickets
+from service.usecases.ask import Asker, too_late
 from service.usecases.choose import Chooser
-from service.usecases.decisions import StoredDecision, content_key, encode_decision
-from service.usecases.normalise import Normalised, Normaliser
-from service.usecases.pieces import Call, Piece, Room, cut
+from service.usecases.decisions import content_key, encode_decision
+from service.usecases.normalise import Normaliser
+from service.usecases.pieces import PIECES_ASKED, Piece, cut
+from service.usecases.reply import Job, decision_of, own_draw, reply_of
 from service.usecases.runs import RunRegistry
 from service.usecases.shadow import Shadowable, Shadower
-from service.usecases.sticky import StickyChoice, StickyChoices, sticky_key
+from service.usecases.sticky import StickyChoices, sticky_key
 
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -49,7 +51,7 @@ class ScoreLimits:
     content_keys: bool
     normalize: bool = False
     piece_responses: int = 0
-    """Of a batch that is encoded and asked about in pieces; see `service.usecases.pieces`."""
+    """Responses per piece of a batch, 0 for one piece; see `service.usecases.pieces`."""
 
 
 class _Entropy:
@@ -62,7 +64,7 @@ class _Entropy:
         self._position = 0
 
     def take(self, count: int) -> bytes:
-        """The next `count` bytes; none is given twice."""
+        """Return the next `count` bytes; none is given twice."""
         if self._position + count > len(self._bytes):
             self._bytes, self._position = os.urandom(max(count, self._FETCHED)), 0
         taken = self._bytes[self._position : self._position + count]
@@ -70,7 +72,7 @@ class _Entropy:
         return taken
 
 
-class Scorer:
+class RewardService:
     """The use case behind `/reward` and `/reward/batch`.
 
     Args:
@@ -103,11 +105,11 @@ class Scorer:
         self._shadower = shadower
         self._sticky = sticky
         self._normaliser = normaliser
-        self._asker = Asker(telemetry, timeout_seconds=limits.worker_timeout_seconds)
+        self._asker = Asker(telemetry.called, timeout_seconds=limits.worker_timeout_seconds)
         self._entropy = _Entropy()
 
     async def score(self, request: RewardRequest) -> RewardReply:
-        """One instance.
+        """Return the reply to one instance.
 
         Raises:
             ServiceError: whatever kept the reward away; see `docs/api.md` for the codes.
@@ -125,20 +127,17 @@ class Scorer:
         policy: str | None = None,
         normalize: bool | None = None,
     ) -> list[RewardReply | ServiceError]:
-        """Many instances, in pieces: per piece one encode batch, one GEMM per arm and one worker call per arm and
-        chunk; then one store pipeline for all.
+        """Return a reply or the error per instance, in order.
 
-        What goes wrong with one piece (its time is over, the encoder is away) is the error of its instances, where
-        another piece has come through.
+        Instances go in pieces: per piece one encode batch, one GEMM per arm and one worker call per arm and chunk; then
+        one store pipeline for all. What goes wrong with one piece (its time is over, the encoder is away) is the error
+        of its instances, where another piece has come through.
 
         Args:
             requests: the instances.
             run: run of those that name none.
             policy: policy of those that name none.
             normalize: whether rewards are normalised, of those that do not say; None: the setting.
-
-        Returns:
-            A reply or the error per instance, in order.
 
         Raises:
             ServiceError: what concerns the whole call: too many instances, a run or policy that is wrong for all of
@@ -154,10 +153,10 @@ class Scorer:
         refused: dict[int, ServiceError] = {}
         try:
             async with asyncio.timeout_at(deadline):
-                pieces = await self._pieces(requests, run, policy, refused)
+                wholes = await self._wholes(requests, run, policy, refused)
         except TimeoutError as error:
             raise too_late() from error
-        jobs = await self._route(pieces, Call(deadline, len(pieces)), refused)
+        jobs = await self._route(wholes, deadline, refused)
         normalize = self._limits.normalize if normalize is None else normalize
         wanted = [
             job
@@ -169,10 +168,10 @@ class Scorer:
         replies = dict(zip(jobs, await self._record_and_reply(list(jobs.values()), started), strict=True))
         return [refused[index] if index in refused else replies[index] for index in range(len(requests))]
 
-    async def _pieces(
+    async def _wholes(
         self, requests: Sequence[RewardRequest], run: str | None, policy: str | None, refused: dict[int, ServiceError]
-    ) -> list[Piece]:
-        """All instances but those that are put into `refused`, by run and policy, and each of them in pieces."""
+    ) -> list[list[Piece]]:
+        """Return the instances by run and policy, each in pieces; those that cannot be scored go into `refused`."""
         groups: dict[tuple[str | None, str | None], list[int]] = {}
         for index, request in enumerate(requests):
             try:
@@ -181,7 +180,7 @@ class Scorer:
                 refused[index] = error
             else:
                 groups.setdefault((request.run or run, request.policy or policy), []).append(index)
-        pieces: list[Piece] = []
+        wholes: list[list[Piece]] = []
         for (run_name, policy_name), indices in groups.items():
             try:
                 template = self._runs.template
@@ -195,70 +194,101 @@ class Scorer:
                 refused.update(dict.fromkeys(indices, error))
                 continue
             instances = [Instance(requests[i].prompt, tuple(requests[i].responses)) for i in indices]
-            whole = Piece(found, chosen_policy, indices, instances)
-            pieces.extend(cut(whole, self._limits.piece_responses))
-        return pieces
+            wholes.append(cut(Piece(found, chosen_policy, indices, instances), self._limits.piece_responses))
+        return wholes
 
-    async def _route(self, pieces: Sequence[Piece], call: Call, refused: dict[int, ServiceError]) -> dict[int, Job]:
-        """Choose and ask, every piece on its own way; the jobs by place, but for pieces that are put into `refused`.
+    async def _route(
+        self, wholes: Sequence[Sequence[Piece]], deadline: float, refused: dict[int, ServiceError]
+    ) -> dict[int, Job]:
+        """Choose and ask; the jobs by place, without those of pieces that failed, which go into `refused`.
 
         Raises:
             ServiceError: what went wrong with the first piece, where it went wrong with all of them.
         """
-        if len(pieces) == 1:
-            return await self._route_piece(pieces[0], call)
-        outcomes = await asyncio.gather(*(self._route_piece(piece, call) for piece in pieces), return_exceptions=True)
-        jobs: dict[int, Job] = {}
-        failed: list[BaseException] = []
-        for piece, outcome in zip(pieces, outcomes, strict=True):
-            if isinstance(outcome, dict):
-                jobs.update(outcome)
-                continue
-            failed.append(outcome)
+        if not wholes:
+            return {}
+        tickets = Tickets(self._runs.template.arms)
+        if len(wholes) == 1 and len(wholes[0]) == 1:
+            piece = wholes[0][0]
+            jobs = await self._choose(piece, deadline)
+            await self._ask(jobs, tickets, deadline)
+            return dict(zip(piece.indices, jobs, strict=True))
+        routed = await asyncio.gather(*(self._route_whole(pieces, tickets, deadline) for pieces in wholes))
+        outcomes = [outcome for part in routed for outcome in part]
+        failed = [outcome for _, outcome in outcomes if isinstance(outcome, ServiceError)]
+        if len(failed) == len(outcomes):
+            raise failed[0]
+        found: dict[int, Job] = {}
+        for piece, outcome in outcomes:
             if isinstance(outcome, ServiceError):
                 refused.update(dict.fromkeys(piece.indices, outcome))
-        for error in failed:
-            if not isinstance(error, ServiceError) or len(failed) == len(pieces):
-                raise error
-        return jobs
+            else:
+                found.update(zip(piece.indices, outcome, strict=True))
+        return found
 
-    async def _route_piece(self, piece: Piece, call: Call) -> dict[int, Job]:
-        room = call.room(piece)
+    async def _route_whole(
+        self, pieces: Sequence[Piece], tickets: Tickets, deadline: float
+    ) -> list[tuple[Piece, list[Job] | ServiceError]]:
+        """Choose piece after piece; each is asked about while the next ones are chosen."""
+        room = asyncio.Semaphore(PIECES_ASKED)
+
+        async def ask(jobs: list[Job]) -> list[Job]:
+            try:
+                await self._ask(jobs, tickets, deadline)
+            finally:
+                room.release()
+            return jobs
+
+        under_way: list[tuple[Piece, asyncio.Task[list[Job]] | ServiceError]] = []
+        async with asyncio.TaskGroup() as tasks:
+            for piece in pieces:
+                try:
+                    jobs = await self._choose(piece, deadline)
+                except ServiceError as error:
+                    under_way.append((piece, error))
+                    continue
+                await room.acquire()
+                under_way.append((piece, tasks.create_task(ask(jobs))))
+        return [
+            (piece, outcome if isinstance(outcome, ServiceError) else outcome.result()) for piece, outcome in under_way
+        ]
+
+    async def _choose(self, piece: Piece, deadline: float) -> list[Job]:
+        """Return the jobs of a piece, in order: drawn, and nobody asked yet.
+
+        Raises:
+            ServiceError: the encoder is away, or the time is over.
+        """
+        run, policy = piece.run, piece.policy
         try:
-            async with asyncio.timeout_at(call.deadline):
-                jobs = await self._choose(piece, room)
+            async with asyncio.timeout_at(deadline):
+                chosen = await self._chooser.choose(run, policy, piece.instances)
+                # Copies: a row of a batch would keep the whole batch.
+                run.recent.append((chosen.x[0].copy(), chosen.offsets[0].copy()))
+                rankings, draws = chosen.choices.ranking.tolist(), chosen.choices.draws
+                if not np.isfinite(draws).all():
+                    rankings = [
+                        [arm for arm in ranking if drawn[arm] != -float("inf")]
+                        for ranking, drawn in zip(rankings, draws.tolist(), strict=True)
+                    ]
+                jobs = [
+                    Job(policy, instance, rankings[row], run=run, policy=policy, chosen=chosen, row=row)
+                    for row, instance in enumerate(piece.instances)
+                ]
+                if isinstance(policy, OneCall):
+                    if self._sticky.seconds:
+                        await self._stick(jobs)
+                    for arm, count in _counted([job.order[0] for job in jobs]).items():
+                        self._telemetry.drawn(run.name, run.template.pool[arm]).inc(count)
         except TimeoutError as error:
             raise too_late() from error
-        if room is None:
-            await self._asker.ask(jobs, call)
-        else:
-            async with room.asking:
-                await self._asker.ask(jobs, call)
-        return dict(zip(piece.indices, jobs, strict=True))
-
-    async def _choose(self, piece: Piece, room: Room | None) -> list[Job]:
-        """The jobs of a piece, in order: drawn, and nobody asked yet."""
-        run, policy = piece.run, piece.policy
-        if room is None:
-            chosen = await self._chooser.choose(run, policy, piece.instances)
-        else:
-            async with room.choosing:
-                chosen = await self._chooser.choose(run, policy, piece.instances, apart=room)
-        # Copies: a row of a batch would keep the whole batch.
-        run.recent.append((chosen.x[0].copy(), chosen.offsets[0].copy()))
-        rankings, draws = chosen.choices.ranking.tolist(), chosen.choices.draws.tolist()
-        if not np.isfinite(chosen.choices.draws).all():
-            rankings = [
-                [arm for arm in ranking if drawn[arm] != -float("inf")]
-                for ranking, drawn in zip(rankings, draws, strict=True)
-            ]
-        jobs = [Job(run, policy, instance, chosen, row, rankings[row]) for row, instance in enumerate(piece.instances)]
-        if not policy.asks_all:
-            if self._sticky.seconds:
-                await self._stick(jobs)
-            for arm, count in _counted([job.order[0] for job in jobs]).items():
-                self._telemetry.drawn(run.name, run.template.pool[arm]).inc(count)
         return jobs
+
+    async def _ask(self, jobs: Sequence[Job], tickets: Tickets, deadline: float) -> None:
+        """Carry out the plans: every job has its reward or its error afterwards."""
+        await self._asker.ask(jobs, tickets, deadline)
+        for job in jobs:
+            job.conclude()
 
     async def _stick(self, jobs: Sequence[Job]) -> None:
         """Singles whose prompt was asked about before take that draw; all of one run and policy."""
@@ -269,26 +299,29 @@ class Scorer:
             return
         for job in singles:
             job.sticky = sticky_key(job.policy.name, job.instance.prompt)
-        standing = await self._sticky.settle(singles[0].run.name, [(job.sticky, _as_sticky(job)) for job in singles])
+        standing = await self._sticky.settle(singles[0].run.name, [(job.sticky, own_draw(job)) for job in singles])
         for job, followed in zip(singles, standing, strict=True):
             if followed is not None:
-                job.followed, job.order = followed, list(followed.order)
+                job.followed, job.order = followed, followed.order
 
     async def _normalise(self, jobs: Sequence[Job]) -> None:
         """Put the rewards of those that one RM answered on its scale; one exchange with the store per run."""
         by_run: dict[str, list[Job]] = {}
         for job in jobs:
-            if job.rewards is not None and job.arm != ALL_ARMS:
+            if job.given is not None and job.given.arm is not None:
                 by_run.setdefault(job.run.name, []).append(job)
 
-        async def of_run(answered: list[Job]) -> Normalised:
-            return await self._normaliser.normalise(
-                answered[0].run, [(job.arm, job.rewards) for job in answered if job.rewards is not None]
-            )
-
-        for answered, found in zip(by_run.values(), await asyncio.gather(*map(of_run, by_run.values())), strict=True):
+        async def of_run(answered: list[Job]) -> None:
+            scored = [
+                (job.given.arm, job.given.rewards)
+                for job in answered
+                if job.given is not None and job.given.arm is not None
+            ]
+            found = await self._normaliser.normalise(answered[0].run, scored)
             for job, rewards in zip(answered, found.rewards, strict=True):
                 job.normalised, job.scale_version = rewards, found.version
+
+        await asyncio.gather(*map(of_run, by_run.values()))
 
     def _check(self, request: RewardRequest, index: int | None) -> None:
         where = "" if index is None else f"items[{index}]."
@@ -313,46 +346,55 @@ class Scorer:
 
     async def _record_and_reply(self, jobs: Sequence[Job], started: float) -> list[RewardReply | ServiceError]:
         now_ms = int(time.time() * 1000)
-        entropy = self._entropy.take(RANDOM_BYTES * len(jobs))
+        answered = [(job, job.given) for job in jobs if job.given is not None]
+        entropy = self._entropy.take(RANDOM_BYTES * len(answered))
         by_run: dict[str, list[DecisionRecord]] = {}
-        decisions: list[tuple[str, StoredDecision] | None] = []
-        for index, job in enumerate(jobs):
-            if job.rewards is None:
-                decisions.append(None)
-                continue
-            decision_id = new_decision_id(now_ms, entropy[index * RANDOM_BYTES : (index + 1) * RANDOM_BYTES])
-            stored = _decision(job, now_ms)
+        decided: list[Shadowable] = []
+        for index, (job, given) in enumerate(answered):
+            job.decision_id = new_decision_id(now_ms, entropy[index * RANDOM_BYTES : (index + 1) * RANDOM_BYTES])
+            job.decision = decision_of(job, given, now_ms)
             key = (
                 content_key(job.run.name, job.instance.prompt, job.instance.responses)
                 if self._limits.content_keys
                 else None
             )
-            by_run.setdefault(job.run.name, []).append(DecisionRecord(decision_id, encode_decision(stored), key))
-            decisions.append((decision_id, stored))
+            record = DecisionRecord(job.decision_id, encode_decision(job.decision), key)
+            by_run.setdefault(job.run.name, []).append(record)
+            decided.append(Shadowable(job.run, job.decision_id, job.decision, job.instance))
         store_started = time.perf_counter()
         unsaved = await self._save(by_run)
         store_seconds = time.perf_counter() - store_started
         if by_run:
             self._telemetry.stage["store"].observe(store_seconds)
         if self._shadower.rate:
-            self._shadower.offer(
-                Shadowable(job.run, *made, job.instance, job.chosen.offsets[job.row])
-                for job, made in zip(jobs, decisions, strict=True)
-                if made is not None and job.arm != ALL_ARMS and job.run.name not in unsaved
+            self._shadower.offer([one for one in decided if one.run.name not in unsaved])
+        self._count(jobs)
+        replies: list[RewardReply | ServiceError] = [
+            job.error or NoWorkerError("no reward model answered")
+            if job.decision is None
+            else reply_of(
+                job,
+                job.decision,
+                recorded=job.run.name not in unsaved,
+                store_seconds=store_seconds,
+                started=started,
             )
-        replies: list[RewardReply | ServiceError] = []
-        for job, made in zip(jobs, decisions, strict=True):
-            if made is None:
-                replies.append(job.error or NoWorkerError("no reward model answered"))
-                continue
-            self._telemetry.stage["worker"].observe(job.worker_seconds)
-            recorded = job.run.name not in unsaved
-            replies.append(_reply(job, *made, recorded=recorded, store_seconds=store_seconds, started=started))
-        given = _counted([(job.run.name, job.policy.name) for job, made in zip(jobs, decisions, strict=True) if made])
-        for (run, policy), count in given.items():
-            self._telemetry.decided(run, policy).inc(count)
+            for job in jobs
+        ]
         self._telemetry.stage["total"].observe(time.perf_counter() - started)
         return replies
+
+    def _count(self, jobs: Sequence[Job]) -> None:
+        telemetry = self._telemetry
+        for job in jobs:
+            if len(job.attempts) > 1 or job.given is None:
+                for attempt in passed_over(job.attempts):
+                    telemetry.fallbacks.labels(job.run.template.pool[attempt.arm], attempt.reason).inc()
+            if job.given is not None:
+                telemetry.stage["worker"].observe(waited_seconds(job.attempts))
+        given = _counted([(job.run.name, job.policy.name) for job in jobs if job.given is not None])
+        for (run, policy), count in given.items():
+            telemetry.decided(run, policy).inc(count)
 
     async def _save(self, by_run: dict[str, list[DecisionRecord]]) -> frozenset[str]:
         """Save the decisions; the runs whose decisions could not be saved, where rewards are answered all the same.
@@ -386,84 +428,3 @@ def _counted(keys: Iterable[_Key]) -> dict[_Key, int]:
     for key in keys:
         counts[key] = counts.get(key, 0) + 1
     return counts
-
-
-def _as_sticky(job: Job) -> StickyChoice:
-    """The job's own draw."""
-    choices, row = job.chosen.choices, job.row
-    return StickyChoice(
-        order=job.order,
-        means=choices.means[row].tolist(),
-        sds=choices.sds[row].tolist(),
-        propensities=choices.propensities[row].tolist(),
-        version=job.chosen.posterior.count,
-    )
-
-
-def _decision(job: Job, now_ms: int) -> StoredDecision:
-    row = job.row
-    # A single that follows another's draw was decided by that one: its beliefs and its propensity are the honest ones.
-    draw = job.followed or _as_sticky(job)
-    assert job.rewards is not None
-    if job.arm == ALL_ARMS:
-        propensity, offset = 1.0, 0.0
-    else:
-        offset = float(job.chosen.offsets[row, job.arm])
-        propensity = draw.propensities[job.arm]
-        if job.gone or job.away:
-            gone = [*job.gone, *job.away]
-            propensity = propensity_without(np.array(draw.means), np.array(draw.sds), gone, job.arm)
-    return StoredDecision(
-        n=len(job.instance.responses),
-        arm=job.arm,
-        x=job.chosen.x[row].tobytes(),
-        offset=offset,
-        verdict=verdict_of(job.rewards) if job.verdict is None else job.verdict,
-        propensity=propensity,
-        propensities=draw.propensities,
-        means=draw.means,
-        sds=draw.sds,
-        rewards=job.rewards,
-        policy=job.policy.name,
-        version=draw.version,
-        time_ms=now_ms,
-        fallback=bool(job.fallbacks),
-        gone=[*job.gone, *job.away],
-        failed=[*job.failed],
-        away=[*job.away_first],
-        prompt_tokens_cut=job.prompt_tokens_cut,
-        sticky=job.sticky,
-    )
-
-
-def _reply(
-    job: Job, decision_id: str, stored: StoredDecision, *, recorded: bool, store_seconds: float, started: float
-) -> RewardReply:
-    raw, normalised = stored.rewards, job.normalised
-    rewards: list[float | None] = [*raw] if normalised is None else normalised
-    ordered = sorted((reward for reward in rewards if reward is not None), reverse=True)
-    return RewardReply(
-        decision_id=decision_id,
-        run=job.run.name,
-        model=job.policy.name if job.arm == ALL_ARMS else job.run.template.pool[job.arm],
-        rewards=rewards,
-        preferred=None if stored.verdict == TIE else stored.verdict,
-        margin=ordered[0] - ordered[1] if len(ordered) > 1 else None,
-        propensity=stored.propensity,
-        policy=stored.policy,
-        posterior_version=stored.version,
-        fallback=stored.fallback,
-        recorded=recorded,
-        timings=Timings(
-            encode_ms=round(job.chosen.encode_seconds * 1e3, 4),
-            draw_ms=round(job.chosen.draw_seconds * 1e3, 4),
-            worker_ms=round(job.worker_seconds * 1e3, 4),
-            store_ms=round(store_seconds * 1e3, 4),
-            total_ms=round((time.perf_counter() - started) * 1e3, 4),
-        ),
-        fallbacks=[*job.fallbacks],
-        truncated=Truncated(job.prompt_tokens_cut) if job.prompt_tokens_cut else msgspec.UNSET,
-        sticky=msgspec.UNSET if job.followed is None else True,
-        raw_rewards=msgspec.UNSET if normalised is None else raw,
-        scale_version=msgspec.UNSET if normalised is None else job.scale_version,
-    )

@@ -155,25 +155,26 @@ def test_no_prior_starts_undecided() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "prior", "asks_all", "one_arm"),
+    ("name", "prior", "calls", "one_arm"),
     [
-        ("bayesian", None, False, False),
-        ("bayesian:paper", PriorForm.PAPER, False, False),
-        ("bayesian:calibrated", PriorForm.CALIBRATED, False, False),
-        ("bayesian:none", PriorForm.NONE, False, False),
-        ("offline", None, False, False),
-        ("offline:paper", PriorForm.PAPER, False, False),
-        ("offline:calibrated", PriorForm.CALIBRATED, False, False),
-        ("random", None, False, False),
-        ("single:b", None, False, False),
-        ("majority", None, True, False),
-        ("uwo", None, True, False),
-        ("laser", PriorForm.LINUCB, False, True),
+        ("bayesian", None, 1, False),
+        ("bayesian:paper", PriorForm.PAPER, 1, False),
+        ("bayesian:calibrated", PriorForm.CALIBRATED, 1, False),
+        ("bayesian:none", PriorForm.NONE, 1, False),
+        ("offline", None, 1, False),
+        ("offline:paper", PriorForm.PAPER, 1, False),
+        ("offline:calibrated", PriorForm.CALIBRATED, 1, False),
+        ("random", None, 1, False),
+        ("single:b", None, 1, False),
+        ("majority", None, 2, False),
+        ("uwo", None, 2, False),
+        ("laser", PriorForm.LINUCB, 1, True),
     ],
 )
-def test_every_row_of_the_tables_has_a_name(name: str, prior: PriorForm | None, asks_all: bool, one_arm: bool) -> None:
+def test_every_row_of_the_tables_has_a_name(name: str, prior: PriorForm | None, calls: int, one_arm: bool) -> None:
     policy = make_policy(name, POOL)
-    assert (policy.name, policy.prior, policy.asks_all, policy.one_arm_per_batch) == (name, prior, asks_all, one_arm)
+    assert (policy.name, policy.prior, policy.one_arm_per_batch) == (name, prior, one_arm)
+    assert len(policy.next_arms([1, 0], ())) == calls
 
 
 UNIT = ScoreScale(np.zeros(2), np.ones(2))

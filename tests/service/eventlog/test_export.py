@@ -20,7 +20,9 @@ from service.eventlog.export import Exported, export_log, read_events, read_head
 from service.eventlog.load import EventLog, fold_events, load_log, logged_data
 from service.eventlog.record import LoggedEvent
 from service.stores.redis import RedisStore
+from service.usecases.decisions import event_from
 from tests.support.gateway import Gateway, fresh_run, open_gateway, pair, until
+from tests.support.story import gone
 
 if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
@@ -55,11 +57,7 @@ async def teach(gateway: Gateway, count: int, **more: Any) -> list[str]:
 
 def as_event(row: LoggedEvent) -> Event:
     """The event that the row stands for."""
-    decision = row.decision
-    return Event(
-        decision.arm, decision.x, decision.offset, decision.verdict, row.feedback, row.decision_id,
-        tuple(decision.shadows),
-    )  # fmt: skip
+    return event_from(row.decision_id, row.decision, row.feedback)
 
 
 @pytest.mark.parametrize("name", ["log.parquet", "log.jsonl"])
@@ -80,7 +78,7 @@ async def test_a_file_holds_every_event_exactly(
     assert rows[6].decision.means == [-np.inf, 0.0, -np.inf]
     assert [row.reward for row in rows[8:10]] == [None, None]
     assert {row.decision.policy for row in rows} == {"bayesian", "single:rm-b", "majority", "random"}
-    assert any(row.decision.gone == [0] for row in rows[10:])
+    assert any(gone(row.decision) == [0] for row in rows[10:])
     assert all(
         row.reward == float(row.decision.verdict == row.feedback.value) for row in rows if row.reward is not None
     )
@@ -277,4 +275,4 @@ async def exported(gateway: Gateway, store: RedisStore, tmp_path: Path) -> Event
 
 async def shadowed(gateway: Gateway, decision_id: str) -> None:
     """Wait until the stored decision holds what the other RMs said."""
-    await until(lambda: len(gateway.decision(decision_id).shadows) == 2, "shadow verdicts")
+    await until(lambda: len(gateway.decision(decision_id).shadows or []) == 2, "shadow verdicts")

@@ -1,28 +1,25 @@
-"""Exported rows tell RMs that failed from RMs that were away; what that means for estimates, and for older files."""
+"""Exported rows tell RMs that failed from RMs that were away; what that means for estimates."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Callable
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 import pytest
 from rich.console import Console
 
 from router_core.policies import propensity_without
 from service.cli.ope import evaluate_log, print_figures
-from service.eventlog.export import export_log, read_events
+from service.eventlog.export import export_log
 from service.eventlog.load import EventLog, load_log, logged_data
-from service.eventlog.record import ADDED_COLUMNS
 from service.stores.redis import RedisStore
-from service.usecases.decisions import decode_decision, encode_decision
 from service.workers.protocol import Rewards
 from tests.support.arms import ScriptedArm
 from tests.support.gateway import Gateway, open_gateway, pair, until
+from tests.support.story import away_first, failed, first_arm, gone, shadowed, unasked
 
 if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
@@ -45,9 +42,8 @@ class LeavingArm(ScriptedArm):
 class CuttingArm(ScriptedArm):
     """Reads all but 7 tokens of every prompt."""
 
-    async def score(self, items: Any, *, deadline: float) -> list[float]:
-        """See `Arm.score`."""
-        return Rewards(await super().score(items, deadline=deadline), prompt_tokens_cut=7)
+    def _rewards(self, items: Any) -> list[float]:
+        return Rewards(super()._rewards(items), prompt_tokens_cut=7)
 
 
 @pytest.fixture
@@ -75,7 +71,7 @@ async def asked(gateway: Gateway, *indices: int, **more: Any) -> list[str]:
 
 async def shadow_of(gateway: Gateway, identity: str) -> None:
     """Until the decision was shadowed."""
-    await until(lambda: gateway.decision(identity).shadowed, "shadowed")
+    await until(lambda: gateway.decision(identity).shadows is not None, "shadowed")
 
 
 async def scored_and_shadowed(gateway: Gateway, index: int) -> None:
@@ -100,23 +96,21 @@ async def test_an_rm_that_failed_for_some_texts_is_the_first_choice_of_those_row
     await asked(gateway, *[5, 6] * 30)
     log = await exported(gateway, tmp_path / name)
     data = logged_data(log)
-    fell = [event.decision for event in log.events if event.decision.fallback]
+    fell = [event.decision for event in log.events if failed(event.decision)]
     assert 0 < len(fell) < 30
     for decision in fell:
-        assert (decision.gone, decision.failed, decision.away) == ([A], [A], [])
-        assert decision.first_arm == A != decision.arm
+        assert (gone(decision), failed(decision), away_first(decision)) == ([A], [A], [])
+        assert first_arm(decision) == A != decision.arm
         # The reply's propensity is that of the RM that answered, among those that were left.
         assert decision.propensity == pytest.approx(0.5, abs=1e-3)
-    assert not any(event.decision.failed for event in log.events[1::2])
-    assert data.arm.tolist() == [event.decision.first_arm for event in log.events]
+    assert not any(failed(event.decision) for event in log.events[1::2])
+    assert data.arm.tolist() == [first_arm(event.decision) for event in log.events]
     assert data.available.all()
     assert data.propensities == pytest.approx(np.full((60, 3), 1 / 3), abs=1e-3)
     assert data.reward.tolist() == [float(event.decision.arm != C) for event in log.events]
 
 
-async def test_estimates_count_what_the_fallback_earned_and_those_of_an_old_file_do_not(
-    valkey_server: ValkeyProcess, tmp_path: Path
-) -> None:
+async def test_estimates_count_what_the_fallback_earned(valkey_server: ValkeyProcess, tmp_path: Path) -> None:
     """300 even draws of a run whose draws are the same each time. rm-a first: half the texts fall to rm-b or rm-c."""
     async with open_gateway(valkey_server.url, run="failed-columns", policy="random") as gateway:
         refuse_fives(gateway)
@@ -125,7 +119,6 @@ async def test_estimates_count_what_the_fallback_earned_and_those_of_an_old_file
             items = [{"decision_id": result["decision_id"], "preferred": 1} for result in results]
             await gateway.client.ok("/feedback/batch", {"items": items})
         log = await exported(gateway, tmp_path / "log.parquet")
-    without_columns(tmp_path / "log.parquet", tmp_path / "old.parquet")
     truth = {"single:rm-a": 0.75, "single:rm-b": 1.0, "single:rm-c": 0.0, "random": (0.75 + 1.0 + 0.0) / 3}
     policies = evaluate_log(log, list(truth), None)["policies"]
     for name, value in truth.items():
@@ -133,10 +126,6 @@ async def test_estimates_count_what_the_fallback_earned_and_those_of_an_old_file
             low, high = policies[name][how]["ci95"]
             assert low - 0.01 <= value <= high + 0.01, (name, how)
         assert policies[name]["safe95"][0] <= value <= policies[name]["safe95"][1]
-    before = evaluate_log(load_log(tmp_path / "old.parquet"), ["single:rm-a"], None)["policies"]["single:rm-a"]
-    # It answers only where it can, and is right there.
-    assert before["snips"]["value"] == 1.0
-    assert before["dr"]["ci95"][0] > 0.75
 
 
 async def test_an_rm_that_is_away_is_out_of_the_choice_and_one_that_failed_is_not(
@@ -146,15 +135,15 @@ async def test_an_rm_that_is_away_is_out_of_the_choice_and_one_that_failed_is_no
     await asked(gateway, *[5] * 24)
     log = await exported(gateway, tmp_path / "log.parquet")
     data = logged_data(log)
-    found = {(d.arm, tuple(d.failed), tuple(d.away)) for d in (event.decision for event in log.events)}
+    found = {(d.arm, tuple(failed(d)), tuple(away_first(d))) for d in (event.decision for event in log.events)}
     assert found == {(C, (), (B,)), (C, (A,), (B,))}
-    assert {tuple(sorted(event.decision.gone)) for event in log.events} == {(B,), (A, B)}
+    assert {tuple(sorted(gone(event.decision))) for event in log.events} == {(B,), (A, B)}
     assert data.available.tolist() == [[True, False, True]] * 24
     assert data.propensities == pytest.approx(np.tile([0.5, 0.0, 0.5], (24, 1)), abs=1e-3)
     for event, propensities in zip(log.events, data.propensities, strict=True):
         draw = np.array(event.decision.means), np.array(event.decision.sds)
-        first = propensity_without(*draw, event.decision.away, event.decision.first_arm)
-        assert propensities[event.decision.first_arm] == pytest.approx(first)
+        first = propensity_without(*draw, away_first(event.decision), first_arm(event.decision))
+        assert propensities[first_arm(event.decision)] == pytest.approx(first)
 
 
 async def test_what_leaves_or_comes_back_after_the_first_call_was_or_was_not_a_choice(
@@ -180,7 +169,7 @@ async def test_what_leaves_or_comes_back_after_the_first_call_was_or_was_not_a_c
         log = await exported(gateway, tmp_path / "log.parquet")
     # rm-a was chosen of rm-a and rm-c, failed, and rm-b had come back then.
     last = log.events[-1].decision
-    assert (last.arm, last.failed, last.away) == (B, [A], [B])
+    assert (last.arm, failed(last), away_first(last)) == (B, [A], [B])
     data = logged_data(log)
     assert data.arm[-1] == A
     assert data.available[-1].tolist() == [True, False, True]
@@ -191,7 +180,7 @@ async def test_failures_stand_in_the_order_of_asking(gateway: Gateway, tmp_path:
     gateway.arm("rm-b").refuses = lambda text: text.startswith("Question 5")
     await asked(gateway, *[5] * 100)
     log = await exported(gateway, tmp_path / "log.jsonl")
-    assert {tuple(event.decision.failed) for event in log.events} == {(), (A,), (B,), (A, B), (B, A)}
+    assert {tuple(failed(event.decision)) for event in log.events} == {(), (A,), (B,), (A, B), (B, A)}
     assert {event.decision.arm for event in log.events} == {C}
 
 
@@ -207,7 +196,7 @@ async def test_singles_that_follow_a_draw_fail_over_from_its_first_choice(gatewa
     assert follower["fallback"]
     assert follower["sticky"]
     stored = gateway.decision(follower["decision_id"])
-    assert (stored.failed, stored.away, stored.first_arm) == ([A], [], A)
+    assert (failed(stored), away_first(stored), first_arm(stored)) == ([A], [], A)
 
 
 async def test_a_shadowed_row_knows_what_every_first_choice_would_have_given(
@@ -236,7 +225,7 @@ async def test_that_an_instance_was_shadowed_is_noted_though_nobody_answered(
         for index in range(32):
             await scored_and_shadowed(gateway, index)
         log = await exported(gateway, tmp_path / "log.parquet")
-    assert all(event.decision.shadows == [] for event in log.events)
+    assert all(shadowed(event.decision) == [] for event in log.events)
     data = logged_data(log)
     assert data.rewards.tolist() == [[1.0, 1.0]] * 32
     assert data.propensities == pytest.approx(np.ones((32, 2)))
@@ -260,7 +249,7 @@ async def test_an_rm_that_left_before_its_shadow_is_not_taken_for_one_that_faile
     data = logged_data(log)
     for event, rewards in zip(log.events, data.rewards, strict=True):
         own = event.decision.arm == B
-        assert event.decision.unasked == ([] if own else [B])
+        assert unasked(event.decision) == ([] if own else [B])
         # rm-b is always wrong; nobody knows it where it was not asked, and nobody takes another one's answer for its.
         assert rewards.tolist() == pytest.approx([1.0, 0.0 if own else np.nan, 1.0], nan_ok=True)
     assert data.propensities == pytest.approx(np.tile([1.0, 1 / 3, 1.0], (40, 1)), abs=1e-3)
@@ -284,12 +273,12 @@ async def test_an_rm_that_left_after_another_one_failed_has_told_nothing(
             identity = reply["decision_id"]
             # Also rm-a's shadow call of another row makes rm-c leave: it must be over before the next row.
             await shadow_of(gateway, identity)
-            if gateway.decision(identity).failed:
+            if failed(gateway.decision(identity)):
                 break
         await gateway.client.ok("/feedback", {"decision_id": identity, "preferred": 1})
         log = await exported(gateway, tmp_path / "log.jsonl")
     [decision] = [event.decision for event in log.events]
-    assert (decision.arm, decision.failed, decision.away, sorted(decision.gone)) == (B, [A], [], [A, C])
+    assert (decision.arm, failed(decision), away_first(decision), sorted(gone(decision))) == (B, [A], [], [A, C])
     assert logged_data(log).rewards[0].tolist() == pytest.approx([1.0, 1.0, np.nan], nan_ok=True)
 
 
@@ -317,56 +306,15 @@ async def test_cut_prompts_stand_in_the_log(valkey_server: ValkeyProcess, tmp_pa
             assert reply.get("truncated") == ({"prompt_tokens_cut": 7} if name == "rm-a" else None)
             await gateway.client.ok("/feedback", {"decision_id": reply["decision_id"], "preferred": 1})
         log = await exported(gateway, tmp_path / "log.parquet")
-    assert [event.decision.prompt_tokens_cut for event in log.events] == [7, 0]
-    assert pq.read_table(tmp_path / "log.parquet")["prompt_tokens_cut"].to_pylist() == [7, 0]
+    assert [event.decision.attempts[0].prompt_tokens_cut for event in log.events] == [7, 0]
+    rows = pq.read_table(tmp_path / "log.parquet")["attempts"].to_pylist()
+    assert [attempts[0]["prompt_tokens_cut"] for attempts in rows] == [7, 0]
 
 
-@pytest.mark.parametrize("name", ["log.parquet", "log.jsonl"])
-async def test_files_of_before_keep_their_meaning_and_the_command_says_so(
-    gateway: Gateway, tmp_path: Path, name: str
-) -> None:
+async def test_the_command_says_how_many_rows_fell_back(gateway: Gateway, tmp_path: Path) -> None:
     await asked(gateway, *[5] * 20)
-    new, old = tmp_path / name, tmp_path / f"old-{name}"
-    log = await exported(gateway, new)
-    without_columns(new, old)
-    fell = np.array([bool(event.decision.failed) for event in log.events])
-    before = load_log(old)
-    assert [event.decision.failed for event in before.events] == [[]] * 20
-    data = logged_data(before)
-    assert data.arm.tolist() == [event.decision.arm for event in log.events]
-    assert (data.available[:, A] == ~fell).all()
-    assert data.propensities[fell] == pytest.approx(np.tile([0.0, 0.5, 0.5], (int(fell.sum()), 1)), abs=1e-3)
-    assert notes(log)[0].startswith(f"{fell.sum()} rows asked an RM first that gave no reward")
-    assert notes(before)[0].startswith(f"{fell.sum()} rows with a fallback are of an earlier version")
-    await asked(gateway, 5, 5)
-    store = RedisStore(gateway.server_url, window_seconds=60)
-    await export_log(store, gateway.run, old, resume=True)
-    await export_log(store, gateway.run, new, resume=True)
-    await store.close()
-    # What was there keeps its meaning; what came after it is told in full.
-    assert list(read_events(old)) == [*before.events, *list(read_events(new))[20:]]
-
-
-async def test_a_decision_stored_before_there_were_the_fields_is_read(gateway: Gateway) -> None:
-    reply = await gateway.client.ok("/reward", pair(6))
-    stored = gateway.decision(reply["decision_id"])
-    payload = encode_decision(stored)
-    assert not set(ADDED_COLUMNS) & set(msgspec.msgpack.decode(payload)), "what is empty is not stored"
-    assert decode_decision(payload) == stored
-
-
-def without_columns(path: Path, out: Path) -> None:
-    """The file as an earlier version had written it."""
-    if path.suffix == ".parquet":
-        pq.write_table(pq.read_table(path).drop_columns(list(ADDED_COLUMNS)), out)
-        return
-    header, *rows = path.read_text().splitlines()
-    kept = [{key: value for key, value in json.loads(row).items() if key not in ADDED_COLUMNS} for row in rows]
-    out.write_text("\n".join([header, *map(json.dumps, kept)]) + "\n")
-
-
-def notes(log: EventLog) -> list[str]:
-    """The lines under the command's table that are about the log."""
+    log = await exported(gateway, tmp_path / "log.parquet")
+    fell = sum(bool(failed(event.decision)) for event in log.events)
     output = StringIO()
     print_figures(evaluate_log(log, ["random"], None), Console(file=output, width=400))
-    return [line for line in output.getvalue().splitlines() if " rows asked" in line or " rows with" in line]
+    assert f"{fell} rows asked an RM first that gave no reward" in output.getvalue()

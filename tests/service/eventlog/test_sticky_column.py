@@ -1,8 +1,7 @@
-"""Exported rows name the draw that they share; files of before there was the column are read all the same."""
+"""Exported rows name the draw that they share."""
 
 from __future__ import annotations
 
-import json
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,14 +18,11 @@ from tests.support.gateway import open_gateway, pair
 if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
 
-pq = pytest.importorskip("pyarrow.parquet", reason="needs reward-router[export]")
+pytest.importorskip("pyarrow.parquet", reason="needs reward-router[export]")
 
 
-async def test_rows_that_share_a_draw_have_one_name_and_old_files_have_none(
-    valkey_server: ValkeyProcess, tmp_path: Path
-) -> None:
-    new, old = tmp_path / "new.parquet", tmp_path / "old.parquet"
-    lines, old_lines = tmp_path / "new.jsonl", tmp_path / "old.jsonl"
+async def test_rows_that_share_a_draw_have_one_name(valkey_server: ValkeyProcess, tmp_path: Path) -> None:
+    new, lines = tmp_path / "new.parquet", tmp_path / "new.jsonl"
     async with open_gateway(valkey_server.url, signal="reward") as gateway:
         for request in ({"prompt": "p", "responses": ["a"]}, {"prompt": "p", "responses": ["b"]}, pair()):
             reply = await gateway.client.ok("/reward", request)
@@ -44,9 +40,3 @@ async def test_rows_that_share_a_draw_have_one_name_and_old_files_have_none(
     assert names[0] == names[1] != ""
     assert names[2] == ""
     assert list(read_events(lines)) == list(read_events(new))
-    pq.write_table(pq.read_table(new).drop_columns(["sticky"]), old)
-    header, *rows = lines.read_text().splitlines()
-    rows = [json.dumps({name: value for name, value in json.loads(row).items() if name != "sticky"}) for row in rows]
-    old_lines.write_text("\n".join([header, *rows]) + "\n")
-    for path in (old, old_lines):
-        assert [row.decision.sticky for row in read_events(path)] == [""] * 3

@@ -15,6 +15,7 @@ from tests.service.workers.test_load import steady
 from tests.service.workers.test_tokens import byte_rendering
 from tests.service.workers.worker_servers import ScriptedWorker, Serve
 from tests.support.gateway import Gateway, open_gateway
+from tests.support.story import away_first, failed
 
 LONG = {"prompt": "p" * 100, "responses": ["a", "bb"]}
 SHORT = {"prompt": "p", "responses": ["a", "bb"]}
@@ -62,7 +63,7 @@ async def test_skip_asks_an_rm_that_reads_more_and_leaves_the_rest_of_the_batch_
         assert all(reason == {"model": "small", "reason": "worker_too_long"} for reason in reasons)
         # The log tells an RM that could not read the text from one that was away.
         stored = [(gateway.decision(result["decision_id"]), result["fallback"]) for result in results]
-        assert all((decision.failed, decision.away) == ([0] if fell else [], []) for decision, fell in stored)
+        assert all((failed(one), away_first(one)) == ([0] if fell else [], []) for one, fell in stored)
         assert not any("truncated" in result for result in results)
         (alone, fine) = await rewards_of(gateway, LONG, SHORT, policy="single:small")
         assert alone["error"]["code"] == "worker_too_long"

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import redis
 
+from router_core.attempts import Attempt, Outcome
 from router_core.posterior import FoldSettings, Posterior
 from router_core.prior import NONE_HYPERPARAMETERS, Prior, no_prior
 from router_core.records import Event, Feedback, Signal
@@ -86,27 +87,40 @@ class Stage:
         }
         return RunTemplate(**{**given, **changes})
 
+    def answer(self, arm: int) -> Attempt:
+        """An RM's answer with any verdict."""
+        return Attempt(arm, 0, Outcome.ANSWERED, rewards=[0.0, 0.0], verdict=int(self.rng.integers(-1, 2)))
+
     async def append(self, number: int) -> None:
         """So many events at the end of the log."""
         decisions, feedback = [], []
         for _ in range(number):
             x = self.rng.standard_normal(DIM).astype("<f4")
+            arm = int(self.rng.integers(-1, K))
+            attempts = [self.answer(k) for k in (range(K) if arm < 0 else [arm])]
             stored = StoredDecision(
-                n=2, arm=int(self.rng.integers(-1, K)), x=(x / np.linalg.norm(x)).tobytes(), offset=0.5,
-                verdict=int(self.rng.integers(-1, 2)), propensity=1.0, propensities=[], means=[], sds=[], rewards=[],
-                policy="bayesian", version=0, time_ms=1,
+                n=2, x=(x / np.linalg.norm(x)).tobytes(), offsets=self.rng.random(K).tolist(), means=[], sds=[],
+                propensities=[], policy="bayesian", version=0, time_ms=1, attempts=attempts,
+                arm=None if arm < 0 else arm, rewards=[], verdict=attempts[0].verdict, propensity=1.0,
             )  # fmt: skip
             if self.signal is Signal.PREFERENCE and self.rng.random() < 0.5:
-                others = [k for k in range(K) if k != stored.arm and self.rng.random() < 0.7]
-                stored.shadows = [(k, float(self.rng.random()), int(self.rng.integers(-1, 2))) for k in others]
+                stored.shadows = [self.answer(k) for k in range(K) if 0 <= arm != k and self.rng.random() < 0.7]
             decision_id = new_decision_id(next(_IDS), self.rng.bytes(10))
             value = float(self.rng.integers(2)) if self.signal is Signal.PREFERENCE else float(self.rng.gamma(2.0))
             decisions.append(DecisionRecord(decision_id, encode_decision(stored)))
             given = Feedback(self.signal, value)
             feedback.append(FeedbackRecord(encode_feedback(given), decision_id=decision_id))
-            shadows = tuple(stored.shadows)
+            told = [(it.arm, stored.offsets[it.arm], it.verdict) for it in stored.heard if it.arm != arm]
             self.appended.append(
-                Event(stored.arm, stored.x, stored.offset, stored.verdict, given, decision_id, shadows)
+                Event(
+                    arm,
+                    stored.x,
+                    0.0 if arm < 0 else stored.offsets[arm],
+                    stored.verdict,
+                    given,
+                    decision_id,
+                    tuple(told) if self.signal is Signal.PREFERENCE else (),
+                )
             )
         await self.store.save_decisions(self.run, decisions)
         await self.store.apply_feedback(self.run, feedback)

@@ -1,9 +1,7 @@
-"""How a batch is cut, and which RMs its pieces may ask."""
+"""How a batch is cut."""
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import cast
@@ -13,9 +11,8 @@ from hypothesis import strategies as st
 
 from router_core.policies import make_policy
 from router_core.records import Instance
-from service.usecases.pieces import Call, Piece, cut
+from service.usecases.pieces import Piece, cut
 from service.usecases.runs import Run
-from service.workers.protocol import Arm
 
 RUN = cast(Run, SimpleNamespace())
 
@@ -48,48 +45,3 @@ def test_a_whole_that_fits_and_one_that_shall_not_be_cut_stay_one_piece() -> Non
 def test_a_policy_of_one_rm_for_all_is_never_cut() -> None:
     given_piece = whole([2] * 6, "laser")
     assert cut(given_piece, 4) == [given_piece]
-
-
-@dataclass
-class FullArm:
-    """What a call asks of an arm before it asks it."""
-
-    available: bool = True
-    reachable: bool = True
-
-    def slots(self) -> asyncio.Semaphore:
-        return asyncio.Semaphore(1)
-
-
-async def test_a_call_is_admitted_until_the_rm_is_late() -> None:
-    call, arm = Call(0.0, 2), FullArm()
-    worker = cast(Arm, arm)
-    arm.available = False
-    assert not call.can_ask(0, worker)
-    arm.available = True
-    assert (await call.enter(0, worker, 3))[0] == 3
-    arm.available = False
-    assert call.can_ask(0, worker)
-    assert not call.can_ask(1, worker)
-    assert (await call.enter(0, worker, 2))[0] == 5
-    call.leave(0, 2, late=False)
-    assert call.can_ask(0, worker)
-    call.leave(0, 3, late=True)
-    assert not call.can_ask(0, worker)
-    arm.available = True
-    assert (await call.enter(0, worker, 1))[0] == 1
-    arm.available = False
-    assert call.can_ask(0, worker)
-
-
-async def test_an_rm_on_trial_is_asked_again_when_the_trial_is_over() -> None:
-    call, arm = Call(0.0, 2), FullArm()
-    worker = cast(Arm, arm)
-    await call.enter(0, worker, 1)
-    arm.available = arm.reachable = False
-    assert call.can_ask(0, worker)
-    waiting = asyncio.create_task(call.enter(0, worker, 1))
-    await asyncio.sleep(0)
-    assert not waiting.done()
-    call.leave(0, 1, late=False)
-    assert (await waiting)[0] == 1

@@ -21,6 +21,7 @@ from service.usecases.shadow import is_shadowed
 from service.workers.protocol import WorkerUnavailableError
 from tests.support.arms import ScriptedArm
 from tests.support.gateway import Gateway, fresh_run, open_gateway, pair, until
+from tests.support.story import shadowed
 
 if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
@@ -59,7 +60,7 @@ async def test_the_other_rms_are_asked_and_the_posterior_of_every_arm_moves(gate
     assert [len(arm.calls) for arm in gateway.arms] == [1, 1, 1]
     stored = gateway.decision(reply["decision_id"])
     assert (stored.arm, stored.verdict) == (1, 1)
-    assert stored.shadows == [(0, 0.5, 1), (2, 0.5, 0)]
+    assert shadowed(stored) == [(0, 1), (2, 0)]
     await gateway.client.ok("/feedback", {"decision_id": reply["decision_id"], "preferred": 1})
     learned = await gateway.learned(1)
     assert learned["version"] == 1
@@ -78,20 +79,20 @@ async def test_replicas_fold_the_same_log_to_the_same_bits_and_so_does_a_restart
         open_gateway(valkey_server.url, run=run, **fold) as two,
     ):
         one.arm("rm-c").score_of = lambda _, response: -float(len(response))
-        shadowed = 0
+        expected = 0
         for start in range(0, 40, 5):
             items = [pair(index) for index in range(start, start + 5)]
             results = (await one.client.ok("/reward/batch", {"items": items}))["results"]
             ids = [result["decision_id"] for result in results]
-            shadowed += sum(is_shadowed(decision_id, 0.6) for decision_id in ids)
-            if shadowed:
-                await counted(one, recorded=shadowed)
+            expected += sum(is_shadowed(decision_id, 0.6) for decision_id in ids)
+            if expected:
+                await counted(one, recorded=expected)
             feedback = [{"decision_id": i, "preferred": n % 2} for n, i in enumerate(ids)]
             await two.client.ok("/feedback/batch", {"items": feedback})
         first, second = await one.learned(40), await two.learned(40)
         assert first["digest"] == second["digest"] == one.folded().digest()
         events = one.events()
-        assert 0 < sum(bool(event.shadows) for event in events) == shadowed < 40
+        assert 0 < sum(bool(event.shadows) for event in events) == expected < 40
     async with open_gateway(valkey_server.url, run=run, **fold) as three:
         assert (await three.learned(40))["digest"] == first["digest"]
 
@@ -117,11 +118,11 @@ async def test_what_fails_in_the_shadow_costs_nobody_anything(gateway: Gateway) 
     gateway.arm("rm-c").available = False
     reply = await gateway.client.ok("/reward", {**pair(), "policy": "single:rm-a"})
     await counted(gateway, failed=1.0)
-    assert gateway.decision(reply["decision_id"]).shadows == []
+    assert shadowed(gateway.decision(reply["decision_id"])) == []
     gateway.arm("rm-c").available = True
     reply = await gateway.client.ok("/reward", {**pair(1), "policy": "single:rm-a"})
     await counted(gateway, failed=1.0, recorded=1.0)
-    assert [found[0] for found in gateway.decision(reply["decision_id"]).shadows] == [2]
+    assert shadowed(gateway.decision(reply["decision_id"])) == [(2, 1)]
     text = (await gateway.client.get("/metrics")).body.decode()
     assert 'reward_router_shadow_calls_total{model="rm-b",outcome="worker_unavailable"} 2.0' in text
     assert 'reward_router_shadow_calls_total{model="rm-c",outcome="ok"} 1.0' in text
@@ -137,15 +138,15 @@ async def test_an_rm_that_failed_for_an_instance_is_not_asked_again_in_its_shado
     calls = len(gateway.arm("rm-a").calls)
     await until(lambda: gateway.decision(reply["decision_id"]).shadows, "shadowed")
     assert len(gateway.arm("rm-a").calls) == calls
-    (found,) = gateway.decision(reply["decision_id"]).shadows
-    assert found[0] != 0
+    ((arm, _),) = shadowed(gateway.decision(reply["decision_id"]))
+    assert arm != 0
 
 
 async def test_a_tie_in_the_shadow_is_half_right(gateway: Gateway) -> None:
     gateway.arm("rm-b").score_of = lambda *_: 0.0
     reply = await gateway.client.ok("/reward", {**pair(), "policy": "single:rm-a"})
     await counted(gateway, recorded=1.0)
-    assert gateway.decision(reply["decision_id"]).shadows[0] == (1, 0.5, TIE)
+    assert shadowed(gateway.decision(reply["decision_id"]))[0] == (1, TIE)
     await gateway.client.ok("/feedback", {"decision_id": reply["decision_id"], "preferred": 0})
     models = (await gateway.learned(1))["models"]
     assert [model["mean_reward"] for model in models] == [0.0, 0.5, 1.0]
@@ -165,7 +166,7 @@ async def test_a_batch_is_shadowed_with_one_call_per_rm(gateway: Gateway) -> Non
     assert [len(arm.calls) for arm in gateway.arms] == [2, 2, 2]
     for index, result in enumerate(results):
         stored = gateway.decision(result["decision_id"])
-        assert [found[0] for found in stored.shadows] == [arm for arm in range(3) if arm != index % 3]
+        assert [arm for arm, _ in shadowed(stored)] == [arm for arm in range(3) if arm != index % 3]
 
 
 async def test_more_than_there_is_room_for_is_skipped_and_counted(
@@ -191,7 +192,7 @@ async def test_shutdown_waits_for_what_is_under_way(valkey_server: ValkeyProcess
         gate = gateway.arm("rm-c").gate = asyncio.Event()
         reply = await gateway.client.ok("/reward", {**pair(), "policy": "single:rm-a"})
         asyncio.get_running_loop().call_later(0.1, gate.set)
-    assert [found[0] for found in gateway.decision(reply["decision_id"]).shadows] == [1, 2]
+    assert [arm for arm, _ in shadowed(gateway.decision(reply["decision_id"]))] == [1, 2]
 
 
 class ForgetfulStore(RedisStore):

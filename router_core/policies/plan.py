@@ -1,0 +1,135 @@
+"""A plan: whom to ask about an instance, given what came back so far, and what the answers make together.
+
+A policy is a plan that also says what it believes of each arm (`base.Policy`). Falling back, asking several, asking
+everybody and asking the rest after the reply differ only in `next_arms`. Called by `service.usecases.ask`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_core.attempts import Attempt, Outcome, answers
+from router_core.policies.scale import ScoreScale
+from router_core.records import verdict_of
+
+Array = NDArray[np.float64]
+
+ScaleOf = Callable[[Sequence[int], Array], ScoreScale]
+"""Scale of the scorers that answered, from their arms (K',) and their raw rewards (K', n)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What the caller gets for one instance.
+
+    Attributes:
+        arm: whose answer it is; None where a plan combined several.
+        rewards: one number per response (n,).
+        verdict: the preferred response, or TIE.
+    """
+
+    arm: int | None
+    rewards: list[float]
+    verdict: int
+
+
+class Plan(Protocol):
+    """Whom to ask, and what becomes of the answers. Stateless."""
+
+    def next_arms(self, order: Sequence[int], attempts: Sequence[Attempt]) -> Sequence[int]:
+        """Return the arms to ask now, all at once; none when the answers are enough, or nobody is left.
+
+        An arm that cannot be asked comes back as an attempt that was `AWAY`, and the plan is asked again.
+
+        Args:
+            order: arms by decreasing draw, without those that the policy never asks.
+            attempts: what happened so far.
+        """
+
+    def conclude(self, attempts: Sequence[Attempt], scale_of: ScaleOf) -> Given:
+        """Make the reward of the answers.
+
+        Args:
+            attempts: at least one of them answered.
+            scale_of: scale of the scorers that answered; asked only by plans that need one.
+        """
+
+
+class AskBest:
+    """Ask the best draw; after a failure, the next best. Its answer is the reward. One call unless somebody fails."""
+
+    __slots__ = ()
+
+    def next_arms(self, order: Sequence[int], attempts: Sequence[Attempt]) -> Sequence[int]:
+        """Return the best draw that was not tried yet, until one has answered."""
+        if not attempts:
+            return order[:1]
+        if attempts[-1].outcome is Outcome.ANSWERED:
+            return ()
+        tried = {attempt.arm for attempt in attempts if attempt.outcome is not Outcome.ABSENT}
+        return next(((arm,) for arm in order if arm not in tried), ())
+
+    def conclude(self, attempts: Sequence[Attempt], scale_of: ScaleOf) -> Given:
+        """Hand on the one answer."""
+        answer = attempts[-1]
+        return Given(answer.arm, answer.rewards, answer.verdict)
+
+
+class AskAll:
+    """Ask every arm at once; `combine` and `preference` make one reward and one verdict of those that answer."""
+
+    __slots__ = ()
+
+    def next_arms(self, order: Sequence[int], attempts: Sequence[Attempt]) -> Sequence[int]:
+        """Return every arm, by index, the first time."""
+        return () if attempts else sorted(order)
+
+    def conclude(self, attempts: Sequence[Attempt], scale_of: ScaleOf) -> Given:
+        """Combine the rewards of those that answered, on their scale."""
+        told = answers(attempts)
+        rewards = np.array([answer.rewards for answer in told])
+        scale = scale_of([answer.arm for answer in told], rewards)
+        return Given(None, self.combine(rewards, scale).tolist(), verdict_of(self.preference(rewards, scale).tolist()))
+
+    def combine(self, rewards: Array, scale: ScoreScale | None) -> Array:
+        """Return the reward per response that the caller gets.
+
+        Args:
+            rewards: (K', n) float64, raw rewards of the arms that answered; at least one row.
+            scale: of those arms, in the same order; None: normalise inside this group.
+
+        Returns:
+            (n,) float64.
+        """
+        raise NotImplementedError
+
+    def preference(self, rewards: Array, scale: ScoreScale | None) -> Array:
+        """Return (n,) numbers whose largest marks the preferred response; those of `combine` by default."""
+        return self.combine(rewards, scale)
+
+
+@dataclass(frozen=True, slots=True)
+class AskRest:
+    """Ask every arm that was not asked before, at once: the shadow of a decision, after its reply.
+
+    Attributes:
+        before: what happened before the reply.
+    """
+
+    before: Sequence[Attempt]
+
+    def next_arms(self, order: Sequence[int], attempts: Sequence[Attempt]) -> Sequence[int]:
+        """Return the arms that were neither asked before nor known to be away, by index, the first time."""
+        if attempts:
+            return ()
+        tried = {attempt.arm for attempt in self.before}
+        return sorted(arm for arm in order if arm not in tried)
+
+    def conclude(self, attempts: Sequence[Attempt], scale_of: ScaleOf) -> Given:
+        """Raise TypeError: a shadow gives no reward."""
+        raise TypeError("a shadow gives no reward: its answers go into the log")

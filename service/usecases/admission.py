@@ -1,0 +1,101 @@
+"""Admission: may a call ask this scorer now, and how much of it at once.
+
+A call takes one ticket per scorer and uses it for every piece of its work. A scorer that took the first piece takes the
+others too, however busy others keep it: without that, a long batch would find a scorer full of its own pieces and take
+it for away. Called by `service.usecases.ask`; knows no policy and no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from service.workers.protocol import Arm
+
+
+class Ticket:
+    """One call's right to ask one scorer. Made when the call first needs it.
+
+    Args:
+        arm: the scorer.
+    """
+
+    __slots__ = ("_admitted", "_arm", "_in_hand", "_returned", "_slots")
+
+    def __init__(self, arm: Arm) -> None:
+        self._arm = arm
+        self._admitted = False
+        self._in_hand = 0
+        self._slots: asyncio.Semaphore | None = None
+        self._returned: asyncio.Event | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether another piece may be brought: the scorer has room, or has taken a piece of this call before."""
+        return self._arm.available or (self._admitted and (self._in_hand > 0 or self._arm.reachable))
+
+    @property
+    def slots(self) -> asyncio.Semaphore:
+        """Bounds the call's requests in flight at the scorer, over all its pieces."""
+        if self._slots is None:
+            self._slots = self._arm.slots()
+        return self._slots
+
+    async def bring(self, instances: int) -> int:
+        """Count instances that the scorer is asked about from now on, and return how many it has of this call.
+
+        Waits while the scorer is on trial with another piece of the call.
+        """
+        while self._in_hand > 0 and not self._arm.reachable:
+            if self._returned is None:
+                self._returned = asyncio.Event()
+            await self._returned.wait()
+        self._admitted = True
+        self._in_hand += instances
+        return self._in_hand
+
+    def take_back(self, instances: int, *, lost: bool) -> None:
+        """Count instances that the scorer is done with.
+
+        Args:
+            instances: how many.
+            lost: the scorer was too late or gone, so that it has to admit the next piece as the first one.
+        """
+        self._in_hand -= instances
+        if lost:
+            self._admitted = False
+        # Each return has an event of its own: a waiter looks again, and waits for the next one if need be.
+        if self._returned is not None:
+            self._returned.set()
+            self._returned = None
+
+
+class Tickets:
+    """The tickets of one call, by arm.
+
+    Args:
+        arms: the pool.
+    """
+
+    __slots__ = ("_by_arm", "arms")
+
+    def __init__(self, arms: Sequence[Arm]) -> None:
+        self.arms = arms
+        self._by_arm: dict[int, Ticket] = {}
+
+    def closed(self) -> frozenset[int]:
+        """Return the arms that this call cannot ask now."""
+        taken = self._by_arm
+        return frozenset(
+            [
+                index
+                for index, arm in enumerate(self.arms)
+                if not (arm.available if index not in taken else taken[index].open)
+            ]
+        )
+
+    def __getitem__(self, arm: int) -> Ticket:
+        """Return the call's ticket for an arm."""
+        if arm not in self._by_arm:
+            self._by_arm[arm] = Ticket(self.arms[arm])
+        return self._by_arm[arm]

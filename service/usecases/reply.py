@@ -1,0 +1,166 @@
+"""Reply: what a finished instance becomes, as the decision that is stored and as the reply.
+
+Pure functions of a `Job`. Called by `score`; asks nobody and saves nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from router_core.attempts import Attempt, Outcome, excluded, passed_over, waited_seconds
+from router_core.policies import Given, Policy, propensity_without
+from router_core.records import TIE
+from service.schemas import AttemptReply, Fallback, RewardReply, Timings, Truncated
+from service.usecases.ask import Inquiry
+from service.usecases.choose import Chosen
+from service.usecases.decisions import StoredDecision
+from service.usecases.runs import Run
+from service.usecases.sticky import StickyChoice
+
+
+@dataclass(slots=True, kw_only=True)
+class Job(Inquiry):
+    """One instance of a request, from its draw to its reply.
+
+    Attributes:
+        run: its run.
+        policy: who drew; the plan of the inquiry.
+        chosen: the draws of its pass.
+        row: its place there.
+        sticky: key of the draw that singles of this prompt share; see `StoredDecision.sticky`.
+        followed: the draw of an earlier one of them, which stands in the place of this one's own.
+        given: what the plan made of the answers; None until it has, and where there is an error.
+        normalised: the rewards on the scale of their scorer; `scale_version` is that scale's.
+        decision_id: its name, once it is decided.
+        decision: what is stored, once it is decided.
+    """
+
+    run: Run
+    policy: Policy
+    chosen: Chosen
+    row: int
+    sticky: str = ""
+    followed: StickyChoice | None = None
+    given: Given | None = None
+    normalised: list[float | None] | None = None
+    scale_version: int = 0
+    decision_id: str = ""
+    decision: StoredDecision | None = None
+
+    def conclude(self) -> None:
+        """Make the reward of the answers, unless there is an error."""
+        if self.error is None:
+            self.given = self.policy.conclude(self.attempts, self.run.scale_of)
+
+
+def own_draw(job: Job) -> StickyChoice:
+    """Return the job's own draw, as it may stick."""
+    choices, row = job.chosen.choices, job.row
+    return StickyChoice(
+        order=[*job.order],
+        means=choices.means[row].tolist(),
+        sds=choices.sds[row].tolist(),
+        propensities=choices.propensities[row].tolist(),
+        version=job.chosen.posterior.count,
+    )
+
+
+def decision_of(job: Job, given: Given, now_ms: int) -> StoredDecision:
+    """Return what is stored about an instance that has a reward.
+
+    Args:
+        job: the instance.
+        given: its reward.
+        now_ms: Unix time in milliseconds.
+    """
+    # A single that follows another's draw was decided by that one: its beliefs and its propensity are the honest ones.
+    draw = job.followed or own_draw(job)
+    return StoredDecision(
+        n=len(job.instance.responses),
+        x=job.chosen.x[job.row].tobytes(),
+        offsets=job.chosen.offsets[job.row].tolist(),
+        means=draw.means,
+        sds=draw.sds,
+        propensities=draw.propensities,
+        policy=job.policy.name,
+        version=draw.version,
+        time_ms=now_ms,
+        attempts=[*job.attempts],
+        arm=given.arm,
+        rewards=given.rewards,
+        verdict=given.verdict,
+        propensity=_propensity(job, given, draw),
+        sticky=job.sticky,
+    )
+
+
+def _propensity(job: Job, given: Given, draw: StickyChoice) -> float:
+    """Return the probability that the arm would give the reward, among those that could."""
+    if given.arm is None:
+        return 1.0
+    if len(job.attempts) == 1:
+        return draw.propensities[given.arm]
+    gone = excluded(job.attempts, job.attempts[-1].turn)
+    return propensity_without(np.array(draw.means), np.array(draw.sds), gone, given.arm)
+
+
+def reply_of(
+    job: Job, decision: StoredDecision, *, recorded: bool, store_seconds: float, started: float
+) -> RewardReply:
+    """Return the reply to an instance that has a reward.
+
+    Args:
+        job: the instance.
+        decision: what was stored about it.
+        recorded: False if it could not be saved.
+        store_seconds: time of saving.
+        started: `time.perf_counter()` at the beginning of the request.
+    """
+    pool, raw, normalised = job.run.template.pool, decision.rewards, job.normalised
+    rewards: list[float | None] = [*raw] if normalised is None else normalised
+    ordered = sorted((reward for reward in rewards if reward is not None), reverse=True)
+    fallbacks = (
+        [] if len(job.attempts) == 1 else [Fallback(pool[it.arm], it.reason) for it in passed_over(job.attempts)]
+    )
+    cut = max([attempt.prompt_tokens_cut for attempt in job.attempts])
+    return RewardReply(
+        decision_id=job.decision_id,
+        run=job.run.name,
+        model=job.policy.name if decision.arm is None else pool[decision.arm],
+        rewards=rewards,
+        preferred=None if decision.verdict == TIE else decision.verdict,
+        margin=ordered[0] - ordered[1] if len(ordered) > 1 else None,
+        propensity=decision.propensity,
+        policy=decision.policy,
+        posterior_version=decision.version,
+        fallback=bool(fallbacks),
+        recorded=recorded,
+        timings=Timings(
+            encode_ms=round(job.chosen.encode_seconds * 1e3, 4),
+            draw_ms=round(job.chosen.draw_seconds * 1e3, 4),
+            worker_ms=round(waited_seconds(job.attempts) * 1e3, 4),
+            store_ms=round(store_seconds * 1e3, 4),
+            total_ms=round((time.perf_counter() - started) * 1e3, 4),
+        ),
+        attempts=[_told(attempt, pool) for attempt in job.attempts if attempt.outcome is not Outcome.ABSENT],
+        fallbacks=fallbacks,
+        truncated=Truncated(cut) if cut else msgspec.UNSET,
+        sticky=msgspec.UNSET if job.followed is None else True,
+        raw_rewards=msgspec.UNSET if normalised is None else raw,
+        scale_version=msgspec.UNSET if normalised is None else job.scale_version,
+    )
+
+
+def _told(attempt: Attempt, pool: tuple[str, ...]) -> AttemptReply:
+    return AttemptReply(
+        model=pool[attempt.arm],
+        outcome=attempt.outcome.value,
+        reason=attempt.reason or None,
+        rewards=attempt.rewards or None,
+        ms=round(attempt.seconds * 1e3, 4),
+        price=attempt.price,
+    )
