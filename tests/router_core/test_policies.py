@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from router_core.attempts import Attempt, Outcome
 from router_core.errors import NotFiniteError, ShapeMismatchError, UnknownPolicyError
 from router_core.policies import (
     UWO_CHOICE_LAMBDA,
     UWO_REWARD_LAMBDA,
+    AskRest,
     BayesianPolicy,
+    Given,
     RunningScale,
     ScoreScale,
     combined_verdict,
@@ -224,11 +227,35 @@ def test_majority_combines_to_the_shares_of_the_votes_whatever_the_scale() -> No
 
 
 def test_the_one_rm_that_was_asked_is_the_reward_of_a_one_call_policy() -> None:
-    rewards = np.array([[0.3, -0.2]])
+    answer = Attempt(1, 1, Outcome.ANSWERED, rewards=[0.3, -0.2], verdict=0)
     for name in ("bayesian", "laser", "single:a", "random"):
         policy = make_policy(name, POOL)
-        assert policy.combine(rewards, None).tolist() == [0.3, -0.2]
-        assert combined_verdict(policy, rewards, None) == 0
+        assert policy.conclude([Attempt(0, 0, Outcome.FAILED), answer], no_scale) == Given(1, [0.3, -0.2], 0)
+
+
+def no_scale(*_: object) -> ScoreScale:
+    """The scale of a plan that needs none."""
+    raise AssertionError("one answer needs no scale")
+
+
+def test_a_one_call_plan_asks_the_next_best_after_a_failure_and_stops_at_an_answer() -> None:
+    policy, order = make_policy("bayesian", ("a", "b", "c")), [2, 0, 1]
+    story: list[Attempt] = []
+    assert list(policy.next_arms(order, story)) == [2]
+    story += [Attempt(2, 0, Outcome.AWAY), Attempt(1, 0, Outcome.ABSENT)]
+    assert list(policy.next_arms(order, story)) == [0]
+    story.append(Attempt(0, 0, Outcome.FAILED))
+    # What was absent in an earlier turn may be back.
+    assert list(policy.next_arms(order, story)) == [1]
+    assert list(policy.next_arms(order, [*story, Attempt(1, 1, Outcome.ANSWERED)])) == []
+    assert list(policy.next_arms(order, [*story, Attempt(1, 1, Outcome.FAILED)])) == []
+
+
+def test_a_shadow_asks_everyone_who_was_neither_asked_nor_known_to_be_away() -> None:
+    before = [Attempt(0, 0, Outcome.AWAY), Attempt(3, 0, Outcome.ABSENT), Attempt(1, 0, Outcome.ANSWERED)]
+    plan = AskRest(before)
+    assert list(plan.next_arms(range(5), ())) == [2, 4]
+    assert list(plan.next_arms(range(5), [Attempt(2, 0, Outcome.FAILED)])) == []
 
 
 def test_a_running_scale_is_the_mean_and_deviation_of_all_that_was_seen() -> None:

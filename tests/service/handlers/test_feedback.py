@@ -242,14 +242,15 @@ async def test_each_item_of_a_batch_is_applied_or_refused_on_its_own(gateway: Ga
     assert [event.decision_id for event in gateway.events(other)] == [elsewhere]
 
 
-async def test_feedback_on_majority_is_kept_and_moves_no_rm(gateway: Gateway) -> None:
+async def test_a_preference_about_a_majority_teaches_every_rm_that_voted(gateway: Gateway) -> None:
+    gateway.arm("rm-b").score_of = lambda _, response: -float(len(response))
+    gateway.arm("rm-c").available = False
     decision_id = await decide(gateway, policy="majority")
-    before = (await gateway.client.get("/posterior")).json
     await gateway.client.ok("/feedback", {"decision_id": decision_id, "preferred": 0})
     learned = await gateway.learned(1)
-    assert [model["feedbacks"] for model in learned["models"]] == [0, 0, 0]
-    assert learned["models"] == before["models"]
-    assert learned["digest"] != before["digest"]
+    assert [model["feedbacks"] for model in learned["models"]] == [1, 1, 0]
+    assert [model["mean_reward"] for model in learned["models"]][:2] == [0.0, 1.0]
+    assert learned["digest"] == gateway.folded().digest()
 
 
 async def test_the_posterior_learns_of_the_rm_that_was_asked(gateway: Gateway) -> None:

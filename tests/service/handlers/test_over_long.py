@@ -91,7 +91,7 @@ async def test_cut_prompt_says_how_much_was_cut(serve: Serve, valkey_url: str) -
         assert long["truncated"] == {"prompt_tokens_cut": len("<user>" + "p" * 100 + "<assistant>bb") + 3 - 60}
         assert long["rewards"] == [1.5, 1.5]
         assert "truncated" not in short
-        cut = [gateway.decision(result["decision_id"]).prompt_tokens_cut for result in (long, short)]
+        cut = [gateway.decision(result["decision_id"]).attempts[0].prompt_tokens_cut for result in (long, short)]
         assert cut == [long["truncated"]["prompt_tokens_cut"], 0]
         assert response["error"]["code"] == "worker_too_long"
         assert "never cut" in response["error"]["message"]

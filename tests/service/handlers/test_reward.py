@@ -58,6 +58,11 @@ async def test_a_reply_says_what_was_asked_and_what_came_back(gateway: Gateway) 
     assert asked.calls == [[(prompt, responses[0]), (prompt, responses[1])]]
     assert all(not other.calls for other in gateway.others(reply["model"]))
     expected = [float(len(response)) for response in responses]
+    (attempt,) = reply.pop("attempts")
+    assert attempt.pop("ms") >= 0
+    assert attempt == {
+        "model": reply["model"], "outcome": "answered", "reason": None, "rewards": expected, "price": 1.0
+    }  # fmt: skip
     assert {key: value for key, value in reply.items() if key not in ("decision_id", "model", "timings")} == {
         "run": gateway.run,
         "rewards": expected,
@@ -86,7 +91,9 @@ async def test_the_stored_decision_holds_what_the_fold_and_off_policy_evaluation
     assert stored.propensities[stored.arm] == reply["propensity"]
     assert sum(stored.propensities) == pytest.approx(1)
     assert len(stored.means) == len(stored.sds) == 3
-    assert (stored.verdict, stored.policy, stored.version, stored.offset) == (1, "bayesian", 0, 0.5)
+    assert (stored.verdict, stored.policy, stored.version, stored.offsets) == (1, "bayesian", 0, [0.5] * 3)
+    (attempt,) = stored.attempts
+    assert (attempt.arm, attempt.outcome, attempt.rewards) == (stored.arm, "answered", stored.rewards)
 
 
 class HeldStore(RedisStore):

@@ -101,25 +101,6 @@ async def test_requests_that_come_while_a_pass_is_under_way_share_the_next() -> 
     assert [size for _, size in encoder.passes] == [1, 3]
 
 
-async def test_pieces_of_one_whole_never_share_a_pass_and_others_join_them() -> None:
-    release = threading.Event()
-    encoder = RecordingEncoder(before=lambda: cast(None, release.wait(10)))
-    run, whole, another = run_with(encoder), object(), object()
-    async with chooser() as subject:
-        pieces = [subject.choose(run, POLICY, [PAIR] * size, apart=whole) for size in (3, 4)]
-        rest = [subject.choose(run, POLICY, [PAIR] * 5, apart=another), subject.choose(run, POLICY, [PAIR])]
-        asked = asyncio.gather(*pieces, *rest)
-        for _ in range(3):
-            await asyncio.sleep(0)
-        later = asyncio.create_task(subject.choose(run, POLICY, [PAIR] * 2))
-        await asyncio.sleep(0)
-        release.set()
-        chosen = [*await asked, await later]
-    # The second piece waits for the next pass, and whoever came meanwhile goes with it.
-    assert [size for _, size in encoder.passes] == [3 + 5 + 1, 4 + 2]
-    assert [len(one.x) for one in chosen] == [3, 4, 5, 1, 2]
-
-
 @pytest.mark.parametrize("inline_seconds", [0.0, 60.0])
 async def test_a_pass_that_fails_is_told_to_all_who_waited_and_the_next_one_works(inline_seconds: float) -> None:
     encoder = RecordingEncoder()

@@ -122,7 +122,7 @@ async def test_what_fails_in_the_shadow_costs_nobody_anything(gateway: Gateway) 
     gateway.arm("rm-c").available = True
     reply = await gateway.client.ok("/reward", {**pair(1), "policy": "single:rm-a"})
     await counted(gateway, failed=1.0, recorded=1.0)
-    assert shadowed(gateway.decision(reply["decision_id"])) == [(2, 1)]
+    assert shadowed(gateway.decision(reply["decision_id"])) == [(2, 0)]
     text = (await gateway.client.get("/metrics")).body.decode()
     assert 'reward_router_shadow_calls_total{model="rm-b",outcome="worker_unavailable"} 2.0' in text
     assert 'reward_router_shadow_calls_total{model="rm-c",outcome="ok"} 1.0' in text
