@@ -148,8 +148,19 @@ class ChatFormat:
             gaps = [gap for gap in self.gaps if gap.before == role and gap.text.strip()]
             gaps.sort(key=lambda gap: (len(gap.text.strip()), len(gap.text)), reverse=True)
             pattern = "|".join(f"({_pattern(gap.text, self.begins)})" for gap in gaps) or r"(?!)"
-            steps[role] = (tuple(gap.after for gap in gaps), re.compile(pattern))
+            steps[role] = (
+                tuple(gap.after for gap in gaps),
+                re.compile(self._first_characters(gaps) + f"(?:{pattern})"),
+            )
         return steps
+
+    def _first_characters(self, gaps: list[Gap]) -> str:
+        """A look ahead that rules out most places of a text at once; "" where a gap may begin with anything."""
+        optional = (ANY_BEGIN, ANY_END, *self.begins, *BEGINS)
+        if not gaps or any(gap.text.strip().startswith(optional) for gap in gaps):
+            return ""
+        first = {character for gap in gaps for character in gap.text[: len(gap.text) - len(gap.text.lstrip()) + 1]}
+        return "(?=[" + "".join(sorted(map(re.escape, first))) + "])"
 
     def _next(self, role: str) -> re.Pattern[str]:
         return self._steps[role][1]

@@ -21,7 +21,10 @@ from service.trainers.templated import MESSAGES, RAW, Templates
 class SlimeRequest(msgspec.Struct, omit_defaults=True):
     """Body of `/remote_rm`; fields that are not here are ignored."""
 
-    prompt: Annotated[str | list[dict[str, Any]], Meta(description="Text, or messages with `role` and `content`.")]
+    prompt: Annotated[
+        str | list[dict[str, Any]],
+        Meta(description="Text, or messages with `role` and `content` (or ShareGPT's `from` and `value`)."),
+    ]
     response: str
     label: Any = None
 
