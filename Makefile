@@ -62,14 +62,11 @@ SLIME ?= https://github.com/THUDM/slime
 trainer-wheels: $(VENV)/.development  ## Fetch OpenRLHF's, LLaMA-Factory's and AReaL's clients (12 MB); `make test` does it
 	@$(FETCH_TRAINERS) light --pip-args='$(PIP_ARGS)'
 
-trainer-clients: $(VENV)/.development  ## Those, verl and ms-swift (290 MB), so that `make test` runs their code too
-	@$(FETCH_TRAINERS) all --pip-args='$(PIP_ARGS)'
+trainer-clients: $(VENV)/.development  ## Those, slime, verl and ms-swift (290 MB), so that `make test` runs their code too
+	@$(FETCH_TRAINERS) all --pip-args='$(PIP_ARGS)' --slime='$(SLIME)'
 
-slime:  ## Fetch the newest slime, so that `make test` runs its client beside the kept one
-	rm -rf .data/trainer-clients/slime.new
-	GIT_TERMINAL_PROMPT=0 timeout 120 git clone -q --depth 1 $(SLIME) .data/trainer-clients/slime.new && \
-		rm -rf .data/trainer-clients/slime && mv .data/trainer-clients/slime.new .data/trainer-clients/slime || \
-		echo "slime could not be fetched: its kept client is tested, and what was fetched before"
+slime: $(VENV)/.development  ## Fetch slime's client from its repository, so that `make test` runs it
+	@$(FETCH_TRAINERS) slime --slime='$(SLIME)'
 
 test-vllm: $(VENV)/.development $(VLLM_VENV)/.ready  ## Tests against a real vLLM on the CPU (a quarter of an hour; AVX2, 6 GB of memory)
 	VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest tests/vllm

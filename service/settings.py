@@ -31,6 +31,13 @@ class OnStoreUnavailable(StrEnum):
     ANSWER = "answer"
 
 
+class OnUnknownTemplate(StrEnum):
+    """What becomes of a trainer's text whose chat template is not known."""
+
+    SCORE = "score"
+    REFUSE = "refuse"
+
+
 class Settings(BaseSettings):
     """The gateway's settings."""
 
@@ -122,6 +129,16 @@ class Settings(BaseSettings):
         ge=0,
         description="How long `/v1/score/evaluation` tries again by itself: its client neither retries nor looks at "
         "the status.",
+    )
+
+    chat_templates: tuple[Path, ...] = Field(
+        (),
+        description="Tokenizer directories, or files with a chat template, of policies whose template the gateway does "
+        "not know: it learns from them how trainers' texts come apart. They come before the built-in ones.",
+    )
+    on_unknown_template: OnUnknownTemplate = Field(
+        OnUnknownTemplate.SCORE,
+        description="A trainer's text whose chat template is not known: score it as it came, or refuse it (422).",
     )
 
     store_url: str = Field(

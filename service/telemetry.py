@@ -144,6 +144,13 @@ class Telemetry:
             ["run", "outcome"],
             **common,
         )
+        self.trainer_texts = Counter(
+            "trainer_texts_total",
+            "Samples scored on trainers' own paths, by the chat template that was taken off: its name; plain (none), "
+            "messages, raw (as the URL says), unknown.",
+            ["run", "template"],
+            **common,
+        )
         self.unrecorded = Counter("unrecorded_decisions_total", "Rewards answered without a saved decision.", **common)
         self.store_errors = Counter("store_errors_total", "Store calls that failed.", ["operation"], **common)
         self.learner_errors = Counter("learner_errors_total", "Failures of the background learner.", ["run"], **common)
@@ -204,6 +211,7 @@ class Telemetry:
             self.draws,
             self.shadows,
             self.sticky,
+            self.trainer_texts,
             self.feedback,
             self.learner_errors,
             self.log_lag,

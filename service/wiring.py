@@ -39,13 +39,17 @@ from service.encoders.load import RemoteOptions, is_remote, load_remote_encoder
 from service.encoders.protocol import AwaitedEncoder
 from service.errors import ConfigurationError, RunConflictError, StoreUnavailableError
 from service.handlers.hot import ApiKeys, HotLimits, HotRoutes
-from service.handlers.trainers import TrainerRoutes
+from service.handlers.trainers import TrainerRoutes, TrainerTexts
 from service.pool import ModelEntry, PoolFile
-from service.settings import EMBEDDED, OnStoreUnavailable, Settings
+from service.settings import EMBEDDED, OnStoreUnavailable, OnUnknownTemplate, Settings
 from service.stores.embedded import EmbeddedStore
 from service.stores.protocol import FeedbackStatus, Store
 from service.stores.redis import RedisStore
 from service.telemetry import Telemetry
+from service.trainers.chat_families import FAMILIES
+from service.trainers.chat_format import ChatFormat
+from service.trainers.learned import load_chat_format
+from service.trainers.templated import Templates
 from service.usecases.choose import Chooser
 from service.usecases.learn import FeedbackService, Learner
 from service.usecases.normalise import Normaliser
@@ -78,6 +82,7 @@ class Gateway:
     monitor: HealthMonitor | None
     encoder: AwaitedEncoder | None
     """The encoder over a network; None where contexts are computed here."""
+    trainer_texts: TrainerTexts
     arms: tuple[Arm, ...]
     chooser_thread: ThreadPoolExecutor
     learner_thread: ThreadPoolExecutor
@@ -172,8 +177,27 @@ class Gateway:
                 self.feedback,
                 pool=tuple(arm.name for arm in self.arms),
                 patience_seconds=settings.trainer_patience_seconds,
+                texts=self.trainer_texts,
             ).routes(),
         )
+
+
+def build_trainer_texts(settings: Settings, telemetry: Telemetry) -> TrainerTexts:
+    """How trainers' texts come apart: the operator's chat templates, and behind them the built-in ones.
+
+    Raises:
+        ConfigurationError: a file that holds no chat template, or one that cannot be learned from.
+    """
+    learned: list[ChatFormat] = []
+    for path in settings.chat_templates:
+        try:
+            learned.append(load_chat_format(path))
+        except (ValueError, OSError) as error:
+            raise ConfigurationError(
+                f"setting chat_templates: {path}: {error}: name a tokenizer's directory or a chat template's file"
+            ) from error
+    refuse = settings.on_unknown_template is OnUnknownTemplate.REFUSE
+    return TrainerTexts(Templates([*learned, *FAMILIES]), refuse_unknown=refuse, telemetry=telemetry)
 
 
 def build_gateway(
@@ -202,6 +226,7 @@ def build_gateway(
     names = [model.name for model in pool.models]
     checkpoint = _load_checkpoint(settings, names)
     telemetry = Telemetry()
+    trainer_texts = build_trainer_texts(settings, telemetry)
     encoder = encoder or load_pair_encoder(settings, checkpoint, telemetry)
     dim = encoder.dim
     awaited = encoder if isinstance(encoder, AwaitedEncoder) else None
@@ -282,6 +307,7 @@ def build_gateway(
         normaliser=normaliser,
         monitor=monitor,
         encoder=awaited,
+        trainer_texts=trainer_texts,
         arms=built,
         chooser_thread=chooser_thread,
         learner_thread=learner_thread,

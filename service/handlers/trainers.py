@@ -9,6 +9,7 @@ value per sample, and names the decisions by their content. Built by `service.wi
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -17,15 +18,29 @@ import msgspec
 from service.errors import NoRewardError, ServiceError, ValidationError
 from service.handlers.hot import QueryHandler, error_item, parse_body
 from service.schemas import FeedbackBatchReply, FeedbackReply, FeedbackRequest, RewardReply, RewardRequest
+from service.telemetry import Telemetry
 from service.trainers import llamafactory, openrlhf, slime
 from service.trainers.shim import Sample, ScoredSample, ShimOptions
+from service.trainers.templated import UNKNOWN, Templates
 from service.usecases.learn import FeedbackService
 from service.usecases.score import RewardService
+
+REMEDY = (
+    "name the policy's tokenizer directory or template file in chat_templates (docs/trainers/index.md), or put "
+    "text=raw into the URL"
+)
 
 PAUSE_SECONDS = 1.0
 """Between two tries of a client that does not try again by itself."""
 
+LOGGED_RUNS = 1024
+"""Runs of which it is remembered that their unknown chat template was logged."""
+
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+RequestT = TypeVar("RequestT")
+SamplesT = TypeVar("SamplesT", Sample, list[Sample])
 
 
 class _Values(msgspec.Struct):
@@ -44,6 +59,46 @@ class _Value(msgspec.Struct):
     preferred: int | None = None
 
 
+class TrainerTexts:
+    """How trainers' texts come apart, and what becomes of those whose chat template is not known.
+
+    Args:
+        templates: known ones.
+        refuse_unknown: refuse a text of another one instead of scoring it as it came.
+        telemetry: counts them.
+    """
+
+    def __init__(self, templates: Templates, *, refuse_unknown: bool, telemetry: Telemetry) -> None:
+        self.templates = templates
+        self._refuse_unknown = refuse_unknown
+        self._telemetry = telemetry
+        self._logged: dict[str, None] = {}
+
+    def admit(self, sample: Sample, index: int) -> None:
+        """Let a sample pass.
+
+        Raises:
+            ValidationError: its chat template is not known, and such texts are refused.
+        """
+        if self._refuse_unknown and sample.template == UNKNOWN:
+            raise ValidationError(
+                f"sample {index} has a chat template that is not known, and on_unknown_template is 'refuse': {REMEDY}",
+                details={"index": index},
+            )
+
+    def count(self, sample: Sample, run: str) -> None:
+        """Count a sample that was scored; log the first of a run whose template is not known."""
+        self._telemetry.trainer_texts.labels(run, sample.template).inc()
+        if sample.template != UNKNOWN or run in self._logged:
+            return
+        if len(self._logged) >= LOGGED_RUNS:
+            del self._logged[next(iter(self._logged))]
+        self._logged[run] = None
+        logger.warning(
+            "texts of an unknown chat template are scored as they came: %s", REMEDY, extra={"fields": {"run": run}}
+        )
+
+
 class TrainerRoutes:
     """The handlers.
 
@@ -52,16 +107,24 @@ class TrainerRoutes:
         feedback: the use case behind `/feedback/batch`.
         pool: names of the RMs, in arm order.
         patience_seconds: how long to try in the stead of a client that does not.
+        texts: how their texts come apart.
     """
 
     def __init__(
-        self, scorer: RewardService, feedback: FeedbackService, *, pool: Sequence[str], patience_seconds: float
+        self,
+        scorer: RewardService,
+        feedback: FeedbackService,
+        *,
+        pool: Sequence[str],
+        patience_seconds: float,
+        texts: TrainerTexts,
     ) -> None:
         self._scorer = scorer
         self._feedback = feedback
         self._pool = tuple(pool)
         self._index = {name: k for k, name in enumerate(self._pool)}
         self._patience_seconds = patience_seconds
+        self._texts = texts
         self._openrlhf = msgspec.json.Decoder(openrlhf.OpenRlhfRequest)
         self._llamafactory = msgspec.json.Decoder(llamafactory.LlamaFactoryRequest)
         self._slime = msgspec.json.Decoder(slime.SlimeRequest)
@@ -82,13 +145,13 @@ class TrainerRoutes:
     async def get_reward(self, body: bytes, /, *, query: bytes) -> Any:
         """OpenRLHF."""
         options, request = _options(query), parse_body(self._openrlhf, body)
-        samples = _checked(lambda: openrlhf.read(request, options.text))
+        samples = self._read(openrlhf.read, request, options)
         return openrlhf.write(await self._score(samples, options), self._pool)
 
     async def score_evaluation(self, body: bytes, /, *, query: bytes) -> Any:
         """LLaMA-Factory: as its client does not try again, this does."""
         options, request = _options(query), parse_body(self._llamafactory, body)
-        samples = llamafactory.read(request, options.text)
+        samples = self._read(llamafactory.read, request, options)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._patience_seconds
         scored: dict[int, ScoredSample] = {}
@@ -111,29 +174,47 @@ class TrainerRoutes:
     async def remote_rm(self, body: bytes, /, *, query: bytes) -> Any:
         """slime."""
         options, request = _options(query), parse_body(self._slime, body)
-        sample = _checked(lambda: slime.read(request, options.text))
+        sample = self._read(slime.read, request, options)
         (scored,) = await self._score([sample], options)
         return slime.write(scored, options.reward_key)
 
     async def get_reward_feedback(self, body: bytes, /, *, query: bytes) -> Any:
         """Feedback on what `/get_reward` scored."""
         options, request = _options(query), parse_body(self._openrlhf, body)
-        samples = _checked(lambda: openrlhf.read(request, options.text))
+        samples = self._read(openrlhf.read, request, options)
         return await self._accept(samples, parse_body(self._values, body), options)
 
     async def score_evaluation_feedback(self, body: bytes, /, *, query: bytes) -> Any:
         """Feedback on what `/v1/score/evaluation` scored."""
         options, request = _options(query), parse_body(self._llamafactory, body)
-        return await self._accept(llamafactory.read(request, options.text), parse_body(self._values, body), options)
+        return await self._accept(
+            self._read(llamafactory.read, request, options), parse_body(self._values, body), options
+        )
 
     async def remote_rm_feedback(self, body: bytes, /, *, query: bytes) -> FeedbackReply:
         """Feedback on what `/remote_rm` scored."""
         options, request = _options(query), parse_body(self._slime, body)
-        sample = _checked(lambda: slime.read(request, options.text))
+        sample = self._read(slime.read, request, options)
         value = parse_body(self._value, body)
         return await self._feedback.accept(
             _feedback(sample, value.reward, value.loss, value.preferred, run=options.run)
         )
+
+    def _read(
+        self, read: Callable[[RequestT, str, Templates], SamplesT], request: RequestT, options: ShimOptions
+    ) -> SamplesT:
+        """What the wire format reads.
+
+        Raises:
+            ValidationError: in its words; or a chat template is not known, and such texts are refused.
+        """
+        try:
+            found = read(request, options.text, self._texts.templates)
+        except ValueError as error:
+            raise ValidationError(str(error)) from error
+        for index, sample in enumerate([found] if isinstance(found, Sample) else found):
+            self._texts.admit(sample, index)
+        return found
 
     async def _score(self, samples: Sequence[Sample], options: ShimOptions) -> list[ScoredSample]:
         """All of them, or the error of one: a final one where there is one, because trying again is no use then."""
@@ -149,6 +230,9 @@ class TrainerRoutes:
         results = await self._scorer.score_many(
             requests, run=options.run, policy=options.policy, normalize=options.normalize
         )
+        for sample, result in zip(samples, results, strict=True):
+            if not isinstance(result, ServiceError):
+                self._texts.count(sample, result.run)
         return [result if isinstance(result, ServiceError) else self._scored(result) for result in results]
 
     def _scored(self, reply: RewardReply) -> ScoredSample | NoRewardError:
@@ -205,18 +289,6 @@ def _options(query: bytes) -> ShimOptions:
         return ShimOptions.parse(query)
     except ValueError as error:
         raise ValidationError(str(error), details={"field": "query"}) from error
-
-
-def _checked(read: Callable[[], T]) -> T:
-    """What the wire format reads.
-
-    Raises:
-        ValidationError: in its words.
-    """
-    try:
-        return read()
-    except ValueError as error:
-        raise ValidationError(str(error)) from error
 
 
 def _worst(outcomes: Sequence[ScoredSample | ServiceError]) -> ServiceError | None:

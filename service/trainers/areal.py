@@ -17,6 +17,7 @@ AReaL hands over the prompt as the policy's chat template made it. The messages 
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -26,9 +27,11 @@ from service.trainers.client import AsyncRouterClient, RouterClient
 from service.trainers.coalesce import Coalescer
 from service.trainers.conversation import prompt_text
 from service.trainers.options import ClientOptions, from_environment
-from service.trainers.templated import split_prompt
+from service.trainers.templated import UNKNOWN, split_prompt
 from service.trainers.values import RewardItem, RouterUnavailableError
 from service.trainers.verl import score_single
+
+logger = logging.getLogger("reward_router")
 
 DEADLINE_SECONDS = 12.0
 """Below the 15 s after which AReaL gives up on a call."""
@@ -102,8 +105,20 @@ def score(client: RouterClient, prompt: str, completion: str, messages: Any = No
 
 def item_of(prompt: str, completion: str, messages: Any = None) -> RewardItem:
     """The sample without its chat template; the arguments are those of `score`."""
-    asked, said = split_prompt(prompt, completion)
-    return RewardItem(asked if messages is None else prompt_text(messages), (said,))
+    split = split_prompt(prompt, completion)
+    if messages is not None:
+        return RewardItem(prompt_text(messages), (split.response,))
+    if split.template == UNKNOWN:
+        _warn_once()
+    return RewardItem(split.prompt, (split.response,))
+
+
+@cache
+def _warn_once() -> None:
+    logger.warning(
+        "the policy's chat template is not known: prompts are scored as they came, special tokens included; give the "
+        "data set a column `messages`"
+    )
 
 
 class RouterRewards:

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from service.trainers.shim import Sample, ScoredSample
-from service.trainers.templated import split_whole
+from service.trainers.templated import RAW, Templates
 
 
 class LlamaFactoryRequest(msgspec.Struct, omit_defaults=True):
@@ -32,9 +32,12 @@ class LlamaFactoryReply(msgspec.Struct):
     models: Annotated[list[str], Meta(description="The RM that gave each.")]
 
 
-def read(request: LlamaFactoryRequest, text: str) -> list[Sample]:
+def read(request: LlamaFactoryRequest, text: str, templates: Templates) -> list[Sample]:
     """The samples: taken apart by their chat template where it is known, else the raw text."""
-    return [Sample(*(split_whole(m) if text == "auto" else ("", m))) for m in request.messages]
+    if text == "raw":
+        return [Sample("", message, RAW) for message in request.messages]
+    splits = [templates.split_whole(message) for message in request.messages]
+    return [Sample(split.prompt, split.response, split.template) for split in splits]
 
 
 def write(scored: Sequence[ScoredSample]) -> LlamaFactoryReply:

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from service.trainers.shim import Sample, ScoredSample
-from service.trainers.templated import split_prompt, split_whole
+from service.trainers.templated import RAW, Templates, response_start
 
 
 class OpenRlhfRequest(msgspec.Struct, omit_defaults=True):
@@ -39,11 +39,11 @@ class OpenRlhfReply(msgspec.Struct):
     ]
 
 
-def read(request: OpenRlhfRequest, text: str) -> list[Sample]:
+def read(request: OpenRlhfRequest, text: str, templates: Templates) -> list[Sample]:
     """The samples of a request.
 
-    The prompt is cut off where the query begins with it. Else a known chat template tells where the response begins;
-    else the raw text is scored.
+    The prompt is cut off where the query begins with it, or with its end. Else a known chat template tells where the
+    response begins; else the raw text is scored.
 
     Raises:
         ValueError: `prompts` is not as long as `query`.
@@ -55,14 +55,15 @@ def read(request: OpenRlhfRequest, text: str) -> list[Sample]:
         raise ValueError(
             f"prompts holds {len(prompts)} texts and query {len(request.query)}: send one prompt per query"
         )
-    return [_sample(query, prompt, text) for query, prompt in zip(request.query, prompts, strict=True)]
+    return [_sample(query, prompt, text, templates) for query, prompt in zip(request.query, prompts, strict=True)]
 
 
-def _sample(query: str, prompt: str | None, text: str) -> Sample:
-    if prompt and query.startswith(prompt):
-        response = query[len(prompt) :]
-        return Sample(*(split_prompt(prompt, response) if text == "auto" else (prompt, response)))
-    return Sample(*(split_whole(query) if text == "auto" else ("", query)))
+def _sample(query: str, prompt: str | None, text: str, templates: Templates) -> Sample:
+    if text == "auto":
+        split = templates.split_query(query, prompt)
+        return Sample(split.prompt, split.response, split.template)
+    cut = response_start(query, prompt) if prompt else None
+    return Sample("", query, RAW) if prompt is None or cut is None else Sample(prompt, query[cut:], RAW)
 
 
 def write(scored: Sequence[ScoredSample], pool: Sequence[str]) -> OpenRlhfReply:

@@ -64,10 +64,17 @@ class ShimOptions:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One response as it is scored, and as feedback names it. `prompt` is "" where it is not known."""
+    """One response as it is scored, and as feedback names it.
+
+    Attributes:
+        prompt: "" where it is not known.
+        response: its text.
+        template: the chat template that was taken off, or a word of `templated` in its place.
+    """
 
     prompt: str
     response: str
+    template: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,30 +12,35 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from service.trainers.chat_format import without_tails
 from service.trainers.conversation import prompt_text
 from service.trainers.shim import Sample, ScoredSample
-from service.trainers.templated import split_prompt
+from service.trainers.templated import MESSAGES, RAW, Templates
 
 
 class SlimeRequest(msgspec.Struct, omit_defaults=True):
     """Body of `/remote_rm`; fields that are not here are ignored."""
 
-    prompt: Annotated[str | list[dict[str, Any]], Meta(description="Text, or messages with `role` and `content`.")]
+    prompt: Annotated[
+        str | list[dict[str, Any]],
+        Meta(description="Text, or messages with `role` and `content` (or ShareGPT's `from` and `value`)."),
+    ]
     response: str
     label: Any = None
 
 
-def read(request: SlimeRequest, text: str) -> Sample:
+def read(request: SlimeRequest, text: str, templates: Templates) -> Sample:
     """The sample.
 
     Raises:
         ValueError: the messages hold what is not text.
     """
-    if isinstance(request.prompt, str) and text == "auto":
-        return Sample(*split_prompt(request.prompt, request.response))
     if text == "raw":
-        return Sample(prompt_text(request.prompt), request.response)
-    return Sample(*split_prompt(prompt_text(request.prompt), request.response))
+        return Sample(prompt_text(request.prompt), request.response, RAW)
+    if not isinstance(request.prompt, str):
+        return Sample(prompt_text(request.prompt), without_tails(request.response), MESSAGES)
+    split = templates.split_prompt(request.prompt, request.response)
+    return Sample(split.prompt, split.response, split.template)
 
 
 def write(scored: ScoredSample, reward_key: str | None) -> float | dict[str, Any]:

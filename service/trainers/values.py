@@ -89,6 +89,11 @@ class RewardItem:
     def __post_init__(self) -> None:
         if not self.responses:
             raise ValueError("responses is empty: give at least one response per prompt")
+        for name, text in (("prompt", self.prompt), *((f"responses[{k}]", r) for k, r in enumerate(self.responses))):
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{name} is {text!r:.50}: give its text; conversation.prompt_text makes one of chat messages"
+                )
 
     def document(self) -> dict[str, Any]:
         """The item as the API takes it."""

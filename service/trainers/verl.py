@@ -52,7 +52,7 @@ DEADLINE_SECONDS = 300.0
 
 def compute_score(
     data_source: str | None = None,
-    solution_str: str = "",
+    solution_str: str | None = None,
     ground_truth: Any = None,
     extra_info: Mapping[str, Any] | None = None,
     **options: Any,
@@ -75,26 +75,26 @@ def compute_score(
         RouterUnavailableError: no reward before the deadline.
         RouterRefusedError: a final refusal.
     """
-    client, prompt = client_of(_options(options), os.getpid()), _prompt_of(extra_info)
-    scored = client.reward(prompt, [solution_str])
+    client, prompt, response = client_of(_options(options), os.getpid()), _prompt_of(extra_info), _given(solution_str)
+    scored = client.reward(prompt, [response])
     for pause in PAUSES_SECONDS:
         if scored.rewards != (None,):
             break
         time.sleep(pause)
-        scored = client.reward(prompt, [solution_str])
+        scored = client.reward(prompt, [response])
     return score_of(scored)
 
 
 async def compute_score_async(
     data_source: str | None = None,
-    solution_str: str = "",
+    solution_str: str | None = None,
     ground_truth: Any = None,
     extra_info: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """`compute_score` for verl's event loop: concurrent samples travel in one request. Prefer it."""
     coalescer = coalescer_of(_options(options), os.getpid())
-    return await score_single(coalescer, RewardItem(_prompt_of(extra_info), (solution_str,)))
+    return await score_single(coalescer, RewardItem(_prompt_of(extra_info), (_given(solution_str),)))
 
 
 class RouterRewardManager:
@@ -213,6 +213,12 @@ _VERLS_OWN = frozenset({"reward_router_address", "reward_model_tokenizer"})
 
 def _default_deadline() -> float | None:
     return None if os.environ.get("REWARD_ROUTER_DEADLINE_SECONDS") else DEADLINE_SECONDS
+
+
+def _given(solution: str | None) -> str:
+    if solution is None:
+        raise ValueError("solution_str is None: verl hands the response over by that name; give its text")
+    return solution
 
 
 def _prompt_of(extra_info: Mapping[str, Any] | None) -> str:

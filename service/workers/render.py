@@ -15,7 +15,7 @@ All ask for the raw logit (`use_activation: false`) unless told otherwise.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -166,15 +166,26 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template cannot be parsed: {error}") from error
-        self._bos_token = bos_token
-        self._eos_token = eos_token
+        self.bos_token = bos_token
+        self.eos_token = eos_token
 
     def render(self, prompt: str, response: str) -> str:
         """See `Template.render`."""
         return self.render_turns([("user", prompt), ("assistant", response)])
 
-    def render_turns(self, turns: Sequence[tuple[str, str]], *, add_generation_prompt: bool = False) -> str:
+    def render_turns(
+        self,
+        turns: Sequence[tuple[str, object]],
+        *,
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, object] | None = None,
+    ) -> str:
         """The text of (role, content) turns, up to where the assistant would begin if so asked.
+
+        Args:
+            turns: the conversation.
+            add_generation_prompt: end with what an assistant's turn begins with.
+            variables: more of what the template reads, such as `enable_thinking`.
 
         Raises:
             RenderError: the template refuses the conversation.
@@ -185,8 +196,9 @@ class ChatTemplate:
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                bos_token=self._bos_token,
-                eos_token=self._eos_token,
+                bos_token=self.bos_token,
+                eos_token=self.eos_token,
+                **(variables or {}),
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             raise RenderError(f"the chat template refuses the conversation: {error}") from error

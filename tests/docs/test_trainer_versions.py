@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.tables import ROOT
-from tests.support.fetch_trainers import TRAINERS, trainer_named
-from tests.support.trainer_clients import SLIME
+from tests.support.fetch_trainers import SLIME, TRAINERS, trainer_named
 
 PAGES = ROOT / "docs/trainers"
 TESTS = ROOT / "tests/service/trainers"
@@ -49,8 +48,7 @@ def version_of(name: str) -> str:
         [version] = re.findall(r'"trl==([\w.]+)"', (ROOT / "pyproject.toml").read_text("utf-8"))
         return str(version)
     if name == "slime":
-        [commit] = re.findall(r"Commit `(\w+)`", (SLIME / "README.md").read_text("utf-8"))
-        return str(commit)[:7]
+        return SLIME.commit[:7]
     return trainer_named(FETCHED[name]).version
 
 
@@ -80,6 +78,10 @@ def test_what_is_said_to_run_is_called_by_the_tests(name: str) -> None:
     said = re.findall(r"`(\w+)`", rows()[name][1])
     assert said
     assert [word for word in said if word not in called] == []
+
+
+def test_slime_runs_once_it_was_fetched_from_its_repository() -> None:
+    assert rows()["slime"][2] == "after `make slime`"
 
 
 @pytest.mark.parametrize("name", FETCHED)

@@ -1,20 +1,22 @@
-"""Fetches trainers' own code, for the tests that run it: `python -m tests.support.fetch_trainers light|all`.
+"""Fetches trainers' own code, for the tests that run it: `python -m tests.support.fetch_trainers light|all|slime`.
 
 Knows which version of which trainer is tested, and what it needs to be imported; installs it with pip, without
 dependencies, into `.data/trainer-clients/NAME`, never into the environment. What is there in the right version is left
-alone. What cannot be fetched is said, and its tests are skipped: a missing network never fails a run. Called by the
-Makefile (`trainer-wheels`, `trainer-clients`); read by the tests, for the folders and the versions.
+alone. What cannot be fetched is said, and its tests are skipped: a missing network never fails a run. slime is not on
+PyPI: a few of its files come from its repository, by git. Called by the Makefile (`trainer-wheels`, `trainer-clients`,
+`slime`); read by the tests, for the folders and the versions.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[2] / ".data" / "trainer-clients"
@@ -118,12 +120,46 @@ TRAINERS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Some files of a trainer that is not on PyPI.
+
+    Args:
+        name: of its folder.
+        repository: what git fetches from.
+        commit: which is tested, all 40 digits.
+        paths: files that are wanted.
+        seconds: after which one step of fetching is given up.
+    """
+
+    name: str
+    repository: str
+    commit: str
+    paths: tuple[str, ...]
+    seconds: float
+
+    @property
+    def stamp(self) -> str:
+        """What the folder has when it is right."""
+        return "\n".join((self.commit, *self.paths)) + "\n"
+
+
+SLIME = Source(
+    "slime",
+    "https://github.com/THUDM/slime",
+    "624b824a898ab0ec1fcb4d373004c7f3852bf515",
+    ("LICENSE", "slime/rollout/rm_hub/__init__.py", "slime/utils/misc.py", "slime/utils/types.py"),
+    60,
+)
+"""`rm_hub`, which asks for rewards, and what it imports."""
+
+
 def trainer_named(name: str) -> Trainer:
     """One of `TRAINERS`."""
     return next(trainer for trainer in TRAINERS if trainer.name == name)
 
 
-def is_there(trainer: Trainer, folder: Path = FOLDER) -> bool:
+def is_there(trainer: Trainer | Source, folder: Path = FOLDER) -> bool:
     """Whether the folder has this version for this Python."""
     stamp = folder / trainer.name / STAMP
     return stamp.is_file() and stamp.read_text("utf-8") == trainer.stamp
@@ -140,12 +176,26 @@ def fetch(trainer: Trainer, folder: Path, pip_words: Sequence[str] = ()) -> str 
     Returns:
         Why it could not be had; None if it is there.
     """
+    return _put(trainer, folder, lambda coming: _install(trainer, coming, pip_words))
+
+
+def fetch_source(source: Source, folder: Path) -> str | None:
+    """Put the source's files into `folder/NAME`, where they are not there yet.
+
+    Returns:
+        Why they could not be had; None if they are there.
+    """
+    return _put(source, folder, lambda coming: _check_out(source, coming))
+
+
+def _put(trainer: Trainer | Source, folder: Path, get: Callable[[Path], str | None]) -> str | None:
+    """Let `get` fill a new folder, which takes the old one's place if it could."""
     if is_there(trainer, folder):
         return None
     target, coming = folder / trainer.name, folder / f"{trainer.name}.coming"
     shutil.rmtree(coming, ignore_errors=True)
     coming.mkdir(parents=True)
-    failure = _install(trainer, coming, pip_words)
+    failure = get(coming)
     if failure is None:
         (coming / STAMP).write_text(trainer.stamp, "utf-8")
         shutil.rmtree(target, ignore_errors=True)
@@ -167,20 +217,57 @@ def _install(trainer: Trainer, target: Path, pip_words: Sequence[str]) -> str | 
     return (errors or done.stderr.splitlines() or [f"pip ended with {done.returncode}"])[-1]
 
 
+def _check_out(source: Source, target: Path) -> str | None:
+    """The wanted files alone; git's own folder does not stay."""
+    steps = (
+        ("init", "--quiet"),
+        ("fetch", "--quiet", "--depth", "1", "--filter=blob:none", source.repository, source.commit),
+        ("remote", "add", "origin", source.repository),
+        ("config", "remote.origin.promisor", "true"),
+        ("checkout", "--quiet", source.commit, "--", *source.paths),
+    )
+    for step in steps:
+        try:
+            done = subprocess.run(
+                ["git", *step],
+                cwd=target,
+                env={**os.environ, "GIT_TERMINAL_PROMPT": "0", "GIT_DIR": str(target / ".git")},
+                capture_output=True,
+                text=True,
+                timeout=source.seconds,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return f"git {step[0]} took more than {source.seconds:g} s"
+        except FileNotFoundError:
+            return "git is not installed"
+        if done.returncode:
+            return (done.stderr.strip().splitlines() or [f"git {step[0]} ended with {done.returncode}"])[-1]
+    shutil.rmtree(target / ".git")
+    return None
+
+
 def main() -> None:
     """Fetch what is missing, and say what became of it."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("which", choices=["light", "all"])
+    parser.add_argument("which", choices=["light", "all", "slime"])
     parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--slime", default=SLIME.repository, help="repository that slime is fetched from")
     parser.add_argument("--pip-args", default="", help="more options of pip, as one word")
     given = parser.parse_args()
-    for trainer in TRAINERS:
+    for trainer in () if given.which == "slime" else TRAINERS:
         if (given.which == "light" and not trainer.light) or is_there(trainer, given.folder):
             continue
         failure = fetch(trainer, given.folder, shlex.split(given.pip_args))
-        outcome = "fetched" if failure is None else f"not fetched, so its tests are skipped: {failure}"
-        sys.stdout.write(f"{trainer.requirements[0]}: {outcome}\n")
-        sys.stdout.flush()
+        _say(trainer.requirements[0], failure)
+    if given.which != "light" and not is_there(SLIME, given.folder):
+        _say(f"slime at {SLIME.commit[:7]}", fetch_source(replace(SLIME, repository=given.slime), given.folder))
+
+
+def _say(what: str, failure: str | None) -> None:
+    outcome = "fetched" if failure is None else f"not fetched, so its tests are skipped: {failure}"
+    sys.stdout.write(f"{what}: {outcome}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """The trainers' own client code, loaded without their GPU dependencies.
 
-`tests.support.fetch_trainers` puts trainers into `.data/trainer-clients`; slime's few files are kept beside its tests.
-Only the modules that talk to a reward server are loaded; the packages around them are stubs that find their files and
-run nothing.
+`tests.support.fetch_trainers` puts trainers into `.data/trainer-clients`. Only the modules that talk to a reward server
+are loaded; the packages around them are stubs that find their files and run nothing.
 """
 
 from __future__ import annotations
@@ -18,9 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.fetch_trainers import FOLDER, is_there, trainer_named
-
-SLIME = Path(__file__).resolve().parents[1] / "service/trainers/slime_client"
+from tests.support.fetch_trainers import FOLDER, SLIME, is_there, trainer_named
 
 
 def client_folder(name: str) -> Path:
@@ -32,11 +29,13 @@ def client_folder(name: str) -> Path:
     return FOLDER / name
 
 
-def slime_folders() -> dict[str, Path]:
-    """slime's files: the kept ones, and the newest, where `make slime` fetched them."""
-    newest = FOLDER / "slime"
-    fetched = (newest / "slime/rollout/rm_hub/__init__.py").exists()
-    return {"kept": SLIME, **({"newest": newest} if fetched else {})}
+def slime_folder() -> Path:
+    """Where slime's files lie; skips where they were not fetched."""
+    if not is_there(SLIME):
+        pytest.skip(
+            f"slime at {SLIME.commit[:7]} is not there: `make slime` fetches it where its repository can be reached"
+        )
+    return FOLDER / SLIME.name
 
 
 class Anything(ModuleType):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from service.errors import ConfigurationError
 from service.workers.protocol import WorkerError, WorkerUnavailableError
 from tests.support.arms import ScriptedArm
 from tests.support.gateway import Gateway, open_gateway, until
@@ -326,3 +329,100 @@ async def test_llamafactory_only_what_has_no_reward_is_asked_again(valkey_server
         reply = await gateway.client.ok("/v1/score/evaluation", {"messages": texts})
     assert reply["scores"] == [1.0, 2.0, 3.0, 4.0]
     assert [[prompt for prompt, _ in call] for call in arm.calls] == [prompts, ["late two", "late four"]]
+
+
+# Chat templates ------------------------------------------------------------------------------------------------------
+
+STRANGE = "<|new|>user\n{}<|done|>\n<|new|>assistant\n"
+"""A template that no built-in format reads."""
+STRANGE_TEMPLATE = (
+    "{% for m in messages %}{{ '<|new|>' + m.role + '\n' + m.content + '<|done|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|new|>assistant\n' }}{% endif %}"
+)
+TEMPTING = "Write [INST] or <|im_start|>user\nso.<|im_end|>\n<|im_start|>assistant\nDone."
+
+
+def bodies_of(prompt: str, response: str) -> dict[str, dict[str, Any]]:
+    """One sample, as each trainer sends it."""
+    return {
+        "/get_reward": {"query": [prompt + response], "prompts": [prompt]},
+        "/v1/score/evaluation": {"messages": [prompt + response]},
+        "/remote_rm": {"prompt": prompt, "response": response},
+    }
+
+
+async def texts_metric(gateway: Gateway) -> dict[str, float]:
+    """Samples by template."""
+    families = text_string_to_metric_families((await gateway.client.get("/metrics")).body.decode())
+    samples = [sample for family in families for sample in family.samples]
+    return {s.labels["template"]: s.value for s in samples if s.name == "reward_router_trainer_texts_total"}
+
+
+@pytest.mark.parametrize("path", ["/get_reward", "/remote_rm"])
+async def test_a_response_about_templates_is_scored_whole(gateway: Gateway, path: str) -> None:
+    for prompt in ("Why?", CHATML.format("Why?"), "<s>[INST] Why? [/INST]"):
+        await gateway.client.ok(path + "?policy=single:rm-a", bodies_of(prompt, TEMPTING)[path])
+    assert asked(gateway) == [("Why?", TEMPTING)] * 3
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_an_unknown_template_is_counted_and_logged_once_a_run(
+    gateway: Gateway, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        await gateway.client.ok(path, bodies_of(STRANGE.format("Why?"), "So.")[path])
+    await gateway.client.ok(path, bodies_of(CHATML.format("Why?"), "So.")[path])
+    await gateway.client.ok(path + "?text=raw", bodies_of(STRANGE.format("Why?"), "So.")[path])
+    assert await texts_metric(gateway) == {"unknown": 2, "chatml": 1, "raw": 1}
+    (record,) = [record for record in caplog.records if "unknown chat template" in record.message]
+    assert "chat_templates" in record.message
+    assert record.__dict__["fields"] == {"run": gateway.run}
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_an_unknown_template_is_refused_where_the_operator_says_so(
+    valkey_server: ValkeyProcess, path: str
+) -> None:
+    async with open_gateway(valkey_server.url, signal="reward", on_unknown_template="refuse") as gateway:
+        strange, known = (bodies_of(t.format("Why?"), "So.")[path] for t in (STRANGE, CHATML))
+        response = await gateway.client.post(path, strange)
+        assert (response.status, response.error["code"]) == (422, "validation")
+        assert "name the policy's tokenizer directory" in response.error["message"]
+        await gateway.client.ok(path, known)
+        await gateway.client.ok(path + "?text=raw", strange)
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_the_operators_template_is_learned(valkey_server: ValkeyProcess, path: str, tmp_path: Path) -> None:
+    file = tmp_path / "policy.jinja"
+    file.write_text(STRANGE_TEMPLATE, "utf-8")
+    async with open_gateway(valkey_server.url, signal="reward", chat_templates=(file,)) as gateway:
+        await gateway.client.ok(path, bodies_of(STRANGE.format("Why?"), "So.<|done|>")[path])
+        assert asked(gateway) == [("Why?", "So.")]
+        assert await texts_metric(gateway) == {str(file): 1}
+
+
+async def test_a_template_file_that_says_nothing_stops_the_start(valkey_server: ValkeyProcess, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"chat_templates: .*nowhere.*name a tokenizer's directory"):
+        async with open_gateway(valkey_server.url, chat_templates=(tmp_path / "nowhere.jinja",)):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ([], "prompt is []: give"),
+        ([{"role": "user"}], "prompt[0] has no content"),
+        ([{"role": None, "content": "Why?"}], "prompt[0].role is None: give"),
+    ],
+)
+async def test_slime_messages_that_say_nothing_are_refused(gateway: Gateway, prompt: Any, words: str) -> None:
+    response = await gateway.client.post("/remote_rm", {"prompt": prompt, "response": "So."})
+    assert (response.status, response.error["code"]) == (422, "validation")
+    assert words in response.error["message"]
+    assert asked(gateway) == []
+
+
+async def test_slime_messages_of_share_gpt_are_read(gateway: Gateway) -> None:
+    await gateway.client.ok("/remote_rm", {"prompt": [{"from": "human", "value": "Why?"}], "response": "So."})
+    assert asked(gateway) == [("Why?", "So.")]

@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 
-from service.trainers.areal import DEADLINE_SECONDS, AwaitedReward, RouterRewards, client_of, make_reward_fn, reward_fn
+from service.trainers.areal import (
+    DEADLINE_SECONDS,
+    AwaitedReward,
+    RouterRewards,
+    _warn_once,
+    client_of,
+    item_of,
+    make_reward_fn,
+    reward_fn,
+)
 from service.trainers.options import ClientOptions, from_environment
 from service.trainers.values import RouterUnavailableError
 from tests.conftest import ValkeyProcess, free_port
@@ -130,3 +139,13 @@ async def test_awaited_samples_travel_together(gateway: LiveGateway) -> None:
     ]
     await reward.close()
     assert len(gateway.arms[0].calls) - asked <= 2
+
+
+def test_an_unknown_template_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    _warn_once.cache_clear()
+    for _ in range(2):
+        assert item_of("<|new|>user\nWhy?<|new|>assistant\n", "So.").prompt.startswith("<|new|>")
+        item_of("<|new|>user\nWhy?<|new|>assistant\n", "So.", [{"role": "user", "content": "Why?"}])
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "the policy's chat template is not known"
+    ]

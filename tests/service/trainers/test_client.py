@@ -472,3 +472,16 @@ def test_options_that_cannot_be_are_refused_with_a_remedy(
 
 def test_the_key_is_not_printed() -> None:
     assert "hush" not in repr(ClientOptions(api_key="hush"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "responses", "words"),
+    [
+        (None, ("a",), "prompt is None: give its text"),
+        ([{"role": "user", "content": "p"}], ("a",), r"prompt is \[.*prompt_text makes one"),
+        ("p", ("a", None), r"responses\[1\] is None: give its text"),
+    ],
+)
+def test_an_instance_is_text(prompt: Any, responses: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RewardItem(prompt, responses)

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fetch_trainers import TRAINERS, Trainer, fetch, is_there
-from tests.support.trainer_clients import SLIME
+from tests.support.fetch_trainers import SLIME, STAMP, TRAINERS, Source, Trainer, fetch, fetch_source, is_there
 
 ROOT = Path(__file__).resolve().parents[3]
 TOY = Trainer("toy", ("toytrainer==1.0",), light=True, seconds=60)
@@ -88,6 +87,39 @@ def test_every_version_is_pinned() -> None:
         assert all(re.fullmatch(r"[\w-]+==[\w.]+", requirement) for requirement in trainer.requirements)
 
 
-def test_the_kept_client_of_slime_is_named_with_its_commit_and_its_licence() -> None:
-    assert re.search(r"Commit `[0-9a-f]{40}`", (SLIME / "README.md").read_text("utf-8"))
-    assert "Apache License" in (SLIME / "LICENSE").read_text("utf-8")
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    """A repository of two files, one of which is wanted."""
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    (repository / "wanted.py").write_text("version = 1\n")
+    (repository / "other.py").write_text("")
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+        done = subprocess.run(["git", *who, *words], cwd=repository, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "first")
+    return Source("toy", repository.as_uri(), git("rev-parse", "HEAD"), ("wanted.py",), 60)
+
+
+def test_a_source_that_is_not_on_pypi_comes_from_its_repository(source: Source, tmp_path: Path) -> None:
+    assert fetch_source(source, tmp_path / "clients") is None
+    assert is_there(source, tmp_path / "clients")
+    assert sorted(path.name for path in (tmp_path / "clients/toy").iterdir()) == [STAMP, "wanted.py"]
+    # git would find nothing now; it is not asked.
+    assert fetch_source(dataclasses.replace(source, repository="file:///nowhere"), tmp_path / "clients") is None
+
+
+def test_a_source_that_cannot_be_had_says_why(source: Source, tmp_path: Path) -> None:
+    for missing in ({"repository": "file:///nowhere"}, {"commit": "0" * 40}, {"paths": ("third.py",)}):
+        assert fetch_source(dataclasses.replace(source, **missing), tmp_path / "clients")
+    assert list((tmp_path / "clients").iterdir()) == []
+
+
+def test_slime_is_pinned_to_a_commit() -> None:
+    assert re.fullmatch(r"[0-9a-f]{40}", SLIME.commit)
+    assert "LICENSE" in SLIME.paths

@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[3]
 HELPERS = [
     "areal",
     "calls",
+    "chat_families",
+    "chat_format",
     "client",
     "coalesce",
     "conversation",
@@ -22,6 +24,7 @@ HELPERS = [
     "online_dpo",
     "options",
     "rowwise",
+    "templated",
     "trl",
     "values",
     "verl",

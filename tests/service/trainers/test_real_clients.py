@@ -15,7 +15,7 @@ import pytest
 from tests.support.arms import ScriptedArm
 from tests.support.gateway import until
 from tests.support.live import LiveGateway, live_gateway
-from tests.support.trainer_clients import ImpatientAsyncio, client_folder, loaded, slime_folders
+from tests.support.trainer_clients import ImpatientAsyncio, client_folder, loaded, slime_folder
 
 if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
@@ -214,13 +214,13 @@ def test_llamafactory_would_end_it_at_a_null_too(ppo_utils: Any) -> None:
 # slime ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=slime_folders())
-async def rm_hub(request: pytest.FixtureRequest) -> Any:
+@pytest.fixture
+async def rm_hub() -> Any:
     """`slime.rollout.rm_hub`, with slime's own samples; its rules for maths and quizzes are stood for."""
     pytest.importorskip("torch")
     helpers = ("deepscaler", "f1", "gpqa", "math_dapo_utils", "math_utils")
     stubs = ["slime.utils.http_utils", *(f"slime.rollout.rm_hub.{helper}" for helper in helpers)]
-    with loaded(slime_folders()[request.param], "slime.rollout.rm_hub", anything=stubs) as module:
+    with loaded(slime_folder(), "slime.rollout.rm_hub", anything=stubs) as module:
         module.asyncio = ImpatientAsyncio()
         yield module
         if module._shared_session is not None:

@@ -183,3 +183,11 @@ def test_verl_stops_where_no_reward_can_be_had(tmp_path: Path) -> None:
     done = run_module("tests.support.verl_scoring", words)
     assert done.returncode == 1
     assert "RouterUnavailableError" in done.stderr
+
+
+def test_a_sample_without_a_response_is_refused_not_scored_as_an_empty_one(gateway: LiveGateway) -> None:
+    options = {"url": gateway.url, "extra_info": {"prompt": "p"}}
+    with pytest.raises(ValueError, match="solution_str is None"):
+        compute_score("toy", **options)
+    with pytest.raises(ValueError, match="solution_str is None"):
+        asyncio.run(compute_score_async("toy", **options))
