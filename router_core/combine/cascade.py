@@ -15,6 +15,7 @@ from router_core.combine.answers import Answers
 from router_core.combine.pacer import HIGHEST, LOWEST
 from router_core.combine.value import call_values
 from router_core.combine.votes import Votes, verdicts_of
+from router_core.errors import NotFiniteError, ShapeMismatchError
 
 Array = NDArray[np.float64]
 
@@ -60,6 +61,14 @@ class Multipliers:
     budgets: Array
     values: Array
 
+    def __post_init__(self) -> None:
+        if self.budgets.ndim != 1 or self.budgets.shape != self.values.shape or not len(self.budgets):
+            raise ShapeMismatchError(
+                f"multipliers: budgets {self.budgets.shape} and values {self.values.shape} must be (G,); train again"
+            )
+        if not ((self.values > 0).all() and np.isfinite(self.budgets).all()):
+            raise NotFiniteError("multipliers must be positive and budgets finite; train again")
+
     def at(self, budget: float) -> float:
         """μ for a budget; the last one beyond the grid. With the budget 1 no second call is made.
 
@@ -67,6 +76,10 @@ class Multipliers:
         0.1
         """
         return float(np.exp(np.interp(budget, self.budgets, np.log(self.values))))
+
+    def rounded(self) -> Multipliers:
+        """The same numbers as a checkpoint's float32 tensors hold them."""
+        return Multipliers(*(a.astype(np.float32).astype(np.float64) for a in (self.budgets, self.values)))
 
     @classmethod
     def of(cls, paths: Paths, step: float = 0.05) -> Multipliers:

@@ -64,6 +64,10 @@ class Votes:
         """K."""
         return len(self.deviations)
 
+    def rounded(self) -> Votes:
+        """The same numbers as a checkpoint's float32 tensors hold them."""
+        return Votes(*(a.astype(np.float32).astype(np.float64) for a in (self.weights, self.deviations, self.margins)))
+
     def select(self, arms: Sequence[int]) -> Votes:
         """The weights of these arms, in this order: they were fitted on random subsets."""
         index = list(arms)
@@ -81,7 +85,8 @@ class Votes:
         """m_k = ln(1 + 2·margin/deviation_k), the mean where the margin is unknown: (B, K) to (B, K)."""
         known = np.isfinite(margins)
         m = np.log1p(2.0 * np.where(known, margins, 0.0) / self.deviations)
-        return np.where(known, m, self.margins.mean(axis=0))
+        out: Array = np.where(known, m, self.margins.mean(axis=0))
+        return out
 
     def probabilities(self, offsets: Array, answers: Answers) -> Array:
         """P(response i is best), given the answers so far: softmax of the votes per response.
@@ -138,7 +143,8 @@ def informed_logits(offsets: Array, responses: NDArray[np.int64]) -> Array:
 
 def voters_log(voters: NDArray[np.integer]) -> Array:
     """ln V, 0 without a vote."""
-    return np.log(np.maximum(voters, 1).astype(np.float64))
+    logarithms: Array = np.log(np.maximum(voters, 1).astype(np.float64))
+    return logarithms
 
 
 def log_odds(constant: Array, growth: Array, answers: Answers) -> Array:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from router_core.combine.answers import Answers, margins_of
 from router_core.combine.cascade import Multipliers, follow
-from router_core.combine.votes import FEATURES, Votes, informed_logits, log_odds, softmax, voters_log
+from router_core.combine.votes import FEATURES, Votes, informed_logits, log_odds, voters_log
 from router_core.intervals import group_index
 from router_core.records import TIE, LabelledPair
 
@@ -100,11 +100,11 @@ def fit_votes(data: Judged, rng: np.random.Generator) -> tuple[Votes, Multiplier
     subsets = _subsets(data, rng)
     weights = _fit(blank, data, subsets)
     fold = (rng.permutation(int(index.max()) + 1) % FOLDS)[index]
-    held_out = []
+    held_out, most = [], int(data.answers.responses.max())
     for f in range(FOLDS):
         inside, outside = np.flatnonzero(fold != f), np.flatnonzero(fold == f)
         part = replace(blank, weights=_fit(blank, data.rows(inside), subsets[:, inside], start=weights))
-        held_out += [_margins_of_label(part, data.rows(outside), asked) for asked in subsets[:, outside]]
+        held_out += [_leads(part, data.rows(outside), asked, most) for asked in subsets[:, outside]]
     votes = replace(blank, weights=weights * _temperature(np.concatenate(held_out)))
     first = np.where(data.answers.answered, data.offsets, -np.inf).argmax(axis=1)
     return votes, Multipliers.of(follow(votes, data.offsets, data.answers, first, calls=MOST_CALLS))
@@ -138,7 +138,7 @@ def _subsets(data: Judged, rng: np.random.Generator) -> NDArray[np.bool_]:
 def _design(votes: Votes, data: Judged, asked: NDArray[np.bool_]) -> Array:
     """(N, n − 1, 8(K + 1)): features of each other response less those of the label; 0 beyond a pair's own responses.
 
-    A feature belongs to the response that the arm prefers; the last of each nine … K + 1 columns is the arms' sum.
+    A feature belongs to the response that the arm prefers; the last of each K + 1 columns is the sum over the arms.
     """
     answers = data.answers.only(asked)
     voted = answers.votes
@@ -218,18 +218,23 @@ def _others(z: Array, absent: NDArray[np.bool_]) -> Array:
     return out
 
 
-def _margins_of_label(votes: Votes, data: Judged, asked: NDArray[np.bool_]) -> Array:
-    """Log-odds of the label against all others together, with all offsets' weights as they are: (N,)."""
+def _leads(votes: Votes, data: Judged, asked: NDArray[np.bool_], n: int) -> Array:
+    """Log-odds of each other response against the label, (N, n − 1); −inf for responses that a pair does not have."""
     answers = data.answers.only(asked)
     constant, growth = votes.strengths(data.offsets, answers.margins, answers.responses)
-    p = softmax(log_odds(constant, growth, answers), answers.responses)[np.arange(len(data.labels)), data.labels]
-    p = np.clip(p, 1e-12, 1.0 - 1e-12)
-    odds: Array = np.log(p) - np.log1p(-p)
-    return odds
+    odds = log_odds(constant, growth, answers)
+    odds = np.concatenate([odds, np.zeros((len(odds), n - odds.shape[1]))], axis=1)
+    others = (data.labels[:, None] + np.arange(1, n)) % n
+    rows = np.arange(len(others))[:, None]
+    leads: Array = np.where(
+        others < answers.responses[:, None], odds[rows, others] - odds[rows, data.labels[:, None]], -np.inf
+    )
+    return leads
 
 
-def _temperature(margins: Array) -> float:
-    """argmin_t Σ log(1 + exp(−t·margin)) over a grid from ½ to 2, for margins (N,) in favour of the label."""
+def _temperature(leads: Array) -> float:
+    """argmin_t Σ log(1 + Σ_i exp(t·lead_i)) over a grid from ½ to 2: leads (N, n − 1)."""
     grid = np.geomspace(0.5, 2.0, 81)
-    losses = [float(np.logaddexp(0.0, -t * margins).sum()) for t in grid]
+    zero = np.zeros((len(leads), 1))
+    losses = [float(np.logaddexp.reduce(np.concatenate([zero, t * leads], axis=1), axis=1).sum()) for t in grid]
     return float(grid[int(np.argmin(losses))])
