@@ -233,7 +233,8 @@ def _random_cascade(votes: Votes, future: _Side, budget: float, prices: Array, r
     asked = np.zeros((N, K), dtype=bool)
     np.put_along_axis(asked, ranking, taken, axis=1)
     verdicts = verdicts_of(votes.probabilities(future.offsets, future.answers.only(asked)))
-    return _Play(correctness(verdicts.preferred, future.labels), asked.sum(axis=1) * 1.0, asked @ prices)
+    calls, price = asked.sum(axis=1).astype(np.float64), np.where(asked, prices, 0.0).sum(axis=1)
+    return _Play(correctness(verdicts.preferred, future.labels), calls, price)
 
 
 def _escalated(
