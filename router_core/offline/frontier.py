@@ -233,7 +233,7 @@ def _random_cascade(votes: Votes, future: _Side, budget: float, prices: Array, r
     asked = np.zeros((N, K), dtype=bool)
     np.put_along_axis(asked, ranking, taken, axis=1)
     verdicts = verdicts_of(votes.probabilities(future.offsets, future.answers.only(asked)))
-    calls, price = asked.sum(axis=1).astype(np.float64), np.where(asked, prices, 0.0).sum(axis=1)
+    calls, price = asked.sum(axis=1).astype(np.float64), np.asarray(asked @ prices, dtype=np.float64)
     return _Play(correctness(verdicts.preferred, future.labels), calls, price)
 
 
@@ -254,4 +254,4 @@ def _escalated(
     arms = np.where(asked, strongest, future.first)
     verdicts = future.answers.verdicts[np.arange(len(arms)), arms]
     price: Array = prices[future.first] + np.where(asked, prices[strongest], 0.0)
-    return _Play(correctness(verdicts, future.labels), np.where(asked, 2.0, 1.0), price)
+    return _Play(correctness(verdicts, future.labels), np.where(asked, 2.0, 1.0).astype(np.float64), price)
