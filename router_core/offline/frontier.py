@@ -214,7 +214,7 @@ def _cascade(seen: Paths, to_come: Paths, budget: float, future: _Side) -> _Play
     rows = np.arange(len(future.labels))
     ends = to_come.ends(multiplier_for(seen, budget))
     right = correctness(to_come.preferred[rows, ends], future.labels)
-    return _Play(right, ends + 1.0, to_come.spent[rows, ends])
+    return _Play(right, (ends + 1).astype(np.float64), to_come.spent[rows, ends])
 
 
 def _random_cascade(votes: Votes, future: _Side, budget: float, prices: Array, rng: np.random.Generator) -> _Play:
