@@ -1,6 +1,6 @@
 """What one more answer is worth: the expected gain in the probability of being right (docs/math/combination.md).
 
-Knows votes and offsets; nothing of prices, budgets or draws.
+Knows votes, offsets and prices; nothing of budgets, and draws nothing.
 """
 
 from __future__ import annotations
@@ -49,6 +49,33 @@ def call_values(votes: Votes, offsets: Array, answers: Answers) -> Array:
         mean = np.einsum("bki,bkij->bkj", heard, after)
         values += np.einsum("bki,bki->bk", heard, _worth(after)) - _worth(mean)
     return np.maximum(values / len(outcomes), 0.0)
+
+
+def next_call(
+    values: Array, prices: Array, multiplier: float, available: NDArray[np.bool_]
+) -> tuple[NDArray[np.bool_], Array]:
+    """Is another call worth its price, and with which probability each arm is drawn for it.
+
+    An arm's probability is proportional to its surplus value/price − μ, so that no arm is drawn whose answer is not
+    worth asking for, and the propensity of a sequence of calls is the product of exact ones.
+
+    Args:
+        values: (B, K) of `call_values`.
+        prices: (K,), in units of the cheapest.
+        multiplier: μ.
+        available: (B, K), arms that apply and have not been asked.
+
+    Returns:
+        (B,) True where another call is made, and (B, K) probabilities: rows sum to 1 there, and are 0 elsewhere.
+
+    >>> v, free = np.array([[0.03, 0.02, 0.3]]), np.array([[True, True, False]])
+    >>> next_call(v, np.ones(3), 0.01, free)[1].round(3).tolist()
+    [[0.667, 0.333, 0.0]]
+    """
+    surplus = np.where(available, np.maximum(values / prices - multiplier, 0.0), 0.0)
+    total = surplus.sum(axis=1)
+    going = total > 0.0
+    return going, surplus / np.where(going, total, 1.0)[:, None]
 
 
 def predicted(now: Array, offsets: Array, responses: NDArray[np.int64]) -> Array:

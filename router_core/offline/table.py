@@ -25,10 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.checkpoint import Checkpoint
+from router_core.combine import COMBINED
 from router_core.dataset import grouped_folds, pool_matrix
 from router_core.encoder.base import Backbone
 from router_core.errors import DatasetError, UnknownPolicyError
-from router_core.offline.combined import COMBINED, combined_outcomes
+from router_core.offline.combined import combined_outcomes
 from router_core.offline.evaluate import Head, default_head, majority_correctness, route, uwo_correctness
 from router_core.offline.train import TrainConfig, train
 from router_core.offline.votes import recorded_answers

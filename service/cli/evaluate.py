@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from router_core.checkpoint import Checkpoint
+from router_core.combine import wanted_combined
 from router_core.dataset import load_pairs, pairs_digest, pool_names
 from router_core.encoder.base import Backbone
 from router_core.encoder.registry import load_backbone, load_checkpoint_backbone
@@ -148,7 +149,6 @@ def _task(
 def _judge_fits(task: Task, notes: Console) -> dict[str, Any]:
     """Fit and judge every row; without a test, by cross-validation."""
     try:
-        from router_core.offline.combined import wanted_combined
         from router_core.offline.figures import figures
         from router_core.offline.table import fits, fold_splits, held_out_split, judge_fitted, routers
         from router_core.offline.train import TrainConfig
@@ -208,7 +208,6 @@ def _judge_checkpoint(
     if train is not None:
         raise typer.BadParameter("--checkpoint is judged as it is: leave --train out", param_hint="train")
     try:
-        from router_core.offline.combined import wanted_combined
         from router_core.offline.figures import figures
         from router_core.offline.table import judge_checkpoint
     except ImportError as error:

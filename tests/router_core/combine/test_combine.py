@@ -18,6 +18,7 @@ from router_core.combine import (
     follow,
     margins_of,
     multiplier_for,
+    next_call,
     verdicts_of,
 )
 from router_core.combine.pacer import HIGHEST, LOWEST
@@ -228,3 +229,26 @@ def test_what_cannot_be_is_refused() -> None:
     for budget, multiplier, rate in ((0.5, 0.1, 0.05), (2.0, 0.0, 0.05), (2.0, 0.1, 0.0)):
         with pytest.raises(HyperparameterError):
             Pacer(budget, multiplier, rate)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0.0, 1e-3, 1e-2, 0.1]))
+def test_a_call_is_drawn_where_following_the_largest_value_would_go_on(seed: int, multiplier: float) -> None:
+    votes, prices = learned(4, seed), np.array([1.0, 1.0, 2.0, 5.0])
+    offsets, said = random_answers(8, 4, seed)
+    free = ~said.answered
+    values = call_values(votes, offsets, said)
+    going, probabilities = next_call(values, prices, multiplier, free)
+    surplus = np.where(free, values / prices, -np.inf)
+    assert np.array_equal(going, surplus.max(axis=1) > multiplier)
+    assert probabilities.sum(axis=1) == pytest.approx(going.astype(float))
+    assert (probabilities[surplus <= multiplier] == 0.0).all()
+    best = surplus.argmax(axis=1)[going]
+    assert (probabilities[going].argmax(axis=1) == best).all()
+
+
+def test_doubts_of_one_arm_do_not_depend_on_who_else_is_in_the_pool() -> None:
+    votes, (offsets, said) = learned(5, 2), random_answers(6, 5, 2)
+    kept = [3, 1]
+    part = Answers(said.verdicts[:, kept], said.answered[:, kept], said.margins[:, kept], said.responses)
+    only = said.only(np.isin(np.arange(5), kept)[None].repeat(6, axis=0))
+    assert votes.select(kept).probabilities(offsets[:, kept], part) == pytest.approx(votes.probabilities(offsets, only))

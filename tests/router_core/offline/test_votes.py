@@ -7,9 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from router_core.combine import Answers, verdicts_of
+from router_core.combine import Answers, budget_of, verdicts_of, wanted_combined
 from router_core.errors import UnknownPolicyError
-from router_core.offline.combined import budget_of, wanted_combined
 from router_core.offline.votes import Judged, fit_votes, recorded_answers
 from router_core.records import TIE, Instance, LabelledPair
 
