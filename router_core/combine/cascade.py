@@ -75,7 +75,8 @@ class Multipliers:
         >>> round(Multipliers(np.array([1.0, 2.0]), np.array([1.0, 0.01])).at(1.5), 9)
         0.1
         """
-        return float(np.exp(np.interp(budget, self.budgets, np.log(self.values))))
+        value = float(np.exp(np.interp(budget, self.budgets, np.log(self.values))))
+        return min(max(value, LOWEST), HIGHEST)
 
     def rounded(self) -> Multipliers:
         """The same numbers as a checkpoint's float32 tensors hold them."""
@@ -97,6 +98,7 @@ def follow(
     first: NDArray[np.int64],
     prices: Array | None = None,
     calls: int | None = None,
+    multiplier: float | None = None,
 ) -> Paths:
     """Ask the first arm, then again and again the one whose answer is worth most for its price.
 
@@ -107,9 +109,11 @@ def follow(
         first: (B,) the routed arm of each instance.
         prices: (K,) at least 1, in units of the cheapest; None: equal.
         calls: T at most; None: K.
+        multiplier: μ where each path ends; what would come after is not worked out. None: whole paths.
     """
     B, K = offsets.shape
     T = min(calls or K, K)
+    least = -np.inf if multiplier is None else multiplier
     prices = np.ones(K) if prices is None else prices
     rows = np.arange(B)
     asked, spent = np.zeros((B, K), dtype=bool), np.zeros(B)
@@ -117,6 +121,13 @@ def follow(
     arms, preferred = np.full((B, T), -1, dtype=np.int64), np.full((B, T), -1, dtype=np.int64)
     right, values, costs = np.empty((B, T)), np.full((B, T), -np.inf), np.empty((B, T))
     for t in range(T):
+        if t and not going.any():
+            preferred[:, t:], right[:, t:], costs[:, t:] = (
+                preferred[:, t - 1, None],
+                right[:, t - 1, None],
+                spent[:, None],
+            )
+            break
         asked[rows[going], nxt[going]] = True
         spent = spent + np.where(going, prices[nxt], 0.0)
         arms[:, t] = np.where(going, nxt, -1)
@@ -128,7 +139,7 @@ def follow(
             worth = np.where(left, call_values(votes, offsets, known) / prices, -np.inf)
             nxt = worth.argmax(axis=1)
             values[:, t] = worth[rows, nxt]
-            going = left[rows, nxt]
+            going = left[rows, nxt] & (worth[rows, nxt] > least)
     return Paths(arms, preferred, right, values, costs)
 
 

@@ -184,6 +184,11 @@ def test_cascades_begin_with_the_routed_arm_and_end_where_the_multiplier_says() 
         assert paths.price(multiplier_for(paths, budget)) <= budget
         assert paths.price(Multipliers.of(paths).at(budget)) <= budget + 0.02
     assert paths.price(multiplier_for(paths, 2.0)) > 1.9
+    short = follow(votes, offsets, said, first, multiplier=0.01)
+    ends = paths.ends(0.01)
+    assert np.array_equal((short.arms >= 0).sum(axis=1), ends + 1)
+    assert np.array_equal(short.preferred[:, -1], paths.preferred[np.arange(200), ends])
+    assert np.array_equal(short.spent[:, -1], paths.spent[np.arange(200), ends])
     capped = follow(votes, offsets, said, first, calls=2)
     assert np.array_equal(capped.arms, paths.arms[:, :2])
     assert capped.price(0.0) == 2.0
