@@ -28,7 +28,7 @@ COMBINATION = Combination(
 
 
 def stream(n: int = 600, seed: int = 0) -> tuple[Table, np.ndarray]:
-    """Three RMs that are right by chances of their own in each of four directions; independent errors, no scores."""
+    """Three RMs that are right about equally often and err independently; no scores."""
     rng = np.random.default_rng(seed)
     where = rng.integers(4, size=n)
     right = rng.random((n, 3)) < chances()[where]
@@ -41,7 +41,7 @@ def stream(n: int = 600, seed: int = 0) -> tuple[Table, np.ndarray]:
 
 
 def chances() -> np.ndarray:
-    return np.random.default_rng(9).uniform(0.55, 0.9, size=(4, 3))
+    return np.random.default_rng(9).uniform(0.7, 0.8, size=(4, 3))
 
 
 def informed(form: str | None) -> Prior:
