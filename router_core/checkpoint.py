@@ -5,7 +5,8 @@ start-up by `service.wiring`, and by replay.
 
 A checkpoint is a directory:
 
-    weights.safetensors   float32 tensors: fuse.*, bt_embeddings, cls_*, calibration_*, score_*, landmark_positions
+    weights.safetensors   float32 tensors: fuse.*, bt_embeddings, cls_*, calibration_*, score_*, landmark_positions,
+                          votes_*
     metadata.json         pool, encoder, prior form, hyper-parameters, metrics, provenance, and the digest of all that
     backbone/             the fine-tuned transformer, where there is one; its files' digests stand in the metadata
 
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from router_core.combine import Multipliers, Votes
 from router_core.encoder.fuse import Fuse
 from router_core.errors import CheckpointError, HyperparameterError, NotFiniteError, ShapeMismatchError
 from router_core.novelty import Landmarks
@@ -47,6 +49,8 @@ _FUSE_TENSORS = ("shift", "projection", "w1", "b1", "w2", "b2")
 _OPTIONAL_FUSE_TENSORS = ("rotation", "context")
 _SCORE_TENSORS = ("score_shift", "score_scale")
 _LANDMARKS = "landmark_positions"
+_VOTES = ("votes_weights", "votes_deviations", "votes_margins")
+_MULTIPLIERS = ("votes_budgets", "votes_multipliers")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +76,8 @@ class Checkpoint:
         score_shift, score_scale: (K,), (K,), mean and standard deviation of each RM's raw rewards on the training
             pairs, for what combines several RMs' rewards; None where the pairs held no scores.
         landmarks: where the training pairs lie, from which texts unlike them are told; None where it is not known.
+        votes: what the answers of several arms say together; None where there were too few pairs to learn it.
+        multipliers: what a budget makes of a call's price at the start; None without votes, and for a part of the pool.
     """
 
     pool: tuple[str, ...]
@@ -92,6 +98,8 @@ class Checkpoint:
     score_shift: NDArray[np.float32] | None = None
     score_scale: NDArray[np.float32] | None = None
     landmarks: Landmarks | None = None
+    votes: Votes | None = None
+    multipliers: Multipliers | None = None
 
     def __post_init__(self) -> None:
         """Raises CheckpointError if a shape, a number or the pool cannot be."""
@@ -120,6 +128,8 @@ class Checkpoint:
                 f"landmarks have {self.landmarks.positions.shape[1]} columns and the fuse's context "
                 f"{self.d - self.fuse.features - 1} besides its constant; train again"
             )
+        if self.votes is not None and self.votes.n_arms != K:
+            raise CheckpointError(f"votes are of {self.votes.n_arms} arms, the pool has {K}; train again")
         for name, array in self._tensors().items():
             if array.dtype != np.float32 or not np.isfinite(array).all():
                 raise CheckpointError(f"{name}: must be finite float32 (is {array.dtype}); train again")
@@ -205,7 +215,8 @@ class Checkpoint:
         rows = [self.pool.index(name) for name in names]
         per_arm = [*_ARM_TENSORS, *(_SCORE_TENSORS if self.score_shift is not None else ())]
         arrays = {name: getattr(self, name)[rows] for name in per_arm}
-        return replace(self, pool=tuple(names), metrics={}, **arrays)
+        votes = None if self.votes is None else self.votes.select(rows)
+        return replace(self, pool=tuple(names), metrics={}, votes=votes, multipliers=None, **arrays)
 
     def save(self, directory: str | os.PathLike[str]) -> str:
         """Write the checkpoint and return its digest.
@@ -269,6 +280,8 @@ class Checkpoint:
                 score_shift=tensors.get("score_shift"),
                 score_scale=tensors.get("score_scale"),
                 landmarks=_landmarks(tensors, metadata),
+                votes=Votes(*_float64(tensors, _VOTES)) if _VOTES[0] in tensors else None,
+                multipliers=Multipliers(*_float64(tensors, _MULTIPLIERS)) if _MULTIPLIERS[0] in tensors else None,
                 prior_form=PriorForm(metadata["prior_form"]),
                 hyperparameters=Hyperparameters(**metadata["hyperparameters"]),
                 metrics=metadata["metrics"],
@@ -297,6 +310,12 @@ class Checkpoint:
         named = {f"fuse.{name}": getattr(self.fuse, name) for name in (*_FUSE_TENSORS, *_OPTIONAL_FUSE_TENSORS)}
         named.update({name: getattr(self, name) for name in (*_ARM_TENSORS, *_SCORE_TENSORS)})
         named[_LANDMARKS] = None if self.landmarks is None else self.landmarks.positions
+        if self.votes is not None:
+            arrays = (self.votes.weights, self.votes.deviations, self.votes.margins)
+            named.update(zip(_VOTES, (array.astype(np.float32) for array in arrays), strict=True))
+        if self.multipliers is not None:
+            arrays_of_two = (self.multipliers.budgets, self.multipliers.values)
+            named.update(zip(_MULTIPLIERS, (array.astype(np.float32) for array in arrays_of_two), strict=True))
         # safetensors writes the buffer as it lies in memory: a transposed view would be stored with its axes mixed up.
         return {name: np.ascontiguousarray(array) for name, array in named.items() if array is not None}
 
@@ -339,6 +358,10 @@ class Checkpoint:
 
 def _landmarks(tensors: Mapping[str, NDArray[np.float32]], metadata: Mapping[str, Any]) -> Landmarks | None:
     return Landmarks(tensors[_LANDMARKS], metadata["landmark_radius"]) if _LANDMARKS in tensors else None
+
+
+def _float64(tensors: Mapping[str, NDArray[np.float32]], names: Sequence[str]) -> list[NDArray[np.float64]]:
+    return [tensors[name].astype(np.float64) for name in names]
 
 
 def _digest(weights: bytes, metadata: Mapping[str, Any]) -> str:

@@ -8,6 +8,8 @@ Knows which rows there are, on which pairs each is judged and what it was traine
 | `single:NAME` | one RM for everything | 1 |
 | `random` | expectation of an even choice among the RMs | 1 |
 | `majority`, `uwo` | all RMs together | K |
+| `stacked` | all RMs together, by the learned votes of the fit `offline` | K |
+| `cascade:B` | the RM that `offline` asks, then others where they are worth it | B on average |
 | `offline` | our router with the defaults: the prior's favourite, no feedback | 1 |
 | `offline:bt`, `offline:cls` | the same fit, routed by one head | 1 |
 | `offline:no-cls` | fitted without the classification loss, routed by the Bradley-Terry head | 1 |
@@ -23,11 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.checkpoint import Checkpoint
+from router_core.combine import COMBINED
 from router_core.dataset import grouped_folds, pool_matrix
 from router_core.encoder.base import Backbone
-from router_core.errors import DatasetError
+from router_core.errors import DatasetError, UnknownPolicyError
+from router_core.offline.combined import combined_outcomes
 from router_core.offline.evaluate import Head, default_head, majority_correctness, route, uwo_correctness
 from router_core.offline.train import TrainConfig, train
+from router_core.offline.votes import recorded_answers
 from router_core.policies import ScoreScale
 from router_core.records import LabelledPair
 from router_core.replay.table import Table, score_scale, tabulate
@@ -79,6 +84,25 @@ class Judged:
     asked: Mapping[str, Array] = field(default_factory=dict)
     left_out: int = 0
 
+    def only(self, policies: Sequence[str]) -> Judged:
+        """These rows, in the table's own order; all of them where none are named.
+
+        Raises:
+            UnknownPolicyError: there is no such row.
+        """
+        unknown = [name for name in policies if name not in self.rows]
+        if unknown:
+            raise UnknownPolicyError(f"policies: there is no row {unknown}; the rows are {', '.join(self.rows)}")
+        if not policies:
+            return self
+        rows = {name: values for name, values in self.rows.items() if name in policies}
+        return replace(
+            self,
+            rows=rows,
+            calls={name: self.calls[name] for name in rows},
+            asked={name: shares for name, shares in self.asked.items() if name in rows},
+        )
+
 
 def routers(encoders: Sequence[str], config: TrainConfig, *, ablations: bool = True) -> list[Router]:
     """The routers' rows: `offline` on the first encoder, its ablations, `offline@ENCODER` on the others.
@@ -118,6 +142,7 @@ def judge_fitted(
     features: Features,
     on_fit: Callable[[], None] = lambda: None,
     fit: Fitter = train,
+    combined: Sequence[str] = COMBINED,
 ) -> Judged:
     """Fit every router inside each split, judge it outside.
 
@@ -130,6 +155,7 @@ def judge_fitted(
         features: of all pairs, by encoder spec.
         on_fit: told after each fit; there are `len(fits(rows))` per split.
         fit: makes the checkpoints.
+        combined: `stacked`, `cascade:B`; played by the fit of the row `offline`, with multipliers from its own pairs.
 
     Raises:
         DatasetError: an RM of the pool was asked about no pair, too few groups, or no judged pair has all RMs.
@@ -140,6 +166,7 @@ def judge_fitted(
     right["uwo"] = np.full((len(splits), len(pairs)), np.nan)
     asked = {row.name: np.zeros(len(pool)) for row in rows}
     complete = _complete(correctness)
+    together = _Together(combined, len(splits), pairs, pool)
     for s, (seed, parts) in enumerate(splits.items()):
         for part in parts:
             inside, outside = [pairs[i] for i in part.inside], part.outside[complete[part.outside]]
@@ -153,8 +180,10 @@ def judge_fitted(
                         arms = route(checkpoint, x, row.head or default_head(checkpoint))
                         right[row.name][s, outside] = correctness[outside, arms]
                         asked[row.name] += np.bincount(arms, minlength=len(pool))
+                    if row.name == OFFLINE and (row.encoder, row.config) == (encoder, config):
+                        together.play(s, checkpoint, x, outside, arms)
                 on_fit()
-    return _assemble(pairs, pool, judged, correctness, right, asked)
+    return _assemble(pairs, pool, judged, correctness, right, asked, together)
 
 
 def judge_checkpoint(
@@ -162,12 +191,14 @@ def judge_checkpoint(
     pairs: Sequence[LabelledPair],
     features: NDArray[np.float32],
     scale: ScoreScale | None = None,
+    combined: Sequence[str] = COMBINED,
 ) -> Judged:
     """A trained checkpoint on pairs that it has not seen.
 
     Args:
         features: `pair_features(pairs, backbone)` with the checkpoint's encoder.
         scale: of the RMs' scores, for `uwo`; None: that of these pairs.
+        combined: `stacked`, `cascade:B`; those that the checkpoint cannot play are left out.
 
     Raises:
         DatasetError: an RM of the checkpoint's pool was asked about no pair, or no pair has all RMs.
@@ -182,11 +213,48 @@ def judge_checkpoint(
     right = {name: np.full((1, len(pairs)), np.nan) for name in ("uwo", *heads)}
     right["uwo"][0, rows] = uwo_correctness([pairs[i] for i in rows.tolist()], pool, scale or score_scale(pairs, pool))
     asked = {}
+    together = _Together(combined, 1, pairs, pool)
     for name, head in heads.items():
         arms = route(checkpoint, x, head)
+        if name == OFFLINE:
+            together.play(0, checkpoint, x, rows, arms)
         right[name][0, rows] = correctness[rows, arms]
         asked[name] = np.bincount(arms, minlength=len(pool)).astype(np.float64)
-    return _assemble(pairs, pool, np.arange(len(pairs)), correctness, right, asked)
+    return _assemble(pairs, pool, np.arange(len(pairs)), correctness, right, asked, together)
+
+
+class _Together:
+    """The rows of the policies that combine answers, filled split by split: right and calls, (S, N) each by name."""
+
+    def __init__(self, names: Sequence[str], seeds: int, pairs: Sequence[LabelledPair], pool: Sequence[str]) -> None:
+        self._names = tuple(names)
+        self._answers = recorded_answers(pairs, pool)
+        self._labels = np.array([pair.label for pair in pairs], dtype=np.int64)
+        self._right = {name: np.full((seeds, len(pairs)), np.nan) for name in names}
+        self._calls = {name: np.full((seeds, len(pairs)), np.nan) for name in names}
+
+    def play(
+        self,
+        seed: int,
+        checkpoint: Checkpoint,
+        x: NDArray[np.float32],
+        rows: NDArray[np.int64],
+        first: NDArray[np.int64],
+    ) -> None:
+        """Judge the pairs `rows`, whose contexts are x and whose routed arms are `first`."""
+        answers, offsets = self._answers.rows(rows), checkpoint.class_probabilities(x)
+        played = combined_outcomes(self._names, checkpoint, offsets, answers, self._labels[rows], first)
+        for name, outcome in played.items():
+            self._right[name][seed, rows], self._calls[name][seed, rows] = outcome.right, outcome.calls
+
+    def rows(self, kept: NDArray[np.int64]) -> dict[str, Array]:
+        """Right (S, N') by name on these pairs; without a policy that could not be played on all of them."""
+        chosen = {name: values[:, kept] for name, values in self._right.items()}
+        return {name: values for name, values in chosen.items() if not np.isnan(values).any()}
+
+    def calls(self, name: str, kept: NDArray[np.int64]) -> float:
+        """Mean calls per instance."""
+        return float(self._calls[name][:, kept].mean())
 
 
 def _assemble(
@@ -196,6 +264,7 @@ def _assemble(
     correctness: Array,
     right: Mapping[str, Array],
     asked: Mapping[str, Array],
+    together: _Together,
 ) -> Judged:
     """The judged pairs that every RM was asked about, the rows that need no fit added; fixed order of rows."""
     kept = judged[_complete(correctness)[judged]]
@@ -212,11 +281,12 @@ def _assemble(
     rows["majority"] = majority_correctness(chosen, pool)[None]
     routed = {name: values[:, kept] for name, values in right.items()}
     rows["uwo"] = _without_copies(routed.pop("uwo"))
-    K = float(len(pool))
+    joint, K = together.rows(kept), float(len(pool))
+    calls = {name: K if name in ("majority", "uwo") else 1.0 for name in (*rows, *routed)}
     return Judged(
         table=table,
-        rows={**rows, **routed},
-        calls={name: K if name in ("majority", "uwo") else 1.0 for name in (*rows, *routed)},
+        rows={**rows, **joint, **routed},
+        calls=calls | {name: together.calls(name, kept) for name in joint},
         asked={name: counts / max(counts.sum(), 1.0) for name, counts in asked.items()},
         left_out=len(judged) - len(kept),
     )

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from router_core.checkpoint import Checkpoint
+from router_core.combine import Multipliers, Votes
 from router_core.dataset import grouped_folds, pairs_digest, pool_matrix
 from router_core.encoder.base import Backbone, Block
 from router_core.encoder.fuse import Fuse, two_branch
@@ -31,6 +32,7 @@ from router_core.offline.losses import bradley_terry, correctness_bce
 from router_core.offline.members import SCORE_SCALE, MembersFit, TrainConfig
 from router_core.offline.targets import score_margins, soft_targets
 from router_core.offline.tune import MAX_STREAM, Stream, choose_form, fit_hyperparameters, residual_variance
+from router_core.offline.votes import Judged, fit_votes, recorded_answers
 from router_core.prior import PriorForm
 from router_core.records import LabelledPair
 from router_core.replay.table import score_scale, tabulate
@@ -148,6 +150,7 @@ def _fit_checkpoint(
         form, of_paper = choose_form(hyperparameters, embeddings, kept)
     scale = score_scale(pairs, pool)
     landmarks = context_landmarks(pairs, fuse.apply(z), fuse, np.random.default_rng(config.seed))
+    learned = learned_votes(pairs, pool, held_out.probabilities, config.seed)
     checkpoint = Checkpoint(
         pool=tuple(pool),
         encoder_spec=backbone.spec,
@@ -173,8 +176,20 @@ def _fit_checkpoint(
         score_shift=scale.shift.astype(np.float32),
         score_scale=scale.scale.astype(np.float32),
         landmarks=landmarks,
+        votes=None if learned is None else learned[0],
+        multipliers=None if learned is None else learned[1],
     )
     return checkpoint, held_out
+
+
+def learned_votes(
+    pairs: Sequence[LabelledPair], pool: Sequence[str], offsets: NDArray[np.float64], seed: int
+) -> tuple[Votes, Multipliers] | None:
+    """`fit_votes` of these pairs as a checkpoint holds it; offsets (N, K) of fits that had not seen a pair's group."""
+    labels = np.array([pair.label for pair in pairs], dtype=np.int64)
+    judged = Judged(offsets, recorded_answers(pairs, pool), labels, [pair.group for pair in pairs])
+    fitted = fit_votes(judged, np.random.default_rng(seed))
+    return None if fitted is None else (fitted[0].rounded(), fitted[1].rounded())
 
 
 def context_landmarks(

@@ -6,7 +6,7 @@
 | `shift` | which pairs are learned from and which are streamed |
 | `stream` | order, drift, delays, missing feedback: a scenario, and its plan under a seed |
 | `loss` | the simulated DPO loss |
-| `passes`, `run` | one policy once through a stream; all policies and seeds |
+| `passes`, `combining`, `run` | one policy once through a stream, with further calls; all policies and seeds |
 | `trace`, `figures`, `curves`, `plot` | what was done, its figures, its curves, their picture |
 
 No files (but the picture), no networks, no torch. Called by `service.cli.replay`, the offline stage and `loadtests`.
@@ -14,6 +14,7 @@ No files (but the picture), no networks, no torch. Called by `service.cli.replay
 
 from __future__ import annotations
 
+from router_core.replay.combining import Combination
 from router_core.replay.curves import Curve, curve
 from router_core.replay.figures import PolicySummary, best_per_subset, report, summarise
 from router_core.replay.loss import SimulatedLoss
@@ -25,6 +26,7 @@ from router_core.replay.trace import ALL_ARMS, Pass, Trace, merge
 
 __all__ = [
     "ALL_ARMS",
+    "Combination",
     "Curve",
     "Delay",
     "Pass",

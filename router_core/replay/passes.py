@@ -5,7 +5,7 @@ Knows policies, the posterior's `fold` and a `Plan`; no files, no summaries. Cal
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,13 +118,13 @@ def online_pass(stage: Stage, plan: Plan, on_step: Steps) -> Pass:
     Between two arrivals the posterior stands still, so the steps there are drawn at once. A policy with one RM per
     batch draws at a batch's first step, from the mean context.
     """
-    loop = _Loop(stage, plan)
+    loop = Loop(stage, plan)
     while loop.step < len(plan):
         on_step(loop.advance())
     return Pass(plan.seed, plan.order, loop.correct, loop.asked)
 
 
-class _Loop:
+class Loop:
     """The mutable half of one online pass: where it is, what is known, what has been asked."""
 
     def __init__(self, stage: Stage, plan: Plan) -> None:
@@ -144,8 +144,7 @@ class _Loop:
         """Draw all steps up to the next change of the posterior, then fold what is due; returns how many were drawn."""
         begin, end = self.step, self._end()
         self.asked[begin:end] = self._draw(begin, end, self._state)
-        pairs = self._plan.order[begin:end]
-        self.correct[begin:end] = self._stage.table.correctness[pairs, self.asked[begin:end]]
+        self.correct[begin:end] = self._earned(begin, end)
         self.step = end
         events = []
         while self._next < len(self._arrivals) and self._due[self._arrivals[self._next]] < end:
@@ -153,6 +152,15 @@ class _Loop:
             self._next += 1
         self._state = fold(self._state, events)
         return end - begin
+
+    def _earned(self, begin: int, end: int) -> Array:
+        """Correctness of what the drawn arms say."""
+        earned: Array = self._stage.table.correctness[self._plan.order[begin:end], self.asked[begin:end]]
+        return earned
+
+    def _heard(self, step: int) -> Sequence[int]:
+        """The arms besides the drawn one whose verdicts are learned from."""
+        return range(len(self._stage.table.pool)) if self._shadowed[step] else ()
 
     def _end(self) -> int:
         """First step that must not be drawn with the present posterior."""
@@ -177,10 +185,8 @@ class _Loop:
         pair, arm = int(self._plan.order[step]), int(self.asked[step])
         feedback = Feedback(self._stage.signal, self._value(step, pair))
         verdict, offset = int(table.verdicts[pair, arm]), float(offsets[pair, arm])
-        if not self._shadowed[step]:
-            return Event(arm, self._contexts[pair], offset, verdict, feedback, str(step))
         shadows = tuple(
-            Shadow(k, float(offsets[pair, k]), int(table.verdicts[pair, k])) for k in range(len(table.pool)) if k != arm
+            Shadow(k, float(offsets[pair, k]), int(table.verdicts[pair, k])) for k in self._heard(step) if k != arm
         )
         return Event(arm, self._contexts[pair], offset, verdict, feedback, str(step), shadows=shadows)
 

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from router_core.combine import STACKED, budget_of, is_combined
 from router_core.errors import FeedbackError, UnknownPolicyError
 from router_core.policies import AllCalls, Policy, ScoreScale, make_policy
 from router_core.posterior import FoldSettings
 from router_core.prior import Prior
 from router_core.records import Signal
+from router_core.replay.combining import Combination, combining_pass
 from router_core.replay.passes import (
     Stage,
     Steps,
@@ -40,13 +42,15 @@ class Selected:
 
     Attributes:
         name: as given.
-        policy: of `make_policy`.
+        policy: of `make_policy`; where answers are combined, the one that draws the first arm.
         shadow: share of the instances at which every RM is asked.
+        combines: True for `stacked` and `cascade:B`.
     """
 
     name: str
     policy: Policy
     shadow: float = 0.0
+    combines: bool = False
 
     def calls(self, plans: Sequence[Plan], n_arms: int) -> float:
         """RM calls per instance: K where all are asked, else 1 + (share shadowed)·(K − 1)."""
@@ -62,6 +66,10 @@ def select(name: str, pool: Sequence[str]) -> Selected:
     Raises:
         UnknownPolicyError: no such policy, or a rate that it cannot have.
     """
+    if is_combined(name):
+        if name != STACKED:
+            budget_of(name)
+        return Selected(name, make_policy("bayesian:calibrated", pool), combines=True)
     base, option, rate = name.rpartition(SHADOW)
     if not option:
         return Selected(name, make_policy(name, pool))
@@ -89,6 +97,7 @@ def replay(
     on_step: Steps | None = None,
     scenario: Scenario | None = None,
     scale: ScoreScale | None = None,
+    combination: Combination | None = None,
 ) -> dict[str, Trace]:
     """Every policy over the stream, once per seed; a seed fixes order, gaps and the noise of the draws for all of them.
 
@@ -103,11 +112,12 @@ def replay(
         on_step: told how many instances were done since the last call; for progress bars.
         scenario: what happens to the stream; by default each pair comes once, with feedback before the next draw.
         scale: of the RMs' scores, for policies that combine them; by default that of the stream's own scores.
+        combination: the checkpoint's learned votes, for `stacked` and `cascade:B`.
 
     Raises:
         FeedbackError: shadowing with a signal that says nothing of the other RMs.
         UnknownPolicyError: a policy that does not exist.
-        DatasetError: drift without domains; `uwo` without scores.
+        DatasetError: drift without domains; `uwo` without scores; `stacked` or a cascade without a combination.
     """
     scenario = scenario or Scenario()
     selected = [select(name, table.pool) for name in policy_names]
@@ -116,6 +126,13 @@ def replay(
     tell = on_step or (lambda _: None)
     traces = {}
     for each in selected:
+        if each.combines:
+            prior = priors(each.policy.prior)
+            stage = Stage(table, x, prior.offsets(x), each.policy, prior, signal, scenario, settings=settings)
+            played = [combining_pass(stage, plan, each.name, combination, tell) for plan in plans]
+            calls = float(np.mean([part.calls for part in played]))
+            traces[each.name] = Trace(tuple(part.trace for part in played), len(table), calls)
+            continue
         if isinstance(each.policy, AllCalls):
             correct = combined_correctness(table, each.policy, scale or _own_scale(table))
             passes = [all_arms_pass(correct, plan, tell) for plan in plans]

@@ -16,6 +16,7 @@ from service.cli import (
     encoder,
     evaluate,
     export,
+    frontier,
     label,
     manifests,
     models,
@@ -50,6 +51,7 @@ app.add_typer(encoder.app, name="encoder")
 app.command("train")(train.train)
 app.command("label")(label.label)
 app.command("evaluate")(evaluate.evaluate)
+app.command("frontier")(frontier.frontier)
 app.command("replay")(replay.replay)
 app.command("models")(models.models)
 app.command("export")(export.export)

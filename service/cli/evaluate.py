@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from router_core.checkpoint import Checkpoint
+from router_core.combine import wanted_combined
 from router_core.dataset import load_pairs, pairs_digest, pool_names
 from router_core.encoder.base import Backbone
 from router_core.encoder.registry import load_backbone, load_checkpoint_backbone
@@ -41,6 +42,7 @@ class Task:
         folds: of the cross-validation, where there is no test.
         no_cls, ablations: which rows; see `offline.table.routers`.
         encodings: directory of stored encodings; None: none are stored.
+        policies: rows that are wanted; none: all.
     """
 
     train: list[LabelledPair] | None
@@ -52,6 +54,7 @@ class Task:
     no_cls: bool
     ablations: bool
     encodings: Path | None
+    policies: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -72,6 +75,14 @@ def evaluate(
     no_cls: Annotated[
         bool, typer.Option("--no-cls", help="Fit without the classification loss (the paper's w/o CLS).")
     ] = False,
+    policies: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows, comma-separated: single:NAME, random, majority, uwo, stacked, cascade:B with B calls per "
+            "instance on average, offline … (default: all, with cascade:1.5, 2 and 3).",
+            show_default=False,
+        ),
+    ] = None,
     ablations: Annotated[
         bool, typer.Option(help="Also judge each head alone, and the fit without classification loss.")
     ] = True,
@@ -93,13 +104,15 @@ def evaluate(
     """
     notes = Console(stderr=True)
     encodings = encodings_directory(cache, use=use_cache)
+    wanted = parse_pool(policies) if policies else ()
     if checkpoint is not None:
-        document = _judge_checkpoint(checkpoint, train, test, pool, encodings, notes)
+        document = _judge_checkpoint(checkpoint, train, test, pool, encodings, wanted, notes)
     else:
         if train is None:
             raise typer.BadParameter("give FILE to learn from, or --checkpoint DIR to judge", param_hint="train")
         judged = None if test is None else load_pairs(test)
         task = _task(load_pairs(train), judged, pool, encoder, seeds, folds, no_cls, ablations, encodings)
+        task = dataclasses.replace(task, policies=wanted)
         document = _judge_fits(task, notes)
     text = json.dumps(document, indent=1, default=str)
     if json_out is not None and str(json_out) == "-":
@@ -143,6 +156,7 @@ def _judge_fits(task: Task, notes: Console) -> dict[str, Any]:
         raise ConfigurationError(f"evaluate needs torch ({error}): pip install 'reward-router[train]'") from error
     assert task.train is not None
     config = TrainConfig(lambda_cls=0.0) if task.no_cls else TrainConfig()
+    combined = wanted_combined(task.policies)
     rows = routers(task.encoders, config, ablations=task.ablations)
     pairs = [*task.train, *(task.test or ())]
     if task.test is None:
@@ -156,7 +170,16 @@ def _judge_fits(task: Task, notes: Console) -> dict[str, Any]:
         features = {spec: _embed(pairs, backbone, progress) for spec, backbone in backbones.items()}
         total = len(fits(rows)) * sum(len(parts) for parts in splits.values())
         bar = progress.add_task("fitting", total=total)
-        judged = judge_fitted(pairs, task.pool, splits, rows, backbones, features, on_fit=lambda: progress.advance(bar))
+        judged = judge_fitted(
+            pairs,
+            task.pool,
+            splits,
+            rows,
+            backbones,
+            features,
+            on_fit=lambda: progress.advance(bar),
+            combined=combined,
+        ).only(task.policies)
     _warn_of_gaps(judged.left_out, notes)
     return {
         **figures(judged),
@@ -172,7 +195,13 @@ def _judge_fits(task: Task, notes: Console) -> dict[str, Any]:
 
 
 def _judge_checkpoint(
-    directory: Path, train: Path | None, test: Path | None, pool: str | None, encodings: Path | None, notes: Console
+    directory: Path,
+    train: Path | None,
+    test: Path | None,
+    pool: str | None,
+    encodings: Path | None,
+    policies: tuple[str, ...],
+    notes: Console,
 ) -> dict[str, Any]:
     if test is None:
         raise typer.BadParameter("--checkpoint is judged on --test FILE: give it", param_hint="test")
@@ -183,6 +212,7 @@ def _judge_checkpoint(
         from router_core.offline.table import judge_checkpoint
     except ImportError as error:
         raise ConfigurationError(f"evaluate needs torch ({error}): pip install 'reward-router[train]'") from error
+    combined = wanted_combined(policies)
     checkpoint = Checkpoint.load(directory)
     trained_on = checkpoint.data_digest
     checkpoint = checkpoint.select_pool(parse_pool(pool) or checkpoint.pool)
@@ -191,7 +221,7 @@ def _judge_checkpoint(
         _warn(notes, "the checkpoint was trained on these very pairs: the figures say nothing of other pairs")
     with _progress(notes) as progress:
         features = _embed(pairs, load_checkpoint_backbone(checkpoint, encodings), progress)
-    judged = judge_checkpoint(checkpoint, pairs, features, checkpoint.scores)
+    judged = judge_checkpoint(checkpoint, pairs, features, checkpoint.scores, combined).only(policies)
     _warn_of_gaps(judged.left_out, notes)
     return {
         **figures(judged),

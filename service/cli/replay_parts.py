@@ -24,6 +24,7 @@ from router_core.policies import ScoreScale
 from router_core.prior import Prior, PriorForm
 from router_core.records import LabelledPair, Signal
 from router_core.replay import (
+    Combination,
     Shift,
     domain_split,
     matching,
@@ -111,6 +112,7 @@ class Part:
         scale: of the RMs' scores, from the checkpoint or the offline pairs; None where neither has it.
         offline_digest: of what was learned from; "" where nothing was.
         learned_from: number of offline pairs; None where that is not known.
+        combination: learned votes; None where there are none.
     """
 
     stream: Index
@@ -119,6 +121,7 @@ class Part:
     scale: ScoreScale | None
     offline_digest: str
     learned_from: int | None
+    combination: Combination | None = None
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -185,6 +188,7 @@ def _without_training(
         None if checkpoint is None else checkpoint.scores,
         "" if checkpoint is None else checkpoint.data_digest,
         None if checkpoint is None or "pairs" not in checkpoint.metrics else int(checkpoint.metrics["pairs"]),
+        _combination(checkpoint),
     )
 
 
@@ -256,6 +260,12 @@ def _priors_of(checkpoint: Checkpoint | None, n_arms: int, dim: int, signal: Sig
     return prior
 
 
+def _combination(checkpoint: Checkpoint | None) -> Combination | None:
+    if checkpoint is None or checkpoint.votes is None:
+        return None
+    return Combination(checkpoint.votes, checkpoint.multipliers)
+
+
 class _Trainer:
     """Embeds the data once, and trains one offline stage per part."""
 
@@ -281,4 +291,5 @@ class _Trainer:
             checkpoint.scores or score_scale(learned, self._pool),
             checkpoint.data_digest,
             len(learned),
+            _combination(checkpoint),
         )

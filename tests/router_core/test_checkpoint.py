@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from router_core.checkpoint import METADATA_FILE, WEIGHTS_FILE, Checkpoint
+from router_core.combine import Multipliers, Votes
 from router_core.encoder.fuse import Fuse
 from router_core.errors import CheckpointError, ShapeMismatchError
 from router_core.novelty import Landmarks
@@ -198,3 +199,38 @@ def test_a_checkpoint_from_before_landmarks_keeps_its_meaning_and_its_digest(tmp
 def test_landmarks_that_do_not_fit_the_fuse_are_refused() -> None:
     with pytest.raises(CheckpointError, match="landmarks have 3 columns and the fuse's context 2"):
         with_landmarks(columns=3)
+
+
+def with_votes(K: int = 3) -> Checkpoint:
+    rng = np.random.default_rng(5)
+    votes = Votes(rng.normal(size=(2, 4, K)), rng.uniform(0.5, 2.0, K), rng.uniform(0.0, 2.0, (3, K)))
+    multipliers = Multipliers(np.array([1.0, 1.5, 2.0]), np.array([1.0, 0.02, 0.001]))
+    return replace(make(K), votes=votes.rounded(), multipliers=multipliers.rounded())
+
+
+def test_learned_votes_survive_the_disk_bit_for_bit(tmp_path: Path) -> None:
+    saved = with_votes()
+    assert saved.votes is not None
+    saved.save(tmp_path / "ckpt")
+    loaded = Checkpoint.load(tmp_path / "ckpt")
+    assert loaded.digest == saved.digest != make().digest
+    assert loaded.votes is not None
+    np.testing.assert_array_equal(loaded.votes.weights, saved.votes.weights)
+    np.testing.assert_array_equal(loaded.votes.deviations, saved.votes.deviations)
+    np.testing.assert_array_equal(loaded.votes.margins, saved.votes.margins)
+    assert loaded.multipliers is not None
+    assert loaded.multipliers.at(1.5) == pytest.approx(0.02)
+
+
+def test_a_part_of_the_pool_keeps_its_votes_and_no_multipliers() -> None:
+    whole = with_votes()
+    part = whole.select_pool(("R2", "R0"))
+    assert whole.votes is not None
+    assert part.votes is not None
+    np.testing.assert_array_equal(part.votes.weights, whole.votes.weights[:, :, [2, 0]])
+    assert part.multipliers is None
+
+
+def test_votes_of_another_number_of_arms_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="votes are of 3 arms, the pool has 2"):
+        replace(make(2), votes=with_votes(3).votes)

@@ -28,7 +28,7 @@ from router_core.offline.finetune.config import FinetuneConfig, Mode
 from router_core.offline.finetune.loop import Look, Loop, Progress, seeded
 from router_core.offline.finetune.model import RoutingModel, TokenisedPair, adapt, merged
 from router_core.offline.members import whitening
-from router_core.offline.train import HeldOut, context_landmarks, pair_features, routed_accuracy
+from router_core.offline.train import HeldOut, context_landmarks, learned_votes, pair_features, routed_accuracy
 from router_core.offline.tune import residual_variance
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, PriorForm
 from router_core.records import LabelledPair
@@ -211,6 +211,7 @@ def _checkpoint(
     probabilities = calibration.probabilities(logits)
     scores = score_scale(pairs, pool)
     best = min(looks, key=lambda look: look.held_out_loss)
+    learned = learned_votes([pairs[i] for i in outside], pool, probabilities, config.seed)
     checkpoint = Checkpoint(
         pool=tuple(pool),
         encoder_spec=backbone.spec,
@@ -238,6 +239,8 @@ def _checkpoint(
         score_shift=scores.shift.astype(np.float32),
         score_scale=scores.scale.astype(np.float32),
         encoder_files=file_digests(work, FOLDER),
+        votes=None if learned is None else learned[0],
+        multipliers=None if learned is None else learned[1],
         directory=work,
         # From the held-out pairs, as the whitening and for its reason.
         landmarks=context_landmarks([pairs[i] for i in outside], contexts, fuse, np.random.default_rng(0)),

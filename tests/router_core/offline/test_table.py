@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 
 from router_core.encoder.surface import SurfaceBackbone
-from router_core.errors import DatasetError
+from router_core.errors import DatasetError, UnknownPolicyError
 from router_core.offline.evaluate import (
     default_head,
     majority_correctness,
@@ -172,3 +172,33 @@ def test_the_default_head_is_the_one_that_the_prior_ranks_by() -> None:
     assert default_head(checkpoint) == "cls"
     assert default_head(replace(checkpoint, prior_form=PriorForm.PAPER)) == "bt"
     assert default_head(replace(checkpoint, cls_weight=np.zeros_like(checkpoint.cls_weight))) == "bt"
+
+
+def test_a_cascade_of_one_call_is_routing_and_more_calls_cost_what_they_may() -> None:
+    pairs = two_domains(200)
+    names = ("stacked", "cascade:1", "cascade:1.5")
+    config = replace(FAST, max_epochs=20)
+    splits = {0: [held_out_split(150, 50)]}
+    judged = judge_fitted(
+        pairs,
+        POOL,
+        splits,
+        routers(["surface"], config, ablations=False),
+        {"surface": SURFACE},
+        {"surface": pair_features(pairs, SURFACE)},
+        combined=names,
+    )
+    assert [name for name in judged.rows if name in names] == list(names)
+    np.testing.assert_array_equal(judged.rows["cascade:1"], judged.rows["offline"])
+    assert judged.calls["cascade:1"] == 1.0
+    assert judged.calls["stacked"] == 2.0
+    assert 1.0 <= judged.calls["cascade:1.5"] <= 1.75
+    assert judged.rows["stacked"].mean() >= judged.rows["majority"].mean()
+
+
+def test_only_the_policies_that_are_named_are_shown() -> None:
+    judged = judge(two_domains(80), two_domains(40, seed=1), routers(["surface"], FAST, ablations=False))
+    assert list(judged.only(("offline", "uwo")).rows) == ["uwo", "offline"]
+    assert judged.only(()) is judged
+    with pytest.raises(UnknownPolicyError, match=r"there is no row ..mine"):
+        judged.only(("mine",))

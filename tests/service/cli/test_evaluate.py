@@ -61,7 +61,8 @@ def test_the_document_holds_every_row_per_subset_and_in_all(files: tuple[Path, P
     assert found["n"] == 60
     assert list(found["policies"]) == [
         "single:coder", "single:talker", "random", "majority", "uwo",
-        "offline", "offline:bt", "offline:cls", "offline:no-cls",
+        "stacked", "cascade:1.5", "cascade:2", "cascade:3",
+            "offline", "offline:bt", "offline:cls", "offline:no-cls",
     ]  # fmt: skip
     for row in found["policies"].values():
         assert {"accuracy", "ci95", "calls_per_instance", "regret"} <= set(row)
@@ -183,3 +184,12 @@ def test_subsets_are_columns_where_they_fit(files: tuple[Path, Path], monkeypatc
     assert "prose" in wide.splitlines()[2]
     assert "per subset" in narrow
     assert load_pairs(files[1]) == TEST
+
+
+def test_the_rows_that_are_named_are_shown_and_others_refused(files: tuple[Path, Path]) -> None:
+    found = document("--train", files[0], "--test", files[1], "--policies", "offline,cascade:1.2,majority")
+    assert list(found["policies"]) == ["majority", "cascade:1.2", "offline"]
+    assert 1.0 <= found["policies"]["cascade:1.2"]["calls_per_instance"] <= 1.5
+    refused = CliRunner().invoke(app, ["evaluate", "--train", str(files[0]), "--policies", "cascade:0.5"])
+    assert refused.exit_code != 0
+    assert "at least 1" in str(refused.exception)

@@ -1,0 +1,97 @@
+"""`stacked` and `cascade:B` along a stream: the posterior draws the first arm, learned votes say who else is asked.
+
+Knows the loop of `passes`, votes and a pacer. Called by `run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_core.combine import STACKED, Answers, Multipliers, Pacer, Votes, budget_of, follow, margins_of
+from router_core.errors import DatasetError
+from router_core.records import TIE, Signal
+from router_core.replay.passes import Loop, Stage, Steps
+from router_core.replay.stream import Plan
+from router_core.replay.trace import Pass
+
+Array = NDArray[np.float64]
+
+_START = 0.01
+"""μ at the start of a run whose checkpoint does not say: about right for two calls of four to nine RMs."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Combination:
+    """A checkpoint's learned votes, and its multipliers where it holds any for this pool."""
+
+    votes: Votes
+    multipliers: Multipliers | None = None
+
+    def pacer(self, name: str) -> Pacer | None:
+        """The pacer of `cascade:B` at the start; None for `stacked`, which asks all."""
+        if name == STACKED:
+            return None
+        budget = budget_of(name)
+        return Pacer(budget, _START if self.multipliers is None else self.multipliers.at(budget))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Played:
+    """One pass, and its calls per instance."""
+
+    trace: Pass
+    calls: float
+
+
+def combining_pass(stage: Stage, plan: Plan, name: str, combination: Combination | None, on_step: Steps) -> Played:
+    """One pass of `stacked` or `cascade:B`; a preference teaches every arm that was asked.
+
+    The posterior's residual enters the offsets that the votes read. Instances drawn between two arrivals of feedback
+    have the same multiplier; it moves after them, by what each of them cost.
+
+    Raises:
+        DatasetError: there is no combination.
+    """
+    if combination is None:
+        raise DatasetError(
+            f"policy {name!r} needs learned votes: give a checkpoint that holds them, --train or --folds"
+        )
+    loop = _CombiningLoop(stage, plan, combination.votes, combination.pacer(name))
+    while loop.step < len(plan):
+        on_step(loop.advance())
+    return Played(Pass(plan.seed, plan.order, loop.correct, loop.asked), float(loop.calls.mean()))
+
+
+class _CombiningLoop(Loop):
+    """The loop with further arms behind the drawn one."""
+
+    def __init__(self, stage: Stage, plan: Plan, votes: Votes, pacer: Pacer | None) -> None:
+        super().__init__(stage, plan)
+        table = stage.table
+        everything = np.ones(table.verdicts.shape, dtype=bool)
+        self._answers = Answers(table.verdicts, everything, margins_of(table.scores), table.responses)
+        self._votes, self._pacer = votes, pacer
+        self._sequences: list[list[int]] = []
+        self.calls = np.empty(len(plan))
+
+    def _earned(self, begin: int, end: int) -> Array:
+        stage, pairs = self._stage, self._plan.order[begin:end]
+        offsets = stage.policy.beliefs(stage.x[pairs], stage.offsets[pairs], self._state).means
+        multiplier = None if self._pacer is None else self._pacer.multiplier
+        answers = self._answers.rows(pairs)
+        paths = follow(self._votes, offsets, answers, self.asked[begin:end], multiplier=multiplier)
+        self._sequences += [[arm for arm in arms if arm >= 0] for arms in paths.arms.tolist()]
+        spent = paths.spent[:, -1]
+        self.calls[begin:end] = spent
+        if self._pacer is not None:
+            for price in spent.tolist():
+                self._pacer = self._pacer.spent(price)
+        preferred = paths.preferred[:, -1]
+        return np.where(preferred == TIE, 0.5, (preferred == stage.table.labels[pairs]).astype(np.float64))
+
+    def _heard(self, step: int) -> Sequence[int]:
+        return self._sequences[step] if self._stage.signal is Signal.PREFERENCE else ()

@@ -1,0 +1,147 @@
+"""`reward-router frontier`: accuracy against calls and price for every policy, before anything is paid."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from router_core.dataset import grouped_folds, load_pairs, pairs_digest, pool_names
+from router_core.encoder.registry import load_backbone
+from router_core.replay.table import complete_pairs
+from service.cli.cache import encodings_directory
+from service.cli.train import parse_pool
+from service.errors import ConfigurationError
+
+
+def frontier(
+    data: Annotated[Path, typer.Argument(help="JSONL of labelled pairs (docs/data.md).", show_default=False)],
+    pool: Annotated[str | None, typer.Option(help="RMs, comma-separated (default: all of the data).")] = None,
+    encoder: Annotated[str, typer.Option(help="static, minilm, smollm2-135m or torch:DIR.")] = "static",
+    budgets: Annotated[
+        str, typer.Option(help="Mean prices per instance, comma-separated, in units of the cheapest RM.")
+    ] = "1.2,1.5,2,2.5,3,4",
+    prices: Annotated[
+        str | None,
+        typer.Option(help="NAME=PRICE, comma-separated, in any unit; the others cost 1.", show_default=False),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Fits per fold; figures are their means.")] = 1,
+    folds: Annotated[int, typer.Option(min=2, help="Grouped folds.")] = 5,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Encodings of transformer encoders (default: ~/.cache/reward-router).", show_default=False),
+    ] = None,
+    use_cache: Annotated[bool, typer.Option("--use-cache/--no-cache", help="Keep encodings for the next time.")] = True,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file; `-` for standard output.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the picture: a path that ends in .png, .pdf or .svg.")] = None,
+) -> None:
+    """What does a budget buy? Single RM, routing, cascades, judge when unsure, majorities, UWO, learned votes.
+
+    Every pair is judged by a fit that has not seen its group. Intervals are 95 %, over groups and seeds. Pairs about
+    which an RM of the pool was not asked are left out.
+    """
+    try:
+        from router_core.offline.frontier import frontier as points_of
+        from router_core.offline.frontier import undominated
+        from router_core.offline.frontier_plot import plot_frontier
+        from router_core.offline.train import pair_features
+    except ImportError as error:
+        raise ConfigurationError(f"frontier needs torch ({error}): pip install 'reward-router[train]'") from error
+    everything = load_pairs(data)
+    names = parse_pool(pool) or pool_names(everything)
+    kept, missing = complete_pairs(everything, names)
+    pairs = [everything[i] for i in kept]
+    notes = Console(stderr=True)
+    if missing:
+        notes.print(f"[yellow]note[/] {len(everything) - len(pairs)} pairs were left out: an RM was not asked")
+    wanted, costs = parse_budgets(budgets), parse_prices(prices, names)
+    backbone = load_backbone(encoder, encodings_directory(cache, use=use_cache))
+    splits = {seed: grouped_folds(pairs, folds, np.random.default_rng(seed)) for seed in range(seeds)}
+    with Progress(console=notes) as progress:
+        features = pair_features(pairs, backbone)
+        bar = progress.add_task("fitting", total=seeds * folds)
+        points = points_of(
+            pairs, names, splits, backbone, features, wanted, costs, on_fit=lambda: progress.advance(bar)
+        )
+    document = {
+        "n": len(pairs),
+        "pool": list(names),
+        "prices": dict(zip(names, costs.tolist(), strict=True)),
+        "points": [dataclasses.asdict(point) for point in points],
+        "undominated": undominated(points),
+        "folds": folds,
+        "seeds": list(range(seeds)),
+        "encoder": encoder,
+        "digest": pairs_digest(pairs),
+    }
+    if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        plot_frontier(points, plot, f"{len(pairs)} pairs, {len(names)} RMs, {folds} grouped folds")
+    if json_out is not None and str(json_out) == "-":
+        typer.echo(json.dumps(document, indent=1))
+        return
+    if json_out is not None:
+        json_out.parent.mkdir(parents=True, exist_ok=True)
+        json_out.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    Console().print(_table(document))
+
+
+def parse_budgets(text: str) -> list[float]:
+    """Rising budgets above 1 of a comma-separated list."""
+    try:
+        budgets = sorted({float(part) for part in parse_pool(text)})
+    except ValueError:
+        budgets = []
+    if not budgets or not all(1.0 < budget < np.inf for budget in budgets):
+        raise typer.BadParameter(f"{text!r}: give numbers above 1, for example 1.5,2,3", param_hint="budgets")
+    return budgets
+
+
+def parse_prices(text: str | None, names: Sequence[str]) -> NDArray[np.float64]:
+    """(K,) prices in units of the cheapest; an RM that is not named costs 1 before that."""
+    prices = dict.fromkeys(names, 1.0)
+    for part in parse_pool(text):
+        name, _, value = part.rpartition("=")
+        try:
+            price = float(value)
+        except ValueError:
+            price = np.nan
+        if name not in prices or not 0.0 < price < np.inf:
+            raise typer.BadParameter(
+                f"{part!r}: give NAME=PRICE with a positive price and one of {', '.join(names)}", param_hint="prices"
+            )
+        prices[name] = price
+    values = np.array([prices[name] for name in names])
+    relative: NDArray[np.float64] = values / values.min()
+    return relative
+
+
+def _table(document: dict[str, Any]) -> Table:
+    table = Table(title=f"{document['n']} pairs, {len(document['pool'])} RMs, {document['folds']} grouped folds")
+    table.add_column("policy", overflow="fold")
+    for column in ("calls", "price", "accuracy", "95% interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for point in document["points"]:
+        best = point["policy"] in document["undominated"]
+        shown = f"[bold]{point['policy']}[/]" if best else point["policy"]
+        low, high = point["ci95"]
+        table.add_row(
+            shown,
+            f"{point['calls']:.2f}",
+            f"{point['price']:.2f}",
+            f"{point['accuracy']:.3f}",
+            f"{low:.3f} – {high:.3f}",
+        )
+    table.caption = "bold: no other row is more accurate at no higher a price"
+    return table
