@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.ope import LoggedData, available_propensities, one_reward_per_row, with_shadows
+from router_core.ope import LoggedData, available_propensities, numbered, one_reward_per_row, with_shadows
 from router_core.posterior import NO_ARM
 from router_core.records import Event, Shadow
 from service.errors import ConfigurationError
@@ -91,6 +91,7 @@ def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
         asked,
         available,
         rewards,
+        numbered(decision.sticky or row for row, decision in enumerate(decisions)),
     )
 
 
