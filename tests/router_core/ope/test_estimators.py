@@ -245,7 +245,7 @@ def test_logs_and_targets_that_cannot_be_are_refused() -> None:
 
 
 def test_rows_of_one_draw_count_as_one_in_every_interval() -> None:
-    """Each row of a log twice, both of one draw: values and intervals of the log itself, where every row stands once."""
+    """Each row of a log twice, both of one draw: values and intervals of the log itself."""
     once, context = random_log(200, np.random.default_rng(4))
     pi = BEST[context]
     twice = np.repeat(np.arange(200), 2)
