@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loadtests.report import table
-from loadtests.soundness.pairs import recorded
+from loadtests.soundness.report import Options, Report
 from loadtests.tables.experiments import K4
-from router_core.dataset import pool_matrix
+from router_core.dataset import load_pairs, pool_matrix
 from router_core.intervals import Z95, accuracy_interval, clustered_variance, group_index, paired_difference
 
 Array = NDArray[np.float64]
@@ -29,35 +28,34 @@ SAMPLES = 400
 REPLICATES = 2000
 
 
-def measure(samples: int = SAMPLES) -> dict[str, Any]:
-    """Per domain, number of groups and figure: coverage and mean width of each interval."""
-    pairs = recorded()
+def intervals(options: Options) -> Report:
+    """Coverage and mean width of each interval per domain, figure and number of groups."""
+    samples, pairs = options.seeds or SAMPLES, load_pairs(options.data)
     correctness = pool_matrix(pairs, K4)
     domains = np.array([pair.domain for pair in pairs])
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for domain in [*dict.fromkeys(domains.tolist()), "all"]:
         rows = np.flatnonzero((domains == domain) | (domain == "all"))
         groups = group_index([pairs[i].group for i in rows])
         best, second, *_ = np.argsort(-correctness[rows].mean(axis=0), kind="stable").tolist()
         right = correctness[rows, best]
-        figures = {"accuracy of the best RM": right, "best − second RM": right - correctness[rows, second]}
-        found[domain] = {
-            figure: {str(n): _coverage(values, groups, n, samples) for n in GROUPS}
-            for figure, values in figures.items()
-        }  # fmt: skip
-    return found
-
-
-def show(figures: Mapping[str, Any]) -> None:
-    """One row per domain, figure and number of groups: coverage (width)."""
-    rows = [
+        values = {"accuracy of the best RM": right, "best RM − second": right - correctness[rows, second]}
+        figures[domain] = {
+            name: {str(n): _coverage(found, groups, n, samples) for n in GROUPS} for name, found in values.items()
+        }
+    shown = [
         (domain, figure, n, f"{found['truth']:.3f}", *(_cell(found[name]) for name in ("now", "normal", "percentile")))
         for domain, by_figure in figures.items()
         for figure, by_size in by_figure.items()
         for n, found in by_size.items()
     ]
-    columns = ("drawn from", "figure", "groups", "truth", "now", "normal", "percentile")
-    table("Coverage of 95 % intervals (mean width)", columns, rows)
+    return Report(
+        title=f"intervals with few groups, {samples} samples each",
+        columns=("drawn from", "figure", "groups", "truth", "now", "normal", "percentile"),
+        rows=tuple(shown),
+        notes=("Coverage of the 95 % interval (mean width). Promise: about .95.",),
+        figures=figures,
+    )
 
 
 def _cell(found: Mapping[str, float]) -> str:

@@ -112,7 +112,10 @@ class LoggedData:
 
     def per_draw(self, values: Array) -> Array:
         """Sums of (N,) values over the rows that share a draw: (G,), in order of each draw's first row."""
-        return values if self.draws is None else np.bincount(self.draws, values)
+        if self.draws is None:
+            return values
+        sums: Array = np.bincount(self.draws, values).astype(np.float64)
+        return sums
 
 
 def numbered(keys: Iterable[Hashable]) -> NDArray[np.int64]:
