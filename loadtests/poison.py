@@ -113,7 +113,7 @@ class StubWorker:
         if any(bad) and self._fault == "500":
             return (
                 500,
-                b'{"error":{"message":"EngineCore encountered an issue","type":"InternalServerError","code":500}}',
+                b'{"error":{"message":"EngineCore encountered an issue","code":500}}',
             )
         raw = question.use_activation is False
         rewards = [len(text) % 50 / 10 - 2.5 for text in texts]
@@ -249,7 +249,7 @@ def main() -> None:
         store = stack.enter_context(EmbeddedStore(folder / "store"))
         children = stack.enter_context(Children(folder, None))
         phases = asyncio.run(measure(folder, store.url, children, options.seconds, options.share))
-    columns = ("traffic", "innocent instances", "lost their reward", "poisoned instances", "items scored per response")
+    columns = ("traffic", "innocent instances", "lost their reward", "poisoned instances", "items per response")
     table(
         f"{100 * options.share:g} % poisoned on every RM; goal: at most {100 * GOAL:g} % lost", columns, _rows(phases)
     )

@@ -106,7 +106,7 @@ class ArmConfig:
             )
         if self.reward_limit is not None and not 0 < self.reward_limit <= MAX_ABS_SCORE:
             raise ConfigurationError(
-                f"RM {self.name!r}: reward_limit is {self.reward_limit}; use a number above 0, at most {MAX_ABS_SCORE:g}"
+                f"RM {self.name!r}: reward_limit is {self.reward_limit}; use a number in (0, {MAX_ABS_SCORE:g}]"
             )
         for option in ("attempt_timeout_seconds", "connect_timeout_seconds"):
             if not 0 < getattr(self, option) < math.inf:
@@ -231,8 +231,8 @@ class VllmArm:
         group. Requests are filled longest groups first, so that those in flight at once are alike and the last are
         short. A request that is refused, or fails at a replica that is well, is halved by group until the culprits
         stand alone: about 2·log2(groups) more requests for one of them, at most 2·groups for any number, plus the
-        repetition of each one that failed. Halves keep to the deadline and the slots of the call. At most `parallel_requests` requests of the call are in flight at once, and no more
-        than the replicas' `max_in_flight`.
+        repetition of each one that failed. Halves keep to the deadline and the slots of the call. At most
+        `parallel_requests` requests of the call are in flight at once, and no more than the replicas' `max_in_flight`.
 
         Args:
             groups: see `Arm.score_groups`.
@@ -270,7 +270,7 @@ class VllmArm:
         for chunk, answer in zip(chunks, answers, strict=True):
             outcomes.update(zip(chunk, answer, strict=True))
         return [
-            one if isinstance(one := outcomes[index], WorkerError) else _spread(one, distinct[index], group)
+            outcome if isinstance(outcome := outcomes[index], WorkerError) else _spread(outcome, distinct[index], group)
             for index, group in enumerate(groups)
         ]
 

@@ -1,4 +1,4 @@
-"""One request to an RM: which replica is asked, who is asked next, and whether a failure is the worker's or the input's.
+"""One request to an RM: which replica is asked, which one next, and if the worker or the input caused a failure.
 
 A failure that the input may have caused is examined (`Replica.examine`). If the replica is well, a request about
 several instances ends with `SuspectError`, and the caller divides it; one about a single instance is asked once more,

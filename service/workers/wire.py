@@ -28,7 +28,7 @@ _TOO_LONG: Final = tuple(
     for pattern in (
         r"maximum (context|model|input|sequence|prompt)[ _-]?len",
         r"\bmax_model_len\b|\bmax_(input|seq|sequence)_len",
-        r"(longer than|exceed\w*|greater than|larger than|more than|beyond)\b.*\b(context|tokens?|sequence|input|model)\b",
+        r"(longer than|exceed\w*|greater than|larger than|more than)\b.*\b(context|tokens?|sequence|input|model)\b",
         r"\b(input|prompt|text|sequence|conversation|item)s?\b.*\btoo (long|large|many)\b|\btoo many (input )?tokens\b",
         r"must have less than \d+ tokens",
     )

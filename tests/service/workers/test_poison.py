@@ -1,4 +1,4 @@
-"""Inputs on which a worker fails: found, charged to themselves, and nobody else pays; a worker that fails is taken out."""
+"""Inputs on which a worker fails are found and charged to themselves; a worker that fails is taken out."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from service.workers.protocol import (
     WorkerUnavailableError,
 )
 from service.workers.render import MessagesRendering, PlainTemplate, Rendering, TemplateRendering
+from service.workers.wire import says_too_long
 from tests.service.workers.worker_servers import (
     Json,
     RawServer,
@@ -326,3 +327,30 @@ async def test_a_set_bound_holds_from_the_first_reward(serve: Serve) -> None:
     with pytest.raises(WorkerInputError, match="beyond the bound of 50"):
         await arm.score([("p", BAD)], deadline=soon())
     await arm.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (413, b"<html>Request Entity Too Large</html>"),
+        (400, b'{"object":"error","message":"This model\'s maximum context length is 512 tokens","code":400}'),
+        (400, b'{"error":{"message":"The prompt is longer than the maximum model length of 512","code":400}}'),
+        (400, b'{"error":{"message":"no","code":"context_length_exceeded"}}'),
+        (422, b'{"error":"Input validation error: `inputs` must have less than 512 tokens. Given: 600"}'),
+        (422, b'{"detail":[{"msg":"Input is too long"}]}'),
+    ],
+)
+def test_an_over_long_input_is_recognised_in_other_words(status: int, body: bytes) -> None:
+    assert says_too_long(status, body)
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, b'{"error":{"message":"no chat template","code":400}}'),
+        (404, b'{"message":"maximum context length"}'),
+        (400, b"null"),
+    ],
+)
+def test_other_refusals_are_not_taken_for_over_long(status: int, body: bytes) -> None:
+    assert not says_too_long(status, body)
