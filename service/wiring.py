@@ -241,6 +241,8 @@ def build_gateway(
         priors=lambda form: build_prior(settings, checkpoint, len(names), dim, form),
         form=_form_of(settings, checkpoint),
         score_scale=score_scale or (None if checkpoint is None else checkpoint.scores),
+        combination=None if checkpoint is None else checkpoint.combination,
+        max_calls=settings.max_calls_per_instance,
         fold_settings=FoldSettings(settings.block_size, settings.refresh_events),
         signal=settings.signal,
         policy=settings.policy,

@@ -17,7 +17,7 @@ from prometheus_client import Counter
 
 from router_core.attempts import Attempt, Outcome, answers, passed_over
 from router_core.policies import Plan
-from router_core.records import Instance, verdict_of
+from router_core.records import TIE, Instance, verdict_of
 from service.errors import DeadlineExceededError, NoWorkerError, ServiceError
 from service.usecases.admission import Tickets
 from service.workers.protocol import (
@@ -137,7 +137,10 @@ class Asker:
             lost = any(isinstance(outcome, WorkerTimeoutError | WorkerUnavailableError) for outcome in outcomes)
             ticket.take_back(len(group), lost=lost)
         seconds = time.perf_counter() - started
-        told = [_told(arm, turn, outcome, seconds) for outcome in outcomes]
+        told = [
+            _told(arm, turn, outcome, seconds, inquiry.plan.chance(arm))
+            for inquiry, outcome in zip(group, outcomes, strict=True)
+        ]
         answered = sum([error is None for _, error in told])
         if answered:
             self._called(scorer.name, "ok").inc(answered)
@@ -170,12 +173,14 @@ def _next(inquiry: Inquiry, closed: frozenset[int], turn: int) -> Sequence[int]:
     return ()
 
 
-def _told(arm: int, turn: int, outcome: list[float] | WorkerError, seconds: float) -> Told:
+def _told(arm: int, turn: int, outcome: list[float] | WorkerError, seconds: float, chance: float) -> Told:
     if isinstance(outcome, WorkerError):
-        return Told(Attempt(arm, turn, Outcome.FAILED, outcome.code, seconds=seconds, price=PRICE), outcome)
+        return Told(Attempt(arm, turn, Outcome.FAILED, outcome.code, [], TIE, seconds, PRICE, 0, chance), outcome)
     cut = outcome.prompt_tokens_cut if isinstance(outcome, Rewards) else 0
     rewards = [*outcome]
-    return Told(Attempt(arm, turn, Outcome.ANSWERED, "", rewards, verdict_of(rewards), seconds, PRICE, cut), None)
+    return Told(
+        Attempt(arm, turn, Outcome.ANSWERED, "", rewards, verdict_of(rewards), seconds, PRICE, cut, chance), None
+    )
 
 
 def _take(inquiry: Inquiry, told: Sequence[Told]) -> bool:

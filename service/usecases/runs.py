@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from router_core.combine import Combination, Pacer
 from router_core.encoder.fuse import PairEncoder
 from router_core.errors import UnknownPolicyError
-from router_core.policies import Policy, RunningScale, ScoreScale, make_policy
+from router_core.policies import Policy, RunningScale, ScoreScale, View, make_policy
 from router_core.posterior import FoldSettings, Posterior, start
 from router_core.prior import Prior, PriorForm
 from router_core.records import Signal
@@ -56,6 +57,8 @@ class RunTemplate:
         policy: name of the policy of requests that name none.
         origin: what gives contexts and offsets: the checkpoint's digest, or the untrained encoder's name.
         score_scale: of the RMs' raw rewards; None: each run learns it.
+        combination: what the checkpoint learned about votes; None: no policy combines by them.
+        max_calls: scorers that one instance may be asked of, at most; None for no bound but the pool.
         blas_threads: of the linear algebra library; sums are grouped by them.
         seed: of the draws; None for the operating system's entropy.
 
@@ -78,6 +81,8 @@ class RunTemplate:
         policy: str,
         origin: str,
         score_scale: ScoreScale | None = None,
+        combination: Combination | None = None,
+        max_calls: int | None = None,
         blas_threads: int = 1,
         seed: int | None = None,
     ) -> None:
@@ -85,6 +90,8 @@ class RunTemplate:
         self.pool = tuple(arm.name for arm in arms)
         self.encoder = encoder
         self.score_scale = score_scale
+        self.combination = combination
+        self.max_calls = len(self.arms) if max_calls is None else max_calls
         self.fold_settings = fold_settings
         self.signal = signal
         self.seed = seed
@@ -108,7 +115,7 @@ class RunTemplate:
         """
         if name not in self._policies:
             try:
-                self._policies[name] = make_policy(name, self.pool)
+                self._policies[name] = make_policy(name, self.pool, self.combination)
             except UnknownPolicyError as error:
                 raise NotFoundError(str(error), details={"policy": name}) from error
         return self._policies[name]
@@ -187,6 +194,29 @@ class Run:
         self.last_used = time.monotonic()
         entropy = None if template.seed is None else [template.seed, *name.encode()]
         self.rng = np.random.default_rng(entropy)
+        self.next_rng = np.random.default_rng(None if entropy is None else [*entropy, 1])
+        """Of the draws after the first: those happen on the event loop, the first ones in the chooser's thread."""
+        self._pacers: dict[str, Pacer] = {}
+
+    def view(self, policy: Policy, n: int, means: Sequence[float]) -> View:
+        """Return what the policy may know of one instance.
+
+        Args:
+            policy: whose plan.
+            n: number of responses.
+            means: of the draws (K,).
+        """
+        pacer = self._pacers.get(policy.name) or policy.pacer()
+        if pacer is None:
+            return View(n, means, None, self.template.max_calls, self.next_rng)
+        self._pacers[policy.name] = pacer
+        return View(n, means, pacer.multiplier, self.template.max_calls, self.next_rng)
+
+    def spent(self, policy: Policy, price: float) -> None:
+        """Tell the policy's budget what one instance cost, in units of the cheapest scorer."""
+        pacer = self._pacers.get(policy.name)
+        if pacer is not None:
+            self._pacers[policy.name] = pacer.spent(price)
 
     def scale_of(self, arms: Sequence[int], rewards: NDArray[np.float64]) -> ScoreScale:
         """Return the scale of the RMs that answered: the checkpoint's, else what the run has seen before these.
