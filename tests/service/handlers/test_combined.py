@@ -13,6 +13,10 @@ from router_core.checkpoint import Checkpoint
 from router_core.combine import Answers, Multipliers, Votes
 from router_core.encoder.fuse import Fuse, PairEncoder
 from router_core.encoder.surface import SurfaceBackbone
+from service.cli.ope import evaluate_log
+from service.eventlog.export import export_log
+from service.eventlog.load import load_log, logged_data
+from service.stores.redis import RedisStore
 from tests.support.gateway import DIM, Gateway, open_gateway, pair
 
 if TYPE_CHECKING:
@@ -182,3 +186,27 @@ async def test_without_learned_votes_the_policy_is_refused_with_the_remedy(
         assert response.status == 404
         assert "reward-router train" in response.json["error"]["message"]
         assert (await asked(gateway, policy="single:rm-a"))["p_right"] is None
+
+
+async def test_a_log_of_cascades_says_what_each_rm_would_have_earned_alone(
+    valkey_server: ValkeyProcess, tmp_path: Path
+) -> None:
+    path, encoder = checkpoint(tmp_path, VOTES)
+    async with open_gateway(
+        valkey_server.url, models=MODELS, encoder=encoder, checkpoint=path, run="logged-cascades", seed=0
+    ) as gateway:
+        gateway.arm("rm-c").score_of = lambda _, response: -float(len(response))
+        for index in range(80):
+            reply = await asked(gateway, index, policy="cascade:2" if index % 2 else "stacked")
+            await gateway.client.ok("/feedback", {"decision_id": reply["decision_id"], "preferred": 1})
+        store = RedisStore(valkey_server.url, window_seconds=60)
+        await export_log(store, gateway.run, tmp_path / "log.parquet")
+        await store.close()
+    log = load_log(tmp_path / "log.parquet")
+    data = logged_data(log)
+    # The first choices of the cascades; where everyone was asked there is none.
+    assert len(data) == 40
+    assert data.reward.tolist() == [float(arm != 2) for arm in data.arm.tolist()]
+    values = evaluate_log(log, ["single:rm-a", "random"], None)["policies"]
+    low, high = values["single:rm-a"]["snips"]["ci95"]
+    assert low <= 1.0 <= high + 1e-9
