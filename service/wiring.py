@@ -440,6 +440,7 @@ def build_arm(model: ModelEntry, settings: Settings, over_long: OverLong = OverL
             api_key=model.api_key,
             score_scale=model.score_scale,
             score_shift=model.score_shift,
+            reward_limit=model.reward_limit,
         )
     )
 
