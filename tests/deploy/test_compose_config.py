@@ -196,7 +196,7 @@ def test_vllm_runs_as_its_images_user_without_capabilities_on_a_read_only_root()
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert service["tmpfs"] == ["/tmp:exec"], name
-        # A new volume takes over the owner of the image's folder that it hides: `vllm` owns its home and `.cache` in it.
+        # A new volume takes over the owner of the image's folder that it hides: `vllm` owns its home and `.cache`.
         writable = {volume["target"] for volume in service["volumes"] if not volume.get("read_only")}
         assert writable <= {"/home/vllm", "/home/vllm/.cache"}, name
         assert any(Path(service["environment"]["HOME"], ".cache").is_relative_to(path) for path in writable), name
