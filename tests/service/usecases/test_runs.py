@@ -279,7 +279,7 @@ async def test_a_run_whose_prior_this_version_does_not_know_is_refused(valkey_se
     async with open_gateway(valkey_server.url) as gateway:
         run = gateway.run + "-later"
         with redis.Redis.from_url(valkey_server.url) as server:
-            server.set(f"rr:{{{run}}}:meta", b'{"prior": "tea-leaves"}')
+            server.set(f"rr:{{{run}}}:meta", b'0 {"prior": "tea-leaves"}')
         response = await gateway.client.post("/reward", {**pair(), "run": run})
         assert (response.status, response.error["code"]) == (409, "run_conflict")
         assert response.error["details"]["changed"]["prior"] == {"run": "tea-leaves", "gateway": "none"}
