@@ -1,6 +1,6 @@
 """Learn: accept feedback exactly once (design: the way of `POST /feedback`).
 
-`FeedbackService` only appends to the log. `service.usecases.follow` folds it into the run's posterior, on every gateway.
+`FeedbackService` only appends to the log. `service.usecases.follow` folds it into the posterior, on every gateway.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from router_core.prior import NONE_HYPERPARAMETERS, Prior, no_prior
 from router_core.records import Event, Feedback, Signal
 from service.errors import NotReadyError
 from service.stores.ids import new_decision_id
-from service.stores.protocol import DecisionRecord, FeedbackRecord, LogEntry
+from service.stores.protocol import DecisionRecord, FeedbackRecord, LogEntry, RunIdentity
 from service.stores.redis import RedisStore
 from service.telemetry import Telemetry
 from service.usecases.decisions import StoredDecision, encode_decision, encode_feedback
@@ -114,11 +114,16 @@ class Stage:
 
     @asynccontextmanager
     async def replica(
-        self, *, keep_events: int = KEEP_ALL, store: RedisStore | None = None, template: RunTemplate | None = None
+        self,
+        *,
+        keep_events: int = KEEP_ALL,
+        store: RedisStore | None = None,
+        template: RunTemplate | None = None,
+        identity: RunIdentity | None = None,
     ) -> AsyncIterator[Run]:
         """A learner that follows the log, until the end of the block."""
         template = template or self.template()
-        identity = await self.store.open_run(self.run, template.fingerprint(template.form).encode())
+        identity = identity or await self.store.open_run(self.run, template.fingerprint(template.form).encode())
         run = Run(self.run, template, identity)
         learner = Learner(run, store or self.store, self.executor, Telemetry(), keep_events=keep_events)
         task = asyncio.create_task(learner.run_forever())
@@ -397,8 +402,10 @@ async def test_the_learner_waits_for_a_store_that_is_away(own_valkey_server: Val
     with ThreadPoolExecutor(1) as executor:
         stage = Stage(own_valkey_server.url, fresh_run(), store, executor, np.random.default_rng(5))
         await stage.append(20)
+        template = stage.template()
+        identity = await store.open_run(stage.run, template.fingerprint(template.form).encode())
         own_valkey_server.kill()
-        async with stage.replica() as run:
+        async with stage.replica(identity=identity) as run:
             await asyncio.sleep(0.1)
             assert not run.ready.is_set()
             assert run.failure is None
