@@ -11,6 +11,7 @@ to repeat. Connections are made on demand; while the server is away, calls fail 
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
 from collections import deque
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ BACKOFF_LAST_SECONDS = 2.0
 """Longest back-off: a store that came back is noticed within this time."""
 
 _INCOMPLETE = object()
+
+_log = logging.getLogger(__name__)
 
 _UNAVAILABLE = {
     "LOADING": "the server is reading its data from disk; repeat the call in a moment",
@@ -97,6 +100,7 @@ def reply_error(reply: hiredis.ReplyError, where: str) -> StoreUnavailableError:
         shown = word if word in _NAMES_AN_ADDRESS else sentence
         return StoreUnavailableError(f"the store answered {shown}; {remedy}", where=f"{where}: {sentence}")
     error = ReplyError if word in _REFUSED else StoreUnavailableError
+    _log.warning("store refused a command", extra={"fields": {"store": where, "error": sentence}})
     # Nobody knows what the rest of such a sentence tells about the network: it goes to the log only.
     return error(f"the store answered {word}: see the gateway's log for its sentence", where=f"{where}: {sentence}")
 

@@ -59,7 +59,7 @@ async def test_a_refused_command_raises_the_servers_sentence_and_harms_no_other_
     assert results[0] == b"before"
     assert results[2] == b"after"
     assert isinstance(results[1], ReplyError)
-    assert not isinstance(results[1], StoreUnavailableError)
+    assert results[1].status == 503
     assert "WRONGTYPE" in str(results[1])
 
 
