@@ -157,9 +157,9 @@ async def test_a_run_that_cannot_be_replayed_refuses_requests_at_once(valkey_ser
             response = await gateway.client.post("/reward", pair())
             assert (response.status, response.error["code"]) == (503, "not_ready")
             assert "SnapshotError" in response.error["message"]
-            # Feedback only appends to the log, which needs no posterior.
+            # Feedback into a log that cannot reach the posterior would be acknowledged and lost.
             response = await gateway.client.post("/feedback", {"decision_id": "d", "preferred": 0})
-            assert (response.status, response.error["code"]) == (404, "not_found")
+            assert (response.status, response.error["code"]) == (503, "not_ready")
 
 
 async def test_feedback_makes_no_run(valkey_server: ValkeyProcess) -> None:
