@@ -55,7 +55,8 @@ class Settings(BaseSettings):
     max_runs: int = Field(
         64,
         ge=1,
-        description="Runs one gateway holds. The idle ones are closed to make room for a new name.",
+        description="Runs one gateway holds. Those that no request has named for 60 s are closed to make room for "
+        "a new name.",
     )
     pool: Path | None = Field(None, description="Pool file (YAML): the reward models and where they are served.")
     checkpoint: Path | None = Field(
