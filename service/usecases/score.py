@@ -207,12 +207,14 @@ class RewardService:
         """
         if not wholes:
             return {}
-        tickets = Tickets(self._runs.template.arms)
+        arms = self._runs.template.arms
         if len(wholes) == 1 and len(wholes[0]) == 1:
+            tickets = Tickets(arms)
             piece = wholes[0][0]
             jobs = await self._choose(piece, deadline)
             await self._ask(jobs, tickets, deadline)
             return dict(zip(piece.indices, jobs, strict=True))
+        tickets = Tickets(arms, shared=True)
         routed = await asyncio.gather(*(self._route_whole(pieces, tickets, deadline) for pieces in wholes))
         outcomes = [outcome for part in routed for outcome in part]
         failed = [outcome for _, outcome in outcomes if isinstance(outcome, ServiceError)]
