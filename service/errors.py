@@ -5,7 +5,7 @@
     ├── ReadTimeoutError 408 · ConflictError 409 · RunConflictError 409
     ├── PayloadTooLargeError 413 · UnsupportedMediaTypeError 415 · HeadersTooLargeError 431
     ├── ValidationError 422 · OverCapacityError 429 · TooManyConnectionsError 429
-    ├── StoreUnavailableError 503 · NotReadyError 503 · NoWorkerError 503
+    ├── StoreUnavailableError 503 (and its child UnsafeStoreError) · NotReadyError 503 · NoWorkerError 503
     ├── DeadlineExceededError 503 · NoRewardError 503
     ├── ConfigurationError (start-up only: printed by the CLI, never sent)
     └── service.workers.protocol.WorkerError and its children
@@ -165,6 +165,10 @@ class StoreUnavailableError(ServiceError):
 
     def __str__(self) -> str:
         return f"{self.message} ({self.where})" if self.where else self.message
+
+
+class UnsafeStoreError(StoreUnavailableError):
+    """The store would lose what is acknowledged: nothing is saved until it is as it must be."""
 
 
 class NotReadyError(ServiceError):

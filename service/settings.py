@@ -159,6 +159,11 @@ class Settings(BaseSettings):
         description="Replicas of the store that must hold a feedback before it is acknowledged; 1 or more where a "
         "replica may take over.",
     )
+    allow_unsafe_store: bool = Field(
+        False,
+        description="Use a store that would lose acknowledged data: one that evicts, a replica, an old version. By "
+        "default nothing is saved there (docs/operations.md).",
+    )
     on_store_unavailable: OnStoreUnavailable = Field(
         OnStoreUnavailable.REFUSE,
         description="`/reward` without store: refuse (503), or answer and say `recorded: false`.",

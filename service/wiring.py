@@ -46,6 +46,7 @@ from service.settings import EMBEDDED, OnStoreUnavailable, OnUnknownTemplate, Se
 from service.stores.embedded import EmbeddedStore
 from service.stores.protocol import FeedbackStatus, Store
 from service.stores.redis import RedisStore
+from service.stores.requirements import RequirementsWatch
 from service.telemetry import Telemetry
 from service.trainers.chat_families import FAMILIES
 from service.trainers.chat_format import ChatFormat
@@ -81,6 +82,7 @@ class Gateway:
     status: StatusService
     shadower: Shadower
     normaliser: Normaliser
+    watch: RequirementsWatch
     monitor: HealthMonitor | None
     encoder: AwaitedEncoder | None
     """The encoder over a network; None where contexts are computed here."""
@@ -93,6 +95,8 @@ class Gateway:
 
     async def start(self) -> None:
         """Probe the workers, begin health checks, and begin to load the default run. A wrong worker gets no traffic."""
+        await self.watch.check()
+        self._spawn(self.watch.run_forever())
         if self.monitor is not None:
             await self.monitor.check_all()
             self.monitor.start()
@@ -280,6 +284,7 @@ def build_gateway(
     required = settings.on_store_unavailable is OnStoreUnavailable.REFUSE
     sticky = StickyChoices(store, telemetry, seconds=settings.sticky_seconds, required=required)
     normaliser = Normaliser(store, telemetry, required=required)
+    watch = RequirementsWatch(store, allow_unsafe=settings.allow_unsafe_store)
     monitor = _build_monitor([arm for arm in built if isinstance(arm, VllmArm)], settings)
     gateway = Gateway(
         settings=settings,
@@ -307,9 +312,11 @@ def build_gateway(
             answers_without_store=settings.on_store_unavailable is OnStoreUnavailable.ANSWER,
             scales=normaliser.scales,
             encoder=awaited,
+            store_findings=lambda: watch.findings,
         ),
         shadower=shadower,
         normaliser=normaliser,
+        watch=watch,
         monitor=monitor,
         encoder=awaited,
         trainer_texts=trainer_texts,

@@ -47,8 +47,8 @@ class ValkeyProcess:
         assert self._process is not None
         return self._process.pid
 
-    def start(self) -> None:
-        """Start and wait until it answers PING (and not LOADING)."""
+    def start(self, **changed: str) -> None:
+        """Start and wait until it answers PING (and not LOADING); options have `_` for `-`."""
         words = {
             "port": self.port,
             "bind": "127.0.0.1",
@@ -57,6 +57,7 @@ class ValkeyProcess:
             "appendfsync": "no",
             "save": "",
             "logfile": self._data_dir / "valkey.log",
+            **{name.replace("_", "-"): value for name, value in changed.items()},
         }
         options = [word for name, value in words.items() for word in (f"--{name}", str(value))]
         self._process = subprocess.Popen([str(self._binary), *options], stdin=subprocess.DEVNULL)

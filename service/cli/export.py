@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from service.cli.serve import read_settings
+from service.cli.store_option import store_option
 from service.errors import ConfigurationError, StoreUnavailableError
 from service.eventlog.export import Exported, export_log
 from service.settings import EMBEDDED, Settings
@@ -24,9 +25,7 @@ from service.stores.redis import RedisStore
 def export(
     run: Annotated[str, typer.Argument(help="Name of the run.")],
     out: Annotated[Path, typer.Option(help="File to write: Parquet, or JSON Lines where it ends in .jsonl.")],
-    store: Annotated[
-        str | None, typer.Option(help="redis://, rediss:// or unix:// URL, or `embedded` (default: embedded).")
-    ] = None,
+    store: Annotated[str | None, store_option()] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where the embedded store keeps its file.")] = None,
     since: Annotated[str | None, typer.Option(help="Only events after this event id.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the rows of OUT and add what came after.")] = False,

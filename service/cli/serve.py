@@ -14,6 +14,7 @@ from pydantic_settings import SettingsError
 from starlette.types import ASGIApp
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+from service.cli.store_option import store_option
 from service.errors import ConfigurationError
 from service.memory import keep_freed_memory, leave_loaded_objects_alone
 from service.settings import Settings
@@ -31,10 +32,7 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on (default: 127.0.0.1).")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on (default: 8080).")] = None,
-    store: Annotated[
-        str | None,
-        typer.Option(help="URL of redis://, rediss://, unix:// or redis+cluster://, or `embedded` (default)."),
-    ] = None,
+    store: Annotated[str | None, store_option()] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where the embedded store keeps its file.")] = None,
     run: Annotated[str | None, typer.Option(help="Name of the default run.")] = None,
     policy: Annotated[

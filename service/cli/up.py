@@ -19,6 +19,7 @@ from service.cli.encoder_launch import ENCODER_SHARE, SERVED, EncoderPlan, ensur
 from service.cli.launch import WORKER_SECONDS, WorkerStart, plan_workers, shares_of, start_workers
 from service.cli.pin import warn_moving
 from service.cli.processes import Child, ProcessGroup, free_port, interruptible
+from service.cli.store_option import STORE_VARIABLE, store_option
 from service.cli.supervise import Supervisor
 from service.cli.vllm_serve import share_lines
 from service.pool import ModelEntry, PoolFile, dump_pool, load_pool
@@ -75,7 +76,7 @@ def up(
     port: Annotated[int, typer.Option(help="Port of the gateway.")] = 8080,
     worker_port: Annotated[int, typer.Option(help="First port of the workers that are started.")] = 8101,
     data_dir: Annotated[Path, typer.Option(help="Where everything that is kept lies.")] = Path(".data"),
-    store: Annotated[str, typer.Option(help="URL of redis://, rediss://, redis+cluster://, or `embedded`.")] = EMBEDDED,
+    store: Annotated[str, store_option()] = EMBEDDED,
     run: Annotated[
         str | None,
         typer.Option(help="Name of the default run. (default: default; with the demo pool, one a checkpoint)"),
@@ -207,7 +208,7 @@ def running_stack(
             processes.start(
                 "gateway",
                 arguments,
-                {"REWARD_ROUTER_STORE_URL": store_url, **({"REWARD_ROUTER_RUN": run} if run else {})},
+                {STORE_VARIABLE: store_url, **({"REWARD_ROUTER_RUN": run} if run else {})},
             )
             url = f"http://127.0.0.1:{gateway_port}"
             with console.status("gateway"):

@@ -23,6 +23,7 @@ class Ready(BaseModel):
     status: str = Field("ready", examples=["ready"])
     run: str
     posterior_version: int
+    store_warnings: list[str] = Field(description="How the store may lose acknowledged data, each with the remedy.")
 
 
 def _status(request: Request) -> StatusService:
@@ -43,14 +44,17 @@ def system_router() -> APIRouter:
         "/readyz",
         tags=["operations"],
         summary="Can it score and learn?",
-        responses={503: {"description": "The store is away, no worker answers, or the log is still being replayed."}},
+        responses={
+            503: {"description": "The store is away or unsafe, no worker answers, or the log is still being replayed."}
+        },
     )
     async def readyz(request: Request) -> Ready:
         """200 when the default run's posterior is loaded, the store answers, and at least one RM can be asked; where
         the encoder is served apart, one of its servers too.
         """
-        run, version = await _status(request).check_ready()
-        return Ready(status="ready", run=run, posterior_version=version)
+        service = _status(request)
+        run, version = await service.check_ready()
+        return Ready(status="ready", run=run, posterior_version=version, store_warnings=list(service.store_findings()))
 
     @router.get("/metrics", tags=["operations"], summary="Metrics for Prometheus", response_class=Response)
     async def metrics(request: Request) -> Response:

@@ -119,6 +119,20 @@ class ClusterClient:
                 raise failure
             await asyncio.sleep(pause)
 
+    async def everywhere(self, commands: Sequence[tuple[Arg, ...]]) -> list[list[Reply]]:
+        """Replies of every primary to these commands, error replies included.
+
+        Raises:
+            StoreUnavailableError: a primary does not answer.
+        """
+        seen = self._topology.version
+        try:
+            primaries = await self._topology.primaries()
+            return list(await asyncio.gather(*(self._client(node).pipeline(commands) for node in primaries)))
+        except StoreUnavailableError:
+            self._topology.doubt(seen)
+            raise
+
     async def _try(
         self, node: Endpoint, commands: Sequence[tuple[Arg, ...]], seconds: float, replicas: int
     ) -> list[Reply]:

@@ -41,6 +41,7 @@ from redis.retry import Retry
 
 from service.children import dies_with_parent
 from service.errors import ConfigurationError
+from service.stores.requirements import EMBEDDED_TITLE
 
 Fsync = Literal["everysec", "always"]
 """When events reach the disk itself: within about a second, or before they are acknowledged."""
@@ -267,6 +268,7 @@ class EmbeddedStore:
             "maxmemory-policy": "noeviction",
             "save": '""',
             "appendonly": "yes",
+            "proc-title-template": _quoted(EMBEDDED_TITLE),
             "appendfsync": "always" if self._fsync == "always" else "no",
         }
         if self._password is not None:

@@ -25,6 +25,7 @@ from service.stores.protocol import (
     lost_run,
 )
 from service.stores.records import check_reference, is_expired, response_count, system_ms
+from service.stores.requirements import ServerFacts
 
 
 def _parse_id(event_id: str) -> tuple[int, int]:
@@ -76,6 +77,13 @@ class MemoryStore:
 
     async def ping(self) -> None:
         """Memory always answers."""
+
+    async def survey(self) -> Sequence[ServerFacts]:
+        """Nothing: there is no server."""
+        return ()
+
+    def refuse(self, reason: str | None) -> None:
+        """Nobody refuses memory: a survey finds nothing."""
 
     async def probe(self, run: str) -> None:
         """Memory can always save."""

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from service.errors import NotReadyError, ServiceError
+from service.stores.requirements import ServerFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,15 @@ class Store(Protocol):
 
     async def probe(self, run: str) -> None:
         """Return when something of the run could be saved: a server that is full or read-only answers a ping too."""
+
+    async def survey(self) -> Sequence[ServerFacts]:
+        """Ask every server of the store that takes writes what it is; none for a store without servers."""
+
+    def refuse(self, reason: str | None) -> None:
+        """Save no decision and take no feedback from now on, for this reason; None: as usual again.
+
+        Meanwhile `probe`, `save_decisions` and `apply_feedback` raise `UnsafeStoreError`.
+        """
 
     async def open_run(self, run: str, fingerprint: bytes) -> RunIdentity:
         """Give the run an identity with this fingerprint if it has none; return the one that stands."""

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import hiredis
 
-from service.errors import ConfigurationError
+from service.errors import ConfigurationError, UnsafeStoreError
 from service.stores.cluster import Client, ClusterClient
 from service.stores.ids import check_run
 from service.stores.protocol import (
@@ -43,6 +43,7 @@ from service.stores.protocol import (
 )
 from service.stores.records import check_reference, is_expired, response_count, system_ms
 from service.stores.redis_scores import RedisScores
+from service.stores.requirements import QUESTIONS, ServerFacts, read_facts
 from service.stores.resp import Arg, Reply, RespClient
 from service.stores.slots import Topology, is_cluster_url
 
@@ -114,6 +115,7 @@ class RedisStore(RedisScores):
         self._feedback = self._client(REPLICATED_CONNECTIONS) if replicas else self._hot
         self._bulk_timeout = timeout_seconds * BULK_TIMEOUT_FACTOR
         self._bulk = self._client()
+        self._refusal: str | None = None
         self._idle_readers: list[Client] = []
         self._readers: list[Client] = []
         self._apply = _Script.load("apply_feedback.lua")
@@ -130,7 +132,32 @@ class RedisStore(RedisScores):
 
     async def probe(self, run: str) -> None:
         """Return when something of the run could be saved: a server that is full or read-only answers a ping too."""
+        self._check_safe()
         await self._hot.execute("SET", _prefix(run) + "probe", "", "PX", PROBE_MILLISECONDS)
+
+    async def survey(self) -> Sequence[ServerFacts]:
+        """Ask every server of the store that takes writes what it is.
+
+        Raises:
+            StoreUnavailableError: one does not answer.
+        """
+        found = [read_facts(replies) for replies in await self._hot.everywhere(QUESTIONS)]
+        if self._topology is not None:
+            # A primary of our map that has been demoted since: the map is learned again by the calls that it refuses.
+            return [facts for facts in found if not facts.replica]
+        if any(facts.replica for facts in found):
+            # The name may lead to another server by now, and nobody else finds out while nothing is saved.
+            for client in {self._hot, self._feedback}:
+                client.disconnect("is a replica")
+        return found
+
+    def refuse(self, reason: str | None) -> None:
+        """Save no decision and take no feedback from now on, for this reason; None: as usual again."""
+        self._refusal = reason
+
+    def _check_safe(self) -> None:
+        if self._refusal is not None:
+            raise UnsafeStoreError(f"nothing is saved: {self._refusal}", where=self._hot.shown)
 
     async def open_run(self, run: str, fingerprint: bytes) -> RunIdentity:
         """Give the run an identity with this fingerprint if it has none; return the one that stands."""
@@ -165,6 +192,7 @@ class RedisStore(RedisScores):
         Raises:
             ValueError: a payload without `n`; nothing was sent.
         """
+        self._check_safe()
         prefix = _prefix(run)
         window, alias_window = self._window_ms, 2 * self._window_ms
         commands: list[tuple[Arg, ...]] = []
@@ -202,6 +230,7 @@ class RedisStore(RedisScores):
             NotReadyError: the run has another identity than `identity`, or none: the store has lost the run.
             ValueError: not exactly one reference; nothing was sent.
         """
+        self._check_safe()
         prefix = _prefix(run)
         expected = b"" if identity is None else _identity_value(identity)
         words = [self._feedback_words(prefix, item, expected) for item in feedback]

@@ -360,6 +360,10 @@ class RespClient:
         packed = b"".join([_pack(command) for command in commands])
         return await self._send(packed, len(commands), timeout_seconds or self._timeout)
 
+    async def everywhere(self, commands: Sequence[tuple[Arg, ...]]) -> list[list[Reply]]:
+        """Replies of every server to these commands, error replies included: here of one."""
+        return [await self.pipeline(commands)]
+
     async def _replicated(self, commands: Sequence[tuple[Arg, ...]], seconds: float, replicas: int) -> list[Reply]:
         # WAIT counts milliseconds; it must end before the call does, or the connection would look dead.
         words = [*commands, ("WAIT", replicas, max(1, int(seconds * 900)))]

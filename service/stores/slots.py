@@ -118,6 +118,15 @@ class Topology:
             raise StoreUnavailableError(f"the store: no node serves slot {slot}; see CLUSTER SHARDS", where=self.shown)
         return owner
 
+    async def primaries(self) -> list[Endpoint]:
+        """All nodes that own slots.
+
+        Raises:
+            StoreUnavailableError: no node answers, or none owns a slot.
+        """
+        await self.owner(None)
+        return list(dict.fromkeys(filter(None, self._owners)))
+
     def doubt(self, seen: int) -> None:
         """The map of version `seen` led nowhere: ask the nodes before it is used again."""
         if self.version == seen:

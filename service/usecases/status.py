@@ -97,6 +97,7 @@ class StatusService:
         answers_without_store: whether `/reward` answers while the store is away.
         scales: what is known here of a run's raw scores.
         encoder: the encoder over a network; None where contexts are computed here.
+        store_findings: what is wrong with the store: sentences with a remedy.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class StatusService:
         answers_without_store: bool,
         scales: Callable[[str], ScoreScales | None],
         encoder: AwaitedEncoder | None = None,
+        store_findings: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         self._runs = runs
         self._store = store
@@ -121,6 +123,7 @@ class StatusService:
         self._answers_without_store = answers_without_store
         self._scales = scales
         self._encoder = encoder
+        self.store_findings = store_findings
 
     async def render_metrics(self) -> bytes:
         """Prometheus' text format, with the workers' states, the logs' lag and the posteriors as they are now.

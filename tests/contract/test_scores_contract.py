@@ -12,6 +12,7 @@ import pytest
 from service.stores.memory import MemoryStore
 from service.stores.protocol import Store
 from service.stores.redis import RedisStore
+from tests.support.clock import Clock
 
 if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
@@ -21,14 +22,32 @@ AWKWARD = b"\x00\r\n$5 \xff value "
 
 
 @pytest.fixture(params=["memory", "redis", "cluster"])
-async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
+def kind(request: pytest.FixtureRequest) -> str:
+    """Which store."""
+    return str(request.param)
+
+
+@pytest.fixture
+def clock(request: pytest.FixtureRequest, kind: str) -> Clock:
+    """The store's clock."""
+    if kind == "memory":
+        return Clock()
+    if kind == "redis":
+        server: ValkeyProcess = request.getfixturevalue("valkey_server")
+        return Clock(lambda run: server.url)
+    cluster: ValkeyCluster = request.getfixturevalue("valkey_cluster")
+    return Clock(lambda run: f"redis://{cluster.owner(run).address}/0")
+
+
+@pytest.fixture
+async def store(request: pytest.FixtureRequest, kind: str, clock: Clock) -> AsyncIterator[Store]:
     """One of the stores."""
-    if request.param == "memory":
-        yield MemoryStore(window_seconds=60)
+    if kind == "memory":
+        yield MemoryStore(window_seconds=60, now_ms=clock.now_ms)
         return
-    name = "valkey_server" if request.param == "redis" else "valkey_cluster"
+    name = "valkey_server" if kind == "redis" else "valkey_cluster"
     server: ValkeyProcess | ValkeyCluster = request.getfixturevalue(name)
-    opened = RedisStore(server.url, window_seconds=60)
+    opened = RedisStore(server.url, window_seconds=60, timeout_seconds=10, now_ms=clock.now_ms)
     yield opened
     await opened.close()
 
@@ -57,9 +76,11 @@ async def test_of_many_callers_at_once_one_is_first(store: Store, run: str) -> N
     assert followed == {first}
 
 
-async def test_a_choice_is_gone_after_its_time(store: Store, run: str) -> None:
-    await store.stick(run, [("k", b"one")], seconds=0.03)
-    await asyncio.sleep(0.06)
+async def test_a_choice_is_gone_after_its_time(store: Store, clock: Clock, run: str) -> None:
+    await store.stick(run, [("k", b"one")], seconds=3600)
+    clock.advance(1800, run)
+    assert await store.stick(run, [("k", b"two")], seconds=3600) == [b"one"]
+    clock.advance(1801, run)
     assert await store.stick(run, [("k", b"two")], seconds=60) == [None]
 
 

@@ -26,12 +26,14 @@ from service.stores.protocol import (
     Store,
 )
 from service.stores.redis import RedisStore
+from tests.support.clock import Clock
 
 if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
     from tests.support.cluster import ValkeyCluster
 
 _RUNS = count()
+WINDOW_SECONDS = 3600.0
 AWKWARD = b"\x00\r\n$5 \xff\x00 value "
 """Bytes that a text protocol, a C string or a separator would trip over."""
 
@@ -64,19 +66,37 @@ async def whole_log(store: Store, run: str) -> list[LogEntry]:
 Open = Callable[[float], Store]
 
 
+@pytest.fixture
+def clock(request: pytest.FixtureRequest, kind: str) -> Clock:
+    """The clock of the stores that `open_store` opens."""
+    if kind == "memory":
+        return Clock()
+    if kind == "redis":
+        server: ValkeyProcess = request.getfixturevalue("valkey_server")
+        return Clock(lambda run: server.url)
+    cluster: ValkeyCluster = request.getfixturevalue("valkey_cluster")
+    return Clock(lambda run: f"redis://{cluster.owner(run).address}/0")
+
+
 @pytest.fixture(params=["memory", "redis", "cluster"])
-async def open_store(request: pytest.FixtureRequest) -> AsyncIterator[Open]:
+def kind(request: pytest.FixtureRequest) -> str:
+    """Which store."""
+    return str(request.param)
+
+
+@pytest.fixture
+async def open_store(request: pytest.FixtureRequest, kind: str, clock: Clock) -> AsyncIterator[Open]:
     """Opens stores of one kind with a given feedback window, and closes them."""
     opened: list[Store] = []
 
     def open_(window_seconds: float) -> Store:
         store: Store
-        if request.param == "memory":
-            store = MemoryStore(window_seconds=window_seconds)
+        if kind == "memory":
+            store = MemoryStore(window_seconds=window_seconds, now_ms=clock.now_ms)
         else:
-            name = "valkey_server" if request.param == "redis" else "valkey_cluster"
+            name = "valkey_server" if kind == "redis" else "valkey_cluster"
             server: ValkeyProcess | ValkeyCluster = request.getfixturevalue(name)
-            store = RedisStore(server.url, window_seconds=window_seconds, timeout_seconds=10)
+            store = RedisStore(server.url, window_seconds=window_seconds, timeout_seconds=10, now_ms=clock.now_ms)
         opened.append(store)
         return store
 
@@ -87,7 +107,7 @@ async def open_store(request: pytest.FixtureRequest) -> AsyncIterator[Open]:
 
 @pytest.fixture
 def store(open_store: Open) -> Store:
-    return open_store(3600)
+    return open_store(WINDOW_SECONDS)
 
 
 @pytest.fixture
@@ -139,13 +159,12 @@ async def test_an_update_after_the_feedback_changes_nothing(store: Store, run: s
     assert unknown.status is FeedbackStatus.UNKNOWN, "an update makes no decision"
 
 
-async def test_an_update_does_not_lengthen_the_window(open_store: Open, run: str) -> None:
-    store = open_store(0.6)
+async def test_an_update_does_not_lengthen_the_window(store: Store, clock: Clock, run: str) -> None:
     record = decision()
     await store.save_decisions(run, [record])
-    await asyncio.sleep(0.4)
+    clock.advance(WINDOW_SECONDS * 2 / 3, run)
     assert await store.update_decisions(run, [record]) == [True]
-    await asyncio.sleep(0.3)
+    clock.advance(WINDOW_SECONDS / 2, run)
     assert await store.update_decisions(run, [record]) == [False]
     assert (await apply_one(store, run, by_id(record))).status is FeedbackStatus.EXPIRED
 
@@ -200,13 +219,12 @@ async def test_an_unknown_content_key_is_unknown(store: Store, run: str) -> None
 
 
 async def test_after_the_window_a_pending_decision_is_expired_and_a_marked_one_still_marked(
-    open_store: Open, run: str
+    store: Store, clock: Clock, run: str
 ) -> None:
-    store = open_store(1.0)
     pending, marked = decision(content_key="pending"), decision(content_key="marked")
     await store.save_decisions(run, [pending, marked])
     applied = await apply_one(store, run, by_id(marked))
-    await asyncio.sleep(1.1)
+    clock.advance(WINDOW_SECONDS * 1.1, run)
     results = await store.apply_feedback(
         run,
         [

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from service.stores.redis import RedisStore
+from tests.support.clock import Clock
 from tests.support.gateway import Gateway, open_gateway, pair
 
 if TYPE_CHECKING:
@@ -81,9 +83,11 @@ async def test_a_decision_of_another_run_is_unknown_here(gateway: Gateway) -> No
 
 
 async def test_feedback_after_the_window_is_410(valkey_server: ValkeyProcess) -> None:
-    async with open_gateway(valkey_server.url, decision_ttl_seconds=0.1) as gateway:
+    clock = Clock(lambda run: valkey_server.url)
+    store = RedisStore(valkey_server.url, window_seconds=3600, timeout_seconds=10, now_ms=clock.now_ms)
+    async with open_gateway(valkey_server.url, store=store) as gateway:
         decision_id = await decide(gateway)
-        await asyncio.sleep(0.15)
+        clock.advance(3601, gateway.run)
         response = await gateway.client.post("/feedback", {"decision_id": decision_id, "preferred": 0})
         assert (response.status, response.error["code"]) == (410, "decision_expired")
         assert "decision_ttl_seconds" in response.error["message"]
