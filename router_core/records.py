@@ -5,13 +5,26 @@ Plain frozen values without behaviour beyond their own invariants; every other m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
 TIE = -1
-"""Verdict of an RM whose best two rewards are equal, and of a group with one response."""
+"""Verdict of an RM whose best two rewards are as good as equal, and of a group with one response."""
+
+TIE_TOLERANCE = 2.0**-20
+"""Two rewards closer than this, relative to the larger one or absolutely, are a tie.
+
+A worker's logit is a float32: 24 bits, a sum of terms of order one. The order of summation, which batch shapes change,
+moves its last three or four bits, so that a difference of 2⁻²⁰ (10⁻⁶) says nothing. Bfloat16 models move more, but
+their rewards do differ when they differ: a coarser tolerance would make ties of what such an RM has ranked.
+"""
+
+MAX_ABS_SCORE = 1e6
+"""Largest size of a score that any reward model could mean: logits and grades stay below 10³. Beyond it lies a fault.
+Bounds what workers answer and what data files hold."""
 
 
 class Signal(StrEnum):
@@ -94,14 +107,27 @@ class Event:
     shadows: tuple[tuple[int, float, int], ...] = ()
 
 
-def verdict_of(rewards: Sequence[float]) -> int:
-    """Index of the response with the largest reward; TIE when the best two are equal, or when there is only one.
+def leaders_of(rewards: Sequence[float]) -> list[int]:
+    """Indices of the responses whose reward ties with the largest, in order; see `TIE_TOLERANCE`.
 
-    >>> verdict_of([0.1, 0.7]), verdict_of([0.5, 0.5]), verdict_of([1.0])
+    >>> leaders_of([0.5, 0.7, 0.7 + 1e-9])
+    [1, 2]
+    """
+    best = max(rewards)
+    return [
+        index
+        for index, reward in enumerate(rewards)
+        if math.isclose(reward, best, rel_tol=TIE_TOLERANCE, abs_tol=TIE_TOLERANCE)
+    ]
+
+
+def verdict_of(rewards: Sequence[float]) -> int:
+    """Index of the response with the largest reward; TIE when another one ties with it, or when there is only one.
+
+    >>> verdict_of([0.1, 0.7]), verdict_of([0.5, 0.5 + 1e-9]), verdict_of([1.0])
     (1, -1, -1)
     """
     if len(rewards) < 2:
         return TIE
-    best = max(rewards)
-    winners = [index for index, reward in enumerate(rewards) if reward == best]
-    return winners[0] if len(winners) == 1 else TIE
+    leaders = leaders_of(rewards)
+    return leaders[0] if len(leaders) == 1 else TIE

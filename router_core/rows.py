@@ -12,7 +12,6 @@ verdict without scores is enough: judges and leaderboards give no more.
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import Any
 import msgspec
 
 from router_core.errors import DatasetError
-from router_core.records import TIE, Instance, LabelledPair, verdict_of
+from router_core.records import MAX_ABS_SCORE, TIE, Instance, LabelledPair, leaders_of, verdict_of
 
 _HUMANEVALPACK_TASK = re.compile(r"(?:^|/)hep-[^/]+/([^/]+)$")
 _TIE = "tie"
@@ -208,7 +207,7 @@ class _Reader:
             return derived
         verdict = self._stated(given, name, len(scores))
         # Rounded scores may hide the order that the verdict was taken from; only a reversed order is a mistake.
-        if verdict != TIE and scores[verdict] < max(scores):
+        if verdict != TIE and verdict not in leaders_of(scores):
             best = _name_of(scores.index(max(scores)), lettered=len(scores) == 2)
             shown = " and ".join(map(str, scores)) if len(scores) == 2 else str(list(scores))
             raise self._error(f"rm[{name}].verdict", given, f"its scores {shown} say {best!r}; correct one")
@@ -221,8 +220,10 @@ class _Reader:
         return verdict
 
     def _number_at(self, value: object, field: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self._error(field, value, "give a finite number, a verdict alone, or leave the RM out of this row")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_ABS_SCORE:
+            bounds = f"between -{MAX_ABS_SCORE:g} and {MAX_ABS_SCORE:g}"
+            remedy = f"give a number {bounds}, a verdict alone, or leave the RM out of this row"
+            raise self._error(field, value, remedy)
         return float(value)
 
     def _text(self, field: str, default: str | None = None) -> str:

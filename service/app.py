@@ -17,7 +17,8 @@ from service.encoders.protocol import AwaitedEncoder
 from service.errors import ServiceError
 from service.handlers import openapi
 from service.handlers.errors import render
-from service.handlers.hot import ApiKeys
+from service.handlers.hot import HotRoutes
+from service.handlers.keys import ApiKeys
 from service.handlers.system import system_router
 from service.pool import PoolFile
 from service.settings import Settings
@@ -45,7 +46,7 @@ def create_app(
     arms: Sequence[Arm] | None = None,
     store: Store | None = None,
     score_scale: ScoreScale | None = None,
-) -> ASGIApp:
+) -> HotRoutes:
     """The gateway as an ASGI application; arguments as `wiring.build_gateway`.
 
     Raises:
@@ -80,18 +81,24 @@ def _operators_app(gateway: Gateway) -> ASGIApp:
 
 
 class _KeyCheck:
-    """Refuses operators' routes without a key, but for probes and scrapes."""
+    """Refuses operators' routes without a key, but for probes and scrapes, and answers HEAD as GET.
+
+    The server leaves out the body of an answer to HEAD.
+    """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app = app
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            try:
-                self._keys.check(scope["headers"])
-            except ServiceError as error:
-                response = await render(Request(scope), error)
-                await response(scope, receive, send)
-                return
+        if scope["type"] == "http":
+            if scope["path"] not in OPEN_PATHS:
+                try:
+                    self._keys.check(scope["headers"])
+                except ServiceError as error:
+                    response = await render(Request(scope), error)
+                    await response(scope, receive, send)
+                    return
+            if scope["method"] == "HEAD":
+                scope = {**scope, "method": "GET"}
         await self._app(scope, receive, send)

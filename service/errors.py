@@ -1,9 +1,10 @@
 """Errors of the service: each class fixes its HTTP status and its stable code.
 
     ServiceError
-    ├── BadRequestError 400 · UnauthorizedError 401 · NotFoundError 404 · GoneError 410
-    ├── ConflictError 409 · RunConflictError 409
-    ├── PayloadTooLargeError 413 · ValidationError 422 · OverCapacityError 429
+    ├── BadRequestError 400 · UnauthorizedError 401 · ForeignOriginError 403 · NotFoundError 404 · GoneError 410
+    ├── ReadTimeoutError 408 · ConflictError 409 · RunConflictError 409
+    ├── PayloadTooLargeError 413 · UnsupportedMediaTypeError 415 · HeadersTooLargeError 431
+    ├── ValidationError 422 · OverCapacityError 429 · TooManyConnectionsError 429
     ├── StoreUnavailableError 503 · NotReadyError 503 · NoWorkerError 503
     ├── DeadlineExceededError 503 · NoRewardError 503
     ├── ConfigurationError (start-up only: printed by the CLI, never sent)
@@ -53,11 +54,25 @@ class UnauthorizedError(ServiceError):
     code = "unauthorized"
 
 
+class ForeignOriginError(ServiceError):
+    """A page in a browser calls a gateway without keys, and its host is a name."""
+
+    status = 403
+    code = "foreign_origin"
+
+
 class NotFoundError(ServiceError):
     """No such decision, run, model or policy."""
 
     status = 404
     code = "not_found"
+
+
+class ReadTimeoutError(ServiceError):
+    """The request was not whole within its time."""
+
+    status = 408
+    code = "read_timeout"
 
 
 class ConflictError(ServiceError):
@@ -88,6 +103,13 @@ class PayloadTooLargeError(ServiceError):
     code = "payload_too_large"
 
 
+class UnsupportedMediaTypeError(ServiceError):
+    """The body is not declared as JSON."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
 class ValidationError(ServiceError):
     """A field is out of its bounds."""
 
@@ -100,6 +122,20 @@ class OverCapacityError(ServiceError):
 
     status = 429
     code = "over_capacity"
+
+
+class TooManyConnectionsError(ServiceError):
+    """One address has more connections open than the limit."""
+
+    status = 429
+    code = "too_many_connections"
+
+
+class HeadersTooLargeError(ServiceError):
+    """The request line and the headers are larger than the limit, or too many."""
+
+    status = 431
+    code = "headers_too_large"
 
 
 class StoreUnavailableError(ServiceError):

@@ -19,6 +19,7 @@
         chat_template: plain                 # for `template`: plain, a .jinja file, or a tokenizer's directory
         score_scale: 0.5                     # the gateway answers score_scale * reward + score_shift
         score_shift: 0.0
+        reward_limit: 100.0                  # largest size of a raw reward; learned by default
         replicas: 2                          # how many workers `up` starts
         gpus: [0, 1]                         # the GPUs that they are placed on in turn
         gpu_share: 0.3                       # of one GPU's memory, for one replica
@@ -45,6 +46,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from router_core.records import MAX_ABS_SCORE
 from service.errors import ConfigurationError
 from service.workers.protocol import OverLong
 
@@ -90,6 +92,7 @@ class ModelEntry(BaseModel):
     licence: str | None = None
     score_scale: float = 1.0
     score_shift: float = 0.0
+    reward_limit: float | None = Field(default=None, gt=0, le=MAX_ABS_SCORE)
     replicas: int = Field(default=1, ge=1, le=64)
     gpus: tuple[Annotated[int, Field(ge=0)], ...] = ()
     gpu_share: float | None = Field(default=None, gt=0, le=1)

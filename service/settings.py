@@ -188,6 +188,17 @@ class Settings(BaseSettings):
         2.0, gt=0, description="Pause between two health checks of a worker replica."
     )
     max_in_flight: int = Field(1024, ge=1, description="Requests in flight; one more is answered 429.")
+    max_connections_per_address: int = Field(
+        0,
+        ge=0,
+        description="Connections that one client address may have open; one more is answered 429 and closed. 0: any "
+        "number. A proxy is one address.",
+    )
+    read_timeout_seconds: float = Field(
+        30.0,
+        gt=0,
+        description="Longest time from a request's first byte to its last; then 408, and the connection is closed.",
+    )
     max_body_bytes: int = Field(8 << 20, ge=1024, description="Largest request body.")
     max_text_chars: int = Field(100_000, ge=1, description="Longest prompt or response, in characters.")
     max_responses: int = Field(64, ge=1, description="Responses per request at most.")

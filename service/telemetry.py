@@ -78,6 +78,12 @@ class Telemetry:
         self.registry = CollectorRegistry()
         common: dict[str, Any] = {"registry": self.registry, "namespace": "reward_router"}
         self.requests = Counter("requests_total", "Requests answered.", ["route", "status"], **common)
+        self.refused_connections = Counter(
+            "refused_connections_total",
+            "Connections closed before a request was whole, by the error's code.",
+            ["code"],
+            **common,
+        )
         self.in_flight = Gauge("requests_in_flight", "Requests being answered.", **common)
         self.stage = {stage: Distribution(_STAGE_BUCKETS) for stage in STAGES}
         self.choice_batch = Distribution(_SIZE_BUCKETS)

@@ -38,7 +38,8 @@ from router_core.records import Signal
 from service.encoders.load import RemoteOptions, is_remote, load_remote_encoder
 from service.encoders.protocol import AwaitedEncoder
 from service.errors import ConfigurationError, RunConflictError, StoreUnavailableError
-from service.handlers.hot import ApiKeys, HotLimits, HotRoutes
+from service.handlers.hot import HotLimits, HotRoutes
+from service.handlers.keys import ApiKeys
 from service.handlers.trainers import TrainerRoutes, TrainerTexts
 from service.pool import ModelEntry, PoolFile
 from service.settings import EMBEDDED, OnStoreUnavailable, OnUnknownTemplate, Settings
@@ -465,6 +466,7 @@ def build_arm(model: ModelEntry, settings: Settings, over_long: OverLong = OverL
             api_key=model.api_key,
             score_scale=model.score_scale,
             score_shift=model.score_shift,
+            reward_limit=model.reward_limit,
         )
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from loadtests.tables.experiments import Fit, Size
 from loadtests.tables.work import (
@@ -26,7 +27,7 @@ from loadtests.tables.work import (
     looked_up,
 )
 from router_core.checkpoint import Checkpoint
-from router_core.intervals import grouped_interval
+from router_core.intervals import paired_difference
 from router_core.offline.figures import figures
 from router_core.offline.table import OFFLINE, Judged, Router, Split, fits, fold_splits, judge_fitted, routers
 from router_core.records import LabelledPair
@@ -97,12 +98,12 @@ class TableTwo:
 
 
 def offline_figures(judged: Judged) -> dict[str, Any]:
-    """`evaluate`'s JSON, and `minus`: our router minus each row, pair by pair, with its 95 % interval."""
+    """`evaluate`'s JSON, and `minus`: our router minus each row, pair by pair."""
     return figures(judged) | {"minus": minus(judged.rows, judged.table.groups, OFFLINE)}
 
 
 def minus(rows: Mapping[str, Array], groups: Sequence[str], ours: str) -> dict[str, dict[str, Any]]:
-    """One row minus every other, pair by pair, with a bootstrap interval over groups and seeds.
+    """One row minus every other, pair by pair, with its interval over groups and seeds, and its p-value.
 
     Args:
         rows: (S, N) each, or (1, N) where seeds change nothing. Of rows with different numbers of seeds, the one with
@@ -119,6 +120,6 @@ def _difference(ours: Array, other: Array, groups: Sequence[str]) -> dict[str, A
         values = ours - fewer if len(ours) > len(other) else fewer - other
     else:
         values = ours - other
-    # The same groups are drawn for every comparison.
-    low, high = grouped_interval(values, groups, np.random.default_rng(0))
-    return {"difference": float(values.mean()), "ci95": [low, high]}
+    found = paired_difference(values, groups)
+    p = 2.0 * float(stats.t.sf(abs(found.value) / found.deviation, found.degrees))
+    return {"difference": found.value, "ci95": list(found.ci95), "p": p}

@@ -13,7 +13,7 @@ import numpy as np
 from loadtests.tables.experiments import OURS
 from loadtests.tables.offline import minus
 from loadtests.tables.work import BEST_HINDSIGHT, Replayed
-from router_core.intervals import mean_interval
+from router_core.intervals import accuracy_interval
 from router_core.replay import Table, curve
 from router_core.replay.curves import Curve
 from router_core.replay.figures import last_third
@@ -63,7 +63,7 @@ def row_figures(correct: Mapping[str, Any], calls: Mapping[str, float], table: T
         "policies": {
             name: {
                 "accuracy": float(values.mean()),
-                "ci95": list(mean_interval(values, table.groups)),
+                "ci95": list(accuracy_interval(values, table.groups)),
                 "calls_per_instance": calls[name],
                 "regret": oracle - float(values.mean()),
             }

@@ -220,8 +220,9 @@ def _reading(document: Document) -> list[Block]:
         "(docs/experiments.md), by grouped cross-validation. So these figures are mildly optimistic.\n"
         "* The best single RM and the best RM per subset *in hindsight* are chosen on the judged pairs, which favours "
         "them; the *learned* ones are what could be had in earnest.\n"
-        "* A tie counts one half. Intervals are 95 %: Wilson's at the effective number of pairs (offline), normal over "
-        "groups and seeds (online), bootstrap over groups and seeds for differences. Many differences are compared: "
+        "* A tie counts one half. Intervals are 95 %: Wilson's at the effective number of pairs, with "
+        "Student's quantile over groups and seeds; Student's for differences. Fits count as far as they were repeated. "
+        "Many differences are compared: "
         "about one in twenty that are nothing will look like something.\n"
         "* Recorded pairs are met in random order but where drift is named, and the RMs' verdicts do not depend on "
         "what was routed before: no policy is trained here. docs/table1.md trains one.",

@@ -18,6 +18,7 @@ from router_core.checkpoint import Checkpoint
 from router_core.dataset import grouped_folds, pool_matrix
 from router_core.encoder.base import Backbone
 from router_core.errors import DatasetError
+from router_core.intervals import wilson_bounds
 from router_core.offline.calibrate import expected_calibration_error, negative_log_likelihood
 from router_core.offline.train import TrainConfig, pair_features, train
 from router_core.policies import ScoreScale, UwoPolicy, combined_verdict, majority_verdict
@@ -25,8 +26,6 @@ from router_core.prior import PriorForm
 from router_core.records import TIE, LabelledPair
 
 Head = Literal["bt", "cls"]
-_Z95 = 1.959963984540054
-"""Two-sided 95 % quantile of the standard normal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ class RoutingReport:
 
 
 def wilson(successes: float, n: float) -> Accuracy:
-    """Wilson's 95 % interval for a proportion: (p̂ + z²/2n ± z sqrt(p̂(1−p̂)/n + z²/4n²)) / (1 + z²/n).
+    """A proportion with Wilson's 95 % interval (`intervals.wilson_bounds`).
 
     `successes` may be fractional, as ties count one half. With n = 0 nothing is known: NaN and (0, 1).
 
@@ -68,10 +67,8 @@ def wilson(successes: float, n: float) -> Accuracy:
     """
     if n == 0:
         return Accuracy(math.nan, 0.0, 1.0, 0.0)
-    p, z2 = successes / n, _Z95**2
-    centre = p + z2 / (2 * n)
-    half = _Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return Accuracy(p, max(0.0, (centre - half) / (1 + z2 / n)), min(1.0, (centre + half) / (1 + z2 / n)), n)
+    p = successes / n
+    return Accuracy(p, *wilson_bounds(p, n), n)
 
 
 def majority_correctness(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> NDArray[np.float64]:

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.intervals import clustered_variance
-from router_core.offline.evaluate import wilson
+from router_core.intervals import accuracy_interval
 from router_core.offline.table import Judged
 from router_core.replay.figures import best_per_subset, paired, subset_rows
 from router_core.replay.table import Table
@@ -26,7 +25,7 @@ def figures(judged: Judged) -> dict[str, Any]:
 
     `policies` holds per row accuracy, ci95, calls_per_instance and regret (oracle − accuracy); `paired` the differences
     to the best single RM, to random and to majority; `asked` the share of each RM per router; `per_seed` the accuracy
-    of each fit. Equal rows give equal figures: the bootstrap's generator is seeded.
+    of each fit.
     """
     table = judged.table
     oracle = _oracle(table)
@@ -50,31 +49,6 @@ def figures(judged: Judged) -> dict[str, Any]:
         "pool": list(table.pool),
         "left_out": judged.left_out,
     }
-
-
-def accuracy_interval(values: Array, groups: Sequence[str]) -> tuple[float, float]:
-    """95 % interval of an accuracy: Wilson's at the effective number of pairs n* = p(1 − p)/V, at most N.
-
-    V is the variance of the mean over groups (`clustered_variance`), plus that over the seeds' fits divided by their
-    number: pairs of one group are right or wrong together, and a fit has its luck. n* is capped at N, so that values
-    averaged over seeds or RMs never pretend to more pairs than there are. (Korn & Graubard 1998, for the idea.)
-
-    Args:
-        values: (S, N), what seed s earned on pair i.
-        groups: N names; "" is a group of its own.
-
-    >>> values = np.array([[1.0, 1.0, 0.0, 0.0]])
-    >>> independent, grouped = (accuracy_interval(values, names) for names in (["", "", "", ""], ["x", "x", "y", "y"]))
-    >>> independent[0] > grouped[0]
-    True
-    """
-    p, n = float(values.mean()), values.shape[1]
-    variance = clustered_variance(values.mean(axis=0), groups)
-    if len(values) > 1:
-        variance += float(values.mean(axis=1).var(ddof=1)) / len(values)
-    effective = min(float(n), p * (1 - p) / variance) if variance > 0 and 0 < p < 1 else float(n)
-    interval = wilson(p * effective, effective)
-    return interval.low, interval.high
 
 
 def _accuracy(values: Array, groups: Sequence[str]) -> dict[str, Any]:

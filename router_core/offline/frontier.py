@@ -28,9 +28,9 @@ from router_core.combine import Answers, Paths, Votes, follow, multiplier_for, v
 from router_core.dataset import pool_matrix
 from router_core.encoder.base import Backbone
 from router_core.errors import DatasetError
+from router_core.intervals import accuracy_interval
 from router_core.offline.combined import correctness
 from router_core.offline.evaluate import default_head, majority_correctness, route, uwo_correctness
-from router_core.offline.figures import accuracy_interval
 from router_core.offline.train import HeldOut, TrainConfig, fit
 from router_core.offline.votes import recorded_answers
 from router_core.records import LabelledPair

@@ -8,6 +8,7 @@ from router_core.ope.data import (
     NoSupportError,
     among_available,
     available_propensities,
+    numbered,
     one_reward_per_row,
     with_shadows,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "doubly_robust",
     "fixed_policy",
     "ips",
+    "numbered",
     "one_reward_per_row",
     "safe_interval",
     "sequential_ridge",

@@ -6,6 +6,7 @@ Knows nothing of files, stores or networks. Called by the estimators of this pac
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,8 @@ class LoggedData:
         available: (N, K) bool, the arms that were not known to be away. One that failed when it was asked is one.
         rewards: (N, K) float64, what came back for asking the arm first, from another one where it failed; NaN where
             that is not in the log. That of `arm` always is.
+        draws: (N,) int64 from 0 in order of first appearance: rows of one number share a draw, which chance made once;
+            None: every row has a draw of its own.
     """
 
     pool: tuple[str, ...]
@@ -43,6 +46,7 @@ class LoggedData:
     propensities: Array
     available: Mask
     rewards: Array
+    draws: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         """Raises ShapeMismatchError or NotFiniteError where the arrays cannot be a log."""
@@ -52,6 +56,7 @@ class LoggedData:
             "propensities": (self.propensities.shape, (n, k)),
             "available": (self.available.shape, (n, k)),
             "rewards": (self.rewards.shape, (n, k)),
+            "draws": ((n,) if self.draws is None else self.draws.shape, (n,)),
         }
         for name, (found, expected) in shapes.items():
             if found != expected:
@@ -102,7 +107,25 @@ class LoggedData:
             self.propensities[index],
             self.available[index],
             self.rewards[index],
+            None if self.draws is None else numbered(self.draws[index].tolist()),
         )
+
+    def per_draw(self, values: Array) -> Array:
+        """Sums of (N,) values over the rows that share a draw: (G,), in order of each draw's first row."""
+        if self.draws is None:
+            return values
+        sums: Array = np.bincount(self.draws, values).astype(np.float64)
+        return sums
+
+
+def numbered(keys: Iterable[Hashable]) -> NDArray[np.int64]:
+    """Numbers from 0 in order of first appearance, equal for equal keys: (N,) int64.
+
+    >>> numbered(["b", "a", "b"]).tolist()
+    [0, 1, 0]
+    """
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
 
 def one_reward_per_row(arm: NDArray[np.int64], reward: Array, n_arms: int) -> Array:

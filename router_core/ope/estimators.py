@@ -1,6 +1,7 @@
 """Value of a target policy from another policy's log: IPS, SNIPS, doubly robust (docs/off-policy.md).
 
-Each is a weighted mean of per-row scores, and its interval the normal one of that mean. Rows may have been collected by
+Each is a weighted mean of per-row scores, and its interval the normal one of that mean; rows that share a draw
+(`LoggedData.draws`) count as one there. Rows may have been collected by
 a policy that learned from the rows before: scores minus the value are then martingale differences, not independent, and
 the doubly robust estimator weighs rows so that the limit theorem holds all the same. Called by `service.cli.ope` and
 `loadtests.ope_coverage`.
@@ -55,7 +56,7 @@ def ips(
     """
     seen = _supported(data, pi, clip, floor, max_lost)
     scores = seen.scored(seen.data.rewards)
-    value, half = _weighted_mean(scores, np.ones(len(scores)))
+    value, half = _weighted_mean(seen.data, scores, np.ones(len(scores)))
     worst, best = seen.data.reward_range
     # What the target asks without support has earned nothing here, and between the worst and the best reward in truth.
     interval = (value - half + seen.lost * min(worst, 0.0), value + half + seen.lost * max(best, 0.0))
@@ -78,7 +79,8 @@ def snips(
     seen = _supported(data, pi, clip, floor, max_lost)
     total = float(seen.weight.sum())
     value = float(seen.scored(seen.data.rewards).sum()) / total
-    half = Z95 * float(np.sqrt(np.square(seen.scored(seen.data.rewards - value)).sum())) / total
+    residuals = seen.data.per_draw(seen.scored(seen.data.rewards - value))
+    half = Z95 * float(np.sqrt(np.square(residuals).sum())) / total
     return _estimate(seen, value, _widened(value, half, seen))
 
 
@@ -121,7 +123,7 @@ def doubly_robust(
     # On arms without support the model's word is all there is.
     scores = (seen.target * mine).sum(axis=1) + seen.scored(seen.data.rewards - mine)
     h = stabilising_weights(seen.spread) if stabilise else np.ones(len(scores))
-    value, half = _weighted_mean(scores, h)
+    value, half = _weighted_mean(seen.data, scores, h)
     return _estimate(seen, value, _widened(value, half, seen))
 
 
@@ -157,11 +159,11 @@ def _supported(data: LoggedData, pi: Array, clip: float | None, floor: float, ma
     return seen
 
 
-def _weighted_mean(scores: Array, h: Array) -> tuple[float, float]:
-    """Σ h s / Σ h, and half its 95 % interval from Σ h² (s − value)² / (Σ h)²."""
+def _weighted_mean(data: LoggedData, scores: Array, h: Array) -> tuple[float, float]:
+    """Σ h s / Σ h, and half its 95 % interval from Σ_g (Σ_{t∈g} h (s − value))² / (Σ h)²: g are the draws."""
     total = float(h.sum())
     value = float(h @ scores) / total
-    return value, Z95 * float(np.sqrt(np.square(h * (scores - value)).sum())) / total
+    return value, Z95 * float(np.sqrt(np.square(data.per_draw(h * (scores - value))).sum())) / total
 
 
 def _widened(value: float, half: float, seen: Weighted) -> tuple[float, float]:

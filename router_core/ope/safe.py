@@ -1,7 +1,8 @@
 """An interval that needs no limit theorem: valid for every number of rows, however the log was collected.
 
 For rewards in [0, 1] only. Wide, and honest where the other intervals are not: few rows of the target's own, weights
-that one row decides, a target that the log hardly supports. Called by `service.cli.ope` and `loadtests.ope_coverage`.
+that one row decides, a target that the log hardly supports, contexts that drift. Called by `service.cli.ope` and
+`loadtests`.
 """
 
 from __future__ import annotations
@@ -12,24 +13,42 @@ import numpy as np
 
 from router_core.errors import FeedbackError
 from router_core.ope.data import Array, LoggedData
-from router_core.ope.weights import PROPENSITY_FLOOR, weigh
+from router_core.ope.weights import PROPENSITY_FLOOR, Weighted, weigh
 
-BISECTIONS = 30
-"""Halvings of [0, 1]: the bounds are exact to 1e-9."""
+BISECTIONS = 60
+"""Halvings of the bound on the sum: exact to float64."""
 
-STAKE = 0.75
-"""Largest share of the capital that one row may cost."""
+RATES = 0.75 * 0.5 ** np.arange(12)
+"""λ of the mixture, from 0.75 down to 4·10⁻⁴. The best one for scores of variance V in all is about √(2 log(2/α)/V), so
+these serve V from 10 to 5·10⁷. They do not depend on the log, as the bound must not."""
+
+DEPTH = 2.0
+"""The lowest value of a score is −`DEPTH`. A larger one takes more of the weights' variance out, and short logs pay for
+it: of 1, 2, 3 and 5 this one gave intervals that are never more than 5 % wider than the narrowest at 300 … 3,000 rows
+with weights of 4."""
 
 
 def safe_interval(
     data: LoggedData, pi: Array, *, level: float = 0.95, floor: float = PROPENSITY_FLOOR
 ) -> tuple[float, float]:
-    """Betting bounds on a policy's value from importance-weighted rewards (Waudby-Smith et al. 2022, arXiv 2210.10768).
+    """Empirical-Bernstein bounds on the mean of the target's values at all rows, which may differ from row to row.
 
-    ξ_t = Σ_a w_ta r_ta is at least 0 and, given the past, has mean ν (the value) or less where support is missing. A
-    gambler who bets predictable λ_t ≥ 0 on ξ_t > ν has capital Π (1 + λ_t (ξ_t − ν)), a supermartingale, which by
-    Ville's inequality ever exceeds 2/α with probability α/2 at most: a ν at which it does is too small. The upper bound
-    is the same for 1 − r. No bound on the weights is needed, and missing support only makes the interval wider.
+    The score of a row is φ_t = Σ_a w_ta r_ta − m_t (Σ_a w_ta − Σ_a π_a). Given the past, its mean is ν_t, the value at
+    that row, or less where support is missing. m_t = min(c_t, `DEPTH` / Σ_a π_a/e_a), where c_t in [0, 1] is what the
+    past predicts, so φ_t is at least −`DEPTH`. With y_t = (φ_t − c_t)/(1 + `DEPTH`) and ψ(λ) = −log(1 − λ) − λ,
+
+        exp(λ Σ_t (φ_t − ν_t)/(1 + `DEPTH`) − ψ(λ) Σ_t y_t²)
+
+    is a supermartingale for every λ in (0, 1) (Fan et al. 2015, arXiv 1311.6273; Howard et al. 2021, arXiv 1810.08240),
+    and so is its mean over λ (`RATES`). By Ville's inequality that ever exceeds 2/α with probability α/2 at most, which
+    bounds Σ ν_t from below; the upper bound is the same for 1 − r. What is bounded is the mean of ν_t, so contexts may
+    drift; no bound on the weights is needed (Waudby-Smith et al. 2022, arXiv 2210.10768, whose doubly robust scores
+    these are, with a constant as the model); missing support only makes the interval wider; it holds at all lengths of
+    the log at once.
+
+    Rows that share a draw (`LoggedData.draws`) have one score, their sum, and all are divided by the size of the
+    largest draw. If the two bounds cross, which they do with probability α at most where the propensities are right,
+    the interval is what lies between them.
 
     Args:
         data: the log, rewards in [0, 1].
@@ -38,7 +57,7 @@ def safe_interval(
         floor: propensities below it get weight zero, which is safe.
 
     Returns:
-        (low, high) inside [0, 1].
+        (low, high) inside [0, 1], low <= high.
 
     Raises:
         FeedbackError: a reward outside [0, 1].
@@ -48,30 +67,41 @@ def safe_interval(
         raise FeedbackError("the safe interval needs rewards in [0, 1]: this log has others (prior form `paper`)")
     seen = weigh(data, pi, floor=floor, max_lost=1.0)
     threshold = math.log(2.0 / (1.0 - level))
-    low = _lower_bound(seen.scored(seen.data.rewards), threshold)
-    return low, 1.0 - _lower_bound(seen.scored(1.0 - seen.data.rewards), threshold)
+    low = _lower_bound(seen, seen.data.rewards, floor, threshold)
+    high = 1.0 - _lower_bound(seen, 1.0 - seen.data.rewards, floor, threshold)
+    return min(low, high), max(low, high)
 
 
-def _lower_bound(xi: Array, threshold: float) -> float:
-    """Smallest mean that the bets on ξ do not refute. Capital falls with ν, so it is found by halving."""
-    bets = _bets(xi, threshold)
-    low, high = 0.0, 1.0
+def _lower_bound(seen: Weighted, rewards: Array, floor: float, threshold: float) -> float:
+    """Lower bound in [0, 1] on the mean over the rows of ν_t, for these rewards (n, K)."""
+    data, earned = seen.data, seen.scored(rewards)
+    draws = np.arange(len(data)) if data.draws is None else data.draws
+    predicted = _predicted(data.per_draw(earned), data.per_draw(seen.weight))[draws]
+    supported = np.where(data.propensities >= floor, seen.target, 0.0)
+    steepest = np.divide(supported, data.propensities, out=np.zeros_like(supported), where=supported > 0).sum(axis=1)
+    subtracted = np.minimum(predicted, DEPTH / np.maximum(steepest, 1e-12))
+    scores = data.per_draw(earned - subtracted * (seen.weight - supported.sum(axis=1)))
+    unit = (1.0 + DEPTH) * float(data.per_draw(np.ones(len(data))).max())
+    variance = float(np.square((scores - data.per_draw(predicted)) / unit).sum())
+    return float(np.clip((scores.sum() - unit * _excess(variance, threshold)) / len(data), 0.0, 1.0))
+
+
+def _predicted(earned: Array, weight: Array) -> Array:
+    """Σ w r / Σ w over the draws before each, and one row of ½ before all: (G,) in [0, 1]."""
+    before, carried = np.cumsum(earned) - earned, np.cumsum(weight) - weight
+    mean: Array = np.clip((before + 0.5) / (carried + 1.0), 0.0, 1.0)
+    return mean
+
+
+def _excess(variance: float, threshold: float) -> float:
+    """The sum u at which log mean_λ exp(λ u − ψ(λ) V) reaches the threshold; the left side grows with u.
+
+    Any one rate reaches it alone at u = (threshold + log m + ψ V)/λ, m rates in all, which bounds the search.
+    """
+    psi = -np.log1p(-RATES) - RATES
+    needed = threshold + math.log(len(RATES))
+    low, high = 0.0, float(((needed + psi * variance) / RATES).min())
     for _ in range(BISECTIONS):
-        nu = 0.5 * (low + high)
-        capital = np.cumsum(np.log1p(np.minimum(bets, STAKE / nu) * (xi - nu)))
-        if float(capital.max()) >= threshold:
-            low = nu
-        else:
-            high = nu
-    return low
-
-
-def _bets(xi: Array, threshold: float) -> Array:
-    """λ_t = √(2 threshold/(n v_t)), v_t the variance of ξ before t with a prior row of 1/4: predictable."""
-    n = len(xi)
-    t = np.arange(1, n + 1)
-    mean = (0.5 + np.cumsum(xi)) / (t + 1)
-    variance = (0.25 + np.cumsum(np.square(xi - mean))) / (t + 1)
-    before = np.concatenate([[0.25], variance[:-1]])
-    bets: Array = np.sqrt(2.0 * threshold / (n * before))
-    return bets
+        u = 0.5 * (low + high)
+        low, high = (low, u) if np.logaddexp.reduce(RATES * u - psi * variance) >= needed else (u, high)
+    return high

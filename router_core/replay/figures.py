@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.intervals import grouped_interval, mean_interval
+from router_core.intervals import accuracy_interval, paired_difference
 from router_core.replay.table import Table
 from router_core.replay.trace import Trace
 
@@ -28,7 +28,7 @@ class PolicySummary:
 
     Attributes:
         accuracy: mean over seeds and instances.
-        ci95: over groups of pairs and over seeds (`intervals.mean_interval`).
+        ci95: over groups of pairs and over seeds (`intervals.accuracy_interval`).
         calls_per_instance: RM calls.
         regret: mean per instance of (best arm's correctness − the policy's).
     """
@@ -45,7 +45,7 @@ def summarise(trace: Trace, table: Table) -> PolicySummary:
     accuracy = float(correct.mean())
     return PolicySummary(
         accuracy,
-        mean_interval(correct, table.groups),
+        accuracy_interval(correct, table.groups),
         trace.calls_per_instance,
         float(table.oracle.mean()) - accuracy,
     )
@@ -71,7 +71,7 @@ def report(traces: Mapping[str, Trace], table: Table) -> dict[str, Any]:
 
 
 def paired(correct: Mapping[str, Array], table: Table) -> dict[str, dict[str, dict[str, Any]]]:
-    """Each policy minus each reference, pair by pair, with a bootstrap interval over groups and seeds.
+    """Each policy minus each reference, pair by pair, with its interval over groups and seeds.
 
     The best single RM is chosen on these very pairs, in hindsight; that favours it.
 
@@ -95,9 +95,8 @@ def paired(correct: Mapping[str, Array], table: Table) -> dict[str, dict[str, di
 
 
 def _difference(values: Array, table: Table) -> dict[str, Any]:
-    # The same groups are drawn for every comparison.
-    low, high = grouped_interval(values, table.groups, np.random.default_rng(0))
-    return {"difference": float(values.mean()), "ci95": [low, high]}
+    found = paired_difference(values, table.groups)
+    return {"difference": found.value, "ci95": list(found.ci95)}
 
 
 def best_per_subset(table: Table) -> float:
@@ -139,7 +138,7 @@ def _subset(correct: Mapping[str, Array], table: Table, rows: NDArray[np.int64])
         "policies": {
             name: {
                 "accuracy": float(values[:, rows].mean()),
-                "ci95": list(mean_interval(values[:, rows], part.groups)),
+                "ci95": list(accuracy_interval(values[:, rows], part.groups)),
             }
             for name, values in correct.items()
         },

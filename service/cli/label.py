@@ -34,7 +34,7 @@ from service.cli.processes import interruptible
 from service.cli.serve import read_settings
 from service.cli.train import parse_pool
 from service.errors import ConfigurationError, ServiceError
-from service.labelling.ask import AskPolicy, ModelAsker
+from service.labelling.ask import AskPolicy, ModelAsker, is_failure
 from service.labelling.journal import Answer, Journal, content_key, write_atomically
 from service.labelling.rows import Known, earlier_answers, labelled_lines, summarise
 from service.pool import ModelEntry, load_pool
@@ -42,6 +42,9 @@ from service.wiring import build_arm
 from service.workers.client import VllmArm
 from service.workers.health import HealthMonitor, HealthPolicy
 from service.workers.protocol import Arm
+
+FAILED_ROWS = 3
+"""Exit status when all was asked, and an RM failed on some rows."""
 
 INTERRUPTED = 130
 """Exit status after SIGINT or SIGTERM."""
@@ -72,6 +75,8 @@ def label(
 
     Answers are kept as they come, in OUT.partial: an interrupted run goes on where it was when the same command is
     given again. What the rows, or an earlier OUT, hold already is not asked, so that adding an RM asks that one alone.
+
+    A row on which an RM fails is noted in its `rm_missing` and passed; the last line and exit status 3 say so.
     """
     interruptible()
     console = Console(stderr=True)
@@ -88,12 +93,29 @@ def label(
     summary = {"out": str(out), "seconds": seconds, **summarise(known, {name: len(wanted[name]) for name in wanted})}
     if json_out is not None and str(json_out) == "-":
         typer.echo(json.dumps(summary))
-        reader.tell()
-        return
-    if json_out is not None:
-        json_out.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
-    _show(summary, Console())
+    else:
+        if json_out is not None:
+            json_out.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+        _show(summary, Console())
     reader.tell()
+    failed = _failed(summary)
+    if failed:
+        console.print(
+            f"failed: {', '.join(f'{name} on {count} rows' for name, count in failed.items())}; `rm_missing` in {out} "
+            "says why, --retry-missing asks again",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(FAILED_ROWS)
+
+
+def _failed(summary: Mapping[str, Any]) -> dict[str, int]:
+    """Rows on which an RM failed, by RM; without those that it refused."""
+    counts = {
+        name: sum(count for kind, count in row["missing"].items() if is_failure(kind))
+        for name, row in summary["models"].items()
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
 def _chosen(pool: Path, models: str | None) -> list[ModelEntry]:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from router_core.attempts import Outcome
 from router_core.checkpoint import Checkpoint
+from router_core.intervals import Z95
 from router_core.ope import (
     Estimate,
     LoggedData,
@@ -144,7 +145,7 @@ def evaluate_log(
         "shadowed": int((whole.seen.sum(axis=1) > 1).sum()),
         "sharing_a_draw": _followers(decisions),
         "after_a_failure": sum(any(it.outcome is Outcome.FAILED for it in one.attempts) for one in decisions),
-        "logged": {"value": float(whole.reward.mean()), "ci95": list(_mean_interval(whole.reward))},
+        "logged": {"value": float(whole.reward.mean()), "ci95": list(_mean_interval(whole))},
         "policies": policies,
     }
 
@@ -189,8 +190,7 @@ def print_figures(figures: dict[str, Any], console: Console | None = None) -> No
 def _notes(figures: dict[str, Any]) -> list[str]:
     """What to know about the log, whatever the policy."""
     notes = {
-        "sharing_a_draw": "share the draw of an earlier one (sticky): the values stand, but the intervals count them "
-        "as draws of their own and are too narrow",
+        "sharing_a_draw": "share the draw of an earlier one (sticky): the intervals count the rows of one draw as one",
         "after_a_failure": "asked an RM first that gave no reward: the values are of asking an RM first and, where it "
         "fails, the next-best draws of the logged policy",
     }
@@ -260,9 +260,11 @@ def _figures(verdict: Verdict, name: str, header: Header) -> dict[str, Any]:
     }
 
 
-def _mean_interval(values: Array) -> tuple[float, float]:
-    half = 1.96 * float(values.std()) / len(values) ** 0.5
-    return float(values.mean()) - half, float(values.mean()) + half
+def _mean_interval(data: LoggedData) -> tuple[float, float]:
+    """95 % normal interval of the mean reward; rows that share a draw count as one."""
+    mean = float(data.reward.mean())
+    half = Z95 * float(np.sqrt(np.square(data.per_draw(data.reward - mean)).sum())) / len(data)
+    return mean - half, mean + half
 
 
 def _cell(row: dict[str, Any] | None) -> str:

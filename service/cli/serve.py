@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,27 +93,40 @@ def run_gateway(settings: Settings) -> None:
     configure_logging(settings.log_level)
     if settings.pool is None:
         raise ConfigurationError("no pool file: give --pool, or set REWARD_ROUTER_POOL")
-    serve_app(create_app(settings, load_pool(settings.pool)), settings)
+    app = create_app(settings, load_pool(settings.pool))
+    serve_app(app, settings, refused=app.count_refusal)
 
 
-def serve_app(app: ASGIApp, settings: Settings) -> None:
-    """uvicorn, as the gateway is served; returns when a signal has ended it and requests are drained."""
-    # Loaded only here: it loads uvicorn's parser, which the other commands do not need.
-    from service.handlers.corked import CorkedProtocol
+def serve_app(app: ASGIApp, settings: Settings, *, refused: Callable[[str], None] = lambda _: None) -> None:
+    """uvicorn, as the gateway is served; returns when a signal has ended it and requests are drained.
 
+    Args:
+        app: the application.
+        settings: of the gateway.
+        refused: told the error's code of each connection that was closed before its request was whole.
+    """
     keep_freed_memory()
     leave_loaded_objects_alone()
-    uvicorn.run(
-        app,
-        host=settings.host,
-        port=settings.port,
-        loop="uvloop",
-        http=CorkedProtocol,
-        access_log=False,
-        log_config=None,
-        server_header=False,
+    uvicorn.run(app, **server_options(settings, refused))
+
+
+def server_options(settings: Settings, refused: Callable[[str], None]) -> dict[str, Any]:
+    """How the gateway is served, as arguments of `uvicorn.Config`; `refused` as for `serve_app`."""
+    # Loaded only here: it loads uvicorn's parser, which the other commands do not need.
+    from service.handlers.connection import ConnectionLimits, gateway_protocol
+
+    limits = ConnectionLimits(settings.read_timeout_seconds, settings.max_connections_per_address)
+    return {
+        "host": settings.host,
+        "port": settings.port,
+        "loop": "uvloop",
+        "http": gateway_protocol(limits, refused),
+        "ws": "none",
+        "access_log": False,
+        "log_config": None,
+        "server_header": False,
         # Nothing here asks who the caller is behind a proxy.
-        proxy_headers=False,
-        timeout_keep_alive=65,
-        timeout_graceful_shutdown=int(settings.request_timeout_seconds) + 1,
-    )
+        "proxy_headers": False,
+        "timeout_keep_alive": 65,
+        "timeout_graceful_shutdown": int(settings.request_timeout_seconds) + 1,
+    }

@@ -21,7 +21,6 @@ from service.encoders.protocol import EncoderUnavailableError
 from service.encoders.wire import EMBEDDINGS_PATH, EmbeddingsAnswer, WireError, decode_answer, encode_request
 from service.errors import ConfigurationError
 from service.workers.breaker import BreakerPolicy
-from service.workers.client import ATTEMPT_SHARE, CLOCK_SLACK_SECONDS, RETRIED_STATUSES
 from service.workers.http import (
     CONNECT_TIMEOUT_SECONDS,
     IDLE_SECONDS,
@@ -31,6 +30,7 @@ from service.workers.http import (
     Response,
 )
 from service.workers.replica import Replica
+from service.workers.requests import ATTEMPT_SHARE, CLOCK_SLACK_SECONDS, RETRIED_STATUSES
 from service.workers.wire import error_message
 
 MAX_RESPONSE_BYTES: Final = 64 << 20

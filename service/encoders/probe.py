@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from service.encoders.client import StateClient
 from service.encoders.reading import Reading
 from service.encoders.wire import EMBEDDINGS_PATH, WireError
-from service.workers.client import RETRIED_STATUSES
 from service.workers.http import HttpError, HttpProtocolError, ResponseTooLargeError
 from service.workers.replica import Replica
+from service.workers.requests import RETRIED_STATUSES
 from service.workers.wire import MODELS_PATH, ModelList, error_message
 
 RELATIVE_TOLERANCE: Final = 0.08

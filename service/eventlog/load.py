@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.attempts import Attempt, Outcome, excluded, first_choice
-from router_core.ope import LoggedData, available_propensities, one_reward_per_row, with_shadows
+from router_core.ope import LoggedData, available_propensities, numbered, one_reward_per_row, with_shadows
 from router_core.records import Event
 from service.errors import ConfigurationError
 from service.eventlog.export import read_events, read_header
@@ -90,6 +90,7 @@ def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
         asked,
         available,
         rewards,
+        numbered(decision.sticky or row for row, decision in enumerate(decisions)),
     )
 
 

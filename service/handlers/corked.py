@@ -1,6 +1,6 @@
 """uvicorn's HTTP protocol with one write a reply: uvloop makes a system call of each write, and uvicorn writes twice.
 
-Knows nothing of the application. `service.cli.serve` hands `CorkedProtocol` to uvicorn.
+Knows nothing of the application. `service.handlers.connection` builds on it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ class CorkedTransport:
         held, self._held = self._held, []
         if held and not self._transport.is_closing():
             self._transport.write(held[0] if len(held) == 1 else b"".join(held))
+
+    def write_eof(self) -> None:
+        """Write what is held, then say that nothing follows."""
+        self.flush()
+        self._transport.write_eof()
 
     def close(self) -> None:
         """Write what is held, then close."""

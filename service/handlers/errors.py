@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from router_core.errors import RouterCoreError
-from service.errors import BadRequestError, NotFoundError, ServiceError
+from service.errors import BadRequestError, NotFoundError, ServiceError, UnauthorizedError
 from service.schemas import ErrorBody, ErrorReply
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,9 @@ def as_service_error(error: Exception) -> ServiceError:
         if error.status_code == 404:
             return NotFoundError("no such path: see /docs for the API")
         if error.status_code == 405:
-            return wrong_method((error.headers or {}).get("Allow", ""))
+            allow = (error.headers or {}).get("Allow", "")
+            # `service.app` answers HEAD wherever GET is taken.
+            return wrong_method("GET, HEAD" if allow == "GET" else allow)
         return BadRequestError(str(error.detail))
     if isinstance(error, RouterCoreError):
         logger.error("router_core refused", extra={"fields": {"error": f"{type(error).__name__}: {error}"}})
@@ -66,6 +68,9 @@ def headers_of(error: ServiceError) -> dict[str, str]:
     headers = {} if error.retry_after_seconds is None else {"retry-after": str(error.retry_after_seconds)}
     if isinstance(error, MethodNotAllowedError):
         headers["allow"] = str(error.details["allow"])
+    if isinstance(error, UnauthorizedError):
+        # RFC 9110, 15.5.2. Not `Basic`, which passes too: browsers would ask people for a password.
+        headers["www-authenticate"] = 'Bearer realm="reward-router"'
     return headers
 
 

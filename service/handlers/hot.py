@@ -7,26 +7,18 @@ FastAPI declares the same routes for OpenAPI (`handlers.openapi`) and serves eve
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hmac
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.errors import (
-    BadRequestError,
-    OverCapacityError,
-    PayloadTooLargeError,
-    ServiceError,
-    UnauthorizedError,
-    ValidationError,
-)
+from service.errors import OverCapacityError, ServiceError
+from service.handlers.body import ClientDisconnectedError, check_sender, parse_body, read_body
 from service.handlers.errors import as_service_error, error_reply, headers_of, wrong_method
+from service.handlers.keys import ApiKeys
 from service.schemas import (
     FeedbackBatchReply,
     FeedbackBatchRequest,
@@ -51,48 +43,6 @@ class QueryHandler(Protocol):
     """Takes the body and the query string."""
 
     def __call__(self, body: bytes, /, *, query: bytes) -> Awaitable[Any]: ...
-
-
-T = TypeVar("T")
-
-
-class ClientDisconnectedError(Exception):
-    """The caller went away before its body was read; there is nobody to answer."""
-
-
-class ApiKeys:
-    """Checks `Authorization: Bearer KEY` or `X-API-Key: KEY` in constant time; without keys everything passes.
-
-    `Authorization: Basic` with the key as password passes too: trainers that know a URL and no headers send it for
-    `http://any:KEY@host/…`.
-    """
-
-    def __init__(self, keys: Sequence[str]) -> None:
-        self._keys = [key.encode() for key in keys]
-
-    def check(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
-        """Return if a key is right.
-
-        Raises:
-            UnauthorizedError: none, or a wrong one.
-        """
-        if not self._keys:
-            return
-        for name, value in headers:
-            given = _authorization(value) if name == b"authorization" else value if name == b"x-api-key" else None
-            if given is not None and any(hmac.compare_digest(given, key) for key in self._keys):
-                return
-        raise UnauthorizedError("API key missing or wrong: send `Authorization: Bearer KEY` or `X-API-Key: KEY`")
-
-
-def _authorization(value: bytes) -> bytes:
-    """The key of an `Authorization` header; b"" for what is none."""
-    if not value.startswith(b"Basic "):
-        return value.removeprefix(b"Bearer ")
-    try:
-        return base64.b64decode(value[6:], validate=True).partition(b":")[2]
-    except binascii.Error:
-        return b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,21 +105,22 @@ class HotRoutes:
             if handler is None and scope["path"] in self._trainers:
                 handler = partial(self._trainers[scope["path"]], query=scope["query_string"])
             if handler is not None:
-                await self._serve(scope, receive, send, handler if scope["method"] == "POST" else _refuse_method)
+                await self._serve(scope, receive, send, handler)
                 return
         await self._rest(scope, receive, send)
 
+    def count_refusal(self, code: str) -> None:
+        """Count a connection that was closed before its request was whole.
+
+        Args:
+            code: of the error that it was told.
+        """
+        self._telemetry.refused_connections.labels(code).inc()
+
     async def _serve(self, scope: Scope, receive: Receive, send: Send, handler: Handler) -> None:
         path, status, headers = scope["path"], 200, [_JSON_HEADER]
-        self._in_flight += 1
         try:
-            if self._in_flight > self._limits.max_in_flight:
-                raise OverCapacityError(
-                    f"{self._limits.max_in_flight} requests are in flight (max_in_flight): try again, or add a gateway",
-                    retry_after_seconds=1,
-                )
-            self._keys.check(scope["headers"])
-            reply = await handler(await self._read(receive))
+            reply = await self._answer(scope, receive, handler)
             self._ok[path].inc()
         except ClientDisconnectedError:
             self._telemetry.requests.labels(path, "499").inc()
@@ -179,31 +130,33 @@ class HotRoutes:
             reply, status = error_reply(shown), shown.status
             headers = [_JSON_HEADER, *((k.encode(), v.encode()) for k, v in headers_of(shown).items())]
             self._telemetry.requests.labels(path, str(status)).inc()
-        finally:
-            self._in_flight -= 1
         body = _ENCODER.encode(reply)
         headers = [*headers, (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def _read(self, receive: Receive) -> bytes:
-        chunks: list[bytes] = []
-        size = 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnectedError
-            chunk = message.get("body", b"")
-            size += len(chunk)
-            if size > self._limits.max_body_bytes:
-                raise PayloadTooLargeError(
-                    f"the body is larger than {self._limits.max_body_bytes} bytes (max_body_bytes): send smaller ones"
-                )
-            if not message.get("more_body", False) and not chunks:
-                return bytes(chunk)
-            chunks.append(chunk)
-            if not message.get("more_body", False):
-                return b"".join(chunks)
+    async def _answer(self, scope: Scope, receive: Receive, handler: Handler) -> Any:
+        """The reply. A place among `max_in_flight` is taken only when the body is there."""
+        # Looked at before the body too: what will not be answered need not be read.
+        self._check_room()
+        self._keys.check(scope["headers"])
+        if scope["method"] != "POST":
+            raise wrong_method("POST")
+        check_sender(scope["headers"], keyed=self._keys.needed)
+        body = await read_body(receive, self._limits.max_body_bytes)
+        self._check_room()
+        self._in_flight += 1
+        try:
+            return await handler(body)
+        finally:
+            self._in_flight -= 1
+
+    def _check_room(self) -> None:
+        if self._in_flight >= self._limits.max_in_flight:
+            raise OverCapacityError(
+                f"{self._limits.max_in_flight} requests are in flight (max_in_flight): try again, or add a gateway",
+                retry_after_seconds=1,
+            )
 
     async def _score(self, body: bytes) -> Any:
         return await self._scorer.score(parse_body(self._reward, body))
@@ -224,32 +177,9 @@ class HotRoutes:
         return FeedbackBatchReply([error_item(result) for result in results])
 
 
-async def _refuse_method(_: bytes) -> Any:
-    raise wrong_method("POST")
-
-
 def error_item(result: Any) -> Any:
     return error_reply(result) if isinstance(result, ServiceError) else result
 
 
 def _reward_item(result: RewardReply | ServiceError) -> RewardReply | NoReward:
     return NoReward(error_reply(result).error) if isinstance(result, ServiceError) else result
-
-
-def parse_body(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
-    """The document of a body.
-
-    Raises:
-        ValidationError: it is not what the path takes.
-        BadRequestError: it is not JSON in UTF-8.
-    """
-    try:
-        return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        raise ValidationError(f"{error}: see /docs for the fields of this path") from error
-    except msgspec.DecodeError as error:
-        raise BadRequestError(
-            f"the body is not JSON ({error}): send a JSON object with content-type application/json"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise BadRequestError("the body is not UTF-8: send JSON in UTF-8") from error

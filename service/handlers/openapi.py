@@ -18,9 +18,13 @@ _EXAMPLE_ID = "d06in5t2co4000000000000000"
 _ERRORS = {
     "400": "The body is not JSON.",
     "401": "API key missing or wrong.",
+    "403": "A page of a foreign host calls a gateway without API keys.",
+    "408": "The request was not whole in time. May be retried.",
     "413": "The body is too large.",
-    "422": "A field is out of its bounds, or every reward model refused the input.",
+    "415": "The body is not declared as JSON.",
+    "422": "A field is out of its bounds or occurs twice, or every reward model refused the input.",
     "429": "Over capacity; try again after `Retry-After` seconds.",
+    "431": "The headers are too large.",
     "503": "Store or workers away; nothing was acknowledged. May be retried.",
 }
 

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from service.errors import NoRewardError, ServiceError, ValidationError
-from service.handlers.hot import QueryHandler, error_item, parse_body
+from service.handlers.body import parse_body
+from service.handlers.hot import QueryHandler, error_item
 from service.schemas import FeedbackBatchReply, FeedbackReply, FeedbackRequest, RewardReply, RewardRequest
 from service.telemetry import Telemetry
 from service.trainers import llamafactory, openrlhf, slime

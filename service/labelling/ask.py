@@ -16,13 +16,26 @@ from router_core.records import Instance
 from service.errors import ConfigurationError, NoWorkerError
 from service.labelling.journal import Answer
 from service.workers.client import WHOLESALE_STATUSES
-from service.workers.protocol import Arm, WorkerError, WorkerRejectedError, WorkerUnavailableError
+from service.workers.protocol import (
+    Arm,
+    WorkerError,
+    WorkerInputError,
+    WorkerRejectedError,
+    WorkerUnavailableError,
+)
+from service.workers.wire import PROBE_PROMPT, PROBE_RESPONSE
 
 POLL_SECONDS: Final = 0.05
 """How often a worker that is out is looked at; health checks decide when it is back."""
 
 MAX_BACKOFF_SECONDS: Final = 15.0
 """Bound of the doubling of `AskPolicy.backoff_seconds`."""
+
+REFUSED: Final = "refused"
+"""Kind of the reasons of instances that an RM will not read, mostly because they are too long."""
+
+FAILED: Final = "failed"
+"""Kind of the reason of an instance on which an RM fails while it answers others."""
 
 MAX_REASON_CHARS: Final = 200
 """Of a worker's words that are kept; they may quote the text."""
@@ -38,7 +51,8 @@ class AskPolicy:
         timeout_seconds: for one batch, retries on other replicas included.
         patience_seconds: how long an RM may be away.
         attempts: timeouts or unusable answers after which an instance is given up.
-        tries: failures of any kind after which it is; a worker that is overloaded, or dies of it, answers at times.
+        tries: failures of any kind after which it is, if the RM answers the probe conversation then; a worker that is
+            overloaded, or dies of the instance, answers at times.
         backoff_seconds: pause after an instance's first failure; it doubles with each further one.
     """
 
@@ -47,7 +61,7 @@ class AskPolicy:
     timeout_seconds: float = 120.0
     patience_seconds: float = 120.0
     attempts: int = 3
-    tries: int = 20
+    tries: int = 8
     backoff_seconds: float = 0.5
 
 
@@ -119,7 +133,7 @@ class ModelAsker:
         """One call, once the RM is there; returns what must be asked again."""
         await self._until_available()
         loop = asyncio.get_running_loop()
-        asked = self._without_hopeless(batch)
+        asked = await self._without_hopeless(batch)
         if not asked:
             return []
         groups = [[(item.instance.prompt, text) for text in item.instance.responses] for item in asked]
@@ -161,36 +175,52 @@ class ModelAsker:
         if not isinstance(error, WorkerUnavailableError):
             item.failures += 1
 
-    def _without_hopeless(self, batch: Sequence[_Work]) -> list[_Work]:
+    async def _without_hopeless(self, batch: Sequence[_Work]) -> list[_Work]:
         """Give up what has failed too often: the RM is there now, so the fault lies with the instance.
 
         Raises:
-            NoWorkerError: the RM is there by its looks, and has answered nothing since an instance began to fail.
+            NoWorkerError: the RM has answered nothing since an instance began to fail, nor the probe conversation now.
         """
         hopeful: list[_Work] = []
         for item in batch:
             if item.error is None or (item.failures < self.policy.attempts and item.tries < self.policy.tries):
                 hopeful.append(item)
                 continue
-            if item.tries >= self.policy.tries and self._answered == item.answered_before:
+            if self._answered == item.answered_before and not await self._answers():
                 raise NoWorkerError(
-                    f"RM {self.arm.name!r} failed {item.tries} times and answered nothing: {item.error.message}"
+                    f"RM {self.arm.name!r} failed {item.tries} times and answered nothing: {item.error.message} "
+                    f"({self.describe()})"
                 )
             kind = item.error.code.removeprefix("worker_")
             self.record([Answer(item.content, self.arm.name, reason=_reason(kind, item.error))])
         return hopeful
 
+    async def _answers(self) -> bool:
+        """Whether the RM scores a conversation that is known to be good."""
+        deadline = asyncio.get_running_loop().time() + self.policy.timeout_seconds
+        (outcome,) = await self.arm.score_groups([[(PROBE_PROMPT, PROBE_RESPONSE)]], deadline=deadline)
+        return not isinstance(outcome, WorkerError)
+
     def _refusal(self, item: _Work, error: WorkerRejectedError) -> Answer:
         status = error.details.get("worker_status")
         if status in WHOLESALE_STATUSES:
-            raise ConfigurationError(f"{error.message}: it refuses whatever we ask; check URL, proxy and `api_key`")
-        kind = "refused" if status is None else f"refused ({status})"
+            raise ConfigurationError(
+                f"{error.message}: it refuses whatever we ask; check URL, proxy and `api_key` ({self.describe()})"
+            )
+        if isinstance(error, WorkerInputError):
+            return Answer(item.content, self.arm.name, reason=_reason(FAILED, error))
+        kind = REFUSED if status is None else f"{REFUSED} ({status})"
         return Answer(item.content, self.arm.name, reason=_reason(kind, error))
 
 
 def reason_kind(reason: str) -> str:
     """The part of a reason that reasons are counted by."""
     return reason.partition(":")[0]
+
+
+def is_failure(kind: str) -> bool:
+    """Whether a kind of reason says that the RM failed, rather than refused."""
+    return not kind.startswith(REFUSED)
 
 
 def _reason(kind: str, error: WorkerError) -> str:

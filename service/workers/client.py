@@ -1,7 +1,7 @@
 """`VllmArm`: one reward model behind any number of equal replicas that speak vLLM's `/classify`.
 
-Renders instances, cuts batches into requests, chooses a replica, retries elsewhere, halves what is refused, reads and
-checks the answers.
+Renders instances, cuts batches into requests, and halves requests that are refused, or fail at a worker that is well,
+until the culprit stands alone. `service.workers.requests` makes each request.
 `service.wiring` builds one per RM of the pool; use cases see it as `service.workers.protocol.Arm`. Knows no routing
 policy and no store.
 """
@@ -16,49 +16,28 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Final
 
-import msgspec
-
+from router_core.records import MAX_ABS_SCORE
 from service.errors import ConfigurationError
 from service.workers.breaker import BreakerPolicy
-from service.workers.http import (
-    CONNECT_TIMEOUT_SECONDS,
-    IDLE_SECONDS,
-    MAX_RESPONSE_BYTES,
-    DeadlineError,
-    HttpError,
-    HttpPool,
-    HttpProtocolError,
-    ResponseTooLargeError,
-)
+from service.workers.http import CONNECT_TIMEOUT_SECONDS, IDLE_SECONDS, MAX_RESPONSE_BYTES, HttpPool
 from service.workers.protocol import (
     OverLong,
     Rewards,
     WorkerError,
-    WorkerProtocolError,
     WorkerRejectedError,
-    WorkerTimeoutError,
     WorkerTooLongError,
     WorkerUnavailableError,
 )
 from service.workers.render import Content, MessagesRendering, Prepared, RenderError, Rendering, TooLongError
 from service.workers.replica import Replica, ReplicaSnapshot
-from service.workers.wire import CLASSIFY_PATH, ClassifyAnswer, error_message, says_too_long
-
-RETRIED_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
-"""Statuses that another replica may answer differently; scoring is idempotent. 501 is not one of them."""
+from service.workers.requests import Requester, SuspectError
 
 WHOLESALE_STATUSES: Final = frozenset({401, 403, 405, 501})
 """Refusals of whoever asks or of the endpoint, not of an input: asking in halves would only repeat them."""
 
-ATTEMPT_SHARE: Final = 0.6
-"""While another replica remains untried, one attempt takes at most this share of the time left."""
-
 TOKENS_PER_REQUEST: Final = 32_768
 """Bound on one request whose lengths are known: 64 items of 500 tokens; more than that would make one request of long
 texts last several times as long as one of short ones."""
-
-CLOCK_SLACK_SECONDS: Final = 0.002
-"""uvloop's clock ticks in milliseconds, so a deadline's timer may fire this much before `loop.time()` reaches it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +64,7 @@ class ArmConfig:
         api_key: sent as a bearer token. vLLM itself does not check it on `/classify`; a proxy before it may.
         score_scale: finite, not 0; see `score_shift`.
         score_shift: the arm's rewards are score_scale * logit + score_shift.
+        reward_limit: largest size of a raw reward that is taken for one; None to learn it, see `RewardBound`.
     """
 
     name: str
@@ -106,6 +86,7 @@ class ArmConfig:
     api_key: str | None = field(default=None, repr=False)
     score_scale: float = 1.0
     score_shift: float = 0.0
+    reward_limit: float | None = None
 
     def __post_init__(self) -> None:
         if not self.name or not self.urls:
@@ -122,6 +103,10 @@ class ArmConfig:
             raise ConfigurationError(
                 f"RM {self.name!r}: score_scale {self.score_scale}, score_shift {self.score_shift}; use finite "
                 "numbers, and a scale other than 0"
+            )
+        if self.reward_limit is not None and not 0 < self.reward_limit <= MAX_ABS_SCORE:
+            raise ConfigurationError(
+                f"RM {self.name!r}: reward_limit is {self.reward_limit}; use a number in (0, {MAX_ABS_SCORE:g}]"
             )
         for option in ("attempt_timeout_seconds", "connect_timeout_seconds"):
             if not 0 < getattr(self, option) < math.inf:
@@ -151,10 +136,8 @@ class VllmArm:
     def __init__(self, config: ArmConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
         self.replicas = tuple(_build_replica(config, url, clock) for url in config.urls)
-        self._model = config.served_model
+        self._requester = Requester(config, self.replicas)
         self._render_by(config.rendering)
-        self._answer = msgspec.json.Decoder(ClassifyAnswer)
-        self._turn = 0
 
     @property
     def name(self) -> str:
@@ -203,7 +186,8 @@ class VllmArm:
 
         A batch is cut into requests of `items_per_request` items, a few in flight at once; the first that fails ends
         the call. An arm that is not `available` when the call begins fails it at once; later requests of an admitted
-        call queue for a connection. All items together are one instance: what is cut is cut alike.
+        call queue for a connection. All items together are one instance: what is cut is cut alike, and equal items are
+        asked once.
 
         Args:
             items: see `Arm.score`.
@@ -217,14 +201,15 @@ class VllmArm:
             raise ValueError("score needs at least one item")
         if not self.available:
             raise self._out()
-        (ready,) = await self._prepare([items])
+        distinct = list(dict.fromkeys(items))
+        (ready,) = await self._prepare([distinct])
         if not isinstance(ready, Prepared):
             raise self._unsent(ready)
-        if len(items) <= self._chunk and ready.size <= self._chunk_size:
-            rewards = await self._ask(ready.contents, deadline)
+        if len(distinct) <= self._chunk and ready.size <= self._chunk_size:
+            rewards = await self._ask(ready.contents, deadline, alone=True)
         else:
             rewards = await self._ask_in_parts(self._parts_of(ready.contents), deadline, self.slots())
-        return Rewards(rewards, prompt_tokens_cut=ready.prompt_tokens_cut)
+        return _spread(Rewards(rewards, prompt_tokens_cut=ready.prompt_tokens_cut), distinct, items)
 
     def slots(self) -> asyncio.Semaphore:
         """See `Arm.slots`."""
@@ -244,9 +229,10 @@ class VllmArm:
         and, where tokens are counted, `tokens_per_request` tokens. A group that one request cannot hold (more items
         than that, or a rendering of one item per request) is asked in several, and the first that fails ends that
         group. Requests are filled longest groups first, so that those in flight at once are alike and the last are
-        short. A refused request is halved by group until the refused groups stand alone: about 2·log2(groups) more
-        requests for one of them. At most `parallel_requests` requests of the call are in flight at once, and no more
-        than the replicas' `max_in_flight`.
+        short. A request that is refused, or fails at a replica that is well, is halved by group until the culprits
+        stand alone: about 2·log2(groups) more requests for one of them, at most 2·groups for any number, plus the
+        repetition of each one that failed. Halves keep to the deadline and the slots of the call. At most
+        `parallel_requests` requests of the call are in flight at once, and no more than the replicas' `max_in_flight`.
 
         Args:
             groups: see `Arm.score_groups`.
@@ -261,7 +247,8 @@ class VllmArm:
         # A part of a whole that was admitted queues for a connection, as later requests of one call do.
         if not (self.available if slots is None else self.reachable):
             return [self._out()] * len(groups)
-        prepared = await self._prepare(groups)
+        distinct = [list(dict.fromkeys(group)) for group in groups]
+        prepared = await self._prepare(distinct)
         outcomes: dict[int, list[float] | WorkerError] = {}
         ready: dict[int, Prepared] = {}
         for index, one in enumerate(prepared):
@@ -282,7 +269,10 @@ class VllmArm:
             answers = [task.result() for task in asked]
         for chunk, answer in zip(chunks, answers, strict=True):
             outcomes.update(zip(chunk, answer, strict=True))
-        return [outcomes[index] for index in range(len(groups))]
+        return [
+            outcome if isinstance(outcome := outcomes[index], WorkerError) else _spread(outcome, distinct[index], group)
+            for index, group in enumerate(groups)
+        ]
 
     async def close(self) -> None:
         """Close all connections; requests in flight fail."""
@@ -331,23 +321,20 @@ class VllmArm:
         self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore
     ) -> list[list[float] | WorkerError]:
         items = [content for one in chunk for content in one.contents]
-        parts = self._parts_of(items) if len(chunk) == 1 else [items]
+        alone = len(chunk) == 1
+        parts = self._parts_of(items) if alone else [items]
         try:
             if len(parts) > 1:
                 rewards = await self._ask_in_parts(parts, deadline, slots)
             else:
                 async with slots:
-                    rewards = await self._ask(items, deadline)
+                    rewards = await self._ask(items, deadline, alone=alone)
+        except SuspectError:
+            return await self._ask_halves(chunk, deadline, slots)
         except WorkerRejectedError as error:
-            if len(chunk) == 1 or error.details.get("worker_status") in WHOLESALE_STATUSES:
+            if alone or error.details.get("worker_status") in WHOLESALE_STATUSES:
                 return [error] * len(chunk)
-            middle = len(chunk) // 2
-            async with asyncio.TaskGroup() as tasks:
-                halves = [
-                    tasks.create_task(self._ask_groups(half, deadline, slots))
-                    for half in (chunk[:middle], chunk[middle:])
-                ]
-            return [outcome for half in halves for outcome in half.result()]
+            return await self._ask_halves(chunk, deadline, slots)
         except WorkerError as error:
             return [error] * len(chunk)
         ends = accumulate(len(one.contents) for one in chunk)
@@ -355,6 +342,16 @@ class VllmArm:
             Rewards(rewards[end - len(one.contents) : end], prompt_tokens_cut=one.prompt_tokens_cut)
             for one, end in zip(chunk, ends, strict=True)
         ]
+
+    async def _ask_halves(
+        self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore
+    ) -> list[list[float] | WorkerError]:
+        middle = len(chunk) // 2
+        async with asyncio.TaskGroup() as tasks:
+            halves = [
+                tasks.create_task(self._ask_groups(half, deadline, slots)) for half in (chunk[:middle], chunk[middle:])
+            ]
+        return [outcome for half in halves for outcome in half.result()]
 
     def _parts_of(self, items: Sequence[Content]) -> list[list[Content]]:
         """The items of one instance, in order, cut where the next one would overfill the request."""
@@ -377,7 +374,7 @@ class VllmArm:
 
         async def ask(part: Sequence[Content]) -> list[float]:
             async with slots:
-                return await self._ask(part, deadline)
+                return await self._ask(part, deadline, alone=True)
 
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -386,105 +383,11 @@ class VllmArm:
             raise errors.exceptions[0] from None
         return [reward for task in asked for reward in task.result()]
 
-    async def _ask(self, items: Sequence[Content], deadline: float) -> list[float]:
-        if asyncio.get_running_loop().time() >= deadline:
-            raise self._no_answer(True, ())
+    async def _ask(self, items: Sequence[Content], deadline: float, *, alone: bool) -> list[float]:
         try:
-            body = self._rendering.body(self._model, items)
+            return await self._requester.ask(self._rendering, items, deadline, alone=alone)
         except RenderError as error:
             raise self._unsent(error) from error
-        loop = asyncio.get_running_loop()
-        tried: list[Replica] = []
-        reasons: list[str] = []
-        for _ in range(self.config.max_attempts):
-            picked = self._pick(tried)
-            if picked is None:
-                break
-            replica, permit = picked
-            tried.append(replica)
-            until = self._attempt_deadline(loop.time(), deadline, last=self._is_last(tried))
-            try:
-                response = await replica.post(CLASSIFY_PATH, body, permit, items=len(items), deadline=until)
-            except (HttpProtocolError, ResponseTooLargeError) as error:
-                raise self._protocol_error(replica, str(error)) from error
-            except HttpError as error:
-                if isinstance(error, DeadlineError) and loop.time() >= deadline - CLOCK_SLACK_SECONDS:
-                    break
-                reasons.append(str(error))
-                continue
-            if response.status == 200:
-                try:
-                    rewards = self._rewards(replica, response.body, len(items))
-                except WorkerProtocolError as error:
-                    replica.blame(permit, error.message)
-                    raise
-                replica.accept(permit)
-                return rewards
-            if response.status not in RETRIED_STATUSES:
-                raise self._rejection(replica, response.status, response.body)
-            reasons.append(f"{replica.url}: {response.status} {error_message(response.body)}")
-        raise self._no_answer(loop.time() >= deadline - CLOCK_SLACK_SECONDS, reasons)
-
-    def _pick(self, tried: Sequence[Replica]) -> tuple[Replica, int] | None:
-        """The replica to ask and its permit. A full one is taken only when all are: its connections then queue."""
-        candidates = [replica for replica in self.replicas if replica not in tried and replica.breaker.allows]
-        if not candidates:
-            return None
-        turn = self._turn
-        self._turn = turn + 1
-        count = len(candidates)
-        replica = candidates[0]
-        if count > 1:
-            # min() keeps the first of equals, so rotating the list takes ties in turn.
-            replica = min(
-                (candidates[(turn + offset) % count] for offset in range(count)), key=lambda r: (r.full, r.load)
-            )
-        permit = replica.breaker.acquire()
-        return None if permit is None else (replica, permit)
-
-    def _is_last(self, tried: Sequence[Replica]) -> bool:
-        """Whether no other replica could be asked after those tried, so that this attempt may take all the time."""
-        if len(tried) >= self.config.max_attempts:
-            return True
-        return not any(replica.breaker.allows for replica in self.replicas if replica not in tried)
-
-    def _attempt_deadline(self, now: float, deadline: float, *, last: bool) -> float:
-        left = deadline - now
-        return now + min(self.config.attempt_timeout_seconds, left if last else ATTEMPT_SHARE * left)
-
-    def _rewards(self, replica: Replica, body: bytes, count: int) -> list[float]:
-        try:
-            rows = self._answer.decode(body).data
-        except msgspec.MsgspecError as error:
-            raise self._protocol_error(replica, f"the answer is not a /classify reply: {error}") from error
-        if len(rows) != count:
-            raise self._protocol_error(replica, f"{len(rows)} answers to {count} items")
-        rewards = [math.nan] * count
-        for row in rows:
-            if row.num_classes != 1 or len(row.probs) != 1:
-                reason = f"{row.num_classes} classes; a reward model has one (is it a classifier of several labels?)"
-                raise self._protocol_error(replica, reason)
-            if not 0 <= row.index < count or not math.isnan(rewards[row.index]):
-                raise self._protocol_error(replica, f"index {row.index} is out of range or repeated")
-            if not math.isfinite(row.probs[0]):
-                raise self._protocol_error(replica, f"the reward of item {row.index} is {row.probs[0]}")
-            rewards[row.index] = row.probs[0]
-        scale, shift = self.config.score_scale, self.config.score_shift
-        if scale == 1.0 and shift == 0.0:
-            return rewards
-        return [scale * reward + shift for reward in rewards]
-
-    def _protocol_error(self, replica: Replica, reason: str) -> WorkerProtocolError:
-        return WorkerProtocolError(
-            f"RM {self.name!r} at {replica.url}: {reason}", details={"model": self.name, "url": replica.url}
-        )
-
-    def _rejection(self, replica: Replica, status: int, body: bytes) -> WorkerRejectedError:
-        message = f"RM {self.name!r} at {replica.url} refused the input ({status}): {error_message(body)}"
-        details = {"model": self.name, "url": replica.url, "worker_status": status}
-        if status == 400 and says_too_long(body):
-            return WorkerTooLongError(message, details=details, final=self.config.over_long is OverLong.REFUSE)
-        return WorkerRejectedError(message, details=details)
 
     def _unsent(self, error: RenderError) -> WorkerRejectedError:
         """The error of an instance that was not sent."""
@@ -503,13 +406,14 @@ class VllmArm:
             retry_after_seconds=1,
         )
 
-    def _no_answer(self, late: bool, reasons: Sequence[str]) -> WorkerError:
-        tail = "; ".join(reasons)
-        if late:
-            message = f"RM {self.name!r}: no answer before the deadline" + (f" ({tail})" if tail else "")
-            return WorkerTimeoutError(message, details={"model": self.name})
-        message = f"RM {self.name!r}: no replica could answer: {tail or 'all are out'}"
-        return WorkerUnavailableError(message, details={"model": self.name}, retry_after_seconds=1)
+
+def _spread(rewards: list[float], distinct: Sequence[tuple[str, str]], items: Sequence[tuple[str, str]]) -> list[float]:
+    """The rewards of the distinct items, given to each item."""
+    if len(distinct) == len(items):
+        return rewards
+    by_item = dict(zip(distinct, rewards, strict=True))
+    cut = rewards.prompt_tokens_cut if isinstance(rewards, Rewards) else 0
+    return Rewards([by_item[item] for item in items], prompt_tokens_cut=cut)
 
 
 def _build_replica(config: ArmConfig, url: str, clock: Callable[[], float]) -> Replica:

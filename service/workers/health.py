@@ -133,6 +133,7 @@ class HealthMonitor:
         if not replica.proven:
             await self._probe(arm, replica, deadline)
             return
+        number = replica.begin()
         try:
             await readiness(arm, replica, deadline=deadline)
         except UnreachableError as error:
@@ -142,7 +143,7 @@ class HealthMonitor:
             # Another server may have taken its place; the next check finds out what is wrong.
             replica.proven = False
         else:
-            replica.report_check(None)
+            replica.report_check(None, number)
             await self._measure(replica, deadline)
 
     async def _measure(self, replica: Replica, deadline: float) -> None:

@@ -17,10 +17,11 @@ from typing import Final
 
 import msgspec
 
-from service.workers.client import RETRIED_STATUSES, VllmArm
+from service.workers.client import VllmArm
 from service.workers.http import HttpError, HttpProtocolError, ResponseTooLargeError
 from service.workers.render import MessagesRendering, RenderError, Rendering, encode
 from service.workers.replica import Replica
+from service.workers.requests import RETRIED_STATUSES
 from service.workers.wire import (
     CLASSIFY_PATH,
     MODELS_PATH,

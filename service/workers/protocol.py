@@ -56,6 +56,8 @@ class Arm(Protocol):
     async def score(self, items: Sequence[tuple[str, str]], *, deadline: float) -> list[float]:
         """Ask one replica for the raw reward (logit, no activation) of each (prompt, response).
 
+        All items together are one instance. Equal items are asked once and have equal rewards.
+
         Args:
             items: (prompt, response) texts, at least one.
             deadline: absolute time of `asyncio.get_running_loop().time()`, in seconds, retries included.
@@ -68,6 +70,7 @@ class Arm(Protocol):
             WorkerTimeoutError: the deadline passed.
             WorkerRejectedError: the worker refused this input (4xx); another replica would refuse it too.
             WorkerTooLongError: of those, for its length.
+            WorkerInputError: of those, the worker failed on this input, twice, and answered other inputs meanwhile.
             WorkerProtocolError: the answer is not what `/classify` promises, or is NaN or infinite.
         """
 
@@ -82,6 +85,8 @@ class Arm(Protocol):
         slots: asyncio.Semaphore | None = None,
     ) -> list[list[float] | WorkerError]:
         """Ask for the raw rewards of many instances at once; what is wrong with one does not fail the others.
+
+        Equal items of an instance are asked once and have equal rewards.
 
         Args:
             groups: (prompt, response) texts by instance, at least one group and one item in each.
@@ -135,6 +140,10 @@ class WorkerTooLongError(WorkerRejectedError):
     def __init__(self, message: str, *, details: Mapping[str, object] | None = None, final: bool = False) -> None:
         super().__init__(message, details=details)
         self.final = final
+
+
+class WorkerInputError(WorkerRejectedError):
+    """The RM fails on this input alone: a status 5xx, a reward that cannot be used, or a dropped connection, twice."""
 
 
 class WorkerProtocolError(WorkerError):

@@ -1,14 +1,16 @@
 """One worker process behind an arm: its connections, its breaker, its load and its latency.
 
 Counts and times every exchange and reports it to the breaker; does not read bodies, choose among replicas or retry.
-`service.workers.client` asks it, `service.workers.health` checks it.
+A failure may be the input's fault: `examine` finds out whether the replica still answers what is known to be good, and
+only if it does not, the breaker counts. `service.workers.requests` asks it, `service.workers.health` checks it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -113,6 +115,10 @@ class Replica:
         self._latency: float | None = None
         self._others = 0
         self._others_until = -math.inf
+        self._begun = 0
+        self._answered = 0
+        self._probing: tuple[int, asyncio.Task[bool]] | None = None
+        self._examinations: set[asyncio.Task[bool]] = set()
 
     @property
     def full(self) -> bool:
@@ -154,11 +160,50 @@ class Replica:
             max_model_len=self.max_model_len,
         )
 
+    def begin(self) -> int:
+        """The number of an exchange that begins now. What began later has a larger number."""
+        self._begun += 1
+        return self._begun
+
+    def answered_since(self, number: int) -> bool:
+        """Whether the replica has answered an exchange that began after this one."""
+        return self._answered > number
+
     async def post(self, path: str, body: bytes, permit: int, *, items: int = 1, deadline: float) -> Response:
         """One exchange about some items on the scoring connections, whatever its status.
 
         The breaker learns the outcome, except for status 200: only who reads the body knows whether it is an answer,
         and must then call `accept` or `blame`.
+
+        Raises:
+            HttpError: no whole response.
+        """
+        try:
+            response = await self.send(path, body, permit, self.begin(), items=items, deadline=deadline)
+        except (ConnectError, DeadlineError):
+            raise
+        except HttpError as error:
+            self.blame(permit, str(error))
+            raise
+        if response.status in FAULTY_STATUSES:
+            self.blame(permit, f"status {response.status}")
+        return response
+
+    async def send(
+        self, path: str, body: bytes, permit: int, number: int, *, items: int = 1, deadline: float
+    ) -> Response:
+        """As `post`, but the breaker learns only what leaves no doubt: no connection, no answer in time, a refusal.
+
+        After status 200, a status of `FAULTY_STATUSES` or another `HttpError`, which the input may have caused, the
+        caller must call `accept`, `blame` or `examine`.
+
+        Args:
+            path: under the origin.
+            body: JSON.
+            permit: of the breaker.
+            number: of `begin`.
+            items: in the body.
+            deadline: absolute `loop.time()`.
 
         Raises:
             HttpError: no whole response.
@@ -169,8 +214,19 @@ class Replica:
         began = self._clock()
         try:
             response = await self._pool.request("POST", path, body, deadline=deadline)
-        except HttpError as error:
-            self._failed(permit, error)
+        except ConnectError as error:
+            self.blame(permit, str(error))
+            if error.refused:
+                self._refused(str(error))
+            raise
+        except DeadlineError as error:
+            # Our own queue was too long, our caller in a hurry, or the input slow: a later one was answered.
+            if error.peer_seconds < self._fair_seconds or self.answered_since(number):
+                self.breaker.abandon(permit)
+            else:
+                self.blame(permit, str(error))
+            raise
+        except HttpError:
             raise
         except BaseException:
             self.breaker.abandon(permit)
@@ -178,17 +234,36 @@ class Replica:
         finally:
             self.in_flight -= 1
             self.items -= items
-        if response.status in FAULTY_STATUSES:
-            self.blame(permit, f"status {response.status}")
-        elif response.status == 200:
+        if response.status == 200:
             self._observe(self._clock() - began)
-        else:
+        elif response.status not in FAULTY_STATUSES:
             self.breaker.success(permit)
         return response
 
-    def accept(self, permit: int) -> None:
-        """The body of a 200 was an answer."""
+    def accept(self, permit: int, number: int = 0) -> None:
+        """The body of a 200 was an answer; `number` is that of its `begin`."""
+        self._answered = max(self._answered, number)
         self.breaker.success(permit)
+
+    def examine(
+        self, permit: int, number: int, reason: str, probe: Callable[[], Awaitable[bool]]
+    ) -> asyncio.Task[bool]:
+        """Find out whether the replica or the input caused a failure, in the background; True clears the replica.
+
+        An answer to an exchange that began later clears it, or one to `probe`: a question that is known to be good,
+        asked once for all failures that wait. Without either the breaker counts the failure. That happens even if
+        nobody waits for the result.
+
+        Args:
+            permit: of the failed exchange.
+            number: of its `begin`.
+            reason: for the log.
+            probe: returns whether the replica answered.
+        """
+        task = asyncio.get_running_loop().create_task(self._examine(permit, number, reason, probe))
+        self._examinations.add(task)
+        task.add_done_callback(self._examinations.discard)
+        return task
 
     async def check(self, method: str, path: str, body: bytes = b"", *, deadline: float) -> Response:
         """One exchange on a fresh connection, past the breaker.
@@ -213,9 +288,10 @@ class Replica:
             self.proven = False
             self._warn("worker replica taken out", reason)
 
-    def report_check(self, reason: str | None) -> None:
-        """The outcome of a whole health check: None for ready, else why not."""
+    def report_check(self, reason: str | None, number: int = 0) -> None:
+        """The outcome of a whole health check, with the number of its `begin`: None for ready, else why not."""
         if reason is None:
+            self._answered = max(self._answered, number)
             self._back()
             return
         permit = self.breaker.acquire()
@@ -247,17 +323,44 @@ class Replica:
 
     async def close(self) -> None:
         """Close connections; requests in flight fail."""
+        tasks = [*self._examinations, *([self._probing[1]] if self._probing is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._pool.close()
         await self._check_pool.close()
 
-    def _failed(self, permit: int, error: HttpError) -> None:
-        if isinstance(error, DeadlineError) and error.peer_seconds < self._fair_seconds:
-            # Our own queue was too long, or our caller in a hurry; that says nothing about the replica.
+    async def _examine(self, permit: int, number: int, reason: str, probe: Callable[[], Awaitable[bool]]) -> bool:
+        try:
+            well = await self._is_well(number, probe)
+        except BaseException:
             self.breaker.abandon(permit)
-            return
-        self.blame(permit, str(error))
-        if isinstance(error, ConnectError) and error.refused:
-            self._refused(str(error))
+            raise
+        if well:
+            self.breaker.success(permit)
+        else:
+            self.blame(permit, reason)
+        return well
+
+    async def _is_well(self, number: int, probe: Callable[[], Awaitable[bool]]) -> bool:
+        while not self.answered_since(number):
+            if self._probing is None:
+                begun = self.begin()
+                self._probing = begun, asyncio.get_running_loop().create_task(self._probe(begun, probe))
+            begun, probing = self._probing
+            # Several failures wait for one probe: the end of one of them must not cancel it.
+            if not await asyncio.shield(probing) and begun > number:
+                return False
+        return True
+
+    async def _probe(self, number: int, probe: Callable[[], Awaitable[bool]]) -> bool:
+        try:
+            answered = await probe()
+        finally:
+            self._probing = None
+        if answered:
+            self._answered = max(self._answered, number)
+        return answered
 
     def _refused(self, reason: str) -> None:
         if self.breaker.state is BreakerState.CLOSED:

@@ -7,6 +7,7 @@ Unknown fields are ignored, as vLLM does.
 from __future__ import annotations
 
 import math
+import re
 from typing import Final
 
 import msgspec
@@ -20,6 +21,19 @@ METRICS_PATH: Final = "/metrics"
 PROBE_PROMPT: Final = "ping"
 PROBE_RESPONSE: Final = "pong"
 """The tiny conversation of readiness checks. Every worker can score it; a recorded worker answers it with 0.0."""
+
+
+_TOO_LONG: Final = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"maximum (context|model|input|sequence|prompt)[ _-]?len",
+        r"\bmax_model_len\b|\bmax_(input|seq|sequence)_len",
+        r"(longer than|exceed\w*|greater than|larger than|more than)\b.*\b(context|tokens?|sequence|input|model)\b",
+        r"\b(input|prompt|text|sequence|conversation|item)s?\b.*\btoo (long|large|many)\b|\btoo many (input )?tokens\b",
+        r"must have less than \d+ tokens",
+    )
+)
+"""How servers say that an input has too many tokens."""
 
 
 class TextPart(msgspec.Struct):
@@ -143,20 +157,49 @@ class ErrorReply(msgspec.Struct):
 
 def error_message(body: bytes, *, limit: int = 500) -> str:
     """The worker's own words out of an error body, at most `limit` characters; never raises."""
-    try:
-        text = msgspec.json.decode(body, type=ErrorReply).error.message
-    except msgspec.MsgspecError:
+    text, _, _ = _read_error(body)
+    if text is None:
         text = body[: 4 * limit].decode("utf-8", "replace")
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def says_too_long(body: bytes) -> bool:
-    """Whether an error body blames the number of tokens: by its `param`, or, where that is left out, in its words."""
-    try:
-        error = msgspec.json.decode(body, type=ErrorReply).error
-    except msgspec.MsgspecError:
+def says_too_long(status: int, body: bytes) -> bool:
+    """Whether a refusal blames the length of the input.
+
+    Status 413 always does. With 400 and 422 it is told by `param: input_tokens`, by a code, or in words: of vLLM, of
+    its earlier versions, of SGLang, TEI and others, in any shape that `error_message` reads.
+    """
+    if status == 413:
+        return True
+    if status not in (400, 422):
         return False
-    return error.param == "input_tokens" or (error.param is None and "maximum context length" in error.message)
+    text, param, code = _read_error(body)
+    if param == "input_tokens" or code == "context_length_exceeded":
+        return True
+    return text is not None and any(pattern.search(text) for pattern in _TOO_LONG)
+
+
+def _read_error(body: bytes) -> tuple[str | None, object, object]:
+    """(message, param, code) of an error body.
+
+    Read are `{"error": {…}}`, `{"error": "…"}`, and flat bodies with `message` or `detail`, which may hold another.
+    """
+    try:
+        document: object = msgspec.json.decode(body)
+    except msgspec.MsgspecError:
+        return None, None, None
+    for _ in range(3):
+        if isinstance(document, list) and document:
+            document = document[0]
+        if isinstance(document, str):
+            return document, None, None
+        if not isinstance(document, dict):
+            return None, None, None
+        for key in ("message", "msg"):
+            if isinstance(document.get(key), str):
+                return document[key], document.get("param"), document.get("code")
+        document = document.get("error", document.get("detail"))
+    return (document, None, None) if isinstance(document, str) else (None, None, None)
 
 
 def sigmoid(x: float) -> float:

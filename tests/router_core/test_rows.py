@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from router_core.dataset import load_pairs, load_rows, pairs_digest, pool_matrix, write_pairs
 from router_core.errors import DatasetError
-from router_core.records import TIE, Instance, LabelledPair, verdict_of
+from router_core.records import MAX_ABS_SCORE, TIE, Instance, LabelledPair, verdict_of
 from router_core.rows import Row, encode_pair, parse_row
 
 FILE = Path("pairs.jsonl")
@@ -146,7 +146,7 @@ def test_a_row_without_label_is_read_as_a_row_but_not_as_a_pair(tmp_path: Path) 
 
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
-SCORE = st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from([0.0, 1.0])
+SCORE = st.floats(-MAX_ABS_SCORE, MAX_ABS_SCORE) | st.sampled_from([0.0, 1.0])
 
 
 @st.composite

@@ -1,12 +1,11 @@
 """The real application behind a real port, for callers that speak HTTP themselves: blocking clients and trainers.
 
-The gateway of `tests.support.gateway` in an event loop of its own thread, served by uvicorn. What the scripted RMs do
-may be changed from the test's thread: they only read attributes.
+The gateway of `tests.support.gateway` in an event loop of its own thread, served as `reward-router serve` does. What
+the scripted RMs do may be changed from the test's thread: they only read attributes.
 """
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
+import uvloop
 
 from service.app import create_app
+from service.cli.serve import server_options
 from service.pool import ModelEntry, PoolFile
 from service.settings import Settings
 from tests.conftest import free_port
@@ -68,8 +69,8 @@ def live_gateway(
     chosen = Settings(**{"store_url": server_url, "run": fresh_run(), "seed": 0, "port": free_port(), **settings})
     pool = PoolFile(models=tuple(ModelEntry(name=arm.name) for arm in scripted))
     app = create_app(chosen, pool, encoder=small_encoder(), arms=scripted)
-    server = uvicorn.Server(uvicorn.Config(app, port=chosen.port, log_config=None, lifespan="on"))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    server = uvicorn.Server(uvicorn.Config(app, **server_options(chosen, app.count_refusal)))
+    thread = threading.Thread(target=lambda: uvloop.run(server.serve()), daemon=True)
     thread.start()
     gateway = LiveGateway(f"http://127.0.0.1:{chosen.port}", chosen.run, scripted)
     pause = threading.Event()

@@ -7,8 +7,9 @@ import pytest
 
 pytest.importorskip("torch")
 
+from router_core.intervals import accuracy_interval
 from router_core.offline.evaluate import wilson
-from router_core.offline.figures import accuracy_interval, figures
+from router_core.offline.figures import figures
 from router_core.offline.table import Judged
 from router_core.records import TIE, Instance, LabelledPair
 from router_core.replay.table import tabulate
@@ -47,7 +48,9 @@ def test_the_document_has_the_keys_of_replay_and_the_figures_by_hand() -> None:
     assert (document["per_seed"]["offline"], document["asked"]["offline"]) == ([1.0, 0.75], {"A": 0.625, "B": 0.375})
     assert document["paired"]["offline"]["best_single"]["difference"] == 0.25
     assert document["paired"]["offline"]["random"]["difference"] == pytest.approx(0.875 - 0.5625)
-    assert document["paired"]["single:B"]["best_single"] == {"difference": 0.0, "ci95": [0.0, 0.0]}
+    itself = document["paired"]["single:B"]["best_single"]
+    assert itself["difference"] == 0.0
+    assert -itself["ci95"][0] == itself["ci95"][1] > 0, "four pairs that agree do not prove that all do"
 
 
 def test_subsets_have_their_own_best_model_and_oracle() -> None:

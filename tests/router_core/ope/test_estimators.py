@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -241,3 +242,24 @@ def test_logs_and_targets_that_cannot_be_are_refused() -> None:
         doubly_robust(HAND, PI, PI[:1])
     with pytest.raises(NoSupportError, match="none of the 0 logged decisions"):
         weigh(HAND.rows(slice(0)), PI[:0])
+
+
+def test_rows_of_one_draw_count_as_one_in_every_interval() -> None:
+    """Each row of a log twice, both of one draw: values and intervals of the log itself."""
+    once, context = random_log(200, np.random.default_rng(4))
+    pi = BEST[context]
+    twice = np.repeat(np.arange(200), 2)
+    shared = replace(once.rows(twice), draws=twice)
+    q = sequential_ridge(once)
+    pairs = [
+        (ips(once, pi), ips(shared, pi[twice])),
+        (snips(once, pi), snips(shared, pi[twice])),
+        (
+            doubly_robust(once, pi, q, stabilise=False),
+            doubly_robust(shared, pi[twice], q[twice], stabilise=False),
+        ),
+    ]
+    for single, double in pairs:
+        assert double.value == pytest.approx(single.value)
+        assert double.ci95 == pytest.approx(single.ci95)
+        assert double.ess == pytest.approx(single.ess)

@@ -20,10 +20,11 @@ from typer.testing import CliRunner
 from router_core.dataset import load_pairs, load_rows, write_pairs
 from router_core.records import Instance, LabelledPair
 from service.cli import app
+from service.cli.label import FAILED_ROWS
 from service.errors import ConfigurationError, NoWorkerError
 from service.workers.recorded import recorded_app
 from tests.conftest import free_port
-from tests.service.workers.worker_servers import RunningWorker, ScriptedWorker, error, reply
+from tests.service.workers.worker_servers import RunningWorker, ScriptedWorker, error, is_probe, reply
 from tests.support.offline import POOL, two_domains
 
 Place = Callable[..., str]
@@ -179,6 +180,44 @@ def test_what_a_model_refuses_is_noted_counted_and_not_asked_again(tmp_path: Pat
     worker.answer = worker.lengths
     assert summary(label(data, pool, out, "--retry-missing", "--json", "-"))["models"]["rm"]["asked"] == 2
     assert not any("rm_missing" in row.fields for row in load_rows(out))
+
+
+@pytest.mark.parametrize("rows", [10, 1])
+def test_a_row_on_which_a_model_fails_is_noted_and_passed_and_said_at_the_end(
+    tmp_path: Path, place: Place, rows: int
+) -> None:
+    worker = ScriptedWorker("rm")
+
+    def answer(request: dict[str, Any]) -> tuple[int, Any]:
+        if request["messages"][0]["content"] == "question 0/0":
+            return 500, error("EngineCore encountered an issue", 500)
+        return worker.lengths(request)
+
+    worker.answer = answer
+    pool, out = pool_file(tmp_path, {"rm": place(worker)}), tmp_path / "out.jsonl"
+    data = bare(tmp_path, two_domains(10)[:rows])
+    for asked in (rows, 0):
+        result = label(data, pool, out, "--json", "-")
+        assert result.exit_code == FAILED_ROWS
+        model = json.loads(result.stdout)["models"]["rm"]
+        assert (model["asked"], model["scored"], model["missing"]) == (asked, rows - 1, {"failed": 1})
+        assert result.stderr.splitlines()[-1].startswith("failed: rm on 1 rows; `rm_missing`")
+    (failed,) = [row.fields for row in load_rows(out) if "rm_missing" in row.fields]
+    assert "EngineCore encountered an issue" in failed["rm_missing"]["rm"]
+    worker.answer = worker.lengths
+    assert summary(label(data, pool, out, "--retry-missing", "--json", "-"))["models"]["rm"]["asked"] == 1
+
+
+def test_equal_responses_are_a_tie_with_equal_scores(tmp_path: Path, place: Place) -> None:
+    worker = ScriptedWorker("rm")
+    given = iter(range(1000))
+    worker.answer = lambda request: (200, reply([float(next(given) if not is_probe(request) else 0)]))
+    pool, out = pool_file(tmp_path, {"rm": place(worker)}), tmp_path / "out.jsonl"
+    pair = LabelledPair(id="same", instance=Instance("p", ("a", "a")), label=0, scores={}, verdicts={})
+    summary(label(bare(tmp_path, [pair]), pool, out, "--json", "-"))
+    (row,) = load_rows(out)
+    assert len(set(row.scores["rm"])) == 1
+    assert row.fields["rm"]["rm"]["verdict"] == "tie"
 
 
 def test_rows_without_label_are_scored_passed_on_and_said(tmp_path: Path, place: Place) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from service.cli.ope import evaluate_log, print_figures
 from service.eventlog.export import export_log, read_events
-from service.eventlog.load import load_log
+from service.eventlog.load import load_log, logged_data
 from service.stores.redis import RedisStore
 from tests.support.gateway import open_gateway, pair
 
@@ -36,6 +36,9 @@ async def test_rows_that_share_a_draw_have_one_name(valkey_server: ValkeyProcess
     output = StringIO()
     print_figures(figures, Console(file=output, width=200))
     assert "1 rows share the draw of an earlier one" in output.getvalue()
+    draws = logged_data(load_log(new)).draws
+    assert draws is not None
+    assert draws.tolist() == [0, 0, 1]
     names = [row.decision.sticky for row in read_events(new)]
     assert names[0] == names[1] != ""
     assert names[2] == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
@@ -129,7 +130,7 @@ async def test_an_operators_route_takes_get_only_and_says_so(gateway: Gateway) -
     for path in ("/healthz", "/readyz", "/metrics", "/models", "/posterior"):
         response = await gateway.client.post(path, {})
         assert (response.status, response.error["code"]) == (405, "method_not_allowed")
-        assert "GET" in response.headers["allow"]
+        assert response.headers["allow"] == "GET, HEAD"
 
 
 async def test_an_unknown_path_is_404_in_the_same_words(gateway: Gateway) -> None:
@@ -170,14 +171,25 @@ async def test_keys_guard_the_hot_and_the_operators_routes_and_leave_probes_open
                 {"authorization": "Bearer wrong"},
                 {"authorization": "Bearer first-ke"},
                 {"authorization": "Basic first-key"},
+                {"authorization": "first-key"},
+                {"authorization": "Bearerfirst-key"},
+                {"authorization": "Token first-key"},
+                {"authorization": "Bearer"},
                 {"x-api-key": "Bearer first-key"},
                 {"x-api-key": ""},
             ):
                 response = await client.request(method, path, b"{}", headers=headers)
                 assert (response.status, response.error["code"]) == (401, "unauthorized"), (method, path, headers)
+                assert response.headers["www-authenticate"].startswith("Bearer ")
         for path in OPEN:
             assert (await client.get(path)).status == 200
-        for headers in ({"authorization": "Bearer first-key"}, {"x-api-key": "second-key"}):
+        for headers in (
+            {"authorization": "Bearer first-key"},
+            {"authorization": "bearer first-key"},
+            {"authorization": "BEARER  first-key "},
+            {"authorization": "basic " + base64.b64encode(b"any:second-key").decode()},
+            {"x-api-key": "second-key"},
+        ):
             assert (await client.request("GET", "/models", headers=headers)).status == 200
             body = json.dumps(pair()).encode()
             assert (await client.request("POST", "/reward", body, headers=headers)).status == 200

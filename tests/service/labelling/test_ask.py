@@ -10,15 +10,17 @@ import pytest
 
 from router_core.records import Instance
 from service.errors import ConfigurationError, NoWorkerError
-from service.labelling.ask import AskPolicy, ModelAsker, reason_kind
+from service.labelling.ask import AskPolicy, ModelAsker, is_failure, reason_kind
 from service.labelling.journal import Answer
 from service.workers.protocol import (
     WorkerError,
+    WorkerInputError,
     WorkerProtocolError,
     WorkerRejectedError,
     WorkerTimeoutError,
     WorkerUnavailableError,
 )
+from service.workers.wire import PROBE_PROMPT
 
 FAST = AskPolicy(
     concurrency=3, batch=4, timeout_seconds=5, patience_seconds=0.2, attempts=3, tries=5, backoff_seconds=0.001
@@ -168,6 +170,27 @@ async def test_an_instance_that_breaks_the_worker_each_time_is_given_up_while_ot
     assert answers["key-0"].reason == "unavailable: dropped"
     assert arm.asked("p0") == FAST.tries
     assert sum(answer.scores is not None for answer in answers.values()) == 39
+
+
+async def test_the_only_row_left_is_given_up_where_the_worker_answers_what_is_known_to_be_good() -> None:
+    arm = FakeArm(lambda prompt: WorkerUnavailableError("dropped") if prompt == "p0" else None)
+    answers = await ask(arm, 1)
+    assert answers["key-0"].reason == "unavailable: dropped"
+    assert is_failure(reason_kind(answers["key-0"].reason))
+    assert arm.calls == [["p0"]] * FAST.tries + [[PROBE_PROMPT]]
+
+
+async def test_an_input_on_which_the_worker_fails_alone_is_final_at_once() -> None:
+    arm = FakeArm(lambda prompt: WorkerInputError("fails on this input alone") if prompt == "p1" else None)
+    answers = await ask(arm, 3)
+    assert answers["key-1"].reason == "failed: fails on this input alone"
+    assert arm.asked("p1") == 1
+
+
+async def test_a_worker_that_answers_no_row_and_no_probe_ends_the_run() -> None:
+    arm = FakeArm(lambda prompt: WorkerProtocolError("NaN"))
+    with pytest.raises(NoWorkerError, match="answered nothing: NaN"):
+        await ask(arm, 2)
 
 
 async def test_nothing_to_ask_is_no_call() -> None:

@@ -29,6 +29,11 @@ PLAIN = TemplateRendering(PlainTemplate())
 PAIR = [("p", "a"), ("p", "bb")]
 
 
+def distinct(count: int) -> list[tuple[str, str]]:
+    """Items of which none is equal to another: equal ones are asked once."""
+    return [("p", "x" * number) for number in range(count)]
+
+
 @pytest.mark.parametrize(
     ("metrics", "load"),
     [
@@ -115,7 +120,7 @@ async def test_what_is_ours_is_not_counted_twice(serve: Serve) -> None:
     first, second = BusyWorker(64), BusyWorker(64)
     first.delay = second.delay = 0.5
     arm = arm_of(serve(first), serve(second))
-    calls = [asyncio.create_task(arm.score(PAIR * 32, deadline=soon())) for _ in range(2)]
+    calls = [asyncio.create_task(arm.score(distinct(64), deadline=soon())) for _ in range(2)]
     await until(lambda: first.in_flight and second.in_flight)
     assert [replica.load for replica in arm.replicas] == [64, 64]
     for replica in arm.replicas:
@@ -133,7 +138,7 @@ async def test_items_count_rather_than_requests(serve: Serve) -> None:
     for worker in workers:
         worker.delay = 0.3
     arm = arm_of(*map(serve, workers))
-    many = asyncio.create_task(arm.score(PAIR * 30, deadline=soon()))
+    many = asyncio.create_task(arm.score(distinct(60), deadline=soon()))
     await until(lambda: workers[0].requests or workers[1].requests)
     few = [asyncio.create_task(arm.score(PAIR, deadline=soon())) for _ in range(5)]
     await asyncio.gather(many, *few)
@@ -197,7 +202,7 @@ async def test_our_own_worker_tells_how_many_inputs_it_has(serve: Serve) -> None
     app = WorkerApp(backend)
     assert worker_config(app, host="127.0.0.1", port=0).lifespan == "on"
     arm = arm_of(serve(app))
-    call = asyncio.create_task(arm.score(PAIR * 3, deadline=soon()))
+    call = asyncio.create_task(arm.score(distinct(6), deadline=soon()))
     await until(lambda: backend.entered)
     told = await arm.replicas[0].check("GET", "/metrics", deadline=soon())
     assert (told.status, read_load(told.body)) == (200, 6)

@@ -12,7 +12,9 @@ from typing import Any
 
 import uvicorn
 
+from service.workers.render import plain
 from service.workers.server import worker_config
+from service.workers.wire import PROBE_PROMPT, PROBE_RESPONSE
 
 Json = dict[str, Any]
 Serve = Callable[[Any], str]
@@ -36,6 +38,11 @@ class ScriptedWorker:
         self.answer: Callable[[Json], tuple[int, Any]] = self.lengths
         self.in_flight = 0
         self.most_in_flight = 0
+
+    @property
+    def questions(self) -> list[Json]:
+        """What it was asked apart from the probe conversation."""
+        return [request for request in self.requests if not is_probe(request)]
 
     def lengths(self, request: Json) -> tuple[int, Any]:
         texts = request["input"] if "input" in request else [request["messages"][-1]["content"]]
@@ -70,6 +77,20 @@ class ScriptedWorker:
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
+
+
+def texts_of(request: Json) -> list[str]:
+    """The texts, or the answers of the conversation, of a request."""
+    return request["input"] if "input" in request else [request["messages"][-1]["content"]]
+
+
+def is_probe(request: Json) -> bool:
+    """Whether it asks about the probe conversation and nothing else."""
+    texts = texts_of(request)
+    return len(texts) == 1 and texts[0] in (
+        PROBE_RESPONSE,
+        plain([("user", PROBE_PROMPT), ("assistant", PROBE_RESPONSE)]),
+    )
 
 
 def reply(rewards: list[float], *, classes: int = 1) -> Json:
