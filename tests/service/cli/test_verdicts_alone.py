@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 pytest.importorskip("torch")
 
 from router_core.dataset import write_pairs
-from router_core.offline.train import TrainConfig
+from router_core.offline.table import TrainConfig
 from service.cli import app
 from tests.support.offline import two_domains
 
@@ -24,7 +24,9 @@ PAIRS = [replace(pair, scores={}) for pair in two_domains(80)]
 @pytest.fixture(autouse=True)
 def _short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands fit with the defaults, which take seconds each."""
-    monkeypatch.setattr("router_core.offline.train.TrainConfig", lambda **given: replace(FAST, **{**given, "tune": False}))
+    monkeypatch.setattr(
+        "router_core.offline.train.TrainConfig", lambda **given: replace(FAST, **{**given, "tune": False})
+    )
 
 
 @pytest.fixture
