@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from router_core.errors import RouterCoreError
 from service.cli import (
+    convert,
     demo,
     encoder,
     evaluate,
@@ -49,6 +50,7 @@ app.command("manifests")(manifests.manifests)
 app.command("pin")(pin.pin)
 app.add_typer(encoder.app, name="encoder")
 app.command("train")(train.train)
+app.command("convert")(convert.convert)
 app.command("label")(label.label)
 app.command("evaluate")(evaluate.evaluate)
 app.command("frontier")(frontier.frontier)
