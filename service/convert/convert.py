@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from router_core.errors import DatasetError
-from service.convert.formats import FORMATS, Preference, format_of
+from service.convert.formats import FORMATS, OURS, Preference, best, format_of
 from service.convert.reading import Record, read_records
 from service.convert.texts import UnusableError, prompt_of, response_of
 from service.labelling.journal import write_atomically
@@ -64,7 +64,7 @@ def convert_file(path: Path, out: Path) -> Account:
         if isinstance(preference, UnusableError):
             account.left_out[str(preference)] += 1
             continue
-        row = _row(record, preference)
+        row = dict(record) if name == OURS.name else _row(record, preference)
         row["id"] = _unique(str(row.get("id", f"{path.name.split('.')[0]}/{number}")), seen)
         try:
             lines.append(msgspec.json.encode(row))
@@ -110,13 +110,9 @@ def _preferences(path: Path, account: Account) -> Iterator[tuple[int, str, str, 
 def _rated(records: list[Record]) -> Preference:
     if len(records) < 2:
         raise UnusableError("there are fewer than two responses")
-    try:
-        scores = [float(record["helpfulness"]) for record in records]
-    except (TypeError, ValueError) as error:
-        raise UnusableError("a score is missing or not a number") from error
-    leaders = [index for index, score in enumerate(scores) if score == max(scores)]
+    better = best([record["helpfulness"] for record in records])
     responses = tuple(response_of(record["response"]) for record in records)
-    return Preference(prompt_of(records[0]["prompt"]), responses, leaders[0] if len(leaders) == 1 else None)
+    return Preference(prompt_of(records[0]["prompt"]), responses, better)
 
 
 def _checked(preference: Preference) -> Preference:

@@ -69,8 +69,8 @@ def _prompt(record: Record) -> Any:
     raise UnusableError("there is no prompt")
 
 
-def _best(scores: Sequence[Any]) -> int | None:
-    """Index of the one highest score; None for several.
+def best(scores: Sequence[Any]) -> int | None:
+    """Index of the highest score; None where several share it.
 
     Raises:
         UnusableError: one is not a number.
@@ -79,15 +79,15 @@ def _best(scores: Sequence[Any]) -> int | None:
         numbers = [float(score) for score in scores]
     except (TypeError, ValueError) as error:
         raise UnusableError("a score is missing or not a number") from error
-    leaders = [index for index, number in enumerate(numbers) if number == max(numbers)]
-    if not leaders:
+    if any(number != number for number in numbers):
         raise UnusableError("a score is missing or not a number")
+    leaders = [index for index, number in enumerate(numbers) if number == max(numbers)]
     return leaders[0] if len(leaders) == 1 else None
 
 
 def _signed(value: Any) -> int | None:
     """The better response by a preference that is negative for the first, positive for the second."""
-    return _best([-float(value), float(value)]) if _is_number(value) else _unknown()
+    return best([-float(value), float(value)]) if _is_number(value) else _unknown()
 
 
 def _is_number(value: Any) -> bool:
@@ -147,7 +147,7 @@ def _completions(record: Record) -> Preference:
         raise UnusableError("completions is not a list of objects")
     if len(completions) < 2:
         raise UnusableError("there are fewer than two responses")
-    better = _best([one.get("overall_score") for one in completions])
+    better = best([one.get("overall_score") for one in completions])
     responses = tuple(response_of(one.get("response")) for one in completions)
     return Preference(prompt_of(_prompt(record)), responses, better)
 
@@ -171,7 +171,7 @@ def _winner(value: Any) -> int | None:
 
 
 def _arena_columns(record: Record) -> Preference:
-    better = _best([record["winner_model_a"], record["winner_model_b"]])
+    better = best([record["winner_model_a"], record["winner_model_b"]])
     turns = [decoded(record[name], of=str | None) for name in ("prompt", "response_a", "response_b")]
     if all(isinstance(one, list) for one in turns):
         prompts, *sides = turns
@@ -193,6 +193,16 @@ def _safer(record: Record) -> int | None:
     index = record["better_response_id"]
     return int(index) if str(index) in ("0", "1") else _unknown()
 
+
+OURS = Format(
+    "rows of docs/data.md",
+    "as they are",
+    lambda record: (
+        _has("prompt", "label")(record) and (_has("responses")(record) or _has("response_a", "response_b")(record))
+    ),
+    _ours,
+)
+"""Rows that need no converting: every field stays."""
 
 FORMATS: tuple[Format, ...] = (
     Format(
@@ -249,12 +259,5 @@ FORMATS: tuple[Format, ...] = (
         _has("chosen", "rejected"),
         _chosen_rejected,
     ),
-    Format(
-        "rows of docs/data.md",
-        "as they are",
-        lambda record: (
-            _has("prompt", "label")(record) and (_has("responses")(record) or _has("response_a", "response_b")(record))
-        ),
-        _ours,
-    ),
+    OURS,
 )

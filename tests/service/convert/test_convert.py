@@ -111,10 +111,12 @@ def test_ties_are_labelled_ties(record: dict[str, Any], tmp_path: Path) -> None:
 
 def test_helpsteer_ratings_are_compared_by_prompt(tmp_path: Path) -> None:
     ratings = [{"prompt": Q, "response": text, "helpfulness": score} for text, score in ((POOR, 1), (GOOD, 4))]
-    account, [row] = written(tmp_path, *ratings, {"prompt": "alone", "response": "x", "helpfulness": 2})
+    alone = {"prompt": "alone", "response": "x", "helpfulness": 2}
+    torn = [{"prompt": "torn", "response": text, "helpfulness": float("nan")} for text in "xy"]
+    account, [row] = written(tmp_path, *ratings, alone, *torn)
     assert row.label is not None
     assert row.instance.responses[row.label] == GOOD
-    assert account.left_out == {"there are fewer than two responses": 1}
+    assert account.left_out == {"there are fewer than two responses": 1, "a score is missing or not a number": 1}
 
 
 def test_what_is_no_preference_is_left_out_and_counted_by_reason(tmp_path: Path) -> None:
@@ -144,6 +146,12 @@ def test_what_is_no_preference_is_left_out_and_counted_by_reason(tmp_path: Path)
     assert sum(account.left_out.values()) == len(bad)
     assert account.left_out["responses are equal"] == 1
     assert account.left_out["the columns are of no known format"] == 2
+
+
+def test_rows_of_ours_keep_every_field(tmp_path: Path) -> None:
+    record = {**PUBLISHED["ours"], "id": "x", "rm": {"R": {"score_a": 1.0, "score_b": 2.0}}, "more": [1]}
+    _, [row] = written(tmp_path, record)
+    assert row.fields == record
 
 
 def test_names_are_kept_and_ids_made_unique(tmp_path: Path) -> None:
