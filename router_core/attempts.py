@@ -45,6 +45,8 @@ class Attempt(NamedTuple):
         seconds: time it took.
         price: what it cost, in units of the cheapest scorer; 0 where nobody was asked.
         prompt_tokens_cut: tokens of the prompt that the scorer did not read.
+        chance: probability with which the plan named it in this turn, given the turns before; 1 for the first choice,
+            whose propensity is the draw's, and for a fallback.
     """
 
     arm: int
@@ -56,6 +58,7 @@ class Attempt(NamedTuple):
     seconds: float = 0.0
     price: float = 0.0
     prompt_tokens_cut: int = 0
+    chance: float = 1.0
 
 
 def answers(attempts: Sequence[Attempt]) -> list[Attempt]:

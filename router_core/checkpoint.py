@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from router_core.combine import Multipliers, Votes
+from router_core.combine import Combination, Multipliers, Votes
 from router_core.encoder.fuse import Fuse
 from router_core.errors import CheckpointError, HyperparameterError, NotFiniteError, ShapeMismatchError
 from router_core.novelty import Landmarks
@@ -197,6 +197,11 @@ class Checkpoint:
                 f"the checkpoint was trained with encoder {self.encoder_spec!r} ({self.fuse.input_dim} columns), "
                 f"the run has {spec!r} ({dim}); set the encoder to {self.encoder_spec!r} or train with {spec!r}"
             )
+
+    @property
+    def combination(self) -> Combination | None:
+        """What the checkpoint knows about votes; None where there were too few pairs to learn it."""
+        return None if self.votes is None else Combination(self.votes, self.multipliers)
 
     def select_pool(self, names: Sequence[str]) -> Checkpoint:
         """The checkpoint restricted to these arms, in this order. Metrics are dropped: they held for the whole pool.

@@ -139,10 +139,32 @@ class HeadersTooLargeError(ServiceError):
 
 
 class StoreUnavailableError(ServiceError):
-    """Redis did not answer in time; nothing was acknowledged."""
+    """The store did not answer in time, or not as it should; nothing was acknowledged.
+
+    Args:
+        message: the sentence that callers are shown; it holds no address.
+        where: the store's address, and what the server said where that may hold one; only `str(error)` shows it, for
+            logs.
+        details: see `ServiceError`.
+        retry_after_seconds: see `ServiceError`.
+    """
 
     status = 503
     code = "store_unavailable"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str = "",
+        details: Mapping[str, object] | None = None,
+        retry_after_seconds: int | None = 1,
+    ) -> None:
+        super().__init__(message, details=details, retry_after_seconds=retry_after_seconds)
+        self.where = where
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.where})" if self.where else self.message
 
 
 class NotReadyError(ServiceError):

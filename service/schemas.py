@@ -104,6 +104,11 @@ class RewardReply(msgspec.Struct):
     ]
     margin: Annotated[float | None, Meta(description="Best reward minus the second best; null for a single response.")]
     propensity: Annotated[float, Meta(description="Probability that this RM would be asked, given what was known.")]
+    p_right: Annotated[
+        float | None,
+        Meta(description="Probability that `preferred` is right; null without a checkpoint that holds learned votes."),
+    ]
+    price: Annotated[float, Meta(description="What asking cost, in units of the cheapest scorer.")]
     policy: str
     posterior_version: Annotated[int, Meta(description="Events that the posterior had learned from.")]
     fallback: Annotated[bool, Meta(description="True if the drawn RM gave no reward and the next-best draw was asked.")]

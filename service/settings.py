@@ -55,7 +55,8 @@ class Settings(BaseSettings):
     max_runs: int = Field(
         64,
         ge=1,
-        description="Runs one gateway holds. The idle ones are closed to make room for a new name.",
+        description="Runs one gateway holds. Those that no request has named for 60 s are closed to make room for "
+        "a new name.",
     )
     pool: Path | None = Field(None, description="Pool file (YAML): the reward models and where they are served.")
     checkpoint: Path | None = Field(
@@ -203,6 +204,9 @@ class Settings(BaseSettings):
     max_text_chars: int = Field(100_000, ge=1, description="Longest prompt or response, in characters.")
     max_responses: int = Field(64, ge=1, description="Responses per request at most.")
     max_batch: int = Field(1024, ge=1, description="Items per batch request at most.")
+    max_calls_per_instance: int | None = Field(
+        None, ge=1, description="RMs that `cascade:B` asks about one instance at most; by default any number."
+    )
     batch_piece_responses: int = Field(
         128,
         ge=0,

@@ -52,7 +52,8 @@ from service.trainers.chat_format import ChatFormat
 from service.trainers.learned import load_chat_format
 from service.trainers.templated import Templates
 from service.usecases.choose import Chooser
-from service.usecases.learn import FeedbackService, Learner
+from service.usecases.follow import Learner
+from service.usecases.learn import FeedbackService
 from service.usecases.normalise import Normaliser
 from service.usecases.runs import Run, RunRegistry, RunTemplate
 from service.usecases.score import RewardService, ScoreLimits
@@ -104,8 +105,8 @@ class Gateway:
         while True:
             try:
                 await self.runs.open(None)
-            except StoreUnavailableError as error:
-                logger.warning("store away, default run waits", extra={"fields": {"error": error.message}})
+            except (StoreUnavailableError, ConfigurationError) as error:
+                logger.warning("store away, default run waits", extra={"fields": {"error": str(error)}})
                 await asyncio.sleep(0.5)
             except RunConflictError as error:
                 logger.error("default run refused", extra={"fields": {"error": error.message, **error.details}})
@@ -134,6 +135,7 @@ class Gateway:
             self.learner_thread,
             self.telemetry,
             keep_events=self.settings.log_keep_events,
+            replicated=self.settings.store_replicas > 0,
         )
         task = self._spawn(learner.run_forever())
 
@@ -241,6 +243,8 @@ def build_gateway(
         priors=lambda form: build_prior(settings, checkpoint, len(names), dim, form),
         form=_form_of(settings, checkpoint),
         score_scale=score_scale or (None if checkpoint is None else checkpoint.scores),
+        combination=None if checkpoint is None else checkpoint.combination,
+        max_calls=settings.max_calls_per_instance,
         fold_settings=FoldSettings(settings.block_size, settings.refresh_events),
         signal=settings.signal,
         policy=settings.policy,

@@ -6,6 +6,7 @@ stored in the checkpoint, called by plans, by `evaluate` and by `frontier`.
 
 from router_core.combine.answers import Answers, margins_of
 from router_core.combine.cascade import Multipliers, Paths, follow, multiplier_for
+from router_core.combine.combination import Combination
 from router_core.combine.names import CASCADE, COMBINED, STACKED, budget_of, is_combined, wanted_combined
 from router_core.combine.pacer import Pacer
 from router_core.combine.value import call_values, next_call
@@ -16,6 +17,7 @@ __all__ = [
     "COMBINED",
     "STACKED",
     "Answers",
+    "Combination",
     "Multipliers",
     "Pacer",
     "Paths",

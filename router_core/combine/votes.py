@@ -5,6 +5,7 @@ Knows the learned weights; nothing of how they were fitted (`offline.votes`), of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -101,6 +102,27 @@ class Votes:
         """
         constant, growth = self.strengths(offsets, answers.margins, answers.responses)
         return softmax(log_odds(constant, growth, answers), answers.responses)
+
+    def alone(self, arm: int, offset: float, margin: float, n: int) -> float:
+        """Return the probability that one arm's verdict is right when nobody else was asked.
+
+        The same as `probabilities` with that answer alone, without arrays: every reply holds it.
+
+        Args:
+            arm: who answered.
+            offset: o_k(x) of that arm.
+            margin: of its answer, in its own scores; NaN where it gives none.
+            n: number of responses, at least 2.
+        """
+        p = min(max(offset, _SURE), 1.0 - _SURE)
+        logit = math.log(p) - math.log1p(-p) + math.log(n - 1)
+        if math.isfinite(margin):
+            m = math.log1p(2.0 * margin / float(self.deviations[arm]))
+        else:
+            m = float(self.margins[:, arm].mean())
+        a, b, c, d = self.weights[0, :, arm].tolist()
+        weight = max(a + b * logit + (c + d * logit) * m, _ALONE)
+        return 1.0 / (1.0 + (n - 1) * math.exp(-weight))
 
     def _strengths(self, offsets: Array, m: Array, responses: NDArray[np.int64]) -> tuple[Array, Array]:
         logits = informed_logits(offsets, responses)

@@ -11,6 +11,8 @@
 | `bayesian:paper`, `bayesian:calibrated`, `bayesian:none` | `bayesian` | 1 | as named |
 | `offline` | `bayesian` | 1 | the run's |
 | `offline:paper`, `offline:calibrated` | `bayesian` | 1 | as named |
+| `stacked` | `combined` | K | the run's |
+| `cascade:B` | `combined` | B on average | the run's |
 
 To add one: a file with a frozen dataclass that keeps `base.Policy`, a line in `_BY_NAME`, a row above.
 """
@@ -21,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 
+from router_core.combine import STACKED, Combination, budget_of, is_combined
 from router_core.errors import UnknownPolicyError
 from router_core.policies.base import (
     AllCalls,
@@ -34,9 +37,10 @@ from router_core.policies.base import (
     propensity_without,
 )
 from router_core.policies.bayesian import BayesianPolicy, OfflinePolicy
+from router_core.policies.combined import CombinedPolicy, answers_of
 from router_core.policies.laser import LaserPolicy
 from router_core.policies.majority import MajorityPolicy, majority_verdict, vote_shares
-from router_core.policies.plan import AskRest, Given, Plan, ScaleOf
+from router_core.policies.plan import AskRest, Given, Plan, ScaleOf, View
 from router_core.policies.random import RandomPolicy
 from router_core.policies.scale import RunningScale, ScoreScale
 from router_core.policies.single import SinglePolicy
@@ -63,12 +67,13 @@ _BY_NAME: Mapping[str, Callable[[], Policy]] = MappingProxyType(
 )
 
 
-def make_policy(name: str, pool: Sequence[str]) -> Policy:
+def make_policy(name: str, pool: Sequence[str], combination: Combination | None = None) -> Policy:
     """The policy of that name.
 
     Args:
         name: one of the table above.
         pool: model names, in arm order.
+        combination: what a checkpoint learned about votes, which `stacked` and `cascade:B` need.
 
     Raises:
         UnknownPolicyError: no such policy, or `single:` of a model that is not in the pool.
@@ -80,6 +85,14 @@ def make_policy(name: str, pool: Sequence[str]) -> Policy:
                 f"policy {name!r}: no model {model!r} in the pool; choose one of {', '.join(pool)}"
             )
         return SinglePolicy(name, list(pool).index(model))
+    if is_combined(name):
+        if combination is None:
+            raise UnknownPolicyError(
+                f"policy {name!r} needs learned votes: use a checkpoint that `reward-router train` made of enough pairs"
+            )
+        if name != STACKED:
+            budget_of(name)
+        return CombinedPolicy(name, combination)
     if name not in _BY_NAME:
         known = ", ".join([*_BY_NAME, *(f"{_SINGLE}{model}" for model in pool)])
         raise UnknownPolicyError(f"policy {name!r} is unknown: choose one of {known}")
@@ -94,6 +107,7 @@ __all__ = [
     "BayesianPolicy",
     "Beliefs",
     "Choices",
+    "CombinedPolicy",
     "Given",
     "LaserPolicy",
     "MajorityPolicy",
@@ -107,6 +121,8 @@ __all__ = [
     "ScoreScale",
     "SinglePolicy",
     "UwoPolicy",
+    "View",
+    "answers_of",
     "combined_verdict",
     "draw",
     "draw_batch",

@@ -15,7 +15,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.policies.plan import AskAll, AskBest, Plan
+from router_core.combine import Pacer
+from router_core.policies.plan import AskAll, AskBest, Plan, View
 from router_core.policies.scale import ScoreScale
 from router_core.posterior import Posterior
 from router_core.prior import PriorForm
@@ -54,8 +55,8 @@ class Choices:
     propensities: Array
 
 
-class Policy(Plan, Protocol):
-    """One system of the paper's tables: beliefs and a plan. Stateless: what was learned is in the posterior."""
+class Policy(Protocol):
+    """One system of the paper's tables: beliefs and plans. Stateless: what was learned is in the posterior."""
 
     @property
     def name(self) -> str:
@@ -78,6 +79,12 @@ class Policy(Plan, Protocol):
             posterior: what the run has learned.
         """
 
+    def pacer(self) -> Pacer | None:
+        """Return what keeps a new run to its budget; None where the number of calls is fixed."""
+
+    def plan_for(self, view: View) -> Plan:
+        """Return whom to ask about one instance."""
+
 
 class OneCall(AskBest):
     """The half of `Policy` that all policies share which ask the best draw."""
@@ -86,6 +93,14 @@ class OneCall(AskBest):
 
     prior: PriorForm | None = None
     one_arm_per_batch: bool = False
+
+    def pacer(self) -> Pacer | None:
+        """Return None: the number of calls is fixed."""
+        return None
+
+    def plan_for(self, view: View) -> Plan:
+        """Return itself: the plan is the same for every instance."""
+        return self
 
 
 class AllCalls(AskAll):
@@ -96,6 +111,14 @@ class AllCalls(AskAll):
     name: str
     prior: PriorForm | None = None
     one_arm_per_batch: bool = False
+
+    def pacer(self) -> Pacer | None:
+        """Return None: the number of calls is fixed."""
+        return None
+
+    def plan_for(self, view: View) -> Plan:
+        """Return itself: the plan is the same for every instance."""
+        return self
 
     def beliefs(self, x: NDArray[np.float32], offsets: Array, posterior: Posterior) -> Beliefs:
         """The same of every arm: the order of asking does not matter."""

@@ -31,11 +31,32 @@ class Given:
         arm: whose answer it is; None where a plan combined several.
         rewards: one number per response (n,).
         verdict: the preferred response, or TIE.
+        p_right: probability that the verdict is right; None where nothing says.
     """
 
     arm: int | None
     rewards: list[float]
     verdict: int
+    p_right: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a policy knows of one instance when it makes its plan.
+
+    Attributes:
+        n: number of responses.
+        means: of the draws (K,), o_k(x) with the posterior's residual.
+        multiplier: price of a call in units of P(right); None where price does not matter.
+        max_calls: scorers that may be asked, at most.
+        rng: for the draws after the first.
+    """
+
+    n: int
+    means: Sequence[float]
+    multiplier: float | None
+    max_calls: int
+    rng: np.random.Generator
 
 
 class Plan(Protocol):
@@ -51,6 +72,11 @@ class Plan(Protocol):
             attempts: what happened so far.
         """
 
+    def chance(self, arm: int) -> float:
+        """Return the probability with which the plan named an arm when it did, given what came before; 1 for the first
+        choice, whose propensity is the draw's.
+        """
+
     def conclude(self, attempts: Sequence[Attempt], scale_of: ScaleOf) -> Given:
         """Make the reward of the answers.
 
@@ -60,7 +86,17 @@ class Plan(Protocol):
         """
 
 
-class AskBest:
+class Certain:
+    """The part of a plan that names arms without drawing."""
+
+    __slots__ = ()
+
+    def chance(self, arm: int) -> float:
+        """Return 1."""
+        return 1.0
+
+
+class AskBest(Certain):
     """Ask the best draw; after a failure, the next best. Its answer is the reward. One call unless somebody fails."""
 
     __slots__ = ()
@@ -80,7 +116,7 @@ class AskBest:
         return Given(answer.arm, answer.rewards, answer.verdict)
 
 
-class AskAll:
+class AskAll(Certain):
     """Ask every arm at once; `combine` and `preference` make one reward and one verdict of those that answer."""
 
     __slots__ = ()
@@ -114,7 +150,7 @@ class AskAll:
 
 
 @dataclass(frozen=True, slots=True)
-class AskRest:
+class AskRest(Certain):
     """Ask every arm that was not asked before, at once: the shadow of a decision, after its reply.
 
     Attributes:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.errors import NotFiniteError, ShapeMismatchError
+from router_core.records import MAX_ABS_SCORE
 
 Array = NDArray[np.float64]
 
@@ -64,10 +65,12 @@ class ScoreScale:
     def of_group(cls, rewards: Array) -> ScoreScale:
         """Mean and standard deviation of each RM inside one group (K, n): what is left when nothing else is known.
 
-        An RM whose rewards are all equal, as for n = 1, keeps the scale 1, and its normalised rewards are 0.
+        An RM whose rewards are all equal, as for n = 1, keeps the scale 1, and its normalised rewards are 0. Rewards
+        beyond `MAX_ABS_SCORE` count as that large, NaN as 0.
         """
-        spread = rewards.std(axis=1)
-        return cls(rewards.mean(axis=1), np.where(spread > 0, spread, 1.0))
+        bounded = np.nan_to_num(np.clip(rewards, -MAX_ABS_SCORE, MAX_ABS_SCORE))
+        spread = bounded.std(axis=1)
+        return cls(bounded.mean(axis=1), np.where(spread > 0, spread, 1.0))
 
 
 class RunningScale:
@@ -83,16 +86,20 @@ class RunningScale:
         self._squares = np.zeros(n_arms)
 
     def observe(self, arms: Sequence[int], rewards: Array) -> None:
-        """Count one group.
+        """Count one group. A reward beyond `MAX_ABS_SCORE`, or NaN, is not counted.
 
         Args:
             arms: the K' RMs that answered, each once.
             rewards: (K', n) their raw rewards.
         """
-        index, n = list(arms), rewards.shape[1]
-        mean = rewards.mean(axis=1)
+        usable = np.abs(rewards) <= MAX_ABS_SCORE
+        counted = usable.any(axis=1)
+        index = np.asarray(arms)[counted]
+        usable, rewards = usable[counted], np.where(usable, rewards, 0.0)[counted]
+        n = usable.sum(axis=1)
+        mean = rewards.sum(axis=1) / n
         delta, total = mean - self._mean[index], self._count[index] + n
-        inside = np.square(rewards - mean[:, None]).sum(axis=1)
+        inside = np.square(np.where(usable, rewards - mean[:, None], 0.0)).sum(axis=1)
         self._squares[index] += inside + np.square(delta) * self._count[index] * n / total
         self._mean[index] += delta * n / total
         self._count[index] = total

@@ -14,7 +14,7 @@ No files (but the picture), no networks, no torch. Called by `service.cli.replay
 
 from __future__ import annotations
 
-from router_core.replay.combining import Combination
+from router_core.combine import Combination
 from router_core.replay.curves import Curve, curve
 from router_core.replay.figures import PolicySummary, best_per_subset, report, summarise
 from router_core.replay.loss import SimulatedLoss

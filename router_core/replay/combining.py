@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.combine import STACKED, Answers, Multipliers, Pacer, Votes, budget_of, follow, margins_of
+from router_core.combine import Answers, Combination, Pacer, Votes, follow, margins_of
 from router_core.errors import DatasetError
 from router_core.records import TIE, Signal
 from router_core.replay.passes import Loop, Stage, Steps
@@ -19,24 +19,6 @@ from router_core.replay.stream import Plan
 from router_core.replay.trace import Pass
 
 Array = NDArray[np.float64]
-
-_START = 0.01
-"""μ at the start of a run whose checkpoint does not say: about right for two calls of four to nine RMs."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Combination:
-    """A checkpoint's learned votes, and its multipliers where it holds any for this pool."""
-
-    votes: Votes
-    multipliers: Multipliers | None = None
-
-    def pacer(self, name: str) -> Pacer | None:
-        """The pacer of `cascade:B` at the start; None for `stacked`, which asks all."""
-        if name == STACKED:
-            return None
-        budget = budget_of(name)
-        return Pacer(budget, _START if self.multipliers is None else self.multipliers.at(budget))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.combine import STACKED, budget_of, is_combined
+from router_core.combine import STACKED, Combination, budget_of, is_combined
 from router_core.errors import FeedbackError, UnknownPolicyError
 from router_core.policies import AllCalls, Policy, ScoreScale, make_policy
 from router_core.posterior import FoldSettings
 from router_core.prior import Prior
 from router_core.records import Signal
-from router_core.replay.combining import Combination, combining_pass
+from router_core.replay.combining import combining_pass
 from router_core.replay.passes import (
     Stage,
     Steps,

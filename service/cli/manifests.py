@@ -33,6 +33,9 @@ GATEWAY_FIELDS = ("served_name", "rendering", "chat_template", "tokens_per_reque
 IMAGE = "vllm/vllm-openai:v0.26.0"
 """Of the workers: the one of docker-compose.yml."""
 
+USER = {"runAsNonRoot": True, "runAsUser": 2000, "runAsGroup": 0}
+"""The image's own user `vllm`; by default the image runs as root."""
+
 GPU_RESOURCE = "nvidia.com/gpu"
 """What NVIDIA's device plugin calls a GPU; `nvidia.com/gpu.shared` where it shares them in time."""
 
@@ -222,17 +225,26 @@ def _pod(model: ModelEntry, choices: Choices) -> Manifest:
         "automountServiceAccountToken": False,
         # vLLM answers what is in flight with 500 at SIGTERM; gateways send it elsewhere at once. Nothing to wait for.
         "terminationGracePeriodSeconds": 30,
-        "securityContext": {"seccompProfile": {"type": "RuntimeDefault"}},
+        "securityContext": {
+            "seccompProfile": {"type": "RuntimeDefault"},
+            # The volume of the weights belongs to this group; a large one is gone through once.
+            "fsGroup": USER["runAsUser"],
+            "fsGroupChangePolicy": "OnRootMismatch",
+            **USER,
+        },
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
         "containers": [_container(model, choices)],
-        "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}}],
+        "volumes": [
+            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
+            {"name": "tmp", "emptyDir": {}},
+        ],
     }
 
 
 def _container(model: ModelEntry, choices: Choices) -> Manifest:
     placed = model if choices.shared_gpus else model.model_copy(update={"gpu_share": None})
-    # What vLLM compiles is kept with the weights, for the next start.
-    environment = {"HF_HOME": "/weights", "VLLM_CACHE_ROOT": "/weights/vllm"}
+    # What vLLM and the libraries below it compile is kept with the weights, for the next start.
+    environment = {"HOME": "/weights", "HF_HOME": "/weights", "VLLM_CACHE_ROOT": "/weights/vllm"}
     environment |= serve_environment(placed, "cuda", (), {})
     health = {"httpGet": {"path": "/health", "port": "http"}}
     gpus = {choices.gpu_resource: str(model.tensor_parallel)}
@@ -256,6 +268,14 @@ def _container(model: ModelEntry, choices: Choices) -> Manifest:
         "readinessProbe": health | {"periodSeconds": 5, "timeoutSeconds": 5, "failureThreshold": 3},
         "livenessProbe": health | {"periodSeconds": 10, "timeoutSeconds": 10, "failureThreshold": 6},
         "resources": {"requests": {"cpu": "2", "memory": "8Gi"} | gpus, "limits": gpus},
-        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-        "volumeMounts": [{"name": "weights", "mountPath": "/weights"}, {"name": "shm", "mountPath": "/dev/shm"}],
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+        },
+        "volumeMounts": [
+            {"name": "weights", "mountPath": "/weights"},
+            {"name": "shm", "mountPath": "/dev/shm"},
+            {"name": "tmp", "mountPath": "/tmp"},
+        ],
     }

@@ -190,7 +190,7 @@ def _without_training(
         None if checkpoint is None else checkpoint.scores,
         "" if checkpoint is None else checkpoint.data_digest,
         None if checkpoint is None or "pairs" not in checkpoint.metrics else int(checkpoint.metrics["pairs"]),
-        _combination(checkpoint),
+        None if checkpoint is None else checkpoint.combination,
     )
 
 
@@ -262,12 +262,6 @@ def _priors_of(checkpoint: Checkpoint | None, n_arms: int, dim: int, signal: Sig
     return prior
 
 
-def _combination(checkpoint: Checkpoint | None) -> Combination | None:
-    if checkpoint is None or checkpoint.votes is None:
-        return None
-    return Combination(checkpoint.votes, checkpoint.multipliers)
-
-
 class _Trainer:
     """Embeds the data once, and trains one offline stage per part."""
 
@@ -293,5 +287,5 @@ class _Trainer:
             checkpoint.scores or score_scale(learned, self._pool),
             checkpoint.data_digest,
             len(learned),
-            _combination(checkpoint),
+            None if checkpoint is None else checkpoint.combination,
         )

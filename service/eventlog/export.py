@@ -80,13 +80,12 @@ async def export_log(
     """
     if since is not None:
         _order(since)
-    if not await store.has_run(run):
+    check = await store.check_run(run, ())
+    if check.identity is None:
         raise NotFoundError(
             f"run {run!r} is unknown in this store: check the name, --store and --data-dir", details={"run": run}
         )
-    # It has one, so that nothing is set.
-    fingerprint = await store.open_run(run, b"")
-    status = await store.log_status(run)
+    fingerprint, status = check.identity.fingerprint, check.status
     old = _standing_header(out) if resume else None
     header = _header(run, fingerprint, status, since, old)
     if old is not None:

@@ -35,8 +35,8 @@ class EventLog:
 
     @property
     def usable(self) -> NDArray[np.bool_]:
-        """(N,) whether the event asked one RM and has a reward."""
-        usable = [event.decision.arm is not None and event.reward is not None for event in self.events]
+        """(N,) whether the event has a first choice, and a reward of it."""
+        usable = [event.first_reward is not None for event in self.events]
         return np.array(usable, dtype=np.bool_)
 
 
@@ -70,7 +70,7 @@ def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
     available = np.ones((len(chosen), k), dtype=np.bool_)
     for row, decision in enumerate(decisions):
         available[row, excluded(decision.attempts, 0)] = False
-    rewards = one_reward_per_row(arm, np.array([event.reward for event in chosen], dtype=np.float64), k)
+    rewards = one_reward_per_row(arm, np.array([event.first_reward for event in chosen], dtype=np.float64), k)
     for row, event in enumerate(chosen):
         _tell_shadows(event, available[row], rewards[row])
     asked = available_propensities(
@@ -113,7 +113,7 @@ def _tell_shadows(event: LoggedEvent, available: NDArray[np.bool_], rewards: NDA
         rewards[arm] = reward
     failed = available & np.isnan(rewards)
     failed[_untold(decision.attempts, decision.shadows)] = False
-    rewards[failed] = event.reward
+    rewards[failed] = event.first_reward
 
 
 def _first_arm(attempts: Sequence[Attempt]) -> int:

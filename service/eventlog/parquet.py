@@ -38,6 +38,7 @@ _ATTEMPT = pa.struct(
         ("seconds", pa.float64()),
         ("price", pa.float64()),
         ("prompt_tokens_cut", pa.int32()),
+        ("chance", pa.float64()),
     ]
 )
 
@@ -69,6 +70,8 @@ def arrow_schema(header: Header) -> Any:
         pa.field("attempts", pa.list_(_ATTEMPT), nullable=False),
         pa.field("shadows", pa.list_(_ATTEMPT)),
         pa.field("sticky", pa.string(), nullable=False),
+        pa.field("multiplier", pa.float64(), nullable=False),
+        pa.field("p_right", pa.float64()),
         pa.field("signal", name, nullable=False),
         pa.field("value", pa.float64(), nullable=False),
         pa.field("reward", pa.float64()),

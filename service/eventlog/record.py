@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from router_core.attempts import Attempt, Outcome
+from router_core.attempts import Attempt, Outcome, answers
 from router_core.feedback import SignalAccumulator, SignalStatistics
 from router_core.posterior import NO_ARM
 from router_core.prior import LOSS_SCALES, PriorForm
@@ -114,6 +114,16 @@ class LoggedEvent:
     def reward(self) -> float | None:
         """What the fold learns about the scorer whose answer the caller got; None where that is nothing."""
         return dict(self.learned).get(NO_ARM if self.decision.arm is None else self.decision.arm)
+
+    @property
+    def first_reward(self) -> float | None:
+        """What came back for asking the first arm, from another one where it failed; None where there is no first arm.
+
+        Further calls of a cascade leave it as it is: it is what the first choice earned alone.
+        """
+        if not self.decision.multiplier:
+            return self.reward
+        return dict(self.learned).get(answers(self.decision.attempts)[0].arm)
 
     @property
     def feedback_time_ms(self) -> int:

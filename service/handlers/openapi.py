@@ -159,6 +159,6 @@ def _paths() -> dict[str, Any]:
             request="FeedbackBatchRequest",
             reply="FeedbackBatchReply",
             example={"items": [{"decision_id": _EXAMPLE_ID, "preferred": 0}]},
-            errors=_ERRORS,
+            errors={**_ERRORS, "404": "Unknown run."},
         ),
     }

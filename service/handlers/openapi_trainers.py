@@ -71,7 +71,7 @@ def trainer_paths(
             request=request,
             reply="FeedbackReply" if single else "FeedbackBatchReply",
             example={**example, "reward": 0.5 if single else [0.5]},
-            errors=dict(feedback_errors if single else errors),
+            errors=dict(feedback_errors if single else {**errors, "404": "Unknown run."}),
         )
         for name in (path, path + "/feedback"):
             paths[name]["post"]["parameters"] = _parameters(with_key=name == "/remote_rm")

@@ -2,6 +2,7 @@
 --
 -- KEYS[1]  the run's log (stream)
 -- KEYS[2]  the reference: `...:d:<id>` (a decision) or `...:c:<hash>` (the alias of a content's latest decision)
+-- KEYS[3]  the run's identity
 -- ARGV[1]  prefix of the run's keys, with the hash tag: the keys built from it live on the node of KEYS
 -- ARGV[2]  the decision id, or "" when KEYS[2] is an alias
 -- ARGV[3]  value of the feedback, any bytes
@@ -9,11 +10,17 @@
 -- ARGV[5]  how long the marker lives, ms; longer than any decision, so that a marked decision is never unmarked
 -- ARGV[6]  "1" when the caller waits for replicas: a repetition then writes too, since WAIT waits for writes of its own
 --          connection only, and the first one may not have reached the replicas yet
+-- ARGV[7]  the identity that the caller holds the run by, or "" for whatever stands
 --
 -- Returns {status, decision id, event id, standing value}, shorter where there is nothing to say. Status `missing`:
--- neither decision nor marker; the caller tells unknown from expired.
+-- neither decision nor marker; the caller tells unknown from expired. Status `lost`: the run has another identity, or
+-- none, so that its log is not the one that the caller's events went to.
 
 local prefix, id, value, preferred, marker_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+
+if ARGV[7] ~= "" and redis.call("GET", KEYS[3]) ~= ARGV[7] then
+  return {"lost"}
+end
 
 if id == "" then
   id = redis.call("GET", KEYS[2])

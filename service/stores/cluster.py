@@ -103,13 +103,13 @@ class ClusterClient:
                         return replies
                     failure = self._unfinished(replies[waiting[0]])
                     moved = await self._follow_move(replies[waiting[0]], node, seen, slot)
-            except NotReplicatedError:
+            except (NotReplicatedError, ReplyError):
                 raise
             except StoreUnavailableError as error:
                 failure = error
                 self._topology.doubt(seen)
             except TimeoutError:
-                failure = failure or StoreUnavailableError(f"store {self.shown} did not answer", retry_after_seconds=1)
+                failure = failure or StoreUnavailableError("the store did not answer", where=self.shown)
                 self._topology.doubt(seen)
             hops += moved
             # Two nodes may send us to each other for a while; the first hop costs no time.
@@ -143,18 +143,16 @@ class ClusterClient:
             return False
         _, number, address = str(reply).split(" ")[:3]
         if int(number) != slot:
-            raise ReplyError(f"store {self.shown}: commands of one call lie in the slots {slot} and {number}")
+            raise ReplyError(f"the store: commands of one call lie in the slots {slot} and {number}", where=self.shown)
         await self._topology.refresh(seen, self._topology.at(address, node))
         return True
 
     def _unfinished(self, reply: Reply) -> StoreUnavailableError:
         """What is said of a reply that stayed one to wait for until the timeout."""
         error = reply_error(reply, self.shown)
-        if isinstance(error, StoreUnavailableError):
+        if not isinstance(error, ReplyError):
             return error
-        return StoreUnavailableError(
-            f"{error.message}; the slot is being moved: repeat the call", retry_after_seconds=1
-        )
+        return StoreUnavailableError(f"{error.message}; the slot is being moved: repeat the call", where=error.where)
 
     def checked(self, reply: Reply) -> Reply:
         """The reply, or the error that it is.
@@ -168,7 +166,7 @@ class ClusterClient:
 
     def _client(self, node: Endpoint) -> RespClient:
         if self._closed:
-            raise StoreUnavailableError(f"store {self.shown} was closed by us")
+            raise StoreUnavailableError("the store was closed by us", where=self.shown)
         client = self._nodes.get(node)
         if client is None:
             client = RespClient(node, timeout_seconds=self._timeout, connections=self._connections)

@@ -61,6 +61,16 @@ def created_ms(decision_id: str) -> int | None:
     return int(decision_id[1:11], 32) >> 2
 
 
+def event_order(event_id: str) -> tuple[int, int]:
+    """The id of an event as numbers (milliseconds, sequence), which compare in the order of the log.
+
+    >>> event_order("12-3") < event_order("12-10")
+    True
+    """
+    milliseconds, _, sequence = event_id.partition("-")
+    return int(milliseconds), int(sequence or 0)
+
+
 def check_run(run: str) -> str:
     """Return the run's name if it can be one.
 

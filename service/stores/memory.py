@@ -6,6 +6,7 @@ Knows no server and forgets everything with the process. The contract suite hold
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,8 +18,11 @@ from service.stores.protocol import (
     FeedbackStatus,
     LogEntry,
     LogStatus,
+    RunCheck,
+    RunIdentity,
     ScoreEntry,
     ScoreLogPart,
+    lost_run,
 )
 from service.stores.records import check_reference, is_expired, response_count, system_ms
 
@@ -39,7 +43,7 @@ class _Decision:
 class _Run:
     """What the server's keys of one run hold."""
 
-    fingerprint: bytes | None = None
+    identity: RunIdentity | None = None
     decisions: dict[str, _Decision] = field(default_factory=dict)
     aliases: dict[str, tuple[str, int]] = field(default_factory=dict)
     markers: dict[str, tuple[str, bytes, int]] = field(default_factory=dict)
@@ -73,16 +77,28 @@ class MemoryStore:
     async def ping(self) -> None:
         """Memory always answers."""
 
-    async def open_run(self, run: str, fingerprint: bytes) -> bytes:
-        """Set the run's fingerprint if it has none; return the one that stands."""
+    async def probe(self, run: str) -> None:
+        """Memory can always save."""
+        check_run(run)
+
+    async def open_run(self, run: str, fingerprint: bytes) -> RunIdentity:
+        """Give the run an identity if it has none; return the one that stands."""
         state = self._run(run)
-        if state.fingerprint is None:
-            state.fingerprint = fingerprint
-        return state.fingerprint
+        if state.identity is None:
+            state.identity = RunIdentity(secrets.token_hex(8), fingerprint)
+        return state.identity
+
+    async def check_run(self, run: str, event_ids: Sequence[str]) -> RunCheck:
+        """Say what is held of a run, and which of these events its log does not hold."""
+        state = self._run(run)
+        held = {entry.event_id for entry in state.log}
+        first = state.log[0].event_id if state.log else "0-0"
+        missing = tuple(event_id for event_id in event_ids if event_id not in held)
+        return RunCheck(state.identity, await self.log_status(run), first, missing)
 
     async def has_run(self, run: str) -> bool:
         """Whether `open_run` was ever called for the run, by any gateway."""
-        return self._run(run).fingerprint is not None
+        return self._run(run).identity is not None
 
     async def save_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> None:
         """Save all of them, each for the feedback window."""
@@ -106,11 +122,15 @@ class MemoryStore:
             pending.append(alive)
         return pending
 
-    async def apply_feedback(self, run: str, feedback: Sequence[FeedbackRecord]) -> list[FeedbackResult]:
+    async def apply_feedback(
+        self, run: str, feedback: Sequence[FeedbackRecord], *, identity: RunIdentity | None = None
+    ) -> list[FeedbackResult]:
         """Apply each exactly once: mark the decision and append the event, or say why not."""
         for item in feedback:
             check_reference(item)
         state = self._run(run)
+        if identity is not None and state.identity != identity:
+            raise lost_run(run)
         return [self._apply(state, item, self._now_ms()) for item in feedback]
 
     def _apply(self, state: _Run, item: FeedbackRecord, now: int) -> FeedbackResult:

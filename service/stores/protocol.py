@@ -1,7 +1,8 @@
 """What the use cases know of a store: save decisions, apply feedback exactly once, read the log, keep a snapshot.
 
 Bytes in, bytes out: a store never looks inside a snapshot, and inside a decision only for `n`, the number of responses.
-Every method raises `StoreUnavailableError` when the server does not answer in time; then nothing was acknowledged.
+Every method raises `StoreUnavailableError` when the server does not answer in time, or with an error; then nothing was
+acknowledged.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
+
+from service.errors import NotReadyError, ServiceError
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,10 @@ class FeedbackRecord:
     decision_id: str | None = None
     content_key: str | None = None
     preferred: int | None = None
+
+
+class ForeignEntryError(ServiceError):
+    """A run's log holds an entry that no gateway wrote: it fits no run, and no repetition heals it."""
 
 
 class FeedbackStatus(StrEnum):
@@ -80,6 +87,29 @@ class LogStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class RunIdentity:
+    """What a run's name stands for in the store.
+
+    `fingerprint` names all that the run's posterior depends on besides its log. `born` is drawn when the name is taken:
+    a store that lost the run and in which the name was taken again has another one.
+    """
+
+    born: str
+    fingerprint: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RunCheck:
+    """What the store holds of a run: its identity, None if it has none; its log's status and the id of the log's first
+    event, "0-0" where there is none; and those of the ids asked for that the log does not hold."""
+
+    identity: RunIdentity | None
+    status: LogStatus
+    first_id: str
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreEntry:
     """One entry of a run's score log, verbatim."""
 
@@ -95,14 +125,30 @@ class ScoreLogPart:
     status: LogStatus
 
 
+def lost_run(run: str) -> NotReadyError:
+    """The refusal of feedback on a run that the store has lost, or that was opened again since."""
+    return NotReadyError(
+        f"the store has lost run {run!r}: this feedback is not acknowledged; restore the store from a backup, or give "
+        "the run a new name",
+        details={"run": run},
+        retry_after_seconds=1,
+    )
+
+
 class Store(Protocol):
     """One store for all runs; a run's keys share one hash tag and never meet another run's."""
 
     async def ping(self) -> None:
         """Return when the server answers."""
 
-    async def open_run(self, run: str, fingerprint: bytes) -> bytes:
-        """Set the run's fingerprint if it has none; return the one that stands."""
+    async def probe(self, run: str) -> None:
+        """Return when something of the run could be saved: a server that is full or read-only answers a ping too."""
+
+    async def open_run(self, run: str, fingerprint: bytes) -> RunIdentity:
+        """Give the run an identity with this fingerprint if it has none; return the one that stands."""
+
+    async def check_run(self, run: str, event_ids: Sequence[str]) -> RunCheck:
+        """Say what the store holds of a run, and which of these events its log does not hold. Changes nothing."""
 
     async def has_run(self, run: str) -> bool:
         """Whether `open_run` was ever called for the run, by any gateway."""
@@ -116,8 +162,15 @@ class Store(Protocol):
         A decision whose feedback came first, or that has expired, is left alone. Content keys stay as they are.
         """
 
-    async def apply_feedback(self, run: str, feedback: Sequence[FeedbackRecord]) -> list[FeedbackResult]:
-        """Apply each atomically and exactly once: mark the decision and append the event, or say why not."""
+    async def apply_feedback(
+        self, run: str, feedback: Sequence[FeedbackRecord], *, identity: RunIdentity | None = None
+    ) -> list[FeedbackResult]:
+        """Apply each atomically and exactly once: mark the decision and append the event, or say why not.
+
+        Raises:
+            NotReadyError: the run has another identity than `identity`, or none: the store has lost the run. None:
+                whatever it has.
+        """
 
     async def read_log(self, run: str, after: str, *, count: int, block_ms: int) -> list[LogEntry]:
         """Events after id `after` ("0-0": from the first), oldest first; waits up to `block_ms` when there are none.

@@ -10,7 +10,8 @@ Keys of a run R. All share the hash tag {R}, so a run lives on one node of a clu
     rr:{R}:f:<id>     marker of an applied feedback: "<event id> <value>"  two windows: outlives its decision
     rr:{R}:log        stream of events: d decision id, p payload, s value until trimmed
     rr:{R}:snap       hash: position, data                                for ever
-    rr:{R}:meta       fingerprint of the run                              for ever
+    rr:{R}:meta       identity of the run: "<born> <fingerprint>"          for ever
+    rr:{R}:probe      written to see whether the server takes writes       a minute
 
 and those of `service.stores.redis_scores`.
 """
@@ -18,6 +19,7 @@ and those of `service.stores.redis_scores`.
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +29,28 @@ import hiredis
 from service.errors import ConfigurationError
 from service.stores.cluster import Client, ClusterClient
 from service.stores.ids import check_run
-from service.stores.protocol import DecisionRecord, FeedbackRecord, FeedbackResult, FeedbackStatus, LogEntry, LogStatus
+from service.stores.protocol import (
+    DecisionRecord,
+    FeedbackRecord,
+    FeedbackResult,
+    FeedbackStatus,
+    ForeignEntryError,
+    LogEntry,
+    LogStatus,
+    RunCheck,
+    RunIdentity,
+    lost_run,
+)
 from service.stores.records import check_reference, is_expired, response_count, system_ms
 from service.stores.redis_scores import RedisScores
-from service.stores.resp import Arg, Reply, ReplyError, RespClient
+from service.stores.resp import Arg, Reply, RespClient
 from service.stores.slots import Topology, is_cluster_url
 
 BULK_TIMEOUT_FACTOR = 10
 """Snapshots of tens of megabytes may take this many times longer than an ordinary call."""
+
+PROBE_MILLISECONDS = 60_000
+"""How long the key of `probe` lives: it is there to be written, not to be read."""
 
 REPLICATED_CONNECTIONS = 4
 """Connections for feedback that waits for replicas: each stands still for one round trip to them."""
@@ -112,14 +128,32 @@ class RedisStore(RedisScores):
         """Return when the server answers; of a cluster, when it serves all slots that it wants to."""
         await self._hot.execute("PING")
 
-    async def open_run(self, run: str, fingerprint: bytes) -> bytes:
-        """Set the run's fingerprint if it has none; return the one that stands."""
+    async def probe(self, run: str) -> None:
+        """Return when something of the run could be saved: a server that is full or read-only answers a ping too."""
+        await self._hot.execute("SET", _prefix(run) + "probe", "", "PX", PROBE_MILLISECONDS)
+
+    async def open_run(self, run: str, fingerprint: bytes) -> RunIdentity:
+        """Give the run an identity with this fingerprint if it has none; return the one that stands."""
         key = _prefix(run) + "meta"
+        fresh = _identity_value(RunIdentity(secrets.token_hex(8), fingerprint))
         _, standing = [
-            self._hot.checked(reply)
-            for reply in await self._hot.pipeline([("SET", key, fingerprint, "NX"), ("GET", key)])
+            self._hot.checked(reply) for reply in await self._hot.pipeline([("SET", key, fresh, "NX"), ("GET", key)])
         ]
-        return bytes(standing)
+        return _identity(bytes(standing))
+
+    async def check_run(self, run: str, event_ids: Sequence[str]) -> RunCheck:
+        """Say what the store holds of a run, and which of these events its log does not hold. Changes nothing."""
+        prefix = _prefix(run)
+        key = prefix + "log"
+        # The log's status comes last, so that what is trimmed meanwhile shows in it.
+        commands: list[tuple[Arg, ...]] = [("GET", prefix + "meta")]
+        commands += [("XRANGE", key, event_id, event_id) for event_id in event_ids]
+        commands.append(("XINFO", "STREAM", key))
+        meta, *found, info = await self._hot.pipeline(commands)
+        meta = self._hot.checked(meta)
+        missing = [event_id for event_id, reply in zip(event_ids, found, strict=True) if not self._hot.checked(reply)]
+        status, first = self._log_status(info)
+        return RunCheck(None if meta is None else _identity(meta), status, first, tuple(missing))
 
     async def has_run(self, run: str) -> bool:
         """Whether `open_run` was ever called for the run, by any gateway."""
@@ -158,25 +192,32 @@ class RedisStore(RedisScores):
         ]
         return [self._hot.checked(reply) is not None for reply in await self._hot.pipeline(commands)]
 
-    async def apply_feedback(self, run: str, feedback: Sequence[FeedbackRecord]) -> list[FeedbackResult]:
+    async def apply_feedback(
+        self, run: str, feedback: Sequence[FeedbackRecord], *, identity: RunIdentity | None = None
+    ) -> list[FeedbackResult]:
         """Apply each atomically and exactly once: mark the decision and append the event, or say why not.
 
         Raises:
             StoreUnavailableError: some may have been applied all the same; repeating is safe and says `DUPLICATE`.
+            NotReadyError: the run has another identity than `identity`, or none: the store has lost the run.
             ValueError: not exactly one reference; nothing was sent.
         """
         prefix = _prefix(run)
-        words = [self._feedback_words(prefix, item) for item in feedback]
+        expected = b"" if identity is None else _identity_value(identity)
+        words = [self._feedback_words(prefix, item, expected) for item in feedback]
         replies = await self._run_script(self._feedback, self._apply, words, self._timeout, self._replicas)
+        if any(reply[0] == b"lost" for reply in replies):
+            raise lost_run(run)
         return [self._feedback_result(item, reply) for item, reply in zip(feedback, replies, strict=True)]
 
-    def _feedback_words(self, prefix: str, item: FeedbackRecord) -> tuple[Arg, ...]:
+    def _feedback_words(self, prefix: str, item: FeedbackRecord, expected: bytes) -> tuple[Arg, ...]:
         check_reference(item)
         reference = f"d:{item.decision_id}" if item.content_key is None else f"c:{item.content_key}"
         return (
-            *(2, prefix + "log", prefix + reference),
+            *(3, prefix + "log", prefix + reference, prefix + "meta"),
             *(prefix, item.decision_id or "", item.value),
             *("" if item.preferred is None else item.preferred, 2 * self._window_ms, int(self._replicas > 0)),
+            expected,
         )
 
     def _feedback_result(self, item: FeedbackRecord, reply: list[bytes]) -> FeedbackResult:
@@ -246,14 +287,19 @@ class RedisStore(RedisScores):
             ConfigurationError: the server is older than Redis 7.0 and does not count.
         """
         (reply,) = await self._hot.pipeline([("XINFO", "STREAM", _prefix(run) + "log")])
+        return self._log_status(reply)[0]
+
+    def _log_status(self, reply: Reply) -> tuple[LogStatus, str]:
+        """Status of a log and the id of its first event, from the reply to XINFO STREAM."""
         if isinstance(reply, hiredis.ReplyError) and "no such key" in str(reply):
-            return LogStatus(0, "0-0")
+            return LogStatus(0, "0-0"), "0-0"
         info = self._hot.checked(reply)
         fields = dict(zip(info[::2], info[1::2], strict=True))
         if b"entries-added" not in fields:
             raise ConfigurationError(f"store {self._hot.shown} is too old; use Valkey, or Redis 7.0 or newer")
-        appended = int(fields[b"entries-added"])
-        return LogStatus(appended, fields[b"last-generated-id"].decode(), appended - int(fields[b"length"]))
+        appended, first = int(fields[b"entries-added"]), fields[b"first-entry"]
+        status = LogStatus(appended, fields[b"last-generated-id"].decode(), appended - int(fields[b"length"]))
+        return status, "0-0" if first is None else first[0].decode()
 
     async def load_snapshot(self, run: str) -> bytes | None:
         """The newest snapshot, or None."""
@@ -289,6 +335,15 @@ def _prefix(run: str) -> str:
     return f"rr:{{{check_run(run)}}}:"
 
 
+def _identity_value(identity: RunIdentity) -> bytes:
+    return identity.born.encode() + b" " + identity.fingerprint
+
+
+def _identity(value: bytes) -> RunIdentity:
+    born, _, fingerprint = value.partition(b" ")
+    return RunIdentity(born.decode(errors="replace"), fingerprint)
+
+
 def _decision_value(decision: DecisionRecord) -> bytes:
     """`<n> <payload>`, as `apply_feedback.lua` reads it."""
     return b"%d %b" % (response_count(decision), decision.payload)
@@ -300,6 +355,6 @@ def _log_entry(entry: Reply) -> LogEntry:
     try:
         return LogEntry(event_id.decode(), fields[b"d"].decode(), fields[b"p"], fields[b"s"])
     except KeyError as error:
-        raise ReplyError(
+        raise ForeignEntryError(
             f"event {event_id.decode()} of the log lacks the field {error}; the stream was written by another program"
         ) from error

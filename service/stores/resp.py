@@ -11,6 +11,7 @@ to repeat. Connections are made on demand; while the server is away, calls fail 
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
 from collections import deque
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from typing import Any, cast
 import hiredis
 from redis.asyncio.connection import SSLConnection, parse_url
 
-from service.errors import ConfigurationError, ServiceError, StoreUnavailableError
+from service.errors import ConfigurationError, StoreUnavailableError
 
 Arg = bytes | str | int
 """One word of a command. Text is sent as UTF-8."""
@@ -35,6 +36,8 @@ BACKOFF_LAST_SECONDS = 2.0
 """Longest back-off: a store that came back is noticed within this time."""
 
 _INCOMPLETE = object()
+
+_log = logging.getLogger(__name__)
 
 _UNAVAILABLE = {
     "LOADING": "the server is reading its data from disk; repeat the call in a moment",
@@ -51,15 +54,26 @@ _UNAVAILABLE = {
     "NOAUTH": "put the password into the store's URL: redis://:PASSWORD@host:port/0",
     "WRONGPASS": "correct user and password in the store's URL",
     "NOPERM": "allow the user the commands that docs/ lists for the store",
+    "UNBLOCKED": "the server has changed its role or was told to; repeat the call",
 }
-"""First word of an error reply -> what helps. These mean that the store cannot serve us now, whatever we ask."""
+"""First word of an error reply -> what helps. What is not here may heal by itself just as well: see `reply_error`."""
 
-_DROP_AFTER = frozenset({"READONLY", "MASTERDOWN"})
+_NAMES_AN_ADDRESS = frozenset({"MOVED", "ASK"})
+"""Replies that hold the address of a node; callers are shown the word alone."""
+
+_REFUSED = frozenset({"ERR", "WRONGTYPE", "CROSSSLOT", "NOSCRIPT", "NOPROTO"})
+"""First words of the replies to a command that the server will refuse again: a bug of ours, or a foreign key."""
+
+_DROP_AFTER = frozenset({"READONLY", "MASTERDOWN", "UNBLOCKED"})
 """After a failover the name may lead to another server: connect afresh."""
 
 
-class ReplyError(ServiceError):
-    """The server refused a command for what it says or where it points (WRONGTYPE, ERR): a bug or a foreign key."""
+class ReplyError(StoreUnavailableError):
+    """The server refused a command for what it says or where it points (WRONGTYPE, ERR): a bug or a foreign key.
+
+    Callers may repeat it like any call that the store did not serve: nothing was acknowledged, and an operator can
+    mend the store.
+    """
 
 
 class NotReplicatedError(StoreUnavailableError):
@@ -71,16 +85,24 @@ def _pack(command: tuple[Arg, ...]) -> bytes:
     return bytes(hiredis.pack_command(cast(Any, command)))
 
 
-def reply_error(reply: hiredis.ReplyError, where: str) -> ServiceError:
-    """The service's error for an error reply: unavailable, with a remedy, or `ReplyError`."""
+def reply_error(reply: hiredis.ReplyError, where: str) -> StoreUnavailableError:
+    """Return the service's error for an error reply, with a remedy where one is known.
+
+    Every reply means that the store has not served the call. A server, proxy or cluster may say words that nobody has
+    listed, so only those of `_REFUSED` become a `ReplyError`.
+    """
     sentence = str(reply)
     word = sentence.partition(" ")[0]
     remedy = _UNAVAILABLE.get(word)
     if remedy is None and "max number of clients" in sentence:
         remedy = "raise the server's maxclients or lower the number of gateways"
-    if remedy is None:
-        return ReplyError(f"store {where} refused a command: {sentence}")
-    return StoreUnavailableError(f"store {where}: {sentence}; {remedy}", retry_after_seconds=1)
+    if remedy is not None:
+        shown = word if word in _NAMES_AN_ADDRESS else sentence
+        return StoreUnavailableError(f"the store answered {shown}; {remedy}", where=f"{where}: {sentence}")
+    error = ReplyError if word in _REFUSED else StoreUnavailableError
+    _log.warning("store refused a command", extra={"fields": {"store": where, "error": sentence}})
+    # Nobody knows what the rest of such a sentence tells about the network: it goes to the log only.
+    return error(f"the store answered {word}: see the gateway's log for its sentence", where=f"{where}: {sentence}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +253,7 @@ class _Wire(asyncio.Protocol):
             self.drop("sent a reply that nobody asked for; the connection was closed")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.drop(f"closed the connection ({exc or 'end of file'})")
+        self.drop("closed the connection")
         if not self.lost.done():
             self.lost.set_result(None)
 
@@ -244,7 +266,7 @@ class _Wire(asyncio.Protocol):
         while self._calls:
             call = self._calls.popleft()
             if not call.future.done():
-                call.future.set_exception(StoreUnavailableError(f"store {self._shown} {reason}", retry_after_seconds=1))
+                call.future.set_exception(StoreUnavailableError(f"the store {reason}", where=self._shown))
         if self._transport is not None:
             self._transport.abort()
 
@@ -262,9 +284,7 @@ class _Wire(asyncio.Protocol):
                 return
             if not call.future.done():
                 call.future.set_exception(
-                    StoreUnavailableError(
-                        f"store {self._shown} did not answer within {waited:.3g} s", retry_after_seconds=1
-                    )
+                    StoreUnavailableError(f"the store did not answer within {waited:.3g} s", where=self._shown)
                 )
         # Done calls stay queued, since their replies are still to come; they need no further deadline.
         deadlines = [call.deadline for call in self._calls if not call.future.done()]
@@ -280,7 +300,7 @@ class _Slot:
         self.lock = asyncio.Lock()
         self.failures = 0
         self.retry_at = 0.0
-        self.last_failure = ""
+        self.last_failure: StoreUnavailableError | None = None
 
 
 class RespClient:
@@ -347,13 +367,13 @@ class RespClient:
         confirmed = replies.pop()
         if isinstance(confirmed, hiredis.ReplyError):
             if not all(isinstance(reply, hiredis.ReplyError) for reply in replies):
-                raise StoreUnavailableError(f"store {self.shown}: {confirmed}; repeat the call", retry_after_seconds=1)
+                raise StoreUnavailableError(f"the store answered {confirmed}; repeat the call", where=self.shown)
             # A server that is a replica by now has refused the commands too: that is the reply that matters.
         elif confirmed < replicas:
             raise NotReplicatedError(
-                f"store {self.shown}: {confirmed} of {replicas} replicas confirmed; it may be stored all the same: "
+                f"the store: {confirmed} of {replicas} replicas confirmed; it may be stored all the same: "
                 "repeat the call, and see INFO replication",
-                retry_after_seconds=1,
+                where=self.shown,
             )
         return replies
 
@@ -398,23 +418,23 @@ class RespClient:
         loop = asyncio.get_running_loop()
         async with slot.lock:
             if self._closed:
-                raise StoreUnavailableError(f"store {self.shown} was closed by us")
+                raise StoreUnavailableError("the store was closed by us", where=self.shown)
             if slot.wire is not None and slot.wire.open:
                 return slot.wire
-            if loop.time() < slot.retry_at:
-                raise StoreUnavailableError(slot.last_failure, retry_after_seconds=1)
+            if slot.last_failure is not None and loop.time() < slot.retry_at:
+                raise StoreUnavailableError(slot.last_failure.message, where=slot.last_failure.where)
             try:
                 wire = await self._attempt(loop)
             except StoreUnavailableError as error:
                 backoff = min(BACKOFF_FIRST_SECONDS * 2**slot.failures, BACKOFF_LAST_SECONDS)
                 slot.failures = min(slot.failures + 1, 30)
                 slot.retry_at = loop.time() + backoff
-                slot.last_failure = error.message
+                slot.last_failure = error
                 raise
             if self._closed:
                 wire.drop("was closed by us")
                 await wire.lost
-                raise StoreUnavailableError(f"store {self.shown} was closed by us")
+                raise StoreUnavailableError("the store was closed by us", where=self.shown)
             slot.failures = 0
             slot.wire = wire
             return wire
@@ -438,14 +458,14 @@ class RespClient:
                 if isinstance(reply, hiredis.ReplyError):
                     error = reply_error(reply, endpoint.shown)
                     # Whatever is refused here (a wrong database number, say), the store cannot be used.
-                    raise StoreUnavailableError(error.message, retry_after_seconds=1)
+                    raise StoreUnavailableError(error.message, where=error.where)
         except (OSError, TimeoutError) as error:
             wire.greeted.cancel()
             wire.drop("could not be reached")
             sentence = str(error) or f"no answer within {self._timeout:.3g} s"
             raise StoreUnavailableError(
-                f"store {endpoint.shown} cannot be reached: {sentence}; start the server or correct the store's URL",
-                retry_after_seconds=1,
+                "the store cannot be reached; start the server or correct the store's URL",
+                where=f"{endpoint.shown}: {sentence}",
             ) from error
         except (asyncio.CancelledError, StoreUnavailableError):
             wire.greeted.cancel()

@@ -115,9 +115,7 @@ class Topology:
         owner = owners[slot] if slot is not None else next(filter(None, owners), None)
         if owner is None:
             self._doubted = True
-            raise StoreUnavailableError(
-                f"store {self.shown}: no node serves slot {slot}; see CLUSTER SHARDS", retry_after_seconds=1
-            )
+            raise StoreUnavailableError(f"the store: no node serves slot {slot}; see CLUSTER SHARDS", where=self.shown)
         return owner
 
     def doubt(self, seen: int) -> None:
@@ -168,18 +166,18 @@ class Topology:
             return node, await self._asker(node).execute("CLUSTER", "SLOTS")
 
         tasks = [asyncio.create_task(ask(node)) for node in nodes]
-        failure = StoreUnavailableError(f"store {self.shown}: no node has a map of slots", retry_after_seconds=1)
+        failure = StoreUnavailableError("the store: no node has a map of slots", where=self.shown)
         try:
             for task in asyncio.as_completed(tasks):
                 try:
                     node, rows = await task
-                except StoreUnavailableError as error:
-                    failure = error
                 except ReplyError as error:
                     failure = StoreUnavailableError(
                         f"{error.message}; a server that is no cluster has the URL redis://HOST:PORT/0",
-                        retry_after_seconds=1,
+                        where=error.where,
                     )
+                except StoreUnavailableError as error:
+                    failure = error
                 else:
                     if rows:
                         return node, rows
@@ -223,8 +221,8 @@ class Topology:
         if b"cluster_state:ok" not in info:
             self.doubt(seen)
             raise StoreUnavailableError(
-                f"store {self.shown}: {node.shown} says that the cluster is down; see CLUSTER INFO",
-                retry_after_seconds=1,
+                "the store says that the cluster is down; see CLUSTER INFO",
+                where=f"{self.shown}: {node.shown}",
             )
 
     def _asker(self, node: Endpoint) -> RespClient:

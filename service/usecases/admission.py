@@ -75,12 +75,14 @@ class Tickets:
 
     Args:
         arms: the pool.
+        shared: whether several pieces of work use them, so that they share their requests in flight.
     """
 
-    __slots__ = ("_by_arm", "arms")
+    __slots__ = ("_by_arm", "arms", "shared")
 
-    def __init__(self, arms: Sequence[Arm]) -> None:
+    def __init__(self, arms: Sequence[Arm], *, shared: bool = False) -> None:
         self.arms = arms
+        self.shared = shared
         self._by_arm: dict[int, Ticket] = {}
 
     def closed(self) -> frozenset[int]:

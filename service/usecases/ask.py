@@ -17,7 +17,7 @@ from prometheus_client import Counter
 
 from router_core.attempts import Attempt, Outcome, answers, passed_over
 from router_core.policies import Plan
-from router_core.records import Instance, verdict_of
+from router_core.records import TIE, Instance, verdict_of
 from service.errors import DeadlineExceededError, NoWorkerError, ServiceError
 from service.usecases.admission import Tickets
 from service.workers.protocol import (
@@ -88,36 +88,32 @@ class Asker:
             tickets: of the call.
             deadline: absolute, by the event loop's clock.
         """
-        clock, pool = asyncio.get_running_loop().time, tickets.arms
-        under_way, turn = list(inquiries), 0
-        while under_way:
-            late = clock() >= deadline
-            closed = tickets.closed()
-            by_arm: dict[int, list[Inquiry]] = {}
-            asking: list[tuple[Inquiry, Sequence[int]]] = []
-            for inquiry in under_way:
-                if late and inquiry.plan.next_arms(inquiry.order, inquiry.attempts):
+        clock, pool, turn = asyncio.get_running_loop().time, tickets.arms, 0
+        going_on = [(one, wanted) for one in inquiries if (wanted := _wanted(one, pool))]
+        while going_on:
+            if clock() >= deadline:
+                for inquiry, _ in going_on:
                     inquiry.error = too_late(inquiry.attempts, pool)
-                    continue
-                chosen = _next(inquiry, closed, turn)
-                if chosen:
-                    asking.append((inquiry, chosen))
-                    for arm in chosen:
-                        by_arm.setdefault(arm, []).append(inquiry)
-                elif not answers(inquiry.attempts):
-                    inquiry.error = _nothing_left(inquiry, pool)
+                return
+            closed = tickets.closed()
+            if closed:
+                going_on = [(one, able) for one, wanted in going_on if (able := _able(one, wanted, closed, turn, pool))]
+            by_arm: dict[int, list[Inquiry]] = {}
+            for inquiry, chosen in going_on:
+                for arm in chosen:
+                    by_arm.setdefault(arm, []).append(inquiry)
             if len(by_arm) == 1:
                 [(arm, group)] = by_arm.items()
-                told = {arm: await self._ask_arm(arm, group, tickets, deadline, turn)}
+                for inquiry, told in zip(group, await self._ask_arm(arm, group, tickets, deadline, turn), strict=True):
+                    _take(inquiry, [told])
             else:
                 asked = await asyncio.gather(
                     *(self._ask_arm(arm, group, tickets, deadline, turn) for arm, group in by_arm.items())
                 )
-                told = dict(zip(by_arm, asked, strict=True))
-            answered = {arm: iter(outcomes) for arm, outcomes in told.items()}
-            under_way = [
-                inquiry for inquiry, chosen in asking if _take(inquiry, [next(answered[arm]) for arm in chosen])
-            ]
+                answered = {arm: iter(outcomes) for arm, outcomes in zip(by_arm, asked, strict=True)}
+                for inquiry, chosen in going_on:
+                    _take(inquiry, [next(answered[arm]) for arm in chosen])
+            going_on = [(one, wanted) for one, _ in going_on if (wanted := _wanted(one, pool))]
             turn += 1
 
     async def _ask_arm(
@@ -132,12 +128,15 @@ class Asker:
         limit = min(deadline, asyncio.get_running_loop().time() + patience)
         outcomes: Sequence[list[float] | WorkerError] = []
         try:
-            outcomes = await scorer.score_groups(groups, deadline=limit, slots=ticket.slots)
+            outcomes = await scorer.score_groups(groups, deadline=limit, slots=ticket.slots if tickets.shared else None)
         finally:
             lost = any(isinstance(outcome, WorkerTimeoutError | WorkerUnavailableError) for outcome in outcomes)
             ticket.take_back(len(group), lost=lost)
         seconds = time.perf_counter() - started
-        told = [_told(arm, turn, outcome, seconds) for outcome in outcomes]
+        told = [
+            _told(arm, turn, outcome, seconds, inquiry.plan.chance(arm))
+            for inquiry, outcome in zip(group, outcomes, strict=True)
+        ]
         answered = sum([error is None for _, error in told])
         if answered:
             self._called(scorer.name, "ok").inc(answered)
@@ -147,17 +146,25 @@ class Asker:
         return told
 
 
-def _next(inquiry: Inquiry, closed: frozenset[int], turn: int) -> Sequence[int]:
-    """Return the arms to ask in this turn; what the plan wanted and could not have is noted as an attempt."""
-    plan = inquiry.plan
-    chosen = wanted = plan.next_arms(inquiry.order, inquiry.attempts)
-    if not closed:
-        return chosen
+def _wanted(inquiry: Inquiry, arms: Sequence[Arm]) -> Sequence[int]:
+    """Return whom the plan wants to ask next; without an answer and with nobody left, the error is noted."""
+    if inquiry.error is not None:
+        return ()
+    wanted = inquiry.plan.next_arms(inquiry.order, inquiry.attempts)
+    if not wanted and not answers(inquiry.attempts):
+        inquiry.error = _nothing_left(inquiry, arms)
+    return wanted
+
+
+def _able(
+    inquiry: Inquiry, wanted: Sequence[int], closed: frozenset[int], turn: int, arms: Sequence[Arm]
+) -> Sequence[int]:
+    """Return the arms that can be asked in this turn; who is wanted and cannot be is noted as an attempt."""
     while wanted:
-        chosen = [arm for arm in wanted if arm not in closed]
+        able = [arm for arm in wanted if arm not in closed]
         away = [Attempt(arm, turn, Outcome.AWAY, UNAVAILABLE) for arm in wanted if arm in closed]
         inquiry.attempts = (*inquiry.attempts, *away)
-        if chosen:
+        if able:
             tried = {attempt.arm for attempt in inquiry.attempts if attempt.outcome is not Outcome.ABSENT}
             absent = [
                 Attempt(arm, turn, Outcome.ABSENT, UNAVAILABLE)
@@ -165,28 +172,29 @@ def _next(inquiry: Inquiry, closed: frozenset[int], turn: int) -> Sequence[int]:
                 if arm in closed and arm not in tried
             ]
             inquiry.attempts = (*inquiry.attempts, *absent)
-            return chosen
-        wanted = plan.next_arms(inquiry.order, inquiry.attempts)
+            return able
+        wanted = _wanted(inquiry, arms)
     return ()
 
 
-def _told(arm: int, turn: int, outcome: list[float] | WorkerError, seconds: float) -> Told:
+def _told(arm: int, turn: int, outcome: list[float] | WorkerError, seconds: float, chance: float) -> Told:
     if isinstance(outcome, WorkerError):
-        return Told(Attempt(arm, turn, Outcome.FAILED, outcome.code, seconds=seconds, price=PRICE), outcome)
+        return Told(Attempt(arm, turn, Outcome.FAILED, outcome.code, [], TIE, seconds, PRICE, 0, chance), outcome)
     cut = outcome.prompt_tokens_cut if isinstance(outcome, Rewards) else 0
     rewards = [*outcome]
-    return Told(Attempt(arm, turn, Outcome.ANSWERED, "", rewards, verdict_of(rewards), seconds, PRICE, cut), None)
+    return Told(
+        Attempt(arm, turn, Outcome.ANSWERED, "", rewards, verdict_of(rewards), seconds, PRICE, cut, chance), None
+    )
 
 
-def _take(inquiry: Inquiry, told: Sequence[Told]) -> bool:
-    """Note what came back. Return True if the plan goes on."""
+def _take(inquiry: Inquiry, told: Sequence[Told]) -> None:
+    """Note what came back."""
     inquiry.attempts = (*inquiry.attempts, *[attempt for attempt, _ in told])
     for _, error in told:
         if isinstance(error, WorkerRejectedError):
             inquiry.refusal = error
-        if isinstance(error, WorkerTooLongError) and error.final:
-            inquiry.error = error
-    return inquiry.error is None
+            if isinstance(error, WorkerTooLongError) and error.final:
+                inquiry.error = error
 
 
 def tried(attempts: Sequence[Attempt], arms: Sequence[Arm]) -> list[dict[str, str]]:

@@ -34,9 +34,13 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
         arm: index of the scorer whose answer the caller got; None where the plan combined several.
         rewards: what the caller got, raw, per response (n,).
         verdict: the preferred response that the caller got, or TIE.
-        propensity: probability of `arm` among those that could answer; 1 where several were combined.
+        propensity: probability of `arm` among those that could answer; of the whole sequence where further arms were
+            drawn; 1 where everyone is asked.
         sticky: key of the draw that this decision shares with other singles of its prompt; "" for a draw of its own.
             `means`, `sds`, `propensities` and `version` are those of the shared draw.
+        multiplier: price of a call, in units of P(right), that further draws were made with; 0 where price did not
+            matter.
+        p_right: probability that the verdict is right; None where nothing says.
         shadows: attempts after the reply, at the scorers that the plan had not asked; None where the decision was not
             chosen for that.
     """
@@ -56,6 +60,8 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
     verdict: int
     propensity: float
     sticky: str = ""
+    multiplier: float = 0.0
+    p_right: float | None = None
     shadows: list[Attempt] | None = None
 
     @property

@@ -3,7 +3,8 @@
 Each request that asks for it appends the moments of its raw scores to the run's score log and folds what the log holds
 by then, its own entry included. So a reward is a function of (raw score, RM, version of the scale), and a version means
 the same numbers everywhere. Requests that come together share one exchange with the store. Called by `score`; the
-mathematics is `router_core.moments`.
+mathematics is `router_core.moments`. Absurd numbers heal: a score beyond `MAX_ABS_SCORE` is not folded and answered
+null; an entry's moments that no other scores have are skipped; an RM whose snapshot has such moments starts again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from router_core.errors import RouterCoreError
-from router_core.moments import Moments, ScoreScales
+from router_core.moments import Moments, ScoreScales, is_usable
 from router_core.policies import ScoreScale
 from service.errors import StoreUnavailableError
 from service.stores.protocol import ScoreEntry, Store
@@ -152,7 +153,7 @@ class Normaliser:
     async def _load(self, run: Run, followed: _Followed) -> None:
         data = await self._store.load_scale(run.name)
         first = first_scales(len(run.template.arms), run.template.score_scale)
-        followed.scales = first if data is None else parse_scales(data, len(run.template.arms))
+        followed.scales = first if data is None else healed(parse_scales(data, len(run.template.arms)), first)
         followed.mark = None if data is None else followed.scales.last_id
         followed.loaded = True
 
@@ -195,12 +196,18 @@ def first_scales(n_arms: int, known: ScoreScale | None) -> ScoreScales:
     return ScoreScales(0, "0-0", tuple(Moments(PRIOR_SCORES, mean, PRIOR_SCORES * sd * sd) for mean, sd in pairs))
 
 
+def healed(scales: ScoreScales, first: ScoreScales) -> ScoreScales:
+    """A snapshot's scales, where an RM with moments that no usable scores have begins as it first did."""
+    pairs = zip(scales.arms, first.arms, strict=True)
+    return ScoreScales(scales.count, scales.last_id, tuple(m if m.possible else start for m, start in pairs))
+
+
 def moments_by_arm(scored: Sequence[Scored]) -> list[tuple[int, Moments]]:
-    """One (arm, moments) per RM that answered, in arm order."""
+    """One (arm, moments) per RM that gave a usable score, in arm order."""
     by_arm: dict[int, list[float]] = {}
     for arm, scores in scored:
-        by_arm.setdefault(arm, []).extend(scores)
-    return [(arm, Moments.of(by_arm[arm])) for arm in sorted(by_arm)]
+        by_arm.setdefault(arm, []).extend(filter(is_usable, scores))
+    return [(arm, Moments.of(by_arm[arm])) for arm in sorted(by_arm) if by_arm[arm]]
 
 
 def encode_entry(seen: Sequence[tuple[int, Moments]]) -> bytes:
@@ -238,7 +245,7 @@ def parse_scales(data: bytes, n_arms: int) -> ScoreScales:
         if document["format"] != FORMAT or len(arms) != n_arms:
             raise ValueError(f"format {document['format']!r} of {len(arms)} RMs")
         return ScoreScales(int(document["count"]), str(document["last_id"]), arms)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, OverflowError, KeyError, TypeError) as error:
         raise ScoreLogError(
             f"the snapshot of the score log is no {FORMAT!r} of {n_arms} RMs ({error}): use a new run name"
         ) from error

@@ -5,14 +5,16 @@ Pure functions of a `Job`. Called by `score`; asks nobody and saves nothing.
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
 
-from router_core.attempts import Attempt, Outcome, excluded, passed_over, waited_seconds
-from router_core.policies import Given, Policy, propensity_without
+from router_core.attempts import Attempt, Outcome, excluded, first_choice, passed_over, waited_seconds
+from router_core.policies import AllCalls, Given, Policy, answers_of, propensity_without
+from router_core.prior import PriorForm
 from router_core.records import TIE
 from service.schemas import AttemptReply, Fallback, RewardReply, Timings, Truncated
 from service.usecases.ask import Inquiry
@@ -28,7 +30,8 @@ class Job(Inquiry):
 
     Attributes:
         run: its run.
-        policy: who drew; the plan of the inquiry.
+        policy: who drew, and made the plan.
+        multiplier: price of a call in units of P(right) when the plan was made; 0 where price did not matter.
         chosen: the draws of its pass.
         row: its place there.
         sticky: key of the draw that singles of this prompt share; see `StoredDecision.sticky`.
@@ -43,6 +46,7 @@ class Job(Inquiry):
     policy: Policy
     chosen: Chosen
     row: int
+    multiplier: float = 0.0
     sticky: str = ""
     followed: StickyChoice | None = None
     given: Given | None = None
@@ -52,9 +56,25 @@ class Job(Inquiry):
     decision: StoredDecision | None = None
 
     def conclude(self) -> None:
-        """Make the reward of the answers, unless there is an error."""
+        """Make the reward of the answers, unless there is an error; the run's budget is told what it cost."""
         if self.error is None:
-            self.given = self.policy.conclude(self.attempts, self.run.scale_of)
+            given = self.plan.conclude(self.attempts, self.run.scale_of)
+            self.given = given if given.p_right is not None else replace(given, p_right=self._right(given))
+        self.run.spent(self.policy, sum([attempt.price for attempt in self.attempts]))
+
+    def _right(self, given: Given) -> float | None:
+        """Return the probability that a verdict is right which no learned votes have made; None where nothing says."""
+        combination, n = self.run.template.combination, len(self.instance.responses)
+        if combination is None or n == 1 or self.run.prior.form is not PriorForm.CALIBRATED:
+            return None
+        if given.verdict == TIE:
+            return 1.0 / n
+        offsets = self.chosen.offsets[self.row]
+        if given.arm is not None:
+            best, second = sorted(given.rewards)[:-3:-1]
+            return combination.votes.alone(given.arm, float(offsets[given.arm]), best - second, n)
+        told = answers_of(self.attempts, combination.votes.n_arms, n)
+        return float(combination.votes.probabilities(offsets[None], told)[0, given.verdict])
 
 
 def own_draw(job: Job) -> StickyChoice:
@@ -95,17 +115,31 @@ def decision_of(job: Job, given: Given, now_ms: int) -> StoredDecision:
         verdict=given.verdict,
         propensity=_propensity(job, given, draw),
         sticky=job.sticky,
+        multiplier=job.multiplier,
+        p_right=given.p_right,
     )
 
 
 def _propensity(job: Job, given: Given, draw: StickyChoice) -> float:
     """Return the probability that the arm would give the reward, among those that could."""
-    if given.arm is None:
+    if isinstance(job.policy, AllCalls) or (job.multiplier == 0.0 and given.arm is None):
         return 1.0
     if len(job.attempts) == 1:
-        return draw.propensities[given.arm]
+        return draw.propensities[job.attempts[0].arm]
+    if job.multiplier:
+        return _of_sequence(job, draw)
+    assert given.arm is not None
     gone = excluded(job.attempts, job.attempts[-1].turn)
     return propensity_without(np.array(draw.means), np.array(draw.sds), gone, given.arm)
+
+
+def _of_sequence(job: Job, draw: StickyChoice) -> float:
+    """Return the probability of the whole sequence of arms: the first draw's, times the chance of each further one."""
+    first = first_choice(job.attempts)
+    assert first is not None
+    means, sds = np.array(draw.means), np.array(draw.sds)
+    propensity = propensity_without(means, sds, excluded(job.attempts, 0), first.arm)
+    return propensity * math.prod([attempt.chance for attempt in job.attempts])
 
 
 def reply_of(
@@ -135,6 +169,8 @@ def reply_of(
         preferred=None if decision.verdict == TIE else decision.verdict,
         margin=ordered[0] - ordered[1] if len(ordered) > 1 else None,
         propensity=decision.propensity,
+        p_right=decision.p_right,
+        price=sum([attempt.price for attempt in job.attempts]),
         policy=decision.policy,
         posterior_version=decision.version,
         fallback=bool(fallbacks),

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from router_core.combine import Combination, Pacer
 from router_core.encoder.fuse import PairEncoder
 from router_core.errors import UnknownPolicyError
-from router_core.policies import Policy, RunningScale, ScoreScale, make_policy
+from router_core.policies import Policy, RunningScale, ScoreScale, View, make_policy
 from router_core.posterior import FoldSettings, Posterior, start
 from router_core.prior import Prior, PriorForm
 from router_core.records import Signal
@@ -33,7 +35,7 @@ from service.errors import (
     ValidationError,
 )
 from service.stores.ids import check_run
-from service.stores.protocol import Store
+from service.stores.protocol import RunIdentity, Store
 from service.workers.protocol import Arm
 
 IDLE_SECONDS = 60.0
@@ -56,6 +58,8 @@ class RunTemplate:
         policy: name of the policy of requests that name none.
         origin: what gives contexts and offsets: the checkpoint's digest, or the untrained encoder's name.
         score_scale: of the RMs' raw rewards; None: each run learns it.
+        combination: what the checkpoint learned about votes; None: no policy combines by them.
+        max_calls: scorers that one instance may be asked of, at most; None for no bound but the pool.
         blas_threads: of the linear algebra library; sums are grouped by them.
         seed: of the draws; None for the operating system's entropy.
 
@@ -78,6 +82,8 @@ class RunTemplate:
         policy: str,
         origin: str,
         score_scale: ScoreScale | None = None,
+        combination: Combination | None = None,
+        max_calls: int | None = None,
         blas_threads: int = 1,
         seed: int | None = None,
     ) -> None:
@@ -85,6 +91,8 @@ class RunTemplate:
         self.pool = tuple(arm.name for arm in arms)
         self.encoder = encoder
         self.score_scale = score_scale
+        self.combination = combination
+        self.max_calls = len(self.arms) if max_calls is None else max_calls
         self.fold_settings = fold_settings
         self.signal = signal
         self.seed = seed
@@ -108,7 +116,7 @@ class RunTemplate:
         """
         if name not in self._policies:
             try:
-                self._policies[name] = make_policy(name, self.pool)
+                self._policies[name] = make_policy(name, self.pool, self.combination)
             except UnknownPolicyError as error:
                 raise NotFoundError(str(error), details={"policy": name}) from error
         return self._policies[name]
@@ -168,12 +176,19 @@ class Run:
     Args:
         name: its name.
         template: what it shares with the others.
+        identity: what the name stood for in the store when the run was opened.
         form: of its prior; None: the template's.
+
+    Attributes:
+        failure: why the run does not learn, and takes no feedback; None while it does.
+        stalled: why its log cannot be read for some time now; None while it can.
+        acknowledged: id of the newest event that was acknowledged to a caller of this gateway.
     """
 
-    def __init__(self, name: str, template: RunTemplate, form: PriorForm | None = None) -> None:
+    def __init__(self, name: str, template: RunTemplate, identity: RunIdentity, form: PriorForm | None = None) -> None:
         self.name = name
         self.template = template
+        self.identity = identity
         self.prior = template.prior(form or template.form)
         self.fingerprint = template.fingerprint(self.prior.form)
         self.posterior: Posterior = start(self.prior, template.fold_settings)
@@ -182,11 +197,36 @@ class Run:
         self.last_event_id = "0-0"
         self.ready = asyncio.Event()
         self.failure: str | None = None
+        self.stalled: str | None = None
+        self.acknowledged = "0-0"
         self.recent: deque[tuple[NDArray[np.float32], NDArray[np.float64]]] = deque(maxlen=RECENT_INSTANCES)
         """Context (d,) and offsets (K,) of the first instance of each of the newest requests, for the metrics."""
         self.last_used = time.monotonic()
         entropy = None if template.seed is None else [template.seed, *name.encode()]
         self.rng = np.random.default_rng(entropy)
+        self.next_rng = np.random.default_rng(None if entropy is None else [*entropy, 1])
+        """Of the draws after the first: those happen on the event loop, the first ones in the chooser's thread."""
+        self._pacers: dict[str, Pacer] = {}
+
+    def view(self, policy: Policy, n: int, means: Sequence[float]) -> View:
+        """Return what the policy may know of one instance.
+
+        Args:
+            policy: whose plan.
+            n: number of responses.
+            means: of the draws (K,).
+        """
+        pacer = self._pacers.get(policy.name) or policy.pacer()
+        if pacer is None:
+            return View(n, means, None, self.template.max_calls, self.next_rng)
+        self._pacers[policy.name] = pacer
+        return View(n, means, pacer.multiplier, self.template.max_calls, self.next_rng)
+
+    def spent(self, policy: Policy, price: float) -> None:
+        """Tell the policy's budget what one instance cost, in units of the cheapest scorer."""
+        pacer = self._pacers.get(policy.name)
+        if pacer is not None:
+            self._pacers[policy.name] = pacer.spent(price)
 
     def scale_of(self, arms: Sequence[int], rewards: NDArray[np.float64]) -> ScoreScale:
         """Return the scale of the RMs that answered: the checkpoint's, else what the run has seen before these.
@@ -294,7 +334,9 @@ class RunRegistry:
         if name not in self._opening:
             if len(self._runs) + len(self._opening) >= self._max_runs and not self._close_idle():
                 raise OverCapacityError(
-                    f"{self._max_runs} runs are open and in use (max_runs): name one of them, or start another gateway"
+                    f"{self._max_runs} runs are open (max_runs), and none of them has been idle for "
+                    f"{IDLE_SECONDS:.0f} s, after which it makes room: name one of them, or start another gateway",
+                    retry_after_seconds=self._seconds_to_room(),
                 )
             self._opening[name] = asyncio.create_task(self._open(name, form))
             self._opening[name].add_done_callback(lambda _: self._opening.pop(name, None))
@@ -307,7 +349,8 @@ class RunRegistry:
             fingerprint = self.template.fingerprint(form)
         except ConfigurationError as error:
             raise ValidationError(error.message, details={"field": "policy"}) from error
-        standing = (await self._store.open_run(name, fingerprint.encode())).decode()
+        identity = await self._store.open_run(name, fingerprint.encode())
+        standing = identity.fingerprint.decode()
         if standing != fingerprint:
             form = _standing_form(standing) or form
             with contextlib.suppress(ConfigurationError):
@@ -316,17 +359,27 @@ class RunRegistry:
             raise RunConflictError(
                 f"run {name!r} was started with another pool, prior, checkpoint or fold setting: use a new run name, "
                 "or start the gateway with what the run was started with",
-                details={"run": name, "changed": _differences(standing, fingerprint)},
+                details={"run": name, "changed": differences(standing, fingerprint)},
             )
-        run = Run(name, self.template, form)
+        run = Run(name, self.template, identity, form)
         self._runs[name] = run
         self._closers[name] = self._on_open(run)
         return run
 
+    def _longest_unused(self) -> Run | None:
+        """The run that may be closed first. The default one stays open."""
+        others = [run for name, run in self._runs.items() if name != self.default]
+        return min(others, key=lambda run: run.last_used, default=None)
+
+    def _seconds_to_room(self) -> int:
+        """Whole seconds until a run can have been idle for long enough, at least 1."""
+        oldest = self._longest_unused()
+        idle = 0.0 if oldest is None else time.monotonic() - oldest.last_used
+        return max(1, math.ceil(IDLE_SECONDS - idle))
+
     def _close_idle(self) -> bool:
         """Close the run that has been idle for longest, if one is; what it learned is in the store."""
-        idle = [run for name, run in self._runs.items() if name != self.default]
-        oldest = min(idle, key=lambda run: run.last_used, default=None)
+        oldest = self._longest_unused()
         if oldest is None or time.monotonic() - oldest.last_used < IDLE_SECONDS:
             return False
         del self._runs[oldest.name]
@@ -335,7 +388,7 @@ class RunRegistry:
 
     async def _wait_until_ready(self, run: Run) -> None:
         if run.failure is not None:
-            raise NotReadyError(f"the learner of run {run.name!r} stopped: {run.failure}", details={"run": run.name})
+            raise NotReadyError(failure_of(run), details={"run": run.name})
         try:
             await asyncio.wait_for(run.ready.wait(), self._timeout_seconds)
         except TimeoutError as error:
@@ -344,13 +397,19 @@ class RunRegistry:
             ) from error
 
 
+def failure_of(run: Run) -> str:
+    """The sentence on a run that does not learn."""
+    return f"the learner of run {run.name!r} stopped: {run.failure}"
+
+
+def differences(standing: str, wanted: str) -> dict[str, object]:
+    """What differs between two fingerprints, by field: the run's value and the gateway's."""
+    old, new = json.loads(standing), json.loads(wanted)
+    return {key: {"run": old.get(key), "gateway": new[key]} for key in new if old.get(key) != new[key]}
+
+
 def _standing_form(fingerprint: str) -> PriorForm | None:
     """The prior form in a fingerprint; None if this version does not know it."""
     with contextlib.suppress(ValueError):
         return PriorForm(json.loads(fingerprint)["prior"])
     return None
-
-
-def _differences(standing: str, wanted: str) -> dict[str, object]:
-    old, new = json.loads(standing), json.loads(wanted)
-    return {key: {"run": old.get(key), "gateway": new[key]} for key in new if old.get(key) != new[key]}

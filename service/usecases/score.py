@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from router_core.attempts import passed_over, waited_seconds
-from router_core.policies import OneCall
+from router_core.policies import AllCalls, OneCall
 from router_core.records import Instance
 from service.errors import NoWorkerError, ServiceError, StoreUnavailableError, ValidationError
 from service.schemas import RewardReply, RewardRequest
@@ -207,12 +207,14 @@ class RewardService:
         """
         if not wholes:
             return {}
-        tickets = Tickets(self._runs.template.arms)
+        arms = self._runs.template.arms
         if len(wholes) == 1 and len(wholes[0]) == 1:
+            tickets = Tickets(arms)
             piece = wholes[0][0]
             jobs = await self._choose(piece, deadline)
             await self._ask(jobs, tickets, deadline)
             return dict(zip(piece.indices, jobs, strict=True))
+        tickets = Tickets(arms, shared=True)
         routed = await asyncio.gather(*(self._route_whole(pieces, tickets, deadline) for pieces in wholes))
         outcomes = [outcome for part in routed for outcome in part]
         failed = [outcome for _, outcome in outcomes if isinstance(outcome, ServiceError)]
@@ -271,11 +273,23 @@ class RewardService:
                         [arm for arm in ranking if drawn[arm] != -float("inf")]
                         for ranking, drawn in zip(rankings, draws.tolist(), strict=True)
                     ]
-                jobs = [
-                    Job(policy, instance, rankings[row], run=run, policy=policy, chosen=chosen, row=row)
-                    for row, instance in enumerate(piece.instances)
-                ]
-                if isinstance(policy, OneCall):
+                means = chosen.choices.means.tolist()
+                jobs = []
+                for row, instance in enumerate(piece.instances):
+                    view = run.view(policy, len(instance.responses), means[row])
+                    jobs.append(
+                        Job(
+                            policy.plan_for(view),
+                            instance,
+                            rankings[row],
+                            run=run,
+                            policy=policy,
+                            chosen=chosen,
+                            row=row,
+                            multiplier=view.multiplier or 0.0,
+                        )
+                    )
+                if not isinstance(policy, AllCalls):
                     if self._sticky.seconds:
                         await self._stick(jobs)
                     for arm, count in _counted([job.order[0] for job in jobs]).items():
@@ -308,7 +322,7 @@ class RewardService:
         """Put the rewards of those that one RM answered on its scale; one exchange with the store per run."""
         by_run: dict[str, list[Job]] = {}
         for job in jobs:
-            if job.given is not None and job.given.arm is not None:
+            if job.given is not None and job.given.arm is not None and isinstance(job.policy, OneCall):
                 by_run.setdefault(job.run.name, []).append(job)
 
         async def of_run(answered: list[Job]) -> None:

@@ -12,10 +12,10 @@ from pydantic import BaseModel, Field
 from router_core.moments import ScoreScales
 from router_core.policies.bayesian import posterior_beliefs
 from service.encoders.protocol import AwaitedEncoder
-from service.errors import NotFoundError, NotReadyError, RunConflictError, StoreUnavailableError
+from service.errors import NotFoundError, NotReadyError, RunConflictError, ServiceError, StoreUnavailableError
 from service.stores.protocol import Store
 from service.telemetry import Telemetry
-from service.usecases.runs import Run, RunRegistry
+from service.usecases.runs import Run, RunRegistry, failure_of
 
 
 class ReplicaStatus(BaseModel):
@@ -156,7 +156,7 @@ class StatusService:
                 appended = (await self._store.log_status(run.name)).appended
                 if run.name in self._runs.runs:
                     self._telemetry.log_lag.labels(run.name).set(max(appended - run.posterior.count, 0))
-        except StoreUnavailableError:
+        except ServiceError:
             self._telemetry.store_errors.labels("log_status").inc()
             return False
         return True
@@ -171,7 +171,8 @@ class StatusService:
         """
         try:
             run = await self._runs.open(None)
-            await self._store.ping()
+            # Ready means that a decision can be saved: a server that is full or read-only answers a ping too.
+            await self._store.probe(run.name)
         except RunConflictError as error:
             raise NotReadyError(error.message, details=error.details) from error
         except StoreUnavailableError:
@@ -180,7 +181,9 @@ class StatusService:
                 raise
             run = loaded
         if run.failure is not None:
-            raise NotReadyError(f"the learner of run {run.name!r} stopped: {run.failure}")
+            raise NotReadyError(failure_of(run), details={"run": run.name})
+        if run.stalled is not None and not self._answers_without_store:
+            raise NotReadyError(f"the log of run {run.name!r} cannot be read: {run.stalled}", details={"run": run.name})
         if not run.ready.is_set():
             raise NotReadyError(
                 f"run {run.name!r} is replaying its log: {run.posterior.count} events so far", details={"run": run.name}

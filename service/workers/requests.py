@@ -164,7 +164,7 @@ class Requester:
         else:
             if response.status == 200:
                 try:
-                    rewards = read_rewards(response.body, count, self._bound.value)
+                    rewards = self._read(response.body, count)
                 except AnswerShapeError as error:
                     replica.blame(permit, str(error))
                     raise _FailedError(str(error), blamed=True, unreadable=True) from error
@@ -173,7 +173,6 @@ class Requester:
                     unreadable = True
                 else:
                     replica.accept(permit, number)
-                    self._bound.learn(rewards)
                     return self._transformed(rewards)
             else:
                 reason = detail = f"{response.status} {error_message(response.body)}"
@@ -183,6 +182,20 @@ class Requester:
                     raise _FailedError(reason, blamed=True)
         well = await self._is_well(replica, permit, number, detail, rendering, until)
         raise _FailedError(reason, blamed=not well, unreadable=unreadable)
+
+    def _read(self, body: bytes, count: int) -> list[float]:
+        """The rewards in an answer, within the RM's bound.
+
+        Raises:
+            AnswerError: see `read_rewards` and `RewardBound.check`.
+        """
+        rewards = read_rewards(body, count)
+        try:
+            self._bound.check(rewards)
+        finally:
+            # The good ones of an answer that is refused, too: they say that the outlier, asked alone, is one.
+            self._bound.learn(rewards)
+        return rewards
 
     async def _is_well(
         self, replica: Replica, permit: int, number: int, reason: str, rendering: Rendering, until: float
@@ -206,7 +219,7 @@ class Requester:
             body = encode(rendering, self._config.served_model, [(PROBE_PROMPT, PROBE_RESPONSE)])
             response = await replica.check("POST", CLASSIFY_PATH, body, deadline=until)
             if response.status == 200:
-                read_rewards(response.body, 1, self._bound.value)
+                self._bound.check(read_rewards(response.body, 1))
         except (HttpError, AnswerError, RenderError):
             return False
         return response.status == 200

@@ -101,9 +101,9 @@ async def test_a_store_answers_a_ping(store: Store) -> None:
 
 
 async def test_the_first_fingerprint_stands(store: Store, run: str) -> None:
-    assert await store.open_run(run, AWKWARD) == AWKWARD
-    assert await store.open_run(run, b"another") == AWKWARD
-    assert await store.open_run(run + "x", b"another") == b"another"
+    assert (await store.open_run(run, AWKWARD)).fingerprint == AWKWARD
+    assert (await store.open_run(run, b"another")).fingerprint == AWKWARD
+    assert (await store.open_run(run + "x", b"another")).fingerprint == b"another"
 
 
 async def test_a_feedback_is_appended_once_with_its_bytes_verbatim(store: Store, run: str) -> None:

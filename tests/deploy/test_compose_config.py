@@ -186,6 +186,22 @@ def test_what_we_build_runs_without_capabilities_on_a_read_only_root(services: d
         assert service["security_opt"] == ["no-new-privileges:true"], name
 
 
+def test_vllm_runs_as_its_images_user_without_capabilities_on_a_read_only_root() -> None:
+    services = compose_config("gpu", "encoder", variables=SECRETS)["services"]
+    found = {name: service for name, service in services.items() if "vllm" in service["image"]}
+    assert {"weights", "encoder"} < set(found)
+    for name, service in found.items():
+        assert service["user"] == "2000:0", name
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["tmpfs"] == ["/tmp:exec"], name
+        # A new volume takes over the owner of the image's folder that it hides: `vllm` owns its home and `.cache`.
+        writable = {volume["target"] for volume in service["volumes"] if not volume.get("read_only")}
+        assert writable <= {"/home/vllm", "/home/vllm/.cache"}, name
+        assert any(Path(service["environment"]["HOME"], ".cache").is_relative_to(path) for path in writable), name
+
+
 def pool_of(config: Config) -> Any:
     """The pool file that the profile's gateway mounts."""
     (found,) = (service for service in config["services"].values() if gateway(service))
@@ -243,8 +259,8 @@ def test_the_weights_are_downloaded_where_offline_workers_look_for_them(gpu: Con
     assert weights["environment"]["HF_HOME"] == cache["target"]
     for name, worker in workers(gpu["services"]).items():
         mounted = {volume["target"]: volume for volume in worker["volumes"]}
-        assert mounted[cache["target"]]["source"] == cache["source"], name
-        assert worker["environment"]["HF_HOME"] == cache["target"], name
+        found = mounted[worker["environment"]["HF_HOME"]]
+        assert (found["source"], found["read_only"]) == (cache["source"], True), name
         assert worker["environment"]["HF_HUB_OFFLINE"] == "1", name
 
 

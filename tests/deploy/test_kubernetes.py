@@ -147,10 +147,26 @@ def test_no_pod_may_do_more_than_it_has_to(everything: list[Manifest]) -> None:
             assert context["allowPrivilegeEscalation"] is False
             assert context["capabilities"] == {"drop": ["ALL"]}
             assert "memory" in container["resources"]["requests"]
-            # vLLM's image has no user of its own.
+            assert spec["securityContext"]["runAsNonRoot"] is True, name
+            assert context["readOnlyRootFilesystem"] is True, name
+
+
+def test_a_worker_may_write_where_its_variables_say(everything: list[Manifest]) -> None:
+    workers = of_kind(everything, "StatefulSet")
+    for name, template in pod_templates(everything).items():
+        for container in template["spec"]["containers"]:
             if container["name"] != "vllm":
-                assert spec["securityContext"]["runAsNonRoot"] is True, name
-                assert context["readOnlyRootFilesystem"] is True, name
+                continue
+            context = template["spec"]["securityContext"]
+            # The user of vLLM's image; the group makes a new volume writable.
+            assert (context["runAsUser"], context["runAsGroup"], context["fsGroup"]) == (2000, 0, 2000)
+            own = {volume["name"] for volume in template["spec"]["volumes"] if "emptyDir" in volume}
+            own |= {claim["metadata"]["name"] for claim in workers[name]["spec"]["volumeClaimTemplates"]}
+            writable = [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] in own]
+            environment = {variable["name"]: variable.get("value") for variable in container["env"]}
+            for variable in ("HOME", "HF_HOME", "VLLM_CACHE_ROOT"):
+                assert any(Path(environment[variable]).is_relative_to(path) for path in writable), variable
+            assert {"/tmp", "/dev/shm"} <= set(writable)
 
 
 # The gateway's settings, metrics and times.

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 
 from router_core.errors import NotFiniteError
 from router_core.moments import KNOWN_SCORES, MEMORY_SCORES, Moments, ScoreScales
+from router_core.records import MAX_ABS_SCORE
 
-SCORES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20)
+SCORES = st.lists(st.floats(-MAX_ABS_SCORE, MAX_ABS_SCORE), min_size=1, max_size=20)
+ANYTHING = st.floats()
+"""NaN, infinities and the largest numbers included."""
 ENTRIES = st.lists(st.tuples(st.integers(0, 2), SCORES), max_size=30)
 
 
@@ -75,7 +78,58 @@ def test_a_scale_is_unknown_until_there_is_spread_or_enough_that_is_alike() -> N
     assert (state.sd, state.normalise([3.0, 4.0])) == (0.0, [0.0, 1.0])
 
 
-@pytest.mark.parametrize("scores", [[math.nan], [math.inf, 1.0], [1e200, -1e200]])
+@given(
+    st.lists(
+        st.one_of(SCORES.map(Moments.of), st.builds(Moments, ANYTHING, ANYTHING, ANYTHING)).map(lambda m: [(0, m)]),
+        max_size=30,
+    )
+)
+def test_no_entry_makes_a_state_that_scores_cannot_have(entries: list[list[tuple[int, Moments]]]) -> None:
+    state = ScoreScales(0, "0-0", (Moments(),))
+    for seen in entries:
+        state = state.observe("1-0", seen)
+        (moments,) = state.arms
+        assert moments.possible
+        assert moments.count <= MEMORY_SCORES
+        assert all(z is None or math.isfinite(z) for z in moments.normalise([-MAX_ABS_SCORE, 0.0, MAX_ABS_SCORE]))
+    assert state.count == len(entries)
+
+
+@given(st.lists(SCORES, min_size=1, max_size=20))
+def test_moments_of_scores_within_the_bound_are_always_possible(entries: list[list[float]]) -> None:
+    state = Moments()
+    for scores in entries:
+        assert Moments.of(scores).possible
+        state = state.merge(Moments.of(scores))
+        assert state.possible
+
+
+@pytest.mark.parametrize(
+    ("arm", "absurd"),
+    [
+        (0, Moments(2.0, 1e300, 0.0)),
+        (0, Moments(2.0, 0.0, 1e300)),
+        (0, Moments(2.0, 0.0, -1.0)),
+        (0, Moments(math.inf, 0.0, 1.0)),
+        (0, Moments(-2.0, 0.0, 1.0)),
+        (0, Moments(2.0, math.nan, math.nan)),
+        (1, Moments(2.0, 0.0, 2.0)),
+        (-1, Moments(2.0, 0.0, 2.0)),
+    ],
+)
+def test_an_absurd_entry_has_a_place_in_the_log_and_changes_no_scale(arm: int, absurd: Moments) -> None:
+    before = ScoreScales(1, "1-0", (Moments.of([1.0, 3.0]),))
+    assert before.observe("2-0", [(arm, absurd)]) == ScoreScales(2, "2-0", before.arms)
+
+
+@given(st.floats().filter(lambda score: not abs(score) <= MAX_ABS_SCORE))
+def test_a_score_beyond_the_bound_has_no_place_on_a_scale(score: float) -> None:
+    assert Moments.of([1.0, 3.0]).normalise([score, 3.0]) == [None, 1.0]
+    with pytest.raises(NotFiniteError, match="finite"):
+        Moments.of([1.0, score])
+
+
+@pytest.mark.parametrize("scores", [[math.nan], [math.inf, 1.0], [1e200, -1e200], [1e7, 1e7]])
 def test_what_has_no_finite_moments_is_refused(scores: list[float]) -> None:
     with pytest.raises(NotFiniteError, match="finite"):
         Moments.of(scores)

@@ -282,6 +282,21 @@ def test_an_rm_without_statistics_is_normalised_inside_the_group() -> None:
     assert (second.shift.tolist(), second.scale.tolist()) == ([8.0, 15.0], [1.0, 5.0])
 
 
+@pytest.mark.parametrize("absurd", [1e300, -1e7, np.inf, np.nan])
+def test_an_absurd_reward_is_not_counted_by_a_running_scale(absurd: float) -> None:
+    running, clean = RunningScale(2), RunningScale(2)
+    group = np.array([[1.0, 3.0, 5.0], [10.0, 20.0, 60.0]])
+    for scale in (running, clean):
+        scale.observe([0, 1], group)
+    running.observe([0, 1], np.array([[absurd, absurd], [absurd, 4.0]]))
+    clean.observe([1], np.array([[4.0]]))
+    found, wanted = running.rows([0, 1], group), clean.rows([0, 1], group)
+    np.testing.assert_array_equal(found.shift, wanted.shift)
+    np.testing.assert_array_equal(found.scale, wanted.scale)
+    first = RunningScale(1).rows([0], np.array([[absurd, 1.0]]))
+    assert np.isfinite(first.scale).all()
+
+
 def test_scales_that_cannot_be_are_refused() -> None:
     with pytest.raises(NotFiniteError, match="positive"):
         ScoreScale(np.zeros(2), np.array([1.0, 0.0]))

@@ -115,7 +115,7 @@ async def test_runs_that_watch_for_nothing_keep_the_fingerprint_that_they_always
         await gateway.client.ok("/reward", pair())
         store = RedisStore(valkey_server.url, window_seconds=60)
         try:
-            fingerprint = json.loads(await store.open_run(gateway.run, b"{}"))
+            fingerprint = json.loads((await store.open_run(gateway.run, b"{}")).fingerprint)
         finally:
             await store.close()
         assert fingerprint["prior"] == "none"

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import statistics
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
 import redis
 
-from router_core.moments import ScoreScales
+from router_core.moments import Moments, ScoreScales
 from router_core.policies import ScoreScale
 from service.stores.protocol import ScoreEntry
 from service.usecases import normalise
@@ -171,6 +172,30 @@ async def test_every_reply_of_every_gateway_is_the_fold_of_one_log_bit_for_bit(v
     for reply in replies:
         arm = ("rm-a", "rm-b").index(reply["model"])
         assert reply["rewards"] == states[reply["scale_version"]].arms[arm].normalise(reply["raw_rewards"])
+
+
+async def test_absurd_scores_poison_no_scale(valkey_server: ValkeyProcess) -> None:
+    """One from an RM, one in the log, one in a snapshot: each is passed over, and rewards are those of the others."""
+    run = fresh_run()
+    arms = [ScriptedArm("rm-a", lambda _, response: 1e300 if response == "absurd" else float(len(response)))]
+    async with open_gateway(valkey_server.url, arms=arms, run=run) as gateway:
+        await gateway.client.ok("/reward", group(0, 1, 3))
+        absurd = {**group(1), "responses": ["absurd", "xxxxx"]}
+        assert (await gateway.client.ok("/reward", absurd))["rewards"][0] is None
+        poison = normalise.encode_entry([(0, Moments(2.0, 1e300, 1e305)), (7, Moments.of([1.0, 2.0]))])
+        with raw(valkey_server) as client:
+            (_, words), *_ = cast(Any, client.xrange(f"rr:{{{run}}}:scores"))
+            client.xadd(f"rr:{{{run}}}:scores", {**words, b"m": poison})
+        reply = await gateway.client.ok("/reward", group(2, 7))
+        assert reply["rewards"] == [pytest.approx(3.0 / math.sqrt(5.0))]
+        assert reply["scale_version"] == 4
+    with raw(valkey_server) as client:
+        last: Any = client.xrevrange(f"rr:{{{run}}}:scores", count=1)
+        snapshot = ScoreScales(4, last[0][0].decode(), (Moments(9.0, 1e300, 1e305),))
+        client.hset(f"rr:{{{run}}}:scale", mapping={"position": 4, "data": normalise.dump_scales(snapshot)})
+    async with open_gateway(valkey_server.url, arms=arms, run=run) as gateway:
+        reply = await gateway.client.ok("/reward", group(0, 1, 3))
+    assert (reply["rewards"], reply["scale_version"]) == ([-1.0, 1.0], 5)
 
 
 async def test_a_gateway_that_starts_later_goes_on_from_the_snapshot(valkey_server: ValkeyProcess) -> None:

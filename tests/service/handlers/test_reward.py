@@ -69,6 +69,8 @@ async def test_a_reply_says_what_was_asked_and_what_came_back(gateway: Gateway) 
         "preferred": 1,
         "margin": expected[1] - expected[0],
         "propensity": pytest.approx(1 / 3, abs=1e-3),
+        "p_right": None,
+        "price": 1.0,
         "policy": "bayesian",
         "posterior_version": 0,
         "fallback": False,

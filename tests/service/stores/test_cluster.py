@@ -92,7 +92,7 @@ def test_a_cluster_url_that_cannot_be_used_is_refused_at_once(url: str) -> None:
 async def test_a_server_that_is_no_cluster_is_named_with_the_remedy(valkey_server: object) -> None:
     port = valkey_server.port  # type: ignore[attr-defined]
     store = RedisStore(f"redis+cluster://127.0.0.1:{port}", window_seconds=1, timeout_seconds=0.3)
-    with pytest.raises(StoreUnavailableError, match=r"cluster support disabled.*redis://HOST:PORT/0"):
+    with pytest.raises(StoreUnavailableError, match=r"redis://HOST:PORT/0.*cluster support disabled"):
         await store.ping()
     await store.close()
 
@@ -219,7 +219,7 @@ async def test_in_the_middle_of_a_move_decisions_are_saved_and_feedback_waits_it
             await hasty.apply_feedback(run, [FeedbackRecord(b"1", content_key=key)])
     young = decision()
     await store.save_decisions(run, [young])
-    assert await store.open_run(run, b"f") == b"f"
+    assert (await store.open_run(run, b"f")).fingerprint == b"f"
     movable.move_keys(run, source, target)
     movable.end_move(run, source, target)
     results = await store.apply_feedback(

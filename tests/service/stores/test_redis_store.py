@@ -13,7 +13,7 @@ import pytest
 
 from service.errors import ConfigurationError, StoreUnavailableError
 from service.stores.ids import new_decision_id
-from service.stores.protocol import DecisionRecord, FeedbackRecord, FeedbackStatus
+from service.stores.protocol import DecisionRecord, FeedbackRecord, FeedbackStatus, ForeignEntryError
 from service.stores.redis import RedisStore
 from service.stores.resp import ReplyError, RespClient
 
@@ -101,7 +101,7 @@ async def test_a_full_server_refuses_feedback_and_marks_nothing(own_valkey_serve
 
 async def test_a_stream_of_another_program_is_refused(store: RedisStore, raw: RespClient, run: str) -> None:
     await raw.execute("XADD", f"rr:{{{run}}}:log", "*", "other", "1")
-    with pytest.raises(ReplyError, match="written by another program"):
+    with pytest.raises(ForeignEntryError, match="written by another program"):
         await store.read_log(run, "0-0", count=1, block_ms=0)
 
 

@@ -18,12 +18,13 @@ from router_core.attempts import Attempt, Outcome
 from router_core.posterior import FoldSettings, Posterior
 from router_core.prior import NONE_HYPERPARAMETERS, Prior, no_prior
 from router_core.records import Event, Feedback, Signal
+from service.errors import NotReadyError
 from service.stores.ids import new_decision_id
-from service.stores.protocol import DecisionRecord, FeedbackRecord, LogEntry
+from service.stores.protocol import DecisionRecord, FeedbackRecord, LogEntry, RunIdentity
 from service.stores.redis import RedisStore
 from service.telemetry import Telemetry
 from service.usecases.decisions import StoredDecision, encode_decision, encode_feedback
-from service.usecases.learn import Learner
+from service.usecases.follow import Learner
 from service.usecases.runs import Run, RunTemplate
 from tests.support.arms import ScriptedArm
 from tests.support.gateway import DIM, fold_from_scratch, fresh_run, read_events, small_encoder, until
@@ -127,10 +128,17 @@ class Stage:
 
     @asynccontextmanager
     async def replica(
-        self, *, keep_events: int = KEEP_ALL, store: RedisStore | None = None, template: RunTemplate | None = None
+        self,
+        *,
+        keep_events: int = KEEP_ALL,
+        store: RedisStore | None = None,
+        template: RunTemplate | None = None,
+        identity: RunIdentity | None = None,
     ) -> AsyncIterator[Run]:
         """A learner that follows the log, until the end of the block."""
-        run = Run(self.run, template or self.template())
+        template = template or self.template()
+        identity = identity or await self.store.open_run(self.run, template.fingerprint(template.form).encode())
+        run = Run(self.run, template, identity)
         learner = Learner(run, store or self.store, self.executor, Telemetry(), keep_events=keep_events)
         task = asyncio.create_task(learner.run_forever())
         try:
@@ -326,7 +334,7 @@ async def test_a_replica_that_missed_events_never_saves_a_snapshot_without_them(
         assert (await stage.caught_up(run, 250)).digest() == stage.folded()
 
 
-async def test_events_that_the_store_lost_are_forgotten_by_the_replica_too(stage: Stage) -> None:
+async def test_a_run_that_lost_an_event_fails_and_goes_on_once_the_store_holds_it_again(stage: Stage) -> None:
     async with stage.replica() as run:
         await stage.append(12)
         await stage.caught_up(run, 12)
@@ -336,8 +344,53 @@ async def test_events_that_the_store_lost_are_forgotten_by_the_replica_too(stage
             for event_id, words in entries[:11]:
                 restored.xadd(stage.key("log"), words, id=event_id)
             restored.execute()
-        await until(lambda: run.posterior.count == 11, "the log's eleven events")
-        assert run.posterior.digest() == stage.folded(stage.appended[:11])
+        await until(lambda: run.failure, "the loss noticed")
+        assert "restore the store from a backup" in (run.failure or "")
+        event_id, words = entries[11]
+        stage.server().xadd(stage.key("log"), words, id=event_id)
+        await until(lambda: run.failure is None, "healed")
+        assert (await stage.caught_up(run, 12)).digest() == stage.folded()
+
+
+async def test_a_young_run_that_the_store_lost_fails_and_its_name_is_taken_again_for_the_same_pool(
+    stage: Stage,
+) -> None:
+    async with stage.replica() as run:
+        await stage.append(3)
+        await stage.caught_up(run, 3)
+        stage.server().delete(stage.key("log"), stage.key("meta"))
+        await until(lambda: run.failure, "the loss noticed")
+        await until(lambda: stage.server().exists(stage.key("meta")), "the name is kept")
+        check = await stage.store.check_run(stage.run, ())
+        assert check.identity is not None
+        assert check.identity.fingerprint == run.identity.fingerprint
+        assert check.identity.born != run.identity.born
+        with pytest.raises(NotReadyError, match="has lost run"):
+            await stage.store.apply_feedback(
+                stage.run, [FeedbackRecord(b"preference:1.0", decision_id="d")], identity=run.identity
+            )
+
+
+async def test_a_reader_that_the_server_unblocks_with_an_error_goes_on(own_valkey_server: ValkeyProcess) -> None:
+    store = RedisStore(own_valkey_server.url, window_seconds=3600, timeout_seconds=5)
+    with ThreadPoolExecutor(1) as executor:
+        stage = Stage(own_valkey_server.url, fresh_run(), store, executor, np.random.default_rng(5))
+        async with stage.replica() as run:
+            await stage.append(2)
+            await stage.caught_up(run, 2)
+
+            def unblocked() -> bool:
+                clients = stage.server().client_list()
+                return any(
+                    stage.server().execute_command("CLIENT", "UNBLOCK", client["id"], "ERROR")
+                    for client in clients
+                    if client["cmd"] == "xread"
+                )
+
+            await until(unblocked, "a blocked reader")
+            await stage.append(2)
+            assert (await stage.caught_up(run, 4)).digest() == stage.folded()
+        await store.close()
 
 
 async def test_a_snapshot_that_cannot_be_read_is_refused_by_name(stage: Stage) -> None:
@@ -363,8 +416,10 @@ async def test_the_learner_waits_for_a_store_that_is_away(own_valkey_server: Val
     with ThreadPoolExecutor(1) as executor:
         stage = Stage(own_valkey_server.url, fresh_run(), store, executor, np.random.default_rng(5))
         await stage.append(20)
+        template = stage.template()
+        identity = await store.open_run(stage.run, template.fingerprint(template.form).encode())
         own_valkey_server.kill()
-        async with stage.replica() as run:
+        async with stage.replica(identity=identity) as run:
             await asyncio.sleep(0.1)
             assert not run.ready.is_set()
             assert run.failure is None

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
+from router_core.moments import Moments, ScoreScales
+from router_core.policies import ScoreScale
 from service.errors import StoreUnavailableError
 from service.stores.memory import MemoryStore
 from service.stores.protocol import ScoreEntry
@@ -19,6 +23,7 @@ from service.usecases.normalise import (
     dump_scales,
     encode_entry,
     first_scales,
+    healed,
     moments_by_arm,
     parse_scales,
 )
@@ -130,6 +135,18 @@ def test_entries_and_snapshots_come_back_exactly() -> None:
     assert decode_entry(ScoreEntry("1-0", encode_entry(seen))) == seen
     scales = first_scales(2, None).observe("1-0", seen)
     assert parse_scales(dump_scales(scales), 2) == scales
+
+
+def test_a_snapshot_with_absurd_moments_heals_to_where_that_rm_began() -> None:
+    first = first_scales(2, ScoreScale(np.array([1.0, 2.0]), np.array([3.0, 4.0])))
+    kept = Moments.of([5.0, 6.0])
+    poisoned = ScoreScales(7, "7-0", (Moments(9.0, 1e300, 1e305), kept))
+    read = parse_scales(dump_scales(poisoned), 2)
+    assert healed(read, first) == ScoreScales(7, "7-0", (first.arms[0], kept))
+
+
+def test_scores_beyond_the_bound_are_in_no_entry() -> None:
+    assert moments_by_arm([(0, [1e300, 1.0]), (1, [math.nan]), (0, [3.0])]) == [(0, Moments.of([1.0, 3.0]))]
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b'{"format": "other", "arms": []}', dump_scales(first_scales(3, None))])

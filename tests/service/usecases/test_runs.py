@@ -157,9 +157,9 @@ async def test_a_run_that_cannot_be_replayed_refuses_requests_at_once(valkey_ser
             response = await gateway.client.post("/reward", pair())
             assert (response.status, response.error["code"]) == (503, "not_ready")
             assert "SnapshotError" in response.error["message"]
-            # Feedback only appends to the log, which needs no posterior.
+            # Feedback into a log that cannot reach the posterior would be acknowledged and lost.
             response = await gateway.client.post("/feedback", {"decision_id": "d", "preferred": 0})
-            assert (response.status, response.error["code"]) == (404, "not_found")
+            assert (response.status, response.error["code"]) == (503, "not_ready")
 
 
 async def test_feedback_makes_no_run(valkey_server: ValkeyProcess) -> None:
@@ -279,7 +279,7 @@ async def test_a_run_whose_prior_this_version_does_not_know_is_refused(valkey_se
     async with open_gateway(valkey_server.url) as gateway:
         run = gateway.run + "-later"
         with redis.Redis.from_url(valkey_server.url) as server:
-            server.set(f"rr:{{{run}}}:meta", b'{"prior": "tea-leaves"}')
+            server.set(f"rr:{{{run}}}:meta", b'0 {"prior": "tea-leaves"}')
         response = await gateway.client.post("/reward", {**pair(), "run": run})
         assert (response.status, response.error["code"]) == (409, "run_conflict")
         assert response.error["details"]["changed"]["prior"] == {"run": "tea-leaves", "gateway": "none"}

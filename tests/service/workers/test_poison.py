@@ -321,6 +321,17 @@ async def test_a_reward_beyond_what_the_rm_has_given_is_that_attempts_failure(se
     await arm.close()
 
 
+async def test_the_learned_bound_holds_within_the_first_answer(serve: Serve) -> None:
+    worker = ScriptedWorker()
+    worker.answer = lambda request: (200, reply([1e5 if BAD in text else 1.0 for text in texts_of(request)]))
+    arm = arm_for(serve(worker))
+    fine, bad = await arm.score_groups([[("p", "fine")], [("p", BAD)]], deadline=soon())
+    assert fine == [1.0]
+    assert isinstance(bad, WorkerInputError)
+    assert "reward_limit" in bad.message
+    await arm.close()
+
+
 async def test_a_set_bound_holds_from_the_first_reward(serve: Serve) -> None:
     worker = poisoned(a_reward("51.0"))
     arm = arm_for(serve(worker), reward_limit=50.0)
