@@ -10,8 +10,8 @@ One row:
      "rm": {"NAME": {"score_a": 0.1, "score_b": 0.7, "verdict": "b"}}, "subset": "...", "domain": "...", "group": "..."}
 
 or, with several responses, `"responses": [...]`, `"label": 2` and `"rm": {"NAME": {"scores": [...], "verdict": 0}}`.
-`verdict` may be absent and is then derived from the scores; `subset`, `domain` and `group` may be absent; an RM that is
-absent from `rm` was not asked about that pair.
+`verdict` may be absent and is then derived from the scores; scores may be absent where there is a verdict; `subset`,
+`domain` and `group` may be absent; an RM that is absent from `rm` was not asked about that pair.
 """
 
 from __future__ import annotations
@@ -19,34 +19,88 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.errors import DatasetError
-from router_core.records import LabelledPair
+from router_core.errors import BadRowsError, DatasetError
+from router_core.files import numbered_lines
+from router_core.records import TIE, LabelledPair
 from router_core.rows import Row, complaint, encode_pair, parse_row
+
+MAX_NAMED_ROWS = 10
+"""Bad rows that an error names one by one; the others are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairsFile:
+    """What a file of labelled pairs holds.
+
+    Attributes:
+        pairs: the pairs with a better response, in order.
+        ties: how many more are labelled a tie. No RM is right or wrong about such a pair, so none is learned from.
+        skipped: one complaint per row that was left out because it breaks the format.
+    """
+
+    pairs: list[LabelledPair]
+    ties: int
+    skipped: tuple[DatasetError, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RowsFile:
+    """What a file of rows holds, labelled or not.
+
+    Attributes:
+        rows: in order.
+        skipped: as `PairsFile`.
+    """
+
+    rows: list[Row]
+    skipped: tuple[DatasetError, ...]
+
+
+def read_pairs(path: str | os.PathLike[str], *, skip_bad_rows: bool = False) -> PairsFile:
+    """Read every labelled row of a JSON Lines file, which may end in `.gz` or `.zst`; blank lines are skipped.
+
+    Args:
+        skip_bad_rows: leave out rows that break the format, instead of refusing the file.
+
+    Raises:
+        BadRowsError: rows break the format. The message names file, line, field, value and remedy of each, up to
+            `MAX_NAMED_ROWS`.
+        DatasetError: the file cannot be read, or no labelled row is left.
+    """
+    found, bad = _rows(Path(path), labelled=True)
+    _require_rows(Path(path), len(found), bad, skip_bad_rows)
+    pairs = [_labelled(row, row.label) for row in found if row.label is not None and row.label != TIE]
+    if not pairs:
+        raise DatasetError(f"{path}: every row is labelled a tie; nothing can be learned or judged by ties alone")
+    return PairsFile(pairs, len(found) - len(pairs), tuple(bad))
+
+
+def read_rows(path: str | os.PathLike[str], *, skip_bad_rows: bool = False) -> RowsFile:
+    """Read every row of a JSON Lines file as `read_pairs` does, but a row may have no label, or be a tie.
+
+    Raises:
+        BadRowsError, DatasetError: as `read_pairs`.
+    """
+    found, bad = _rows(Path(path), labelled=False)
+    _require_rows(Path(path), len(found), bad, skip_bad_rows)
+    return RowsFile(found, tuple(bad))
 
 
 def load_pairs(path: str | os.PathLike[str]) -> list[LabelledPair]:
-    """Read every row of a JSON Lines file; blank lines are skipped.
-
-    Raises:
-        DatasetError: the file cannot be read, holds no row, or a row breaks the format. The message names file, line,
-            field, value and remedy.
-    """
-    return [_labelled(Path(path), number, row) for number, row in _rows(path)]
+    """The pairs of `read_pairs`, which is also told of ties and of bad rows."""
+    return read_pairs(path).pairs
 
 
 def load_rows(path: str | os.PathLike[str]) -> list[Row]:
-    """Read every row of a JSON Lines file as `load_pairs` does, but a row may have no label.
-
-    Raises:
-        DatasetError: as `load_pairs`.
-    """
-    return [row for _, row in _rows(path)]
+    """The rows of `read_rows`."""
+    return read_rows(path).rows
 
 
 def write_pairs(path: str | os.PathLike[str], pairs: Iterable[LabelledPair]) -> int:
@@ -69,8 +123,18 @@ def pairs_digest(pairs: Sequence[LabelledPair]) -> str:
 
 
 def pool_names(pairs: Sequence[LabelledPair]) -> tuple[str, ...]:
-    """Every RM that was asked about at least one pair, in order of first appearance."""
-    return tuple(dict.fromkeys(name for pair in pairs for name in pair.verdicts))
+    """Every RM that was asked about at least one pair, in order of first appearance.
+
+    Raises:
+        DatasetError: no RM was asked about any.
+    """
+    names = tuple(dict.fromkeys(name for pair in pairs for name in pair.verdicts))
+    if not names:
+        raise DatasetError(
+            f"field 'rm' is missing or empty in all {len(pairs)} pairs: no RM was asked about these pairs: run "
+            "`reward-router label` first"
+        )
+    return names
 
 
 def pool_matrix(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> NDArray[np.float64]:
@@ -150,37 +214,43 @@ def grouped_split(
     return np.setdiff1d(np.arange(len(pairs), dtype=np.int64), held_out, assume_unique=True), held_out
 
 
-def _rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, Row]]:
-    """Every row with its line number; ids are unique."""
-    file = Path(path)
+def _rows(file: Path, *, labelled: bool) -> tuple[list[Row], list[DatasetError]]:
+    """The rows that fit, and one complaint for each that does not; ids are unique."""
+    found: list[Row] = []
+    bad: list[DatasetError] = []
     first_line: dict[str, int] = {}
-    try:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                row = parse_row(file, number, line)
-                if row.id in first_line:
-                    raise DatasetError(
-                        f"{file}, line {number}: field 'id' = {row.id!r} is on line {first_line[row.id]} already; "
-                        "make ids unique"
-                    )
-                first_line[row.id] = number
-                yield number, row
-    except OSError as error:
-        raise DatasetError(f"{file}: cannot be read ({error.strerror}); give the path of a JSON Lines file") from error
-    if not first_line:
+    for number, line in numbered_lines(file):
+        try:
+            row = parse_row(file, number, line)
+            if row.id in first_line:
+                remedy = f"is on line {first_line[row.id]} already; make ids unique"
+                raise complaint(file, number, "id", row.id, remedy)
+            if labelled and row.label is None:
+                remedy = 'give "a" or "b", or the index of the better response: an RM is judged by it'
+                raise complaint(file, number, "label", None, remedy)
+        except DatasetError as error:
+            bad.append(error)
+            continue
+        first_line[row.id] = number
+        found.append(row)
+    return found, bad
+
+
+def _require_rows(file: Path, found: int, bad: Sequence[DatasetError], skip_bad_rows: bool) -> None:
+    """Raises BadRowsError for bad rows, DatasetError where no row is left."""
+    if bad and not (skip_bad_rows and found):
+        named = "\n".join(str(error) for error in bad[:MAX_NAMED_ROWS])
+        rest = len(bad) - MAX_NAMED_ROWS
+        raise BadRowsError(named + (f"\n… and {rest} more bad rows of {file}" if rest > 0 else ""), len(bad))
+    if not found:
         raise DatasetError(f"{file}: holds no row; give one JSON object a line")
 
 
-def _labelled(file: Path, number: int, row: Row) -> LabelledPair:
-    if row.label is None:
-        remedy = 'give "a" or "b", or the index of the better response: an RM is judged by it'
-        raise complaint(file, number, "label", None, remedy)
+def _labelled(row: Row, label: int) -> LabelledPair:
     return LabelledPair(
         id=row.id,
         instance=row.instance,
-        label=row.label,
+        label=label,
         scores=row.scores,
         verdicts=row.verdicts,
         domain=row.domain,

@@ -8,7 +8,8 @@
     ├── ShapeMismatchError       an array has another shape than the posterior
     ├── FeedbackError            a feedback does not fit the run's signal
     ├── UnknownPolicyError       no policy of that name
-    ├── DatasetError             a line of a data file cannot be used
+    ├── DatasetError             a data file, or a line of it, cannot be used
+    │   └── BadRowsError             some of its rows cannot; the others could
     ├── SnapshotError            snapshot bytes cannot be read, or belong to another run
     ├── CheckpointError          a checkpoint cannot be read, or does not fit the pool
     └── EncoderError             an encoder cannot be loaded or fed
@@ -52,7 +53,24 @@ class UnknownPolicyError(RouterCoreError):
 
 
 class DatasetError(RouterCoreError):
-    """A line of a data file cannot be used."""
+    """A data file, or a line of it, cannot be used."""
+
+
+class BadRowsError(DatasetError):
+    """Some rows of a data file cannot be used.
+
+    Args:
+        message: names the rows, up to a bound.
+        count: how many they are.
+    """
+
+    def __init__(self, message: str, count: int) -> None:
+        super().__init__(message)
+        self.count = count
+
+    def __reduce__(self) -> tuple[type[BadRowsError], tuple[str, int]]:
+        """Errors travel between processes."""
+        return type(self), (str(self), self.count)
 
 
 class SnapshotError(RouterCoreError):

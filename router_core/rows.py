@@ -5,7 +5,8 @@ remedy. Knows nothing of whole files, groups' folds or pools. Called by `router_
 command for rows that have no label yet.
 
 A row has two responses (`response_a`, `response_b`) or a list of them (`responses`); a response is named by its letter
-or by its index, and an RM's scores are `score_a` and `score_b`, or a list (`scores`), in the order of the responses.
+or by its index, and an RM's scores are `score_a` and `score_b`, or a list (`scores`), in the order of the responses. A
+verdict without scores is enough: judges and leaderboards give no more.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from router_core.records import MAX_ABS_SCORE, TIE, Instance, LabelledPair, lead
 
 _HUMANEVALPACK_TASK = re.compile(r"(?:^|/)hep-[^/]+/([^/]+)$")
 _TIE = "tie"
+_SCORE_FIELDS = ("score_a", "score_b", "scores")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class Row:
     Attributes:
         fields: the row as it was written, unknown fields included.
         id, instance, scores, verdicts, domain, subset, group: as `LabelledPair`.
-        label: index of the better response; None if the row has none.
+        label: index of the better response; TIE if they are equally good; None if the row has none.
     """
 
     fields: Mapping[str, Any]
@@ -56,7 +58,7 @@ def parse_row(file: Path, number: int, line: bytes) -> Row:
     """
     try:
         fields = msgspec.json.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise complaint(file, number, "(row)", line[:60], f"write one JSON object a line ({error})") from error
     if not isinstance(fields, dict):
         raise complaint(file, number, "(row)", fields, "write one JSON object a line")
@@ -88,13 +90,18 @@ def encode_pair(pair: LabelledPair) -> bytes:
         row["responses"] = list(instance.responses)
     row["label"] = _name_of(pair.label, lettered)
     row["rm"] = {
-        name: judgement(pair.scores[name], pair.verdicts[name], lettered=lettered) for name in sorted(pair.scores)
+        name: judgement(pair.scores.get(name), verdict, lettered=lettered)
+        for name, verdict in sorted(pair.verdicts.items())
     }
     return msgspec.json.encode(row)
 
 
-def judgement(scores: tuple[float, ...], verdict: int, *, lettered: bool) -> dict[str, object]:
-    """What one RM said of a row, in the format's words: `score_a`, `score_b` and a letter, or `scores` and an index."""
+def judgement(scores: tuple[float, ...] | None, verdict: int, *, lettered: bool) -> dict[str, object]:
+    """What one RM said of a row, in the format's words: `score_a`, `score_b` and a letter, or `scores` and an index;
+    the letter or index alone where it gave no scores.
+    """
+    if scores is None:
+        return {"verdict": _name_of(verdict, lettered)}
     if lettered:
         a, b = scores
         return {"score_a": a, "score_b": b, "verdict": _name_of(verdict, lettered)}
@@ -124,7 +131,7 @@ class _Reader:
         self._fields = fields
 
     def read(self) -> Row:
-        row_id, prompt = self._text("id"), self._text("prompt")
+        row_id, prompt = self._name("id"), self._text("prompt")
         responses = self._responses()
         label = self._label(len(responses))
         scores, verdicts = self._judgements(len(responses))
@@ -135,9 +142,9 @@ class _Reader:
             label=label,
             scores=scores,
             verdicts=verdicts,
-            domain=self._text("domain", default=""),
-            subset=self._text("subset", default=""),
-            group=self._text("group", default="") or group_of(row_id, prompt),
+            domain=self._name("domain", default=""),
+            subset=self._name("subset", default=""),
+            group=self._name("group", default="") or group_of(row_id, prompt),
         )
 
     def _responses(self) -> tuple[str, ...]:
@@ -159,8 +166,8 @@ class _Reader:
         if value is None:
             return None
         index = _index_of(value, n)
-        if index is None or index == TIE:
-            raise self._error("label", value, _choices(n))
+        if index is None:
+            raise self._error("label", value, _choices(n) + ', or "tie"')
         return index
 
     def _judgements(self, n: int) -> tuple[dict[str, tuple[float, ...]], dict[str, int]]:
@@ -176,6 +183,9 @@ class _Reader:
                 continue
             if not isinstance(judged, dict):
                 raise self._error(f"rm[{name}]", judged, 'give {"score_a": number, "score_b": number}')
+            if judged.get("verdict") is not None and all(judged.get(key) is None for key in _SCORE_FIELDS):
+                verdicts[name] = self._stated(judged["verdict"], name, n)
+                continue
             scores[name] = self._scores(judged, name, n)
             verdicts[name] = self._verdict(judged, name, scores[name])
         return scores, verdicts
@@ -195,9 +205,7 @@ class _Reader:
         given = judged.get("verdict")
         if given is None:
             return derived
-        verdict = _index_of(given, len(scores))
-        if verdict is None:
-            raise self._error(f"rm[{name}].verdict", given, _choices(len(scores)) + ', or "tie", or leave it out')
+        verdict = self._stated(given, name, len(scores))
         # Rounded scores may hide the order that the verdict was taken from; only a reversed order is a mistake.
         if verdict != TIE and verdict not in leaders_of(scores):
             best = _name_of(scores.index(max(scores)), lettered=len(scores) == 2)
@@ -205,9 +213,16 @@ class _Reader:
             raise self._error(f"rm[{name}].verdict", given, f"its scores {shown} say {best!r}; correct one")
         return verdict
 
+    def _stated(self, given: object, name: str, n: int) -> int:
+        verdict = _index_of(given, n)
+        if verdict is None:
+            raise self._error(f"rm[{name}].verdict", given, _choices(n) + ', or "tie", or leave it out')
+        return verdict
+
     def _number_at(self, value: object, field: str) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_ABS_SCORE:
-            remedy = f"give a number between -{MAX_ABS_SCORE:g} and {MAX_ABS_SCORE:g}, or leave the RM out of this row"
+            bounds = f"between -{MAX_ABS_SCORE:g} and {MAX_ABS_SCORE:g}"
+            remedy = f"give a number {bounds}, a verdict alone, or leave the RM out of this row"
             raise self._error(field, value, remedy)
         return float(value)
 
@@ -218,6 +233,13 @@ class _Reader:
         if not isinstance(value, str):
             raise self._error(field, value, "give a string")
         return value
+
+    def _name(self, field: str, default: str | None = None) -> str:
+        """A name, which may be written as a whole number."""
+        value = self._fields.get(field)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        return self._text(field, default)
 
     def _error(self, field: str, value: object, remedy: str) -> DatasetError:
         return complaint(self._file, self._number, field, value, remedy)

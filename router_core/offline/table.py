@@ -7,7 +7,7 @@ Knows which rows there are, on which pairs each is judged and what it was traine
 |---|---|---|
 | `single:NAME` | one RM for everything | 1 |
 | `random` | expectation of an even choice among the RMs | 1 |
-| `majority`, `uwo` | all RMs together | K |
+| `majority`, `uwo` | all RMs together; no `uwo` where an RM gave verdicts without scores | K |
 | `stacked` | all RMs together, by the learned votes of the fit `offline` | K |
 | `cascade:B` | the RM that `offline` asks, then others where they are worth it | B on average |
 | `offline` | our router with the defaults: the prior's favourite, no feedback | 1 |
@@ -280,7 +280,9 @@ def _assemble(
     rows["random"] = table.correctness.mean(axis=1)[None]
     rows["majority"] = majority_correctness(chosen, pool)[None]
     routed = {name: values[:, kept] for name, values in right.items()}
-    rows["uwo"] = _without_copies(routed.pop("uwo"))
+    uwo = _without_copies(routed.pop("uwo"))
+    if not np.isnan(table.scores).all(axis=2).any():
+        rows["uwo"] = uwo
     joint, K = together.rows(kept), float(len(pool))
     calls = {name: K if name in ("majority", "uwo") else 1.0 for name in (*rows, *routed)}
     return Judged(

@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 def score_margins(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> Array:
     """How far each RM puts the better response above the best other one, in its own scores: (N, K).
 
-    Positive where the RM is right; NaN where it was not asked.
+    Positive where the RM is right; NaN where it was not asked, or gave a verdict without scores.
     """
     return np.array([[_margin(pair, name) for name in pool] for pair in pairs]).reshape(len(pairs), len(pool))
 
@@ -33,7 +33,7 @@ def soft_targets(correctness: Array, margins: Array, share: float, width: float)
 
     Args:
         correctness: (N, K) in {0, 0.5, 1}, NaN where the RM was not asked.
-        margins: (N, K) from `score_margins`.
+        margins: (N, K) from `score_margins`. Where one is NaN the target is the correctness, not softened.
         share: a in [0, 1]; 0 gives `correctness` back.
         width: w > 0, in deviations.
     """
@@ -43,7 +43,8 @@ def soft_targets(correctness: Array, margins: Array, share: float, width: float)
         [column[np.isfinite(column)].std() if np.isfinite(column).any() else 0.0 for column in margins.T]
     )
     z = np.clip(margins / np.where(deviation > 0, deviation, 1.0), -2.0, 2.0) / width
-    return (1 - share) * correctness + share / (1 + np.exp(-z))
+    softened = (1 - share) * correctness + share / (1 + np.exp(-z))
+    return np.where(np.isnan(margins), correctness, softened)
 
 
 def _margin(pair: LabelledPair, name: str) -> float:

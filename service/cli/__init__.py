@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from router_core.errors import RouterCoreError
 from service.cli import (
+    convert,
     demo,
     encoder,
     evaluate,
@@ -49,6 +50,7 @@ app.command("manifests")(manifests.manifests)
 app.command("pin")(pin.pin)
 app.add_typer(encoder.app, name="encoder")
 app.command("train")(train.train)
+app.command("convert")(convert.convert)
 app.command("label")(label.label)
 app.command("evaluate")(evaluate.evaluate)
 app.command("frontier")(frontier.frontier)
@@ -59,10 +61,19 @@ app.command("ope")(ope.ope)
 
 
 def main() -> None:
-    """Entry point: errors of ours are one sentence on standard error, and exit status 2."""
+    """Entry point: errors of ours, and of files, are a sentence on standard error, and exit status 2."""
     try:
         app()
     except (ServiceError, RouterCoreError) as error:
         # Escaped: the lines of a log are full of brackets.
-        Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        _say(str(error))
         sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _say(f"{error.filename}: {error.strerror}; check the path and its permissions")
+        sys.exit(2)
+
+
+def _say(text: str) -> None:
+    Console(stderr=True).print(f"[bold red]error[/] {escape(text)}", highlight=False, soft_wrap=True)

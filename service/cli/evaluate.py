@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -17,14 +17,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from router_core.checkpoint import Checkpoint
 from router_core.combine import wanted_combined
-from router_core.dataset import load_pairs, pairs_digest, pool_names
+from router_core.dataset import pairs_digest, pool_names
 from router_core.encoder.base import Backbone
 from router_core.encoder.registry import load_backbone, load_checkpoint_backbone
 from router_core.records import LabelledPair
 from service.cli.cache import encodings_directory
+from service.cli.data import DataReader, SkipBadRows
 from service.cli.evaluate_output import print_table
 from service.cli.train import parse_pool
 from service.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from router_core.offline.table import Judged
 
 EMBED_CHUNK = 64
 """Pairs embedded between two steps of the progress bar."""
@@ -96,6 +100,7 @@ def evaluate(
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file; `-` for standard output.")
     ] = None,
+    skip_bad_rows: SkipBadRows = False,
 ) -> None:
     """How often is the asked RM right? Every RM, majority, UWO, random and our offline routers, per subset and in all.
 
@@ -103,25 +108,28 @@ def evaluate(
     of the pool was not asked are learned from, but not judged.
     """
     notes = Console(stderr=True)
+    reader = DataReader(notes, skip_bad_rows)
     encodings = encodings_directory(cache, use=use_cache)
     wanted = parse_pool(policies) if policies else ()
     if checkpoint is not None:
-        document = _judge_checkpoint(checkpoint, train, test, pool, encodings, wanted, notes)
+        document = _judge_checkpoint(checkpoint, train, test, pool, encodings, wanted, reader)
     else:
         if train is None:
             raise typer.BadParameter("give FILE to learn from, or --checkpoint DIR to judge", param_hint="train")
-        judged = None if test is None else load_pairs(test)
-        task = _task(load_pairs(train), judged, pool, encoder, seeds, folds, no_cls, ablations, encodings)
+        judged = None if test is None else reader.pairs(test)
+        task = _task(reader.pairs(train), judged, pool, encoder, seeds, folds, no_cls, ablations, encodings)
         task = dataclasses.replace(task, policies=wanted)
         document = _judge_fits(task, notes)
     text = json.dumps(document, indent=1, default=str)
     if json_out is not None and str(json_out) == "-":
         typer.echo(text)
+        reader.tell()
         return
     if json_out is not None:
         json_out.parent.mkdir(parents=True, exist_ok=True)
         json_out.write_text(text + "\n", "utf-8")
     print_table(document, Console())
+    reader.tell()
 
 
 def _task(
@@ -180,7 +188,7 @@ def _judge_fits(task: Task, notes: Console) -> dict[str, Any]:
             on_fit=lambda: progress.advance(bar),
             combined=combined,
         ).only(task.policies)
-    _warn_of_gaps(judged.left_out, notes)
+    _warn_of_gaps(judged, notes)
     return {
         **figures(judged),
         "scenario": "cross-validation" if task.test is None else "held-out",
@@ -201,7 +209,7 @@ def _judge_checkpoint(
     pool: str | None,
     encodings: Path | None,
     policies: tuple[str, ...],
-    notes: Console,
+    reader: DataReader,
 ) -> dict[str, Any]:
     if test is None:
         raise typer.BadParameter("--checkpoint is judged on --test FILE: give it", param_hint="test")
@@ -216,13 +224,14 @@ def _judge_checkpoint(
     checkpoint = Checkpoint.load(directory)
     trained_on = checkpoint.data_digest
     checkpoint = checkpoint.select_pool(parse_pool(pool) or checkpoint.pool)
-    pairs = load_pairs(test)
+    notes = reader.notes
+    pairs = reader.pairs(test)
     if pairs_digest(pairs) == trained_on:
         _warn(notes, "the checkpoint was trained on these very pairs: the figures say nothing of other pairs")
     with _progress(notes) as progress:
         features = _embed(pairs, load_checkpoint_backbone(checkpoint, encodings), progress)
     judged = judge_checkpoint(checkpoint, pairs, features, checkpoint.scores, combined).only(policies)
-    _warn_of_gaps(judged.left_out, notes)
+    _warn_of_gaps(judged, notes)
     return {
         **figures(judged),
         "scenario": "checkpoint",
@@ -265,9 +274,11 @@ def _warn_of_overlap(overlap: Mapping[str, int] | None, notes: Console) -> None:
         )
 
 
-def _warn_of_gaps(left_out: int, notes: Console) -> None:
-    if left_out:
-        _warn(notes, f"{left_out} pairs were not judged: an RM of the pool was not asked about them")
+def _warn_of_gaps(judged: Judged, notes: Console) -> None:
+    if judged.left_out:
+        _warn(notes, f"{judged.left_out} pairs were not judged: an RM of the pool was not asked about them")
+    if np.isnan(judged.table.scores).all(axis=2).any():
+        _warn(notes, "no row `uwo`: it combines scores, and RMs of the pool gave verdicts without scores")
 
 
 def _warn(notes: Console, text: str) -> None:

@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from router_core.dataset import grouped_folds, load_pairs, pairs_digest, pool_names
+from router_core.dataset import grouped_folds, pairs_digest, pool_names
 from router_core.encoder.registry import load_backbone
 from router_core.replay.table import complete_pairs
 from service.cli.cache import encodings_directory
+from service.cli.data import DataReader, SkipBadRows
 from service.cli.train import parse_pool
 from service.errors import ConfigurationError
 
@@ -45,6 +46,7 @@ def frontier(
         Path | None, typer.Option("--json", help="Write the figures to this file; `-` for standard output.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the picture: a path that ends in .png, .pdf or .svg.")] = None,
+    skip_bad_rows: SkipBadRows = False,
 ) -> None:
     """What does a budget buy? Single RM, routing, cascades, judge when unsure, majorities, UWO, learned votes.
 
@@ -58,11 +60,12 @@ def frontier(
         from router_core.offline.train import pair_features
     except ImportError as error:
         raise ConfigurationError(f"frontier needs torch ({error}): pip install 'reward-router[train]'") from error
-    everything = load_pairs(data)
+    notes = Console(stderr=True)
+    reader = DataReader(notes, skip_bad_rows)
+    everything = reader.pairs(data)
     names = parse_pool(pool) or pool_names(everything)
     kept, missing = complete_pairs(everything, names)
     pairs = [everything[i] for i in kept]
-    notes = Console(stderr=True)
     if missing:
         notes.print(f"[yellow]note[/] {len(everything) - len(pairs)} pairs were left out: an RM was not asked")
     wanted, costs = parse_budgets(budgets), parse_prices(prices, names)
@@ -90,11 +93,13 @@ def frontier(
         plot_frontier(points, plot, f"{len(pairs)} pairs, {len(names)} RMs, {folds} grouped folds")
     if json_out is not None and str(json_out) == "-":
         typer.echo(json.dumps(document, indent=1))
+        reader.tell()
         return
     if json_out is not None:
         json_out.parent.mkdir(parents=True, exist_ok=True)
         json_out.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     Console().print(_table(document))
+    reader.tell()
 
 
 def parse_budgets(text: str) -> list[float]:

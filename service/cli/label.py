@@ -27,9 +27,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from router_core.dataset import load_rows
 from router_core.records import Instance
 from router_core.rows import Row
+from service.cli.data import DataReader, SkipBadRows
 from service.cli.processes import interruptible
 from service.cli.serve import read_settings
 from service.cli.train import parse_pool
@@ -69,6 +69,7 @@ def label(
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Write the summary to this file; `-` for standard output.")
     ] = None,
+    skip_bad_rows: SkipBadRows = False,
 ) -> None:
     """Ask the reward models of a running pool for the scores of each pair's responses.
 
@@ -79,11 +80,12 @@ def label(
     """
     interruptible()
     console = Console(stderr=True)
-    rows, entries = load_rows(data), _chosen(pool, models)
+    reader = DataReader(console, skip_bad_rows)
+    rows, entries = reader.rows(data), _chosen(pool, models)
     _warn_of_unlabelled(rows, console)
     policy = AskPolicy(concurrency, batch, timeout, patience)
     with Journal(out.with_name(out.name + ".partial")) as journal:
-        known = Known(rows, [content_key(row.instance) for row in rows], _earlier(rows, out), journal.answers)
+        known = Known(rows, [content_key(row.instance) for row in rows], _earlier(rows, out, reader), journal.answers)
         wanted = {entry.name: known.to_ask(entry.name, retry_missing=retry_missing, again=again) for entry in entries}
         seconds = _ask_all([entry for entry in entries if wanted[entry.name]], wanted, policy, journal, console)
         write_atomically(out, labelled_lines(known, list(wanted)))
@@ -95,6 +97,7 @@ def label(
         if json_out is not None:
             json_out.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
         _show(summary, Console())
+    reader.tell()
     failed = _failed(summary)
     if failed:
         console.print(
@@ -126,11 +129,11 @@ def _chosen(pool: Path, models: str | None) -> list[ModelEntry]:
     return [entry for entry in entries if not names or entry.name in names]
 
 
-def _earlier(rows: Sequence[Row], out: Path) -> dict[tuple[str, str], Answer]:
+def _earlier(rows: Sequence[Row], out: Path, reader: DataReader) -> dict[tuple[str, str], Answer]:
     """What an earlier output, and the input's own notes of refusals, answer already."""
     answers = {key: answer for key, answer in earlier_answers(rows).items() if answer.scores is None}
     if out.exists():
-        earlier = load_rows(out)
+        earlier = reader.rows(out)
         lost = {row.id for row in earlier} - {row.id for row in rows}
         if lost:
             raise ConfigurationError(

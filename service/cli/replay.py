@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from router_core.checkpoint import Checkpoint
 from router_core.combine import is_combined
-from router_core.dataset import load_pairs, pairs_digest, pool_names
+from router_core.dataset import pairs_digest, pool_names
 from router_core.records import LabelledPair, Signal
 from router_core.replay import (
     Delay,
@@ -36,6 +36,7 @@ from router_core.replay import (
 from router_core.replay import replay as replay_in_process
 from router_core.replay.plot import plot_curves
 from service.cli.cache import encodings_directory
+from service.cli.data import DataReader, SkipBadRows
 from service.cli.replay_http import replay_over_http
 from service.cli.replay_output import curves_json, describe, gaps_sentence, headline, publish
 from service.cli.replay_parts import Options, Part, choose_parts, streamed
@@ -114,6 +115,7 @@ def replay(
     curve_out: Annotated[
         Path | None, typer.Option("--curve", help="Draw accuracy and regret along the stream into this .png.")
     ] = None,
+    skip_bad_rows: SkipBadRows = False,
 ) -> None:
     """What would each policy have earned on these recorded pairs?
 
@@ -121,6 +123,7 @@ def replay(
     difference to the best single RM. docs/replay.md explains the scenarios and the JSON.
     """
     notes = Console(stderr=True)
+    reader = DataReader(notes, skip_bad_rows)
     options = Options(
         checkpoint=checkpoint,
         train=train,
@@ -134,11 +137,14 @@ def replay(
     )
     options.check(over_http=url is not None)
     scenario = Scenario(repeat, drift, Delay.parse(delay), missing, batch, SimulatedLoss(loss_separation))
-    pairs = load_pairs(data)[:limit]
+    pairs = reader.pairs(data)[:limit]
     loaded = None if checkpoint is None else Checkpoint.load(checkpoint)
     names = parse_pool(pool) or (pool_names(pairs) if loaded is None else loaded.pool)
-    job = Job(policy_names(policies, names), range(seeds), signal, scenario)
     complete, gaps = complete_pairs(pairs, names)
+    scored = all(name in pairs[i].scores for i in complete for name in names)
+    job = Job(policy_names(policies, names, scored=scored), range(seeds), signal, scenario)
+    if not scored and "all" in parse_pool(policies):
+        notes.print("[yellow]note[/] no `uwo`: it combines scores, and the data hold verdicts without scores")
     if gaps:
         notes.print(f"[yellow]note[/] {gaps_sentence(len(pairs), len(complete), gaps)}", highlight=False)
     if url is not None:
@@ -153,6 +159,7 @@ def replay(
             options,
             None if loaded is None else loaded.select_pool(names),
             lambda text: notes.print(f"[yellow]note[/] {text}", highlight=False),
+            reader.pairs,
         )
         table, traces = _in_process(pairs, names, parts, job)
         origin = {"offline": [part.origin for part in parts]}
@@ -168,6 +175,7 @@ def replay(
     if curve_out is not None:
         plot_curves(curves, curve_out, headline(figures))
     publish(figures, json_out)
+    reader.tell()
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +192,11 @@ class Job:
         return pairs * len(self.policies) * len(self.seeds) * self.scenario.repeat
 
 
-def policy_names(text: str, pool: Sequence[str]) -> list[str]:
+def policy_names(text: str, pool: Sequence[str], *, scored: bool = True) -> list[str]:
     """The policies of a comma-separated list with its shorthands, each once.
+
+    Args:
+        scored: scores are recorded for every RM; without them `all` has no `uwo`.
 
     Raises:
         UnknownPolicyError: one does not exist.
@@ -196,7 +207,7 @@ def policy_names(text: str, pool: Sequence[str]) -> list[str]:
         if name == "singles":
             names.extend(singles)
         elif name == "all":
-            names.extend([*singles, *TABLE_POLICIES])
+            names.extend([*singles, *(name for name in TABLE_POLICIES if scored or name != "uwo")])
         else:
             names.append(name)
     for name in names:

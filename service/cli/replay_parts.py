@@ -136,6 +136,7 @@ def choose_parts(
     options: Options,
     checkpoint: Checkpoint | None,
     note: Callable[[str], None],
+    load: Callable[[Path], list[LabelledPair]] = load_pairs,
 ) -> list[Part]:
     """Every stream of the replay.
 
@@ -148,6 +149,7 @@ def choose_parts(
         options: as given, checked.
         checkpoint: loaded from `options.checkpoint`, for this pool.
         note: told what people should know, a sentence each.
+        load: reads `options.train`.
 
     Raises:
         DatasetError: nothing is left to stream, or to learn from.
@@ -158,7 +160,7 @@ def choose_parts(
     trainer = _Trainer(pairs, pool, load_backbone(options.encoder, options.cache), options.signal)
     if options.train is not None:
         stream = streamed(pairs, complete, options)
-        return [_from_other_file(trainer, stream, options, note)]
+        return [_from_other_file(trainer, load(options.train), stream, options, note)]
     parts = []
     for offline, stream in _splits(pairs, options):
         kept = np.intersect1d(stream, complete, assume_unique=True)
@@ -192,9 +194,9 @@ def _without_training(
     )
 
 
-def _from_other_file(trainer: _Trainer, stream: Index, options: Options, note: Callable[[str], None]) -> Part:
-    assert options.train is not None
-    others = load_pairs(options.train)
+def _from_other_file(
+    trainer: _Trainer, others: Sequence[LabelledPair], stream: Index, options: Options, note: Callable[[str], None]
+) -> Part:
     kept = without_groups(others, [trainer.pairs[i] for i in stream])
     if len(kept) < len(others):
         note(f"{len(others) - len(kept)} pairs of {options.train} are not learned from: their groups are streamed")

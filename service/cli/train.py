@@ -21,6 +21,7 @@ from router_core.encoder.base import Backbone
 from router_core.prior import PriorForm
 from router_core.records import LabelledPair
 from service.cli.cache import encodings_directory
+from service.cli.data import DataReader, SkipBadRows
 from service.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def train(
     use_cache: Annotated[bool, typer.Option("--use-cache/--no-cache", help="Keep encodings for the next time.")] = True,
     device: Annotated[str, typer.Option(help="Where transformers run, as torch names it: cpu, cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a sentence.")] = False,
+    skip_bad_rows: SkipBadRows = False,
     finetune: Annotated[
         Mode | None,
         typer.Option(help="Train the transformer, too: all its weights, or adapters.", rich_help_panel=_FINE),
@@ -116,7 +118,7 @@ def train(
     With the static encoder this takes seconds on a CPU. A transformer is read once and its encodings are kept; with
     --finetune it is trained as well, and stored in the checkpoint.
     """
-    from router_core.dataset import load_pairs, pool_names
+    from router_core.dataset import pool_names
 
     tuning = {
         "epochs": epochs,
@@ -133,9 +135,10 @@ def train(
     _check_options(given, finetune, resume, no_cls, lambda_bt, lambda_cls)
     _check_target(out)
     started = time.perf_counter()
-    pairs = load_pairs(data)
-    names = parse_pool(pool) or pool_names(pairs)
     notes = Console(stderr=True)
+    reader = DataReader(notes, skip_bad_rows)
+    pairs = reader.pairs(data)
+    names = parse_pool(pool) or pool_names(pairs)
     losses: dict[str, Any] = {
         "lambda_bt": lambda_bt,
         "lambda_cls": 0.0 if no_cls else lambda_cls,
@@ -149,6 +152,7 @@ def train(
         settings = {"mode": finetune.value, **losses, **given}
         checkpoint = _fine_tune(pairs, names, out, encoder, device, settings, resume, notes)
     _tell(checkpoint, len(pairs), out, time.perf_counter() - started, as_json)
+    reader.tell()
 
 
 def parse_pool(text: str | None) -> tuple[str, ...]:

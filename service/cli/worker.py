@@ -36,10 +36,10 @@ def worker(
     from service.workers.server import run_worker
 
     if recorded is not None:
-        from router_core.dataset import load_pairs
+        from router_core.dataset import load_rows
         from service.workers.recorded import recorded_app
 
-        app = recorded_app(load_pairs(recorded), model, delay_seconds=delay_ms / 1e3)
+        app = recorded_app(load_rows(recorded), model, delay_seconds=delay_ms / 1e3)
     else:
         try:
             from service.workers.cpu import cpu_app

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from router_core.files import data_suffix
 from router_core.records import Signal
 from service.errors import ConfigurationError, NotFoundError
 from service.eventlog.jsonl import JsonlWriter, read_jsonl, read_jsonl_header
@@ -134,8 +135,10 @@ def open_writer(out: Path, file: BinaryIO, header: Header) -> EventWriter:
     """The writer that the file's name asks for.
 
     Raises:
-        ConfigurationError: Parquet without pyarrow.
+        ConfigurationError: Parquet without pyarrow, or a compressed file.
     """
+    if data_suffix(out) != out.suffix.lower():
+        raise ConfigurationError(f"--out {out}: events are written plain; leave out {out.suffix}, compress it later")
     if _is_jsonl(out):
         return JsonlWriter(file, header)
     writer: EventWriter = _parquet().ParquetWriter(file, header)
@@ -225,7 +228,7 @@ def _replacing(out: Path) -> Iterator[BinaryIO]:
 
 
 def _is_jsonl(path: Path) -> bool:
-    return path.suffix == ".jsonl"
+    return data_suffix(path) == ".jsonl"
 
 
 def _order(event_id: str) -> tuple[int, int]:

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
 
+from router_core.files import numbered_lines
 from service.errors import ConfigurationError
 from service.eventlog.record import Header, LoggedEvent, event_of_row, model_of
 from service.usecases.decisions import StoredDecision
 
 HEADER_KEY = "reward_router"
 """The only key of the first line."""
+
+_UNREADABLE = (msgspec.DecodeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
 
 
 class JsonlWriter:
@@ -49,10 +53,10 @@ def read_jsonl_header(path: Path) -> Header:
     Raises:
         ConfigurationError: it is no header.
     """
-    with path.open("rb") as file:
+    with closing(numbered_lines(path)) as lines:
         try:
-            header = msgspec.json.decode(file.readline())[HEADER_KEY]
-        except (msgspec.DecodeError, KeyError, TypeError) as error:
+            header = msgspec.json.decode(next(lines, (1, b""))[1])[HEADER_KEY]
+        except _UNREADABLE as error:
             raise ConfigurationError(f"{path} is no event log of reward-router: its first line is no header") from error
     return Header.from_json(msgspec.json.encode(header), path)
 
@@ -63,12 +67,12 @@ def read_jsonl(path: Path) -> Iterator[LoggedEvent]:
     Raises:
         ConfigurationError: a line that is no event.
     """
-    with path.open("rb") as file:
-        file.readline()
-        for number, line in enumerate(file, start=2):
+    with closing(numbered_lines(path)) as lines:
+        next(lines, None)
+        for number, line in lines:
             try:
                 yield _event(msgspec.json.decode(line))
-            except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
+            except _UNREADABLE as error:
                 raise ConfigurationError(f"{path} line {number} is no event ({error!r}): export again") from error
 
 

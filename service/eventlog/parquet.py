@@ -160,11 +160,14 @@ def read_parquet(path: Path) -> Iterator[LoggedEvent]:
         ConfigurationError: it cannot be read.
     """
     with _open(path) as file:
-        for batch in file.iter_batches(READ_ROWS):
-            contexts = batch["x"].flatten().to_numpy().reshape(batch.num_rows, -1)
-            columns = {name: batch[name].to_pylist() for name in batch.schema.names if name != "x"}
-            for index, context in enumerate(contexts):
-                yield event_of_row({name: values[index] for name, values in columns.items()}, context.tobytes())
+        try:
+            for batch in file.iter_batches(READ_ROWS):
+                contexts = batch["x"].flatten().to_numpy().reshape(batch.num_rows, -1)
+                columns = {name: batch[name].to_pylist() for name in batch.schema.names if name != "x"}
+                for index, context in enumerate(contexts):
+                    yield event_of_row({name: values[index] for name, values in columns.items()}, context.tobytes())
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            raise ConfigurationError(f"{path} holds no events ({error!r}): export again") from error
 
 
 def _open(path: Path) -> Any:

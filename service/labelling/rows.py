@@ -27,7 +27,7 @@ Answers = Mapping[tuple[str, str], Answer]
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What needs no asking: scores in the rows, and answers of earlier runs.
+    """What needs no asking: scores or verdicts in the rows, and answers of earlier runs.
 
     Attributes:
         rows: the input.
@@ -58,7 +58,7 @@ class Known:
         for key, row in zip(self.keys, self.rows, strict=True):
             answer = answers.get((key, model))
             settled = answer is not None and (answer.scores is not None or not retry_missing)
-            if not settled and (again or model not in row.scores):
+            if not settled and (again or model not in row.verdicts):
                 wanted.setdefault(key, row.instance)
         return list(wanted.items())
 
@@ -78,7 +78,7 @@ def earlier_answers(rows: Sequence[Row]) -> dict[tuple[str, str], Answer]:
 def labelled_lines(known: Known, models: Sequence[str]) -> list[bytes]:
     """The rows, in order, each with the answers put in; everything else of a row stays as it is.
 
-    An answer with scores replaces what the row held; a refusal is noted where the row holds no scores.
+    An answer with scores replaces what the row held; a refusal is noted where the row holds no verdict.
 
     Args:
         models: the RMs whose names come first; others that have answered follow.
@@ -89,7 +89,8 @@ def labelled_lines(known: Known, models: Sequence[str]) -> list[bytes]:
 
 
 def summarise(known: Known, asked: Mapping[str, int]) -> dict[str, Any]:
-    """What was asked and answered per RM; `accuracy` over the labelled rows that it scored, ties one half.
+    """What was asked and answered per RM; `accuracy` over the labelled rows that it judged, its ties one
+    half. Rows that are labelled a tie have no right answer.
 
     Args:
         asked: contents that each RM was asked about in this run.
@@ -107,11 +108,11 @@ def _summary(known: Known, model: str) -> dict[str, Any]:
     scored = 0
     for row, key in zip(known.rows, known.keys, strict=True):
         answer = answers.get((key, model))
-        scores = answer.scores if answer is not None and answer.scores is not None else row.scores.get(model)
-        if scores is not None:
+        scores = None if answer is None else answer.scores
+        verdict = row.verdicts.get(model) if scores is None else verdict_of(scores)
+        if verdict is not None:
             scored += 1
-            if row.label is not None:
-                verdict = verdict_of(scores)
+            if row.label is not None and row.label != TIE:
                 right.append(0.5 if verdict == TIE else float(verdict == row.label))
         elif answer is not None and answer.reason is not None:
             reasons[reason_kind(answer.reason)] += 1
@@ -130,7 +131,7 @@ def _labelled(row: Row, key: str, answers: Answers, models: Sequence[str]) -> by
         if answer.scores is not None:
             judged[model] = judgement(answer.scores, verdict_of(answer.scores), lettered=lettered)
             reasons.pop(model, None)
-        elif model not in row.scores and answer.reason is not None:
+        elif model not in row.verdicts and answer.reason is not None:
             reasons[model] = answer.reason
     fields["rm"] = judged
     fields.pop(MISSING_FIELD, None)

@@ -58,7 +58,9 @@ class Calls:
     def _feedback_exchanges(
         self, items: Sequence[Feedback], patience: Patience
     ) -> list[Exchange[list[FeedbackResult]]]:
-        sizes = [len(item.prompt or "") + sum(map(len, item.responses or ())) for item in items]
+        sizes = [
+            sum(len(text) for text in (item.prompt, *(item.responses or ())) if isinstance(text, str)) for item in items
+        ]
         lists = chunks(items, sizes, self.options.max_items, self.options.max_bytes)
         return [feedback_chunk(part, Words({"run": self.options.run}), patience) for part in lists]
 

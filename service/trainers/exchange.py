@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from service.trainers.values import (
+    INVALID,
     RETRIED_CODES,
     UNAVAILABLE,
     Declined,
@@ -204,7 +205,7 @@ def chunks(items: Sequence[T], sizes: Sequence[int], max_items: int, max_bytes: 
 
 def _settle(
     path: str,
-    items: Sequence[RewardItem] | Sequence[Feedback],
+    items: Sequence[RewardItem | Feedback],
     words: Words,
     patience: Patience,
     results: list[Any],
@@ -212,12 +213,20 @@ def _settle(
 ) -> Exchange[None]:
     """Put each item's result into `results`, and ask again for those that may change, until none is left or it is late.
 
+    An item that cannot be written as the API takes it is not sent; its result says why.
+
     Raises:
         RouterUnavailableError, RouterRefusedError: as `_batch`; `results` holds what came before.
     """
-    waiting, attempt = list(range(len(items))), 0
+    documents: dict[int, dict[str, Any]] = {}
+    for index, item in enumerate(items):
+        try:
+            documents[index] = item.document()
+        except ValueError as error:
+            results[index] = read({"error": {"code": INVALID, "message": str(error)}})
+    waiting, attempt = list(documents), 0
     while waiting:
-        answers = yield from _batch(path, [items[i].document() for i in waiting], words, patience)
+        answers = yield from _batch(path, [documents[i] for i in waiting], words, patience)
         for index, answer in zip(waiting, answers, strict=True):
             results[index] = read(answer)
         waiting = [index for index in waiting if _may_change(results[index])]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +29,9 @@ RETRIED_CODES = frozenset(
     }
 )
 """Codes of items of a batch that may be sent again; the others are final."""
+
+INVALID = "validation"
+"""Code of an item that cannot be sent; the gateway's own for a field that is out of its bounds."""
 
 UNAVAILABLE = "unavailable"
 """`Missing.code` where the gateway itself did not answer before the deadline."""
@@ -89,16 +93,16 @@ class RewardItem:
     def __post_init__(self) -> None:
         if not self.responses:
             raise ValueError("responses is empty: give at least one response per prompt")
-        for name, text in (("prompt", self.prompt), *((f"responses[{k}]", r) for k, r in enumerate(self.responses))):
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"{name} is {text!r:.50}: give its text; conversation.prompt_text makes one of chat messages"
-                )
+        _require_texts(self.prompt, self.responses)
 
     def document(self) -> dict[str, Any]:
-        """The item as the API takes it."""
+        """The item as the API takes it.
+
+        Raises:
+            ValueError: `run` or `policy` is not a string.
+        """
         words = {"prompt": sound(self.prompt), "responses": [sound(text) for text in self.responses]}
-        return {**words, **_present(run=self.run, policy=self.policy)}
+        return {**words, **_names(run=self.run, policy=self.policy)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +158,11 @@ class Feedback:
         reward: how well the asked RM did, in [0, 1].
         run: overrides the client's run.
 
+    Scalars of NumPy, torch and the like are taken for the numbers that they hold. What is not a finite number is told
+    when the feedback is sent, so that in a batch it costs its own item alone.
+
     Raises:
-        ValueError: not exactly one of the three, or a number that is not finite.
+        ValueError: not exactly one of the three.
     """
 
     decision_id: str | None = None
@@ -171,8 +178,8 @@ class Feedback:
         if len(given) != 1:
             raise ValueError(f"feedback holds {sorted(given) or 'nothing'}: give one of preferred, loss and reward")
         [(name, value)] = given.items()
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is {value}: feedback must be a finite number; leave it out instead")
+        with suppress(ValueError):
+            object.__setattr__(self, name, _number(name, value))
 
     def named(self, decision_id: str, run: str | None = None) -> Feedback:
         """The same feedback on that decision."""
@@ -182,13 +189,16 @@ class Feedback:
         """The item as the API takes it.
 
         Raises:
-            ValueError: neither id nor content.
+            ValueError: neither id nor content, a name or text that is not one, or a value that is not a finite number.
         """
-        value = _present(preferred=self.preferred, loss=self.loss, reward=self.reward, run=self.run)
+        given = _present(preferred=self.preferred, loss=self.loss, reward=self.reward)
+        value: dict[str, Any] = {name: _number(name, number) for name, number in given.items()}
+        value.update(_names(run=self.run))
         if self.decision_id is not None:
-            return {"decision_id": self.decision_id, **value}
+            return {**_names(decision_id=self.decision_id), **value}
         if self.prompt is None or self.responses is None:
             raise ValueError("feedback names no decision: give decision_id, or prompt and responses")
+        _require_texts(self.prompt, self.responses)
         return {"prompt": sound(self.prompt), "responses": [sound(text) for text in self.responses], **value}
 
 
@@ -280,3 +290,50 @@ def items_of(prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> list
 
 def _present(**words: Any) -> dict[str, Any]:
     return {name: value for name, value in words.items() if value is not None}
+
+
+def _names(**words: Any) -> dict[str, str]:
+    """The names that are given.
+
+    Raises:
+        ValueError: one is not a string.
+    """
+    given = _present(**words)
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is {value!r:.50}: give a string")
+    return given
+
+
+def _require_texts(prompt: Any, responses: Any) -> None:
+    for name, text in (("prompt", prompt), *((f"responses[{k}]", r) for k, r in enumerate(responses))):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{name} is {text!r:.50}: give its text; conversation.prompt_text makes one of chat messages"
+            )
+
+
+def _number(name: str, value: Any) -> int | float:
+    """The number that a scalar of Python, NumPy, torch or the like holds; an index where `name` is `preferred`.
+
+    Raises:
+        ValueError: it holds no finite number, several, or a fraction where an index is meant.
+    """
+    if hasattr(value, "item"):
+        try:
+            value = value.item()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} is {value!r:.50}: feedback must be one number ({error})") from error
+    if isinstance(value, bool | str | bytes):
+        raise ValueError(f"{name} is {value!r:.50}: feedback must be a number")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} is {value!r:.50}: feedback must be a number ({error})") from error
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {number}: feedback must be a finite number; leave it out instead")
+    if name != "preferred":
+        return number
+    if not number.is_integer():
+        raise ValueError(f"preferred is {number}: feedback must be the index of a response, a whole number")
+    return int(number)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from router_core.records import LabelledPair
+from router_core.rows import Row
 from service.errors import ConfigurationError
 from service.workers.render import plain
 from service.workers.server import ApiError, Content, Scored, WorkerApp
@@ -76,12 +77,12 @@ class RecordedBackend:
 
 
 def recorded_app(
-    pairs: Iterable[LabelledPair], models: str | Sequence[str], *, delay_seconds: float = 0.0
+    pairs: Iterable[LabelledPair | Row], models: str | Sequence[str], *, delay_seconds: float = 0.0
 ) -> WorkerApp:
     """The worker for some of the RMs that were recorded.
 
     Args:
-        pairs: what was recorded; `router_core.dataset.load_pairs` reads them.
+        pairs: what was recorded; `router_core.dataset.load_rows` reads them, and no label is needed.
         models: names in the pairs' `scores`, selected by the request's `model`; the first is the default.
         delay_seconds: see `RecordedBackend`.
 
@@ -94,7 +95,7 @@ def recorded_app(
     return WorkerApp(RecordedBackend(score_tables(pairs, names), delay_seconds=delay_seconds))
 
 
-def score_tables(pairs: Iterable[LabelledPair], models: Sequence[str]) -> dict[str, dict[str, float]]:
+def score_tables(pairs: Iterable[LabelledPair | Row], models: Sequence[str]) -> dict[str, dict[str, float]]:
     """Per model, plain text -> raw score, the probe conversation included.
 
     Where a file records the same content twice, the first stands: an RM's score of a text does not depend on the pair.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -18,9 +19,11 @@ from router_core.dataset import (
     pairs_digest,
     pool_matrix,
     pool_names,
+    read_pairs,
+    read_rows,
     write_pairs,
 )
-from router_core.errors import DatasetError
+from router_core.errors import BadRowsError, DatasetError
 from router_core.records import TIE, Instance, LabelledPair
 
 RB9_DEV = Path(os.environ.get("RB9_DEV", Path(__file__).parents[2] / "../shared/data/rb9_dev.jsonl"))
@@ -98,7 +101,7 @@ def test_a_line_that_is_not_an_object_is_refused(tmp_path: Path, line: str) -> N
 
 
 def test_a_repeated_id_names_both_lines(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"line 2.*'p/1' is on line 1"):
+    with pytest.raises(DatasetError, match=r"line 2.*'p/1': is on line 1"):
         load_pairs(write(tmp_path / "pairs.jsonl", row(), row()))
 
 
@@ -107,6 +110,73 @@ def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
         load_pairs(tmp_path / "absent.jsonl")
     with pytest.raises(DatasetError, match="holds no row"):
         load_pairs(write(tmp_path / "empty.jsonl", ""))
+
+
+def test_every_bad_row_is_named_up_to_a_bound_and_the_rest_is_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", row(), *[row(id=f"bad/{i}", label="z") for i in range(13)])
+    with pytest.raises(BadRowsError) as caught:
+        load_pairs(path)
+    said = str(caught.value)
+    assert [f"line {n}:" in said for n in range(1, 15)] == [False] + [True] * 10 + [False] * 3
+    assert "3 more bad rows" in said
+    assert caught.value.count == 13
+
+
+def test_bad_rows_can_be_left_out_and_are_told(tmp_path: Path) -> None:
+    lone_surrogate = '{"id": "s", "prompt": "\\ud83d", "response_a": "x", "response_b": "y", "label": "a"}'
+    nested = "[" * 100_000
+    path = write(
+        tmp_path / "pairs.jsonl", row(), lone_surrogate, nested, row(), row(id="p/2", label=None), row(id="p/3")
+    )
+    read = read_pairs(path, skip_bad_rows=True)
+    assert [pair.id for pair in read.pairs] == ["p/1", "p/3"]
+    assert ["line 2" in str(read.skipped[0]), "line 3" in str(read.skipped[1])] == [True, True]
+    assert "line 1 already" in str(read.skipped[2])
+    assert "'label' = None" in str(read.skipped[3])
+
+
+def test_a_file_of_bad_rows_alone_is_refused_with_their_complaints(tmp_path: Path) -> None:
+    with pytest.raises(BadRowsError, match="line 1"):
+        read_rows(write(tmp_path / "pairs.jsonl", "nonsense"), skip_bad_rows=True)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", row())
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [pair.id for pair in load_pairs(path)] == ["p/1"]
+    path.write_bytes(path.read_bytes().decode("utf-8-sig").encode("utf-16"))
+    with pytest.raises(DatasetError, match="UTF-16; save it as UTF-8"):
+        load_pairs(path)
+
+
+def test_compressed_files_are_read_and_torn_ones_are_refused(tmp_path: Path) -> None:
+    plain = write(tmp_path / "pairs.jsonl", row(), row(id="p/2"))
+    pyarrow = pytest.importorskip("pyarrow")
+    zipped, zstd = tmp_path / "pairs.jsonl.gz", tmp_path / "pairs.jsonl.zst"
+    zipped.write_bytes(gzip.compress(plain.read_bytes()))
+    with pyarrow.output_stream(str(zstd), compression="zstd") as file:
+        file.write(plain.read_bytes())
+    assert load_pairs(zipped) == load_pairs(zstd) == load_pairs(plain)
+    for path in (zipped, zstd):
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(DatasetError, match=path.name):
+            load_pairs(path)
+
+
+def test_pairs_labelled_a_tie_are_counted_and_teach_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", row(label="tie"), row(id="p/2"))
+    read = read_pairs(path)
+    assert ([pair.id for pair in read.pairs], read.ties) == (["p/2"], 1)
+    assert [one.label for one in read_rows(path).rows] == [TIE, 0]
+    with pytest.raises(DatasetError, match="every row is labelled a tie"):
+        load_pairs(write(tmp_path / "ties.jsonl", row(label="tie")))
+
+
+def test_pairs_that_no_rm_was_asked_about_name_the_command_that_asks() -> None:
+    pair = LabelledPair("1", Instance("q", ("x", "y")), 0, {}, {})
+    for refused in (lambda: pool_names([pair]), lambda: pool_matrix([pair], ["R"])):
+        with pytest.raises(DatasetError, match="no RM was asked about these pairs: run `reward-router label` first"):
+            refused()
 
 
 def test_one_programming_task_in_two_languages_is_one_group(tmp_path: Path) -> None:

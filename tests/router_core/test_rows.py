@@ -50,6 +50,25 @@ def test_a_verdict_is_a_letter_an_index_or_a_tie(verdict: object, index: int) ->
     assert parse(several(rm={"R": {"scores": [0.0, 2.0, 1.0], "verdict": verdict}})).verdicts["R"] == index
 
 
+@pytest.mark.parametrize(
+    "judged",
+    [{"verdict": "b"}, {"verdict": 1, "score_a": None, "score_b": None}, {"verdict": "b", "scores": None}],
+)
+def test_a_verdict_without_scores_is_enough(judged: dict[str, object]) -> None:
+    row = parse(several(responses=["x", "y"], label="a", rm={"R": judged, "S": {"scores": [2, 1]}}))
+    assert (dict(row.verdicts), dict(row.scores)) == ({"R": 1, "S": 0}, {"S": (2.0, 1.0)})
+
+
+def test_ids_groups_and_names_may_be_whole_numbers() -> None:
+    row = parse(several(id=7, group=3, subset=2, domain=1))
+    assert (row.id, row.group, row.subset, row.domain) == ("7", "3", "2", "1")
+
+
+@pytest.mark.parametrize("responses", [["x", "y"], ["x", "y", "z"]])
+def test_a_pair_may_be_labelled_a_tie(responses: list[str]) -> None:
+    assert parse(several(responses=responses, label="tie", rm={})).label == TIE
+
+
 def test_equal_best_scores_are_a_tie_and_a_verdict_may_name_any_of_them() -> None:
     equal = [0.5, 0.1, 0.5]
     assert parse(several(rm={"R": {"scores": equal}})).verdicts["R"] == TIE
@@ -80,8 +99,11 @@ def test_two_responses_may_be_given_as_a_list_and_letters_may_be_indices() -> No
         ({"label": -1}, "'label' = -1"),
         ({"label": True}, "'label' = True"),
         ({"label": 1.0}, "'label' = 1.0"),
-        ({"label": "tie"}, "'label' = 'tie'"),
         ({"label": "d"}, "'label' = 'd'"),
+        ({"id": True}, "'id' = True"),
+        ({"rm": {"R": {}}}, "'rm[R].scores' = None"),
+        ({"rm": {"R": {"verdict": "z"}}}, "'rm[R].verdict' = 'z'"),
+        ({"rm": {"R": {"verdict": 0, "score_a": 1}}}, "'rm[R].scores' = None"),
         ({"label": "ab"}, "'label' = 'ab'"),
         ({"rm": {"R": {"scores": [1, 2]}}}, "'rm[R].scores' = [1, 2]: give a list of 3 numbers"),
         ({"rm": {"R": {"score_a": 1, "score_b": 2}}}, "'rm[R].scores' = None"),
@@ -136,7 +158,8 @@ def labelled_pairs(draw: st.DrawFn) -> LabelledPair:
         instance=Instance(draw(TEXT), tuple(draw(TEXT) for _ in range(n))),
         label=draw(st.integers(0, n - 1)),
         scores=scores,
-        verdicts={name: draw(st.sampled_from([verdict_of(row), TIE])) for name, row in scores.items()},
+        verdicts=draw(st.dictionaries(TEXT, st.integers(TIE, n - 1), max_size=3))
+        | {name: draw(st.sampled_from([verdict_of(row), TIE])) for name, row in scores.items()},
         domain=draw(TEXT),
         subset=draw(TEXT),
         group=draw(TEXT.filter(bool)),

@@ -27,6 +27,15 @@ def test_soft_targets_by_hand() -> None:
     np.testing.assert_allclose(soft, [[0.5 + sure / 2], [0.5 * (1 - sure)], [np.nan]])
 
 
+def test_a_verdict_without_scores_is_not_softened() -> None:
+    scored = pair(0, {"A": (3.0, 1.0)})
+    judged = LabelledPair("q", scored.instance, 0, {}, {"A": 1})
+    margins = score_margins([scored, judged], ("A",))
+    soft = soft_targets(np.array([[1.0], [0.0]]), margins, share=0.5, width=0.5)
+    assert soft[1, 0] == 0.0
+    assert 0.5 < soft[0, 0] < 1.0
+
+
 def test_no_share_gives_the_verdicts_back_and_equal_margins_do_no_harm() -> None:
     correctness = np.array([[1.0], [1.0]])
     assert soft_targets(correctness, np.ones((2, 1)), 0.0, 0.5) is correctness
