@@ -18,7 +18,7 @@ from service.stores.requirements import RequirementsWatch, ServerFacts, Verdict,
 from tests.conftest import ValkeyProcess
 from tests.contract.test_store_contract import by_id, decision
 from tests.support.cluster import ValkeyCluster
-from tests.support.gateway import open_gateway, pair
+from tests.support.gateway import open_gateway, pair, until
 
 SAFE = ServerFacts("7.2.4", maxmemory=0, eviction="noeviction", append_only=True, appendfsync="everysec", save="")
 EVICTING = {"maxmemory": "50mb", "maxmemory_policy": "volatile-lru"}
@@ -203,6 +203,19 @@ async def test_a_gateway_refuses_on_a_store_that_evicts_and_says_so(server: Valk
         for reply in (await gateway.client.get("/readyz"), await gateway.client.post("/reward", pair())):
             assert (reply.status, reply.error["code"]) == (503, "store_unavailable")
             assert "set maxmemory-policy to noeviction" in reply.error["message"]
+
+
+async def test_a_gateway_goes_on_by_itself_once_its_store_is_mended(server: ValkeyProcess) -> None:
+    server.start(**EVICTING, appendfsync="everysec")
+    async with open_gateway(server.url, wait=False) as gateway:
+        assert (await gateway.client.get("/readyz")).status == 503
+        configure(server, maxmemory_policy="noeviction")
+
+        async def ready() -> bool:
+            return (await gateway.client.get("/readyz")).status == 200
+
+        await until(ready, "ready")
+        await gateway.client.ok("/reward", pair())
 
 
 async def test_a_gateway_told_to_insist_serves_there_and_readyz_says_what_may_be_lost(server: ValkeyProcess) -> None:
