@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from router_core.dataset import pool_names
 from router_core.errors import DatasetError
 from router_core.policies import ScoreScale
 from router_core.records import TIE, LabelledPair
@@ -117,7 +118,7 @@ def complete_pairs(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> tuple[
     missing = Counter(name for pair in pairs for name in pool if name not in pair.verdicts)
     for name, count in missing.items():
         if count == len(pairs):
-            known = sorted({name for pair in pairs for name in pair.verdicts})
+            known = sorted(pool_names(pairs))
             raise DatasetError(
                 f"pool: RM {name!r} was asked about none of the {len(pairs)} pairs; the data have {', '.join(known)}; "
                 "correct --pool or record its scores"

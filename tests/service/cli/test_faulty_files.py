@@ -43,7 +43,7 @@ FAULTS: dict[str, bytes | None] = {
     "not-zstd.jsonl.zst": lines(GOOD),
 }
 UNLABELLED: dict[str, bytes] = {
-    "no-rm.jsonl": lines(*[{**GOOD, "id": str(i), "rm": {}} for i in range(3)]),
+    "no-rm.jsonl": lines(*[{**GOOD, "id": str(i), "prompt": f"p{i}", "rm": {}} for i in range(9)]),
     "ties.jsonl": lines({**GOOD, "label": "tie"}),
     "no-label.jsonl": lines({**GOOD, "label": None}),
 }
@@ -61,8 +61,6 @@ COMMANDS = {
     "ope": "ope FILE --policies random",
     "convert": "convert FILE --out DIR/out.jsonl",
 }
-ASKS_OR_SERVES = {"label", "label-earlier", "worker", "ope", "convert"}
-"""Commands that can do their work without labels or verdicts, or read another format."""
 
 
 def refused(words: str, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
@@ -99,11 +97,18 @@ def test_a_faulty_file_is_named(
     assert name in refused(COMMANDS[command], tmp_path / name, monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("name", UNLABELLED)
-@pytest.mark.parametrize("command", COMMANDS.keys() - ASKS_OR_SERVES - {"evaluate-test", "replay-train", "train-lora"})
+@pytest.mark.parametrize("command", ["train", "evaluate", "replay", "frontier"])
 def test_pairs_that_teach_nothing_are_refused_with_the_remedy(
-    command: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    name: str,
+    pool: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     prepare(UNLABELLED[name], tmp_path / name)
-    said = refused(COMMANDS[command], tmp_path / name, monkeypatch, capsys)
+    named = f"{COMMANDS[command]} --pool R" if pool else COMMANDS[command]
+    said = refused(named, tmp_path / name, monkeypatch, capsys)
     assert ("run `reward-router label` first" in said) == (name == "no-rm.jsonl")
