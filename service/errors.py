@@ -193,7 +193,7 @@ class NoWorkerError(ServiceError):
 
 
 class NoRewardError(ServiceError):
-    """A trainer's protocol has no way to say `null`, and there is no reward yet: the RM's scale is not known."""
+    """There is no reward yet, since no RM's scale is known, and none is invented."""
 
     status = 503
     code = "no_reward"

@@ -104,6 +104,10 @@ class RunningScale:
         self._mean[index] += delta * n / total
         self._count[index] = total
 
+    def knows_any(self, arms: Sequence[int]) -> bool:
+        """Return True if some of these RMs have shown a spread, so that a single reward can be compared with it."""
+        return bool((self._squares[list(arms)] > 0).any())
+
     def rows(self, arms: Sequence[int], rewards: Array) -> ScoreScale:
         """The scale of these RMs; an RM that has shown no spread so far is normalised inside this group.
 

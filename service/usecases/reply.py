@@ -16,6 +16,7 @@ from router_core.attempts import Attempt, Outcome, excluded, first_choice, passe
 from router_core.policies import AllCalls, Given, Policy, answers_of, propensity_without
 from router_core.prior import PriorForm
 from router_core.records import TIE
+from service.errors import ServiceError
 from service.schemas import AttemptReply, Fallback, RewardReply, Timings, Truncated
 from service.usecases.ask import Inquiry
 from service.usecases.choose import Chosen
@@ -58,7 +59,11 @@ class Job(Inquiry):
     def conclude(self) -> None:
         """Make the reward of the answers, unless there is an error; the run's budget is told what it cost."""
         if self.error is None:
-            given = self.plan.conclude(self.attempts, self.run.scale_of)
+            try:
+                given = self.plan.conclude(self.attempts, self.run.scale_of)
+            except ServiceError as error:
+                self.error = error
+                return
             self.given = given if given.p_right is not None else replace(given, p_right=self._right(given))
         self.run.spent(self.policy, sum([attempt.price for attempt in self.attempts]))
 

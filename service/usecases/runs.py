@@ -28,6 +28,7 @@ from router_core.records import Signal
 from service.encoders.protocol import AwaitedEncoder
 from service.errors import (
     ConfigurationError,
+    NoRewardError,
     NotFoundError,
     NotReadyError,
     OverCapacityError,
@@ -234,10 +235,22 @@ class Run:
         Args:
             arms: (K',) who answered.
             rewards: (K', n) what they said.
+
+        Raises:
+            NoRewardError: one response, and no RM has shown yet how its rewards spread.
         """
         known = self.template.score_scale
-        scale = self.scores.rows(arms, rewards) if known is None else known.rows(arms)
+        if known is not None:
+            return known.rows(arms)
+        lone = rewards.shape[1] == 1 and not self.scores.knows_any(arms)
+        scale = self.scores.rows(arms, rewards)
         self.scores.observe(arms, rewards)
+        if lone:
+            raise NoRewardError(
+                f"run {self.name!r} does not know the scale of its reward models yet, and one response alone does not "
+                "tell: send pairs or groups first, try again, or serve a checkpoint that holds the scales",
+                retry_after_seconds=1,
+            )
         return scale
 
 

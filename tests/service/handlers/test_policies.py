@@ -149,7 +149,12 @@ async def test_uwo_learns_the_scales_of_a_run_from_the_rewards_it_has_seen(gatew
         assert reply["rewards"] == pytest.approx(z.tolist())
         seen.extend(pair_of)
     fresh = {"prompt": "p", "responses": ["one"], "policy": "uwo", "run": run + "-2"}
-    assert (await gateway.client.ok("/reward", fresh))["rewards"] == [0.0]
+    for text in ("x" * 3, "x" * 5):
+        refused = await gateway.client.post("/reward", {**fresh, "responses": [text]})
+        assert (refused.status, refused.error["code"]) == (503, "no_reward")
+    # Two rewards are a spread, of mean 4 and deviation 1 in units of a character.
+    reply = await gateway.client.ok("/reward", {**fresh, "responses": ["x" * 7]})
+    assert reply["rewards"] == pytest.approx([3.0])
 
 
 async def test_laser_asks_one_rm_per_batch_and_requests_at_once_draw_apart(gateway: Gateway) -> None:

@@ -95,3 +95,21 @@ async def test_the_posterior_survives_a_crash_of_the_store(gateway: Gateway, own
     reply = await gateway.client.ok("/reward", pair(9))
     await gateway.client.ok("/feedback", {"decision_id": reply["decision_id"], "preferred": 1})
     assert (await gateway.learned(6))["digest"] == gateway.folded().digest()
+
+
+async def test_a_gateway_whose_store_is_full_is_not_ready_and_is_again_once_there_is_room(
+    own_valkey_server: ValkeyProcess,
+) -> None:
+    async with open_gateway(own_valkey_server.url, store_timeout_seconds=0.5) as gateway:
+        assert (await gateway.client.get("/readyz")).status == 200
+        own_valkey_server.ask(b"CONFIG SET maxmemory 1\r\n")
+        refused = await gateway.client.post("/reward", pair())
+        assert (refused.status, refused.error["code"]) == (503, "store_unavailable")
+        assert (await gateway.client.get("/readyz")).status == 503
+        own_valkey_server.ask(b"CONFIG SET maxmemory 0\r\n")
+
+        async def ready() -> bool:
+            return (await gateway.client.get("/readyz")).status == 200
+
+        await until(ready, "there is room again")
+        await gateway.client.ok("/reward", pair())
