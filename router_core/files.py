@@ -32,7 +32,9 @@ def open_data(path: Path) -> Iterator[BinaryIO]:
         with _opened(path) as file:
             yield file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DatasetError(f"{path}: is no whole gzip file ({error}); correct its name, or write it again") from error
+        raise DatasetError(
+            f"{path}: is not a whole gzip file ({error}); correct its name, or write it again"
+        ) from error
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read ({error.strerror or error}); give a data file") from error
 

@@ -73,7 +73,7 @@ class Moments:
 
     @property
     def possible(self) -> bool:
-        """Whether some scores within `MAX_ABS_SCORE` have these moments: 0 <= squares <= count·MAX², |mean| <= MAX.
+        """True if some scores within `MAX_ABS_SCORE` have these moments: 0 <= squares <= count·MAX², |mean| <= MAX.
 
         >>> Moments.of([1.0, 3.0]).possible, Moments(2.0, 0.0, 1e300).possible
         (True, False)

@@ -63,7 +63,7 @@ def _cell(found: Mapping[str, float]) -> str:
 
 
 def _coverage(values: Array, groups: NDArray[np.int64], size: int, samples: int) -> dict[str, Any]:
-    """Of values (N,) with their groups, drawn `size` groups at a time."""
+    """Intervals of values (N,) with their groups, drawn `size` groups at a time."""
     members = [np.flatnonzero(groups == group) for group in range(int(groups.max()) + 1)]
     truth = float(values.mean())
     methods: dict[str, Method] = {

@@ -93,7 +93,7 @@ def _wrong(task: Task, rng: np.random.Generator) -> str:
 
 
 def _check(task: Task, response: str) -> bool:
-    """Whether the function has the right name and argument and agrees with the right one on all cases."""
+    """Return True if the function has the right name and argument and agrees with the right one on all cases."""
     cases = _CASES[_kind(task).arguments]
     wanted = _run(task, _write(task, _kind(task).right), cases)
     return _run(task, response, cases) == wanted

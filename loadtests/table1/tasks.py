@@ -63,7 +63,7 @@ def draw_tasks(n: int, rng: np.random.Generator, split: Split, shares: Sequence[
 
 
 def check(task: Task, response: str) -> bool:
-    """Whether the response is right."""
+    """Return True if the response is right."""
     return FAMILIES[task.family].check(task, response)
 
 

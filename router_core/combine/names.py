@@ -22,7 +22,7 @@ def budget_of(name: str) -> float:
     """B of `cascade:B`: mean calls, or mean price, per instance.
 
     Raises:
-        UnknownPolicyError: B is no number of at least 1.
+        UnknownPolicyError: B is not a number of at least 1.
 
     >>> budget_of("cascade:1.5")
     1.5

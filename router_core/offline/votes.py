@@ -21,15 +21,15 @@ from router_core.records import TIE, LabelledPair
 Array = NDArray[np.float64]
 
 RIDGE = 10.0
-"""Of each arm's deviation from what all arms share, per pair; 3 to 60 were compared in docs/experiments.md."""
+"""Ridge on each arm's deviation from what all arms share, per pair; 3 to 60 were compared in docs/experiments.md."""
 SHARED_RIDGE = (1.0, 5.0)
-"""Of what all arms share: of c, and of the part that grows with ln V."""
+"""Ridges on what all arms share: on c, and on the part that grows with ln V."""
 SUBSETS = 8
 """Random subsets per pair."""
 FOLDS = 4
-"""Of groups, for the temperature."""
+"""Folds by groups that the temperature is chosen on."""
 QUANTILES = (1 / 6, 1 / 2, 5 / 6)
-"""Of an arm's margins: three equally likely ones."""
+"""Quantiles that stand for an arm's margins: three equally likely ones."""
 MOST_CALLS = 10
 """Calls at most in the table of multipliers."""
 _FEWEST = 40

@@ -87,7 +87,7 @@ class LoggedData:
 
     @property
     def unit_rewards(self) -> bool:
-        """Whether every reward is inside [0, 1]."""
+        """True if every reward is inside [0, 1]."""
         values = self.rewards[self.seen]
         return bool(((values >= 0) & (values <= 1)).all())
 

@@ -64,7 +64,7 @@ class VotePlan:
     chances: dict[int, float] = field(default_factory=dict)
 
     def next_arms(self, order: Sequence[int], attempts: Sequence[Attempt]) -> Sequence[int]:
-        """Return the draw first, the next best while nobody has answered, then whoever is worth asking."""
+        """Return the draw first, the next best while nobody has answered, then the arm that is worth asking."""
         if self.view.multiplier is None:
             return () if attempts else sorted(order)
         if not attempts:

@@ -174,7 +174,7 @@ def ensure_exported(checkpoint: Path, directory: Path) -> bool:
 
 
 def is_exported(checkpoint: Path, directory: Path) -> bool:
-    """Whether the checkpoint's transformer, as it is now, lies in the directory.
+    """Return True if the checkpoint's transformer, as it is now, lies in the directory.
 
     Raises:
         EncoderError: the checkpoint's encoder has no transformer.

@@ -227,7 +227,7 @@ def interruptible() -> None:
 
 
 def answers(url: str) -> bool:
-    """Whether GET url answers 200 within two seconds."""
+    """Return True if GET url answers 200 within two seconds."""
     try:
         with _OPENER.open(url, timeout=2) as response:
             return bool(response.status == 200)

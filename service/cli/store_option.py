@@ -12,7 +12,7 @@ STORE_VARIABLE = "REWARD_ROUTER_STORE_URL"
 
 
 def holds_password(url: str) -> bool:
-    """Whether a store's URL holds a secret: the account's password, or that of a certificate's key."""
+    """Return True if a store's URL holds a secret: the account's password, or that of a certificate's key."""
     parts = urlsplit(url)
     account = parts.netloc.rpartition("@")[0]
     return ":" in account or not {"password", "ssl_password"}.isdisjoint(parse_qs(parts.query))

@@ -91,7 +91,7 @@ class Supervisor:
                 )
 
     def _gpus_taken(self, one: _Watched) -> bool:
-        """Whether another one is starting on a GPU of this one."""
+        """Return True if another one is starting on a GPU of this one."""
         return any(
             other.starting and not set(other.child.gpus).isdisjoint(one.child.gpus)
             for other in self._watched

@@ -176,7 +176,7 @@ def claims_by_gpu(claims: Sequence[Claim]) -> dict[int, list[Claim]]:
 
 
 def check_shares(models: Sequence[ModelEntry], others: Sequence[Claim] = ()) -> None:
-    """Whether the processes that share a GPU fit on it, by what was asked for each.
+    """Return True if the processes that share a GPU fit on it, by what was asked for each.
 
     Args:
         models: those that vLLM is to serve on GPUs.
@@ -215,7 +215,7 @@ def share_lines(claims: Sequence[Claim]) -> list[str]:
 
 
 def served_by_vllm(model: ModelEntry, pool: PoolFile, command: Sequence[str] | None) -> bool:
-    """Whether `up` serves this model with vLLM rather than with the CPU worker.
+    """Return True if `up` serves this model with vLLM rather than with the CPU worker.
 
     Args:
         model: of the pool, without `urls`.

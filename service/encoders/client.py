@@ -87,7 +87,7 @@ class StateClient:
 
     @property
     def available(self) -> bool:
-        """Whether a server's breaker lets requests through."""
+        """True if a server's breaker lets requests through."""
         return any(replica.breaker.allows for replica in self.replicas)
 
     async def states(self, ids: Sequence[Sequence[int]], *, deadline: float) -> NDArray[np.float32]:

@@ -42,7 +42,7 @@ class RemoteOptions:
 
 
 def is_remote(encoder: str) -> bool:
-    """Whether the setting names servers."""
+    """Return True if the setting names servers."""
     return encoder.startswith(PREFIX)
 
 

@@ -77,7 +77,7 @@ class AwaitedEncoder(ABC):
     @property
     @abstractmethod
     def available(self) -> bool:
-        """Whether a server can be asked now."""
+        """Return True if a server can be asked now."""
 
     @abstractmethod
     def servers(self) -> list[ServerStatus]:

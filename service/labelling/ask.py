@@ -196,7 +196,7 @@ class ModelAsker:
         return hopeful
 
     async def _answers(self) -> bool:
-        """Whether the RM scores a conversation that is known to be good."""
+        """Return True if the RM scores a conversation that is known to be good."""
         deadline = asyncio.get_running_loop().time() + self.policy.timeout_seconds
         (outcome,) = await self.arm.score_groups([[(PROBE_PROMPT, PROBE_RESPONSE)]], deadline=deadline)
         return not isinstance(outcome, WorkerError)
@@ -219,7 +219,7 @@ def reason_kind(reason: str) -> str:
 
 
 def is_failure(kind: str) -> bool:
-    """Whether a kind of reason says that the RM failed, rather than refused."""
+    """Return True if a kind of reason says that the RM failed, rather than refused."""
     return not kind.startswith(REFUSED)
 
 

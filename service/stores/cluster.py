@@ -214,7 +214,7 @@ def _word(reply: Reply) -> str:
 
 
 def _is_later(reply: Reply) -> bool:
-    """Whether the same command may get another reply soon, here or at another node.
+    """Return True if the same command may get another reply soon, here or at another node.
 
     A script reads keys that it does not name, and the node that a slot is moving to says "missing" of a key that has
     not come yet: so scripts do not follow ASK, but wait until the slot has moved.

@@ -105,7 +105,7 @@ class MemoryStore:
         return RunCheck(state.identity, await self.log_status(run), first, missing)
 
     async def has_run(self, run: str) -> bool:
-        """Whether `open_run` was ever called for the run, by any gateway."""
+        """Return True if `open_run` was ever called for the run, by any gateway."""
         return self._run(run).identity is not None
 
     async def save_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> None:

@@ -161,7 +161,7 @@ class Store(Protocol):
         """Say what the store holds of a run, and which of these events its log does not hold. Changes nothing."""
 
     async def has_run(self, run: str) -> bool:
-        """Whether `open_run` was ever called for the run, by any gateway."""
+        """Return True if `open_run` was ever called for the run, by any gateway."""
 
     async def save_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> None:
         """Save all of them, each for the feedback window; returns when the server has acknowledged them."""

@@ -53,6 +53,6 @@ def check_reference(item: FeedbackRecord) -> None:
 
 
 def is_expired(decision_id: str | None, now_ms: int, window_ms: int) -> bool:
-    """Whether an id whose decision is gone was made by us more than a window ago (else it was never ours)."""
+    """Return True if an id whose decision is gone was made by us more than a window ago (else it was never ours)."""
     made = None if decision_id is None else created_ms(decision_id)
     return made is not None and now_ms - made >= window_ms

@@ -183,7 +183,7 @@ class RedisStore(RedisScores):
         return RunCheck(None if meta is None else _identity(meta), status, first, tuple(missing))
 
     async def has_run(self, run: str) -> bool:
-        """Whether `open_run` was ever called for the run, by any gateway."""
+        """Return True if `open_run` was ever called for the run, by any gateway."""
         return bool(await self._hot.execute("EXISTS", _prefix(run) + "meta"))
 
     async def save_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> None:

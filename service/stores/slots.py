@@ -31,7 +31,7 @@ _KEYLESS = frozenset({"PING", "CLUSTER"})
 
 
 def is_cluster_url(url: str) -> bool:
-    """Whether the URL names a cluster."""
+    """Return True if the URL names a cluster."""
     return url.startswith(SCHEMES)
 
 

@@ -238,7 +238,7 @@ def _settle(
 
 
 def _may_change(result: RewardResult | FeedbackResult) -> bool:
-    """Whether asking again may give another result."""
+    """Return True if asking again may give another result."""
     return isinstance(result, Missing | Declined) and result.code in RETRIED_CODES
 
 

@@ -31,7 +31,7 @@ class Ticket:
 
     @property
     def open(self) -> bool:
-        """Whether another piece may be brought: the scorer has room, or has taken a piece of this call before."""
+        """True if another piece may be brought: the scorer has room, or has taken a piece of this call before."""
         return self._arm.available or (self._admitted and (self._in_hand > 0 or self._arm.reachable))
 
     @property

@@ -120,7 +120,7 @@ def held_events(run: Run) -> list[str]:
 
 
 def _is_lost(event_id: str, check: RunCheck) -> bool:
-    """Whether an event that the log lacks can be missing for another reason than that it was trimmed."""
+    """Return True if an event that the log lacks can be missing for another reason than that it was trimmed."""
     at = event_order(event_id)
     return not check.status.trimmed or at >= event_order(check.first_id) or at > event_order(check.status.last_id)
 

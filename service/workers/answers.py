@@ -32,7 +32,7 @@ class AnswerError(Exception):
 
 
 class AnswerShapeError(AnswerError):
-    """Of another shape than asked for: no input makes a reward model do that."""
+    """The answer has another shape than was asked for: no input makes a reward model do that."""
 
 
 class RewardBound:

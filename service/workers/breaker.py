@@ -67,7 +67,7 @@ class CircuitBreaker:
 
     @property
     def allows(self) -> bool:
-        """Whether `acquire` would give a permit now."""
+        """True if `acquire` would give a permit now."""
         return not self._open or (not self._trial and self._clock() >= self._retry_at)
 
     @property

@@ -146,7 +146,7 @@ class VllmArm:
 
     @property
     def available(self) -> bool:
-        """Whether some replica's breaker allows a request and is below its limit in flight."""
+        """True if some replica's breaker allows a request and is below its limit in flight."""
         # A loop, since this is asked several times a request and a generator costs more than the question.
         for replica in self.replicas:  # noqa: SIM110
             if replica.breaker.allows and not replica.full:
@@ -155,7 +155,7 @@ class VllmArm:
 
     @property
     def reachable(self) -> bool:
-        """Whether some replica's breaker allows a request."""
+        """True if some replica's breaker allows a request."""
         return any(replica.breaker.allows for replica in self.replicas)
 
     @property
@@ -165,7 +165,7 @@ class VllmArm:
 
     @property
     def may_fall_back(self) -> bool:
-        """Whether there is a fallback, and no replica was ever used: what was asked of an RM stays what it was."""
+        """True if there is a fallback, and no replica was ever used: what was asked of an RM stays what it was."""
         return self.config.fallback is not None and not any(replica.admitted for replica in self.replicas)
 
     def fall_back(self) -> bool:

@@ -72,7 +72,7 @@ class HealthMonitor:
 
     @property
     def running(self) -> bool:
-        """Whether every checking task is alive."""
+        """True if every checking task is alive."""
         return bool(self._tasks) and not any(task.done() for task in self._tasks)
 
     @property

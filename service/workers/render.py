@@ -84,10 +84,10 @@ class Rendering(Protocol):
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether lengths are known here, so that `prepare` heeds them."""
+        """True if lengths are known here, so that `prepare` heeds them."""
 
     def lengthy(self, groups: Sequence[Sequence[tuple[str, str]]]) -> bool:
-        """Whether `prepare` would take so long that it must not run on the event loop."""
+        """Return True if `prepare` would take so long that it must not run on the event loop."""
 
     def prepare(
         self, groups: Sequence[Sequence[tuple[str, str]]], *, limit: int | None = None, cut_prompt: bool = False

@@ -166,7 +166,7 @@ class Replica:
         return self._begun
 
     def answered_since(self, number: int) -> bool:
-        """Whether the replica has answered an exchange that began after this one."""
+        """Return True if the replica has answered an exchange that began after this one."""
         return self._answered > number
 
     async def post(self, path: str, body: bytes, permit: int, *, items: int = 1, deadline: float) -> Response:

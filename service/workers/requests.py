@@ -200,7 +200,7 @@ class Requester:
     async def _is_well(
         self, replica: Replica, permit: int, number: int, reason: str, rendering: Rendering, until: float
     ) -> bool:
-        """Whether the replica is cleared before the deadline; its breaker learns the outcome in any case."""
+        """Return True if the replica is cleared before the deadline; its breaker learns the outcome in any case."""
         examination = replica.examine(permit, number, reason, lambda: self._probe(replica, rendering))
         try:
             async with asyncio.timeout_at(until):
@@ -213,7 +213,7 @@ class Requester:
         return well
 
     async def _probe(self, replica: Replica, rendering: Rendering) -> bool:
-        """Whether the replica scores the probe conversation now, on a connection of its own."""
+        """Return True if the replica scores the probe conversation now, on a connection of its own."""
         until = asyncio.get_running_loop().time() + self._config.attempt_timeout_seconds
         try:
             body = encode(rendering, self._config.served_model, [(PROBE_PROMPT, PROBE_RESPONSE)])

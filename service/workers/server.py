@@ -91,7 +91,7 @@ class Backend(Protocol):
         """
 
     def raw_by_default(self, model: str) -> bool:
-        """Whether the model gives raw logits whatever the request says (`problem_type: regression`)."""
+        """Return True if the model gives raw logits whatever the request says (`problem_type: regression`)."""
 
 
 @runtime_checkable

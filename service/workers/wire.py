@@ -164,7 +164,7 @@ def error_message(body: bytes, *, limit: int = 500) -> str:
 
 
 def says_too_long(status: int, body: bytes) -> bool:
-    """Whether a refusal blames the length of the input.
+    """Return True if a refusal blames the length of the input.
 
     Status 413 always does. With 400 and 422 it is told by `param: input_tokens`, by a code, or in words: of vLLM, of
     its earlier versions, of SGLang, TEI and others, in any shape that `error_message` reads.

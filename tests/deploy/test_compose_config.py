@@ -52,7 +52,7 @@ def workers(services: dict[str, Config]) -> dict[str, Config]:
 
 
 def gateway(service: Config) -> bool:
-    """Whether it is a gateway."""
+    """Return True if it is a gateway."""
     return "REWARD_ROUTER_STORE_URL" in (service.get("environment") or {})
 
 

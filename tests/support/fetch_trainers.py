@@ -160,7 +160,7 @@ def trainer_named(name: str) -> Trainer:
 
 
 def is_there(trainer: Trainer | Source, folder: Path = FOLDER) -> bool:
-    """Whether the folder has this version for this Python."""
+    """Return True if the folder has this version for this Python."""
     stamp = folder / trainer.name / STAMP
     return stamp.is_file() and stamp.read_text("utf-8") == trainer.stamp
 

@@ -62,7 +62,7 @@ def pod_templates(manifests: Sequence[Manifest]) -> dict[str, Manifest]:
 
 
 def selects(selector: Mapping[str, Any] | None, labels: Mapping[str, str]) -> bool:
-    """Whether a label selector, of the kind without expressions, selects."""
+    """Return True if a label selector, of the kind without expressions, selects."""
     assert not (selector or {}).get("matchExpressions"), "this evaluator reads matchLabels only"
     return all(labels.get(key) == value for key, value in ((selector or {}).get("matchLabels") or {}).items())
 
@@ -77,7 +77,7 @@ class Pod:
 
 
 def allowed(policies: Sequence[Manifest], source: Pod, target: Pod, port: int, protocol: str = "TCP") -> bool:
-    """Whether the policies of both ends let a connection through (NetworkPolicy v1: policies add up)."""
+    """Return True if the policies of both ends let a connection through (NetworkPolicy v1: policies add up)."""
     return _side(policies, "Ingress", target, source, port, protocol) and _side(
         policies, "Egress", source, target, port, protocol
     )

@@ -79,7 +79,7 @@ class VllmServer:
 
     @property
     def running(self) -> bool:
-        """Whether it was started and has not left."""
+        """True if it was started and has not left."""
         return self._child is not None and self._child.process.poll() is None
 
     def launch(self) -> None:

@@ -30,7 +30,7 @@ def world(N: int, seed: int, n: int = 2, copies: bool = False, margins: bool = F
 
 
 def accuracy(fitted_on: Judged, judged: Judged) -> tuple[float, float]:
-    """Of the learned votes with all arms, and the mean p_right that they claim."""
+    """Accuracy of the learned votes with all arms, and the mean p_right that they claim."""
     fitted = fit_votes(fitted_on, np.random.default_rng(0))
     assert fitted is not None
     verdicts = verdicts_of(fitted[0].probabilities(judged.offsets, judged.answers))

@@ -85,7 +85,7 @@ def texts_of(request: Json) -> list[str]:
 
 
 def is_probe(request: Json) -> bool:
-    """Whether it asks about the probe conversation and nothing else."""
+    """Return True if it asks about the probe conversation and nothing else."""
     texts = texts_of(request)
     return len(texts) == 1 and texts[0] in (
         PROBE_RESPONSE,
