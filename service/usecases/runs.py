@@ -206,7 +206,7 @@ class Run:
         entropy = None if template.seed is None else [template.seed, *name.encode()]
         self.rng = np.random.default_rng(entropy)
         self.next_rng = np.random.default_rng(None if entropy is None else [*entropy, 1])
-        """Generator of further draws, which happen on the event loop; the first ones are drawn in the chooser's thread."""
+        """Generator of further draws, on the event loop; the first ones are drawn in the chooser's thread."""
         self._pacers: dict[str, Pacer] = {}
 
     def view(self, policy: Policy, n: int, means: Sequence[float]) -> View:
