@@ -38,6 +38,7 @@ from loadtests.tables.work import (
     stacked,
 )
 from router_core.checkpoint import Checkpoint
+from router_core.combine import COMBINED
 from router_core.dataset import write_pairs
 from router_core.encoder.base import Block
 from router_core.encoder.cache import CachedBackbone
@@ -170,7 +171,7 @@ def test_table_two_holds_every_row_and_agrees_with_the_fits(
     judged = table.judged(fitted, material)
     assert set(judged.rows) == {
         "single:coder", "single:talker", "random", "majority", "uwo", "offline", "offline:bt", "offline:cls",
-        "offline:no-cls", BEST_LEARNED, BEST_HINDSIGHT, SUBSETS_LEARNED, SUBSETS_HINDSIGHT,
+        "offline:no-cls", BEST_LEARNED, BEST_HINDSIGHT, SUBSETS_LEARNED, SUBSETS_HINDSIGHT, *COMBINED,
     }  # fmt: skip
     fit = table.needed()[0]
     outside = np.setdiff1d(np.arange(len(pairs)), fit.rows)
