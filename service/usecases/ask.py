@@ -92,8 +92,10 @@ class Asker:
         going_on = [(one, wanted) for one in inquiries if (wanted := _wanted(one, pool))]
         while going_on:
             if clock() >= deadline:
+                # An instance that only wants another opinion keeps the answer that it has.
                 for inquiry, _ in going_on:
-                    inquiry.error = too_late(inquiry.attempts, pool)
+                    if not answers(inquiry.attempts):
+                        inquiry.error = too_late(inquiry.attempts, pool)
                 return
             closed = tickets.closed()
             if closed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,3 +211,21 @@ async def test_a_log_of_cascades_says_what_each_rm_would_have_earned_alone(
     values = evaluate_log(log, ["single:rm-a", "random"], None)["policies"]
     low, high = values["single:rm-a"]["snips"]["ci95"]
     assert low <= 1.0 <= high + 1e-9
+
+
+async def test_an_opinion_that_comes_too_late_costs_nobody_the_first_answer(
+    valkey_server: ValkeyProcess, tmp_path: Path
+) -> None:
+    path, encoder = checkpoint(tmp_path, VOTES)
+    async with open_gateway(
+        valkey_server.url, models=MODELS, encoder=encoder, checkpoint=path, request_timeout_seconds=0.3
+    ) as gateway:
+        gateway.arm("rm-b").gate = gateway.arm("rm-c").gate = asyncio.Event()
+        for index in range(100):
+            response = await gateway.client.post("/reward", {**pair(index), "policy": "cascade:3"})
+            if response.status == 200 and len(response.json["attempts"]) > 1:
+                break
+    first, second = response.json["attempts"]
+    assert (first["model"], first["outcome"]) == ("rm-a", "answered")
+    assert (second["outcome"], second["reason"]) == ("failed", "worker_timeout")
+    assert response.json["p_right"] == pytest.approx(right(0), abs=1e-4)
