@@ -83,3 +83,7 @@ class CheckpointError(RouterCoreError):
 
 class EncoderError(RouterCoreError):
     """An encoder cannot be loaded or fed."""
+
+
+class UnknownScaleError(RouterCoreError):
+    """Rewards of several scorers cannot be compared: nobody knows their scale yet."""

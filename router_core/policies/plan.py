@@ -19,8 +19,8 @@ from router_core.records import verdict_of
 
 Array = NDArray[np.float64]
 
-ScaleOf = Callable[[Sequence[int], Array], ScoreScale]
-"""Scale of the scorers that answered, from their arms (K',) and their raw rewards (K', n)."""
+ScaleOf = Callable[[Sequence[int], Array], ScoreScale | None]
+"""Scale of the scorers that answered, from their arms (K',) and their raw rewards (K', n); None while it is unknown."""
 
 
 @dataclass(frozen=True, slots=True)

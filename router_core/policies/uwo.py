@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from router_core.errors import UnknownScaleError
 from router_core.policies.base import AllCalls, Array
 from router_core.policies.scale import ScoreScale
 
@@ -44,11 +45,19 @@ def uncertainty_weighted(rewards: Array, scale: ScoreScale | None, weight: float
     Returns:
         (n,) float64.
 
+    Raises:
+        UnknownScaleError: a single response without a scale: there is nothing to compare it with.
+
     >>> import numpy as np
     >>> one = ScoreScale(np.zeros(2), np.ones(2))
     >>> uncertainty_weighted(np.array([[1.0, 3.0], [1.0, 0.0]]), one, 0.5).tolist()
     [1.0, 0.375]
     """
+    if scale is None and rewards.shape[1] == 1:
+        raise UnknownScaleError(
+            "the scale of the reward models is not known yet, and one response alone does not tell: send pairs or "
+            "groups first, try again, or serve a checkpoint that holds the scales"
+        )
     z = (scale or ScoreScale.of_group(rewards)).normalise(rewards)
     out: Array = z.mean(axis=0) - weight * z.var(axis=0)
     return out

@@ -13,10 +13,11 @@ import msgspec
 import numpy as np
 
 from router_core.attempts import Attempt, Outcome, excluded, first_choice, passed_over, waited_seconds
+from router_core.errors import UnknownScaleError
 from router_core.policies import AllCalls, Given, Policy, answers_of, propensity_without
 from router_core.prior import PriorForm
 from router_core.records import TIE
-from service.errors import ServiceError
+from service.errors import NoRewardError
 from service.schemas import AttemptReply, Fallback, RewardReply, Timings, Truncated
 from service.usecases.ask import Inquiry
 from service.usecases.choose import Chosen
@@ -61,8 +62,8 @@ class Job(Inquiry):
         if self.error is None:
             try:
                 given = self.plan.conclude(self.attempts, self.run.scale_of)
-            except ServiceError as error:
-                self.error = error
+            except UnknownScaleError as error:
+                self.error = NoRewardError(f"run {self.run.name!r}: {error}", retry_after_seconds=1)
                 return
             self.given = given if given.p_right is not None else replace(given, p_right=self._right(given))
         self.run.spent(self.policy, sum([attempt.price for attempt in self.attempts]))

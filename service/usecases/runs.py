@@ -28,7 +28,6 @@ from router_core.records import Signal
 from service.encoders.protocol import AwaitedEncoder
 from service.errors import (
     ConfigurationError,
-    NoRewardError,
     NotFoundError,
     NotReadyError,
     OverCapacityError,
@@ -229,15 +228,15 @@ class Run:
         if pacer is not None:
             self._pacers[policy.name] = pacer.spent(price)
 
-    def scale_of(self, arms: Sequence[int], rewards: NDArray[np.float64]) -> ScoreScale:
+    def scale_of(self, arms: Sequence[int], rewards: NDArray[np.float64]) -> ScoreScale | None:
         """Return the scale of the RMs that answered: the checkpoint's, else what the run has seen before these.
 
         Args:
             arms: (K',) who answered.
             rewards: (K', n) what they said.
 
-        Raises:
-            NoRewardError: one response, and no RM has shown yet how its rewards spread.
+        Returns:
+            None for a single response while no RM has shown how its rewards spread.
         """
         known = self.template.score_scale
         if known is not None:
@@ -245,13 +244,7 @@ class Run:
         lone = rewards.shape[1] == 1 and not self.scores.knows_any(arms)
         scale = self.scores.rows(arms, rewards)
         self.scores.observe(arms, rewards)
-        if lone:
-            raise NoRewardError(
-                f"run {self.name!r} does not know the scale of its reward models yet, and one response alone does not "
-                "tell: send pairs or groups first, try again, or serve a checkpoint that holds the scales",
-                retry_after_seconds=1,
-            )
-        return scale
+        return None if lone else scale
 
 
 class RunRegistry:

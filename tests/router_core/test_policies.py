@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from router_core.attempts import Attempt, Outcome
-from router_core.errors import NotFiniteError, ShapeMismatchError, UnknownPolicyError
+from router_core.errors import NotFiniteError, ShapeMismatchError, UnknownPolicyError, UnknownScaleError
 from router_core.policies import (
     UWO_CHOICE_LAMBDA,
     UWO_REWARD_LAMBDA,
@@ -211,9 +211,9 @@ def test_uwo_without_a_scale_normalises_inside_the_group() -> None:
     rewards = np.array([[1000.0, 2000.0, 3000.0], [0.1, 0.3, 0.2]])
     z = (rewards - rewards.mean(1, keepdims=True)) / rewards.std(1, keepdims=True)
     np.testing.assert_allclose(policy.combine(rewards, None), z.mean(0) - 0.1 * z.var(0))
-    # One response, or RMs that see no difference: nothing to prefer, and a finite reward.
-    assert policy.combine(np.array([[5.0], [-7.0]]), None).tolist() == [0.0]
-    assert combined_verdict(policy, np.array([[5.0], [-7.0]]), None) == TIE
+    # One response has nothing to be compared with; RMs that see no difference prefer nothing.
+    with pytest.raises(UnknownScaleError, match="send pairs or groups first"):
+        policy.combine(np.array([[5.0], [-7.0]]), None)
     assert combined_verdict(policy, np.array([[2.0, 2.0], [1.0, 1.0]]), None) == TIE
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.arms import ScriptedArm
-from tests.support.gateway import Gateway, fresh_run, open_gateway
+from tests.support.gateway import Gateway, fresh_run, open_gateway, pair
 from tests.support.story import gone
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ async def test_a_choice_sticks_for_as_long_as_it_is_told(valkey_server: ValkeyPr
 
 
 async def test_policies_with_nothing_to_choose_leave_no_choice_behind(gateway: Gateway) -> None:
+    await gateway.client.ok("/reward", {**pair(), "policy": "majority"})
     for policy in ("single:rm-a", "majority", "uwo"):
         reply = await gateway.client.ok("/reward", {**single("p", "a"), "policy": policy})
         assert gateway.decision(reply["decision_id"]).sticky == ""
