@@ -88,7 +88,7 @@ class Judged:
         """These rows, in the table's own order; all of them where none are named.
 
         Raises:
-            UnknownPolicyError: there is no such row.
+            UnknownPolicyError: a named row does not exist.
         """
         unknown = [name for name in policies if name not in self.rows]
         if unknown:

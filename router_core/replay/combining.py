@@ -36,7 +36,7 @@ def combining_pass(stage: Stage, plan: Plan, name: str, combination: Combination
     have the same multiplier; it moves after them, by what each of them cost.
 
     Raises:
-        DatasetError: there is no combination.
+        DatasetError: the checkpoint holds no learned votes.
     """
     if combination is None:
         raise DatasetError(

@@ -22,7 +22,7 @@ from service.stores.protocol import LogEntry
 from service.usecases.decisions import StoredDecision, decode_decision, decode_feedback, event_from
 
 SCHEMA_VERSION = 2
-"""Of the files."""
+"""Version of the exported files' schema."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ def split_messages(messages: object) -> tuple[list[Mapping[str, Any]], str]:
     """A whole conversation as the messages before the last one, and the last one's text.
 
     Raises:
-        ValueError: it is no list of messages, or there is no prompt before the response.
+        ValueError: it is not a list of messages, or no prompt precedes the response.
     """
     read = _messages(messages, "messages")
     if len(read) < 2:
