@@ -42,8 +42,8 @@ from loadtests.report import describe, machine, table, write_json
 from loadtests.stub import MODELS
 from service.cli.processes import free_port
 from service.pool import ModelEntry, PoolFile, dump_pool
+from service.scorers.rm.render import PlainTemplate
 from service.stores.embedded import EmbeddedStore
-from service.workers.render import PlainTemplate
 
 SEED = 7
 

@@ -32,8 +32,8 @@ from loadtests.gateway import Children
 from loadtests.report import describe, machine, table, use_one_blas_thread, write_json
 from loadtests.stub import MODELS
 from service.pool import ModelEntry, PoolFile, dump_pool
+from service.scorers.wire import CLASSIFY_PATH, MODELS_PATH, ModelList, ServedModel, sigmoid
 from service.stores.embedded import EmbeddedStore
-from service.workers.wire import CLASSIFY_PATH, MODELS_PATH, ModelList, ServedModel, sigmoid
 
 MARK = "POISON"
 """The word on which every RM fails."""

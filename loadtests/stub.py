@@ -36,9 +36,7 @@ from router_core.records import Instance
 from service.cli.serve import read_settings, serve_app
 from service.encoders.protocol import AwaitedEncoder, Encoded, ServerStatus
 from service.pool import load_pool
-from service.settings import Settings
-from service.telemetry import configure_logging
-from service.workers.wire import (
+from service.scorers.wire import (
     CLASSIFY_PATH,
     MODELS_PATH,
     ClassifiedReply,
@@ -47,6 +45,8 @@ from service.workers.wire import (
     ServedModel,
     Usage,
 )
+from service.settings import Settings
+from service.telemetry import configure_logging
 
 MODELS = ("rm-a", "rm-b", "rm-c", "rm-d")
 """The stub serves all of them on one port."""

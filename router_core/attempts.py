@@ -3,7 +3,7 @@
 A decision is a list of these records. Everything that is derived from it (who answered, what the first choice was made
 among, what a reply lists as fallbacks) is a function here, so that requests, the log and off-policy evaluation read one
 story. Plain values; knows no scorer and no store. Used by `router_core.policies`, `service.usecases` and
-`service.eventlog`.
+`service.lab.eventlog`.
 """
 
 from __future__ import annotations

@@ -21,10 +21,10 @@ from service.handlers.hot import HotRoutes
 from service.handlers.keys import ApiKeys
 from service.handlers.system import system_router
 from service.pool import PoolFile
+from service.scorers.protocol import Arm
 from service.settings import Settings
 from service.stores.protocol import Store
 from service.wiring import Gateway, build_gateway
-from service.workers.protocol import Arm
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 """Paths that need no API key: probes and scrapes. Keep the port off public networks, or put a proxy before it."""

@@ -8,7 +8,7 @@
     ├── StoreUnavailableError 503 (and its child UnsafeStoreError) · NotReadyError 503 · NoWorkerError 503
     ├── DeadlineExceededError 503 · NoRewardError 503
     ├── ConfigurationError (start-up only: printed by the CLI, never sent)
-    └── service.workers.protocol.WorkerError and its children
+    └── service.scorers.protocol.WorkerError and its children
 
 One renderer (`service.handlers.errors`) turns them into `{"error": {"code", "message", "details"}}`.
 """

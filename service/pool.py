@@ -48,7 +48,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from router_core.records import MAX_ABS_SCORE
 from service.errors import ConfigurationError
-from service.workers.protocol import OverLong
+from service.scorers.protocol import OverLong
 
 RESERVED_ARGUMENTS = {
     "--host": "nothing: `up` chooses it",

@@ -42,6 +42,10 @@ from service.handlers.hot import HotLimits, HotRoutes
 from service.handlers.keys import ApiKeys
 from service.handlers.trainers import TrainerRoutes, TrainerTexts
 from service.pool import ModelEntry, PoolFile
+from service.scorers.protocol import Arm, OverLong
+from service.scorers.rm.client import TOKENS_PER_REQUEST, ArmConfig, VllmArm
+from service.scorers.rm.health import HealthMonitor, HealthPolicy
+from service.scorers.rm.render import Rendering, load_rendering
 from service.settings import EMBEDDED, OnStoreUnavailable, OnUnknownTemplate, Settings
 from service.stores.embedded import EmbeddedStore
 from service.stores.protocol import FeedbackStatus, Store
@@ -61,10 +65,6 @@ from service.usecases.score import RewardService, ScoreLimits
 from service.usecases.shadow import Shadower
 from service.usecases.status import ArmStatus, ReplicaStatus, StatusService
 from service.usecases.sticky import StickyChoices
-from service.workers.client import TOKENS_PER_REQUEST, ArmConfig, VllmArm
-from service.workers.health import HealthMonitor, HealthPolicy
-from service.workers.protocol import Arm, OverLong
-from service.workers.render import Rendering, load_rendering
 
 logger = logging.getLogger(__name__)
 
@@ -488,7 +488,7 @@ def _load_rendering(model: ModelEntry) -> tuple[Rendering, Rendering | None]:
     """
     if model.rendering in ("messages", "template"):
         return load_rendering(model.rendering, model.chat_template), None
-    from service.workers.tokens import load_token_rendering
+    from service.scorers.rm.tokens import load_token_rendering
 
     # The template `plain` is the default of the field; a model that is given ids has one of its own.
     template = None if model.chat_template == "plain" else model.chat_template

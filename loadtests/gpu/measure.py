@@ -21,10 +21,10 @@ from loadtests.gateway import Pair
 from loadtests.gpu.stack import Running
 from service.encoders.reading import Reading
 from service.encoders.wire import EMBEDDINGS_PATH, encode_request
-from service.workers.http import HttpPool
-from service.workers.render import Prepared
-from service.workers.tokens import TokenRendering, load_token_rendering
-from service.workers.wire import CLASSIFY_PATH
+from service.scorers.rm.render import Prepared
+from service.scorers.rm.tokens import TokenRendering, load_token_rendering
+from service.scorers.transport.http import HttpPool
+from service.scorers.wire import CLASSIFY_PATH
 
 CHUNK = 32
 """Pairs of one request where requests hold many."""

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaModel, Qwen3Config, Qwen3ForSequenceC
 
 from router_core.encoder.export import export
 from router_core.encoder.torch import TorchBackbone
-from service.workers.render import PLAIN_TEMPLATE
+from service.scorers.rm.render import PLAIN_TEMPLATE
 
 PAD = "<|pad|>"
 

@@ -1,7 +1,7 @@
 """What off-policy evaluation starts from: a log as arrays, a target policy as probabilities, an estimate as numbers.
 
 Knows nothing of files, stores or networks. Called by the estimators of this package, and by whoever reads a log
-(`service.eventlog`) or makes one (`loadtests.ope_coverage`). Equations and sources: docs/off-policy.md.
+(`service.lab.eventlog`) or makes one (`loadtests.ope_coverage`). Equations and sources: docs/off-policy.md.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from service.convert.convert import Account, convert_file
-from service.convert.reading import READABLE
 from service.errors import ConfigurationError
+from service.lab.convert.convert import Account, convert_file
+from service.lab.convert.reading import READABLE
 
 
 def convert(

@@ -16,7 +16,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from service.cli.serve import read_settings
 from service.cli.store_option import store_option
 from service.errors import ConfigurationError, StoreUnavailableError
-from service.eventlog.export import Exported, export_log
+from service.lab.eventlog.export import Exported, export_log
 from service.settings import EMBEDDED, Settings
 from service.stores.embedded import EmbeddedStore
 from service.stores.redis import RedisStore

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from service.errors import ServiceError
-from service.workers.http import HttpError, HttpPool
+from service.scorers.transport.http import HttpError, HttpPool
 
 TIMEOUT_SECONDS = 30.0
 """Longest wait for one answer; above the gateway's own deadline."""

@@ -34,14 +34,14 @@ from service.cli.processes import interruptible
 from service.cli.serve import read_settings
 from service.cli.train import parse_pool
 from service.errors import ConfigurationError, ServiceError
-from service.labelling.ask import AskPolicy, ModelAsker, is_failure
-from service.labelling.journal import Answer, Journal, content_key, write_atomically
-from service.labelling.rows import Known, earlier_answers, labelled_lines, summarise
+from service.lab.labelling.ask import AskPolicy, ModelAsker, is_failure
+from service.lab.labelling.journal import Answer, Journal, content_key, write_atomically
+from service.lab.labelling.rows import Known, earlier_answers, labelled_lines, summarise
 from service.pool import ModelEntry, load_pool
+from service.scorers.protocol import Arm
+from service.scorers.rm.client import VllmArm
+from service.scorers.rm.health import HealthMonitor, HealthPolicy
 from service.wiring import build_arm
-from service.workers.client import VllmArm
-from service.workers.health import HealthMonitor, HealthPolicy
-from service.workers.protocol import Arm
 
 FAILED_ROWS = 3
 """Exit status when all was asked, and an RM failed on some rows."""

@@ -31,9 +31,9 @@ from router_core.policies import make_policy
 from router_core.records import Signal
 from service.cli.train import parse_pool
 from service.errors import ConfigurationError
-from service.eventlog.load import EventLog, load_log, logged_data
-from service.eventlog.record import Header
-from service.eventlog.targets import SOFTMAX, Targets, load_checkpoint, temperature_of
+from service.lab.eventlog.load import EventLog, load_log, logged_data
+from service.lab.eventlog.record import Header
+from service.lab.eventlog.targets import SOFTMAX, Targets, load_checkpoint, temperature_of
 from service.usecases.decisions import StoredDecision
 
 Array = NDArray[np.float64]

@@ -1,7 +1,7 @@
 """`StateClient`: one transformer behind any number of equal vLLM servers; token ids in, last states out.
 
 Chooses a server, cuts what is asked into requests, retries elsewhere, reads and checks the answers; connections,
-breaker and load of each server are `service.workers.replica`'s. `service.encoders.remote` calls it,
+breaker and load of each server are `service.scorers.transport.replica`'s. `service.encoders.remote` calls it,
 `service.encoders.health` keeps its breakers true. Knows no texts and no contexts.
 """
 
@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from service.encoders.protocol import EncoderUnavailableError
 from service.encoders.wire import EMBEDDINGS_PATH, EmbeddingsAnswer, WireError, decode_answer, encode_request
 from service.errors import ConfigurationError
-from service.workers.breaker import BreakerPolicy
-from service.workers.http import (
+from service.scorers.rm.requests import ATTEMPT_SHARE, CLOCK_SLACK_SECONDS, RETRIED_STATUSES
+from service.scorers.transport.breaker import BreakerPolicy
+from service.scorers.transport.http import (
     CONNECT_TIMEOUT_SECONDS,
     IDLE_SECONDS,
     DeadlineError,
@@ -29,9 +30,8 @@ from service.workers.http import (
     HttpPool,
     Response,
 )
-from service.workers.replica import Replica
-from service.workers.requests import ATTEMPT_SHARE, CLOCK_SLACK_SECONDS, RETRIED_STATUSES
-from service.workers.wire import error_message
+from service.scorers.transport.replica import Replica
+from service.scorers.wire import error_message
 
 MAX_RESPONSE_BYTES: Final = 64 << 20
 """Largest answer: 64 vectors of 4,096 columns are 1.4 MB, and as decimal numbers six times that."""

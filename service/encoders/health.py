@@ -15,8 +15,8 @@ import numpy as np
 from service.encoders.client import StateClient
 from service.encoders.probe import ServerUnreachableError, ServerWrongError, probe, ready
 from service.encoders.reading import Reading
-from service.workers.health import HealthPolicy
-from service.workers.replica import Replica
+from service.scorers.rm.health import HealthPolicy
+from service.scorers.transport.replica import Replica
 
 PROBE_SECONDS: Final = 20.0
 """A whole probe may take this long, however short one request must be: a server's first texts are its slowest."""

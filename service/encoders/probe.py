@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from service.encoders.client import StateClient
 from service.encoders.reading import Reading
 from service.encoders.wire import EMBEDDINGS_PATH, WireError
-from service.workers.http import HttpError, HttpProtocolError, ResponseTooLargeError
-from service.workers.replica import Replica
-from service.workers.requests import RETRIED_STATUSES
-from service.workers.wire import MODELS_PATH, ModelList, error_message
+from service.scorers.rm.requests import RETRIED_STATUSES
+from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
+from service.scorers.transport.replica import Replica
+from service.scorers.wire import MODELS_PATH, ModelList, error_message
 
 RELATIVE_TOLERANCE: Final = 0.08
 """Largest |served − reference| / |reference| of a state. A server in float32 stays below 1e-5, one in bfloat16 below

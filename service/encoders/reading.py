@@ -28,7 +28,7 @@ from router_core.encoder.formatting import (
 )
 from router_core.errors import EncoderError
 from service.errors import ConfigurationError
-from service.workers.render import ChatTemplate, RenderError, load_chat_template
+from service.scorers.rm.render import ChatTemplate, RenderError, load_chat_template
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

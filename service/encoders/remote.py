@@ -24,7 +24,7 @@ from router_core.records import Instance
 from service.encoders.client import StateClient
 from service.encoders.health import ServerMonitor
 from service.encoders.protocol import AwaitedEncoder, Encoded, ServerStatus
-from service.workers.breaker import BreakerState
+from service.scorers.transport.breaker import BreakerState
 
 LANES: Final = 8
 """Micro-batches under way at once for each server."""

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from service.workers.wire import Usage
+from service.scorers.wire import Usage
 
 EMBEDDINGS_PATH: Final = "/v1/embeddings"
 """Of vLLM's two endpoints for vectors the one that its API key guards; `/pooling` stays open."""

@@ -13,9 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
+from service.scorers.rm.render import ChatTemplate, RenderError, load_chat_template
 from service.trainers.chat_format import ANY_BEGIN, ANY_END, ENDS, ChatFormat, Gap
 from service.trainers.templated import Templates
-from service.workers.render import ChatTemplate, RenderError, load_chat_template
 
 Roles = tuple[str, ...]
 Gaps = dict[tuple[str, str], list[str]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from service.workers.protocol import Arm
+from service.scorers.protocol import Arm
 
 
 class Ticket:

@@ -19,8 +19,7 @@ from router_core.attempts import Attempt, Outcome, answers, passed_over
 from router_core.policies import Plan
 from router_core.records import TIE, Instance, verdict_of
 from service.errors import DeadlineExceededError, NoWorkerError, ServiceError
-from service.usecases.admission import Tickets
-from service.workers.protocol import (
+from service.scorers.protocol import (
     Arm,
     Rewards,
     WorkerError,
@@ -29,6 +28,7 @@ from service.workers.protocol import (
     WorkerTooLongError,
     WorkerUnavailableError,
 )
+from service.usecases.admission import Tickets
 
 PATIENT_INSTANCES = 64
 """An RM may take `worker_timeout_seconds` for every so many instances that it is asked about at once."""

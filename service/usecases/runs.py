@@ -34,9 +34,9 @@ from service.errors import (
     RunConflictError,
     ValidationError,
 )
+from service.scorers.protocol import Arm
 from service.stores.ids import check_run
 from service.stores.protocol import RunIdentity, Store
-from service.workers.protocol import Arm
 
 IDLE_SECONDS = 60.0
 """A run that no request has named for so long may be closed to make room; its next request opens it again."""

@@ -1,1 +1,1 @@
-"""Reward-model workers: the client of vLLM's HTTP API, and the small workers that answer in the same words."""
+"""The small servers of ours: reward models on the CPU, recorded scores, an encoder. They answer as vLLM does."""

@@ -22,8 +22,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from service.errors import ConfigurationError
+from service.scorers.wire import ServedModel
 from service.workers.server import ApiError, Content, Scored, WorkerApp
-from service.workers.wire import ServedModel
 
 BATCH_TOKENS: Final = 4096
 """Tokens of one forward pass, padding included; bounds memory and the wait of what comes next."""

@@ -24,6 +24,7 @@ from router_core.errors import EncoderError
 from service.encoders.wire import EMBEDDINGS_PATH, EmbeddingsReply, EmbeddingsRequest, to_base64
 from service.encoders.wire import Embedding as Vector
 from service.errors import ConfigurationError
+from service.scorers.wire import ServedModel, Usage
 from service.workers.server import (
     ApiError,
     Content,
@@ -35,7 +36,6 @@ from service.workers.server import (
     _expect,
     _read,
 )
-from service.workers.wire import ServedModel, Usage
 
 DEFAULT_NAME: Final = "encoder"
 

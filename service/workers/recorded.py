@@ -14,9 +14,9 @@ from typing import Final
 from router_core.records import LabelledPair
 from router_core.rows import Row
 from service.errors import ConfigurationError
-from service.workers.render import plain
+from service.scorers.rm.render import plain
+from service.scorers.wire import PROBE_PROMPT, PROBE_RESPONSE, ServedModel
 from service.workers.server import ApiError, Content, Scored, WorkerApp
-from service.workers.wire import PROBE_PROMPT, PROBE_RESPONSE, ServedModel
 
 PROBE_LOGIT: Final = 0.0
 """Recorded workers' answer to the probe conversation, so that readiness checks need no recorded content."""

@@ -17,8 +17,8 @@ from typing import Any, Final, Protocol, runtime_checkable
 import msgspec
 import uvicorn
 
-from service.workers.load import write_load
-from service.workers.wire import (
+from service.scorers.transport.load import write_load
+from service.scorers.wire import (
     CLASSIFY_PATH,
     METRICS_PATH,
     MODELS_PATH,

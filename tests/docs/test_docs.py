@@ -26,7 +26,7 @@ def test_metrics_page_is_the_metrics() -> None:
 
 def error_classes() -> list[type[ServiceError]]:
     import service.handlers.errors
-    import service.workers.protocol  # noqa: F401
+    import service.scorers.protocol  # noqa: F401
 
     found, waiting = [], [ServiceError]
     while waiting:

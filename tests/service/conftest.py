@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.service.workers.worker_servers import RunningWorker, Serve
+from tests.service.scorers.worker_servers import RunningWorker, Serve
 
 
 @pytest.fixture

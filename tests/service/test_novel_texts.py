@@ -16,9 +16,9 @@ from router_core.encoder.surface import SurfaceBackbone
 from router_core.novelty import Landmarks
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, Prior, PriorForm
 from router_core.records import Signal
-from service.eventlog.export import export_log
-from service.eventlog.load import load_log
-from service.eventlog.targets import Targets
+from service.lab.eventlog.export import export_log
+from service.lab.eventlog.load import load_log
+from service.lab.eventlog.targets import Targets
 from service.settings import Settings
 from service.stores.redis import RedisStore
 from service.wiring import build_prior

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from service.workers.protocol import WorkerError, WorkerRejectedError, WorkerTimeoutError, WorkerUnavailableError
+from service.scorers.protocol import WorkerError, WorkerRejectedError, WorkerTimeoutError, WorkerUnavailableError
 
 
 class ScriptedArm:
-    """Implements `service.workers.protocol.Arm`.
+    """Implements `service.scorers.protocol.Arm`.
 
     Attributes:
         score_of: (prompt, response) to the raw reward; the response's length by default.

@@ -22,7 +22,7 @@ import yaml
 
 from router_core.dataset import write_pairs
 from router_core.records import Instance, LabelledPair, verdict_of
-from service.workers.http import HttpError, HttpPool
+from service.scorers.transport.http import HttpError, HttpPool
 from tests.conftest import free_port
 
 READY_SECONDS = 60.0

@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("transformers", reason="needs reward-router[train]")
 
-from service.workers.breaker import BreakerState
-from service.workers.client import ArmConfig, VllmArm
-from service.workers.health import HealthMonitor, HealthPolicy
-from service.workers.render import PlainTemplate, TemplateRendering
+from service.scorers.rm.client import ArmConfig, VllmArm
+from service.scorers.rm.health import HealthMonitor, HealthPolicy
+from service.scorers.rm.render import PlainTemplate, TemplateRendering
+from service.scorers.transport.breaker import BreakerState
 from tests.vllm.conftest import RM, SERVED, START_SECONDS, VllmServer
 from tests.vllm.reference import TOLERANCE, Reference, some_items
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from deploy.grafana.panels import VLLM_SERVERS
-from service.workers.client import ArmConfig, VllmArm
-from service.workers.render import MessagesRendering
+from service.scorers.rm.client import ArmConfig, VllmArm
+from service.scorers.rm.render import MessagesRendering
 from tests.support.prometheus import Prometheus, filled_in
 from tests.vllm.conftest import SERVED, VllmServer
 

@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("transformers", reason="needs reward-router[train]")
 
 from service.pool import ModelEntry
+from service.scorers.rm.health import HealthMonitor, HealthPolicy
 from service.settings import Settings
 from service.wiring import build_arm
-from service.workers.health import HealthMonitor, HealthPolicy
 from tests.vllm.conftest import MAX_LENGTH, RM, SERVED, VllmServer
 from tests.vllm.reference import TOLERANCE, Reference, some_items
 

@@ -12,12 +12,12 @@ import pytest
 
 pytest.importorskip("transformers", reason="needs reward-router[train]")
 
-from service.workers.client import ArmConfig, VllmArm
-from service.workers.http import HttpPool
-from service.workers.probe import probe
-from service.workers.protocol import WorkerError, WorkerRejectedError
-from service.workers.render import MessagesRendering, PlainTemplate, Rendering, TemplateRendering
-from service.workers.tokens import load_token_rendering
+from service.scorers.protocol import WorkerError, WorkerRejectedError
+from service.scorers.rm.client import ArmConfig, VllmArm
+from service.scorers.rm.probe import probe
+from service.scorers.rm.render import MessagesRendering, PlainTemplate, Rendering, TemplateRendering
+from service.scorers.rm.tokens import load_token_rendering
+from service.scorers.transport.http import HttpPool
 from tests.conftest import free_port
 from tests.vllm.conftest import MAX_LENGTH, RM, SERVED, VllmServer
 from tests.vllm.reference import TOLERANCE, Reference, some_items

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from service.cli import app
 from service.errors import ConfigurationError
-from service.eventlog.export import read_events
+from service.lab.eventlog.export import read_events
 from service.stores.embedded import EmbeddedStore
 from tests.support.gateway import fresh_run, open_gateway, pair
 

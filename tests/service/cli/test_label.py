@@ -24,7 +24,7 @@ from service.cli.label import FAILED_ROWS
 from service.errors import ConfigurationError, NoWorkerError
 from service.workers.recorded import recorded_app
 from tests.conftest import free_port
-from tests.service.workers.worker_servers import RunningWorker, ScriptedWorker, error, is_probe, reply
+from tests.service.scorers.worker_servers import RunningWorker, ScriptedWorker, error, is_probe, reply
 from tests.support.offline import POOL, two_domains
 
 Place = Callable[..., str]

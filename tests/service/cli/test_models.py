@@ -10,11 +10,12 @@ from typer.testing import CliRunner
 
 pytest.importorskip("tokenizers")
 
-from service.cli import app
-from service.workers.client import ArmConfig, VllmArm
 from tests.service.workers.test_load import steady
 from tests.service.workers.test_tokens import byte_rendering
-from tests.service.workers.worker_servers import ScriptedWorker, Serve
+
+from service.cli import app
+from service.scorers.rm.client import ArmConfig, VllmArm
+from tests.service.scorers.worker_servers import ScriptedWorker, Serve
 from tests.support.arms import ScriptedArm
 from tests.support.live import live_gateway
 

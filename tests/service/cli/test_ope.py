@@ -22,9 +22,9 @@ from router_core.prior import Hyperparameters
 from service.cli import app
 from service.cli.ope import evaluate_log
 from service.errors import ConfigurationError
-from service.eventlog.export import export_log
-from service.eventlog.load import fold_events, load_log, logged_data
-from service.eventlog.targets import Targets
+from service.lab.eventlog.export import export_log
+from service.lab.eventlog.load import fold_events, load_log, logged_data
+from service.lab.eventlog.targets import Targets
 from service.stores.redis import RedisStore
 from tests.support.arms import ScriptedArm
 from tests.support.gateway import DIM, fresh_run, open_gateway, pair, small_encoder

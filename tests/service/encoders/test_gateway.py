@@ -26,7 +26,7 @@ from service.pool import ModelEntry, PoolFile
 from service.settings import Settings
 from tests.conftest import ValkeyProcess
 from tests.service.encoders.conftest import Exported
-from tests.service.workers.worker_servers import Serve
+from tests.service.scorers.worker_servers import Serve
 from tests.support.arms import ScriptedArm
 from tests.support.asgi import AsgiClient, running
 from tests.support.gateway import fresh_run, pair, read_decision, until

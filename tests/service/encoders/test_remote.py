@@ -28,9 +28,9 @@ from service.encoders.protocol import Encoded, EncoderUnavailableError
 from service.encoders.reading import Reading
 from service.encoders.remote import RemoteEncoder
 from service.encoders.wire import EmbeddingsRequest
-from service.workers.health import HealthPolicy
+from service.scorers.rm.health import HealthPolicy
 from tests.service.encoders.conftest import Exported
-from tests.service.workers.worker_servers import Serve
+from tests.service.scorers.worker_servers import Serve
 from tests.support.gateway import until
 from tests.support.transformers_dirs import save_transformer
 

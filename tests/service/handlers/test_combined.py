@@ -15,8 +15,8 @@ from router_core.combine import Answers, Multipliers, Votes
 from router_core.encoder.fuse import Fuse, PairEncoder
 from router_core.encoder.surface import SurfaceBackbone
 from service.cli.ope import evaluate_log
-from service.eventlog.export import export_log
-from service.eventlog.load import load_log, logged_data
+from service.lab.eventlog.export import export_log
+from service.lab.eventlog.load import load_log, logged_data
 from service.stores.redis import RedisStore
 from tests.support.gateway import DIM, Gateway, open_gateway, pair
 

@@ -14,11 +14,11 @@ pytest.importorskip("transformers")
 
 from service.app import create_app
 from service.pool import ModelEntry, PoolFile
+from service.scorers.protocol import OverLong
 from service.settings import Settings
 from service.workers.cpu import cpu_app
-from service.workers.protocol import OverLong
+from tests.service.scorers.worker_servers import RunningWorker, ScriptedWorker, Serve, reply
 from tests.service.workers.test_cpu import MAX_LENGTH, build
-from tests.service.workers.worker_servers import RunningWorker, ScriptedWorker, Serve, reply
 from tests.support.asgi import AsgiClient, running
 from tests.support.gateway import fresh_run, small_encoder, until
 

@@ -12,8 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service import schemas
 from service.handlers.openapi_trainers import TYPES
+from service.scorers.protocol import WorkerTimeoutError
 from service.telemetry import STAGES, Telemetry
-from service.workers.protocol import WorkerTimeoutError
 from tests.support.asgi import Response
 from tests.support.gateway import Gateway, fresh_run, open_gateway, pair, until
 

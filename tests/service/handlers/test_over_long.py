@@ -9,11 +9,12 @@ import pytest
 
 pytest.importorskip("tokenizers")
 
-from service.workers.client import ArmConfig, VllmArm
-from service.workers.protocol import OverLong
 from tests.service.workers.test_load import steady
 from tests.service.workers.test_tokens import byte_rendering
-from tests.service.workers.worker_servers import ScriptedWorker, Serve
+
+from service.scorers.protocol import OverLong
+from service.scorers.rm.client import ArmConfig, VllmArm
+from tests.service.scorers.worker_servers import ScriptedWorker, Serve
 from tests.support.gateway import Gateway, open_gateway
 from tests.support.story import away_first, failed
 

@@ -15,9 +15,9 @@ from router_core.encoder.fuse import Fuse, PairEncoder
 from router_core.encoder.surface import SurfaceBackbone
 from router_core.records import Instance
 from service.encoders.protocol import AwaitedEncoder, Encoded, EncoderUnavailableError, ServerStatus
-from service.workers.client import ArmConfig, VllmArm
-from service.workers.protocol import WorkerUnavailableError
-from tests.service.workers.worker_servers import RunningWorker, ScriptedWorker
+from service.scorers.protocol import WorkerUnavailableError
+from service.scorers.rm.client import ArmConfig, VllmArm
+from tests.service.scorers.worker_servers import RunningWorker, ScriptedWorker
 from tests.support.arms import ScriptedArm
 from tests.support.gateway import DIM, Gateway, fresh_run, open_gateway, pair, small_encoder, until
 from tests.support.story import away_first

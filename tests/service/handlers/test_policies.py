@@ -17,9 +17,9 @@ from router_core.policies import ScoreScale
 from router_core.prior import linucb_prior
 from service.errors import ConfigurationError
 from service.pool import ModelEntry, PoolFile
+from service.scorers.protocol import WorkerUnavailableError
 from service.settings import Settings
 from service.wiring import build_gateway
-from service.workers.protocol import WorkerUnavailableError
 from tests.support.arms import ScriptedArm
 from tests.support.gateway import DIM, Gateway, fresh_run, open_gateway, pair, small_encoder
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from service.scorers.protocol import WorkerProtocolError, WorkerTimeoutError, WorkerUnavailableError
 from service.stores.protocol import DecisionRecord
 from service.stores.redis import RedisStore
-from service.workers.protocol import WorkerProtocolError, WorkerTimeoutError, WorkerUnavailableError
 from tests.support.arms import ScriptedArm
 from tests.support.gateway import DIM, Gateway, open_gateway, pair, read_decision, small_encoder, until
 from tests.support.story import gone

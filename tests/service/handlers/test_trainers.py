@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.errors import ConfigurationError
-from service.workers.protocol import WorkerError, WorkerUnavailableError
+from service.scorers.protocol import WorkerError, WorkerUnavailableError
 from tests.support.arms import ScriptedArm
 from tests.support.gateway import Gateway, open_gateway, until
 

@@ -15,6 +15,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
+from service.scorers.protocol import WorkerUnavailableError
 from service.trainers.client import AsyncRouterClient, RouterClient
 from service.trainers.options import ClientOptions, from_environment
 from service.trainers.values import (
@@ -29,7 +30,6 @@ from service.trainers.values import (
     Scored,
     items_of,
 )
-from service.workers.protocol import WorkerUnavailableError
 from tests.conftest import ValkeyProcess, free_port
 from tests.support.gateway import fresh_run
 from tests.support.live import LiveGateway, live_gateway

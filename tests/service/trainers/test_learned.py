@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from service.scorers.rm.render import ChatTemplate
 from service.trainers.learned import learn, load_chat_format
 from service.trainers.templated import BUILT_IN, Templates
-from service.workers.render import ChatTemplate
 
 TRL = Path(str(files("trl"))) / "chat_templates"
 UNREADABLE = {"muse_glimmer.jinja", "muse_glimmer_training.jinja"}

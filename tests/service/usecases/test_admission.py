@@ -6,8 +6,8 @@ import asyncio
 from dataclasses import dataclass
 from typing import cast
 
+from service.scorers.protocol import Arm
 from service.usecases.admission import Ticket, Tickets
-from service.workers.protocol import Arm
 
 
 @dataclass

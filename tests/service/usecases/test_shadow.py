@@ -12,13 +12,13 @@ import pytest
 
 from router_core.records import TIE
 from service.errors import StoreUnavailableError
+from service.scorers.protocol import WorkerUnavailableError
 from service.settings import Settings
 from service.stores.ids import new_decision_id
 from service.stores.protocol import DecisionRecord
 from service.stores.redis import RedisStore
 from service.usecases import shadow
 from service.usecases.shadow import is_shadowed
-from service.workers.protocol import WorkerUnavailableError
 from tests.support.arms import ScriptedArm
 from tests.support.gateway import Gateway, fresh_run, open_gateway, pair, until
 from tests.support.story import shadowed

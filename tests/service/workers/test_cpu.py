@@ -10,20 +10,20 @@ from typing import Any
 
 import pytest
 
-from tests.service.workers.worker_servers import Json, RunningWorker, soon
+from tests.service.scorers.worker_servers import Json, RunningWorker, soon
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 from service.errors import ConfigurationError  # noqa: E402
-from service.workers.client import ArmConfig, VllmArm  # noqa: E402
+from service.scorers.protocol import WorkerRejectedError  # noqa: E402
+from service.scorers.rm.client import ArmConfig, VllmArm  # noqa: E402
+from service.scorers.rm.probe import probe  # noqa: E402
+from service.scorers.rm.render import PLAIN_TEMPLATE, PlainTemplate, TemplateRendering, load_rendering  # noqa: E402
+from service.scorers.transport.http import HttpPool  # noqa: E402
+from service.scorers.wire import sigmoid  # noqa: E402
 from service.workers.cpu import BATCH_TOKENS, batches, cpu_app, forward, load_model  # noqa: E402
-from service.workers.http import HttpPool  # noqa: E402
-from service.workers.probe import probe  # noqa: E402
-from service.workers.protocol import WorkerRejectedError  # noqa: E402
-from service.workers.render import PLAIN_TEMPLATE, PlainTemplate, TemplateRendering, load_rendering  # noqa: E402
-from service.workers.wire import sigmoid  # noqa: E402
 
 TOLERANCE = 1e-5
 TEXTS = ["a", "the quick brown fox", "jumps over", "the lazy dog " * 9, "x y z " * 20]

@@ -14,14 +14,14 @@ import pytest
 
 from router_core.dataset import load_pairs
 from service.errors import ConfigurationError
-from service.workers.client import ArmConfig, VllmArm
-from service.workers.http import HttpPool
-from service.workers.probe import probe
-from service.workers.protocol import WorkerRejectedError, WorkerUnavailableError
+from service.scorers.protocol import WorkerRejectedError, WorkerUnavailableError
+from service.scorers.rm.client import ArmConfig, VllmArm
+from service.scorers.rm.probe import probe
+from service.scorers.rm.render import MessagesRendering, PlainTemplate, TemplateRendering
+from service.scorers.transport.http import HttpPool
+from service.scorers.wire import sigmoid
 from service.workers.recorded import recorded_app
-from service.workers.render import MessagesRendering, PlainTemplate, TemplateRendering
-from service.workers.wire import sigmoid
-from tests.service.workers.worker_servers import Json, Serve, soon
+from tests.service.scorers.worker_servers import Json, Serve, soon
 
 ROWS = [
     {
@@ -155,7 +155,7 @@ def test_a_model_that_was_not_recorded_is_refused_with_the_names_that_were(pairs
 
 
 def test_it_needs_no_torch() -> None:
-    code = "import sys, service.workers.recorded, service.workers.client; sys.exit('torch' in sys.modules)"
+    code = "import sys, service.workers.recorded, service.scorers.rm.client; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

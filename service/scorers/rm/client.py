@@ -1,0 +1,441 @@
+"""`VllmArm`: one reward model behind any number of equal replicas that speak vLLM's `/classify`.
+
+Renders instances, cuts batches into requests, and halves requests that are refused, or fail at a worker that is well,
+until the culprit stands alone. `service.scorers.rm.requests` makes each request.
+`service.wiring` builds one per RM of the pool; use cases see it as `service.scorers.protocol.Arm`. Knows no routing
+policy and no store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Final
+
+from router_core.records import MAX_ABS_SCORE
+from service.errors import ConfigurationError
+from service.scorers.protocol import (
+    OverLong,
+    Rewards,
+    WorkerError,
+    WorkerRejectedError,
+    WorkerTooLongError,
+    WorkerUnavailableError,
+)
+from service.scorers.rm.render import Content, MessagesRendering, Prepared, RenderError, Rendering, TooLongError
+from service.scorers.rm.requests import Requester, SuspectError
+from service.scorers.transport.breaker import BreakerPolicy
+from service.scorers.transport.http import CONNECT_TIMEOUT_SECONDS, IDLE_SECONDS, MAX_RESPONSE_BYTES, HttpPool
+from service.scorers.transport.replica import Replica, ReplicaSnapshot
+
+WHOLESALE_STATUSES: Final = frozenset({401, 403, 405, 501})
+"""Refusals of whoever asks or of the endpoint, not of an input: asking in halves would only repeat them."""
+
+TOKENS_PER_REQUEST: Final = 32_768
+"""Bound on one request whose lengths are known: 64 items of 500 tokens; more than that would make one request of long
+texts last several times as long as one of short ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmConfig:
+    """One RM of the pool file.
+
+    Attributes:
+        name: the RM's name in the pool.
+        urls: one origin per replica; all serve the same weights.
+        model: the name under which the workers serve it; the arm's name when None.
+        rendering: what a request holds; see `service.scorers.rm.render`.
+        fallback: a rendering for an RM whose workers read another text than `rendering` writes; see `fall_back`.
+        max_in_flight: requests at once per replica; also its connections.
+        items_per_request: (prompt, response) items per request where the rendering allows several; 64 = 32 pairs.
+        tokens_per_request: tokens per request, where the rendering counts them; a single instance may have more.
+        parallel_requests: requests of one call in flight at once.
+        max_model_len: tokens that the RM reads at most; None for what the workers say.
+        over_long: what becomes of an instance with more. A prompt can be cut only where tokens are counted.
+        attempt_timeout_seconds: one replica's time for one request; set it below the callers' deadlines.
+        connect_timeout_seconds: of that, for connecting.
+        max_attempts: replicas asked for one request, the first included.
+        breaker: when a replica is taken out.
+        max_response_bytes: bound on one answer.
+        api_key: sent as a bearer token. vLLM itself does not check it on `/classify`; a proxy before it may.
+        score_scale: finite, not 0; see `score_shift`.
+        score_shift: the arm's rewards are score_scale * logit + score_shift.
+        reward_limit: largest size of a raw reward that is taken for one; None to learn it, see `RewardBound`.
+    """
+
+    name: str
+    urls: tuple[str, ...]
+    model: str | None = None
+    rendering: Rendering = field(default_factory=MessagesRendering)
+    fallback: Rendering | None = None
+    max_in_flight: int = 64
+    items_per_request: int = 64
+    tokens_per_request: int = TOKENS_PER_REQUEST
+    parallel_requests: int = 8
+    max_model_len: int | None = None
+    over_long: OverLong = OverLong.SKIP
+    attempt_timeout_seconds: float = 10.0
+    connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS
+    max_attempts: int = 3
+    breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
+    max_response_bytes: int = MAX_RESPONSE_BYTES
+    api_key: str | None = field(default=None, repr=False)
+    score_scale: float = 1.0
+    score_shift: float = 0.0
+    reward_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.urls:
+            raise ConfigurationError(f"RM {self.name!r} needs a name and at least one worker URL")
+        if len(set(self.urls)) != len(self.urls):
+            raise ConfigurationError(f"RM {self.name!r} names a worker URL twice: {', '.join(self.urls)}")
+        for option in (
+            *("max_in_flight", "items_per_request", "tokens_per_request", "parallel_requests", "max_attempts"),
+            *(("max_model_len",) if self.max_model_len is not None else ()),
+        ):
+            if getattr(self, option) < 1:
+                raise ConfigurationError(f"RM {self.name!r}: {option} is {getattr(self, option)}; use at least 1")
+        if not (math.isfinite(self.score_scale) and math.isfinite(self.score_shift)) or self.score_scale == 0:
+            raise ConfigurationError(
+                f"RM {self.name!r}: score_scale {self.score_scale}, score_shift {self.score_shift}; use finite "
+                "numbers, and a scale other than 0"
+            )
+        if self.reward_limit is not None and not 0 < self.reward_limit <= MAX_ABS_SCORE:
+            raise ConfigurationError(
+                f"RM {self.name!r}: reward_limit is {self.reward_limit}; use a number in (0, {MAX_ABS_SCORE:g}]"
+            )
+        for option in ("attempt_timeout_seconds", "connect_timeout_seconds"):
+            if not 0 < getattr(self, option) < math.inf:
+                raise ConfigurationError(f"RM {self.name!r}: {option} is {getattr(self, option)}; use a positive time")
+
+    @property
+    def served_model(self) -> str:
+        """The `model` of every request."""
+        return self.model or self.name
+
+
+class VllmArm:
+    """One reward model behind equal replicas; implements `service.scorers.protocol.Arm`.
+
+    The request goes to the replica with the fewest items to score among those whose breaker allows it, ties in turn:
+    ours in flight there, and others' by the worker's own metrics, where a health monitor polls them. Not thread-safe;
+    one event loop. The owner calls `close`.
+
+    Args:
+        config: what to ask and how.
+        clock: monotonic seconds, for breakers and latencies.
+
+    Raises:
+        ConfigurationError: a URL or the key cannot be used.
+    """
+
+    def __init__(self, config: ArmConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self.replicas = tuple(_build_replica(config, url, clock) for url in config.urls)
+        self._requester = Requester(config, self.replicas)
+        self._render_by(config.rendering)
+
+    @property
+    def name(self) -> str:
+        """The RM's name in the pool."""
+        return self.config.name
+
+    @property
+    def available(self) -> bool:
+        """True if some replica's breaker allows a request and is below its limit in flight."""
+        # A loop, since this is asked several times a request and a generator costs more than the question.
+        for replica in self.replicas:  # noqa: SIM110
+            if replica.breaker.allows and not replica.full:
+                return True
+        return False
+
+    @property
+    def reachable(self) -> bool:
+        """True if some replica's breaker allows a request."""
+        return any(replica.breaker.allows for replica in self.replicas)
+
+    @property
+    def rendering(self) -> Rendering:
+        """What requests hold: the configured rendering, or the fallback since `fall_back`."""
+        return self._rendering
+
+    @property
+    def may_fall_back(self) -> bool:
+        """True if there is a fallback, and no replica was ever used: what was asked of an RM stays what it was."""
+        return self.config.fallback is not None and not any(replica.admitted for replica in self.replicas)
+
+    def fall_back(self) -> bool:
+        """Use the fallback from now on; whether it is used now.
+
+        Only while no replica was ever admitted, so that no call is under way whose requests are half rendered.
+        """
+        if self.config.fallback is not None and self.may_fall_back:
+            self._render_by(self.config.fallback)
+        return self._rendering is self.config.fallback
+
+    def snapshots(self) -> tuple[ReplicaSnapshot, ...]:
+        """The replicas' states, in the order of `config.urls`."""
+        return tuple(replica.snapshot() for replica in self.replicas)
+
+    async def score(self, items: Sequence[tuple[str, str]], *, deadline: float) -> list[float]:
+        """The raw reward of each (prompt, response); see `Arm.score`.
+
+        A batch is cut into requests of `items_per_request` items, a few in flight at once; the first that fails ends
+        the call. An arm that is not `available` when the call begins fails it at once; later requests of an admitted
+        call queue for a connection. All items together are one instance: what is cut is cut alike, and equal items are
+        asked once.
+
+        Args:
+            items: see `Arm.score`.
+            deadline: see `Arm.score`.
+
+        Raises:
+            ValueError: no items.
+            WorkerError: see `Arm.score`.
+        """
+        if not items:
+            raise ValueError("score needs at least one item")
+        if not self.available:
+            raise self._out()
+        distinct = list(dict.fromkeys(items))
+        (ready,) = await self._prepare([distinct])
+        if not isinstance(ready, Prepared):
+            raise self._unsent(ready)
+        if len(distinct) <= self._chunk and ready.size <= self._chunk_size:
+            rewards = await self._ask(ready.contents, deadline, alone=True)
+        else:
+            rewards = await self._ask_in_parts(self._parts_of(ready.contents), deadline, self.slots())
+        return _spread(Rewards(rewards, prompt_tokens_cut=ready.prompt_tokens_cut), distinct, items)
+
+    def slots(self) -> asyncio.Semaphore:
+        """See `Arm.slots`."""
+        # More than the replicas take would wait for a connection, on the time of an attempt.
+        return asyncio.Semaphore(min(self.config.parallel_requests, self.config.max_in_flight * len(self.replicas)))
+
+    async def score_groups(
+        self,
+        groups: Sequence[Sequence[tuple[str, str]]],
+        *,
+        deadline: float,
+        slots: asyncio.Semaphore | None = None,
+    ) -> list[list[float] | WorkerError]:
+        """The raw rewards of many instances' items; see `Arm.score_groups`.
+
+        Whole groups, the responses to one prompt side by side, share a request of at most `items_per_request` items
+        and, where tokens are counted, `tokens_per_request` tokens. A group that one request cannot hold (more items
+        than that, or a rendering of one item per request) is asked in several, and the first that fails ends that
+        group. Requests are filled longest groups first, so that those in flight at once are alike and the last are
+        short. A request that is refused, or fails at a replica that is well, is halved by group until the culprits
+        stand alone: about 2·log2(groups) more requests for one of them, at most 2·groups for any number, plus the
+        repetition of each one that failed. Halves keep to the deadline and the slots of the call. At most
+        `parallel_requests` requests of the call are in flight at once, and no more than the replicas' `max_in_flight`.
+
+        Args:
+            groups: see `Arm.score_groups`.
+            deadline: see `Arm.score_groups`.
+            slots: see `Arm.score_groups`.
+
+        Raises:
+            ValueError: no groups, or a group without items.
+        """
+        if not groups or not all(groups):
+            raise ValueError("score_groups needs at least one group, and at least one item in each")
+        # A part of a whole that was admitted queues for a connection, as later requests of one call do.
+        if not (self.available if slots is None else self.reachable):
+            return [self._out()] * len(groups)
+        distinct = [list(dict.fromkeys(group)) for group in groups]
+        prepared = await self._prepare(distinct)
+        outcomes: dict[int, list[float] | WorkerError] = {}
+        ready: dict[int, Prepared] = {}
+        for index, one in enumerate(prepared):
+            if isinstance(one, Prepared):
+                ready[index] = one
+            else:
+                outcomes[index] = self._unsent(one)
+        slots = slots or self.slots()
+        chunks = self._chunks_of(ready)
+        if len(chunks) == 1:
+            answers = [await self._ask_groups([ready[index] for index in chunks[0]], deadline, slots)]
+        else:
+            async with asyncio.TaskGroup() as tasks:
+                asked = [
+                    tasks.create_task(self._ask_groups([ready[index] for index in chunk], deadline, slots))
+                    for chunk in chunks
+                ]
+            answers = [task.result() for task in asked]
+        for chunk, answer in zip(chunks, answers, strict=True):
+            outcomes.update(zip(chunk, answer, strict=True))
+        return [
+            outcome if isinstance(outcome := outcomes[index], WorkerError) else _spread(outcome, distinct[index], group)
+            for index, group in enumerate(groups)
+        ]
+
+    async def close(self) -> None:
+        """Close all connections; requests in flight fail."""
+        for replica in self.replicas:
+            await replica.close()
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens that every replica which may be asked reads; None while nobody has said."""
+        told = [self.config.max_model_len, *(r.max_model_len for r in self.replicas if r.breaker.allows)]
+        return min((limit for limit in told if limit is not None), default=None)
+
+    def _render_by(self, rendering: Rendering) -> None:
+        config = self.config
+        self._rendering = rendering
+        self._chunk = min(config.items_per_request, rendering.items_limit or config.items_per_request)
+        self._chunk_size = config.tokens_per_request if rendering.counts_tokens else math.inf
+
+    async def _prepare(self, groups: Sequence[Sequence[tuple[str, str]]]) -> list[Prepared | RenderError]:
+        rendering = self._rendering
+        cut = self.config.over_long is OverLong.CUT_PROMPT
+        limit = self.max_model_len if rendering.counts_tokens else None
+        if rendering.lengthy(groups):
+            return await asyncio.to_thread(rendering.prepare, groups, limit=limit, cut_prompt=cut)
+        return rendering.prepare(groups, limit=limit, cut_prompt=cut)
+
+    def _chunks_of(self, ready: Mapping[int, Prepared]) -> list[list[int]]:
+        """The keys, cut where the next one would overfill the request; longest first, unless one is enough."""
+        items = sum([len(one.contents) for one in ready.values()])
+        size = sum([one.size for one in ready.values()])
+        if items <= self._chunk and size <= self._chunk_size:
+            return [list(ready)] if ready else []
+        chunks: list[list[int]] = []
+        room, left = 0, 0.0
+        for index in sorted(ready, key=lambda index: -ready[index].size / len(ready[index].contents)):
+            one = ready[index]
+            if len(one.contents) > room or one.size > left:
+                chunks.append([])
+                room, left = self._chunk, self._chunk_size
+            chunks[-1].append(index)
+            room -= len(one.contents)
+            left -= one.size
+        return chunks
+
+    async def _ask_groups(
+        self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore
+    ) -> list[list[float] | WorkerError]:
+        items = [content for one in chunk for content in one.contents]
+        alone = len(chunk) == 1
+        parts = self._parts_of(items) if alone else [items]
+        try:
+            if len(parts) > 1:
+                rewards = await self._ask_in_parts(parts, deadline, slots)
+            else:
+                async with slots:
+                    rewards = await self._ask(items, deadline, alone=alone)
+        except SuspectError:
+            return await self._ask_halves(chunk, deadline, slots)
+        except WorkerRejectedError as error:
+            if alone or error.details.get("worker_status") in WHOLESALE_STATUSES:
+                return [error] * len(chunk)
+            return await self._ask_halves(chunk, deadline, slots)
+        except WorkerError as error:
+            return [error] * len(chunk)
+        ends = accumulate(len(one.contents) for one in chunk)
+        return [
+            Rewards(rewards[end - len(one.contents) : end], prompt_tokens_cut=one.prompt_tokens_cut)
+            for one, end in zip(chunk, ends, strict=True)
+        ]
+
+    async def _ask_halves(
+        self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore
+    ) -> list[list[float] | WorkerError]:
+        middle = len(chunk) // 2
+        async with asyncio.TaskGroup() as tasks:
+            halves = [
+                tasks.create_task(self._ask_groups(half, deadline, slots)) for half in (chunk[:middle], chunk[middle:])
+            ]
+        return [outcome for half in halves for outcome in half.result()]
+
+    def _parts_of(self, items: Sequence[Content]) -> list[list[Content]]:
+        """The items of one instance, in order, cut where the next one would overfill the request."""
+        parts: list[list[Content]] = []
+        room, left = 0, 0.0
+        for item in items:
+            size = len(item) if isinstance(item, list) else 0
+            if room < 1 or size > left:
+                parts.append([])
+                room, left = self._chunk, self._chunk_size
+            parts[-1].append(item)
+            room -= 1
+            left -= size
+        return parts
+
+    async def _ask_in_parts(
+        self, parts: Sequence[Sequence[Content]], deadline: float, slots: asyncio.Semaphore
+    ) -> list[float]:
+        """More items than one request may hold; the first request that fails ends them all."""
+
+        async def ask(part: Sequence[Content]) -> list[float]:
+            async with slots:
+                return await self._ask(part, deadline, alone=True)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                asked = [tasks.create_task(ask(part)) for part in parts]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [reward for task in asked for reward in task.result()]
+
+    async def _ask(self, items: Sequence[Content], deadline: float, *, alone: bool) -> list[float]:
+        try:
+            return await self._requester.ask(self._rendering, items, deadline, alone=alone)
+        except RenderError as error:
+            raise self._unsent(error) from error
+
+    def _unsent(self, error: RenderError) -> WorkerRejectedError:
+        """The error of an instance that was not sent."""
+        if isinstance(error, TooLongError):
+            return WorkerTooLongError(
+                f"RM {self.name!r}: {error}",
+                details={"model": self.name, "tokens": error.tokens, "max_model_len": error.limit},
+                final=self.config.over_long is OverLong.REFUSE,
+            )
+        return WorkerRejectedError(f"RM {self.name!r}: {error}", details={"model": self.name})
+
+    def _out(self) -> WorkerUnavailableError:
+        return WorkerUnavailableError(
+            f"RM {self.name!r}: every replica is out or at its limit of {self.config.max_in_flight} requests",
+            details={"model": self.name},
+            retry_after_seconds=1,
+        )
+
+
+def _spread(rewards: list[float], distinct: Sequence[tuple[str, str]], items: Sequence[tuple[str, str]]) -> list[float]:
+    """The rewards of the distinct items, given to each item."""
+    if len(distinct) == len(items):
+        return rewards
+    by_item = dict(zip(distinct, rewards, strict=True))
+    cut = rewards.prompt_tokens_cut if isinstance(rewards, Rewards) else 0
+    return Rewards([by_item[item] for item in items], prompt_tokens_cut=cut)
+
+
+def _build_replica(config: ArmConfig, url: str, clock: Callable[[], float]) -> Replica:
+    def pool(max_connections: int, idle_seconds: float) -> HttpPool:
+        return HttpPool(
+            url,
+            max_connections=max_connections,
+            idle_seconds=idle_seconds,
+            connect_timeout_seconds=config.connect_timeout_seconds,
+            max_response_bytes=config.max_response_bytes,
+            api_key=config.api_key,
+        )
+
+    try:
+        return Replica(
+            pool(config.max_in_flight, IDLE_SECONDS),
+            pool(2, 0.0),
+            model=config.name,
+            max_in_flight=config.max_in_flight,
+            attempt_timeout_seconds=config.attempt_timeout_seconds,
+            policy=config.breaker,
+            clock=clock,
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"RM {config.name!r}: {error}") from error

@@ -1,0 +1,311 @@
+"""One request to an RM: which replica is asked, which one next, and if the worker or the input caused a failure.
+
+A failure that the input may have caused is examined (`Replica.examine`). If the replica is well, a request about
+several instances ends with `SuspectError`, and the caller divides it; one about a single instance is asked once more,
+elsewhere if possible, and then the failure is that instance's error. If the replica is not well, the breaker counts and
+the next replica is asked. `service.scorers.rm.client` cuts batches into requests and calls this; knows no groups.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from service.scorers.protocol import (
+    OverLong,
+    WorkerError,
+    WorkerInputError,
+    WorkerProtocolError,
+    WorkerRejectedError,
+    WorkerTimeoutError,
+    WorkerTooLongError,
+    WorkerUnavailableError,
+)
+from service.scorers.rm.answers import AnswerError, AnswerShapeError, RewardBound, read_rewards
+from service.scorers.rm.render import Content, RenderError, Rendering, encode
+from service.scorers.transport.http import (
+    ConnectError,
+    ConnectionDroppedError,
+    DeadlineError,
+    HttpError,
+    ResponseTooLargeError,
+)
+from service.scorers.transport.replica import FAULTY_STATUSES, Replica
+from service.scorers.wire import CLASSIFY_PATH, PROBE_PROMPT, PROBE_RESPONSE, error_message, says_too_long
+
+if TYPE_CHECKING:
+    from service.scorers.rm.client import ArmConfig
+
+RETRIED_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
+"""Statuses that another replica may answer differently; scoring is idempotent. 501 is not one of them."""
+
+ATTEMPT_SHARE: Final = 0.6
+"""While another replica remains untried, one attempt takes at most this share of the time left."""
+
+CLOCK_SLACK_SECONDS: Final = 0.002
+"""uvloop's clock ticks in milliseconds, so a deadline's timer may fire this much before `loop.time()` reaches it."""
+
+CONFIRMATIONS: Final = 2
+"""Failures of an instance alone, at replicas that are well, that make it the instance's error."""
+
+_log = logging.getLogger(__name__)
+
+
+class SuspectError(Exception):
+    """A request about several instances failed at a replica that is well: one of them may have caused it."""
+
+
+class _FailedError(Exception):
+    """One attempt failed; `blamed` says that the breaker knows, `unreadable` that the answer was no answer."""
+
+    def __init__(self, reason: str, *, blamed: bool, unreadable: bool = False) -> None:
+        super().__init__(reason)
+        self.blamed = blamed
+        self.unreadable = unreadable
+
+
+@dataclass(slots=True)
+class _History:
+    """The attempts of one request so far."""
+
+    tried: list[Replica] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    unreadable: int = 0
+    suspicions: int = 0
+
+
+class Requester:
+    """Asks the replicas of one RM. Not thread-safe; one event loop.
+
+    Args:
+        config: of the RM.
+        replicas: in the order of `config.urls`.
+    """
+
+    def __init__(self, config: ArmConfig, replicas: Sequence[Replica]) -> None:
+        self._config = config
+        self._replicas = tuple(replicas)
+        self._bound = RewardBound(config.reward_limit)
+        self._turn = 0
+
+    async def ask(self, rendering: Rendering, items: Sequence[Content], deadline: float, *, alone: bool) -> list[float]:
+        """The reward of each item, transformed as configured.
+
+        Args:
+            rendering: of the items.
+            items: as many as one request holds.
+            deadline: absolute `loop.time()`.
+            alone: all items are of one instance.
+
+        Raises:
+            SuspectError: not `alone`, and an instance may have caused the failure.
+            WorkerError: see `Arm.score`.
+            RenderError: the items cannot be rendered.
+        """
+        loop = asyncio.get_running_loop()
+        if loop.time() >= deadline:
+            raise self._no_answer(True, _History())
+        body = rendering.body(self._config.served_model, items)
+        history = _History()
+        while (picked := self._next(history)) is not None:
+            replica, permit = picked
+            history.tried.append(replica)
+            until = self._attempt_deadline(loop.time(), deadline, last=self._is_last(history.tried))
+            try:
+                rewards = await self._attempt(replica, permit, rendering, body, len(items), until)
+            except _FailedError as failure:
+                if await self._explained(failure, replica, history, deadline, alone=alone):
+                    break
+            else:
+                return rewards
+        raise self._no_answer(loop.time() >= deadline - CLOCK_SLACK_SECONDS, history)
+
+    async def _explained(
+        self, failure: _FailedError, replica: Replica, history: _History, deadline: float, *, alone: bool
+    ) -> bool:
+        """Note a failed attempt. Returns whether the time is over.
+
+        Raises:
+            SuspectError, WorkerInputError: the input caused it, or may have.
+        """
+        history.reasons.append(self._where(replica, str(failure)))
+        history.unreadable += failure.unreadable
+        if not failure.blamed:
+            if not alone:
+                raise SuspectError
+            history.suspicions += 1
+            if history.suspicions >= CONFIRMATIONS:
+                raise self._input_error(history)
+        return asyncio.get_running_loop().time() >= deadline - CLOCK_SLACK_SECONDS
+
+    async def _attempt(
+        self, replica: Replica, permit: int, rendering: Rendering, body: bytes, count: int, until: float
+    ) -> list[float]:
+        """One exchange.
+
+        Raises:
+            WorkerRejectedError: a final refusal.
+            _FailedError: no reward, for any other reason.
+        """
+        number = replica.begin()
+        unreadable = False
+        try:
+            response = await replica.send(CLASSIFY_PATH, body, permit, number, items=count, deadline=until)
+        except ConnectError as error:
+            raise _FailedError(_words(error), blamed=True) from error
+        except DeadlineError as error:
+            raise _FailedError(_words(error), blamed=not replica.answered_since(number)) from error
+        except HttpError as error:
+            reason, detail = _words(error), str(error)
+            unreadable = not isinstance(error, ConnectionDroppedError)
+        else:
+            if response.status == 200:
+                try:
+                    rewards = self._read(response.body, count)
+                except AnswerShapeError as error:
+                    replica.blame(permit, str(error))
+                    raise _FailedError(str(error), blamed=True, unreadable=True) from error
+                except AnswerError as error:
+                    reason = detail = str(error)
+                    unreadable = True
+                else:
+                    replica.accept(permit, number)
+                    return self._transformed(rewards)
+            else:
+                reason = detail = f"{response.status} {error_message(response.body)}"
+                if response.status not in RETRIED_STATUSES:
+                    raise self._rejection(replica, response.status, response.body)
+                if response.status not in FAULTY_STATUSES:
+                    raise _FailedError(reason, blamed=True)
+        well = await self._is_well(replica, permit, number, detail, rendering, until)
+        raise _FailedError(reason, blamed=not well, unreadable=unreadable)
+
+    def _read(self, body: bytes, count: int) -> list[float]:
+        """The rewards in an answer, within the RM's bound.
+
+        Raises:
+            AnswerError: see `read_rewards` and `RewardBound.check`.
+        """
+        rewards = read_rewards(body, count)
+        try:
+            self._bound.check(rewards)
+        finally:
+            # The good ones of an answer that is refused, too: they say that the outlier, asked alone, is one.
+            self._bound.learn(rewards)
+        return rewards
+
+    async def _is_well(
+        self, replica: Replica, permit: int, number: int, reason: str, rendering: Rendering, until: float
+    ) -> bool:
+        """Return True if the replica is cleared before the deadline; its breaker learns the outcome in any case."""
+        examination = replica.examine(permit, number, reason, lambda: self._probe(replica, rendering))
+        try:
+            async with asyncio.timeout_at(until):
+                well = await asyncio.shield(examination)
+        except TimeoutError:
+            return False
+        if well:
+            fields = {"model": self._config.name, "url": replica.url, "reason": reason}
+            _log.info("a request failed at a worker that is well", extra={"fields": fields})
+        return well
+
+    async def _probe(self, replica: Replica, rendering: Rendering) -> bool:
+        """Return True if the replica scores the probe conversation now, on a connection of its own."""
+        until = asyncio.get_running_loop().time() + self._config.attempt_timeout_seconds
+        try:
+            body = encode(rendering, self._config.served_model, [(PROBE_PROMPT, PROBE_RESPONSE)])
+            response = await replica.check("POST", CLASSIFY_PATH, body, deadline=until)
+            if response.status == 200:
+                self._bound.check(read_rewards(response.body, 1))
+        except (HttpError, AnswerError, RenderError):
+            return False
+        return response.status == 200
+
+    def _next(self, history: _History) -> tuple[Replica, int] | None:
+        """The replica to ask and its permit, or None.
+
+        A full one is taken only when all are: its connections then queue. One that was tried is taken again only to
+        confirm a failure of the input.
+        """
+        allowed = [replica for replica in self._replicas if replica.breaker.allows]
+        candidates = [replica for replica in allowed if replica not in history.tried]
+        if history.suspicions and not candidates:
+            candidates = [replica for replica in allowed if replica is history.tried[-1]]
+        if not candidates or len(history.tried) >= self._config.max_attempts + history.suspicions:
+            return None
+        turn = self._turn
+        self._turn = turn + 1
+        number = len(candidates)
+        replica = candidates[0]
+        if number > 1:
+            # min() keeps the first of equals, so rotating the list takes ties in turn.
+            replica = min(
+                (candidates[(turn + offset) % number] for offset in range(number)), key=lambda r: (r.full, r.load)
+            )
+        permit = replica.breaker.acquire()
+        return None if permit is None else (replica, permit)
+
+    def _is_last(self, tried: Sequence[Replica]) -> bool:
+        """Whether no other replica could be asked after those tried, so that this attempt may take all the time."""
+        if len(tried) >= self._config.max_attempts:
+            return True
+        return not any(replica.breaker.allows for replica in self._replicas if replica not in tried)
+
+    def _attempt_deadline(self, now: float, deadline: float, *, last: bool) -> float:
+        left = deadline - now
+        return now + min(self._config.attempt_timeout_seconds, left if last else ATTEMPT_SHARE * left)
+
+    def _transformed(self, rewards: list[float]) -> list[float]:
+        scale, shift = self._config.score_scale, self._config.score_shift
+        if scale == 1.0 and shift == 0.0:
+            return rewards
+        return [scale * reward + shift for reward in rewards]
+
+    def _where(self, replica: Replica, reason: str) -> str:
+        """A reason as callers may read it: replicas by number, addresses are for the log."""
+        count = len(self._replicas)
+        return reason if count == 1 else f"replica {self._replicas.index(replica) + 1} of {count}: {reason}"
+
+    def _rejection(self, replica: Replica, status: int, body: bytes) -> WorkerRejectedError:
+        words = error_message(body)
+        fields = {"model": self._config.name, "url": replica.url, "reason": f"{status} {words}"}
+        _log.info("a worker refused an input", extra={"fields": fields})
+        message = f"RM {self._config.name!r} refused the input ({status}): {words}"
+        details = {"model": self._config.name, "worker_status": status}
+        if says_too_long(status, body):
+            return WorkerTooLongError(message, details=details, final=self._config.over_long is OverLong.REFUSE)
+        return WorkerRejectedError(message, details=details)
+
+    def _input_error(self, history: _History) -> WorkerInputError:
+        reasons = "; ".join(dict.fromkeys(history.reasons))
+        return WorkerInputError(
+            f"RM {self._config.name!r} fails on this input alone, and answers others: {reasons}",
+            details={"model": self._config.name},
+        )
+
+    def _no_answer(self, late: bool, history: _History) -> WorkerError:
+        name, details = self._config.name, {"model": self._config.name}
+        tail = "; ".join(history.reasons)
+        if late:
+            message = f"RM {name!r}: no answer before the deadline" + (f" ({tail})" if tail else "")
+            return WorkerTimeoutError(message, details=details)
+        if history.unreadable and history.unreadable == len(history.reasons):
+            return WorkerProtocolError(f"RM {name!r}: {tail}", details=details)
+        message = f"RM {name!r}: no replica could answer: {tail or 'all are out'}"
+        return WorkerUnavailableError(message, details=details, retry_after_seconds=1)
+
+
+def _words(error: HttpError) -> str:
+    """The kind of an error, without addresses."""
+    if isinstance(error, ConnectError):
+        return "connection refused" if error.refused else "no connection"
+    if isinstance(error, ConnectionDroppedError):
+        return "the connection was dropped"
+    if isinstance(error, DeadlineError):
+        return "no answer in time"
+    if isinstance(error, ResponseTooLargeError):
+        return "the answer is too long"
+    return "the answer is not HTTP"

@@ -1,0 +1,1 @@
+"""Transport to servers of scorers and encoders: connections, replicas, circuit breakers, load."""

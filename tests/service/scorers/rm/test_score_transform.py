@@ -1,0 +1,37 @@
+"""`score_scale` and `score_shift` of the pool file change every reward of an arm, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.errors import ConfigurationError
+from service.scorers.rm.client import ArmConfig, VllmArm
+from service.scorers.rm.probe import probe
+from service.scorers.rm.render import PlainTemplate, TemplateRendering
+from tests.service.scorers.worker_servers import ScriptedWorker, Serve, soon
+
+PAIR = [("p", "a"), ("p", "bb")]
+
+
+async def test_the_score_transform_is_applied_to_every_reward(serve: Serve) -> None:
+    url = serve(ScriptedWorker())
+    rendering = TemplateRendering(PlainTemplate())
+    plain = VllmArm(ArmConfig(name="rm", urls=(url,), rendering=rendering))
+    scaled = VllmArm(ArmConfig(name="rm", urls=(url,), rendering=rendering, score_scale=-0.5, score_shift=3.0))
+    raw = list(await plain.score(PAIR, deadline=soon()))
+    expected = [3.0 - 0.5 * reward for reward in raw]
+    assert list(await scaled.score(PAIR, deadline=soon())) == expected
+    (group,) = await scaled.score_groups([PAIR], deadline=soon())
+    assert group == expected
+    # What the worker must show is about its own logits.
+    assert (await probe(scaled, deadline=soon()))[0].raw == (await probe(plain, deadline=soon()))[0].raw
+    await plain.close()
+    await scaled.close()
+
+
+@pytest.mark.parametrize(
+    "options", [{"score_scale": 0.0}, {"score_scale": float("nan")}, {"score_shift": float("inf")}]
+)
+def test_a_score_transform_that_loses_the_reward_is_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ConfigurationError, match="score_scale"):
+        ArmConfig(name="rm", urls=("http://127.0.0.1:1",), **options)  # type: ignore[arg-type]
