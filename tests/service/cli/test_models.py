@@ -10,11 +10,10 @@ from typer.testing import CliRunner
 
 pytest.importorskip("tokenizers")
 
-from tests.service.workers.test_load import steady
-from tests.service.workers.test_tokens import byte_rendering
-
 from service.cli import app
 from service.scorers.rm.client import ArmConfig, VllmArm
+from tests.service.scorers.rm.test_tokens import byte_rendering
+from tests.service.scorers.transport.test_load import steady
 from tests.service.scorers.worker_servers import ScriptedWorker, Serve
 from tests.support.arms import ScriptedArm
 from tests.support.live import live_gateway

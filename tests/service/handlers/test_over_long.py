@@ -9,11 +9,10 @@ import pytest
 
 pytest.importorskip("tokenizers")
 
-from tests.service.workers.test_load import steady
-from tests.service.workers.test_tokens import byte_rendering
-
 from service.scorers.protocol import OverLong
 from service.scorers.rm.client import ArmConfig, VllmArm
+from tests.service.scorers.rm.test_tokens import byte_rendering
+from tests.service.scorers.transport.test_load import steady
 from tests.service.scorers.worker_servers import ScriptedWorker, Serve
 from tests.support.gateway import Gateway, open_gateway
 from tests.support.story import away_first, failed

@@ -221,9 +221,8 @@ async def test_one_instance_with_more_tokens_than_a_request_may_have_is_asked_in
 
 
 async def test_the_worker_s_own_limit_is_learned_by_the_probe_and_its_refusal_has_the_same_code(serve: Serve) -> None:
-    from tests.service.scorers.rm.test_probe_and_health import logits, np
-
     from service.scorers.rm.health import HealthMonitor, HealthPolicy
+    from tests.service.scorers.rm.test_probe_and_health import logits, np
 
     class Limited(ScriptedWorker):
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
