@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from router_core.checkpoint import Checkpoint
 from router_core.combine import Multipliers, Votes
-from router_core.dataset import grouped_folds, pairs_digest, pool_matrix
+from router_core.dataset import grouped_folds, pairs_digest, pool_matrix, pool_names
 from router_core.encoder.base import Backbone, Block
 from router_core.encoder.fuse import Fuse, two_branch
 from router_core.errors import DatasetError
@@ -98,9 +98,15 @@ def fit(
         raise DatasetError("pairs: there are none; training needs labelled pairs")
     correctness = pool_matrix(pairs, pool)
     z = pair_features(pairs, backbone) if features is None else features
-    targets = soft_targets(correctness, score_margins(pairs, pool), config.soft_share, config.soft_width)
+    targets = _targets(pairs, pool, config)
+    columns = _targets(pairs, pool_names(pairs), config)
     with torch_threads(1):
-        return _fit_checkpoint(pairs, pool, backbone, config, correctness, targets, z)
+        return _fit_checkpoint(pairs, pool, backbone, config, correctness, targets, columns, z)
+
+
+def _targets(pairs: Sequence[LabelledPair], names: Sequence[str], config: TrainConfig) -> NDArray[np.float64]:
+    correctness = pool_matrix(pairs, names)
+    return soft_targets(correctness, score_margins(pairs, names), config.soft_share, config.soft_width)
 
 
 def _fit_checkpoint(
@@ -110,6 +116,7 @@ def _fit_checkpoint(
     config: TrainConfig,
     correctness: NDArray[np.float64],
     targets: NDArray[np.float64],
+    columns: NDArray[np.float64],
     z: NDArray[np.float32],
 ) -> tuple[Checkpoint, HeldOut]:
     """Cross-fit to choose the epochs and to calibrate, then fit on everything."""
@@ -118,7 +125,9 @@ def _fit_checkpoint(
     folds = grouped_folds(pairs, config.folds, rng)
     steps = math.ceil(min(len(inside) for inside, _ in folds) / config.batch_size)
     for fold, (inside, outside) in enumerate(folds):
-        model = MembersFit(z[inside], targets[inside], backbone.blocks, config, seed=config.seed * 1000 + fold + 1)
+        model = MembersFit(
+            z[inside], targets[inside], backbone.blocks, config, config.seed * 1000 + fold + 1, columns[inside]
+        )
         for epoch in range(config.max_epochs):
             model.advance(steps)
             predicted[epoch][:, outside] = model.predict(z[outside])
@@ -129,7 +138,7 @@ def _fit_checkpoint(
     calibration = fit_calibration(logits, correctness)
     held_out = HeldOut(calibration.probabilities(logits), bt_scores, correctness)
 
-    final = MembersFit(z, targets, backbone.blocks, config, seed=config.seed * 1000)
+    final = MembersFit(z, targets, backbone.blocks, config, config.seed * 1000, columns)
     final.advance(epochs * steps)
     fuse, heads = final.export(z)
     embeddings = heads["bt_embeddings"]
@@ -137,7 +146,7 @@ def _fit_checkpoint(
     hyperparameters, replayed, of_paper = config.hyperparameters, dict[str, float](), dict[str, float]()
     form = PriorForm.CALIBRATED if config.lambda_cls > 0 else PriorForm.PAPER
     if config.tune and config.lambda_cls > 0:
-        data = _Labelled(pairs, pool, correctness, targets, z)
+        data = _Labelled(pairs, pool, correctness, targets, columns, z)
         everything = np.arange(len(pairs))
         streams = [_stream("in distribution", data, everything, fuse, held_out.probabilities, everything)]
         for domain, rows in _domains(pairs):
@@ -208,12 +217,13 @@ def _blended(bt_scores: NDArray[np.float64], logits: NDArray[np.float64], blend:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Labelled:
-    """The training pairs and what was made of them: correctness and targets (N, K), z (N, 2 * dim)."""
+    """The training pairs and what was made of them: correctness and targets (N, K), columns (N, C), z (N, 2 * dim)."""
 
     pairs: Sequence[LabelledPair]
     pool: Sequence[str]
     correctness: NDArray[np.float64]
     targets: NDArray[np.float64]
+    columns: NDArray[np.float64]
     z: NDArray[np.float32]
 
 
@@ -235,7 +245,8 @@ def _fit_without(
 ) -> MembersFit:
     """A fit on all pairs but these."""
     others = np.setdiff1d(np.arange(len(data.pairs)), rows)
-    model = MembersFit(data.z[others], data.targets[others], blocks, config, seed=config.seed * 1000 + 500)
+    seed = config.seed * 1000 + 500
+    model = MembersFit(data.z[others], data.targets[others], blocks, config, seed, data.columns[others])
     model.advance(steps)
     return model
 
