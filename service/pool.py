@@ -77,6 +77,7 @@ class ModelEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(min_length=1, max_length=200)
+    kind: Literal["rm"] = "rm"
     urls: tuple[str, ...] = ()
     served_name: str | None = None
     rendering: Literal["auto", "messages", "template", "tokens"] = "messages"

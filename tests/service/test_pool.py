@@ -8,8 +8,8 @@ import pytest
 
 from service.errors import ConfigurationError
 from service.pool import RESERVED_ARGUMENTS, PoolFile, dump_pool, load_pool
+from service.scorers.rm.build import build_reward_model
 from service.settings import Settings
-from service.wiring import build_arm
 
 
 def load(folder: Path, text: str) -> PoolFile:
@@ -68,5 +68,5 @@ def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 
 def test_the_gateway_takes_the_score_transform_from_the_pool_file(tmp_path: Path) -> None:
     (entry,) = model(tmp_path, "urls: ['http://127.0.0.1:1'], score_scale: -0.5, score_shift: 3").models
-    config = build_arm(entry, Settings()).config
+    config = build_reward_model(entry, Settings()).config
     assert (config.score_scale, config.score_shift) == (-0.5, 3.0)
