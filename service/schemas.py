@@ -82,7 +82,10 @@ class AttemptReply(msgspec.Struct):
     """One asking of one scorer, or the finding that it could not be asked."""
 
     model: str
-    outcome: Annotated[str, Meta(description="`answered`, `failed`, or `away`: it could not be asked.")]
+    outcome: Annotated[
+        str,
+        Meta(description="`answered`, `failed`, `abstained` (it does not apply), or `away`: it could not be asked."),
+    ]
     reason: Annotated[str | None, Meta(description="Stable code where there is no answer; see `fallbacks`.")]
     rewards: Annotated[list[float] | None, Meta(description="What it said, raw, per response; null without an answer.")]
     ms: Annotated[float, Meta(description="Milliseconds that it took.")]

@@ -57,6 +57,7 @@ def build_reward_model(
             score_scale=model.score_scale,
             score_shift=model.score_shift,
             reward_limit=model.reward_limit,
+            applies=model.admits if model.choosy else None,
         ),
         monitor=(lambda arm: _monitor(arm, settings)) if watched else None,
     )

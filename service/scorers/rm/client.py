@@ -84,6 +84,7 @@ class ArmConfig:
         score_scale: finite, not 0; see `score_shift`.
         score_shift: the arm's rewards are score_scale * logit + score_shift.
         reward_limit: largest size of a raw reward that is taken for one; None to learn it, see `RewardBound`.
+        applies: says which instances the RM is asked about; None for all.
     """
 
     name: str
@@ -106,6 +107,7 @@ class ArmConfig:
     score_scale: float = 1.0
     score_shift: float = 0.0
     reward_limit: float | None = None
+    applies: Callable[[Instance], bool] | None = None
 
     def __post_init__(self) -> None:
         if not self.name or not self.urls:
@@ -215,12 +217,12 @@ class VllmArm:
 
     @property
     def choosy(self) -> bool:
-        """Return False: a reward model reads any text."""
-        return False
+        """True if the pool file says `applies`."""
+        return self.config.applies is not None
 
     def applies(self, instance: Instance) -> bool:
-        """Return True."""
-        return True
+        """Return True unless the pool file bars the instance."""
+        return self.config.applies is None or self.config.applies(instance)
 
     async def score(
         self, instances: Sequence[Instance], *, deadline: float, ticket: Ticket | None = None
