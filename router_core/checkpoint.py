@@ -1,7 +1,7 @@
 """What the offline stage hands to the online stage: fuse, prior means, correctness heads, on disk as two checked files.
 
 Knows numpy, safetensors and JSON; no torch, no backbone, no network. Written by `router_core.offline`, read once at
-start-up by `service.wiring`, and by replay.
+start-up by `service.gateway`, and by replay.
 
 A checkpoint is a directory:
 
