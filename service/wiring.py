@@ -48,7 +48,7 @@ from service.scorers.rm.health import HealthMonitor, HealthPolicy
 from service.scorers.rm.render import Rendering, load_rendering
 from service.settings import EMBEDDED, OnStoreUnavailable, OnUnknownTemplate, Settings
 from service.stores.embedded import EmbeddedStore
-from service.stores.protocol import FeedbackStatus, Store
+from service.stores.protocol import FeedbackStatus, NameNotFreeError, Store
 from service.stores.redis import RedisStore
 from service.stores.requirements import RequirementsWatch
 from service.telemetry import Telemetry
@@ -58,9 +58,10 @@ from service.trainers.learned import load_chat_format
 from service.trainers.templated import Templates
 from service.usecases.choose import Chooser
 from service.usecases.follow import Learner
+from service.usecases.hold import NameHolder
 from service.usecases.learn import FeedbackService
 from service.usecases.normalise import Normaliser
-from service.usecases.runs import Run, RunRegistry, RunTemplate
+from service.usecases.runs import NAME_POLL_SECONDS, Run, RunRegistry, RunTemplate
 from service.usecases.score import RewardService, ScoreLimits
 from service.usecases.shadow import Shadower
 from service.usecases.status import ArmStatus, ReplicaStatus, StatusService
@@ -103,12 +104,16 @@ class Gateway:
         if self.encoder is not None:
             await self.encoder.start()
         self._spawn(self._open_default_run())
+        self._spawn(NameHolder(self.runs.runs, self.store).run_forever())
 
     async def _open_default_run(self) -> None:
         """Open it as soon as the store answers; readiness is false until then."""
         while True:
             try:
                 await self.runs.open(None)
+            except NameNotFreeError as error:
+                logger.info("default run waits for its name", extra={"fields": {"reason": error.message}})
+                await asyncio.sleep(min(error.seconds, NAME_POLL_SECONDS))
             except (StoreUnavailableError, ConfigurationError) as error:
                 logger.warning("store away, default run waits", extra={"fields": {"error": str(error)}})
                 await asyncio.sleep(0.5)
@@ -274,6 +279,8 @@ def build_gateway(
         on_open=lambda run: gateway.follow(run),
         timeout_seconds=settings.request_timeout_seconds,
         default_form=template.default_policy.prior or (None if settings.prior == "auto" else template.form),
+        # An embedded store serves this gateway's own processes only.
+        free_seconds=0.0 if settings.store_url == EMBEDDED else settings.new_run_wait_seconds,
     )
     shadower = Shadower(
         store,
