@@ -31,17 +31,18 @@ from service.pool import PoolFile
 from service.priors import build_prior, form_of, load_checkpoint
 from service.scorers.protocol import Scorer
 from service.scorers.registry import build_scorer
-from service.settings import OnStoreUnavailable, Settings
+from service.settings import EMBEDDED, OnStoreUnavailable, Settings
 from service.stores.build import open_store
 from service.stores.embedded import EmbeddedStore
-from service.stores.protocol import FeedbackStatus, Store
+from service.stores.protocol import FeedbackStatus, NameNotFreeError, Store
 from service.stores.requirements import RequirementsWatch
 from service.telemetry import Telemetry
 from service.usecases.choose import Chooser
 from service.usecases.follow import Learner
+from service.usecases.hold import NameHolder
 from service.usecases.learn import FeedbackService
 from service.usecases.normalise import Normaliser
-from service.usecases.runs import Run, RunRegistry, RunTemplate
+from service.usecases.runs import NAME_POLL_SECONDS, Run, RunRegistry, RunTemplate
 from service.usecases.score import RewardService, limits_of
 from service.usecases.shadow import Shadower
 from service.usecases.status import StatusService
@@ -83,12 +84,16 @@ class Gateway:
         if self.encoder is not None:
             await self.encoder.start()
         self._spawn(self._open_default_run())
+        self._spawn(NameHolder(self.runs.runs, self.store).run_forever())
 
     async def _open_default_run(self) -> None:
         """Open it as soon as the store answers; readiness is false until then."""
         while True:
             try:
                 await self.runs.open(None)
+            except NameNotFreeError as error:
+                logger.info("default run waits for its name", extra={"fields": {"reason": error.message}})
+                await asyncio.sleep(min(error.seconds, NAME_POLL_SECONDS))
             except (StoreUnavailableError, ConfigurationError) as error:
                 logger.warning("store away, default run waits", extra={"fields": {"error": str(error)}})
                 await asyncio.sleep(0.5)
@@ -230,6 +235,8 @@ def build_gateway(
         on_open=lambda run: gateway.follow(run),
         timeout_seconds=settings.request_timeout_seconds,
         default_form=template.default_policy.prior or (None if settings.prior == "auto" else template.form),
+        # An embedded store serves this gateway's own processes only.
+        free_seconds=0.0 if settings.store_url == EMBEDDED else settings.new_run_wait_seconds,
     )
     shadower = Shadower(
         store,
