@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,16 @@ def test_the_document_has_the_keys_of_replay_and_the_figures_by_hand() -> None:
     itself = document["paired"]["single:B"]["best_single"]
     assert itself["difference"] == 0.0
     assert -itself["ci95"][0] == itself["ci95"][1] > 0, "four pairs that agree do not prove that all do"
+
+
+def test_calibration_is_of_the_fits_that_had_not_seen_the_pairs() -> None:
+    said = np.array([[[0.9, 0.4]] * 4, [[0.7, 0.4]] * 4])
+    found = figures(replace(four(), said=said, chosen=np.zeros((2, 4), np.int64)))["calibration"]
+    assert set(found) == {"(none)", ""}
+    assert found[""]["n"] == 4
+    assert found[""]["said"] == pytest.approx(0.8)
+    assert found[""]["right"] == four().table.correctness[:, 0].mean()
+    assert figures(four())["calibration"] == {}
 
 
 def test_subsets_have_their_own_best_model_and_oracle() -> None:
