@@ -19,6 +19,7 @@
         chat_template: plain                 # for `template`: plain, a .jinja file, or a tokenizer's directory
         score_scale: 0.5                     # the gateway answers score_scale * reward + score_shift
         score_shift: 0.0
+        price: 3.5                           # of one call, in any unit; 1 by default; cascades weigh calls by it
         reward_limit: 100.0                  # largest size of a raw reward; learned by default
         replicas: 2                          # how many workers `up` starts
         gpus: [0, 1]                         # the GPUs that they are placed on in turn
@@ -92,6 +93,7 @@ class ModelEntry(BaseModel):
     licence: str | None = None
     score_scale: float = 1.0
     score_shift: float = 0.0
+    price: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     reward_limit: float | None = Field(default=None, gt=0, le=MAX_ABS_SCORE)
     replicas: int = Field(default=1, ge=1, le=64)
     gpus: tuple[Annotated[int, Field(ge=0)], ...] = ()

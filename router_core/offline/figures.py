@@ -23,7 +23,8 @@ Array = NDArray[np.float64]
 def figures(judged: Judged) -> dict[str, Any]:
     """The JSON document, without what only the caller knows (digests, scenario).
 
-    `policies` holds per row accuracy, ci95, calls_per_instance and regret (oracle − accuracy); `paired` the differences
+    `policies` holds per row accuracy, ci95, calls_per_instance, price_per_instance and regret (oracle − accuracy);
+    `paired` the differences
     to the best single RM, to random and to majority; `asked` the share of each RM per router; `per_seed` the accuracy
     of each fit.
     """
@@ -35,6 +36,7 @@ def figures(judged: Judged) -> dict[str, Any]:
             name: {
                 **_accuracy(values, table.groups),
                 "calls_per_instance": judged.calls[name],
+                "price_per_instance": judged.price[name],
                 "regret": oracle - float(values.mean()),
             }
             for name, values in judged.rows.items()
