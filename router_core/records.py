@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -38,12 +38,25 @@ class Signal(StrEnum):
     """A number in [0, 1] that already says how well the asked RM did."""
 
 
+Fact = str | float | bool | None
+"""Value of an instance's metadata."""
+
+
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One prompt with n >= 1 responses: what one RM is asked about. Two responses is the normal case."""
+    """One prompt with n >= 1 responses: what one scorer is asked about. Two responses is the normal case.
+
+    Attributes:
+        prompt: the prompt's text.
+        responses: (n,) texts.
+        reference: what a right answer looks like, for scorers that compare; never part of the context.
+        metadata: flat facts about the instance, for scorers that need them; never part of the context.
+    """
 
     prompt: str
     responses: tuple[str, ...]
+    reference: str | None = None
+    metadata: Mapping[str, Fact] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)

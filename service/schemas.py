@@ -22,6 +22,21 @@ class RewardRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=Tr
         list[str],
         Meta(min_length=1, description="The responses to be scored by ONE reward model.", examples=[["12", "13"]]),
     ]
+    reference: (
+        Annotated[str, Meta(description="What a right answer looks like, for scorers that compare.", examples=["12"])]
+        | None
+    ) = None
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Meta(min_length=1, max_length=100)], str | float | bool | None],
+            Meta(
+                max_length=32,
+                description="Flat facts for scorers that need them, and for `applies` in the pool file: at most 32.",
+                examples=[{"task": "math"}],
+            ),
+        ]
+        | None
+    ) = None
     run: Annotated[str, Meta(description="The run; by default the gateway's.")] | None = None
     policy: Annotated[str, Meta(description="Overrides the gateway's policy; the names are in docs/api.md.")] | None = (
         None
@@ -67,7 +82,10 @@ class AttemptReply(msgspec.Struct):
     """One asking of one scorer, or the finding that it could not be asked."""
 
     model: str
-    outcome: Annotated[str, Meta(description="`answered`, `failed`, or `away`: it could not be asked.")]
+    outcome: Annotated[
+        str,
+        Meta(description="`answered`, `failed`, `abstained` (it does not apply), or `away`: it could not be asked."),
+    ]
     reason: Annotated[str | None, Meta(description="Stable code where there is no answer; see `fallbacks`.")]
     rewards: Annotated[list[float] | None, Meta(description="What it said, raw, per response; null without an answer.")]
     ms: Annotated[float, Meta(description="Milliseconds that it took.")]

@@ -234,10 +234,11 @@ def _choose_all(batch: list[_Waiting]) -> list[Chosen]:
         rows = slice(position, position + size)
         posterior = first.run.posterior
         multiplier = first.run.multiplier(first.policy)
-        choices = draw_batch(first.policy.at(multiplier), x[rows], offsets[rows], posterior, first.run.rng)
-        pieces.extend(
-            (posterior, part, multiplier) for part in _split(choices, [len(waiting.instances) for waiting in alike])
-        )
+        barred = first.run.template.barred([instance for waiting in alike for instance in waiting.instances])
+        policy = first.policy.at(multiplier)
+        choices = draw_batch(policy, x[rows], offsets[rows], posterior, first.run.rng, barred)
+        parts = _split(choices, [len(waiting.instances) for waiting in alike])
+        pieces.extend((posterior, part, multiplier) for part in parts)
         position += size
     drawn = time.perf_counter()
     out = []

@@ -24,8 +24,7 @@ from service.settings import OnStoreUnavailable
 from service.stores.ids import RANDOM_BYTES, new_decision_id
 from service.stores.protocol import DecisionRecord, Store
 from service.telemetry import Telemetry
-from service.usecases.admission import Tickets
-from service.usecases.ask import Asker, too_late
+from service.usecases.ask import Asker, Tickets, too_late
 from service.usecases.choose import Chooser
 from service.usecases.decisions import content_key, encode_decision
 from service.usecases.normalise import Normaliser
@@ -193,7 +192,7 @@ class RewardService:
                     raise
                 refused.update(dict.fromkeys(indices, error))
                 continue
-            instances = [Instance(requests[i].prompt, tuple(requests[i].responses)) for i in indices]
+            instances = [_instance_of(requests[i]) for i in indices]
             wholes.append(cut(Piece(found, chosen_policy, indices, instances), self._limits.piece_responses))
         return wholes
 
@@ -292,7 +291,7 @@ class RewardService:
                 if not isinstance(policy, AllCalls):
                     if self._sticky.seconds:
                         await self._stick(jobs)
-                    for arm, count in _counted([job.order[0] for job in jobs]).items():
+                    for arm, count in _counted([job.order[0] for job in jobs if job.order]).items():
                         self._telemetry.drawn(run.name, run.template.pool[arm]).inc(count)
         except TimeoutError as error:
             raise too_late() from error
@@ -346,12 +345,18 @@ class RewardService:
                 details={"field": f"{where}responses", "limit": limits.max_responses},
             )
         longest = limits.max_text_chars
-        if max(map(len, (request.prompt, *request.responses))) <= longest:
+        texts = [request.prompt, *request.responses]
+        names = ["prompt", *[f"responses[{i}]" for i in range(len(request.responses))]]
+        if request.reference is not None:
+            texts.append(request.reference)
+            names.append("reference")
+        for name, fact in (request.metadata or {}).items():
+            if isinstance(fact, str):
+                texts.append(fact)
+                names.append(f"metadata.{name}")
+        if max(map(len, texts)) <= longest:
             return
-        for name, text in (
-            ("prompt", request.prompt),
-            *((f"responses[{i}]", r) for i, r in enumerate(request.responses)),
-        ):
+        for name, text in zip(names, texts, strict=True):
             if len(text) > longest:
                 raise ValidationError(
                     f"{where}{name} is {len(text)} characters long: send at most {longest}",
@@ -435,6 +440,10 @@ class RewardService:
             self._telemetry.unrecorded.inc(len(records))
             return error
         return None
+
+
+def _instance_of(request: RewardRequest) -> Instance:
+    return Instance(request.prompt, tuple(request.responses), request.reference, request.metadata or {})
 
 
 def _counted(keys: Iterable[_Key]) -> dict[_Key, int]:
