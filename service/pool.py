@@ -90,7 +90,6 @@ class ModelEntry(ScorerEntry):
     licence: str | None = None
     score_scale: float = 1.0
     score_shift: float = 0.0
-    price: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     reward_limit: float | None = Field(default=None, gt=0, le=MAX_ABS_SCORE)
     replicas: int = Field(default=1, ge=1, le=64)
     gpus: tuple[Annotated[int, Field(ge=0)], ...] = ()

@@ -224,6 +224,7 @@ class Telemetry:
         """Drop a closed run's label values, so that their number stays bounded."""
         for metric in (
             self.decisions,
+            self.price,
             self.draws,
             self.shadows,
             self.sticky,

@@ -108,7 +108,7 @@ class VotePlan:
             return 1.0
         turn = attempts[-1].turn if attempts else 0
         closed = [one.arm for one in attempts if one.outcome is Outcome.ABSENT and one.turn == turn]
-        return float(self.shares[arm] / (1.0 - self.shares[closed].sum()))
+        return float(self.shares[arm] / np.delete(self.shares, closed).sum())
 
     def conclude(self, attempts: Sequence[Attempt], scale_of: ScaleOf) -> Given:
         """Make the probability that each response is best the reward. One answer alone keeps its scorer's name."""
