@@ -209,7 +209,10 @@ def build_gateway(
         form=form_of(settings, checkpoint),
         score_scale=score_scale or (None if checkpoint is None else checkpoint.scores),
         combination=None if checkpoint is None else checkpoint.combination,
+        prices=[model.price for model in pool.models],
         max_calls=settings.max_calls_per_instance,
+        parallel_calls=settings.parallel_calls,
+        max_rounds=settings.max_rounds_per_instance,
         fold_settings=FoldSettings(settings.block_size, settings.refresh_events),
         signal=settings.signal,
         policy=settings.policy,
@@ -241,6 +244,7 @@ def build_gateway(
     shadower = Shadower(
         store,
         telemetry,
+        template.prices,
         rate=settings.shadow_rate,
         timeout_seconds=settings.worker_timeout_seconds,
     )

@@ -23,6 +23,7 @@
         applies: {metadata.task: math}       # asked about these instances only; by default about all
         score_scale: 0.5                     # the gateway answers score_scale * reward + score_shift
         score_shift: 0.0
+        price: 3.5                           # of one call, in any unit; 1 by default; cascades weigh calls by it
         reward_limit: 100.0                  # largest size of a raw reward; learned by default
         replicas: 2                          # how many workers `up` starts
         gpus: [0, 1]                         # the GPUs that they are placed on in turn

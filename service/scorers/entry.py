@@ -21,6 +21,7 @@ class ScorerEntry(BaseModel):
     urls: tuple[str, ...] = ()
     api_key: str | None = Field(default=None, repr=False)
     max_in_flight: int | None = Field(default=None, ge=1)
+    price: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     applies: dict[str, Fact | tuple[Fact, ...]] = Field(default_factory=dict)
 
     @property

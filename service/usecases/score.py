@@ -120,7 +120,7 @@ class RewardService:
         self._shadower = shadower
         self._sticky = sticky
         self._normaliser = normaliser
-        self._asker = Asker(telemetry.called, timeout_seconds=limits.worker_timeout_seconds)
+        self._asker = Asker(telemetry.called, runs.template.prices, timeout_seconds=limits.worker_timeout_seconds)
         self._entropy = _Entropy()
 
     async def score(self, request: RewardRequest) -> RewardReply:
@@ -292,7 +292,7 @@ class RewardService:
                 means = chosen.choices.means.tolist()
                 jobs = []
                 for row, instance in enumerate(piece.instances):
-                    view = run.view(policy, len(instance.responses), means[row])
+                    view = run.view(len(instance.responses), means[row], chosen.multiplier)
                     jobs.append(
                         Job(
                             policy.plan_for(view),
@@ -431,6 +431,7 @@ class RewardService:
                     telemetry.fallbacks.labels(job.run.template.pool[attempt.arm], attempt.reason).inc()
             if job.given is not None:
                 telemetry.stage["worker"].observe(waited_seconds(job.attempts))
+            telemetry.paid(job.run.name, job.policy.name).inc(sum([attempt.price for attempt in job.attempts]))
         given = _counted([(job.run.name, job.policy.name) for job in jobs if job.given is not None])
         for (run, policy), count in given.items():
             telemetry.decided(run, policy).inc(count)

@@ -57,6 +57,7 @@ class Shadower:
     Args:
         store: where decisions wait for feedback.
         telemetry: counters.
+        prices: of one asking, by arm.
         rate: fraction of the instances, 0 to 1.
         timeout_seconds: deadline of asking one RM about up to `PATIENT_INSTANCES` instances.
         max_instances: how many may be under way at once.
@@ -66,6 +67,7 @@ class Shadower:
         self,
         store: Store,
         telemetry: Telemetry,
+        prices: Sequence[float],
         *,
         rate: float,
         timeout_seconds: float,
@@ -76,7 +78,7 @@ class Shadower:
         self._telemetry = telemetry
         self._timeout_seconds = timeout_seconds
         self._max_instances = max_instances
-        self._asker = Asker(telemetry.shadow_calls.labels, timeout_seconds=timeout_seconds)
+        self._asker = Asker(telemetry.shadow_calls.labels, prices, timeout_seconds=timeout_seconds)
         self._in_flight = 0
         self._tasks: set[asyncio.Task[None]] = set()
         telemetry.shadows_in_flight.set_function(lambda: self._in_flight)
@@ -89,7 +91,9 @@ class Shadower:
         chosen = [
             item
             for item in answered
-            if item.stored.n > 1 and item.stored.arm is not None and is_shadowed(item.decision_id, self.rate)
+            if item.stored.n > 1
+            and len({attempt.arm for attempt in item.stored.attempts}) < len(item.stored.offsets)
+            and is_shadowed(item.decision_id, self.rate)
         ]
         room = max(self._max_instances - self._in_flight, 0)
         for item in chosen[room:]:
