@@ -416,7 +416,7 @@ class VllmArm:
 
     async def _ask_singly(
         self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore
-    ) -> list[list[float] | WorkerError]:
+    ) -> list[Scored | WorkerError]:
         """Ask about each instance alone: replicas ended with them, and one of them may have caused it."""
         for one in chunk:
             self._requester.doubt(one.contents)
