@@ -309,6 +309,7 @@ def build_gateway(
             scales=normaliser.scales,
             encoder=awaited,
             store_findings=lambda: watch.findings,
+            store_refused=lambda: bool(watch.verdict.refusals),
         ),
         shadower=shadower,
         normaliser=normaliser,
