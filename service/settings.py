@@ -220,6 +220,19 @@ class Settings(BaseSettings):
     max_calls_per_instance: int | None = Field(
         None, ge=1, description="RMs that `cascade:B` asks about one instance at most; by default any number."
     )
+    max_rounds_per_instance: int | None = Field(
+        None,
+        ge=1,
+        description="Rounds of calls that `cascade:B` makes one after another at most; where nobody has answered yet, "
+        "the next best RM is asked all the same. By default any number.",
+    )
+    parallel_calls: int = Field(
+        1,
+        ge=1,
+        le=2,
+        description="2: `cascade:B` asks two RMs at once where a second call is worth its price whatever the first "
+        "will say. Saves a round, at the same price.",
+    )
     batch_piece_responses: int = Field(
         128,
         ge=0,

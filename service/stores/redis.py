@@ -1,7 +1,7 @@
 """The store on a Redis or Valkey server: decisions, exactly-once feedback, the log, snapshots.
 
 Knows the keys and scripts of `service.stores.protocol.Store`; never looks inside a payload or snapshot, but for the
-decision's `n`. Built by `service.wiring`, called by the use cases.
+decision's `n`. Built by `service.gateway`, called by the use cases.
 
 Keys of a run R. All share the hash tag {R}, so a run lives on one node of a cluster:
 

@@ -2,7 +2,7 @@
 
 `Learner`, one per run and gateway, tails the log and replaces the run's posterior; so every replica learns from every
 replica's feedback, in the same order, to the same bits. Before anything is folded it makes sure that the log is still
-the one that it has followed and that callers' feedback went to (`check_held`). Started by `service.wiring`.
+the one that it has followed and that callers' feedback went to (`check_held`). Started by `service.gateway`.
 """
 
 from __future__ import annotations

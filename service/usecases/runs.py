@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.combine import Combination, Pacer
+from router_core.combine import Combination, Pacer, relative_prices
 from router_core.encoder.fuse import PairEncoder
 from router_core.errors import UnknownPolicyError
 from router_core.policies import Policy, RunningScale, ScoreScale, View, make_policy
@@ -62,7 +63,10 @@ class RunTemplate:
         origin: what gives contexts and offsets: the checkpoint's digest, or the untrained encoder's name.
         score_scale: of the RMs' raw rewards; None: each run learns it.
         combination: what the checkpoint learned about votes; None: no policy combines by them.
+        prices: of one asking, by arm, in units of the cheapest; None: equal.
         max_calls: scorers that one instance may be asked of, at most; None for no bound but the pool.
+        parallel_calls: scorers that may be asked at once in the first round of a cascade, 1 or 2.
+        max_rounds: rounds of a cascade, at most; None for no bound.
         blas_threads: of the linear algebra library; sums are grouped by them.
         seed: of the draws; None for the operating system's entropy.
 
@@ -86,7 +90,10 @@ class RunTemplate:
         origin: str,
         score_scale: ScoreScale | None = None,
         combination: Combination | None = None,
+        prices: Sequence[float] | None = None,
         max_calls: int | None = None,
+        parallel_calls: int = 1,
+        max_rounds: int | None = None,
         blas_threads: int = 1,
         seed: int | None = None,
     ) -> None:
@@ -95,8 +102,12 @@ class RunTemplate:
         self._choosy = any(arm.choosy for arm in arms)
         self.encoder = encoder
         self.score_scale = score_scale
-        self.combination = combination
+        relative = relative_prices([1.0] * len(self.arms) if prices is None else prices)
+        self.prices: tuple[float, ...] = tuple(relative.tolist())
+        self.combination = None if combination is None else combination.priced(relative)
         self.max_calls = len(self.arms) if max_calls is None else max_calls
+        self.parallel_calls = parallel_calls
+        self.max_rounds = sys.maxsize if max_rounds is None else max_rounds
         self.fold_settings = fold_settings
         self.signal = signal
         self.seed = seed
@@ -218,19 +229,25 @@ class Run:
         """Generator of further draws, on the event loop; the first ones are drawn in the chooser's thread."""
         self._pacers: dict[str, Pacer] = {}
 
-    def view(self, policy: Policy, n: int, means: Sequence[float]) -> View:
-        """Return what the policy may know of one instance.
-
-        Args:
-            policy: whose plan.
-            n: number of responses.
-            means: of the draws (K,).
-        """
+    def multiplier(self, policy: Policy) -> float | None:
+        """Return what a call costs now under the policy's budget, in units of P(right); None where it has none."""
         pacer = self._pacers.get(policy.name) or policy.pacer()
         if pacer is None:
-            return View(n, means, None, self.template.max_calls, self.next_rng)
-        self._pacers[policy.name] = pacer
-        return View(n, means, pacer.multiplier, self.template.max_calls, self.next_rng)
+            return None
+        return self._pacers.setdefault(policy.name, pacer).multiplier
+
+    def view(self, n: int, means: Sequence[float], multiplier: float | None) -> View:
+        """Return what a policy may know of one instance.
+
+        Args:
+            n: number of responses.
+            means: of the draws (K,).
+            multiplier: that they were drawn at.
+        """
+        template = self.template
+        return View(
+            n, means, multiplier, template.max_calls, self.next_rng, template.parallel_calls, template.max_rounds
+        )
 
     def spent(self, policy: Policy, price: float) -> None:
         """Tell the policy's budget what one instance cost, in units of the cheapest scorer."""

@@ -27,7 +27,7 @@ from service.scorers.protocol import (
     WorkerTooLongError,
     WorkerUnavailableError,
 )
-from service.scorers.rm.render import Content, MessagesRendering, Prepared, RenderError, Rendering, TooLongError
+from service.scorers.rm.render import Content, Item, MessagesRendering, Prepared, RenderError, Rendering, TooLongError
 from service.scorers.rm.requests import Requester, SuspectError
 from service.scorers.status import ScorerStatus
 from service.scorers.transport.breaker import BreakerPolicy
@@ -228,7 +228,7 @@ class VllmArm:
         self, instances: Sequence[Instance], *, deadline: float, ticket: Ticket | None = None
     ) -> list[Scored | WorkerError]:
         """Ask about many instances; see `Scorer.score`."""
-        groups = [[(instance.prompt, response) for response in instance.responses] for instance in instances]
+        groups = [instance.items() for instance in instances]
         slots = ticket.slots if ticket is not None and ticket.shared else None
         return await self.score_groups(groups, deadline=deadline, slots=slots)
 
@@ -239,7 +239,7 @@ class VllmArm:
 
     async def score_groups(
         self,
-        groups: Sequence[Sequence[tuple[str, str]]],
+        groups: Sequence[Sequence[Item]],
         *,
         deadline: float,
         slots: asyncio.Semaphore | None = None,
@@ -256,7 +256,7 @@ class VllmArm:
         `parallel_requests` requests of the call are in flight at once, and no more than the replicas' `max_in_flight`.
 
         Args:
-            groups: (prompt, response) texts by instance. Equal items of an instance are asked once.
+            groups: (prompt, response) by instance. Equal items of an instance are asked once.
             deadline: see `Scorer.score`.
             slots: of the call that this is a piece of; its own when None.
 
@@ -350,7 +350,7 @@ class VllmArm:
         self._chunk = min(config.items_per_request, rendering.items_limit or config.items_per_request)
         self._chunk_size = config.tokens_per_request if rendering.counts_tokens else math.inf
 
-    async def _prepare(self, groups: Sequence[Sequence[tuple[str, str]]]) -> list[Prepared | RenderError]:
+    async def _prepare(self, groups: Sequence[Sequence[Item]]) -> list[Prepared | RenderError]:
         rendering = self._rendering
         cut = self.config.over_long is OverLong.CUT_PROMPT
         limit = self.max_model_len if rendering.counts_tokens else None
@@ -476,7 +476,7 @@ class VllmArm:
         )
 
 
-def _spread(scored: Scored, distinct: Sequence[tuple[str, str]], items: Sequence[tuple[str, str]]) -> Scored:
+def _spread(scored: Scored, distinct: Sequence[Item], items: Sequence[Item]) -> Scored:
     """Return the rewards of the distinct items, given to each item."""
     if len(distinct) == len(items):
         return scored
