@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,9 @@ class Policy(Protocol):
     def pacer(self) -> Pacer | None:
         """Return what keeps a new run to its budget; None where the number of calls is fixed."""
 
+    def at(self, multiplier: float | None) -> Policy:
+        """Return the policy whose draws are made at this price of a call; itself where price does not matter."""
+
     def plan_for(self, view: View) -> Plan:
         """Return whom to ask about one instance."""
 
@@ -97,6 +100,10 @@ class OneCall(AskBest):
     def pacer(self) -> Pacer | None:
         """Return None: the number of calls is fixed."""
         return None
+
+    def at(self, multiplier: float | None) -> Self:
+        """Return itself: price does not matter."""
+        return self
 
     def plan_for(self, view: View) -> Plan:
         """Return itself: the plan is the same for every instance."""
@@ -115,6 +122,10 @@ class AllCalls(AskAll):
     def pacer(self) -> Pacer | None:
         """Return None: the number of calls is fixed."""
         return None
+
+    def at(self, multiplier: float | None) -> Self:
+        """Return itself: price does not matter."""
+        return self
 
     def plan_for(self, view: View) -> Plan:
         """Return itself: the plan is the same for every instance."""
@@ -144,7 +155,12 @@ def draw(beliefs: Beliefs, rng: np.random.Generator) -> Choices:
 
 
 def draw_batch(
-    policy: Policy, x: NDArray[np.float32], offsets: Array, posterior: Posterior, rng: np.random.Generator
+    policy: Policy,
+    x: NDArray[np.float32],
+    offsets: Array,
+    posterior: Posterior,
+    rng: np.random.Generator,
+    barred: NDArray[np.bool_] | None = None,
 ) -> Choices:
     """The draws of B instances that came together: one per instance, or one for all where the policy says so.
 
@@ -157,11 +173,14 @@ def draw_batch(
         offsets: (B, K) float64.
         posterior: what the run has learned.
         rng: the run's generator.
+        barred: (B, K), arms that do not apply to an instance and are never asked; None where all apply. One draw for
+            all instances bars what does not apply to one of them.
     """
     if not policy.one_arm_per_batch:
-        return draw(policy.beliefs(x, offsets, posterior), rng)
+        return draw(_without(policy.beliefs(x, offsets, posterior), barred), rng)
     mean = x.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
-    one = draw(policy.beliefs(mean, offsets.mean(axis=0, keepdims=True), posterior), rng)
+    any_barred = None if barred is None else np.atleast_2d(barred.any(axis=0))
+    one = draw(_without(policy.beliefs(mean, offsets.mean(axis=0, keepdims=True), posterior), any_barred), rng)
     size = len(x)
     return Choices(
         one.ranking.repeat(size, axis=0),
@@ -170,6 +189,13 @@ def draw_batch(
         one.sds.repeat(size, axis=0),
         one.propensities.repeat(size, axis=0),
     )
+
+
+def _without(beliefs: Beliefs, barred: NDArray[np.bool_] | None) -> Beliefs:
+    """Return the beliefs with −inf as the mean of what is never asked."""
+    if barred is None or not barred.any():
+        return beliefs
+    return Beliefs(np.where(barred, -np.inf, beliefs.means), beliefs.sds)
 
 
 def propensity_without(means: Array, sds: Array, gone: Sequence[int], asked: int) -> float:
