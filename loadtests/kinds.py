@@ -1,11 +1,11 @@
 """What do verdicts of other RMs teach about texts? Pools of RMs that the kinds of texts were learned without.
 
-    python -m loadtests.kinds FILE [--others 60] [--pool 6] [--pools 3] [--verdicts 64,256,1000] [--folds 3]
+    python -m loadtests.kinds FILE [--others 60] [--pool 6] [--pools 3] [--names A,B,…] [--verdicts 64,256,1000] [--folds 3]
 
 FILE holds pairs with the verdicts of many RMs, rb85_dev.jsonl say. `--others` of them, drawn by a seed, are asked about
 every training pair; a pool is drawn from the rest and is asked about only so many. The row `pool` is fitted to the
 pool's verdicts alone, `others` has the other RMs' columns beside them; `single` is the RM that was best on the
-verdicts. All are judged on the same held-out groups.
+verdicts. All are judged on the same held-out groups. `--names` fixes the pool, and the others are drawn from the rest.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--others", type=int, default=60)
     parser.add_argument("--pool", type=int, default=6)
     parser.add_argument("--pools", type=int, default=3)
+    parser.add_argument("--names", default="")
     parser.add_argument("--verdicts", default="64,256,1000")
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -60,8 +61,9 @@ def main() -> None:
     right = {(size, row): list[float]() for size in sizes for row in ("single", "pool", "others")}
     for number in range(options.pools):
         rng = np.random.default_rng([options.seed, number])
-        shuffled = [names[i] for i in rng.permutation(len(names))]
-        others, pool = shuffled[: options.others], shuffled[options.others :][: options.pool]
+        fixed = [name for name in options.names.split(",") if name]
+        shuffled = [names[i] for i in rng.permutation(len(names)) if names[i] not in fixed]
+        others, pool = shuffled[: options.others], fixed or shuffled[options.others :][: options.pool]
         correctness = pool_matrix(pairs, pool)
         for inside, outside in grouped_folds(pairs, options.folds, rng):
             for size in sizes:
@@ -74,7 +76,7 @@ def main() -> None:
                     checkpoint = train(known, pool, backbone, TrainConfig(seed=number), z[rows])
                     arms = route(checkpoint, checkpoint.fuse.apply(z[outside]), "cls")
                     right[size, row] += correctness[outside, arms].tolist()
-    print(f"{options.pools} pools of {options.pool} RMs out of {len(names) - options.others}; accuracy")
+    print(f"{options.pools} times a pool of {len(pool)} RMs, beside {len(others)} others; accuracy")
     print("verdicts  single  pool    others  others - pool (standard error)")
     for size in sizes:
         single, alone, helped = (np.array(right[size, row]) for row in ("single", "pool", "others"))
