@@ -1,11 +1,11 @@
 """What do verdicts of other RMs teach about texts? Pools of RMs that the kinds of texts were learned without.
 
-    python -m loadtests.kinds FILE [--others 60] [--pool 6] [--pools 3] [--names A,B,…] [--verdicts 64,256,1000] [--folds 3]
+    python -m loadtests.kinds FILE [--others 60] [--pool 6] [--pools 3] [--names A,B] [--verdicts 64,256] [--folds 3]
 
 FILE holds pairs with the verdicts of many RMs, rb85_dev.jsonl say. `--others` of them, drawn by a seed, are asked about
 every training pair; a pool is drawn from the rest and is asked about only so many. The row `pool` is fitted to the
 pool's verdicts alone, `others` has the other RMs' columns beside them; `single` is the RM that was best on the
-verdicts. All are judged on the same held-out groups. `--names` fixes the pool, and the others are drawn from the rest.
+verdicts. All are judged on the same held-out groups. `--names` fixes the pool; the others are drawn from the rest.
 """
 
 from __future__ import annotations
