@@ -1,9 +1,11 @@
 """Recorded pairs through a running gateway with one recorded worker per RM, beside the same replay in process.
 
-    python -m loadtests.replay_over_http [DATA] [--pool NAMES] [--seeds N] [--json OUT]
+    python -m loadtests.replay_over_http [DATA] [--pool NAMES] [--policies NAMES] [--seeds N] [--json OUT]
 
 One grouped half of the data trains the checkpoint, the other half is the stream. Both replays use the same checkpoint,
-the same orders and the same policies; they differ in HTTP, the store, the learner's small delay, and the draws.
+the same orders and the same policies; they differ in HTTP, the store, the learner's small delay, and the draws. What
+`evaluate --checkpoint` makes of the same half, without learning, stands in the first column; the time of a draw that
+replies say (`timings.draw_ms`) in the last.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from router_core.combine import wanted_combined
 from router_core.dataset import grouped_split, load_pairs, pool_names
 from router_core.encoder.registry import load_backbone
+from router_core.offline.table import judge_checkpoint
 from router_core.offline.train import pair_features, train
 from router_core.prior import PriorForm
 from router_core.records import LabelledPair, Signal
-from router_core.replay import replay, score_scale, summarise, tabulate
+from router_core.replay import complete_pairs, replay, score_scale, summarise, tabulate
 from service.cli.processes import ProcessGroup, free_port
 from service.cli.replay_http import replay_over_http
 from service.cli.serve import read_settings
@@ -35,7 +39,18 @@ from service.settings import EMBEDDED
 from service.wiring import build_prior
 
 DEFAULT_DATA = os.environ.get("RB9_DEV", "../shared/data/rb9_dev.jsonl")
-POLICIES = ("bayesian", "bayesian:none", "offline", "laser", "random", "majority", "uwo")
+POLICIES = (
+    "bayesian",
+    "cascade:1.5",
+    "cascade:2",
+    "stacked",
+    "bayesian:none",
+    "offline",
+    "laser",
+    "random",
+    "majority",
+    "uwo",
+)
 
 
 def main() -> None:
@@ -43,19 +58,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", default=DEFAULT_DATA, type=Path)
     parser.add_argument("--pool", help="RMs, comma-separated [default: all of the data]")
+    parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     pairs = load_pairs(arguments.data)
     pool = tuple(arguments.pool.split(",")) if arguments.pool else pool_names(pairs)
-    figures = compare(arguments.data, pairs, pool, range(arguments.seeds), arguments.concurrency)
+    complete, _ = complete_pairs(pairs, pool)
+    policies = tuple(arguments.policies.split(","))
+    chosen = [pairs[i] for i in complete]
+    figures = compare(arguments.data, chosen, pool, policies, range(arguments.seeds), arguments.concurrency)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
 
 
 def compare(
-    data: Path, pairs: Sequence[LabelledPair], pool: Sequence[str], seeds: Sequence[int], concurrency: int
+    data: Path,
+    pairs: Sequence[LabelledPair],
+    pool: Sequence[str],
+    policies: Sequence[str],
+    seeds: Sequence[int],
+    concurrency: int,
 ) -> dict[str, object]:
     """Train on one half, stream the other in both ways."""
     console = Console()
@@ -68,14 +92,17 @@ def compare(
     in_process = replay(
         table,
         checkpoint.fuse.apply(features[outside]),
-        POLICIES,
+        policies,
         priors=lambda form: build_prior(
             read_settings(), checkpoint, len(pool), checkpoint.d, None if form is None else PriorForm(form)
         ),
         signal=Signal.PREFERENCE,
         seeds=seeds,
         scale=score_scale([pairs[i] for i in inside], pool),
+        combination=checkpoint.combination,
     )
+    judged = judge_checkpoint(checkpoint, stream, features[outside], checkpoint.scores, wanted_combined(policies))
+    draw_ms: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "checkpoint"
         checkpoint.save(directory)
@@ -93,26 +120,59 @@ def compare(
             ) as stack:
                 over_http = asyncio.run(
                     replay_over_http(
-                        stream, table, POLICIES, seeds, stack.url, Signal.PREFERENCE, concurrency, None, lambda _: None
+                        stream,
+                        table,
+                        policies,
+                        seeds,
+                        stack.url,
+                        Signal.PREFERENCE,
+                        concurrency,
+                        None,
+                        lambda _: None,
+                        lambda _, reply: draw_ms.append(reply["timings"]["draw_ms"]),
                     )
                 )
     shown = RichTable(title=f"{len(stream)} pairs streamed, {len(pool)} recorded workers, {len(seeds)} seeds")
-    for column in ("policy", "in process", "95% interval", "over HTTP", "95% interval"):
+    for column in (
+        "policy",
+        "evaluate",
+        "calls",
+        "in process",
+        "95% interval",
+        "calls",
+        "over HTTP",
+        "95% interval",
+        "calls",
+    ):
         shown.add_column(column, justify="left" if column == "policy" else "right")
     figures: dict[str, object] = {"n": len(stream), "pool": list(pool), "seeds": len(seeds)}
-    for name in POLICIES:
+    for name in policies:
         here, there = summarise(in_process[name], table), summarise(over_http[name], table)
+        # Routing without feedback is what `evaluate` calls `offline`.
+        row = name if name in judged.rows else "offline"
+        offline = {"accuracy": float(judged.rows[row].mean()), "calls": judged.calls[row]}
         shown.add_row(
             name,
-            f"{here.accuracy:.3f}",
-            "{:.3f} – {:.3f}".format(*here.ci95),
-            f"{there.accuracy:.3f}",
-            "{:.3f} – {:.3f}".format(*there.ci95),
-        )
+            f"{offline['accuracy']:.3f}",
+            f"{offline['calls']:.2f}",
+            *[
+                cell
+                for one in (here, there)
+                for cell in (
+                    f"{one.accuracy:.3f}", "{:.3f} – {:.3f}".format(*one.ci95), f"{one.calls_per_instance:.2f}"
+                )
+            ],
+        )  # fmt: skip
         figures[name] = {
-            "in_process": {"accuracy": here.accuracy, "ci95": here.ci95},
-            "over_http": {"accuracy": there.accuracy, "ci95": there.ci95},
+            "evaluate": offline,
+            **{
+                way: {"accuracy": one.accuracy, "ci95": one.ci95, "calls": one.calls_per_instance}
+                for way, one in (("in_process", here), ("over_http", there))
+            },
         }
+    middle, late = np.percentile(draw_ms, [50, 99])
+    shown.caption = f"a draw over HTTP: median {middle:.2f} ms, 99 in 100 within {late:.2f} ms"
+    figures["draw_ms"] = {"p50": float(middle), "p99": float(late)}
     console.print(shown)
     return figures
 
