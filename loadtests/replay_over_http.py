@@ -4,8 +4,9 @@
 
 One grouped half of the data trains the checkpoint, the other half is the stream. Both replays use the same checkpoint,
 the same orders and the same policies; they differ in HTTP, the store, the learner's small delay, and the draws. What
-`evaluate --checkpoint` makes of the same half, without learning, stands in the first column; the time of a draw that
-replies say (`timings.draw_ms`) in the last.
+`evaluate --checkpoint` makes of the same half, without learning, stands in the first column; below the table the time
+of a draw that replies tell (`timings.draw_ms`). RMs that gave verdicts alone score 1 for the response that they prefer.
+More than 12 RMs share one worker process.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +25,12 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from router_core.combine import wanted_combined
-from router_core.dataset import grouped_split, load_pairs, pool_names
+from router_core.dataset import grouped_split, load_pairs, pool_names, write_pairs
 from router_core.encoder.registry import load_backbone
 from router_core.offline.table import judge_checkpoint
 from router_core.offline.train import pair_features, train
 from router_core.prior import PriorForm
-from router_core.records import LabelledPair, Signal
+from router_core.records import TIE, LabelledPair, Signal
 from router_core.replay import complete_pairs, replay, score_scale, summarise, tabulate
 from service.cli.processes import ProcessGroup, free_port
 from service.cli.replay_http import replay_over_http
@@ -53,6 +55,9 @@ POLICIES = (
 )
 
 
+MOST_WORKERS = 12
+
+
 def main() -> None:
     """Run both and print them side by side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,14 +72,13 @@ def main() -> None:
     pool = tuple(arguments.pool.split(",")) if arguments.pool else pool_names(pairs)
     complete, _ = complete_pairs(pairs, pool)
     policies = tuple(arguments.policies.split(","))
-    chosen = [pairs[i] for i in complete]
-    figures = compare(arguments.data, chosen, pool, policies, range(arguments.seeds), arguments.concurrency)
+    chosen = [_scored(pairs[i], pool) for i in complete]
+    figures = compare(chosen, pool, policies, range(arguments.seeds), arguments.concurrency)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
 
 
 def compare(
-    data: Path,
     pairs: Sequence[LabelledPair],
     pool: Sequence[str],
     policies: Sequence[str],
@@ -107,7 +111,9 @@ def compare(
         directory = Path(folder) / "checkpoint"
         checkpoint.save(directory)
         with ProcessGroup(Path(folder) / "workers") as workers:
-            entries = _start_workers(workers, data, pool)
+            recorded = Path(folder) / "pairs.jsonl"
+            write_pairs(recorded, stream)
+            entries = _start_workers(workers, recorded, pool)
             with running_stack(
                 PoolFile(name="recorded", models=entries),
                 directory,
@@ -177,17 +183,29 @@ def compare(
     return figures
 
 
-def _start_workers(workers: ProcessGroup, data: Path, pool: Sequence[str]) -> tuple[ModelEntry, ...]:
-    """One recorded worker process per RM."""
-    entries = []
+def _scored(pair: LabelledPair, pool: Sequence[str]) -> LabelledPair:
+    """The pair with scores of every RM: 1 and 0 from a verdict alone, ½ each from a tie."""
+    scores = dict(pair.scores)
     for name in pool:
-        port = free_port(0)
-        child = f"worker-{name}"
-        workers.start(child, ["worker", "--recorded", str(data), "--model", name, "--port", str(port)])
-        entries.append(ModelEntry(name=name, urls=(f"http://127.0.0.1:{port}",), rendering="template"))
-    for entry in entries:
-        workers.wait_until_ready(f"{entry.urls[0]}/health", f"worker-{entry.name}", WORKER_SECONDS, lambda: None)
-    return tuple(entries)
+        if name not in scores:
+            verdict, n = pair.verdicts[name], len(pair.instance.responses)
+            scores[name] = tuple(0.5 if verdict == TIE else float(i == verdict) for i in range(n))
+    return replace(pair, scores=scores)
+
+
+def _start_workers(workers: ProcessGroup, recorded: Path, pool: Sequence[str]) -> tuple[ModelEntry, ...]:
+    """One recorded worker process per RM, or one for all where they are many."""
+    groups = [[name] for name in pool] if len(pool) <= MOST_WORKERS else [list(pool)]
+    entries = {}
+    for number, names in enumerate(groups):
+        port, words = free_port(0), [word for name in names for word in ("--model", name)]
+        workers.start(f"worker-{number}", ["worker", "--recorded", str(recorded), *words, "--port", str(port)])
+        for name in names:
+            entries[name] = ModelEntry(name=name, urls=(f"http://127.0.0.1:{port}",), rendering="template")
+    for number, names in enumerate(groups):
+        url = entries[names[0]].urls[0]
+        workers.wait_until_ready(f"{url}/health", f"worker-{number}", WORKER_SECONDS, lambda: None)
+    return tuple(entries[name] for name in pool)
 
 
 if __name__ == "__main__":

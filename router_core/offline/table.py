@@ -76,7 +76,7 @@ class Judged:
         calls: RM calls per instance, by name.
         asked: by router, (K,) the share of the judged pairs for which it asks each RM.
         left_out: pairs that were not judged because an RM of the pool was not asked about them.
-        price: per instance, by name, in units of the cheapest RM.
+        price: per instance, by name, in units of the cheapest RM; that of `calls` where nothing else is given.
     """
 
     table: Table
