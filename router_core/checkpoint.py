@@ -1,7 +1,7 @@
 """What the offline stage hands to the online stage: fuse, prior means, correctness heads, on disk as two checked files.
 
 Knows numpy, safetensors and JSON; no torch, no backbone, no network. Written by `router_core.offline`, read once at
-start-up by `service.wiring`, and by replay.
+start-up by `service.gateway`, and by replay.
 
 A checkpoint is a directory:
 
@@ -39,7 +39,7 @@ from router_core.novelty import Landmarks
 from router_core.policies.scale import ScoreScale
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, Hyperparameters, PriorForm
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised when an older reader could misread a newer file."""
 WEIGHTS_FILE = "weights.safetensors"
 METADATA_FILE = "metadata.json"
@@ -49,6 +49,7 @@ _FUSE_TENSORS = ("shift", "projection", "w1", "b1", "w2", "b2")
 _OPTIONAL_FUSE_TENSORS = ("rotation", "context")
 _SCORE_TENSORS = ("score_shift", "score_scale")
 _LANDMARKS = "landmark_positions"
+_LEVEL = "calibration_level"
 _VOTES = ("votes_weights", "votes_deviations", "votes_margins")
 _MULTIPLIERS = ("votes_budgets", "votes_multipliers")
 _PRACTICE = ("practice_offsets", "practice_verdicts", "practice_margins", "practice_responses")
@@ -65,7 +66,8 @@ class Checkpoint:
         bt_embeddings: (K, r), unit-norm; fᵀe_k is the Bradley-Terry score of arm k.
         cls_weight, cls_bias: (K, r), (K,); the logit of "arm k is right" before calibration is w_kᵀf + b_k.
         calibration_scale, calibration_shift: (K,), (K,), from held-out pairs; the calibrated logit is
-            scale_k (w_kᵀf + b_k) + shift_k.
+            scale_k (w_kᵀf + b_k) + shift_k + cᵀQc.
+        calibration_level: Q (q, q) symmetric, with q the columns of the low-rank context c; None for 0.
         prior_form: which prior the run should use unless told otherwise.
         hyperparameters: of the online posterior.
         metrics: held-out figures of the training, by name.
@@ -90,6 +92,7 @@ class Checkpoint:
     cls_bias: NDArray[np.float32]
     calibration_scale: NDArray[np.float32]
     calibration_shift: NDArray[np.float32]
+    calibration_level: NDArray[np.float32] | None = None
     prior_form: PriorForm = PriorForm.CALIBRATED
     hyperparameters: Hyperparameters = CALIBRATED_HYPERPARAMETERS
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -120,6 +123,12 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{name} has shape {array.shape}, expected {expected} for {K} arms and {r} features"
                 )
+        width = self.d - r
+        if self.calibration_level is not None and self.calibration_level.shape != (width, width):
+            raise CheckpointError(
+                f"calibration_level has shape {self.calibration_level.shape}, expected {(width, width)} for the "
+                f"{width} columns of the fuse's context; train again"
+            )
         if (self.score_shift is None) != (self.score_scale is None):
             raise CheckpointError("score_shift and score_scale: give both, or none")
         for name in _SCORE_TENSORS:
@@ -167,10 +176,10 @@ class Checkpoint:
         return _digest(save_tensors(self._tensors()), self._metadata())
 
     def class_probabilities(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
-        """o_k(x) = 1 / (1 + exp(−scale_k (w_kᵀf + b_k) − shift_k)): calibrated probability that arm k is right.
+        """o_k(x) = 1 / (1 + exp(−scale_k (w_kᵀf + b_k) − shift_k − cᵀQc)): probability that arm k is right.
 
         Args:
-            x: (B, dim) contexts; f is their first r columns.
+            x: (B, dim) contexts; f is their first r columns, c the others.
 
         Returns:
             (B, K) float64 inside (0, 1).
@@ -181,6 +190,9 @@ class Checkpoint:
         logits = (
             self.calibration_scale * (self._features(x) @ self.cls_weight.T + self.cls_bias) + self.calibration_shift
         )
+        if self.calibration_level is not None:
+            c = x[:, self.fuse.features :]
+            logits = logits + ((c @ self.calibration_level) * c).sum(axis=1, keepdims=True)
         # exp(30) is far inside float64 and sigmoid(30) differs from 1 by 1e-13: the bound only prevents overflow.
         probabilities: NDArray[np.float64] = 1.0 / (1.0 + np.exp(-np.clip(logits.astype(np.float64), -30.0, 30.0)))
         return probabilities
@@ -290,6 +302,7 @@ class Checkpoint:
                     limit=metadata["fuse_limit"],
                 ),
                 **{name: tensors[name] for name in _ARM_TENSORS},
+                calibration_level=tensors.get(_LEVEL),
                 score_shift=tensors.get("score_shift"),
                 score_scale=tensors.get("score_scale"),
                 landmarks=_landmarks(tensors, metadata),
@@ -323,6 +336,7 @@ class Checkpoint:
     def _tensors(self) -> dict[str, NDArray[np.float32]]:
         named = {f"fuse.{name}": getattr(self.fuse, name) for name in (*_FUSE_TENSORS, *_OPTIONAL_FUSE_TENSORS)}
         named.update({name: getattr(self, name) for name in (*_ARM_TENSORS, *_SCORE_TENSORS)})
+        named[_LEVEL] = self.calibration_level
         named[_LANDMARKS] = None if self.landmarks is None else self.landmarks.positions
         if self.votes is not None:
             arrays = (self.votes.weights, self.votes.deviations, self.votes.margins)

@@ -1,6 +1,6 @@
 """Metrics with stable names and units (docs/metrics.md), and structured logs that never hold prompts or responses.
 
-One `Telemetry` per process, on its own registry; built in `wiring` and handed down.
+One `Telemetry` per process, on its own registry; built in `gateway` and handed down.
 """
 
 from __future__ import annotations

@@ -75,6 +75,8 @@ class Judged:
         rows: by name, (S, N): what seed s earned on pair i; S = 1 where nothing is fitted.
         calls: RM calls per instance, by name.
         asked: by router, (K,) the share of the judged pairs for which it asks each RM.
+        said: (S, N, K) probability that each RM is right, by the fits of the row `offline`.
+        chosen: (S, N) the arm that `offline` asks.
         left_out: pairs that were not judged because an RM of the pool was not asked about them.
         price: per instance, by name, in units of the cheapest RM; that of `calls` where nothing else is given.
     """
@@ -83,6 +85,8 @@ class Judged:
     rows: Mapping[str, Array]
     calls: Mapping[str, float]
     asked: Mapping[str, Array] = field(default_factory=dict)
+    said: Array | None = None
+    chosen: NDArray[np.int64] | None = None
     left_out: int = 0
     price: Mapping[str, float] = field(default_factory=dict)
 
@@ -231,7 +235,7 @@ def judge_checkpoint(
 
 
 class _Together:
-    """The rows of the policies that combine answers, filled split by split: right, calls, price; (S, N) by name."""
+    """What the fits of the row `offline` say, and the policies that combine answers by them, filled split by split."""
 
     def __init__(
         self,
@@ -247,6 +251,18 @@ class _Together:
         self._right = {name: np.full((seeds, len(pairs)), np.nan) for name in names}
         self._calls = {name: np.full((seeds, len(pairs)), np.nan) for name in names}
         self._price = {name: np.full((seeds, len(pairs)), np.nan) for name in names}
+        self._said = np.full((seeds, len(pairs), len(pool)), np.nan)
+        self._chosen = np.zeros((seeds, len(pairs)), np.int64)
+
+    @property
+    def said(self) -> Array:
+        """Probabilities that the fits of the row `offline` gave, (S, N, K)."""
+        return self._said
+
+    @property
+    def chosen(self) -> NDArray[np.int64]:
+        """What that row asked, (S, N)."""
+        return self._chosen
 
     def play(
         self,
@@ -259,6 +275,7 @@ class _Together:
         """Judge the pairs `rows`, whose contexts are x and whose routed arms are `first`."""
         answers, offsets = self._answers.rows(rows), checkpoint.class_probabilities(x)
         labels = self._labels[rows]
+        self._said[seed, rows], self._chosen[seed, rows] = offsets, first
         played = combined_outcomes(self._names, checkpoint, offsets, answers, labels, first, self.prices)
         for name, outcome in played.items():
             self._right[name][seed, rows], self._calls[name][seed, rows] = outcome.right, outcome.calls
@@ -316,6 +333,8 @@ def _assemble(
         rows={**rows, **joint, **routed},
         calls=calls | {name: together.calls(name, kept) for name in joint},
         asked=shares,
+        said=together.said[:, kept],
+        chosen=together.chosen[:, kept],
         left_out=len(judged) - len(kept),
         price=price | {name: together.price(name, kept) for name in joint},
     )

@@ -37,10 +37,13 @@ from service.errors import (
 )
 from service.scorers.protocol import Scorer
 from service.stores.ids import check_run
-from service.stores.protocol import RunIdentity, Store
+from service.stores.protocol import NameNotFreeError, RunIdentity, Store
 
 IDLE_SECONDS = 60.0
 """A run that no request has named for so long may be closed to make room; its next request opens it again."""
+
+NAME_POLL_SECONDS = 0.5
+"""How often an unused name that may not be taken yet is looked at: another gateway may claim it."""
 
 RECENT_INSTANCES = 64
 """Instances that the metrics of the posterior are means over: enough to be steady, 150 kB for each run at d = 576."""
@@ -282,6 +285,7 @@ class RunRegistry:
         on_open: starts whatever must run beside an opened run (its learner); what it returns ends that.
         timeout_seconds: how long a request waits for a run that is being opened.
         default_form: the prior form that the default run must have; None: whatever it has.
+        free_seconds: how long the store must have been watched before an unused name is taken, see `Store.open_run`.
     """
 
     def __init__(
@@ -294,6 +298,7 @@ class RunRegistry:
         on_open: Callable[[Run], Callable[[], None]],
         timeout_seconds: float = 10.0,
         default_form: PriorForm | None = None,
+        free_seconds: float = 0.0,
     ) -> None:
         self.template = template
         self.default = default
@@ -302,6 +307,7 @@ class RunRegistry:
         self._on_open = on_open
         self._timeout_seconds = timeout_seconds
         self._default_form = default_form
+        self._free_seconds = free_seconds
         self._runs: dict[str, Run] = {}
         self._closers: dict[str, Callable[[], None]] = {}
         self._opening: dict[str, asyncio.Task[Run]] = {}
@@ -322,16 +328,28 @@ class RunRegistry:
             ValidationError: the name is malformed, or the form needs a checkpoint that the gateway lacks.
             RunConflictError: the name was used with another pool, prior or checkpoint.
             OverCapacityError: `max_runs` are open.
-            NotReadyError: its log is still being replayed, or cannot be.
+            NotReadyError: its log is still being replayed, or cannot be; or another gateway may hold its name still.
             StoreUnavailableError: the store does not answer.
         """
-        run = await self.open(name, form)
+        run = await self._open_patiently(name, form)
         if not run.ready.is_set():
             await self._wait_until_ready(run)
         return run
 
+    async def _open_patiently(self, name: str | None, form: PriorForm | None) -> Run:
+        """Open the run; wait for a name that may be taken in time."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._timeout_seconds
+        while True:
+            try:
+                return await self.open(name, form)
+            except NameNotFreeError as error:
+                if loop.time() + error.seconds >= deadline:
+                    raise
+                await asyncio.sleep(min(error.seconds, NAME_POLL_SECONDS))
+
     async def open(self, name: str | None, form: PriorForm | None = None) -> Run:
-        """As `get`, without waiting for its posterior."""
+        """As `get`, without waiting for its posterior or its name."""
         name = name or self.default
         if form is None and name == self.default:
             form = self._default_form
@@ -379,7 +397,7 @@ class RunRegistry:
             fingerprint = self.template.fingerprint(form)
         except ConfigurationError as error:
             raise ValidationError(error.message, details={"field": "policy"}) from error
-        identity = await self._store.open_run(name, fingerprint.encode())
+        identity = await self._store.open_run(name, fingerprint.encode(), free_seconds=self._free_seconds)
         standing = identity.fingerprint.decode()
         if standing != fingerprint:
             form = _standing_form(standing) or form

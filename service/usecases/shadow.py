@@ -3,7 +3,7 @@
 The answers are added to the stored decision while it waits for its feedback; so they reach the log with it, and every
 replica folds the same. That an instance was shadowed is noted even where nobody answered: off-policy evaluation divides
 by how often that happens. Feedback that comes first finds the decision without: then all is dropped and counted.
-Called by `score`; drained by `service.wiring` at shutdown. Knows no policy: what was drawn is done.
+Called by `score`; drained by `service.gateway` at shutdown. Knows no policy: what was drawn is done.
 """
 
 from __future__ import annotations

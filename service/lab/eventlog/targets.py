@@ -31,9 +31,9 @@ from router_core.records import Signal
 from service.errors import ConfigurationError
 from service.lab.eventlog.load import EventLog, fold_events, sequence_log
 from service.lab.eventlog.record import Header
+from service.priors import build_prior
 from service.settings import Settings
 from service.usecases.decisions import StoredDecision
-from service.wiring import build_prior
 
 Array = NDArray[np.float64]
 
