@@ -6,6 +6,7 @@ A plan that runs asks one step of the same rule: the largest `call_values` per p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,8 +30,10 @@ MOST_CALLS = 10
 _UNASKED, _UNKNOWN = -2.0, -1.0
 """What stands in a checkpoint for the verdict of an arm that was not asked, and for a margin that is not known."""
 
-_STEPS = 25
-"""Multipliers that are tried, from the highest to the lowest, where prices differ."""
+_STEPS = 20
+"""Multipliers that are tried, from the highest to the lowest, where prices differ; then as many in the largest gaps."""
+
+_NOTHING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,12 +108,21 @@ class Multipliers:
         if (prices == prices[0]).all():
             first = practice.first(prices, 0.0)
             return cls.of(follow(votes, practice.offsets, practice.answers, first, calls=MOST_CALLS))
-        values = np.geomspace(HIGHEST, LOWEST, _STEPS)
-        spent = [float(practice.play(votes, prices, float(value)).spent[:, -1].mean()) for value in values]
-        # More is spent as calls get cheaper; equal spending needs no second value.
-        rising = np.maximum.accumulate(spent)
-        kept = np.concatenate([[True], np.diff(rising) > 0.0])
-        return cls(rising[kept], values[kept])
+        spent = {
+            value: practice.price(votes, prices, value) for value in np.geomspace(HIGHEST, LOWEST, _STEPS).tolist()
+        }
+        for _ in range(_STEPS):
+            # Between the two neighbours whose spending differs most, once more.
+            tried = sorted(spent, reverse=True)
+            gap = int(np.argmax(np.diff([spent[value] for value in tried])))
+            middle = math.sqrt(tried[gap] * tried[gap + 1])
+            spent[middle] = practice.price(votes, prices, middle)
+        values = np.array(sorted(spent, reverse=True))
+        rising = np.maximum.accumulate([spent[value] for value in values.tolist()])
+        # Of equal spending the lowest multiplier counts, but for the first: with the least budget nothing is asked.
+        last = np.concatenate([np.diff(rising) > _NOTHING, [True]])
+        budgets = np.concatenate([rising[:1], rising[last] + _NOTHING])
+        return cls(budgets, np.concatenate([values[:1], values[last]]))
 
     @classmethod
     def of(cls, paths: Paths, step: float = 0.05) -> Multipliers:
@@ -179,6 +191,10 @@ class Practice:
     def first(self, prices: Array, multiplier: float) -> NDArray[np.int64]:
         """Return the arm (N,) that a cascade asks first among those recorded."""
         return first_arms(np.where(self.answers.answered, self.offsets, -np.inf), prices, multiplier)
+
+    def price(self, votes: Votes, prices: Array, multiplier: float) -> float:
+        """Return what a cascade costs on these pairs, on average."""
+        return float(self.play(votes, prices, multiplier).spent[:, -1].mean())
 
     def play(self, votes: Votes, prices: Array, multiplier: float) -> Paths:
         """Return what a cascade does on these pairs."""
