@@ -6,7 +6,6 @@ A plan that runs asks one step of the same rule: the largest `call_values` per p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,8 +29,11 @@ MOST_CALLS = 10
 _UNASKED, _UNKNOWN = -2.0, -1.0
 """What stands in a checkpoint for the verdict of an arm that was not asked, and for a margin that is not known."""
 
-_STEPS = 20
-"""Multipliers that are tried, from the highest to the lowest, where prices differ; then as many in the largest gaps."""
+_STEPS = 241
+"""Multipliers that are tried, from the highest to the lowest, where prices differ."""
+
+_PATHS = 2048
+"""Paths that are followed for that, at most."""
 
 _NOTHING = 1e-9
 
@@ -108,17 +110,9 @@ class Multipliers:
         if (prices == prices[0]).all():
             first = practice.first(prices, 0.0)
             return cls.of(follow(votes, practice.offsets, practice.answers, first, calls=MOST_CALLS))
-        spent = {
-            value: practice.price(votes, prices, value) for value in np.geomspace(HIGHEST, LOWEST, _STEPS).tolist()
-        }
-        for _ in range(_STEPS):
-            # Between the two neighbours whose spending differs most, once more.
-            tried = sorted(spent, reverse=True)
-            gap = int(np.argmax(np.diff([spent[value] for value in tried])))
-            middle = math.sqrt(tried[gap] * tried[gap + 1])
-            spent[middle] = practice.price(votes, prices, middle)
-        values = np.array(sorted(spent, reverse=True))
-        rising = np.maximum.accumulate([spent[value] for value in values.tolist()])
+        values = np.geomspace(HIGHEST, LOWEST, _STEPS)
+        spent = practice.prices_of(votes, prices, values)
+        rising = np.maximum.accumulate(spent)
         # Of equal spending the lowest multiplier counts, but for the first: with the least budget nothing is asked.
         last = np.concatenate([np.diff(rising) > _NOTHING, [True]])
         budgets = np.concatenate([rising[:1], rising[last] + _NOTHING])
@@ -192,9 +186,31 @@ class Practice:
         """Return the arm (N,) that a cascade asks first among those recorded."""
         return first_arms(np.where(self.answers.answered, self.offsets, -np.inf), prices, multiplier)
 
-    def price(self, votes: Votes, prices: Array, multiplier: float) -> float:
-        """Return what a cascade costs on these pairs, on average."""
-        return float(self.play(votes, prices, multiplier).spent[:, -1].mean())
+    def prices_of(self, votes: Votes, prices: Array, multipliers: Array) -> Array:
+        """Return what cascades cost on these pairs, on average, at each multiplier: (M,) to (M,).
+
+        A multiplier decides with which price a path begins and where it ends; what lies between does not depend on it.
+        So there is one path for the best arm of each price. Where there are many prices, fewer pairs stand for all.
+        """
+        levels = np.unique(prices)
+        part = self._rows(slice(max(_PATHS // len(levels), 1)))
+        rows = np.arange(len(part.offsets))
+        open_ = np.where(part.answers.answered, part.offsets, -np.inf)
+        starts = [np.where(prices == level, open_, -np.inf) for level in levels]
+        best = np.stack([start.max(axis=1) for start in starts], axis=1)
+        paths = [
+            follow(votes, part.offsets, part.answers, start.argmax(axis=1), prices, MOST_CALLS) for start in starts
+        ]
+        found = np.empty(len(multipliers))
+        for m, multiplier in enumerate(multipliers.tolist()):
+            chosen = (best - multiplier * levels).argmax(axis=1)
+            spent = np.stack([path.spent[rows, path.ends(multiplier)] for path in paths], axis=1)
+            found[m] = spent[rows, chosen].mean()
+        return found
+
+    def _rows(self, rows: slice) -> Practice:
+        index = np.arange(len(self.offsets))[rows]
+        return Practice(self.offsets[index], self.answers.rows(index))
 
     def play(self, votes: Votes, prices: Array, multiplier: float) -> Paths:
         """Return what a cascade does on these pairs."""

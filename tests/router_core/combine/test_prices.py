@@ -50,8 +50,15 @@ def test_a_budget_below_the_best_arms_price_is_kept() -> None:
     known, prices = practice(), np.array([1.0, 1.0, 8.0])
     multipliers = Multipliers.practised(votes(), known, prices)
     for budget in (1.5, 2.0, 4.0):
-        assert known.price(votes(), prices, multipliers.at(budget)) == pytest.approx(budget, abs=0.2)
+        played = known.play(votes(), prices, multipliers.at(budget)).spent[:, -1].mean()
+        assert played == pytest.approx(budget, abs=0.15)
     assert known.play(votes(), prices, multipliers.at(1.0)).spent.max() == 1.0
+
+
+def test_paths_by_price_cost_what_playing_them_costs() -> None:
+    known, prices, tried = practice(), np.array([1.0, 3.0, 8.0]), np.array([1.0, 0.1, 0.02, 0.004, 1e-6])
+    played = [known.play(votes(), prices, multiplier).spent[:, -1].mean() for multiplier in tried.tolist()]
+    assert known.prices_of(votes(), prices, tried) == pytest.approx(played)
 
 
 def test_equal_prices_give_the_same_multipliers_as_calls() -> None:
