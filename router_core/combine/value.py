@@ -52,7 +52,7 @@ def call_values(votes: Votes, offsets: Array, answers: Answers) -> Array:
 
 
 def next_call(
-    values: Array, prices: Array, multiplier: float, available: NDArray[np.bool_]
+    values: Array, prices: Array, multiplier: float | Array, available: NDArray[np.bool_]
 ) -> tuple[NDArray[np.bool_], Array]:
     """Is another call worth its price, and with which probability each arm is drawn for it.
 
@@ -62,7 +62,7 @@ def next_call(
     Args:
         values: (B, K) of `call_values`.
         prices: (K,), in units of the cheapest.
-        multiplier: μ.
+        multiplier: μ, one for all or (B, 1).
         available: (B, K), arms that apply and have not been asked.
 
     Returns:
