@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.errors import FeedbackError
-from router_core.records import TIE, Feedback, Signal
+from router_core.records import Feedback, Signal
 
 LOSS_EMA_RATE = 0.01
 """α of the paper's exponential moving averages of the loss and its square."""
@@ -91,7 +91,7 @@ class SignalAccumulator:
     """Mutable copy of the statistics for the length of one fold.
 
     >>> stats = SignalAccumulator(SignalStatistics.empty(1))
-    >>> stats.observe(0, Feedback(Signal.PREFERENCE, 1.0), verdict=1)
+    >>> stats.observe(0, Feedback(Signal.PREFERENCE, 1.0), credit=1.0)
     1.0
 
     Args:
@@ -109,10 +109,10 @@ class SignalAccumulator:
         self._loss_history = statistics.loss_history
         self._pooled = statistics.pooled.copy()
 
-    def observe(self, arm: int, feedback: Feedback, *, verdict: int, offset: float = 0.0) -> float | None:
-        """Reward of one feedback, or None while the loss statistics warm up.
+    def observe(self, arm: int, feedback: Feedback, *, credit: float | None, offset: float = 0.0) -> float | None:
+        """Reward of one feedback; None while the loss statistics warm up, and for a preference that says nothing.
 
-        * `preference`: 1 if the RM's verdict is the preferred response, 0 if it is another one, 1/2 on a tie.
+        * `preference`: the RM's `credit`.
         * `reward`: the number itself.
         * `loss`: by `loss_scale`. z = (mean − loss)/sd against the arm's averages before this loss, clipped to ±2; the
           averages use rate max(α, 1/n), the plain mean until the window is full. With `POOLED` the averages are over
@@ -122,14 +122,14 @@ class SignalAccumulator:
         Args:
             arm: index of the asked arm.
             feedback: kind and value.
-            verdict: the asked RM's verdict: a response's index, or TIE.
+            credit: what a preference says of the arm (`records.credit`); not read for other signals.
             offset: o_k(x) of the arm, for `LossScale.POOLED`.
         """
         self._count[arm] += 1
         if feedback.signal is Signal.LOSS:
             reward = self._loss_reward(arm, feedback.value, offset)
         elif feedback.signal is Signal.PREFERENCE:
-            reward = 0.5 if verdict == TIE else float(verdict == int(feedback.value))
+            reward = credit
         else:
             reward = feedback.value
         if reward is not None:

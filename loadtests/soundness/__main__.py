@@ -12,8 +12,15 @@ from loadtests.report import describe, machine, table, use_one_blas_thread, writ
 from loadtests.soundness.coverage import coverage
 from loadtests.soundness.intervals import intervals
 from loadtests.soundness.report import DEFAULT_DATA, Experiment, Options
+from loadtests.soundness.responses import responses
 
-EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType({"coverage": coverage, "intervals": intervals})
+EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
+    {
+        "coverage": coverage,
+        "intervals": intervals,
+        "responses": responses,
+    }
+)
 """Every experiment by its name. To add one: a module with a function, and a line here."""
 
 

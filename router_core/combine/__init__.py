@@ -4,7 +4,7 @@ Numbers in, numbers out; numpy only. The mathematics is in docs/math/combination
 stored in the checkpoint, called by plans, by `evaluate` and by `frontier`.
 """
 
-from router_core.combine.answers import Answers, margins_of
+from router_core.combine.answers import Answers, margins_of, right_of
 from router_core.combine.cascade import Multipliers, Paths, follow, multiplier_for
 from router_core.combine.combination import Combination
 from router_core.combine.names import CASCADE, COMBINED, STACKED, budget_of, is_combined, wanted_combined
@@ -30,6 +30,7 @@ __all__ = [
     "margins_of",
     "multiplier_for",
     "next_call",
+    "right_of",
     "verdicts_of",
     "wanted_combined",
 ]

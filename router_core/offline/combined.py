@@ -12,15 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.checkpoint import Checkpoint
-from router_core.combine import CASCADE, STACKED, Answers, budget_of, follow, verdicts_of
-from router_core.records import TIE
+from router_core.combine import CASCADE, STACKED, Answers, budget_of, follow, right_of, verdicts_of
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """What a policy did on N pairs: right (N,) in {0, 0.5, 1}, calls (N,), p_right (N,) what it believed."""
+    """What a policy did on N pairs: right (N,) in [0, 1], calls (N,), p_right (N,) what it believed."""
 
     right: Array
     calls: Array
@@ -52,18 +51,13 @@ def combined_outcomes(
     if STACKED in names:
         verdicts = verdicts_of(votes.probabilities(offsets, answers))
         calls = answers.answered.sum(axis=1).astype(np.float64)
-        found[STACKED] = Outcome(correctness(verdicts.preferred, labels), calls, verdicts.right)
+        found[STACKED] = Outcome(right_of(verdicts.preferred, labels, answers.responses), calls, verdicts.right)
     cascades = [name for name in names if name.startswith(CASCADE)]
     if cascades and multipliers is not None:
         paths = follow(votes, offsets, answers, first)
         rows = np.arange(len(labels))
         for name in cascades:
             ends = paths.ends(multipliers.at(budget_of(name)))
-            right = correctness(paths.preferred[rows, ends], labels)
+            right = right_of(paths.preferred[rows, ends], labels, answers.responses)
             found[name] = Outcome(right, paths.spent[rows, ends], paths.right[rows, ends])
     return {name: found[name] for name in names if name in found}
-
-
-def correctness(preferred: NDArray[np.int64], labels: NDArray[np.int64]) -> Array:
-    """1 right, 0 wrong, 0.5 a tie: (N,) and (N,) to (N,)."""
-    return np.where(preferred == TIE, 0.5, (preferred == labels).astype(np.float64))

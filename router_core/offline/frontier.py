@@ -24,12 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.checkpoint import Checkpoint
-from router_core.combine import Answers, Paths, Votes, follow, multiplier_for, verdicts_of
+from router_core.combine import Answers, Paths, Votes, follow, multiplier_for, right_of, verdicts_of
 from router_core.dataset import pool_matrix
 from router_core.encoder.base import Backbone
 from router_core.errors import DatasetError
 from router_core.intervals import accuracy_interval
-from router_core.offline.combined import correctness
 from router_core.offline.evaluate import default_head, majority_correctness, route, uwo_correctness
 from router_core.offline.train import HeldOut, TrainConfig, fit
 from router_core.offline.votes import recorded_answers
@@ -63,6 +62,10 @@ class _Side:
     answers: Answers
     labels: NDArray[np.int64]
     first: NDArray[np.int64]
+
+    def right(self, preferred: NDArray[np.int64]) -> Array:
+        """(N,) `right_of` the preferred responses (N,)."""
+        return right_of(preferred, self.labels, self.answers.responses)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -178,8 +181,8 @@ def _plays(
     by_rank = np.argsort(-means, kind="stable")
     strongest = int(by_rank[0])
     verdicts = future.answers.verdicts
-    routed = correctness(verdicts[rows, future.first], future.labels)
-    single = correctness(verdicts[:, strongest], future.labels)
+    routed = future.right(verdicts[rows, future.first])
+    single = future.right(verdicts[:, strongest])
     plays = {"single:best": _fixed(single, [strongest], prices)}
     plays["offline"] = _Play(routed, np.ones(len(rows)), prices[future.first])
     seen = follow(votes, past.offsets, past.answers, past.first, prices)
@@ -201,7 +204,7 @@ def _plays(
         scale = score_scale(past.pairs, pool)
         plays["uwo"] = _fixed(uwo_correctness(future.pairs, pool, scale), everyone, prices)
     together = verdicts_of(votes.probabilities(future.offsets, future.answers))
-    plays["stacked"] = _fixed(correctness(together.preferred, future.labels), everyone, prices)
+    plays["stacked"] = _fixed(future.right(together.preferred), everyone, prices)
     return plays
 
 
@@ -213,7 +216,7 @@ def _fixed(right: Array, arms: Sequence[int], prices: Array) -> _Play:
 def _cascade(seen: Paths, to_come: Paths, budget: float, future: _Side) -> _Play:
     rows = np.arange(len(future.labels))
     ends = to_come.ends(multiplier_for(seen, budget))
-    right = correctness(to_come.preferred[rows, ends], future.labels)
+    right = future.right(to_come.preferred[rows, ends])
     return _Play(right, (ends + 1).astype(np.float64), to_come.spent[rows, ends])
 
 
@@ -234,7 +237,7 @@ def _random_cascade(votes: Votes, future: _Side, budget: float, prices: Array, r
     np.put_along_axis(asked, ranking, taken, axis=1)
     verdicts = verdicts_of(votes.probabilities(future.offsets, future.answers.only(asked)))
     calls, price = asked.sum(axis=1).astype(np.float64), np.asarray(asked @ prices, dtype=np.float64)
-    return _Play(correctness(verdicts.preferred, future.labels), calls, price)
+    return _Play(future.right(verdicts.preferred), calls, price)
 
 
 def _escalated(
@@ -254,4 +257,4 @@ def _escalated(
     arms = np.where(asked, strongest, future.first)
     verdicts = future.answers.verdicts[np.arange(len(arms)), arms]
     price: Array = prices[future.first] + np.where(asked, prices[strongest], 0.0)
-    return _Play(correctness(verdicts, future.labels), np.where(asked, 2.0, 1.0).astype(np.float64), price)
+    return _Play(future.right(verdicts), np.where(asked, 2.0, 1.0).astype(np.float64), price)
