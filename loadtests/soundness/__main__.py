@@ -11,6 +11,7 @@ from types import MappingProxyType
 from loadtests.report import describe, machine, table, use_one_blas_thread, write_json
 from loadtests.soundness.coverage import coverage
 from loadtests.soundness.intervals import intervals
+from loadtests.soundness.losses import losses
 from loadtests.soundness.report import DEFAULT_DATA, Experiment, Options
 from loadtests.soundness.responses import responses
 
@@ -18,6 +19,7 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
     {
         "coverage": coverage,
         "intervals": intervals,
+        "losses": losses,
         "responses": responses,
     }
 )

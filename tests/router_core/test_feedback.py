@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from router_core.errors import FeedbackError
-from router_core.feedback import LOSS_HISTORY, LOSS_WARM_UP, LossScale, SignalAccumulator, SignalStatistics, validate
+from router_core.feedback import (
+    LOSS_FORGETTING,
+    LOSS_HISTORY,
+    LOSS_WARM_UP,
+    LossScale,
+    SignalAccumulator,
+    SignalStatistics,
+    validate,
+)
 from router_core.records import Feedback, Signal
 
 
@@ -156,22 +164,20 @@ def pooled(values: list[tuple[int, float, float]]) -> list[float | None]:
     return [signal.observe(arm, Feedback(Signal.LOSS, v), credit=None, offset=o) for arm, v, o in values]
 
 
-def test_pooled_losses_compare_the_arms_with_each_other_around_the_mean_offset() -> None:
+def test_pooled_losses_compare_the_arms_around_the_asked_ones_offset() -> None:
     warm = [(i % 2, 1.0 + i % 2, 0.75) for i in range(LOSS_WARM_UP + 1)]
-    *first, low, high = pooled([*warm, (0, 1.0, 0.75), (1, 2.0, 0.75)])
+    *first, low, high = pooled([*warm, (0, 1.0, 0.75), (1, 2.0, 0.25)])
     assert first[:LOSS_WARM_UP] == [None] * LOSS_WARM_UP
-    # Mean 1.5, sd 0.5 over six losses: z = +1 for a loss of 1, so ō + 1/4.
-    assert low == pytest.approx(1.0)
+    # Mean 1.5, sd 0.5 over six losses: z = +1 for a loss of 1.
+    assert low == pytest.approx(0.75 + 0.25 - LOSS_FORGETTING)
     assert high is not None
-    assert high < 0.75 < low
+    assert high < 0.25
 
 
-def test_a_pooled_reward_stays_inside_the_unit_interval() -> None:
-    warm = [(0, float(i % 2), 0.99) for i in range(20)]
-    *_, best, worst = pooled([*warm, (0, -50.0, 0.99), (0, 50.0, 0.01)])
-    assert best == 1.0
-    assert worst is not None
-    assert 0.0 <= worst < 0.6
+def test_an_average_loss_costs_every_offset_the_same() -> None:
+    warm = [(i % 2, float(i % 2), 0.5) for i in range(20)]
+    for offset in (0.1, 0.99):
+        assert pooled([*warm, (0, 0.5, offset)])[-1] == pytest.approx(offset - LOSS_FORGETTING)
 
 
 def test_pooled_averages_continue_where_they_were_frozen() -> None:
