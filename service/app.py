@@ -21,7 +21,7 @@ from service.handlers.hot import HotRoutes
 from service.handlers.keys import ApiKeys
 from service.handlers.system import system_router
 from service.pool import PoolFile
-from service.scorers.protocol import Arm
+from service.scorers.protocol import Scorer
 from service.settings import Settings
 from service.stores.protocol import Store
 from service.wiring import Gateway, build_gateway
@@ -43,7 +43,7 @@ def create_app(
     pool: PoolFile,
     *,
     encoder: PairEncoder | AwaitedEncoder | None = None,
-    arms: Sequence[Arm] | None = None,
+    arms: Sequence[Scorer] | None = None,
     store: Store | None = None,
     score_scale: ScoreScale | None = None,
 ) -> HotRoutes:

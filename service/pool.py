@@ -17,6 +17,7 @@
         served_name: rm-arithmetic           # the worker's name for it, if another
         rendering: template                  # `messages` (default, any worker), `template`, `tokens` or `auto`
         chat_template: plain                 # for `template`: plain, a .jinja file, or a tokenizer's directory
+        applies: {metadata.task: math}       # asked about these instances only; by default about all
         score_scale: 0.5                     # the gateway answers score_scale * reward + score_shift
         score_shift: 0.0
         reward_limit: 100.0                  # largest size of a raw reward; learned by default
@@ -48,6 +49,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from router_core.records import MAX_ABS_SCORE
 from service.errors import ConfigurationError
+from service.scorers.entry import ScorerEntry
 from service.scorers.protocol import OverLong
 
 RESERVED_ARGUMENTS = {
@@ -71,13 +73,10 @@ def _words(value: object) -> object:
     return tuple(shlex.split(value)) if isinstance(value, str) else value
 
 
-class ModelEntry(BaseModel):
+class ModelEntry(ScorerEntry):
     """One reward model of the pool."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(min_length=1, max_length=200)
-    urls: tuple[str, ...] = ()
+    kind: Literal["rm"] = "rm"
     served_name: str | None = None
     rendering: Literal["auto", "messages", "template", "tokens"] = "messages"
     chat_template: str = "plain"
@@ -85,8 +84,6 @@ class ModelEntry(BaseModel):
     tokens_per_request: int | None = Field(default=None, ge=1)
     path: Path | None = None
     recorded: Path | None = None
-    max_in_flight: int | None = Field(default=None, ge=1)
-    api_key: str | None = Field(default=None, repr=False)
     model: str | None = Field(default=None, min_length=1)
     revision: str | None = None
     licence: str | None = None

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 from starlette.types import ASGIApp
 
 from router_core.checkpoint import Checkpoint
@@ -41,11 +40,9 @@ from service.errors import ConfigurationError, RunConflictError, StoreUnavailabl
 from service.handlers.hot import HotLimits, HotRoutes
 from service.handlers.keys import ApiKeys
 from service.handlers.trainers import TrainerRoutes, TrainerTexts
-from service.pool import ModelEntry, PoolFile
-from service.scorers.protocol import Arm, OverLong
-from service.scorers.rm.client import TOKENS_PER_REQUEST, ArmConfig, VllmArm
-from service.scorers.rm.health import HealthMonitor, HealthPolicy
-from service.scorers.rm.render import Rendering, load_rendering
+from service.pool import PoolFile
+from service.scorers.protocol import Scorer
+from service.scorers.registry import build_scorer
 from service.settings import EMBEDDED, OnStoreUnavailable, OnUnknownTemplate, Settings
 from service.stores.embedded import EmbeddedStore
 from service.stores.protocol import FeedbackStatus, Store
@@ -63,7 +60,7 @@ from service.usecases.normalise import Normaliser
 from service.usecases.runs import Run, RunRegistry, RunTemplate
 from service.usecases.score import RewardService, ScoreLimits
 from service.usecases.shadow import Shadower
-from service.usecases.status import ArmStatus, ReplicaStatus, StatusService
+from service.usecases.status import StatusService
 from service.usecases.sticky import StickyChoices
 
 logger = logging.getLogger(__name__)
@@ -83,11 +80,10 @@ class Gateway:
     shadower: Shadower
     normaliser: Normaliser
     watch: RequirementsWatch
-    monitor: HealthMonitor | None
     encoder: AwaitedEncoder | None
     """The encoder over a network; None where contexts are computed here."""
     trainer_texts: TrainerTexts
-    arms: tuple[Arm, ...]
+    arms: tuple[Scorer, ...]
     chooser_thread: ThreadPoolExecutor
     learner_thread: ThreadPoolExecutor
     embedded: EmbeddedStore | None
@@ -97,9 +93,9 @@ class Gateway:
         """Probe the workers, begin health checks, and begin to load the default run. A wrong worker gets no traffic."""
         await self.watch.check()
         self._spawn(self.watch.run_forever())
-        if self.monitor is not None:
-            await self.monitor.check_all()
-            self.monitor.start()
+        await asyncio.gather(*(scorer.check() for scorer in self.arms))
+        for scorer in self.arms:
+            scorer.start()
         if self.encoder is not None:
             await self.encoder.start()
         self._spawn(self._open_default_run())
@@ -156,11 +152,7 @@ class Gateway:
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
-        if self.monitor is not None:
-            await self.monitor.stop()
-        for arm in self.arms:
-            if isinstance(arm, VllmArm):
-                await arm.close()
+        await asyncio.gather(*(scorer.close() for scorer in self.arms))
         if self.encoder is not None:
             await self.encoder.close()
         await self.store.close()
@@ -212,7 +204,7 @@ def build_gateway(
     pool: PoolFile,
     *,
     encoder: PairEncoder | AwaitedEncoder | None = None,
-    arms: Sequence[Arm] | None = None,
+    arms: Sequence[Scorer] | None = None,
     store: Store | None = None,
     score_scale: ScoreScale | None = None,
 ) -> Gateway:
@@ -237,9 +229,7 @@ def build_gateway(
     encoder = encoder or load_pair_encoder(settings, checkpoint, telemetry)
     dim = encoder.dim
     awaited = encoder if isinstance(encoder, AwaitedEncoder) else None
-    built = (
-        tuple(arms) if arms is not None else tuple(build_arm(model, settings, pool.over_long) for model in pool.models)
-    )
+    built = tuple(arms) if arms is not None else tuple(build_scorer(model, settings, pool) for model in pool.models)
     origin = checkpoint.digest if checkpoint is not None else f"untrained:{encoder.spec}:{encoder.dim}"
     template = RunTemplate(
         arms=built,
@@ -285,7 +275,6 @@ def build_gateway(
     sticky = StickyChoices(store, telemetry, seconds=settings.sticky_seconds, required=required)
     normaliser = Normaliser(store, telemetry, required=required)
     watch = RequirementsWatch(store, allow_unsafe=settings.allow_unsafe_store)
-    monitor = _build_monitor([arm for arm in built if isinstance(arm, VllmArm)], settings)
     gateway = Gateway(
         settings=settings,
         telemetry=telemetry,
@@ -306,9 +295,9 @@ def build_gateway(
             runs,
             store,
             telemetry,
-            models=lambda: describe_arms(built),
+            models=lambda: [scorer.status() for scorer in built],
             executor=learner_thread,
-            health_check_errors=lambda: monitor.unexpected_errors if monitor is not None else 0,
+            health_check_errors=lambda: sum(scorer.unexpected_errors for scorer in built),
             answers_without_store=settings.on_store_unavailable is OnStoreUnavailable.ANSWER,
             scales=normaliser.scales,
             encoder=awaited,
@@ -317,7 +306,6 @@ def build_gateway(
         shadower=shadower,
         normaliser=normaliser,
         watch=watch,
-        monitor=monitor,
         encoder=awaited,
         trainer_texts=trainer_texts,
         arms=built,
@@ -397,39 +385,6 @@ def load_pair_encoder(
         raise ConfigurationError(str(error)) from error
 
 
-def describe_arms(arms: Sequence[Arm]) -> list[ArmStatus]:
-    """The pool as operators see it."""
-    out = []
-    for arm in arms:
-        replicas = []
-        if isinstance(arm, VllmArm):
-            for replica in arm.snapshots():
-                latency = replica.latency_seconds
-                replicas.append(
-                    ReplicaStatus(
-                        url=replica.url,
-                        state=replica.state.value,
-                        in_flight=replica.in_flight,
-                        failures=replica.consecutive_failures,
-                        latency_ms=None if latency is None else latency * 1e3,
-                        problem=replica.problem,
-                        max_model_len=replica.max_model_len,
-                    )
-                )
-        served = arm if isinstance(arm, VllmArm) else None
-        out.append(
-            ArmStatus(
-                name=arm.name,
-                available=arm.available,
-                rendering=None if served is None else served.rendering.name,
-                max_model_len=None if served is None else served.max_model_len,
-                over_long=None if served is None else served.config.over_long.value,
-                replicas=replicas,
-            )
-        )
-    return out
-
-
 def _load_checkpoint(settings: Settings, names: list[str]) -> Checkpoint | None:
     if settings.checkpoint is None:
         return None
@@ -444,72 +399,6 @@ def _overridden(hyper: Hyperparameters, settings: Settings) -> Hyperparameters:
     if settings.lambda0 is not None and settings.adapt is None:
         given["adapt"] = False
     return replace(hyper, **{name: value for name, value in given.items() if value is not None})
-
-
-def build_arm(model: ModelEntry, settings: Settings, over_long: OverLong = OverLong.SKIP) -> VllmArm:
-    """The client of one RM's workers. The caller closes it.
-
-    Raises:
-        ConfigurationError: no `urls`, or a chat template, tokenizer or URL that cannot be used.
-    """
-    if not model.urls:
-        raise ConfigurationError(
-            f"model {model.name!r} has no `urls` in the pool file: say where it is served, or let "
-            "`reward-router up` start it"
-        )
-    try:
-        rendering, fallback = _load_rendering(model)
-    except (ValueError, OSError) as error:
-        what = "rendering: tokens" if model.rendering == "tokens" else f"chat template {model.chat_template}"
-        raise ConfigurationError(f"model {model.name!r}: {what}: {error}") from error
-    return VllmArm(
-        ArmConfig(
-            name=model.name,
-            urls=model.urls,
-            model=model.served_name,
-            rendering=rendering,
-            fallback=fallback,
-            max_in_flight=model.max_in_flight or settings.worker_max_in_flight,
-            tokens_per_request=model.tokens_per_request or TOKENS_PER_REQUEST,
-            max_model_len=model.max_model_len,
-            over_long=over_long,
-            attempt_timeout_seconds=settings.worker_timeout_seconds,
-            api_key=model.api_key,
-            score_scale=model.score_scale,
-            score_shift=model.score_shift,
-            reward_limit=model.reward_limit,
-        )
-    )
-
-
-def _load_rendering(model: ModelEntry) -> tuple[Rendering, Rendering | None]:
-    """The model's rendering, and the one for workers that read another text than that; `tokenizers` is imported only
-    where token ids are to be sent.
-    """
-    if model.rendering in ("messages", "template"):
-        return load_rendering(model.rendering, model.chat_template), None
-    from service.scorers.rm.tokens import load_token_rendering
-
-    # The template `plain` is the default of the field; a model that is given ids has one of its own.
-    template = None if model.chat_template == "plain" else model.chat_template
-    # A tokenizer of its own name has revisions of its own.
-    revision = None if model.tokenizer else model.revision
-    try:
-        rendering = load_token_rendering(model.tokenizer or str(model.source), template, revision=revision)
-    except (ValueError, OSError) as error:
-        if model.rendering == "tokens":
-            raise
-        fields = {"model": model.name, "rendering": "messages", "reason": str(error)}
-        logger.warning("the reward model's tokenizer cannot be had", extra={"fields": fields})
-        return load_rendering("messages"), None
-    return rendering, load_rendering("messages") if model.rendering == "auto" else None
-
-
-def _build_monitor(arms: Sequence[VllmArm], settings: Settings) -> HealthMonitor | None:
-    if not arms:
-        return None
-    policy = HealthPolicy(settings.health_interval_seconds, settings.worker_timeout_seconds)
-    return HealthMonitor(arms, policy, np.random.default_rng(settings.seed))
 
 
 def _open_store(settings: Settings) -> tuple[Store, EmbeddedStore | None]:

@@ -144,7 +144,12 @@ def draw(beliefs: Beliefs, rng: np.random.Generator) -> Choices:
 
 
 def draw_batch(
-    policy: Policy, x: NDArray[np.float32], offsets: Array, posterior: Posterior, rng: np.random.Generator
+    policy: Policy,
+    x: NDArray[np.float32],
+    offsets: Array,
+    posterior: Posterior,
+    rng: np.random.Generator,
+    barred: NDArray[np.bool_] | None = None,
 ) -> Choices:
     """The draws of B instances that came together: one per instance, or one for all where the policy says so.
 
@@ -157,11 +162,14 @@ def draw_batch(
         offsets: (B, K) float64.
         posterior: what the run has learned.
         rng: the run's generator.
+        barred: (B, K), arms that do not apply to an instance and are never asked; None where all apply. One draw for
+            all instances bars what does not apply to one of them.
     """
     if not policy.one_arm_per_batch:
-        return draw(policy.beliefs(x, offsets, posterior), rng)
+        return draw(_without(policy.beliefs(x, offsets, posterior), barred), rng)
     mean = x.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
-    one = draw(policy.beliefs(mean, offsets.mean(axis=0, keepdims=True), posterior), rng)
+    any_barred = None if barred is None else np.atleast_2d(barred.any(axis=0))
+    one = draw(_without(policy.beliefs(mean, offsets.mean(axis=0, keepdims=True), posterior), any_barred), rng)
     size = len(x)
     return Choices(
         one.ranking.repeat(size, axis=0),
@@ -170,6 +178,13 @@ def draw_batch(
         one.sds.repeat(size, axis=0),
         one.propensities.repeat(size, axis=0),
     )
+
+
+def _without(beliefs: Beliefs, barred: NDArray[np.bool_] | None) -> Beliefs:
+    """Return the beliefs with −inf as the mean of what is never asked."""
+    if barred is None or not barred.any():
+        return beliefs
+    return Beliefs(np.where(barred, -np.inf, beliefs.means), beliefs.sds)
 
 
 def propensity_without(means: Array, sds: Array, gone: Sequence[int], asked: int) -> float:

@@ -231,7 +231,8 @@ def _choose_all(batch: list[_Waiting]) -> list[Chosen]:
         size = sum(len(waiting.instances) for waiting in alike)
         rows = slice(position, position + size)
         posterior = first.run.posterior
-        choices = draw_batch(first.policy, x[rows], offsets[rows], posterior, first.run.rng)
+        barred = first.run.template.barred([instance for waiting in alike for instance in waiting.instances])
+        choices = draw_batch(first.policy, x[rows], offsets[rows], posterior, first.run.rng, barred)
         pieces.extend((posterior, part) for part in _split(choices, [len(waiting.instances) for waiting in alike]))
         position += size
     drawn = time.perf_counter()

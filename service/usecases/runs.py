@@ -24,7 +24,7 @@ from router_core.errors import UnknownPolicyError
 from router_core.policies import Policy, RunningScale, ScoreScale, View, make_policy
 from router_core.posterior import FoldSettings, Posterior, start
 from router_core.prior import Prior, PriorForm
-from router_core.records import Signal
+from router_core.records import Instance, Signal
 from service.encoders.protocol import AwaitedEncoder
 from service.errors import (
     ConfigurationError,
@@ -34,7 +34,7 @@ from service.errors import (
     RunConflictError,
     ValidationError,
 )
-from service.scorers.protocol import Arm
+from service.scorers.protocol import Scorer
 from service.stores.ids import check_run
 from service.stores.protocol import RunIdentity, Store
 
@@ -73,7 +73,7 @@ class RunTemplate:
     def __init__(
         self,
         *,
-        arms: Sequence[Arm],
+        arms: Sequence[Scorer],
         encoder: PairEncoder | AwaitedEncoder,
         priors: Callable[[PriorForm], Prior],
         form: PriorForm,
@@ -89,6 +89,7 @@ class RunTemplate:
     ) -> None:
         self.arms = tuple(arms)
         self.pool = tuple(arm.name for arm in arms)
+        self._choosy = any(arm.choosy for arm in arms)
         self.encoder = encoder
         self.score_scale = score_scale
         self.combination = combination
@@ -120,6 +121,12 @@ class RunTemplate:
             except UnknownPolicyError as error:
                 raise NotFoundError(str(error), details={"policy": name}) from error
         return self._policies[name]
+
+    def barred(self, instances: Sequence[Instance]) -> NDArray[np.bool_] | None:
+        """Return (B, K), True where a scorer is known not to apply to an instance; None where all apply to all."""
+        if not self._choosy:
+            return None
+        return np.array([[arm.choosy and not arm.applies(instance) for arm in self.arms] for instance in instances])
 
     def prior(self, form: PriorForm) -> Prior:
         """The prior of that form.

@@ -24,9 +24,9 @@ from service.settings import OnStoreUnavailable
 from service.stores.ids import RANDOM_BYTES, new_decision_id
 from service.stores.protocol import DecisionRecord, Store
 from service.telemetry import Telemetry
-from service.usecases.admission import Tickets
-from service.usecases.ask import Asker, too_late
+from service.usecases.ask import Asker, Tickets, too_late
 from service.usecases.choose import Chooser
+from service.usecases.converse import instance_of
 from service.usecases.decisions import content_key, encode_decision
 from service.usecases.normalise import Normaliser
 from service.usecases.pieces import PIECES_ASKED, Piece, cut
@@ -173,9 +173,10 @@ class RewardService:
     ) -> list[list[Piece]]:
         """Return the instances by run and policy, each in pieces; those that cannot be scored go into `refused`."""
         groups: dict[tuple[str | None, str | None], list[int]] = {}
+        read: dict[int, Instance] = {}
         for index, request in enumerate(requests):
             try:
-                self._check(request, index if len(requests) > 1 else None)
+                read[index] = self._read(request, index if len(requests) > 1 else None)
             except ValidationError as error:
                 refused[index] = error
             else:
@@ -193,7 +194,7 @@ class RewardService:
                     raise
                 refused.update(dict.fromkeys(indices, error))
                 continue
-            instances = [Instance(requests[i].prompt, tuple(requests[i].responses)) for i in indices]
+            instances = [read[i] for i in indices]
             wholes.append(cut(Piece(found, chosen_policy, indices, instances), self._limits.piece_responses))
         return wholes
 
@@ -292,7 +293,7 @@ class RewardService:
                 if not isinstance(policy, AllCalls):
                     if self._sticky.seconds:
                         await self._stick(jobs)
-                    for arm, count in _counted([job.order[0] for job in jobs]).items():
+                    for arm, count in _counted([job.order[0] for job in jobs if job.order]).items():
                         self._telemetry.drawn(run.name, run.template.pool[arm]).inc(count)
         except TimeoutError as error:
             raise too_late() from error
@@ -337,7 +338,12 @@ class RewardService:
 
         await asyncio.gather(*map(of_run, by_run.values()))
 
-    def _check(self, request: RewardRequest, index: int | None) -> None:
+    def _read(self, request: RewardRequest, index: int | None) -> Instance:
+        """Return the instance of a request.
+
+        Raises:
+            ValidationError: it is beyond a bound, or its messages cannot be read.
+        """
         where = "" if index is None else f"items[{index}]."
         limits = self._limits
         if len(request.responses) > limits.max_responses:
@@ -346,17 +352,25 @@ class RewardService:
                 details={"field": f"{where}responses", "limit": limits.max_responses},
             )
         longest = limits.max_text_chars
-        if max(map(len, (request.prompt, *request.responses))) <= longest:
-            return
-        for name, text in (
-            ("prompt", request.prompt),
-            *((f"responses[{i}]", r) for i, r in enumerate(request.responses)),
-        ):
+        instance = instance_of(request.prompt, request.responses, request.reference, request.metadata, where=where)
+        texts = [instance.prompt, *instance.responses]
+        names = ["prompt", *[f"responses[{i}]" for i in range(len(request.responses))]]
+        if request.reference is not None:
+            texts.append(request.reference)
+            names.append("reference")
+        for name, fact in (request.metadata or {}).items():
+            if isinstance(fact, str):
+                texts.append(fact)
+                names.append(f"metadata.{name}")
+        if max(map(len, texts)) <= longest:
+            return instance
+        for name, text in zip(names, texts, strict=True):
             if len(text) > longest:
                 raise ValidationError(
                     f"{where}{name} is {len(text)} characters long: send at most {longest}",
                     details={"field": f"{where}{name}", "limit": longest},
                 )
+        return instance
 
     async def _record_and_reply(self, jobs: Sequence[Job], started: float) -> list[RewardReply | ServiceError]:
         now_ms = int(time.time() * 1000)
@@ -367,11 +381,7 @@ class RewardService:
         for index, (job, given) in enumerate(answered):
             job.decision_id = new_decision_id(now_ms, entropy[index * RANDOM_BYTES : (index + 1) * RANDOM_BYTES])
             job.decision = decision_of(job, given, now_ms)
-            key = (
-                content_key(job.run.name, job.instance.prompt, job.instance.responses)
-                if self._limits.content_keys
-                else None
-            )
+            key = content_key(job.run.name, job.instance) if self._limits.content_keys else None
             record = DecisionRecord(job.decision_id, encode_decision(job.decision), key)
             by_run.setdefault(job.run.name, []).append(record)
             decided.append(Shadowable(job.run, job.decision_id, job.decision, job.instance))

@@ -22,8 +22,7 @@ from router_core.records import Instance
 from service.errors import StoreUnavailableError
 from service.stores.protocol import DecisionRecord, Store
 from service.telemetry import Telemetry
-from service.usecases.admission import Tickets
-from service.usecases.ask import PATIENT_INSTANCES, Asker, Inquiry
+from service.usecases.ask import PATIENT_INSTANCES, Asker, Inquiry, Tickets
 from service.usecases.decisions import StoredDecision, encode_decision
 from service.usecases.runs import Run
 

@@ -13,41 +13,10 @@ from router_core.moments import ScoreScales
 from router_core.policies.bayesian import posterior_beliefs
 from service.encoders.protocol import AwaitedEncoder
 from service.errors import NotFoundError, NotReadyError, RunConflictError, ServiceError, StoreUnavailableError
+from service.scorers.status import ScorerStatus
 from service.stores.protocol import Store
 from service.telemetry import Telemetry
 from service.usecases.runs import Run, RunRegistry, failure_of
-
-
-class ReplicaStatus(BaseModel):
-    """One worker process of an RM."""
-
-    url: str
-    state: str = Field(description="State of its circuit: closed (asked), half_open (on trial), open (not asked).")
-    in_flight: int
-    failures: int = Field(description="Failures in a row.")
-    latency_ms: float | None = Field(description="Smoothed time of a request; null before the first.")
-    problem: str | None = Field(description="Why its answers to the probe rule it out; null while they do not.")
-    max_model_len: int | None = Field(
-        description="Tokens that this worker says it reads at most; null where it does not say, or was not asked yet."
-    )
-
-
-class ArmStatus(BaseModel):
-    """One RM of the pool."""
-
-    name: str
-    available: bool
-    rendering: str | None = Field(
-        description="What requests to it hold: messages, template (texts), tokens (ids); null where it has no workers."
-    )
-    max_model_len: int | None = Field(
-        description="Tokens that it reads at most: the least of what the pool file and the workers that may be asked "
-        "say; null where nobody says."
-    )
-    over_long: str | None = Field(
-        description="What becomes of an instance with more: skip, refuse or cut_prompt; null where it has no workers."
-    )
-    replicas: list[ReplicaStatus]
 
 
 class ArmLearned(BaseModel):
@@ -106,7 +75,7 @@ class StatusService:
         store: Store,
         telemetry: Telemetry,
         *,
-        models: Callable[[], list[ArmStatus]],
+        models: Callable[[], list[ScorerStatus]],
         executor: Executor,
         health_check_errors: Callable[[], int],
         answers_without_store: bool,

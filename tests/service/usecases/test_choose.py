@@ -46,7 +46,7 @@ class RecordingEncoder:
 def run_with(encoder: RecordingEncoder) -> Run:
     """What the chooser reads of a run."""
     prior = no_prior(3, 4)
-    template = SimpleNamespace(encoder=encoder)
+    template = SimpleNamespace(encoder=encoder, barred=lambda instances: None)
     state = SimpleNamespace(template=template, prior=prior, posterior=start(prior), rng=np.random.default_rng(0))
     return cast(Run, state)
 
