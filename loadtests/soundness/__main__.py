@@ -14,6 +14,7 @@ from loadtests.soundness.intervals import intervals
 from loadtests.soundness.losses import losses
 from loadtests.soundness.report import DEFAULT_DATA, Experiment, Options
 from loadtests.soundness.responses import responses
+from loadtests.soundness.singles import singles
 
 EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
     {
@@ -21,6 +22,7 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
         "intervals": intervals,
         "losses": losses,
         "responses": responses,
+        "singles": singles,
     }
 )
 """Every experiment by its name. To add one: a module with a function, and a line here."""

@@ -64,7 +64,7 @@ def two_branch(h: NDArray[np.floating], group_sizes: Sequence[int]) -> NDArray[n
 class Fuse:
     """x = [f ; c]: learned features f that the heads read, and a low-rank context c that the online residual reads.
 
-    u = clip((z − shift) P, ±limit), z from `two_branch`
+    u = clip((z − shift) P, ±limit), z from `two_branch`, its second half the shift's where it is 0
     f = normalise([g_1 ; … ; g_M] R),  g_m = normalise(W₂ₘᵀ tanh(W₁ₘᵀ u + c₁ₘ) + c₂ₘ)
     c = normalise([1 ; clip(uᵀV, ±3) / √q])
 
@@ -145,8 +145,15 @@ class Fuse:
         )
 
     def standardise(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
-        """u = clip((z − shift) P, ±limit): (B, 2·dim) to (B, p) float32."""
-        u: NDArray[np.float32] = np.clip((z - self.shift) @ self.projection, -self.limit, self.limit)
+        """u = clip((z − shift) P, ±limit): (B, 2·dim) to (B, p) float32.
+
+        A row without any deviation is of a single response (or of equal ones): how far others would lie from it is not
+        known, so the second branch is taken to be as usual, its shift. A deviation of 0 would be unlike any pair.
+        """
+        centred = z - self.shift
+        deviations = centred[:, self.input_dim :]
+        deviations[~z[:, self.input_dim :].any(axis=1)] = 0.0
+        u: NDArray[np.float32] = np.clip(centred @ self.projection, -self.limit, self.limit)
         return u
 
     def apply(self, z: NDArray[np.float32]) -> NDArray[np.float32]:

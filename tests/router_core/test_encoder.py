@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,6 +53,15 @@ def test_groups_of_any_size_agree_with_the_definition() -> None:
         np.testing.assert_allclose(row[:3], mean, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(row[3:], 2 * np.abs(part - mean).mean(axis=0), rtol=1e-5, atol=1e-6)
     assert not z[0, 3:].any()
+
+
+def test_a_single_response_lies_where_a_usual_pair_would() -> None:
+    rng = np.random.default_rng(0)
+    shift, projection = rng.standard_normal(6).astype(np.float32), rng.standard_normal((6, 4)).astype(np.float32)
+    fuse = replace(Fuse.identity(3, 4), shift=shift, projection=projection)
+    z = two_branch(rng.standard_normal((3, 3)).astype(np.float32), [1, 2])
+    usual = np.concatenate([z[:1, :3], shift[None, 3:]], axis=1)
+    np.testing.assert_array_equal(fuse.apply(z), fuse.apply(np.concatenate([usual, z[1:]])))
 
 
 @pytest.mark.parametrize("sizes", [[2], [0, 3], [2, 2], [-1, 4]])
