@@ -60,6 +60,21 @@ def two_branch(h: NDArray[np.floating], group_sizes: Sequence[int]) -> NDArray[n
     return np.concatenate([mean, 2 * deviation / count], axis=1)
 
 
+def centred(z: NDArray[np.float32], shift: NDArray[np.float32]) -> NDArray[np.float32]:
+    """z − shift, with a second branch of 0 where there is no deviation at all: (B, 2·dim) float32.
+
+    Such a row is of a single response, or of equal ones. How far others would lie from it is not known, so it is taken
+    to be what it is on average; a deviation of 0 would be unlike any pair.
+
+    >>> centred(np.array([[1, 3], [1, 0]], np.float32), np.array([1, 2], np.float32)).tolist()
+    [[0.0, 1.0], [0.0, 0.0]]
+    """
+    half = z.shape[1] // 2
+    out: NDArray[np.float32] = z - shift
+    out[~z[:, half:].any(axis=1), half:] = 0.0
+    return out
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Fuse:
     """x = [f ; c]: learned features f that the heads read, and a low-rank context c that the online residual reads.
@@ -145,15 +160,8 @@ class Fuse:
         )
 
     def standardise(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
-        """u = clip((z − shift) P, ±limit): (B, 2·dim) to (B, p) float32.
-
-        A row without any deviation is of a single response (or of equal ones): how far others would lie from it is not
-        known, so the second branch is taken to be as usual, its shift. A deviation of 0 would be unlike any pair.
-        """
-        centred = z - self.shift
-        deviations = centred[:, self.input_dim :]
-        deviations[~z[:, self.input_dim :].any(axis=1)] = 0.0
-        u: NDArray[np.float32] = np.clip(centred @ self.projection, -self.limit, self.limit)
+        """u = clip((z − shift) P, ±limit), by `centred`: (B, 2·dim) to (B, p) float32."""
+        u: NDArray[np.float32] = np.clip(centred(z, self.shift) @ self.projection, -self.limit, self.limit)
         return u
 
     def apply(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
