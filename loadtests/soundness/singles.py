@@ -107,8 +107,12 @@ def _summary(offsets: Array, y: Array, novel: Array, *, alone: bool) -> tuple[fl
 def _no_deviation() -> Iterator[None]:
     """Standardise single responses as if their deviation were a measured 0."""
     kept = Fuse.standardise
+
+    def measured(self: Fuse, z: NDArray[np.float32]) -> NDArray[np.float32]:
+        return kept(self, np.nan_to_num(z))
+
     try:
-        Fuse.standardise = lambda self, z: np.clip((z - self.shift) @ self.projection, -self.limit, self.limit)  # type: ignore[method-assign]
+        Fuse.standardise = measured  # type: ignore[method-assign]
         yield
     finally:
         Fuse.standardise = kept  # type: ignore[method-assign]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from router_core.encoder.base import Block
-from router_core.encoder.fuse import Fuse, centred
+from router_core.encoder.fuse import Fuse
 from router_core.errors import DatasetError
 from router_core.offline.calibrate import LEVEL
 from router_core.offline.losses import balanced_couples, bradley_terry, correctness_bce
@@ -151,7 +151,7 @@ class MembersFit:
         self._batches = self._shuffled_batches()
 
     def _inputs(self, z: NDArray[np.float32]) -> Tensor:
-        return torch.as_tensor(np.clip(centred(z, self._shift) @ self._projection, -LIMIT, LIMIT))
+        return torch.as_tensor(np.clip((z - self._shift) @ self._projection, -LIMIT, LIMIT))
 
     def _shuffled_batches(self) -> Iterator[Tensor]:
         """Row indices (M, batch) of one batch after another, pass after pass in new orders each, without end."""

@@ -41,7 +41,7 @@ def test_the_rule_before_levels_offsets_and_the_one_in_use_does_not() -> None:
 
 def test_the_deviation_of_a_single_response_counted_as_zero() -> None:
     z = np.ones((1, 4), dtype=np.float32)
-    z[0, 2:] = 0.0
+    z[0, 2:] = np.nan
     fuse = Fuse(
         shift=np.full(4, 0.5, np.float32),
         projection=np.eye(4, dtype=np.float32),

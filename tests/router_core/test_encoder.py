@@ -47,12 +47,16 @@ def test_for_two_responses_the_second_branch_is_the_absolute_difference() -> Non
 
 def test_groups_of_any_size_agree_with_the_definition() -> None:
     h = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
-    z = two_branch(h, [1, 2, 5])
-    for row, part in zip(z, (h[:1], h[1:3], h[3:]), strict=True):
+    z = two_branch(h, [3, 5])
+    for row, part in zip(z, (h[:3], h[3:]), strict=True):
         mean = part.mean(axis=0)
         np.testing.assert_allclose(row[:3], mean, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(row[3:], 2 * np.abs(part - mean).mean(axis=0), rtol=1e-5, atol=1e-6)
-    assert not z[0, 3:].any()
+
+
+def test_the_deviation_of_a_single_response_is_unknown() -> None:
+    z = two_branch(np.ones((3, 2), dtype=np.float32), [1, 2])
+    np.testing.assert_array_equal(z, [[1, 1, np.nan, np.nan], [1, 1, 0, 0]])
 
 
 def test_a_single_response_lies_where_a_usual_pair_would() -> None:
