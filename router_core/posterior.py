@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -232,7 +233,7 @@ def fold(state: Posterior, events: Sequence[Event]) -> Posterior:
     """Apply events in log order: Λ_k += x xᵀ/σ², b_k += (r − o)x/σ² for the asked arm k (arXiv 2510.02850, online
     stage).
 
-    The same for every arm in `event.shadows`, with its own verdict and offset. One event costs one matrix-vector
+    The same for every arm in `event.shadows`, with its own credit and offset. One event costs one matrix-vector
     product per arm it moves, O(d²); a block of m events one rank-m update, O(m d²).
 
     Args:
@@ -297,10 +298,10 @@ class _Folding:
         x = self._state.prior.learned(x)
         settings = self._state.settings
         if event.arm != NO_ARM:
-            self._learn(event.arm, x, event.offset, event.verdict, event.feedback)
+            self._learn(event.arm, x, event.offset, event.credit, event.feedback)
         # By arm, however the log lists them: the order of sums must not depend on who answered first.
-        for arm, offset, verdict in sorted(event.shadows):
-            self._learn(arm, x, offset, verdict, event.feedback)
+        for arm, offset, credit in sorted(event.shadows, key=itemgetter(0)):
+            self._learn(arm, x, offset, credit, event.feedback)
         self._count += 1
         if self._count % settings.block_size == 0:
             self._end_of_block()
@@ -324,8 +325,8 @@ class _Folding:
                     self._arm(k).change_precision(chosen - self._lambda0)
                 self._lambda0 = chosen
 
-    def _learn(self, arm: int, x: NDArray[np.float32], offset: float, verdict: int, feedback: Feedback) -> None:
-        reward = self._signal.observe(arm, feedback, verdict=verdict, offset=offset)
+    def _learn(self, arm: int, x: NDArray[np.float32], offset: float, credit: float | None, feedback: Feedback) -> None:
+        reward = self._signal.observe(arm, feedback, credit=credit, offset=offset)
         if reward is not None:
             self._arm(arm).append(x, reward - offset)
 
@@ -342,7 +343,8 @@ class _Folding:
             )
         if not NO_ARM <= event.arm < self._state.n_arms:
             raise ShapeMismatchError(f"event {event.decision_id!r} asked arm {event.arm} of {self._state.n_arms}")
-        if not (np.isfinite(x).all() and np.isfinite(event.offset) and np.isfinite(event.feedback.value)):
+        numbers = (event.offset, event.credit or 0.0, event.feedback.value)
+        if not (np.isfinite(x).all() and np.isfinite(numbers).all()):
             raise NotFiniteError(f"event {event.decision_id!r} holds NaN or infinity")
         if event.shadows:
             self._check_shadows(event)
@@ -359,7 +361,7 @@ class _Folding:
                 f"event {event.decision_id!r} asked arm {event.arm} of {self._state.n_arms} and holds verdicts of the "
                 f"other arms {arms}: each arm of the pool once at most"
             )
-        if not all(np.isfinite(offset) for _, offset, _ in event.shadows):
+        if not all(np.isfinite((offset, credit or 0.0)).all() for _, offset, credit in event.shadows):
             raise NotFiniteError(f"event {event.decision_id!r} holds NaN or infinity")
 
     def freeze(self) -> Posterior:

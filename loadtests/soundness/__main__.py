@@ -12,9 +12,12 @@ from loadtests.report import describe, machine, table, use_one_blas_thread, writ
 from loadtests.soundness.calibration import calibration
 from loadtests.soundness.coverage import coverage
 from loadtests.soundness.intervals import intervals
+from loadtests.soundness.losses import losses
 from loadtests.soundness.published import published
 from loadtests.soundness.refitting import refitting
 from loadtests.soundness.report import DEFAULT_DATA, Experiment, Options
+from loadtests.soundness.responses import responses
+from loadtests.soundness.singles import singles
 from loadtests.soundness.tuning import tuning
 
 EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
@@ -22,8 +25,11 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
         "calibration": calibration,
         "coverage": coverage,
         "intervals": intervals,
+        "losses": losses,
         "published": published,
         "refitting": refitting,
+        "responses": responses,
+        "singles": singles,
         "tuning": tuning,
     }
 )

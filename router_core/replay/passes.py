@@ -21,12 +21,11 @@ from router_core.policies import (
     RandomPolicy,
     ScoreScale,
     SinglePolicy,
-    combined_verdict,
-    majority_verdict,
+    vote_shares,
 )
 from router_core.posterior import FoldSettings, Posterior, fold, start
 from router_core.prior import Prior
-from router_core.records import TIE, Event, Feedback, Shadow, Signal
+from router_core.records import Event, Feedback, Shadow, Signal, chance_of, leaders_of
 from router_core.replay.stream import Plan, Scenario
 from router_core.replay.table import Table
 from router_core.replay.trace import ALL_ARMS, Pass
@@ -85,25 +84,25 @@ def fixed_pass(stage: Stage, plan: Plan, on_step: Steps) -> Pass:
 
 
 def combined_correctness(table: Table, policy: AllCalls, scale: ScoreScale) -> Array:
-    """(N,) in {0, 0.5, 1}: is the verdict right of a policy that asks all RMs.
+    """(N,) in [0, 1]: is the verdict right of a policy that asks all RMs; 1/w where w responses tie for it.
 
     Majority counts the recorded verdicts; other policies combine the recorded scores.
 
     Raises:
         DatasetError: the policy combines scores, and some are not recorded.
     """
-    verdicts = np.empty(len(table), np.int64)
-    for i, n in enumerate(table.responses.tolist()):
+    right = np.empty(len(table))
+    for i, (n, label) in enumerate(zip(table.responses.tolist(), table.labels.tolist(), strict=True)):
         if isinstance(policy, MajorityPolicy):
-            verdicts[i] = majority_verdict(table.verdicts[i].tolist(), n)
+            right[i] = chance_of(leaders_of(vote_shares(table.verdicts[i].tolist(), n)), label)
             continue
         rewards = table.scores[i, :, :n]
         if not np.isfinite(rewards).all():
             raise DatasetError(
                 f"policy {policy.name!r} combines scores, and the data hold verdicts only: record scores"
             )
-        verdicts[i] = combined_verdict(policy, rewards, scale)
-    return np.where(verdicts == TIE, 0.5, (verdicts == table.labels).astype(np.float64))
+        right[i] = chance_of(leaders_of(policy.preference(rewards, scale).tolist()), label)
+    return right
 
 
 def all_arms_pass(correct: Array, plan: Plan, on_step: Steps) -> Pass:
@@ -188,11 +187,11 @@ class Loop:
         table, offsets = self._stage.table, self._stage.offsets
         pair, arm = int(self._plan.order[step]), int(self.asked[step])
         feedback = Feedback(self._stage.signal, self._value(step, pair))
-        verdict, offset = int(table.verdicts[pair, arm]), float(offsets[pair, arm])
+        credit, offset = float(table.credit[pair, arm]), float(offsets[pair, arm])
         shadows = tuple(
-            Shadow(k, float(offsets[pair, k]), int(table.verdicts[pair, k])) for k in self._heard(step) if k != arm
+            Shadow(k, float(offsets[pair, k]), float(table.credit[pair, k])) for k in self._heard(step) if k != arm
         )
-        return Event(arm, self._contexts[pair], offset, verdict, feedback, str(step), shadows=shadows)
+        return Event(arm, self._contexts[pair], offset, credit, feedback, str(step), shadows=shadows)
 
     def _value(self, step: int, pair: int) -> float:
         stage = self._stage

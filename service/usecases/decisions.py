@@ -14,7 +14,7 @@ from router_core.attempts import Attempt, answers
 from router_core.errors import FeedbackError
 from router_core.feedback import validate
 from router_core.posterior import NO_ARM
-from router_core.records import Event, Fact, Feedback, Instance, Said, Shadow, Signal
+from router_core.records import Event, Fact, Feedback, Instance, Said, Shadow, Signal, credit
 
 
 class StoredDecision(msgspec.Struct, omit_defaults=True):
@@ -117,36 +117,34 @@ def decode_feedback(value: bytes) -> Feedback:
 def event_of(decision_id: str, payload: bytes, value: bytes) -> Event:
     """Return the event that a log entry stands for.
 
-    A preference teaches every scorer that answered; a loss or a reward speaks of the answer that the caller got.
+    A preference teaches every scorer that answered, and nothing where there is one response; a loss or a reward speaks
+    of the answer that the caller got.
     """
     return event_from(decision_id, decode_decision(payload), decode_feedback(value))
 
 
 def event_from(decision_id: str, decision: StoredDecision, feedback: Feedback) -> Event:
     """Return the event of a decision and its feedback; see `event_of`."""
-    others = _others(decision) if feedback.signal is Signal.PREFERENCE and decision.n > 1 else ()
+    earned = _credits(decision, int(feedback.value)) if feedback.signal is Signal.PREFERENCE else {}
+    arm = NO_ARM if decision.arm is None else decision.arm
+    own = earned.pop(arm, None)
     return Event(
-        NO_ARM if decision.arm is None else decision.arm,
+        arm,
         decision.x,
         0.0 if decision.arm is None else decision.offsets[decision.arm],
-        decision.verdict,
+        own,
         feedback,
         decision_id,
-        others,
+        tuple([Shadow(other, decision.offsets[other], value) for other, value in earned.items()]),
     )
 
 
-def _others(decision: StoredDecision) -> tuple[Shadow, ...]:
-    """Return what the scorers said whose answer the caller did not get, or not alone."""
-    if decision.shadows is None and len(decision.attempts) == 1:
-        return ()
-    return tuple(
-        [
-            Shadow(answer.arm, decision.offsets[answer.arm], answer.verdict)
-            for answer in decision.heard
-            if answer.arm != decision.arm
-        ]
-    )
+def _credits(decision: StoredDecision, preferred: int) -> dict[int, float]:
+    """Return what a preference says of every scorer that answered, by arm; nothing for a single response."""
+    if decision.n < 2:
+        return {}
+    earned = {answer.arm: credit(answer.rewards, preferred) for answer in decision.heard}
+    return {arm: value for arm, value in earned.items() if value is not None}
 
 
 def content_key(run: str, instance: Instance) -> str:

@@ -82,7 +82,7 @@ def test_a_posterior_reads_its_own_columns_of_a_longer_context() -> None:
     rng = np.random.default_rng(4)
     events = make_events(rng, 40, 3, 2, offset=0.5)
     wide = [
-        Event(e.arm, np.float32([9, 9, *np.frombuffer(e.x, "<f4"), 9]).tobytes(), e.offset, e.verdict, e.feedback)
+        Event(e.arm, np.float32([9, 9, *np.frombuffer(e.x, "<f4"), 9]).tobytes(), e.offset, e.credit, e.feedback)
         for e in events
     ]
     narrow_state = fold(start(prior(), SETTINGS), events)

@@ -81,9 +81,7 @@ def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
         _matrix([decision.sds for decision in decisions], k),
         available,
     )
-    # Single responses are never shadowed: there, only being asked puts a reward into the log.
-    compared = np.array([decision.n > 1 for decision in decisions], dtype=np.bool_)
-    asked[compared] = with_shadows(asked[compared], arm[compared], available[compared], rewards[compared])
+    asked = with_shadows(asked, arm, available, rewards)
     contexts = np.frombuffer(b"".join([decision.x for decision in decisions]), "<f4")
     return LoggedData(
         log.header.pool,

@@ -128,7 +128,7 @@ def by_hand(table: Table, x: np.ndarray, scenario: Scenario, seed: int) -> list[
         beliefs = policy.beliefs(x[i : i + 1], offsets[i : i + 1], state)
         arm = int(first_choice(beliefs, plan.noise[step : step + 1])[0])
         feedback = Feedback(Signal.PREFERENCE, float(table.labels[i]))
-        event = Event(arm, x[i].tobytes(), float(offsets[i, arm]), int(table.verdicts[i, arm]), feedback)
+        event = Event(arm, x[i].tobytes(), float(offsets[i, arm]), float(table.credit[i, arm]), feedback)
         waiting.append((int(plan.due[step]), step, event))
         asked.append(arm)
     return asked
