@@ -8,9 +8,9 @@ equals fold(s, a + b) wherever the log is cut, because floating-point sums are g
 * an arm's waiting events, its tail, are applied one by one on top of the block, as rank-one corrections kept beside Σ;
 * an event that holds verdicts of other RMs (`Event.shadows`) moves the asked arm first, then those, by arm; it counts
   as one event of the log;
-* with `Hyperparameters.adapt`, λ₀ is chosen anew at every `block_size`-th event of the log, for all arms at once: the
-  value of `evidence.LAMBDA_GRID` that makes what was observed most probable; O(K d³). While the log's contexts are
-  unlike the prior's landmarks it is drawn down to `lambda_novel` (`router_core.novelty`);
+* with `Hyperparameters.adapt`, λ₀ is chosen anew at the events 8, 16, 32 and every `block_size`-th one of the log, for
+  all arms at once: the value of `evidence.LAMBDA_GRID` that makes what was observed most probable; O(K d³). While the
+  log's contexts are unlike the prior's landmarks it is drawn down to `lambda_novel` (`router_core.novelty`);
 * a discount γ < 1 falls at every `block_size`-th event of the log, for all arms at once, and inverts each Λ: O(K d³);
 * Σ's drift from Λ⁻¹ is probed at each block, and Σ inverted afresh at once when it exceeds `drift_tolerance`.
 
@@ -51,11 +51,14 @@ class FoldSettings:
         refresh_events: events of the log between two inversions of Λ; a multiple of `block_size`. Snapshots are taken
             there.
         drift_tolerance: largest |ΛΣp − p| (p = 1/√d) at a block's end before Σ is inverted afresh.
+        first_adaptation: events until λ₀ adapts for the first time; then whenever their number has doubled, and once
+            there are `block_size` at every block's end.
     """
 
     block_size: int = 64
     refresh_events: int = 8192
     drift_tolerance: float = 1e-6
+    first_adaptation: int = 8
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or self.refresh_events < 1 or self.refresh_events % self.block_size:
@@ -63,6 +66,18 @@ class FoldSettings:
                 f"block_size {self.block_size} and refresh_events {self.refresh_events}: give positive integers, the "
                 "second a multiple of the first"
             )
+        if self.first_adaptation < 1:
+            raise ShapeMismatchError(f"first_adaptation is {self.first_adaptation}: give a positive integer")
+
+    def adapts_at(self, count: int) -> bool:
+        """Return True if λ₀ is chosen anew after so many events.
+
+        >>> [count for count in range(1, 200) if FoldSettings().adapts_at(count)]
+        [8, 16, 32, 64, 128, 192]
+        """
+        doublings, rest = divmod(count, self.first_adaptation)
+        early = not rest and doublings & (doublings - 1) == 0
+        return count % self.block_size == 0 or (count < self.block_size and early)
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,16 +318,21 @@ class _Folding:
             self._learn(arm, x, offset, verdict, event.feedback)
         self._count += 1
         if self._count % settings.block_size == 0:
-            self._end_of_block()
+            self._discount()
+        if settings.adapts_at(self._count):
+            self._adapt()
         if self._count % settings.refresh_events == 0:
             self._drift = max(self._arm(k).refresh() for k in range(self._state.n_arms))
 
-    def _end_of_block(self) -> None:
-        """What falls at fixed positions of the log, for all arms: the discount, and a new λ₀."""
-        hyper, arms = self._state.prior.hyper, range(self._state.n_arms)
-        if hyper.gamma != 1.0:
-            for k in arms:
+    def _discount(self) -> None:
+        """Forget a little of every arm."""
+        if self._state.prior.hyper.gamma != 1.0:
+            for k in range(self._state.n_arms):
                 self._arm(k).discount(self._lambda0)
+
+    def _adapt(self) -> None:
+        """Choose λ₀ anew, for all arms."""
+        hyper, arms = self._state.prior.hyper, range(self._state.n_arms)
         if hyper.adapt:
             data = [self._arm(k).data(self._lambda0) for k in arms]
             chosen = most_probable_precision(np.stack([g for g, _ in data]), np.stack([b for _, b in data]))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
 
+from router_core.errors import ShapeMismatchError
 from router_core.evidence import LAMBDA_GRID, log_evidence, most_probable_precision
 from router_core.posterior import FoldSettings, Posterior, fold, start
 from router_core.prior import Hyperparameters, Prior, calibrated_prior
@@ -70,12 +71,27 @@ def test_an_adapting_log_folds_to_the_same_bits_wherever_it_is_cut(gamma: float)
     hyper = Hyperparameters(100.0, 0.2, 0.2, gamma, adapt=True)
     events = make_events(rng, 150, 3, 2, offset=0.5)
     whole = fold(start(prior(hyper=hyper), SETTINGS), events)
-    for cut in (1, 15, 16, 17, 64, 100):
+    for cut in (1, 7, 8, 9, 15, 16, 17, 64, 100):
         assert fold(fold(start(prior(hyper=hyper), SETTINGS), events[:cut]), events[cut:]).digest() == whole.digest()
     at: Posterior = fold(start(prior(hyper=hyper), SETTINGS), events[:64])
     back = parse(dump(Snapshot(at, "1-1"), "run"), "run", prior(hyper=hyper), SETTINGS).posterior
     assert back.lambda0 == at.lambda0 != 100.0
     assert fold(back, events[64:]).digest() == whole.digest()
+
+
+def test_the_precision_moves_at_the_eighth_event() -> None:
+    events = rewards_of_truth(np.random.default_rng(5), 16, 0.5)
+    before, after = (fold(start(prior()), events[:n]) for n in (7, 8))
+    assert (before.lambda0, after.lambda0) == (100.0, pytest.approx(LAMBDA_GRID[0]))
+    late = fold(start(prior(), FoldSettings(first_adaptation=64)), events)
+    assert late.lambda0 == 100.0
+
+
+def test_adaptation_doubles_its_distance_up_to_a_block() -> None:
+    settings = FoldSettings(block_size=16, refresh_events=64, first_adaptation=3)
+    assert [n for n in range(1, 50) if settings.adapts_at(n)] == [3, 6, 12, 16, 32, 48]
+    with pytest.raises(ShapeMismatchError, match="first_adaptation is 0"):
+        FoldSettings(first_adaptation=0)
 
 
 def test_a_posterior_reads_its_own_columns_of_a_longer_context() -> None:

@@ -58,9 +58,8 @@ class Targets:
 
     def _start(self, name: str, form: PriorForm | None) -> Posterior:
         """The posterior at the beginning of a run with that prior form, or with the run's own."""
-        fingerprint = self._log.header.fingerprint
-        block, refresh, tolerance = fingerprint["fold"]
-        return start(self._prior(name, form or self._log.header.form), FoldSettings(block, refresh, tolerance))
+        settings = FoldSettings(*self._log.header.fingerprint["fold"])
+        return start(self._prior(name, form or self._log.header.form), settings)
 
     def _offline(self, name: str, form: PriorForm | None) -> Posterior:
         """What the offline stage knew. A run that started from nothing may still have had a checkpoint's encoder."""
