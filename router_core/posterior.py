@@ -10,7 +10,8 @@ equals fold(s, a + b) wherever the log is cut, because floating-point sums are g
   as one event of the log;
 * with `Hyperparameters.adapt`, λ₀ is chosen anew at the events 8, 16, 32 and every `block_size`-th one of the log, for
   all arms at once: the value of `evidence.LAMBDA_GRID` that makes what was observed most probable; O(K d³). While the
-  log's contexts are unlike the prior's landmarks it is drawn down to `lambda_novel` (`router_core.novelty`);
+  log's contexts are unlike the prior's landmarks it is drawn down to `lambda_novel` (`router_core.novelty`). An arm
+  whose own data say that it is better or worse than promised gets a smaller precision of its first weight, its level;
 * a discount γ < 1 falls at every `block_size`-th event of the log, for all arms at once, and inverts each Λ: O(K d³);
 * Σ's drift from Λ⁻¹ is probed at each block, and Σ inverted afresh at once when it exceeds `drift_tolerance`.
 
@@ -29,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.errors import FeedbackError, NotFiniteError, ShapeMismatchError
-from router_core.evidence import most_probable_precision
+from router_core.evidence import level_precisions, most_probable_precision
 from router_core.feedback import SignalAccumulator, SignalStatistics
 from router_core.linalg import inverse_probe, inverse_residual, inverse_spd
 from router_core.novelty import Tally, loosened
@@ -120,7 +121,7 @@ class Posterior:
         arms: one per RM, in pool order.
         statistics: running statistics per arm.
         drift: largest |ΛΣ − I| over the arms, measured at the last inversion, before it.
-        lambda0: the prior precision now; `prior.hyper.lambda0` unless it adapts.
+        precisions: (K, d) diagonal of each arm's prior precision now; `prior.hyper.lambda0` unless it adapts.
         tally: contexts met and how many of them were novel; empty unless `Prior.watches_novelty`.
     """
 
@@ -129,10 +130,11 @@ class Posterior:
     count: int
     arms: tuple[ArmPosterior, ...]
     statistics: SignalStatistics
+    precisions: Array
     drift: float = 0.0
-    lambda0: float = 0.0
     tally: Tally = field(default_factory=Tally)
     _means: list[Array] = field(default_factory=list, repr=False, compare=False)
+    _events: list[Array] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def n_arms(self) -> int:
@@ -156,10 +158,27 @@ class Posterior:
             self._means.append(np.stack([arm.mean for arm in self.arms]))
         return self._means[0]
 
+    @property
+    def lambda0(self) -> float:
+        """The prior precision λ₀ of all weights but the first, which may have a smaller one (`evidence`)."""
+        return float(self.precisions[0, -1])
+
+    @property
+    def events(self) -> Array:
+        """n_k: how much each arm's data weigh, in events (K,); a discount and a reset take from it. Computed once."""
+        if not self._events:
+            grams = np.array([np.trace(arm.precision) for arm in self.arms]) - self.precisions.sum(axis=1)
+            tails = [len(arm.targets) for arm in self.arms]
+            self._events.append(np.maximum(self.prior.hyper.sigma2 * grams, 0.0) + tails)
+        return self._events[0]
+
     def digest(self) -> str:
         """sha256 over every number that the fold carries on: equal digests mean equal posteriors, bit for bit."""
         # The tally only where it is kept: other runs' digests are what they always were.
-        scalars = (self.lambda0, *((self.tally.met, self.tally.novel) if self.prior.watches_novelty else ()))
+        scalars = (
+            *self.precisions.ravel(),
+            *((self.tally.met, self.tally.novel) if self.prior.watches_novelty else ()),
+        )
         h = hashlib.sha256(np.int64(self.count).tobytes() + np.array(scalars).tobytes())
         for arm in self.arms:
             for array in (
@@ -197,7 +216,7 @@ def start(prior: Prior, settings: FoldSettings | None = None) -> Posterior:
     precision, covariance = np.eye(d) * lambda0, np.eye(d) / lambda0
     arms = tuple(_arm(precision, lambda0 * mean, covariance, mean.copy()) for mean in prior.means)
     statistics = SignalStatistics.empty(prior.n_arms)
-    return Posterior(prior, settings or FoldSettings(), 0, arms, statistics, lambda0=lambda0)
+    return Posterior(prior, settings or FoldSettings(), 0, arms, statistics, np.full((prior.n_arms, d), lambda0))
 
 
 def restore(
@@ -208,8 +227,8 @@ def restore(
     precision: Sequence[Array],
     information: Array,
     statistics: SignalStatistics,
+    precisions: Array,
     drift: float,
-    lambda0: float,
     tally: Tally,
 ) -> Posterior:
     """The posterior at a refresh position, from what a snapshot holds; bit for bit what the fold had there.
@@ -221,8 +240,8 @@ def restore(
         precision: K arrays (d, d).
         information: (K, d).
         statistics: running statistics at the position.
+        precisions: (K, d) diagonals of the arms' prior precisions at the position.
         drift: as it was measured there.
-        lambda0: the prior precision at the position.
         tally: of novel contexts up to there.
 
     Raises:
@@ -240,7 +259,7 @@ def restore(
     for lam, b in zip(precision, information, strict=True):
         covariance = inverse_spd(lam)
         arms.append(_arm(lam, b.copy(), covariance, covariance @ b))
-    return Posterior(prior, settings, count, tuple(arms), statistics, drift, lambda0, tally)
+    return Posterior(prior, settings, count, tuple(arms), statistics, precisions, drift, tally)
 
 
 def fold(state: Posterior, events: Sequence[Event]) -> Posterior:
@@ -298,7 +317,7 @@ class _Folding:
         self._state = state
         self._count = state.count
         self._drift = state.drift
-        self._lambda0 = state.lambda0
+        self._precisions = state.precisions
         self._tally = state.tally
         self._landmarks = state.prior.landmarks if state.prior.watches_novelty else None
         self._signal = SignalAccumulator(state.statistics, state.prior.loss_scale)
@@ -328,21 +347,23 @@ class _Folding:
         """Forget a little of every arm."""
         if self._state.prior.hyper.gamma != 1.0:
             for k in range(self._state.n_arms):
-                self._arm(k).discount(self._lambda0)
+                self._arm(k).discount(self._precisions[k])
 
     def _adapt(self) -> None:
         """Choose λ₀ anew, for all arms."""
         hyper, arms = self._state.prior.hyper, range(self._state.n_arms)
         if hyper.adapt:
-            data = [self._arm(k).data(self._lambda0) for k in arms]
-            chosen = most_probable_precision(np.stack([g for g, _ in data]), np.stack([b for _, b in data]))
+            data = [self._arm(k).data(self._precisions[k]) for k in arms]
+            grams, informations = np.stack([g for g, _ in data]), np.stack([b for _, b in data])
+            chosen = most_probable_precision(grams, informations)
             if self._landmarks is not None:
                 self._tally = self._tally.faded()
                 chosen = loosened(chosen, self._tally.excess(), hyper.lambda_novel)
-            if chosen != self._lambda0:
-                for k in arms:
-                    self._arm(k).change_precision(chosen - self._lambda0)
-                self._lambda0 = chosen
+            precisions = np.full(self._precisions.shape, chosen)
+            precisions[:, 0] = level_precisions(grams, informations, chosen)
+            for k in np.flatnonzero((precisions != self._precisions).any(axis=1)).tolist():
+                self._arm(k).change_precision(precisions[k] - self._precisions[k])
+            self._precisions = precisions
 
     def _learn(self, arm: int, x: NDArray[np.float32], offset: float, verdict: int, feedback: Feedback) -> None:
         reward = self._signal.observe(arm, feedback, verdict=verdict, offset=offset)
@@ -392,9 +413,10 @@ class _Folding:
             arms=tuple(arms),
             statistics=self._signal.freeze(),
             drift=self._drift,
-            lambda0=self._lambda0,
+            precisions=self._precisions,
             tally=self._tally,
             _means=[],
+            _events=[],
         )
 
 
@@ -460,27 +482,27 @@ class _ArmFolding:
             self._covariance = inverse_spd(precision)
         self._settle()
 
-    def discount(self, lambda0: float) -> None:
+    def discount(self, precisions: Array) -> None:
         """Λ ← γΛ + (1 − γ)Λ₀, b ← γb + (1 − γ)b₀: forget towards the prior."""
         if self._rows:
             self._absorb()
         gamma = self._hyper.gamma
         precision = gamma * self._precision
-        precision[np.diag_indices_from(precision)] += (1 - gamma) * lambda0
-        self._information = gamma * self._information + (1 - gamma) * lambda0 * self._prior_mean
+        precision[np.diag_indices_from(precision)] += (1 - gamma) * precisions
+        self._information = gamma * self._information + (1 - gamma) * precisions * self._prior_mean
         self._replace_precision(precision)
 
-    def data(self, lambda0: float) -> tuple[Array, Array]:
+    def data(self, precisions: Array) -> tuple[Array, Array]:
         """What the data alone say, (Λ − λ₀I, b − Λ·mean₀): Gram matrix and information about the departure from the
         prior mean.
         """
         if self._rows:
             self._absorb()
         gram = self._precision.copy()
-        gram[np.diag_indices_from(gram)] -= lambda0
+        gram[np.diag_indices_from(gram)] -= precisions
         return gram, self._information - self._precision @ self._prior_mean
 
-    def change_precision(self, difference: float) -> None:
+    def change_precision(self, difference: Array) -> None:
         """Λ ← Λ + δI, b ← b + δ·mean₀: the same data under another λ₀."""
         precision = self._precision.copy()
         precision[np.diag_indices_from(precision)] += difference

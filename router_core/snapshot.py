@@ -55,6 +55,7 @@ def dump(snapshot: Snapshot, fingerprint: str) -> bytes:
         "loss_square": stats.loss_square,
         "loss_history": stats.loss_history,
         "pooled": stats.pooled,
+        "precisions": posterior.precisions,
     }
     header = {
         "format": FORMAT,
@@ -62,7 +63,6 @@ def dump(snapshot: Snapshot, fingerprint: str) -> bytes:
         "last_event_id": snapshot.last_event_id,
         "position": posterior.count,
         "drift": posterior.drift.hex(),
-        "lambda0": posterior.lambda0.hex(),
         # Only where it is kept, so that snapshots of other runs are what they always were.
         **({"tally": [tally.met.hex(), tally.novel.hex()]} if posterior.prior.watches_novelty else {}),
     }
@@ -109,8 +109,8 @@ def parse(data: bytes, fingerprint: str, prior: Prior, settings: FoldSettings) -
         precision=[matrix.copy() for matrix in tensors["precision"]],
         information=tensors["information"],
         statistics=statistics,
+        precisions=tensors["precisions"],
         drift=float.fromhex(header["drift"]),
-        lambda0=float.fromhex(header["lambda0"]),
         tally=Tally(*map(float.fromhex, header.get("tally", ()))),
     )
     return Snapshot(posterior, header["last_event_id"])

@@ -77,6 +77,7 @@ def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
         _matrix([decision.propensities for decision in decisions], k),
         _matrix([decision.means for decision in decisions], k),
         _matrix([decision.sds for decision in decisions], k),
+        _matrix([decision.floors or [0.0] * k for decision in decisions], k),
         available,
     )
     # Single responses are never shadowed: there, only being asked puts a reward into the log.

@@ -33,7 +33,7 @@ def test_without_streams_everything_stays_at_its_default() -> None:
 
 
 def test_offsets_that_say_nothing_make_exploring_and_learning_pay() -> None:
-    pairs = two_domains(400)
+    pairs = two_domains(160)
     table = tabulate(pairs, POOL)
     x = np.float32([[1, 0] if pair.subset == "code" else [0, 1] for pair in pairs])
     known = np.where(x[:, :1] > 0, [[0.95, 0.5]], [[0.5, 0.95]])
@@ -47,7 +47,7 @@ def test_offsets_that_say_nothing_make_exploring_and_learning_pay() -> None:
 
 
 def test_the_form_that_earns_more_is_taken() -> None:
-    pairs = two_domains(400)
+    pairs = two_domains(160)
     table = tabulate(pairs, POOL)
     x = np.float32([[1, 0] if pair.subset == "code" else [0, 1] for pair in pairs])
     good = np.where(x[:, :1] > 0, [[0.95, 0.5]], [[0.5, 0.95]])
@@ -96,7 +96,7 @@ def test_a_checkpoint_tells_texts_of_a_domain_that_it_never_saw_from_those_that_
 
 
 def test_the_precision_for_novel_texts_is_lowered_where_that_pays_on_novel_domains() -> None:
-    pairs = two_domains(400)
+    pairs = two_domains(160)
     table = tabulate(pairs, POOL)
     x = np.float32([[1, 3] if pair.subset == "code" else [1, -3] for pair in pairs])
     x /= np.linalg.norm(x, axis=1, keepdims=True)
