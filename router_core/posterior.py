@@ -12,6 +12,8 @@ equals fold(s, a + b) wherever the log is cut, because floating-point sums are g
   all arms at once: the value of `evidence.LAMBDA_GRID` that makes what was observed most probable; O(K d³). While the
   log's contexts are unlike the prior's landmarks it is drawn down to `lambda_novel` (`router_core.novelty`). An arm
   whose own data say that it is better or worse than promised gets a smaller precision of its first weight, its level;
+* with `Hyperparameters.alarm_rate`, an event after which an arm's rewards contradict the posterior too much resets the
+  arm to its prior, with the λ₀ that the run started from (`router_core.changes`);
 * a discount γ < 1 falls at every `block_size`-th event of the log, for all arms at once, and inverts each Λ: O(K d³);
 * Σ's drift from Λ⁻¹ is probed at each block, and Σ inverted afresh at once when it exceeds `drift_tolerance`.
 
@@ -29,6 +31,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from router_core.changes import Watch
 from router_core.errors import FeedbackError, NotFiniteError, ShapeMismatchError
 from router_core.evidence import level_precisions, most_probable_precision
 from router_core.feedback import SignalAccumulator, SignalStatistics
@@ -91,6 +94,7 @@ class ArmPosterior:
         covariance: (d, d) Σ.
         covariance32: (d, d) float32 copy of Σ, for draws.
         mean: (d,) μ with the tail applied.
+        settled: (d,) μ at the last block.
         contexts: (t, d) the tail's x.
         targets: (t,) the tail's reward minus offset.
         corrections: (t, d) rows w with Σ_now = Σ − Σ_rows w wᵀ.
@@ -101,6 +105,7 @@ class ArmPosterior:
     covariance: Array
     covariance32: NDArray[np.float32]
     mean: Array
+    settled: Array
     contexts: Array
     targets: Array
     corrections: Array
@@ -123,6 +128,7 @@ class Posterior:
         drift: largest |ΛΣ − I| over the arms, measured at the last inversion, before it.
         precisions: (K, d) diagonal of each arm's prior precision now; `prior.hyper.lambda0` unless it adapts.
         tally: contexts met and how many of them were novel; empty unless `Prior.watches_novelty`.
+        watches: (K,) what tells that an arm has changed; as at the start unless `Hyperparameters.alarm_rate`.
     """
 
     prior: Prior
@@ -133,6 +139,7 @@ class Posterior:
     precisions: Array
     drift: float = 0.0
     tally: Tally = field(default_factory=Tally)
+    watches: tuple[Watch, ...] = ()
     _means: list[Array] = field(default_factory=list, repr=False, compare=False)
     _events: list[Array] = field(default_factory=list, repr=False, compare=False)
 
@@ -180,6 +187,7 @@ class Posterior:
             *((self.tally.met, self.tally.novel) if self.prior.watches_novelty else ()),
         )
         h = hashlib.sha256(np.int64(self.count).tobytes() + np.array(scalars).tobytes())
+        h.update(np.array(self.watches).tobytes())
         for arm in self.arms:
             for array in (
                 arm.precision,
@@ -216,7 +224,8 @@ def start(prior: Prior, settings: FoldSettings | None = None) -> Posterior:
     precision, covariance = np.eye(d) * lambda0, np.eye(d) / lambda0
     arms = tuple(_arm(precision, lambda0 * mean, covariance, mean.copy()) for mean in prior.means)
     statistics = SignalStatistics.empty(prior.n_arms)
-    return Posterior(prior, settings or FoldSettings(), 0, arms, statistics, np.full((prior.n_arms, d), lambda0))
+    precisions, watches = np.full((prior.n_arms, d), lambda0), (Watch(),) * prior.n_arms
+    return Posterior(prior, settings or FoldSettings(), 0, arms, statistics, precisions, watches=watches)
 
 
 def restore(
@@ -230,6 +239,7 @@ def restore(
     precisions: Array,
     drift: float,
     tally: Tally,
+    watches: Sequence[Watch],
 ) -> Posterior:
     """The posterior at a refresh position, from what a snapshot holds; bit for bit what the fold had there.
 
@@ -243,6 +253,7 @@ def restore(
         precisions: (K, d) diagonals of the arms' prior precisions at the position.
         drift: as it was measured there.
         tally: of novel contexts up to there.
+        watches: (K,) as they were there.
 
     Raises:
         ShapeMismatchError: `count` is no refresh position, or the arrays do not fit the prior.
@@ -259,7 +270,7 @@ def restore(
     for lam, b in zip(precision, information, strict=True):
         covariance = inverse_spd(lam)
         arms.append(_arm(lam, b.copy(), covariance, covariance @ b))
-    return Posterior(prior, settings, count, tuple(arms), statistics, precisions, drift, tally)
+    return Posterior(prior, settings, count, tuple(arms), statistics, precisions, drift, tally, tuple(watches))
 
 
 def fold(state: Posterior, events: Sequence[Event]) -> Posterior:
@@ -304,6 +315,7 @@ def _arm(precision: Array, information: Array, covariance: Array, mean: Array) -
         covariance,
         covariance.astype(np.float32),
         mean,
+        mean,
         np.empty((0, d)),
         np.empty(0),
         np.empty((0, d)),
@@ -319,6 +331,7 @@ class _Folding:
         self._drift = state.drift
         self._precisions = state.precisions
         self._tally = state.tally
+        self._watches = [*state.watches]
         self._landmarks = state.prior.landmarks if state.prior.watches_novelty else None
         self._signal = SignalAccumulator(state.statistics, state.prior.loss_scale)
         self._touched: dict[int, _ArmFolding] = {}
@@ -368,7 +381,18 @@ class _Folding:
     def _learn(self, arm: int, x: NDArray[np.float32], offset: float, verdict: int, feedback: Feedback) -> None:
         reward = self._signal.observe(arm, feedback, verdict=verdict, offset=offset)
         if reward is not None:
+            if self._state.prior.hyper.alarm_rate:
+                self._watch(arm, offset + self._arm(arm).predicted(x), reward)
             self._arm(arm).append(x, reward - offset)
+
+    def _watch(self, arm: int, predicted: float, reward: float) -> None:
+        """Reset the arm if its rewards have contradicted the posterior too much."""
+        hyper, watch = self._state.prior.hyper, self._watches[arm]
+        self._watches[arm] = watch.after(predicted, reward, hyper.alarm_rate)
+        if self._watches[arm].alarms > watch.alarms:
+            self._precisions = self._precisions.copy()
+            self._precisions[arm] = hyper.lambda0
+            self._arm(arm).reset()
 
     def _arm(self, k: int) -> _ArmFolding:
         if k not in self._touched:
@@ -415,6 +439,7 @@ class _Folding:
             drift=self._drift,
             precisions=self._precisions,
             tally=self._tally,
+            watches=tuple(self._watches),
             _means=[],
             _events=[],
         )
@@ -433,7 +458,7 @@ class _ArmFolding:
         self._settings = state.settings
         self._precision, self._information, self._covariance = arm.precision, arm.information, arm.covariance
         self._covariance32: NDArray[np.float32] | None = arm.covariance32
-        self._mean = arm.mean.copy()
+        self._mean, self._settled = arm.mean.copy(), arm.settled
         self._rows = self._corrected = len(arm.targets)
         self._contexts, self._targets, self._corrections = np.empty((m, d)), np.empty(m), np.empty((m, d))
         self._contexts[: self._rows] = arm.contexts
@@ -446,6 +471,17 @@ class _ArmFolding:
         self._rows += 1
         if self._rows == self._settings.block_size:
             self._absorb()
+
+    def predicted(self, x: NDArray[np.float32]) -> float:
+        """xᵀμ at the last block: it does not depend on where the log was cut since."""
+        return float(self._settled @ x.astype(np.float64))
+
+    def reset(self) -> None:
+        """Forget everything but the prior."""
+        d, lambda0 = len(self._mean), self._hyper.lambda0
+        self._precision, self._covariance = np.eye(d) * lambda0, np.eye(d) / lambda0
+        self._information = lambda0 * self._prior_mean
+        self._settle()
 
     def _correct(self, row: int) -> None:
         """Sherman-Morrison on Σ_now = Σ − WᵀW: one more row w = Σx/√(σ² + xᵀΣx), and the mean moves along Σx.
@@ -524,7 +560,8 @@ class _ArmFolding:
         return residual
 
     def _settle(self) -> None:
-        self._mean = self._covariance @ self._information
+        self._settled = self._covariance @ self._information
+        self._mean = self._settled.copy()
         self._covariance32 = None
         self._rows = self._corrected = 0
 
@@ -544,6 +581,7 @@ class _ArmFolding:
             self._covariance,
             self._single_precision(),
             self._mean,
+            self._settled,
             self._contexts[:rows].copy(),
             self._targets[:rows].copy(),
             self._corrections[:rows].copy(),

@@ -54,6 +54,8 @@ class Hyperparameters:
             stream is unlike what the offline stage learned from (`router_core.novelty`); 0 makes no difference.
         floor: ε, share of the instances that go to arms of which little is known, whatever is drawn
             (`policies.bayesian.floors_of`).
+        alarm_rate: α, false alarms per event at most of what resets an arm that has changed (`router_core.changes`); 0
+            resets none. For rewards in [0, 1].
     """
 
     lambda0: float
@@ -63,6 +65,7 @@ class Hyperparameters:
     adapt: bool = False
     lambda_novel: float = 0.0
     floor: float = 0.0
+    alarm_rate: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises HyperparameterError if a value is outside its domain."""
@@ -73,12 +76,13 @@ class Hyperparameters:
             "gamma": 0.0 < self.gamma <= 1.0,
             "lambda_novel": 0.0 <= self.lambda_novel < math.inf,
             "floor": 0.0 <= self.floor < 1.0,
+            "alarm_rate": 0.0 <= self.alarm_rate < 1.0,
         }
         for name, good in inside.items():
             if not good:
                 raise HyperparameterError(
                     f"hyper-parameter {name} = {getattr(self, name)}: lambda0 and sigma2 must be positive and finite, "
-                    "v and lambda_novel finite and at least 0, gamma inside (0, 1], floor inside [0, 1)"
+                    "v and lambda_novel finite and at least 0, gamma inside (0, 1], floor and alarm_rate inside [0, 1)"
                 )
 
 
@@ -96,7 +100,7 @@ PAPER_HYPERPARAMETERS = Hyperparameters(lambda0=1.0, sigma2=1.0, v=1.0)
 """The paper's online setting: Λ₀ = I, unit noise, no scaling of the exploration."""
 
 CALIBRATED_HYPERPARAMETERS = Hyperparameters(
-    lambda0=100.0, sigma2=0.16, v=0.2, adapt=True, lambda_novel=30.0, floor=0.025
+    lambda0=100.0, sigma2=0.16, v=0.2, adapt=True, lambda_novel=30.0, floor=0.025, alarm_rate=1e-5
 )
 """Measured on recorded pairs (docs/experiments.md); a checkpoint may hold better ones for its own data."""
 

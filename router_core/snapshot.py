@@ -14,14 +14,15 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from router_core.changes import Watch
 from router_core.errors import SnapshotError
 from router_core.feedback import SignalStatistics
 from router_core.novelty import Tally
 from router_core.posterior import FoldSettings, Posterior, restore
 from router_core.prior import Prior
 
-FORMAT = "reward-router-snapshot/3"
-"""2 added `loss_history`, 3 `pooled` and `lambda0`. A run of another version has another fingerprint, too."""
+FORMAT = "reward-router-snapshot/4"
+"""A run of another version has another fingerprint, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ def dump(snapshot: Snapshot, fingerprint: str) -> bytes:
         "loss_history": stats.loss_history,
         "pooled": stats.pooled,
         "precisions": posterior.precisions,
+        "watches": np.array(posterior.watches),
     }
     header = {
         "format": FORMAT,
@@ -112,5 +114,6 @@ def parse(data: bytes, fingerprint: str, prior: Prior, settings: FoldSettings) -
         precisions=tensors["precisions"],
         drift=float.fromhex(header["drift"]),
         tally=Tally(*map(float.fromhex, header.get("tally", ()))),
+        watches=[Watch(*row) for row in tensors["watches"].tolist()],
     )
     return Snapshot(posterior, header["last_event_id"])

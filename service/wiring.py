@@ -333,8 +333,8 @@ def build_prior(
 ) -> Prior:
     """The prior of that form; by default of the one that the settings and the checkpoint name.
 
-    The settings' lambda0, sigma2, v, gamma, adapt, lambda_novel and floor override those of every form but `linucb`,
-    which is LASER's as published.
+    The settings' lambda0, sigma2, v, gamma, adapt, lambda_novel, floor and alarm_rate override those of every form but
+    `linucb`, which is LASER's as published.
 
     Raises:
         ConfigurationError: a prior form that needs a checkpoint, without one.
@@ -440,7 +440,7 @@ def _load_checkpoint(settings: Settings, names: list[str]) -> Checkpoint | None:
 
 
 def _overridden(hyper: Hyperparameters, settings: Settings) -> Hyperparameters:
-    names = ("lambda0", "sigma2", "v", "gamma", "adapt", "lambda_novel", "floor")
+    names = ("lambda0", "sigma2", "v", "gamma", "adapt", "lambda_novel", "floor", "alarm_rate")
     given = {name: getattr(settings, name) for name in names}
     if settings.lambda0 is not None and settings.adapt is None:
         given["adapt"] = False

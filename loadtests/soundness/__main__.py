@@ -10,13 +10,20 @@ from types import MappingProxyType
 
 from loadtests.report import describe, machine, table, use_one_blas_thread, write_json
 from loadtests.soundness.adaptation import adaptation
+from loadtests.soundness.changes import changes
 from loadtests.soundness.coverage import coverage
 from loadtests.soundness.exploration import exploration
 from loadtests.soundness.intervals import intervals
 from loadtests.soundness.report import DEFAULT_DATA, Experiment, Options
 
 EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
-    {"coverage": coverage, "intervals": intervals, "adaptation": adaptation, "exploration": exploration}
+    {
+        "coverage": coverage,
+        "intervals": intervals,
+        "adaptation": adaptation,
+        "exploration": exploration,
+        "changes": changes,
+    }
 )
 """Every experiment by its name. To add one: a module with a function, and a line here."""
 

@@ -169,6 +169,7 @@ class RunTemplate:
             "blas_threads": self._blas_threads,
             # Only where it matters: runs that do without keep the fingerprint that they always had.
             **({"lambda_novel": prior.hyper.lambda_novel} if prior.watches_novelty else {}),
+            **({"alarm_rate": prior.hyper.alarm_rate} if prior.hyper.alarm_rate else {}),
         }
         return json.dumps(identity, sort_keys=True)
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
 
 from router_core.errors import ShapeMismatchError
-from router_core.evidence import LAMBDA_GRID, log_evidence, most_probable_precision
+from router_core.evidence import (
+    LAMBDA_GRID,
+    LEVEL_GAIN,
+    LEVEL_GRID,
+    level_precisions,
+    log_evidence,
+    most_probable_precision,
+)
 from router_core.posterior import FoldSettings, Posterior, fold, start
 from router_core.prior import Hyperparameters, Prior, calibrated_prior
 from router_core.records import Event, Feedback, Signal
@@ -77,6 +86,47 @@ def test_an_adapting_log_folds_to_the_same_bits_wherever_it_is_cut(gamma: float)
     back = parse(dump(Snapshot(at, "1-1"), "run"), "run", prior(hyper=hyper), SETTINGS).posterior
     assert back.lambda0 == at.lambda0 != 100.0
     assert fold(back, events[64:]).digest() == whole.digest()
+
+
+def test_a_level_is_found_by_the_arms_own_data_alone() -> None:
+    rng = np.random.default_rng(6)
+    x = np.concatenate([np.ones((40, 1)), rng.standard_normal((40, 3))], axis=1) / 2
+    targets = 0.3 + 0.4 * rng.standard_normal(40)
+    gram, information = x.T @ x / 0.16, x.T @ targets / 0.16
+    nothing = np.zeros((4, 4)), np.zeros(4)
+    alone = level_precisions(gram[None], information[None], 1e4)
+    assert alone[0] < 20
+    grams, informations = np.stack([gram, nothing[0]]), np.stack([information, nothing[1]])
+    assert level_precisions(grams, informations, 1e4).tolist() == [alone[0], 1e4]
+    # Three observations of 0.3 are too few to tell, and ones around 0 say nothing.
+    few = x[:3].T @ x[:3] / 0.16, x[:3].T @ np.full(3, 0.3) / 0.16
+    assert level_precisions(few[0][None], few[1][None], 1e4).tolist() == [1e4]
+    assert level_precisions(gram[None], (x.T @ (targets - 0.3) / 0.16)[None], 1e4).tolist() == [1e4]
+
+
+def test_the_level_has_the_evidence_of_a_regression() -> None:
+    rng = np.random.default_rng(7)
+    x, t, precision = rng.standard_normal((30, 3)) / 2, 0.5 + 0.3 * rng.standard_normal(30), 50.0
+    x[:, 0] = 0.5
+    chosen = level_precisions((x.T @ x / 0.16)[None], (x.T @ t / 0.16)[None], precision)[0]
+
+    def density(level: float) -> float:
+        prior_covariance = np.diag([1 / level, 1 / precision, 1 / precision])
+        covariance = 0.16 * np.eye(30) + x @ prior_covariance @ x.T
+        return float(multivariate_normal(np.zeros(30), covariance).logpdf(t))
+
+    assert density(chosen) - density(precision) > LEVEL_GAIN
+    assert density(chosen) == max(density(level) for level in LEVEL_GRID)
+
+
+def test_an_arm_that_keeps_its_promise_makes_no_other_certain_of_its_level() -> None:
+    rng = np.random.default_rng(8)
+    kept = [replace(event, arm=0) for event in rewards_of_truth(rng, 640, 0.0)]
+    x = np.float32([1.0, 0.0, 0.0]).tobytes()
+    surprise = [Event(1, x, 0.5, 0, Feedback(Signal.REWARD, 0.75))] * 48
+    state = fold(start(prior(), SETTINGS), [*kept, *surprise])
+    assert state.lambda0 > 50 > 20 > state.precisions[1, 0]
+    assert state.precisions[0, 0] == state.lambda0
 
 
 def test_the_precision_moves_at_the_eighth_event() -> None:

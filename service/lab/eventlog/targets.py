@@ -80,7 +80,7 @@ class Targets:
         given: dict[str, object] = {"signal": header.signal}
         if form is header.form and form is not PriorForm.LINUCB:
             given |= dict(zip(("lambda0", "sigma2", "gamma", "adapt"), header.fingerprint["hyper"], strict=False))
-            given["lambda_novel"] = header.fingerprint.get("lambda_novel", 0.0)
+            given |= {name: header.fingerprint.get(name, 0.0) for name in ("lambda_novel", "alarm_rate")}
         if form in _OFFLINE_FORMS and self._checkpoint is None:
             raise ConfigurationError(
                 f"policy {name!r} starts from the prior {form.value!r}, which a checkpoint holds: give --checkpoint"
