@@ -55,7 +55,7 @@ class Watch(NamedTuple):
             rate: α, false alarms per event at most.
 
         >>> watch = Watch(events=WARM_UP)
-        >>> for _ in range(20):
+        >>> for _ in range(22):
         ...     watch = watch.after(0.9, 0.0, 1e-5)
         >>> watch.alarms
         1.0

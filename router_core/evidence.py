@@ -77,8 +77,8 @@ def level_precisions(grams: Array, informations: Array, precision: float) -> Arr
     Returns:
         (K,) in (0, λ].
 
-    >>> level_precisions(np.array([[[60.0]], [[60.0]]]), np.array([[1.0], [18.0]]), 1e4).round(2).tolist()
-    [10000.0, 17.78]
+    >>> level_precisions(np.array([[[60.0]], [[60.0]]]), np.array([[1.0], [22.0]]), 1e4).round(2).tolist()
+    [10000.0, 10.0]
     """
     rest = grams[:, 1:, 1:] + precision * np.eye(grams.shape[-1] - 1)
     solved = np.linalg.solve(rest, np.concatenate([grams[:, 1:, :1], informations[:, 1:, None]], axis=2))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
@@ -117,16 +115,6 @@ def test_the_level_has_the_evidence_of_a_regression() -> None:
 
     assert density(chosen) - density(precision) > LEVEL_GAIN
     assert density(chosen) == max(density(level) for level in LEVEL_GRID)
-
-
-def test_an_arm_that_keeps_its_promise_makes_no_other_certain_of_its_level() -> None:
-    rng = np.random.default_rng(8)
-    kept = [replace(event, arm=0) for event in rewards_of_truth(rng, 640, 0.0)]
-    x = np.float32([1.0, 0.0, 0.0]).tobytes()
-    surprise = [Event(1, x, 0.5, 0, Feedback(Signal.REWARD, 0.75))] * 48
-    state = fold(start(prior(), SETTINGS), [*kept, *surprise])
-    assert state.lambda0 > 50 > 20 > state.precisions[1, 0]
-    assert state.precisions[0, 0] == state.lambda0
 
 
 def test_the_precision_moves_at_the_eighth_event() -> None:
