@@ -16,9 +16,9 @@ LAMBDA_GRID: Array = 10.0 ** np.arange(0.5, 4.01, 0.25)
 LEVEL_GRID: Array = 10.0 ** np.arange(-0.5, 2.01, 0.25)
 """Precisions of an arm's level: sd 1.8 to 0.1 of a weight that the context multiplies by about a third."""
 
-LEVEL_GAIN = 1.5
-"""Nats by which an arm's data must favour a level of its own. 1 costs accuracy in distribution, 2 finds better arms
-later (docs/experiments.md)."""
+BETTER_GAIN, WORSE_GAIN = 1.0, 3.0
+"""Nats by which an arm's data must favour a level of its own: few for an arm that is better than said, since only few
+ask it; more for one that is worse, which is asked often (docs/experiments.md)."""
 
 
 def log_evidence(gram: Array, information: Array, grid: Array = LAMBDA_GRID) -> Array:
@@ -60,7 +60,7 @@ def most_probable_precision(grams: Array, informations: Array) -> float:
 
 
 def level_precisions(grams: Array, informations: Array, precision: float) -> Array:
-    """κ_k of each arm's first weight: λ, or a smaller one that the arm's own data make more probable by `LEVEL_GAIN`.
+    """κ_k of each arm's first weight: λ, or a smaller one that the arm's own data make clearly more probable.
 
     The first column of a context is its constant, so that its weight is an arm's level: by how much the arm is better
     or worse than said, on all texts. With the other weights integrated out under N(0, I/λ), the data say
@@ -89,5 +89,6 @@ def level_precisions(grams: Array, informations: Array, precision: float) -> Arr
     evidence = 0.5 * (np.log(grid / total) + np.square(level)[:, None] / total)
     best = evidence.argmax(axis=1)
     gain = evidence[np.arange(len(grams)), best] - evidence[:, -1]
-    chosen: Array = np.where(gain > LEVEL_GAIN, grid[best], precision)
+    needed = np.where(level > 0.0, BETTER_GAIN, WORSE_GAIN)
+    chosen: Array = np.where(gain > needed, grid[best], precision)
     return chosen

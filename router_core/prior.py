@@ -100,7 +100,7 @@ PAPER_HYPERPARAMETERS = Hyperparameters(lambda0=1.0, sigma2=1.0, v=1.0)
 """The paper's online setting: Λ₀ = I, unit noise, no scaling of the exploration."""
 
 CALIBRATED_HYPERPARAMETERS = Hyperparameters(
-    lambda0=100.0, sigma2=0.16, v=0.2, adapt=True, lambda_novel=30.0, floor=0.025, alarm_rate=1e-5
+    lambda0=100.0, sigma2=0.16, v=0.2, adapt=True, lambda_novel=30.0, floor=0.02, alarm_rate=1e-5
 )
 """Measured on recorded pairs (docs/experiments.md); a checkpoint may hold better ones for its own data."""
 

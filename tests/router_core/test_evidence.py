@@ -8,8 +8,8 @@ from scipy.stats import multivariate_normal
 
 from router_core.errors import ShapeMismatchError
 from router_core.evidence import (
+    BETTER_GAIN,
     LAMBDA_GRID,
-    LEVEL_GAIN,
     LEVEL_GRID,
     level_precisions,
     log_evidence,
@@ -96,10 +96,14 @@ def test_a_level_is_found_by_the_arms_own_data_alone() -> None:
     assert alone[0] < 20
     grams, informations = np.stack([gram, nothing[0]]), np.stack([information, nothing[1]])
     assert level_precisions(grams, informations, 1e4).tolist() == [alone[0], 1e4]
-    # Three observations of 0.3 are too few to tell, and ones around 0 say nothing.
-    few = x[:3].T @ x[:3] / 0.16, x[:3].T @ np.full(3, 0.3) / 0.16
+    # Three observations of 0.1 are too few to tell, and ones around 0 say nothing.
+    few = x[:3].T @ x[:3] / 0.16, x[:3].T @ np.full(3, 0.1) / 0.16
     assert level_precisions(few[0][None], few[1][None], 1e4).tolist() == [1e4]
     assert level_precisions(gram[None], (x.T @ (targets - 0.3) / 0.16)[None], 1e4).tolist() == [1e4]
+    # A fall of the level needs more than a rise of the same size.
+    little = x[:20].T @ x[:20] / 0.16, x[:20].T @ np.full(20, 0.25) / 0.16
+    assert level_precisions(little[0][None], little[1][None], 1e4)[0] < 1e4
+    assert level_precisions(little[0][None], -little[1][None], 1e4).tolist() == [1e4]
 
 
 def test_the_level_has_the_evidence_of_a_regression() -> None:
@@ -113,7 +117,7 @@ def test_the_level_has_the_evidence_of_a_regression() -> None:
         covariance = 0.16 * np.eye(30) + x @ prior_covariance @ x.T
         return float(multivariate_normal(np.zeros(30), covariance).logpdf(t))
 
-    assert density(chosen) - density(precision) > LEVEL_GAIN
+    assert density(chosen) - density(precision) > BETTER_GAIN
     assert density(chosen) == max(density(level) for level in LEVEL_GRID)
 
 
