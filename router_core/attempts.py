@@ -22,13 +22,15 @@ class Outcome(StrEnum):
     """The scorer gave a reward for every response."""
     FAILED = "failed"
     """The scorer was asked and gave no reward."""
+    ABSTAINED = "abstained"
+    """The scorer was asked and does not apply to the instance: no failure, and no reward."""
     AWAY = "away"
     """The plan wanted this scorer, and it could not be asked."""
     ABSENT = "absent"
     """The scorer could not have been asked in this turn; the plan wanted another one. Propensities exclude it."""
 
 
-ASKED = frozenset({Outcome.ANSWERED, Outcome.FAILED})
+ASKED = frozenset({Outcome.ANSWERED, Outcome.FAILED, Outcome.ABSTAINED})
 """Outcomes of scorers that were asked."""
 
 
@@ -96,8 +98,8 @@ def excluded(attempts: Sequence[Attempt], turn: int) -> list[int]:
 
 
 def passed_over(attempts: Sequence[Attempt]) -> list[Attempt]:
-    """Return the attempts that a plan wanted and that brought nothing: failures and scorers that were away."""
-    return [attempt for attempt in attempts if attempt.outcome in (Outcome.FAILED, Outcome.AWAY)]
+    """Return the attempts that a plan wanted and that brought nothing: failed, abstained, or away."""
+    return [attempt for attempt in attempts if attempt.outcome in (Outcome.FAILED, Outcome.ABSTAINED, Outcome.AWAY)]
 
 
 def waited_seconds(attempts: Sequence[Attempt]) -> float:

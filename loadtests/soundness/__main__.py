@@ -10,19 +10,27 @@ from types import MappingProxyType
 
 from loadtests.report import describe, machine, table, use_one_blas_thread, write_json
 from loadtests.soundness.adaptation import adaptation
+from loadtests.soundness.calibration import calibration
 from loadtests.soundness.changes import changes
 from loadtests.soundness.coverage import coverage
 from loadtests.soundness.exploration import exploration
 from loadtests.soundness.intervals import intervals
+from loadtests.soundness.published import published
+from loadtests.soundness.refitting import refitting
 from loadtests.soundness.report import DEFAULT_DATA, Experiment, Options
+from loadtests.soundness.tuning import tuning
 
 EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
     {
-        "coverage": coverage,
-        "intervals": intervals,
         "adaptation": adaptation,
-        "exploration": exploration,
+        "calibration": calibration,
         "changes": changes,
+        "coverage": coverage,
+        "exploration": exploration,
+        "intervals": intervals,
+        "published": published,
+        "refitting": refitting,
+        "tuning": tuning,
     }
 )
 """Every experiment by its name. To add one: a module with a function, and a line here."""

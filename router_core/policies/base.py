@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +90,9 @@ class Policy(Protocol):
     def pacer(self) -> Pacer | None:
         """Return what keeps a new run to its budget; None where the number of calls is fixed."""
 
+    def at(self, multiplier: float | None) -> Policy:
+        """Return the policy whose draws are made at this price of a call; itself where price does not matter."""
+
     def plan_for(self, view: View) -> Plan:
         """Return whom to ask about one instance."""
 
@@ -105,6 +108,10 @@ class OneCall(AskBest):
     def pacer(self) -> Pacer | None:
         """Return None: the number of calls is fixed."""
         return None
+
+    def at(self, multiplier: float | None) -> Self:
+        """Return itself: price does not matter."""
+        return self
 
     def plan_for(self, view: View) -> Plan:
         """Return itself: the plan is the same for every instance."""
@@ -123,6 +130,10 @@ class AllCalls(AskAll):
     def pacer(self) -> Pacer | None:
         """Return None: the number of calls is fixed."""
         return None
+
+    def at(self, multiplier: float | None) -> Self:
+        """Return itself: price does not matter."""
+        return self
 
     def plan_for(self, view: View) -> Plan:
         """Return itself: the plan is the same for every instance."""
@@ -165,19 +176,25 @@ def floor_draws(floors: Array, uniforms: Array) -> tuple[NDArray[np.int64], Arra
     the first among any arms that are left is k with probability f_k/Σ f.
 
     Args:
-        floors: (B, K), positive.
+        floors: (B, K); an arm with none comes last.
         uniforms: (B, 1 + K) in [0, 1): the first column decides which, the others give the waiting times.
 
     Returns:
         Rows (R,), and (R, K) waiting times less than 0: the largest comes first.
     """
     rows = np.flatnonzero(uniforms[:, 0] < floors.sum(axis=1))
-    keys: Array = np.log1p(-uniforms[rows, 1:]) / floors[rows]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        keys: Array = np.nan_to_num(np.log1p(-uniforms[rows, 1:]) / floors[rows], nan=-np.inf, neginf=-np.inf)
     return rows, keys
 
 
 def draw_batch(
-    policy: Policy, x: NDArray[np.float32], offsets: Array, posterior: Posterior, rng: np.random.Generator
+    policy: Policy,
+    x: NDArray[np.float32],
+    offsets: Array,
+    posterior: Posterior,
+    rng: np.random.Generator,
+    barred: NDArray[np.bool_] | None = None,
 ) -> Choices:
     """The draws of B instances that came together: one per instance, or one for all where the policy says so.
 
@@ -190,11 +207,14 @@ def draw_batch(
         offsets: (B, K) float64.
         posterior: what the run has learned.
         rng: the run's generator.
+        barred: (B, K), arms that do not apply to an instance and are never asked; None where all apply. One draw for
+            all instances bars what does not apply to one of them.
     """
     if not policy.one_arm_per_batch:
-        return draw(policy.beliefs(x, offsets, posterior), rng)
+        return draw(_without(policy.beliefs(x, offsets, posterior), barred), rng)
     mean = x.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
-    one = draw(policy.beliefs(mean, offsets.mean(axis=0, keepdims=True), posterior), rng)
+    any_barred = None if barred is None else np.atleast_2d(barred.any(axis=0))
+    one = draw(_without(policy.beliefs(mean, offsets.mean(axis=0, keepdims=True), posterior), any_barred), rng)
     size = len(x)
     return Choices(
         one.ranking.repeat(size, axis=0),
@@ -204,6 +224,14 @@ def draw_batch(
         one.propensities.repeat(size, axis=0),
         one.floors.repeat(size, axis=0),
     )
+
+
+def _without(beliefs: Beliefs, barred: NDArray[np.bool_] | None) -> Beliefs:
+    """Return the beliefs with −inf as the mean, and no floor, of what is never asked."""
+    if barred is None or not barred.any():
+        return beliefs
+    floors = None if beliefs.floors is None else np.where(barred, 0.0, beliefs.floors)
+    return Beliefs(np.where(barred, -np.inf, beliefs.means), beliefs.sds, floors)
 
 
 def propensity_without(means: Array, sds: Array, floors: Array, gone: Sequence[int], asked: int) -> float:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -37,11 +36,9 @@ from service.errors import ConfigurationError, ServiceError
 from service.lab.labelling.ask import AskPolicy, ModelAsker, is_failure
 from service.lab.labelling.journal import Answer, Journal, content_key, write_atomically
 from service.lab.labelling.rows import Known, earlier_answers, labelled_lines, summarise
-from service.pool import ModelEntry, load_pool
-from service.scorers.protocol import Arm
-from service.scorers.rm.client import VllmArm
-from service.scorers.rm.health import HealthMonitor, HealthPolicy
-from service.wiring import build_arm
+from service.pool import Entry, PoolFile, load_pool
+from service.scorers.protocol import Scorer
+from service.scorers.registry import build_scorer
 
 FAILED_ROWS = 3
 """Exit status when all was asked, and an RM failed on some rows."""
@@ -118,7 +115,7 @@ def _failed(summary: Mapping[str, Any]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _chosen(pool: Path, models: str | None) -> list[ModelEntry]:
+def _chosen(pool: Path, models: str | None) -> list[Entry]:
     entries = load_pool(pool).models
     names = parse_pool(models)
     unknown = [name for name in names if name not in {entry.name for entry in entries}]
@@ -154,9 +151,7 @@ def _warn_of_unlabelled(rows: Sequence[Row], console: Console) -> None:
         )
 
 
-def _ask_all(
-    entries: Sequence[ModelEntry], wanted: Wanted, policy: AskPolicy, journal: Journal, console: Console
-) -> float:
+def _ask_all(entries: Sequence[Entry], wanted: Wanted, policy: AskPolicy, journal: Journal, console: Console) -> float:
     """Ask all RMs at once; returns the seconds that it took.
 
     Raises:
@@ -166,7 +161,8 @@ def _ask_all(
     if not entries:
         return 0.0
     began = time.monotonic()
-    arms = [build_arm(entry, read_settings(worker_timeout_seconds=policy.timeout_seconds)) for entry in entries]
+    settings, pool = read_settings(worker_timeout_seconds=policy.timeout_seconds), PoolFile(models=tuple(entries))
+    arms = [build_scorer(entry, settings, pool) for entry in entries]
     try:
         with _progress(console) as progress, _worker_notes(progress.console):
             failures = asyncio.run(_ask_pool(arms, wanted, policy, journal, progress))
@@ -183,21 +179,19 @@ def _kept(journal: Journal) -> str:
 
 
 async def _ask_pool(
-    arms: Sequence[VllmArm], wanted: Wanted, policy: AskPolicy, journal: Journal, progress: Progress
+    arms: Sequence[Scorer], wanted: Wanted, policy: AskPolicy, journal: Journal, progress: Progress
 ) -> list[ServiceError]:
     """All RMs at once; returns the errors of those that could not be asked to the end."""
-    monitor = HealthMonitor(arms, HealthPolicy(timeout_seconds=policy.timeout_seconds), np.random.default_rng())
     try:
-        await monitor.check_all()
-        monitor.start()
+        await asyncio.gather(*(arm.check() for arm in arms))
+        for arm in arms:
+            arm.start()
         askers = [_asker(arm, policy, _recorder(arm.name, len(wanted[arm.name]), journal, progress)) for arm in arms]
         outcomes = await asyncio.gather(
             *(_asked(asker, wanted[arm.name]) for arm, asker in zip(arms, askers, strict=True))
         )
     finally:
-        await monitor.stop()
-        for arm in arms:
-            await arm.close()
+        await asyncio.gather(*(arm.close() for arm in arms))
     return [outcome for outcome in outcomes if outcome is not None]
 
 
@@ -210,21 +204,20 @@ async def _asked(asker: ModelAsker, instances: Sequence[tuple[str, Instance]]) -
     return None
 
 
-def _asker(arm: VllmArm, policy: AskPolicy, record: Callable[[Sequence[Answer]], None]) -> ModelAsker:
-    """One request a batch: a rendering that takes one conversation a request gets one pair a batch."""
-    limit = arm.rendering.items_limit
-    if limit == 1:
+def _asker(arm: Scorer, policy: AskPolicy, record: Callable[[Sequence[Answer]], None]) -> ModelAsker:
+    """Return what asks one scorer: where a request holds one conversation, with one pair a batch."""
+    if arm.status().rendering == "messages":
         policy = replace(policy, batch=1)
 
     def describe() -> str:
-        return "; ".join(f"{one.url}: {one.problem or one.state.value}" for one in arm.snapshots())
+        return "; ".join(f"{one.url}: {one.problem or one.state}" for one in arm.status().replicas)
 
     return ModelAsker(arm, policy, record, describe)
 
 
-def _require_usable(arm: Arm) -> None:
+def _require_usable(arm: Scorer) -> None:
     """Raises ConfigurationError if the probe has found every replica unfit: no waiting helps."""
-    problems = [one.problem for one in arm.snapshots()] if isinstance(arm, VllmArm) else []
+    problems = [one.problem for one in arm.status().replicas]
     if problems and all(problems):
         raise ConfigurationError(f"RM {arm.name!r}: {'; '.join(filter(None, problems))}")
 

@@ -8,7 +8,8 @@ from fastapi import APIRouter, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field
 
-from service.usecases.status import ArmStatus, PosteriorStatus, StatusService
+from service.scorers.status import ScorerStatus
+from service.usecases.status import PosteriorStatus, StatusService
 
 
 class Live(BaseModel):
@@ -62,7 +63,7 @@ def system_router() -> APIRouter:
         return Response(await _status(request).render_metrics(), media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/models", tags=["routing"], summary="The pool and its workers")
-    async def models(request: Request) -> list[ArmStatus]:
+    async def models(request: Request) -> list[ScorerStatus]:
         """Each RM: what requests to it hold, how many tokens it reads, and its replicas: address, whether it is up,
         requests in flight, smoothed latency, what the probe found.
         """

@@ -1,16 +1,18 @@
-"""What the use cases know of a reward model: a name, whether it can be asked, and a score per (prompt, response).
+"""What everybody knows of a scorer: whether it can be asked, what it makes of instances, how it fares.
 
-`service.wiring` builds the concrete `service.scorers.rm.client.VllmArm`; unit tests hand in scripted ones.
+`service.scorers.registry` builds one per entry of the pool file; unit tests hand in scripted ones.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from router_core.records import Instance
 from service.errors import ServiceError
+from service.scorers.admission import Admission, Ticket
+from service.scorers.status import ScorerStatus
 
 
 class OverLong(StrEnum):
@@ -24,85 +26,77 @@ class OverLong(StrEnum):
     """The prompt loses tokens on its left, all responses the same; as `skip` where that does not help."""
 
 
-class Rewards(list[float]):
-    """The rewards of one instance's responses, and what was cut of its prompt to get them.
+class Scored(NamedTuple):
+    """What a scorer made of one instance.
 
     Attributes:
+        rewards: raw reward per response (n,), finite.
         prompt_tokens_cut: tokens that the prompt lost on its left; 0 when it was read whole.
+        components: parts of the rewards by name, each (n,); empty for a scorer that gives one number.
     """
 
-    __slots__ = ("prompt_tokens_cut",)
-
-    def __init__(self, rewards: Iterable[float] = (), *, prompt_tokens_cut: int = 0) -> None:
-        super().__init__(rewards)
-        self.prompt_tokens_cut = prompt_tokens_cut
+    rewards: list[float]
+    prompt_tokens_cut: int = 0
+    components: Mapping[str, list[float]] = {}
 
 
-class Arm(Protocol):
-    """One reward model, behind any number of equal replicas."""
+class Scorer(Admission, Protocol):
+    """One scorer of the pool, behind any number of equal servers. Nobody looks behind this."""
 
     @property
     def name(self) -> str:
-        """The RM's name in the pool."""
+        """The scorer's name in the pool."""
 
     @property
-    def available(self) -> bool:
-        """False while every replica's circuit is open or the arm is over its limit of requests in flight."""
+    def kind(self) -> str:
+        """Its kind: a key of `service.scorers.registry.KINDS`."""
 
     @property
-    def reachable(self) -> bool:
-        """False while every replica's circuit is open; one that is only over its limit is reachable."""
+    def choosy(self) -> bool:
+        """True if `applies` may return False."""
 
-    async def score(self, items: Sequence[tuple[str, str]], *, deadline: float) -> list[float]:
-        """Ask one replica for the raw reward (logit, no activation) of each (prompt, response).
+    def applies(self, instance: Instance) -> bool:
+        """Return False if it is known beforehand that the scorer has nothing to say about an instance."""
 
-        All items together are one instance. Equal items are asked once and have equal rewards.
+    async def score(
+        self, instances: Sequence[Instance], *, deadline: float, ticket: Ticket | None = None
+    ) -> list[Scored | WorkerError]:
+        """Ask about many instances at once; what is wrong with one does not fail the others.
+
+        Equal responses of an instance have equal rewards.
 
         Args:
-            items: (prompt, response) texts, at least one.
+            instances: at least one, each with at least one response.
             deadline: absolute time of `asyncio.get_running_loop().time()`, in seconds, retries included.
+            ticket: of the call that this is a piece of. A piece is admitted with its call: a scorer that is over its
+                limit makes it wait, where it refuses a call of its own.
 
         Returns:
-            One finite reward per item, in order; `Rewards` where the prompt may have been cut.
-
-        Raises:
-            WorkerUnavailableError: no replica could answer (refused, dropped, 5xx, open circuit, over its limit).
-            WorkerTimeoutError: the deadline passed.
-            WorkerRejectedError: the worker refused this input (4xx); another replica would refuse it too.
-            WorkerTooLongError: of those, for its length.
-            WorkerInputError: of those, the worker failed on this input, twice, and answered other inputs meanwhile.
-            WorkerProtocolError: the answer is not what `/classify` promises, or is NaN or infinite.
+            Per instance, in order, what was made of it, or the error for which there is nothing: a
+            `WorkerRejectedError` for what the scorer refuses, an `AbstainedError` where it does not apply, another
+            `WorkerError` for all instances of a request that failed. Several may share one error object. Never raises
+            a `WorkerError`.
         """
 
-    def slots(self) -> asyncio.Semaphore:
-        """As many as one call has requests in flight at most; calls that are parts of one share them."""
+    def status(self) -> ScorerStatus:
+        """Return what operators see of it."""
 
-    async def score_groups(
-        self,
-        groups: Sequence[Sequence[tuple[str, str]]],
-        *,
-        deadline: float,
-        slots: asyncio.Semaphore | None = None,
-    ) -> list[list[float] | WorkerError]:
-        """Ask for the raw rewards of many instances at once; what is wrong with one does not fail the others.
+    @property
+    def unexpected_errors(self) -> int:
+        """Health checks that failed by a fault of ours, since the start; 0 unless there is a bug."""
 
-        Equal items of an instance are asked once and have equal rewards.
+    async def check(self) -> None:
+        """Probe every server once, before the first traffic. A server that does not pass gets none."""
 
-        Args:
-            groups: (prompt, response) texts by instance, at least one group and one item in each.
-            deadline: of the whole call; see `score`.
-            slots: of the whole that this call is part of; its own when None. A part is admitted with its whole: an arm
-                that is over its limit makes it wait, where it refuses a call of its own.
+    def start(self) -> None:
+        """Begin health checks in the background of the running loop."""
 
-        Returns:
-            Per group, in order, its rewards in the order of its items, or the error for which it has none: a
-            `WorkerRejectedError` for what the worker refuses, another `WorkerError` for all groups of a request that
-            failed. Several groups may share one error object. Never raises a `WorkerError`.
-        """
+    async def close(self) -> None:
+        """End health checks and close connections; requests in flight fail."""
 
 
 class WorkerError(ServiceError):
-    """The asked RM gave no reward. The use case goes on to the next-best draw."""
+    """The asked scorer gave no reward. The use case goes on to the next-best draw."""
 
 
 class WorkerUnavailableError(WorkerError):
@@ -151,3 +145,10 @@ class WorkerProtocolError(WorkerError):
 
     status = 502
     code = "worker_protocol"
+
+
+class AbstainedError(WorkerError):
+    """The scorer does not apply to the instance. No failure, and no reward."""
+
+    status = 422
+    code = "abstained"

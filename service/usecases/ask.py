@@ -19,25 +19,23 @@ from router_core.attempts import Attempt, Outcome, answers, passed_over
 from router_core.policies import Plan
 from router_core.records import TIE, Instance, verdict_of
 from service.errors import DeadlineExceededError, NoWorkerError, ServiceError
+from service.scorers.admission import Ticket
 from service.scorers.protocol import (
-    Arm,
-    Rewards,
+    AbstainedError,
+    Scored,
+    Scorer,
     WorkerError,
     WorkerRejectedError,
     WorkerTimeoutError,
     WorkerTooLongError,
     WorkerUnavailableError,
 )
-from service.usecases.admission import Tickets
 
 PATIENT_INSTANCES = 64
 """An RM may take `worker_timeout_seconds` for every so many instances that it is asked about at once."""
 
 UNAVAILABLE = WorkerUnavailableError.code
 """Reason of an attempt at a scorer that could not be asked."""
-
-PRICE = 1.0
-"""Price of one asking, in units of the cheapest scorer."""
 
 
 @dataclass(slots=True)
@@ -68,16 +66,53 @@ class Told(NamedTuple):
     error: WorkerError | None
 
 
+class Tickets:
+    """The tickets of one call, by arm.
+
+    Args:
+        arms: the pool's scorers.
+        shared: see `Ticket`.
+    """
+
+    __slots__ = ("_by_arm", "arms", "shared")
+
+    def __init__(self, arms: Sequence[Scorer], *, shared: bool = False) -> None:
+        self.arms = arms
+        self.shared = shared
+        self._by_arm: dict[int, Ticket] = {}
+
+    def closed(self) -> frozenset[int]:
+        """Return the arms that this call cannot ask now."""
+        taken = self._by_arm
+        return frozenset(
+            [
+                index
+                for index, arm in enumerate(self.arms)
+                if not (arm.available if index not in taken else taken[index].open)
+            ]
+        )
+
+    def __getitem__(self, arm: int) -> Ticket:
+        """Return the call's ticket for an arm."""
+        if arm not in self._by_arm:
+            self._by_arm[arm] = Ticket(self.arms[arm], shared=self.shared)
+        return self._by_arm[arm]
+
+
 class Asker:
     """Carries out plans.
 
     Args:
         called: counter of calls by scorer and outcome (`ok`, or a failure's code).
+        prices: of one asking, by arm, in units of the cheapest scorer.
         timeout_seconds: a scorer may take so long for every `PATIENT_INSTANCES` instances.
     """
 
-    def __init__(self, called: Callable[[str, str], Counter], *, timeout_seconds: float) -> None:
+    def __init__(
+        self, called: Callable[[str, str], Counter], prices: Sequence[float], *, timeout_seconds: float
+    ) -> None:
         self._called = called
+        self._prices = prices
         self._timeout_seconds = timeout_seconds
 
     async def ask(self, inquiries: Sequence[Inquiry], tickets: Tickets, deadline: float) -> None:
@@ -123,20 +158,20 @@ class Asker:
     ) -> list[Told]:
         """Ask one scorer about all of them. What is wrong with one instance does not fail the others."""
         scorer, ticket = tickets.arms[arm], tickets[arm]
-        groups = [[(inquiry.instance.prompt, response) for response in inquiry.instance.responses] for inquiry in group]
+        instances = [inquiry.instance for inquiry in group]
         started = time.perf_counter()
         in_hand = await ticket.bring(len(group))
         patience = self._timeout_seconds * -(-in_hand // PATIENT_INSTANCES)
         limit = min(deadline, asyncio.get_running_loop().time() + patience)
-        outcomes: Sequence[list[float] | WorkerError] = []
+        outcomes: Sequence[Scored | WorkerError] = []
         try:
-            outcomes = await scorer.score_groups(groups, deadline=limit, slots=ticket.slots if tickets.shared else None)
+            outcomes = await scorer.score(instances, deadline=limit, ticket=ticket)
         finally:
             lost = any(isinstance(outcome, WorkerTimeoutError | WorkerUnavailableError) for outcome in outcomes)
             ticket.take_back(len(group), lost=lost)
         seconds = time.perf_counter() - started
         told = [
-            _told(arm, turn, outcome, seconds, inquiry.plan.chance(arm))
+            _told(arm, turn, outcome, seconds, self._prices[arm], inquiry.plan.chance(arm, inquiry.attempts))
             for inquiry, outcome in zip(group, outcomes, strict=True)
         ]
         answered = sum([error is None for _, error in told])
@@ -148,7 +183,7 @@ class Asker:
         return told
 
 
-def _wanted(inquiry: Inquiry, arms: Sequence[Arm]) -> Sequence[int]:
+def _wanted(inquiry: Inquiry, arms: Sequence[Scorer]) -> Sequence[int]:
     """Return whom the plan wants to ask next; without an answer and with nobody left, the error is noted."""
     if inquiry.error is not None:
         return ()
@@ -159,14 +194,13 @@ def _wanted(inquiry: Inquiry, arms: Sequence[Arm]) -> Sequence[int]:
 
 
 def _able(
-    inquiry: Inquiry, wanted: Sequence[int], closed: frozenset[int], turn: int, arms: Sequence[Arm]
+    inquiry: Inquiry, wanted: Sequence[int], closed: frozenset[int], turn: int, arms: Sequence[Scorer]
 ) -> Sequence[int]:
     """Return the arms that can be asked in this turn; who is wanted and cannot be is noted as an attempt."""
     while wanted:
-        able = [arm for arm in wanted if arm not in closed]
         away = [Attempt(arm, turn, Outcome.AWAY, UNAVAILABLE) for arm in wanted if arm in closed]
         inquiry.attempts = (*inquiry.attempts, *away)
-        if able:
+        if not away:
             tried = {attempt.arm for attempt in inquiry.attempts if attempt.outcome is not Outcome.ABSENT}
             absent = [
                 Attempt(arm, turn, Outcome.ABSENT, UNAVAILABLE)
@@ -174,18 +208,18 @@ def _able(
                 if arm in closed and arm not in tried
             ]
             inquiry.attempts = (*inquiry.attempts, *absent)
-            return able
+            return wanted
         wanted = _wanted(inquiry, arms)
     return ()
 
 
-def _told(arm: int, turn: int, outcome: list[float] | WorkerError, seconds: float, chance: float) -> Told:
+def _told(arm: int, turn: int, outcome: Scored | WorkerError, seconds: float, price: float, chance: float) -> Told:
     if isinstance(outcome, WorkerError):
-        return Told(Attempt(arm, turn, Outcome.FAILED, outcome.code, [], TIE, seconds, PRICE, 0, chance), outcome)
-    cut = outcome.prompt_tokens_cut if isinstance(outcome, Rewards) else 0
-    rewards = [*outcome]
+        how = Outcome.ABSTAINED if isinstance(outcome, AbstainedError) else Outcome.FAILED
+        return Told(Attempt(arm, turn, how, outcome.code, [], TIE, seconds, price, 0, chance), outcome)
+    rewards, cut = outcome.rewards, outcome.prompt_tokens_cut
     return Told(
-        Attempt(arm, turn, Outcome.ANSWERED, "", rewards, verdict_of(rewards), seconds, PRICE, cut, chance), None
+        Attempt(arm, turn, Outcome.ANSWERED, "", rewards, verdict_of(rewards), seconds, price, cut, chance), None
     )
 
 
@@ -199,12 +233,12 @@ def _take(inquiry: Inquiry, told: Sequence[Told]) -> None:
                 inquiry.error = error
 
 
-def tried(attempts: Sequence[Attempt], arms: Sequence[Arm]) -> list[dict[str, str]]:
+def tried(attempts: Sequence[Attempt], arms: Sequence[Scorer]) -> list[dict[str, str]]:
     """Return model and reason of every attempt that brought nothing, for an error's details."""
     return [{"model": arms[attempt.arm].name, "reason": attempt.reason} for attempt in passed_over(attempts)]
 
 
-def too_late(attempts: Sequence[Attempt] = (), arms: Sequence[Arm] = ()) -> DeadlineExceededError:
+def too_late(attempts: Sequence[Attempt] = (), arms: Sequence[Scorer] = ()) -> DeadlineExceededError:
     """Return the error of an instance whose time was over before a scorer had answered."""
     return DeadlineExceededError(
         "no reward within the request's deadline (request_timeout_seconds): try again, or send smaller batches",
@@ -213,11 +247,15 @@ def too_late(attempts: Sequence[Attempt] = (), arms: Sequence[Arm] = ()) -> Dead
     )
 
 
-def _nothing_left(inquiry: Inquiry, arms: Sequence[Arm]) -> ServiceError:
+def _nothing_left(inquiry: Inquiry, arms: Sequence[Scorer]) -> ServiceError:
     """Return the error of an instance without a reward: the scorer's own words if all refused it, else 503."""
+    if not inquiry.order and not inquiry.attempts:
+        return _nobody_applies({"tried": []})
     failed = passed_over(inquiry.attempts)
     details: dict[str, object] = {"tried": tried(inquiry.attempts, arms)}
     reasons = {attempt.reason for attempt in failed}
+    if reasons == {AbstainedError.code}:
+        return _nobody_applies(details)
     if inquiry.refusal is not None:
         if reasons == {WorkerTooLongError.code}:
             return WorkerTooLongError(
@@ -232,4 +270,12 @@ def _nothing_left(inquiry: Inquiry, arms: Sequence[Arm]) -> ServiceError:
         f"no reward model could be asked; tried {named or 'none'}. Check `GET /models` and the workers",
         details=details,
         retry_after_seconds=1,
+    )
+
+
+def _nobody_applies(details: dict[str, object]) -> AbstainedError:
+    return AbstainedError(
+        "no scorer of the pool applies to this instance: see `applies` in the pool file, and send what they need "
+        "(`reference`, `metadata`)",
+        details=details,
     )

@@ -127,6 +127,8 @@ def decision_of(job: Job, given: Given, now_ms: int) -> StoredDecision:
         multiplier=job.multiplier,
         p_right=given.p_right,
         floors=draw.floors,
+        reference=job.instance.reference,
+        metadata=dict(job.instance.metadata),
     )
 
 

@@ -13,41 +13,10 @@ from router_core.moments import ScoreScales
 from router_core.policies.bayesian import posterior_beliefs
 from service.encoders.protocol import AwaitedEncoder
 from service.errors import NotFoundError, NotReadyError, RunConflictError, ServiceError, StoreUnavailableError
+from service.scorers.status import ScorerStatus
 from service.stores.protocol import Store
 from service.telemetry import Telemetry
 from service.usecases.runs import Run, RunRegistry, failure_of
-
-
-class ReplicaStatus(BaseModel):
-    """One worker process of an RM."""
-
-    url: str
-    state: str = Field(description="State of its circuit: closed (asked), half_open (on trial), open (not asked).")
-    in_flight: int
-    failures: int = Field(description="Failures in a row.")
-    latency_ms: float | None = Field(description="Smoothed time of a request; null before the first.")
-    problem: str | None = Field(description="Why its answers to the probe rule it out; null while they do not.")
-    max_model_len: int | None = Field(
-        description="Tokens that this worker says it reads at most; null where it does not say, or was not asked yet."
-    )
-
-
-class ArmStatus(BaseModel):
-    """One RM of the pool."""
-
-    name: str
-    available: bool
-    rendering: str | None = Field(
-        description="What requests to it hold: messages, template (texts), tokens (ids); null where it has no workers."
-    )
-    max_model_len: int | None = Field(
-        description="Tokens that it reads at most: the least of what the pool file and the workers that may be asked "
-        "say; null where nobody says."
-    )
-    over_long: str | None = Field(
-        description="What becomes of an instance with more: skip, refuse or cut_prompt; null where it has no workers."
-    )
-    replicas: list[ReplicaStatus]
 
 
 class ArmLearned(BaseModel):
@@ -99,6 +68,7 @@ class StatusService:
         scales: what is known here of a run's raw scores.
         encoder: the encoder over a network; None where contexts are computed here.
         store_findings: what is wrong with the store: sentences with a remedy.
+        store_refused: returns True while nothing is saved for that.
     """
 
     def __init__(
@@ -107,13 +77,14 @@ class StatusService:
         store: Store,
         telemetry: Telemetry,
         *,
-        models: Callable[[], list[ArmStatus]],
+        models: Callable[[], list[ScorerStatus]],
         executor: Executor,
         health_check_errors: Callable[[], int],
         answers_without_store: bool,
         scales: Callable[[str], ScoreScales | None],
         encoder: AwaitedEncoder | None = None,
         store_findings: Callable[[], Sequence[str]] = tuple,
+        store_refused: Callable[[], bool] = lambda: False,
     ) -> None:
         self._runs = runs
         self._store = store
@@ -125,6 +96,7 @@ class StatusService:
         self._scales = scales
         self._encoder = encoder
         self.store_findings = store_findings
+        self._store_refused = store_refused
 
     async def render_metrics(self) -> bytes:
         """Prometheus' text format, with the workers' states, the logs' lag and the posteriors as they are now.
@@ -148,6 +120,10 @@ class StatusService:
                     self._telemetry.worker_latency.labels(arm.name, replica.url).set(replica.latency_ms / 1e3)
         for server in self._encoder.servers() if self._encoder is not None else ():
             self._telemetry.encoder_up.labels(server.url).set(server.up)
+        for run in runs:
+            if run.name in self._runs.runs:
+                self._telemetry.learner_waiting.labels(run.name).set(run.stalled is not None)
+        self._telemetry.store_refused.set(self._store_refused())
         self._telemetry.health_check_errors.set(self._health_check_errors())
         return self._telemetry.render()
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from router_core.records import Fact, Instance
 from service.errors import ConfigurationError
 from service.pool import RESERVED_ARGUMENTS, PoolFile, dump_pool, load_pool
+from service.scorers.rm.build import build_reward_model
 from service.settings import Settings
-from service.wiring import build_arm
 
 
 def load(folder: Path, text: str) -> PoolFile:
@@ -35,6 +36,9 @@ def model(folder: Path, fields: str) -> PoolFile:
         ("path: a, gpu_share: 1.5", "less than or equal to 1"),
         ("path: a, vllm_args: '--port 1'", "vllm_args holds --port"),
         ("path: a, vllm_args: ['--dtype=half']", "use `dtype`"),
+        ("path: a, applies: {task: math}", "use `metadata.NAME` or `reference`"),
+        ("path: a, applies: {metadata.: math}", "use `metadata.NAME` or `reference`"),
+        ("path: a, applies: {reference: math}", "use true or false"),
     ],
 )
 def test_what_cannot_be_is_one_sentence_that_names_the_model_and_the_remedy(
@@ -68,5 +72,56 @@ def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 
 def test_the_gateway_takes_the_score_transform_from_the_pool_file(tmp_path: Path) -> None:
     (entry,) = model(tmp_path, "urls: ['http://127.0.0.1:1'], score_scale: -0.5, score_shift: 3").models
-    config = build_arm(entry, Settings()).config
+    config = build_reward_model(entry, Settings()).config
     assert (config.score_scale, config.score_shift) == (-0.5, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("applies", "facts", "reference", "admitted"),
+    [
+        ("{}", {}, None, True),
+        ("{metadata.task: math}", {"task": "math"}, None, True),
+        ("{metadata.task: math}", {"task": "code"}, None, False),
+        ("{metadata.task: math}", {}, None, False),
+        ("{metadata.task: [math, code]}", {"task": "code"}, None, True),
+        ("{metadata.hard: true, reference: true}", {"hard": True}, "12", True),
+        ("{metadata.hard: true, reference: true}", {"hard": True}, None, False),
+        ("{reference: false}", {}, "12", False),
+    ],
+)
+def test_applies_asks_for_facts(
+    tmp_path: Path, applies: str, facts: dict[str, Fact], reference: str | None, admitted: bool
+) -> None:
+    (entry,) = model(tmp_path, f"path: a, applies: {applies}").models
+    assert entry.admits(Instance("p", ("a", "b"), reference, facts)) is admitted
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ("kind: oracle", "kind 'oracle' is unknown; use one of 'rm', "),
+        ("kind: http", "no `urls`"),
+        ("kind: rule", "no `file`, `builtin` or `urls`"),
+        ("kind: rule, builtin: math, file: 'a.py:f'", "both `file` and `builtin`"),
+        ("kind: rule, file: a.py", "pattern"),
+        ("kind: rule, builtin: math, dtype: half", "dtype"),
+    ],
+)
+def test_each_kind_has_fields_of_its_own(tmp_path: Path, fields: str, sentence: str) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        model(tmp_path, fields)
+    assert sentence in str(raised.value)
+    assert "models.0" in str(raised.value)
+
+
+def test_kinds_are_read_back_as_written(tmp_path: Path) -> None:
+    pool = load(
+        tmp_path,
+        "models: [{name: rm, path: rm}, {name: sums, kind: rule, file: 'rules.py:sums', options: {places: 2}},"
+        " {name: far, kind: http, urls: ['http://a:1']}]",
+    )
+    dump_pool(pool, tmp_path / "again.yaml")
+    assert load_pool(tmp_path / "again.yaml") == pool
+    assert [entry.name for entry in pool.reward_models] == ["rm"]
+    assert pool.models[1].model_dump()["file"] == f"{tmp_path / 'rules.py'}:sums"
+    assert pool.models[1].served_at(["http://b:1"]).urls == ("http://b:1",)

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from service.scorers.protocol import WorkerError, WorkerRejectedError, WorkerTimeoutError, WorkerUnavailableError
+from router_core.records import Instance
+from service.scorers.admission import Ticket
+from service.scorers.protocol import (
+    AbstainedError,
+    Scored,
+    WorkerError,
+    WorkerRejectedError,
+    WorkerTimeoutError,
+    WorkerUnavailableError,
+)
+from service.scorers.rm.client import VllmArm
+from service.scorers.status import ScorerStatus
 
 
 class ScriptedArm:
-    """Implements `service.scorers.protocol.Arm`.
+    """Implements `service.scorers.protocol.Scorer`.
 
     Attributes:
         score_of: (prompt, response) to the raw reward; the response's length by default.
         available: whether it can be asked; a scripted arm has no limit, so that it is reachable then.
         error: raised by every call when set.
         refuses: texts that it refuses; a call that holds one is refused whole, as by a real worker.
+        only: the instances to which it applies; None for all.
         gate: calls wait for it, until their deadline, when set.
         calls: the items of every call that reached it.
     """
@@ -26,43 +39,75 @@ class ScriptedArm:
         self.available = True
         self.error: WorkerError | None = None
         self.refuses: Callable[[str], bool] = lambda _: False
+        self.only: Callable[[Instance], bool] | None = None
         self.gate: asyncio.Event | None = None
         self.calls: list[list[tuple[str, str]]] = []
 
     @property
     def reachable(self) -> bool:
-        """See `Arm.reachable`."""
+        """See `Admission.reachable`."""
         return self.available
 
-    async def score(self, items: Sequence[tuple[str, str]], *, deadline: float) -> list[float]:
-        """See `Arm.score`."""
-        assert items
-        await self._take(list(items), deadline)
-        return self._rewards(items)
+    @property
+    def kind(self) -> str:
+        """See `Scorer.kind`."""
+        return "rm"
+
+    @property
+    def unexpected_errors(self) -> int:
+        """See `Scorer.unexpected_errors`."""
+        return 0
+
+    @property
+    def choosy(self) -> bool:
+        """See `Scorer.choosy`."""
+        return self.only is not None
+
+    def applies(self, instance: Instance) -> bool:
+        """See `Scorer.applies`."""
+        return self.only is None or self.only(instance)
 
     def slots(self) -> asyncio.Semaphore:
-        """See `Arm.slots`; scripted calls take none."""
+        """See `Admission.slots`; scripted calls take none."""
         return asyncio.Semaphore(8)
 
-    async def score_groups(
-        self,
-        groups: Sequence[Sequence[tuple[str, str]]],
-        *,
-        deadline: float,
-        slots: asyncio.Semaphore | None = None,
-    ) -> list[list[float] | WorkerError]:
-        """See `Arm.score_groups`; one call of all items."""
-        assert groups
+    def status(self) -> ScorerStatus:
+        """See `Scorer.status`."""
+        return ScorerStatus(
+            name=self.name,
+            kind=self.kind,
+            available=self.available,
+            rendering=None,
+            max_model_len=None,
+            over_long=None,
+            replicas=[],
+        )
+
+    async def check(self) -> None:
+        """See `Scorer.check`."""
+
+    def start(self) -> None:
+        """See `Scorer.start`."""
+
+    async def close(self) -> None:
+        """See `Scorer.close`."""
+
+    async def score(
+        self, instances: Sequence[Instance], *, deadline: float, ticket: Ticket | None = None
+    ) -> list[Scored | WorkerError]:
+        """See `Scorer.score`; one call of all items."""
+        assert instances
+        groups = [[(instance.prompt, response) for response in instance.responses] for instance in instances]
         assert all(groups)
         try:
             await self._take([item for group in groups for item in group], deadline)
         except WorkerError as error:
             return [error] * len(groups)
-        outcomes: list[list[float] | WorkerError] = []
+        outcomes: list[Scored | WorkerError] = []
         for group in groups:
             try:
-                outcomes.append(self._rewards(group))
-            except WorkerRejectedError as error:
+                outcomes.append(self._scored(group))
+            except (WorkerRejectedError, AbstainedError) as error:
                 outcomes.append(error)
         return outcomes
 
@@ -79,10 +124,30 @@ class ScriptedArm:
         if self.error is not None:
             raise self.error
 
-    def _rewards(self, items: Sequence[tuple[str, str]]) -> list[float]:
+    def _scored(self, items: Sequence[tuple[str, str]]) -> Scored:
         for prompt, response in items:
             if self.refuses(prompt) or self.refuses(response):
                 raise WorkerRejectedError(
                     f"RM {self.name!r} refused the input (400): the text is too long for the model"
                 )
-        return [self.score_of(prompt, response) for prompt, response in items]
+        return Scored([self.score_of(prompt, response) for prompt, response in items])
+
+
+Items = Sequence[tuple[str, str]]
+"""(prompt, response) texts of one instance."""
+
+
+async def score_groups(
+    arm: VllmArm, groups: Sequence[Items], *, deadline: float, **options: Any
+) -> list[list[float] | WorkerError]:
+    """Ask a reward model about many instances; their rewards, or their errors."""
+    outcomes = await arm.score_groups(groups, deadline=deadline, **options)
+    return [one if isinstance(one, WorkerError) else one.rewards for one in outcomes]
+
+
+async def score_items(arm: VllmArm, items: Items, *, deadline: float) -> list[float]:
+    """Ask a reward model about one instance; raises its error."""
+    (outcome,) = await score_groups(arm, [items], deadline=deadline)
+    if isinstance(outcome, WorkerError):
+        raise outcome
+    return outcome

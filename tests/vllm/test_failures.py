@@ -15,6 +15,7 @@ from service.scorers.rm.client import ArmConfig, VllmArm
 from service.scorers.rm.health import HealthMonitor, HealthPolicy
 from service.scorers.rm.render import PlainTemplate, TemplateRendering
 from service.scorers.transport.breaker import BreakerState
+from tests.support.arms import score_items
 from tests.vllm.conftest import RM, SERVED, START_SECONDS, VllmServer
 from tests.vllm.reference import TOLERANCE, Reference, some_items
 
@@ -66,7 +67,7 @@ class Traffic:
         while not self._stopping:
             start = (number * 7 + self.answered) % (len(self._items) - 2)
             deadline = asyncio.get_running_loop().time() + SECONDS
-            rewards = await self._arm.score(self._items[start : start + 2], deadline=deadline)
+            rewards = await score_items(self._arm, self._items[start : start + 2], deadline=deadline)
             assert list(rewards) == pytest.approx(self._expected[start : start + 2], abs=TOLERANCE)
             self.answered += 1
             async with self._progress:

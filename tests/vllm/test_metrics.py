@@ -11,6 +11,7 @@ import pytest
 from deploy.grafana.panels import VLLM_SERVERS
 from service.scorers.rm.client import ArmConfig, VllmArm
 from service.scorers.rm.render import MessagesRendering
+from tests.support.arms import score_items
 from tests.support.prometheus import Prometheus, filled_in
 from tests.vllm.conftest import SERVED, VllmServer
 
@@ -27,7 +28,7 @@ async def test_every_panel_of_vllm_servers_has_data_of_a_real_one(server: VllmSe
         deadline = time.monotonic() + DATA_SECONDS
         while missing:
             assert time.monotonic() < deadline, f"panels without data: {missing}"
-            await arm.score([("What is 2 + 3?", "5")] * 4, deadline=asyncio.get_running_loop().time() + 60)
+            await score_items(arm, [("What is 2 + 3?", "5")] * 4, deadline=asyncio.get_running_loop().time() + 60)
             for title, exprs in list(missing.items()):
                 if all(prometheus.query(expr) for expr in exprs):
                     del missing[title]

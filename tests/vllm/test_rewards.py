@@ -19,6 +19,7 @@ from service.scorers.rm.render import MessagesRendering, PlainTemplate, Renderin
 from service.scorers.rm.tokens import load_token_rendering
 from service.scorers.transport.http import HttpPool
 from tests.conftest import free_port
+from tests.support.arms import score_groups, score_items
 from tests.vllm.conftest import MAX_LENGTH, RM, SERVED, VllmServer
 from tests.vllm.reference import TOLERANCE, Reference, some_items
 
@@ -56,7 +57,7 @@ async def arm(server: VllmServer, rendering: Rendering) -> AsyncIterator[VllmArm
 async def test_rewards_are_transformers_raw_logits(arm: VllmArm, reference: Reference) -> None:
     items = some_items(48)
     expected = reference.rewards(items)
-    assert await arm.score(items, deadline=soon()) == pytest.approx(expected, abs=TOLERANCE)
+    assert await score_items(arm, items, deadline=soon()) == pytest.approx(expected, abs=TOLERANCE)
     # Logits, not probabilities, and they tell responses apart.
     assert min(expected) < 0 < max(expected)
     assert max(abs(reward) for reward in expected) > 1
@@ -65,8 +66,8 @@ async def test_rewards_are_transformers_raw_logits(arm: VllmArm, reference: Refe
 async def test_one_instance_at_a_time_is_the_same_as_all_at_once(arm: VllmArm) -> None:
     items = some_items(16)
     groups = [items[start : start + 2] for start in range(0, len(items), 2)]
-    together = await arm.score_groups(groups, deadline=soon())
-    alone = [await arm.score(group, deadline=soon()) for group in groups]
+    together = await score_groups(arm, groups, deadline=soon())
+    alone = [await score_items(arm, group, deadline=soon()) for group in groups]
     for left, right in zip(together, alone, strict=True):
         assert not isinstance(left, WorkerError)
         assert list(left) == pytest.approx(list(right), abs=TOLERANCE)
@@ -89,7 +90,7 @@ async def test_an_over_long_text_fails_alone(arm: VllmArm, reference: Reference)
     assert len(reference.ids(*long[0])) > MAX_LENGTH
     # Registration tells the client the limit, which it uses where it counts tokens.
     await probe(arm, deadline=soon())
-    first, middle, last = await arm.score_groups([good[:2], long, good[2:]], deadline=soon())
+    first, middle, last = await score_groups(arm, [good[:2], long, good[2:]], deadline=soon())
     assert isinstance(middle, WorkerRejectedError)
     assert middle.details["model"] == "rm"
     for found, items in ((first, good[:2]), (last, good[2:])):
@@ -105,7 +106,7 @@ async def test_a_text_of_exactly_the_longest_length_is_scored(arm: VllmArm, refe
     # Whatever a word's tokens are, the last one that fits ends at most one word below the limit.
     assert len(reference.ids("p", response)) > MAX_LENGTH - 3
     item = ("p", response)
-    assert await arm.score([item], deadline=soon()) == pytest.approx(reference.rewards([item]), abs=TOLERANCE)
+    assert await score_items(arm, [item], deadline=soon()) == pytest.approx(reference.rewards([item]), abs=TOLERANCE)
 
 
 async def test_a_wrong_model_name_is_refused_at_registration_and_when_asked(server: VllmServer) -> None:
@@ -113,7 +114,7 @@ async def test_a_wrong_model_name_is_refused_at_registration_and_when_asked(serv
     (report,) = await probe(wrong, deadline=soon())
     assert report.problems == (f"serves {SERVED}, not 'rm-of-somebody-else': check the served model name",)
     with pytest.raises(WorkerRejectedError) as raised:
-        await wrong.score(some_items(1), deadline=soon())
+        await score_items(wrong, some_items(1), deadline=soon())
     assert raised.value.details["worker_status"] == 404
     assert "rm-of-somebody-else" in raised.value.message
     await wrong.close()

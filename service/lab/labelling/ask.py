@@ -16,7 +16,7 @@ from router_core.records import Instance
 from service.errors import ConfigurationError, NoWorkerError
 from service.lab.labelling.journal import Answer
 from service.scorers.protocol import (
-    Arm,
+    Scorer,
     WorkerError,
     WorkerInputError,
     WorkerRejectedError,
@@ -88,7 +88,7 @@ class ModelAsker:
         describe: what is known of the RM's workers, for the error when they stay away.
     """
 
-    arm: Arm
+    arm: Scorer
     policy: AskPolicy
     record: Callable[[Sequence[Answer]], None]
     describe: Callable[[], str] = lambda: ""
@@ -136,12 +136,12 @@ class ModelAsker:
         asked = await self._without_hopeless(batch)
         if not asked:
             return []
-        groups = [[(item.instance.prompt, text) for text in item.instance.responses] for item in asked]
-        outcomes = await self.arm.score_groups(groups, deadline=loop.time() + self.policy.timeout_seconds)
+        instances = [item.instance for item in asked]
+        outcomes = await self.arm.score(instances, deadline=loop.time() + self.policy.timeout_seconds)
         answers, failed = [], []
         for item, outcome in zip(asked, outcomes, strict=True):
             if not isinstance(outcome, WorkerError):
-                answers.append(Answer(item.content, self.arm.name, scores=tuple(outcome)))
+                answers.append(Answer(item.content, self.arm.name, scores=tuple(outcome.rewards)))
             elif isinstance(outcome, WorkerRejectedError):
                 answers.append(self._refusal(item, outcome))
             else:
@@ -198,7 +198,7 @@ class ModelAsker:
     async def _answers(self) -> bool:
         """Return True if the RM scores a conversation that is known to be good."""
         deadline = asyncio.get_running_loop().time() + self.policy.timeout_seconds
-        (outcome,) = await self.arm.score_groups([[(PROBE_PROMPT, PROBE_RESPONSE)]], deadline=deadline)
+        (outcome,) = await self.arm.score([Instance(PROBE_PROMPT, (PROBE_RESPONSE,))], deadline=deadline)
         return not isinstance(outcome, WorkerError)
 
     def _refusal(self, item: _Work, error: WorkerRejectedError) -> Answer:

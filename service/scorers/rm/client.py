@@ -2,8 +2,8 @@
 
 Renders instances, cuts batches into requests, and halves requests that are refused, or fail at a worker that is well,
 until the culprit stands alone. `service.scorers.rm.requests` makes each request.
-`service.wiring` builds one per RM of the pool; use cases see it as `service.scorers.protocol.Arm`. Knows no routing
-policy and no store.
+`service.scorers.rm.build` makes one per RM of the pool; use cases see it as `service.scorers.protocol.Scorer`. Knows no
+routing policy and no store.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Final
+from typing import Final, Protocol
 
-from router_core.records import MAX_ABS_SCORE
+from router_core.records import MAX_ABS_SCORE, Instance
 from service.errors import ConfigurationError
+from service.scorers.admission import Ticket
 from service.scorers.protocol import (
     OverLong,
-    Rewards,
+    Scored,
     WorkerError,
     WorkerRejectedError,
     WorkerTooLongError,
     WorkerUnavailableError,
 )
-from service.scorers.rm.render import Content, MessagesRendering, Prepared, RenderError, Rendering, TooLongError
+from service.scorers.rm.render import Content, Item, MessagesRendering, Prepared, RenderError, Rendering, TooLongError
 from service.scorers.rm.requests import Requester, SuspectError
+from service.scorers.status import ScorerStatus
 from service.scorers.transport.breaker import BreakerPolicy
 from service.scorers.transport.http import CONNECT_TIMEOUT_SECONDS, IDLE_SECONDS, MAX_RESPONSE_BYTES, HttpPool
 from service.scorers.transport.replica import Replica, ReplicaSnapshot
@@ -38,6 +40,23 @@ WHOLESALE_STATUSES: Final = frozenset({401, 403, 405, 501})
 TOKENS_PER_REQUEST: Final = 32_768
 """Bound on one request whose lengths are known: 64 items of 500 tokens; more than that would make one request of long
 texts last several times as long as one of short ones."""
+
+
+class Monitor(Protocol):
+    """Keeps the breakers of a scorer's replicas true; `service.scorers.rm.health` has one."""
+
+    @property
+    def unexpected_errors(self) -> int:
+        """See `Scorer.unexpected_errors`."""
+
+    async def check_all(self) -> None:
+        """Check every replica once."""
+
+    def start(self) -> None:
+        """Begin checking in the background."""
+
+    async def stop(self) -> None:
+        """Stop checking."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +84,7 @@ class ArmConfig:
         score_scale: finite, not 0; see `score_shift`.
         score_shift: the arm's rewards are score_scale * logit + score_shift.
         reward_limit: largest size of a raw reward that is taken for one; None to learn it, see `RewardBound`.
+        applies: says which instances the RM is asked about; None for all.
     """
 
     name: str
@@ -87,6 +107,7 @@ class ArmConfig:
     score_scale: float = 1.0
     score_shift: float = 0.0
     reward_limit: float | None = None
+    applies: Callable[[Instance], bool] | None = None
 
     def __post_init__(self) -> None:
         if not self.name or not self.urls:
@@ -119,7 +140,7 @@ class ArmConfig:
 
 
 class VllmArm:
-    """One reward model behind equal replicas; implements `service.scorers.protocol.Arm`.
+    """One reward model behind equal replicas; implements `service.scorers.protocol.Scorer`.
 
     The request goes to the replica with the fewest items to score among those whose breaker allows it, ties in turn:
     ours in flight there, and others' by the worker's own metrics, where a health monitor polls them. Not thread-safe;
@@ -128,21 +149,34 @@ class VllmArm:
     Args:
         config: what to ask and how.
         clock: monotonic seconds, for breakers and latencies.
+        monitor: makes the health monitor; None for a client whose owner checks, or nobody does.
 
     Raises:
         ConfigurationError: a URL or the key cannot be used.
     """
 
-    def __init__(self, config: ArmConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: ArmConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        monitor: Callable[[VllmArm], Monitor] | None = None,
+    ) -> None:
         self.config = config
         self.replicas = tuple(_build_replica(config, url, clock) for url in config.urls)
-        self._requester = Requester(config, self.replicas)
+        self._requester = Requester(config, self.replicas, clock)
         self._render_by(config.rendering)
+        self._monitor = None if monitor is None else monitor(self)
 
     @property
     def name(self) -> str:
         """The RM's name in the pool."""
         return self.config.name
+
+    @property
+    def kind(self) -> str:
+        """Return `rm`."""
+        return "rm"
 
     @property
     def available(self) -> bool:
@@ -181,49 +215,36 @@ class VllmArm:
         """The replicas' states, in the order of `config.urls`."""
         return tuple(replica.snapshot() for replica in self.replicas)
 
-    async def score(self, items: Sequence[tuple[str, str]], *, deadline: float) -> list[float]:
-        """The raw reward of each (prompt, response); see `Arm.score`.
+    @property
+    def choosy(self) -> bool:
+        """True if the pool file says `applies`."""
+        return self.config.applies is not None
 
-        A batch is cut into requests of `items_per_request` items, a few in flight at once; the first that fails ends
-        the call. An arm that is not `available` when the call begins fails it at once; later requests of an admitted
-        call queue for a connection. All items together are one instance: what is cut is cut alike, and equal items are
-        asked once.
+    def applies(self, instance: Instance) -> bool:
+        """Return True unless the pool file bars the instance."""
+        return self.config.applies is None or self.config.applies(instance)
 
-        Args:
-            items: see `Arm.score`.
-            deadline: see `Arm.score`.
-
-        Raises:
-            ValueError: no items.
-            WorkerError: see `Arm.score`.
-        """
-        if not items:
-            raise ValueError("score needs at least one item")
-        if not self.available:
-            raise self._out()
-        distinct = list(dict.fromkeys(items))
-        (ready,) = await self._prepare([distinct])
-        if not isinstance(ready, Prepared):
-            raise self._unsent(ready)
-        if len(distinct) <= self._chunk and ready.size <= self._chunk_size:
-            rewards = await self._ask(ready.contents, deadline, alone=True)
-        else:
-            rewards = await self._ask_in_parts(self._parts_of(ready.contents), deadline, self.slots())
-        return _spread(Rewards(rewards, prompt_tokens_cut=ready.prompt_tokens_cut), distinct, items)
+    async def score(
+        self, instances: Sequence[Instance], *, deadline: float, ticket: Ticket | None = None
+    ) -> list[Scored | WorkerError]:
+        """Ask about many instances; see `Scorer.score`."""
+        groups = [instance.items() for instance in instances]
+        slots = ticket.slots if ticket is not None and ticket.shared else None
+        return await self.score_groups(groups, deadline=deadline, slots=slots)
 
     def slots(self) -> asyncio.Semaphore:
-        """See `Arm.slots`."""
+        """See `Admission.slots`."""
         # More than the replicas take would wait for a connection, on the time of an attempt.
         return asyncio.Semaphore(min(self.config.parallel_requests, self.config.max_in_flight * len(self.replicas)))
 
     async def score_groups(
         self,
-        groups: Sequence[Sequence[tuple[str, str]]],
+        groups: Sequence[Sequence[Item]],
         *,
         deadline: float,
         slots: asyncio.Semaphore | None = None,
-    ) -> list[list[float] | WorkerError]:
-        """The raw rewards of many instances' items; see `Arm.score_groups`.
+    ) -> list[Scored | WorkerError]:
+        """Ask for the raw rewards of many instances' items.
 
         Whole groups, the responses to one prompt side by side, share a request of at most `items_per_request` items
         and, where tokens are counted, `tokens_per_request` tokens. A group that one request cannot hold (more items
@@ -235,9 +256,12 @@ class VllmArm:
         `parallel_requests` requests of the call are in flight at once, and no more than the replicas' `max_in_flight`.
 
         Args:
-            groups: see `Arm.score_groups`.
-            deadline: see `Arm.score_groups`.
-            slots: see `Arm.score_groups`.
+            groups: (prompt, response) by instance. Equal items of an instance are asked once.
+            deadline: see `Scorer.score`.
+            slots: of the call that this is a piece of; its own when None.
+
+        Returns:
+            See `Scorer.score`.
 
         Raises:
             ValueError: no groups, or a group without items.
@@ -249,15 +273,21 @@ class VllmArm:
             return [self._out()] * len(groups)
         distinct = [list(dict.fromkeys(group)) for group in groups]
         prepared = await self._prepare(distinct)
-        outcomes: dict[int, list[float] | WorkerError] = {}
+        outcomes: dict[int, Scored | WorkerError] = {}
         ready: dict[int, Prepared] = {}
+        alone: dict[int, Prepared] = {}
         for index, one in enumerate(prepared):
-            if isinstance(one, Prepared):
-                ready[index] = one
-            else:
+            if not isinstance(one, Prepared):
                 outcomes[index] = self._unsent(one)
+            elif (known := self._requester.known(one.contents)) is not None:
+                outcomes[index] = known
+            elif self._requester.doubted(one.contents):
+                alone[index] = one
+            else:
+                ready[index] = one
         slots = slots or self.slots()
-        chunks = self._chunks_of(ready)
+        chunks = [*self._chunks_of(ready), *([index] for index in alone)]
+        ready |= alone
         if len(chunks) == 1:
             answers = [await self._ask_groups([ready[index] for index in chunks[0]], deadline, slots)]
         else:
@@ -274,8 +304,37 @@ class VllmArm:
             for index, group in enumerate(groups)
         ]
 
+    def status(self) -> ScorerStatus:
+        """See `Scorer.status`."""
+        return ScorerStatus(
+            name=self.name,
+            kind=self.kind,
+            available=self.available,
+            rendering=self.rendering.name,
+            max_model_len=self.max_model_len,
+            over_long=self.config.over_long.value,
+            replicas=[replica.snapshot().status() for replica in self.replicas],
+        )
+
+    @property
+    def unexpected_errors(self) -> int:
+        """See `Scorer.unexpected_errors`."""
+        return self._monitor.unexpected_errors if self._monitor is not None else 0
+
+    async def check(self) -> None:
+        """See `Scorer.check`."""
+        if self._monitor is not None:
+            await self._monitor.check_all()
+
+    def start(self) -> None:
+        """See `Scorer.start`."""
+        if self._monitor is not None:
+            self._monitor.start()
+
     async def close(self) -> None:
-        """Close all connections; requests in flight fail."""
+        """See `Scorer.close`."""
+        if self._monitor is not None:
+            await self._monitor.stop()
         for replica in self.replicas:
             await replica.close()
 
@@ -291,7 +350,7 @@ class VllmArm:
         self._chunk = min(config.items_per_request, rendering.items_limit or config.items_per_request)
         self._chunk_size = config.tokens_per_request if rendering.counts_tokens else math.inf
 
-    async def _prepare(self, groups: Sequence[Sequence[tuple[str, str]]]) -> list[Prepared | RenderError]:
+    async def _prepare(self, groups: Sequence[Sequence[Item]]) -> list[Prepared | RenderError]:
         rendering = self._rendering
         cut = self.config.over_long is OverLong.CUT_PROMPT
         limit = self.max_model_len if rendering.counts_tokens else None
@@ -319,7 +378,7 @@ class VllmArm:
 
     async def _ask_groups(
         self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore
-    ) -> list[list[float] | WorkerError]:
+    ) -> list[Scored | WorkerError]:
         items = [content for one in chunk for content in one.contents]
         alone = len(chunk) == 1
         parts = self._parts_of(items) if alone else [items]
@@ -329,7 +388,9 @@ class VllmArm:
             else:
                 async with slots:
                     rewards = await self._ask(items, deadline, alone=alone)
-        except SuspectError:
+        except SuspectError as error:
+            if error.crashed:
+                return await self._ask_singly(chunk, deadline, slots)
             return await self._ask_halves(chunk, deadline, slots)
         except WorkerRejectedError as error:
             if alone or error.details.get("worker_status") in WHOLESALE_STATUSES:
@@ -339,19 +400,27 @@ class VllmArm:
             return [error] * len(chunk)
         ends = accumulate(len(one.contents) for one in chunk)
         return [
-            Rewards(rewards[end - len(one.contents) : end], prompt_tokens_cut=one.prompt_tokens_cut)
+            Scored(rewards[end - len(one.contents) : end], one.prompt_tokens_cut)
             for one, end in zip(chunk, ends, strict=True)
         ]
 
     async def _ask_halves(
         self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore
-    ) -> list[list[float] | WorkerError]:
+    ) -> list[Scored | WorkerError]:
         middle = len(chunk) // 2
         async with asyncio.TaskGroup() as tasks:
             halves = [
                 tasks.create_task(self._ask_groups(half, deadline, slots)) for half in (chunk[:middle], chunk[middle:])
             ]
         return [outcome for half in halves for outcome in half.result()]
+
+    async def _ask_singly(
+        self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore
+    ) -> list[Scored | WorkerError]:
+        """Ask about each instance alone: replicas ended with them, and one of them may have caused it."""
+        for one in chunk:
+            self._requester.doubt(one.contents)
+        return [outcome for one in chunk for outcome in await self._ask_groups([one], deadline, slots)]
 
     def _parts_of(self, items: Sequence[Content]) -> list[list[Content]]:
         """The items of one instance, in order, cut where the next one would overfill the request."""
@@ -407,13 +476,12 @@ class VllmArm:
         )
 
 
-def _spread(rewards: list[float], distinct: Sequence[tuple[str, str]], items: Sequence[tuple[str, str]]) -> list[float]:
-    """The rewards of the distinct items, given to each item."""
+def _spread(scored: Scored, distinct: Sequence[Item], items: Sequence[Item]) -> Scored:
+    """Return the rewards of the distinct items, given to each item."""
     if len(distinct) == len(items):
-        return rewards
-    by_item = dict(zip(distinct, rewards, strict=True))
-    cut = rewards.prompt_tokens_cut if isinstance(rewards, Rewards) else 0
-    return Rewards([by_item[item] for item in items], prompt_tokens_cut=cut)
+        return scored
+    by_item = dict(zip(distinct, scored.rewards, strict=True))
+    return Scored([by_item[item] for item in items], scored.prompt_tokens_cut)
 
 
 def _build_replica(config: ArmConfig, url: str, clock: Callable[[], float]) -> Replica:

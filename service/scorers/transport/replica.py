@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
+from service.scorers.status import ReplicaStatus
 from service.scorers.transport.breaker import BreakerPolicy, BreakerState, CircuitBreaker
 from service.scorers.transport.http import ConnectError, DeadlineError, HttpError, HttpPool, Response
 
@@ -60,6 +61,19 @@ class ReplicaSnapshot:
     latency_seconds: float | None
     problem: str | None
     max_model_len: int | None
+
+    def status(self) -> ReplicaStatus:
+        """Return what operators see."""
+        latency = self.latency_seconds
+        return ReplicaStatus(
+            url=self.url,
+            state=self.state.value,
+            in_flight=self.in_flight,
+            failures=self.consecutive_failures,
+            latency_ms=None if latency is None else latency * 1e3,
+            problem=self.problem,
+            max_model_len=self.max_model_len,
+        )
 
 
 class Replica:

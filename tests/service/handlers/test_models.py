@@ -115,7 +115,7 @@ async def test_the_schema_describes_what_operators_read(valkey_url: str, refused
     async with gateway_of(valkey_url, entry, over_long=OverLong.SKIP) as client:
         schemas = (await client.get("/openapi.json")).json["components"]["schemas"]
         for name, fields in (
-            ("ArmStatus", ("rendering", "max_model_len", "over_long")),
+            ("ScorerStatus", ("rendering", "max_model_len", "over_long")),
             ("ReplicaStatus", ("max_model_len",)),
         ):
             for field in fields:

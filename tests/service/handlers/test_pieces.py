@@ -18,7 +18,7 @@ from service.encoders.protocol import AwaitedEncoder, Encoded, EncoderUnavailabl
 from service.scorers.protocol import WorkerUnavailableError
 from service.scorers.rm.client import ArmConfig, VllmArm
 from tests.service.scorers.worker_servers import RunningWorker, ScriptedWorker
-from tests.support.arms import ScriptedArm
+from tests.support.arms import ScriptedArm, score_items
 from tests.support.gateway import DIM, Gateway, fresh_run, open_gateway, pair, small_encoder, until
 from tests.support.story import away_first
 
@@ -317,7 +317,7 @@ async def test_a_batch_that_was_admitted_is_not_put_off_by_others(valkey_server:
             asked = asyncio.create_task(results_of(gateway, batch(2)))
             # A request for each of its two responses.
             await until(lambda: arm.snapshots()[0].requests == 2 and arm.available, "the first piece is answered")
-            other = asyncio.create_task(arm.score([("p", "r")], deadline=asyncio.get_running_loop().time() + 5))
+            other = asyncio.create_task(score_items(arm, [("p", "r")], deadline=asyncio.get_running_loop().time() + 5))
             await until(lambda: not arm.available, "somebody else asks")
             busy.set()
             assert [result.get("fallback") for result in await asked] == [False, False]

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from router_core.records import Instance
 from service.errors import ConfigurationError
-from service.scorers.protocol import WorkerError, WorkerUnavailableError
+from service.scorers.admission import Ticket
+from service.scorers.protocol import Scored, WorkerError, WorkerUnavailableError
 from tests.support.arms import ScriptedArm
 from tests.support.gateway import Gateway, open_gateway, until
 
@@ -305,19 +307,15 @@ async def test_feedback_of_a_templated_sample_needs_no_more_than_the_sample(gate
 class Late(ScriptedArm):
     """Is away for the prompts that begin with `late`, at first."""
 
-    async def score_groups(
-        self,
-        groups: Sequence[Sequence[tuple[str, str]]],
-        *,
-        deadline: float,
-        slots: asyncio.Semaphore | None = None,
-    ) -> list[list[float] | WorkerError]:
+    async def score(
+        self, instances: Sequence[Instance], *, deadline: float, ticket: Ticket | None = None
+    ) -> list[Scored | WorkerError]:
         first = not self.calls
-        outcomes = await super().score_groups(groups, deadline=deadline, slots=slots)
+        outcomes = await super().score(instances, deadline=deadline, ticket=ticket)
         away = WorkerUnavailableError("away")
         return [
-            away if first and group[0][0].startswith("late") else outcome
-            for group, outcome in zip(groups, outcomes, strict=True)
+            away if first and instance.prompt.startswith("late") else outcome
+            for instance, outcome in zip(instances, outcomes, strict=True)
         ]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pydantic
 import pytest
 
-from router_core.records import TIE
+from router_core.records import TIE, Instance
 from service.errors import StoreUnavailableError
 from service.scorers.protocol import WorkerUnavailableError
 from service.settings import Settings
@@ -217,7 +217,7 @@ async def test_a_store_that_is_away_loses_the_shadow_and_nothing_else(valkey_ser
 class BrokenArm(ScriptedArm):
     """An RM whose client has a fault of its own."""
 
-    async def score_groups(self, groups: Sequence[Sequence[tuple[str, str]]], **_: Any) -> Any:
+    async def score(self, instances: Sequence[Instance], **_: Any) -> Any:
         """Fails in a way that no protocol foresees."""
         raise RuntimeError("a bug")
 

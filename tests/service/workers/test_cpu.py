@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.service.scorers.worker_servers import Json, RunningWorker, soon
+from tests.support.arms import score_items
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -155,7 +156,7 @@ async def test_the_client_gets_the_same_rewards_in_both_renderings_and_passes_th
         arm = VllmArm(ArmConfig(name="tiny", urls=(worker,), rendering=rendering))
         (report,) = await probe(arm, deadline=soon(30))
         assert (report.problems, report.warnings) == ((), ())
-        found.append(await arm.score(items, deadline=soon(30)))
+        found.append(await score_items(arm, items, deadline=soon(30)))
         await arm.close()
     assert found[0] == pytest.approx(found[1], abs=TOLERANCE)
 
@@ -175,7 +176,7 @@ async def test_over_long_input_is_refused_and_never_cut(worker: str) -> None:
     assert f"maximum context length is {MAX_LENGTH} tokens" in body["error"]["message"]
     arm = VllmArm(ArmConfig(name="tiny", urls=(worker,)))
     with pytest.raises(WorkerRejectedError, match="maximum context length"):
-        await arm.score([("p", "q " * 600)], deadline=soon(30))
+        await score_items(arm, [("p", "q " * 600)], deadline=soon(30))
     await arm.close()
 
 

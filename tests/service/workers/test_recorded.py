@@ -22,6 +22,7 @@ from service.scorers.transport.http import HttpPool
 from service.scorers.wire import sigmoid
 from service.workers.recorded import recorded_app
 from tests.service.scorers.worker_servers import Json, Serve, soon
+from tests.support.arms import score_items
 
 ROWS = [
     {
@@ -62,14 +63,16 @@ async def test_every_recorded_score_comes_back_by_content_and_model(
     items = [(pair.instance.prompt, response) for pair in pairs for response in pair.instance.responses]
     for model in ("rm-a", "rm-b"):
         arm = VllmArm(ArmConfig(name=model, urls=(url,), rendering=rendering))
-        assert await arm.score(items, deadline=soon()) == [score for pair in pairs for score in pair.scores[model]]
+        assert await score_items(arm, items, deadline=soon()) == [
+            score for pair in pairs for score in pair.scores[model]
+        ]
         await arm.close()
 
 
 async def test_content_that_was_not_recorded_is_a_404_that_the_client_quotes(serve: Serve, pairs: list[Any]) -> None:
     arm = VllmArm(ArmConfig(name="rm-a", urls=(serve(recorded_app(pairs, "rm-a")),)))
     with pytest.raises(WorkerRejectedError, match="No recorded score of `rm-a`"):
-        await arm.score([("Question 1?\n", "never seen")], deadline=soon())
+        await score_items(arm, [("Question 1?\n", "never seen")], deadline=soon())
     await arm.close()
 
 
@@ -139,7 +142,7 @@ async def test_one_hundred_concurrent_requests_each_get_their_own_answer(serve: 
     wanted = [pairs[number % 4] for number in range(50)]
     found = await asyncio.gather(
         *(
-            arm.score([(pair.instance.prompt, text) for text in pair.instance.responses], deadline=soon())
+            score_items(arm, [(pair.instance.prompt, text) for text in pair.instance.responses], deadline=soon())
             for pair in wanted
         )
     )
@@ -174,7 +177,7 @@ async def test_a_file_of_real_recorded_pairs_is_served_whole(serve: Serve, publi
         ArmConfig(name=model, urls=(serve(recorded_app(pairs, model)),), rendering=TemplateRendering(PlainTemplate()))
     )
     items = [(pair.instance.prompt, response) for pair in pairs for response in pair.instance.responses]
-    assert await arm.score(items, deadline=soon(30)) == [score for pair in pairs for score in pair.scores[model]]
+    assert await score_items(arm, items, deadline=soon(30)) == [score for pair in pairs for score in pair.scores[model]]
     await arm.close()
 
 
@@ -201,11 +204,11 @@ async def test_a_worker_process_answers_until_it_is_told_to_end(tmp_path: Path, 
     arm = VllmArm(ArmConfig(name="rm-a", urls=(refused_url,)))
     try:
         await until_ready(arm, process)
-        assert await arm.score([("Question 1?\n", "bad 1")], deadline=soon(30)) == [-1.5]
+        assert await score_items(arm, [("Question 1?\n", "bad 1")], deadline=soon(30)) == [-1.5]
     finally:
         if process.returncode is None:
             process.terminate()
         await process.wait()
     with pytest.raises(WorkerUnavailableError):
-        await arm.score([("Question 1?\n", "bad 1")], deadline=soon())
+        await score_items(arm, [("Question 1?\n", "bad 1")], deadline=soon())
     await arm.close()

@@ -15,7 +15,7 @@ from router_core.policies import propensity_without
 from service.cli.ope import evaluate_log, print_figures
 from service.lab.eventlog.export import export_log
 from service.lab.eventlog.load import EventLog, load_log, logged_data
-from service.scorers.protocol import Rewards
+from service.scorers.protocol import Scored
 from service.stores.redis import RedisStore
 from tests.support.arms import ScriptedArm
 from tests.support.gateway import Gateway, open_gateway, pair, until
@@ -42,8 +42,8 @@ class LeavingArm(ScriptedArm):
 class CuttingArm(ScriptedArm):
     """Reads all but 7 tokens of every prompt."""
 
-    def _rewards(self, items: Any) -> list[float]:
-        return Rewards(super()._rewards(items), prompt_tokens_cut=7)
+    def _scored(self, items: Any) -> Scored:
+        return super()._scored(items)._replace(prompt_tokens_cut=7)
 
 
 @pytest.fixture

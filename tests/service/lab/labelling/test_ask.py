@@ -13,6 +13,7 @@ from service.errors import ConfigurationError, NoWorkerError
 from service.lab.labelling.ask import AskPolicy, ModelAsker, is_failure, reason_kind
 from service.lab.labelling.journal import Answer
 from service.scorers.protocol import (
+    Scored,
     WorkerError,
     WorkerInputError,
     WorkerProtocolError,
@@ -25,7 +26,6 @@ from service.scorers.wire import PROBE_PROMPT
 FAST = AskPolicy(
     concurrency=3, batch=4, timeout_seconds=5, patience_seconds=0.2, attempts=3, tries=5, backoff_seconds=0.001
 )
-Group = Sequence[tuple[str, str]]
 
 
 @dataclass
@@ -39,25 +39,13 @@ class FakeArm:
     in_flight: int = 0
     most_in_flight: int = 0
 
-    @property
-    def reachable(self) -> bool:
-        return self.available
-
-    def slots(self) -> asyncio.Semaphore:
-        raise AssertionError("each call has its own")
-
-    async def score_groups(
-        self, groups: Sequence[Group], *, deadline: float, slots: asyncio.Semaphore | None = None
-    ) -> list[list[float] | WorkerError]:
-        self.calls.append([group[0][0] for group in groups])
+    async def score(self, instances: Sequence[Instance], *, deadline: float) -> list[Scored | WorkerError]:
+        self.calls.append([instance.prompt for instance in instances])
         self.in_flight += 1
         self.most_in_flight = max(self.in_flight, self.most_in_flight)
         await asyncio.sleep(0)
         self.in_flight -= 1
-        return [self.fault(group[0][0]) or [float(len(text)) for _, text in group] for group in groups]
-
-    async def score(self, items: Group, *, deadline: float) -> list[float]:
-        raise AssertionError("whole instances are asked")
+        return [self.fault(one.prompt) or Scored([float(len(text)) for text in one.responses]) for one in instances]
 
     def asked(self, prompt: str) -> int:
         return sum(call.count(prompt) for call in self.calls)

@@ -10,7 +10,6 @@ import pytest
 
 from service.errors import ConfigurationError
 from service.scorers.protocol import (
-    Arm,
     WorkerProtocolError,
     WorkerRejectedError,
     WorkerTimeoutError,
@@ -37,6 +36,7 @@ from tests.service.scorers.worker_servers import (
     soon,
     until,
 )
+from tests.support.arms import score_groups, score_items
 
 TEMPLATE = TemplateRendering(PlainTemplate())
 PAIR = [("p", "a"), ("p", "bb")]
@@ -52,8 +52,8 @@ def expected(items: list[tuple[str, str]]) -> list[float]:
 
 async def test_messages_mode_sends_one_conversation_per_item(serve: Serve) -> None:
     worker = ScriptedWorker()
-    arm: Arm = arm_for(serve(worker))
-    assert await arm.score([("p", "four"), ("p", ""), ("p", "a")], deadline=soon()) == [4.0, 0.0, 1.0]
+    arm = arm_for(serve(worker))
+    assert await score_items(arm, [("p", "four"), ("p", ""), ("p", "a")], deadline=soon()) == [4.0, 0.0, 1.0]
     assert sorted(len(request["messages"][1]["content"]) for request in worker.requests) == [0, 1, 4]
     assert all(request["use_activation"] is False for request in worker.requests)
     await arm.close()  # type: ignore[attr-defined]
@@ -62,7 +62,7 @@ async def test_messages_mode_sends_one_conversation_per_item(serve: Serve) -> No
 async def test_template_mode_sends_all_items_in_one_request(serve: Serve) -> None:
     worker = ScriptedWorker()
     arm = arm_for(serve(worker), rendering=TEMPLATE, model="served")
-    assert await arm.score(PAIR, deadline=soon()) == expected(PAIR)
+    assert await score_items(arm, PAIR, deadline=soon()) == expected(PAIR)
     (request,) = worker.requests
     assert request["model"] == "served"
     await arm.close()
@@ -73,7 +73,7 @@ async def test_a_large_batch_is_cut_into_bounded_requests_and_kept_in_order(serv
     worker.delay = 0.005
     arm = arm_for(serve(worker), rendering=TEMPLATE, items_per_request=10, parallel_requests=3)
     items = [("p", "x" * number) for number in range(95)]
-    assert await arm.score(items, deadline=soon()) == expected(items)
+    assert await score_items(arm, items, deadline=soon()) == expected(items)
     assert sorted(len(request["input"]) for request in worker.requests) == [5, *[10] * 9]
     assert worker.most_in_flight == 3
     await arm.close()
@@ -99,7 +99,7 @@ async def test_an_answer_that_breaks_the_promise_is_a_protocol_error(serve: Serv
     worker.answer = lambda request: (200, answer)
     arm = arm_for(serve(worker), rendering=TEMPLATE)
     with pytest.raises(WorkerProtocolError) as caught:
-        await arm.score(PAIR, deadline=soon())
+        await score_items(arm, PAIR, deadline=soon())
     assert words in caught.value.message
     assert len(worker.questions) == 1
     assert arm.snapshots()[0].failures == 1
@@ -112,7 +112,7 @@ async def test_a_replica_that_keeps_answering_nonsense_is_taken_out_and_the_othe
     policy = BreakerPolicy(failures_to_open=2, backoff_seconds=30)
     arm = arm_for(serve(mad), serve(good), rendering=TEMPLATE, breaker=policy)
     for _ in range(10):
-        assert await arm.score(PAIR, deadline=soon()) == expected(PAIR)
+        assert await score_items(arm, PAIR, deadline=soon()) == expected(PAIR)
     assert arm.snapshots()[0].state is BreakerState.OPEN
     assert len(mad.requests) == 2
     await arm.close()
@@ -122,7 +122,7 @@ async def test_answers_in_another_order_go_to_their_items(serve: Serve) -> None:
     worker = ScriptedWorker()
     worker.answer = lambda request: (200, {"data": reply([1.0, 2.0])["data"][::-1]})
     arm = arm_for(serve(worker), rendering=TEMPLATE)
-    assert await arm.score(PAIR, deadline=soon()) == [1.0, 2.0]
+    assert await score_items(arm, PAIR, deadline=soon()) == [1.0, 2.0]
     await arm.close()
 
 
@@ -132,7 +132,7 @@ async def test_a_refusal_quotes_the_worker_and_is_not_retried(serve: Serve, stat
     first.answer = second.answer = lambda request: (status, error("maximum context length is 9 tokens", status))
     arm = arm_for(serve(first), serve(second), rendering=TEMPLATE)
     with pytest.raises(WorkerRejectedError, match="maximum context length is 9 tokens") as caught:
-        await arm.score(PAIR, deadline=soon())
+        await score_items(arm, PAIR, deadline=soon())
     assert caught.value.details["worker_status"] == status
     assert len(first.requests) + len(second.requests) == 1
     assert all(snapshot.failures == 0 for snapshot in arm.snapshots())
@@ -142,7 +142,7 @@ async def test_a_refusal_quotes_the_worker_and_is_not_retried(serve: Serve, stat
 async def test_a_template_that_refuses_is_a_refusal(refused_url: str) -> None:
     arm = arm_for(refused_url, rendering=TemplateRendering(ChatTemplate("{{ raise_exception('no system turn') }}")))
     with pytest.raises(WorkerRejectedError, match="no system turn"):
-        await arm.score(PAIR, deadline=soon())
+        await score_items(arm, PAIR, deadline=soon())
     await arm.close()
 
 
@@ -152,7 +152,7 @@ async def test_a_failing_replica_is_left_for_another(serve: Serve, status: int) 
     bad.answer = lambda request: (status, error("EngineCore encountered an issue", status))
     arm = arm_for(serve(bad), serve(good), rendering=TEMPLATE)
     for _ in range(8):
-        assert await arm.score(PAIR, deadline=soon()) == expected(PAIR)
+        assert await score_items(arm, PAIR, deadline=soon()) == expected(PAIR)
     assert bad.requests
     await arm.close()
 
@@ -164,10 +164,10 @@ async def test_with_no_replica_left_the_arm_is_unavailable_and_says_why(serve: S
     for _ in range(2):
         assert arm.available
         with pytest.raises(WorkerUnavailableError, match="EngineCore encountered an issue"):
-            await arm.score(PAIR, deadline=soon())
+            await score_items(arm, PAIR, deadline=soon())
     assert not arm.available
     with pytest.raises(WorkerUnavailableError):
-        await arm.score(PAIR, deadline=soon())
+        await score_items(arm, PAIR, deadline=soon())
     assert len(bad.questions) == 2
     await arm.close()
 
@@ -177,7 +177,7 @@ async def test_a_refused_connection_opens_the_breaker_and_the_next_replica_answe
 ) -> None:
     arm = arm_for(refused_url, serve(ScriptedWorker()), rendering=TEMPLATE)
     for _ in range(4):
-        assert await arm.score(PAIR, deadline=soon()) == expected(PAIR)
+        assert await score_items(arm, PAIR, deadline=soon()) == expected(PAIR)
     gone, alive = arm.snapshots()
     assert (gone.state, gone.requests) == (BreakerState.OPEN, 1)
     assert (alive.state, alive.requests) == (BreakerState.CLOSED, 4)
@@ -196,11 +196,11 @@ async def test_the_breaker_lets_one_trial_through_after_its_back_off(serve: Serv
     )
     arm = VllmArm(config, clock=lambda: now)
     with pytest.raises(WorkerUnavailableError):
-        await arm.score(PAIR, deadline=soon())
+        await score_items(arm, PAIR, deadline=soon())
     assert not arm.available
     now = 10.0
     worker.answer, worker.delay = worker.lengths, 0.05
-    trial = asyncio.create_task(arm.score(PAIR, deadline=soon()))
+    trial = asyncio.create_task(score_items(arm, PAIR, deadline=soon()))
     await until(lambda: len(worker.questions) == 2)
     assert not arm.available
     assert await trial == expected(PAIR)
@@ -227,10 +227,10 @@ async def test_work_in_flight_on_a_replica_that_stops_accepting_is_resent_elsewh
     server = await asyncio.start_server(hang, "127.0.0.1", 0)
     dying = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     arm = arm_for(dying, serve(good), rendering=TEMPLATE, attempt_timeout_seconds=60)
-    stuck = asyncio.create_task(arm.score(PAIR, deadline=soon(60)))
+    stuck = asyncio.create_task(score_items(arm, PAIR, deadline=soon(60)))
     await taken.wait()
     server.close()
-    others = [asyncio.create_task(arm.score(PAIR, deadline=soon(60))) for _ in range(4)]
+    others = [asyncio.create_task(score_items(arm, PAIR, deadline=soon(60))) for _ in range(4)]
     async with asyncio.timeout(5):
         assert await asyncio.gather(stuck, *others) == [expected(PAIR)] * 5
     assert arm.snapshots()[0].state is BreakerState.OPEN
@@ -243,7 +243,7 @@ async def test_a_slow_replica_is_left_for_another_before_the_deadline(serve: Ser
     slow.delay = 30
     arm = arm_for(serve(slow), serve(good), rendering=TEMPLATE, attempt_timeout_seconds=0.05)
     for _ in range(2):
-        assert await arm.score(PAIR, deadline=soon()) == expected(PAIR)
+        assert await score_items(arm, PAIR, deadline=soon()) == expected(PAIR)
     assert slow.requests
     await arm.close()
 
@@ -253,7 +253,7 @@ async def test_one_attempt_leaves_time_for_another_even_with_a_long_attempt_time
     slow.delay = 30
     arm = arm_for(serve(slow), serve(good), rendering=TEMPLATE, attempt_timeout_seconds=60)
     for _ in range(2):
-        assert await arm.score(PAIR, deadline=soon(2.0)) == expected(PAIR)
+        assert await score_items(arm, PAIR, deadline=soon(2.0)) == expected(PAIR)
     assert slow.requests
     await arm.close()
 
@@ -276,10 +276,10 @@ async def test_the_only_replica_left_gets_all_the_time(
 ) -> None:
     arm = arm_for(refused_url, serve(ScriptedWorker()), rendering=TEMPLATE, breaker=BreakerPolicy(backoff_seconds=30))
     for _ in range(2):
-        assert await arm.score(PAIR, deadline=soon()) == expected(PAIR)
+        assert await score_items(arm, PAIR, deadline=soon()) == expected(PAIR)
     deadlines = deadlines_of(arm, monkeypatch)
     deadline = soon()
-    await arm.score(PAIR, deadline=deadline)
+    await score_items(arm, PAIR, deadline=deadline)
     assert deadlines == pytest.approx([deadline], abs=1e-6)
     await arm.close()
 
@@ -292,7 +292,7 @@ async def test_the_last_attempt_gets_all_the_time(serve: Serve, monkeypatch: pyt
     deadlines = deadlines_of(arm, monkeypatch)
     deadline = soon()
     with pytest.raises(WorkerUnavailableError):
-        await arm.score(PAIR, deadline=deadline)
+        await score_items(arm, PAIR, deadline=deadline)
     first, last = deadlines
     assert first < deadline - 1
     assert last == pytest.approx(deadline, abs=1e-6)
@@ -306,11 +306,11 @@ async def test_short_deadlines_of_callers_take_no_replica_out(serve: Serve) -> N
     arm = arm_for(serve(worker), rendering=TEMPLATE, breaker=policy)
     for _ in range(3):
         with pytest.raises(WorkerTimeoutError):
-            await arm.score(PAIR, deadline=soon(0.05))
+            await score_items(arm, PAIR, deadline=soon(0.05))
     (snapshot,) = arm.snapshots()
     assert (snapshot.state, snapshot.failures) == (BreakerState.CLOSED, 0)
     worker.delay = 0
-    assert await arm.score(PAIR, deadline=soon()) == expected(PAIR)
+    assert await score_items(arm, PAIR, deadline=soon()) == expected(PAIR)
     await arm.close()
 
 
@@ -321,7 +321,7 @@ async def test_a_replica_that_does_not_answer_in_its_time_is_taken_out(serve: Se
     policy = BreakerPolicy(failures_to_open=1, backoff_seconds=30)
     arm = arm_for(serve(slow), serve(good), rendering=TEMPLATE, breaker=policy, attempt_timeout_seconds=4.0)
     for _ in range(2):
-        assert await arm.score(PAIR, deadline=soon(4.0)) == expected(PAIR)
+        assert await score_items(arm, PAIR, deadline=soon(4.0)) == expected(PAIR)
     assert [snapshot.state for snapshot in arm.snapshots()] == [BreakerState.OPEN, BreakerState.CLOSED]
     await arm.close()
 
@@ -332,7 +332,7 @@ async def test_the_deadline_of_the_call_is_a_timeout_error(serve: Serve, size: i
     slow.delay = 30
     arm = arm_for(serve(slow), rendering=TEMPLATE, items_per_request=10)
     with pytest.raises(WorkerTimeoutError, match="no answer before the deadline"):
-        await arm.score(PAIR * (size // 2), deadline=soon(0.05))
+        await score_items(arm, PAIR * (size // 2), deadline=soon(0.05))
     assert arm.snapshots()[0].in_flight == 0
     await arm.close()
 
@@ -347,7 +347,7 @@ async def test_dropped_keep_alive_connections_are_invisible_to_callers(raw_serve
     async with raw_server(once) as url:
         arm = arm_for(url)
         for _ in range(5):
-            assert await arm.score([("p", "r")], deadline=soon()) == [0.5]
+            assert await score_items(arm, [("p", "r")], deadline=soon()) == [0.5]
         assert arm.snapshots()[0].failures == 0
         await arm.close()
 
@@ -360,7 +360,7 @@ async def test_bytes_that_are_not_http_are_a_worker_protocol_error(raw_server: R
     async with raw_server(garble) as url:
         arm = arm_for(url)
         with pytest.raises(WorkerProtocolError, match="HTTP"):
-            await arm.score([("p", "r")], deadline=soon())
+            await score_items(arm, [("p", "r")], deadline=soon())
         await arm.close()
 
 
@@ -368,7 +368,7 @@ async def test_the_request_goes_to_the_replica_with_the_fewest_outstanding(serve
     busy, idle = ScriptedWorker(), ScriptedWorker()
     busy.delay = idle.delay = 0.3
     arm = arm_for(serve(busy), serve(idle), rendering=TEMPLATE)
-    await asyncio.gather(*(arm.score(PAIR, deadline=soon()) for _ in range(10)))
+    await asyncio.gather(*(score_items(arm, PAIR, deadline=soon()) for _ in range(10)))
     assert (len(busy.requests), len(idle.requests)) == (5, 5)
     assert all(snapshot.in_flight == 0 and snapshot.latency_seconds for snapshot in arm.snapshots())
     await arm.close()
@@ -378,7 +378,9 @@ async def test_an_arm_over_its_limit_in_flight_is_unavailable_until_answers_come
     worker = ScriptedWorker()
     worker.delay = 0.1
     arm = arm_for(serve(worker), rendering=TEMPLATE, max_in_flight=3)
-    outcomes = await asyncio.gather(*(arm.score(PAIR, deadline=soon()) for _ in range(10)), return_exceptions=True)
+    outcomes = await asyncio.gather(
+        *(score_items(arm, PAIR, deadline=soon()) for _ in range(10)), return_exceptions=True
+    )
     assert [outcome for outcome in outcomes if isinstance(outcome, list)] == [expected(PAIR)] * 3
     assert [type(outcome) for outcome in outcomes[3:]] == [WorkerUnavailableError] * 7
     assert arm.available
@@ -390,7 +392,7 @@ async def test_a_cancelled_call_frees_its_place_and_blames_nobody(serve: Serve) 
     worker = ScriptedWorker()
     worker.delay = 30
     arm = arm_for(serve(worker), rendering=TEMPLATE, items_per_request=2)
-    task = asyncio.create_task(arm.score([("p", "x" * n) for n in range(8)], deadline=soon(60)))
+    task = asyncio.create_task(score_items(arm, [("p", "x" * n) for n in range(8)], deadline=soon(60)))
     await until(lambda: len(worker.requests) == 4)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -405,7 +407,7 @@ async def test_one_refused_chunk_ends_the_whole_batch_with_its_reason(serve: Ser
     worker.answer = picky(worker)
     arm = arm_for(serve(worker), rendering=TEMPLATE, items_per_request=2)
     with pytest.raises(WorkerRejectedError, match="item is too long"):
-        await arm.score([*PAIR * 3, ("p", "bad")], deadline=soon())
+        await score_items(arm, [*PAIR * 3, ("p", "bad")], deadline=soon())
     await arm.close()
 
 
@@ -432,9 +434,9 @@ def groups_of(count: int, bad: frozenset[int] = frozenset()) -> list[list[tuple[
 @pytest.mark.parametrize("size", [1, 2, 7, 64])
 async def test_groups_come_back_in_order_and_share_requests_without_being_split(serve: Serve, size: int) -> None:
     worker = ScriptedWorker()
-    arm: Arm = arm_for(serve(worker), rendering=TEMPLATE, items_per_request=size)
+    arm = arm_for(serve(worker), rendering=TEMPLATE, items_per_request=size)
     groups = groups_of(20)
-    assert await arm.score_groups(groups, deadline=soon()) == [expected(group) for group in groups]
+    assert await score_groups(arm, groups, deadline=soon()) == [expected(group) for group in groups]
     assert max(len(request["input"]) for request in worker.requests) <= size
     if size >= 3:
         asked = {tuple(request["input"]) for request in worker.requests}
@@ -451,7 +453,7 @@ async def test_only_the_refused_groups_are_without_rewards(serve: Serve, renderi
     worker.answer = picky(worker)
     arm = arm_for(serve(worker), rendering=rendering, items_per_request=16)
     groups = groups_of(20, frozenset(bad))
-    outcomes = await arm.score_groups(groups, deadline=soon())
+    outcomes = await score_groups(arm, groups, deadline=soon())
     assert {number for number, outcome in enumerate(outcomes) if isinstance(outcome, WorkerRejectedError)} == bad
     for number in set(range(20)) - bad:
         wanted = [float(len(response)) for _, response in groups[number]]
@@ -465,7 +467,7 @@ async def test_one_refused_group_halves_its_own_request_alone(serve: Serve) -> N
     arm = arm_for(serve(worker), rendering=TEMPLATE, items_per_request=16)
     groups: list[list[tuple[str, str]]] = [[("p", "a"), ("p", "bb")] for _ in range(16)]
     groups[3] = [("p", "a"), ("p", "bad")]
-    await arm.score_groups(groups, deadline=soon())
+    await score_groups(arm, groups, deadline=soon())
     clean = [request for request in worker.requests if len(request["input"]) == 16 and not has_bad(request)]
     assert len(clean) == 1
     assert len(worker.requests) == 1 + (1 + 2 * 3)
@@ -480,7 +482,7 @@ async def test_a_refusal_of_the_caller_is_not_asked_again_in_halves(serve: Serve
     worker = ScriptedWorker()
     worker.answer = lambda request: (401, error("Unauthorized", 401))
     arm = arm_for(serve(worker), rendering=TEMPLATE)
-    outcomes = await arm.score_groups(groups_of(8), deadline=soon())
+    outcomes = await score_groups(arm, groups_of(8), deadline=soon())
     assert [type(outcome) for outcome in outcomes] == [WorkerRejectedError] * 8
     assert len(worker.requests) == 1
     await arm.close()
@@ -496,7 +498,7 @@ async def test_the_deadline_of_a_batch_leaves_the_rewards_that_have_come(serve: 
     worker.answer = answer_once
     arm = arm_for(serve(worker), rendering=TEMPLATE, items_per_request=2, parallel_requests=1)
     groups = [PAIR] * 5
-    outcomes = await arm.score_groups(groups, deadline=soon(1.0))
+    outcomes = await score_groups(arm, groups, deadline=soon(1.0))
     assert outcomes[0] == expected(PAIR)
     assert [type(outcome) for outcome in outcomes[1:]] == [WorkerTimeoutError] * 4
     assert len(worker.requests) == 2
@@ -509,7 +511,7 @@ async def test_a_batch_has_no_more_requests_in_flight_than_one_call_may_have(ser
     arm = arm_for(serve(worker), parallel_requests=3)
     groups = groups_of(12)
     wanted = [[float(len(response)) for _, response in group] for group in groups]
-    assert await arm.score_groups(groups, deadline=soon()) == wanted
+    assert await score_groups(arm, groups, deadline=soon()) == wanted
     assert worker.most_in_flight == 3
     await arm.close()
 
@@ -517,7 +519,7 @@ async def test_a_batch_has_no_more_requests_in_flight_than_one_call_may_have(ser
 async def test_an_arm_that_is_out_answers_a_batch_with_its_error(refused_url: str) -> None:
     arm = arm_for(refused_url, breaker=BreakerPolicy(backoff_seconds=30))
     for _ in range(2):
-        outcomes = await arm.score_groups([PAIR, PAIR], deadline=soon())
+        outcomes = await score_groups(arm, [PAIR, PAIR], deadline=soon())
         assert [type(outcome) for outcome in outcomes] == [WorkerUnavailableError] * 2
     await arm.close()
 
@@ -526,7 +528,7 @@ async def test_a_cancelled_batch_frees_its_places(serve: Serve) -> None:
     worker = ScriptedWorker()
     worker.delay = 30
     arm = arm_for(serve(worker), rendering=TEMPLATE, items_per_request=2)
-    task = asyncio.create_task(arm.score_groups([PAIR] * 4, deadline=soon(60)))
+    task = asyncio.create_task(score_groups(arm, [PAIR] * 4, deadline=soon(60)))
     await until(lambda: len(worker.requests) == 4)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -540,14 +542,14 @@ async def test_a_cancelled_batch_frees_its_places(serve: Serve) -> None:
 async def test_an_empty_batch_or_group_is_a_mistake_of_the_caller(refused_url: str, groups: Any) -> None:
     arm = arm_for(refused_url)
     with pytest.raises(ValueError, match="at least one"):
-        await arm.score_groups(groups, deadline=soon())
+        await score_groups(arm, groups, deadline=soon())
     await arm.close()
 
 
 async def test_no_items_is_a_mistake_of_the_caller(refused_url: str) -> None:
     arm = arm_for(refused_url)
     with pytest.raises(ValueError, match="at least one item"):
-        await arm.score([], deadline=soon())
+        await score_items(arm, [], deadline=soon())
     await arm.close()
 
 

@@ -28,6 +28,7 @@ from tests.service.scorers.worker_servers import (
     soon,
     until,
 )
+from tests.support.arms import score_items
 
 PLAIN = TemplateRendering(PlainTemplate())
 FAST = HealthPolicy(interval_seconds=0.02, timeout_seconds=0.5)
@@ -167,7 +168,7 @@ async def test_a_check_that_finds_the_port_closed_frees_what_hangs_there(serve: 
     server = await asyncio.start_server(hang, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     arm = arm_for(url, serve(good), attempt_timeout_seconds=60)
-    task = asyncio.create_task(arm.score([("p", "four")], deadline=soon(60)))
+    task = asyncio.create_task(score_items(arm, [("p", "four")], deadline=soon(60)))
     await stuck.wait()
     server.close()
     monitor = HealthMonitor([arm], FAST, np.random.default_rng(0))
@@ -196,7 +197,7 @@ async def test_a_replica_with_a_problem_gets_no_traffic_until_a_probe_passes(ser
     assert rejected.problem == "serves other, not 'rm': check the served model name"
     assert rejected.state is BreakerState.OPEN
     assert (fine.problem, fine.state) == (None, BreakerState.CLOSED)
-    await asyncio.gather(*(arm.score([("p", "four")], deadline=soon()) for _ in range(8)))
+    await asyncio.gather(*(score_items(arm, [("p", "four")], deadline=soon()) for _ in range(8)))
     assert not wrong.requests
     wrong.name = "rm"
     monitor.start()
@@ -356,7 +357,7 @@ async def test_a_worker_that_is_stopped_in_the_middle_of_traffic_costs_no_call(s
     doomed.delay = good.delay = 0.01
     running = RunningWorker(doomed)
     arm = arm_for(running.url, serve(good))
-    calls = [asyncio.create_task(arm.score([("p", "four")] * 5, deadline=soon(20))) for _ in range(20)]
+    calls = [asyncio.create_task(score_items(arm, [("p", "four")] * 5, deadline=soon(20))) for _ in range(20)]
     await until(lambda: doomed.requests)
     running.stop()
     assert await asyncio.gather(*calls) == [[4.0] * 5] * 20

@@ -17,13 +17,14 @@ import tokenizers
 
 from service.errors import ConfigurationError
 from service.pool import ModelEntry
+from service.scorers.rm.build import build_reward_model
 from service.scorers.rm.client import VllmArm
 from service.scorers.rm.health import HealthMonitor, HealthPolicy
 from service.settings import Settings
-from service.wiring import build_arm
 from service.workers.cpu import cpu_app
 from tests.service.scorers.worker_servers import RunningWorker, soon
 from tests.service.workers.test_cpu import build
+from tests.support.arms import score_items
 from tests.support.gateway import until
 
 ITEMS = [("the quick", "brown fox"), ("the quick", "lazy dog jumps"), ("Café 東京", "  x\n")]
@@ -56,7 +57,7 @@ def other(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arm_of(url: str, **fields: Any) -> VllmArm:
-    return build_arm(ModelEntry.model_validate({"name": "tiny", "urls": [url], **fields}), Settings())
+    return build_reward_model(ModelEntry.model_validate({"name": "tiny", "urls": [url], **fields}), Settings())
 
 
 async def checked(arm: VllmArm) -> HealthMonitor:
@@ -76,8 +77,8 @@ async def test_ids_are_sent_where_the_worker_reads_the_same_and_rewards_are_thos
     arm, by_messages = arm_of(worker, rendering="auto", path=model), arm_of(worker)
     await checked(arm)
     assert arm.rendering.name == "tokens"
-    wanted = await by_messages.score(ITEMS, deadline=soon(30))
-    assert await arm.score(ITEMS, deadline=soon(30)) == pytest.approx(wanted, abs=1e-5)
+    wanted = await score_items(by_messages, ITEMS, deadline=soon(30))
+    assert await score_items(arm, ITEMS, deadline=soon(30)) == pytest.approx(wanted, abs=1e-5)
     await arm.close()
     await by_messages.close()
 
@@ -90,8 +91,8 @@ async def test_an_rm_whose_workers_read_another_text_gets_conversations_and_the_
         await checked(arm)
     assert (arm.rendering.name, arm.available) == ("messages", True)
     assert "the tokenizer here makes" in reasons(caplog)
-    wanted = await by_messages.score(ITEMS, deadline=soon(30))
-    assert await arm.score(ITEMS, deadline=soon(30)) == pytest.approx(wanted, abs=1e-5)
+    wanted = await score_items(by_messages, ITEMS, deadline=soon(30))
+    assert await score_items(arm, ITEMS, deadline=soon(30)) == pytest.approx(wanted, abs=1e-5)
     strict = arm_of(worker, rendering="tokens", tokenizer=str(other))
     await checked(strict)
     assert not strict.available, "`tokens` insists"

@@ -9,6 +9,7 @@ from service.scorers.rm.client import ArmConfig, VllmArm
 from service.scorers.rm.probe import probe
 from service.scorers.rm.render import PlainTemplate, TemplateRendering
 from tests.service.scorers.worker_servers import ScriptedWorker, Serve, soon
+from tests.support.arms import score_groups, score_items
 
 PAIR = [("p", "a"), ("p", "bb")]
 
@@ -18,10 +19,10 @@ async def test_the_score_transform_is_applied_to_every_reward(serve: Serve) -> N
     rendering = TemplateRendering(PlainTemplate())
     plain = VllmArm(ArmConfig(name="rm", urls=(url,), rendering=rendering))
     scaled = VllmArm(ArmConfig(name="rm", urls=(url,), rendering=rendering, score_scale=-0.5, score_shift=3.0))
-    raw = list(await plain.score(PAIR, deadline=soon()))
+    raw = list(await score_items(plain, PAIR, deadline=soon()))
     expected = [3.0 - 0.5 * reward for reward in raw]
-    assert list(await scaled.score(PAIR, deadline=soon())) == expected
-    (group,) = await scaled.score_groups([PAIR], deadline=soon())
+    assert list(await score_items(scaled, PAIR, deadline=soon())) == expected
+    (group,) = await score_groups(scaled, [PAIR], deadline=soon())
     assert group == expected
     # What the worker must show is about its own logits.
     assert (await probe(scaled, deadline=soon()))[0].raw == (await probe(plain, deadline=soon()))[0].raw

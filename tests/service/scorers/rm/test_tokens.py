@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
+from router_core.records import Instance
 from service.errors import ConfigurationError
-from service.scorers.protocol import OverLong, Rewards, WorkerError, WorkerRejectedError, WorkerTooLongError
+from service.scorers.protocol import OverLong, Scored, WorkerError, WorkerRejectedError, WorkerTooLongError
 from service.scorers.rm.client import ArmConfig, VllmArm
 from service.scorers.rm.probe import probe
 from service.scorers.rm.render import PLAIN_TEMPLATE, ChatTemplate, Prepared, RenderError, TooLongError, encode
 from service.scorers.rm.tokens import INLINE_CHARACTERS, TokenRendering, load_token_rendering
 from tests.service.scorers.worker_servers import Json, RunningWorker, ScriptedWorker, Serve, error, reply, soon
+from tests.support.arms import score_groups, score_items
 from tests.support.hub import Hub, running_hub, silent_hub
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -154,7 +156,7 @@ async def test_over_long_instances_are_not_sent_and_the_others_are_scored(serve:
     worker = ScriptedWorker()
     worker.answer = lengths
     arm = arm_for(serve(worker), byte_rendering(), max_model_len=60)
-    outcomes = await arm.score_groups([[("p", "a"), ("p", "bb")], [("p" * 80, "a")], [("p", "c")]], deadline=soon())
+    outcomes = await score_groups(arm, [[("p", "a"), ("p", "bb")], [("p" * 80, "a")], [("p", "c")]], deadline=soon())
     assert [isinstance(outcome, WorkerTooLongError) for outcome in outcomes] == [False, True, False]
     assert isinstance(outcomes[1], WorkerTooLongError)
     assert outcomes[1].details["max_model_len"] == 60
@@ -169,7 +171,7 @@ async def test_the_policy_says_whether_another_rm_may_be_asked(serve: Serve, pol
     worker = ScriptedWorker()
     arm = arm_for(serve(worker), byte_rendering(), max_model_len=20, over_long=policy)
     with pytest.raises(WorkerTooLongError) as caught:
-        await arm.score([("p" * 80, "a")], deadline=soon())
+        await score_items(arm, [("p" * 80, "a")], deadline=soon())
     assert caught.value.final is final
     assert not worker.requests
     await arm.close()
@@ -179,10 +181,10 @@ async def test_cut_prompts_are_told_with_their_rewards(serve: Serve) -> None:
     worker = ScriptedWorker()
     worker.answer = lengths
     arm = arm_for(serve(worker), byte_rendering(), max_model_len=60, over_long=OverLong.CUT_PROMPT)
-    cut, whole = await arm.score_groups([[("p" * 80, "a"), ("p" * 80, "abc")], [("p", "a")]], deadline=soon())
-    assert isinstance(cut, Rewards)
-    assert isinstance(whole, Rewards)
-    assert (cut, whole.prompt_tokens_cut) == ([58.0, 60.0], 0)
+    cut, whole = await arm.score([Instance("p" * 80, ("a", "abc")), Instance("p", ("a",))], deadline=soon())
+    assert isinstance(cut, Scored)
+    assert isinstance(whole, Scored)
+    assert (cut.rewards, whole.prompt_tokens_cut) == ([58.0, 60.0], 0)
     # One token a byte, and one for each of <s>, </s> and </s>.
     assert cut.prompt_tokens_cut == 1 + len("<user>") + 80 + 1 + len("<assistant>abc") + 1 - 60
     await arm.close()
@@ -193,7 +195,7 @@ async def test_requests_are_bounded_in_tokens_and_keep_the_responses_to_one_prom
     worker.answer = lengths
     arm = arm_for(serve(worker), byte_rendering(), tokens_per_request=400, parallel_requests=1)
     groups = [[(f"{number}", "x" * (number * 7 % 90)), (f"{number}", "y")] for number in range(30)]
-    outcomes = await arm.score_groups(groups, deadline=soon())
+    outcomes = await score_groups(arm, groups, deadline=soon())
     prepared = byte_rendering().prepare(groups)
     assert outcomes == [[float(len(ids)) for ids in one.contents] for one in prepared if isinstance(one, Prepared)]
     requests = [request["input"] for request in worker.requests]
@@ -213,7 +215,7 @@ async def test_one_instance_with_more_tokens_than_a_request_may_have_is_asked_in
     worker = ScriptedWorker()
     worker.answer = lengths
     arm = arm_for(serve(worker), byte_rendering(), tokens_per_request=100)
-    rewards = await arm.score([("p", "x" * (10 * number)) for number in range(1, 10)], deadline=soon())
+    rewards = await score_items(arm, [("p", "x" * (10 * number)) for number in range(1, 10)], deadline=soon())
     assert rewards == sorted(rewards)
     assert all(sum(map(len, r["input"])) <= 100 or len(r["input"]) == 1 for r in worker.requests)
     assert len(worker.requests) > 3
@@ -242,13 +244,13 @@ async def test_the_worker_s_own_limit_is_learned_by_the_probe_and_its_refusal_ha
     arm = arm_for(serve(worker), byte_rendering())
     assert arm.max_model_len is None
     with pytest.raises(WorkerTooLongError, match="too many"):
-        await arm.score([("p" * 80, "a")], deadline=soon())
+        await score_items(arm, [("p" * 80, "a")], deadline=soon())
     worker.answer = logits(1.5)
     await HealthMonitor([arm], HealthPolicy(), np.random.default_rng(0)).check_all()
     assert (arm.max_model_len, arm.snapshots()[0].max_model_len) == (60, 60)
     before = len(worker.requests)
     with pytest.raises(WorkerTooLongError, match="more than the 60"):
-        await arm.score([("p" * 80, "a")], deadline=soon())
+        await score_items(arm, [("p" * 80, "a")], deadline=soon())
     assert len(worker.requests) == before
     too_much = arm_for(arm.config.urls[0], byte_rendering(), max_model_len=61)
     (report,) = await probe(too_much, deadline=soon())
@@ -270,8 +272,8 @@ async def test_long_texts_are_tokenized_off_the_event_loop(serve: Serve, monkeyp
 
     monkeypatch.setattr(rendering, "prepare", prepare)
     arm = arm_for(serve(worker), rendering)
-    await arm.score([("p", "a")], deadline=soon())
-    await arm.score([("p", "a" * INLINE_CHARACTERS)], deadline=soon())
+    await score_items(arm, [("p", "a")], deadline=soon())
+    await score_items(arm, [("p", "a" * INLINE_CHARACTERS)], deadline=soon())
     assert threads == [True, False]
     await arm.close()
 
@@ -302,8 +304,8 @@ async def test_a_real_worker_gives_ids_the_rewards_of_messages_and_its_probe_pas
     by_ids = VllmArm(ArmConfig(name="tiny", urls=(cpu_worker,), rendering=load_token_rendering(str(model))))
     (report,) = await probe(by_ids, deadline=soon(30))
     assert (report.problems, report.warnings, report.max_model_len) == ((), (), 256)
-    wanted = await by_messages.score(items, deadline=soon(30))
-    assert await by_ids.score(items, deadline=soon(30)) == pytest.approx(wanted, abs=1e-5)
+    wanted = await score_items(by_messages, items, deadline=soon(30))
+    assert await score_items(by_ids, items, deadline=soon(30)) == pytest.approx(wanted, abs=1e-5)
     await by_messages.close()
     await by_ids.close()
 
@@ -333,7 +335,7 @@ async def test_many_calls_at_once_tokenize_safely(serve: Serve) -> None:
     worker.answer = lengths
     arm = arm_for(serve(worker), byte_rendering())
     texts = ["x" * (INLINE_CHARACTERS + number) for number in range(24)]
-    outcomes = await asyncio.gather(*(arm.score([("p", text)], deadline=soon(20)) for text in texts))
+    outcomes = await asyncio.gather(*(score_items(arm, [("p", text)], deadline=soon(20)) for text in texts))
     first = outcomes[0][0]
     assert [outcome[0] - first for outcome in outcomes] == [float(number) for number in range(24)]
     await arm.close()

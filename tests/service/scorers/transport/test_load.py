@@ -15,6 +15,7 @@ from service.scorers.transport.load import read_load, write_load
 from service.scorers.wire import PROBE_RESPONSE, ServedModel, sigmoid
 from service.workers.server import WorkerApp, worker_config
 from tests.service.scorers.worker_servers import Json, ScriptedWorker, Serve, reply, soon, until
+from tests.support.arms import score_items
 
 VLLM = b"""# HELP vllm:num_requests_running Number of requests in model execution batches.
 # TYPE vllm:num_requests_running gauge
@@ -106,12 +107,12 @@ async def test_a_replica_that_others_keep_busy_is_asked_less(serve: Serve) -> No
     await measured(arm, busy, idle)
     assert [snapshot.others for snapshot in arm.snapshots()] == [40, 0]
     for _ in range(6):
-        await arm.score(PAIR, deadline=soon())
+        await score_items(arm, PAIR, deadline=soon())
     assert (busy.pairs, idle.pairs) == (0, 6)
     # Its word goes out of date where it is not repeated.
     now = LOAD_VALID_INTERVALS * 0.02 + 0.001
     for _ in range(6):
-        await arm.score(PAIR, deadline=soon())
+        await score_items(arm, PAIR, deadline=soon())
     assert (busy.pairs, idle.pairs) == (3, 9)
     await arm.close()
 
@@ -120,7 +121,7 @@ async def test_what_is_ours_is_not_counted_twice(serve: Serve) -> None:
     first, second = BusyWorker(64), BusyWorker(64)
     first.delay = second.delay = 0.5
     arm = arm_of(serve(first), serve(second))
-    calls = [asyncio.create_task(arm.score(distinct(64), deadline=soon())) for _ in range(2)]
+    calls = [asyncio.create_task(score_items(arm, distinct(64), deadline=soon())) for _ in range(2)]
     await until(lambda: first.in_flight and second.in_flight)
     assert [replica.load for replica in arm.replicas] == [64, 64]
     for replica in arm.replicas:
@@ -138,9 +139,9 @@ async def test_items_count_rather_than_requests(serve: Serve) -> None:
     for worker in workers:
         worker.delay = 0.3
     arm = arm_of(*map(serve, workers))
-    many = asyncio.create_task(arm.score(distinct(60), deadline=soon()))
+    many = asyncio.create_task(score_items(arm, distinct(60), deadline=soon()))
     await until(lambda: workers[0].requests or workers[1].requests)
-    few = [asyncio.create_task(arm.score(PAIR, deadline=soon())) for _ in range(5)]
+    few = [asyncio.create_task(score_items(arm, PAIR, deadline=soon())) for _ in range(5)]
     await asyncio.gather(many, *few)
     assert sorted(len(worker.requests) for worker in workers) == [1, 5]
     await arm.close()
@@ -202,7 +203,7 @@ async def test_our_own_worker_tells_how_many_inputs_it_has(serve: Serve) -> None
     app = WorkerApp(backend)
     assert worker_config(app, host="127.0.0.1", port=0).lifespan == "on"
     arm = arm_of(serve(app))
-    call = asyncio.create_task(arm.score(distinct(6), deadline=soon()))
+    call = asyncio.create_task(score_items(arm, distinct(6), deadline=soon()))
     await until(lambda: backend.entered)
     told = await arm.replicas[0].check("GET", "/metrics", deadline=soon())
     assert (told.status, read_load(told.body)) == (200, 6)

@@ -2,15 +2,28 @@
 
 A call takes one ticket per scorer and uses it for every piece of its work. A scorer that took the first piece takes the
 others too, however busy others keep it: without that, a long batch would find a scorer full of its own pieces and take
-it for away. Called by `service.usecases.ask`; knows no policy and no HTTP.
+it for away. `service.usecases.ask` takes tickets, scorers read them; knows no policy and no HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from typing import Protocol
 
-from service.scorers.protocol import Arm
+
+class Admission(Protocol):
+    """What a scorer says of its room."""
+
+    @property
+    def available(self) -> bool:
+        """False while every server's circuit is open or the scorer is over its limit of requests in flight."""
+
+    @property
+    def reachable(self) -> bool:
+        """False while every server's circuit is open; a scorer that is only over its limit is reachable."""
+
+    def slots(self) -> asyncio.Semaphore:
+        """Return as many slots as one call has requests in flight at most; pieces of one call share them."""
 
 
 class Ticket:
@@ -18,12 +31,14 @@ class Ticket:
 
     Args:
         arm: the scorer.
+        shared: several pieces of work use the ticket, so that they share their requests in flight.
     """
 
-    __slots__ = ("_admitted", "_arm", "_in_hand", "_returned", "_slots")
+    __slots__ = ("_admitted", "_arm", "_in_hand", "_returned", "_slots", "shared")
 
-    def __init__(self, arm: Arm) -> None:
+    def __init__(self, arm: Admission, *, shared: bool = False) -> None:
         self._arm = arm
+        self.shared = shared
         self._admitted = False
         self._in_hand = 0
         self._slots: asyncio.Semaphore | None = None
@@ -68,36 +83,3 @@ class Ticket:
         if self._returned is not None:
             self._returned.set()
             self._returned = None
-
-
-class Tickets:
-    """The tickets of one call, by arm.
-
-    Args:
-        arms: the pool.
-        shared: whether several pieces of work use them, so that they share their requests in flight.
-    """
-
-    __slots__ = ("_by_arm", "arms", "shared")
-
-    def __init__(self, arms: Sequence[Arm], *, shared: bool = False) -> None:
-        self.arms = arms
-        self.shared = shared
-        self._by_arm: dict[int, Ticket] = {}
-
-    def closed(self) -> frozenset[int]:
-        """Return the arms that this call cannot ask now."""
-        taken = self._by_arm
-        return frozenset(
-            [
-                index
-                for index, arm in enumerate(self.arms)
-                if not (arm.available if index not in taken else taken[index].open)
-            ]
-        )
-
-    def __getitem__(self, arm: int) -> Ticket:
-        """Return the call's ticket for an arm."""
-        if arm not in self._by_arm:
-            self._by_arm[arm] = Ticket(self.arms[arm])
-        return self._by_arm[arm]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
-from service.scorers.protocol import Arm
-from service.usecases.admission import Ticket, Tickets
+from service.scorers.admission import Ticket
+from service.usecases.ask import Tickets
 
 
 @dataclass
@@ -23,7 +23,7 @@ class FullArm:
 
 async def test_a_ticket_stays_open_until_the_scorer_is_lost() -> None:
     arm = FullArm()
-    ticket = Ticket(cast(Arm, arm))
+    ticket = Ticket(cast(Any, arm))
     arm.available = False
     assert not ticket.open
     arm.available = True
@@ -43,7 +43,7 @@ async def test_a_ticket_stays_open_until_the_scorer_is_lost() -> None:
 
 async def test_a_call_asks_who_has_room_or_took_a_piece_of_it() -> None:
     full, free = FullArm(), FullArm()
-    tickets = Tickets([cast(Arm, full), cast(Arm, free)])
+    tickets = Tickets([cast(Any, full), cast(Any, free)])
     await tickets[0].bring(1)
     full.available = free.available = False
     assert tickets.closed() == {1}
@@ -51,7 +51,7 @@ async def test_a_call_asks_who_has_room_or_took_a_piece_of_it() -> None:
 
 async def test_a_scorer_on_trial_is_asked_again_when_the_trial_is_over() -> None:
     arm = FullArm()
-    ticket = Ticket(cast(Arm, arm))
+    ticket = Ticket(cast(Any, arm))
     await ticket.bring(1)
     arm.available = arm.reachable = False
     assert ticket.open

@@ -1,0 +1,294 @@
+"""One gateway: its parts, built in order and put together, and how they start and stop. Called by `service.app`.
+
+Each part is built beside where it lives: `priors`, `encoders.build`, `scorers.registry`, `stores.build`.
+
+Build order: store, arms, encoder, prior, run template, use cases, application. `Gateway.start` and `stop` run in
+lifespan.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.types import ASGIApp
+
+from router_core.encoder.fuse import PairEncoder
+from router_core.policies import ScoreScale
+from router_core.posterior import FoldSettings
+from service.encoders.build import load_pair_encoder
+from service.encoders.protocol import AwaitedEncoder
+from service.errors import ConfigurationError, RunConflictError, StoreUnavailableError
+from service.handlers.hot import HotLimits, HotRoutes
+from service.handlers.keys import ApiKeys
+from service.handlers.templates import build_trainer_texts
+from service.handlers.trainers import TrainerRoutes, TrainerTexts
+from service.pool import PoolFile
+from service.priors import build_prior, form_of, load_checkpoint
+from service.scorers.protocol import Scorer
+from service.scorers.registry import build_scorer
+from service.settings import EMBEDDED, OnStoreUnavailable, Settings
+from service.stores.build import open_store
+from service.stores.embedded import EmbeddedStore
+from service.stores.protocol import FeedbackStatus, NameNotFreeError, Store
+from service.stores.requirements import RequirementsWatch
+from service.telemetry import Telemetry
+from service.usecases.choose import Chooser
+from service.usecases.follow import Learner
+from service.usecases.hold import NameHolder
+from service.usecases.learn import FeedbackService
+from service.usecases.normalise import Normaliser
+from service.usecases.runs import NAME_POLL_SECONDS, Run, RunRegistry, RunTemplate
+from service.usecases.score import RewardService, limits_of
+from service.usecases.shadow import Shadower
+from service.usecases.status import StatusService
+from service.usecases.sticky import StickyChoices
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Gateway:
+    """One process's context: what lifespan starts and stops, and what handlers call."""
+
+    settings: Settings
+    telemetry: Telemetry
+    store: Store
+    runs: RunRegistry
+    scorer: RewardService
+    feedback: FeedbackService
+    status: StatusService
+    shadower: Shadower
+    normaliser: Normaliser
+    watch: RequirementsWatch
+    encoder: AwaitedEncoder | None
+    """The encoder over a network; None where contexts are computed here."""
+    trainer_texts: TrainerTexts
+    arms: tuple[Scorer, ...]
+    chooser_thread: ThreadPoolExecutor
+    learner_thread: ThreadPoolExecutor
+    embedded: EmbeddedStore | None
+    tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    async def start(self) -> None:
+        """Probe the workers, begin health checks, and begin to load the default run. A wrong worker gets no traffic."""
+        await self.watch.check()
+        self._spawn(self.watch.run_forever())
+        await asyncio.gather(*(scorer.check() for scorer in self.arms))
+        for scorer in self.arms:
+            scorer.start()
+        if self.encoder is not None:
+            await self.encoder.start()
+        self._spawn(self._open_default_run())
+        self._spawn(NameHolder(self.runs.runs, self.store).run_forever())
+
+    async def _open_default_run(self) -> None:
+        """Open it as soon as the store answers; readiness is false until then."""
+        while True:
+            try:
+                await self.runs.open(None)
+            except NameNotFreeError as error:
+                logger.info("default run waits for its name", extra={"fields": {"reason": error.message}})
+                await asyncio.sleep(min(error.seconds, NAME_POLL_SECONDS))
+            except (StoreUnavailableError, ConfigurationError) as error:
+                logger.warning("store away, default run waits", extra={"fields": {"error": str(error)}})
+                await asyncio.sleep(0.5)
+            except RunConflictError as error:
+                logger.error("default run refused", extra={"fields": {"error": error.message, **error.details}})
+                return
+            else:
+                return
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("background task failed", exc_info=task.exception())
+
+    def follow(self, run: Run) -> Callable[[], None]:
+        """Start the learner of an opened run; what is returned ends it and forgets the run's metrics."""
+        template = run.template
+        self.telemetry.open_run(run.name, template.default_policy.name, template.pool, [*FeedbackStatus, "invalid"])
+        learner = Learner(
+            run,
+            self.store,
+            self.learner_thread,
+            self.telemetry,
+            keep_events=self.settings.log_keep_events,
+            replicated=self.settings.store_replicas > 0,
+        )
+        task = self._spawn(learner.run_forever())
+
+        def close() -> None:
+            task.cancel()
+            self.telemetry.forget_run(run.name)
+            self.normaliser.forget(run.name)
+
+        return close
+
+    async def stop(self) -> None:
+        """Stop in the order in which things depend on each other; what is being asked in the shadow is waited for."""
+        await self.shadower.drain()
+        for task in list(self.tasks):
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await asyncio.gather(*(scorer.close() for scorer in self.arms))
+        if self.encoder is not None:
+            await self.encoder.close()
+        await self.store.close()
+        self.chooser_thread.shutdown(wait=True)
+        self.learner_thread.shutdown(wait=True)
+        if self.embedded is not None:
+            self.embedded.stop()
+
+    def hot_routes(self, rest: ASGIApp) -> HotRoutes:
+        """The hot routes in front of the rest of the application."""
+        settings = self.settings
+        return HotRoutes(
+            scorer=self.scorer,
+            feedback=self.feedback,
+            telemetry=self.telemetry,
+            keys=ApiKeys(settings.api_keys),
+            limits=HotLimits(settings.max_body_bytes, settings.max_in_flight),
+            rest=rest,
+            trainers=TrainerRoutes(
+                self.scorer,
+                self.feedback,
+                pool=tuple(arm.name for arm in self.arms),
+                patience_seconds=settings.trainer_patience_seconds,
+                texts=self.trainer_texts,
+            ).routes(),
+        )
+
+
+def build_gateway(
+    settings: Settings,
+    pool: PoolFile,
+    *,
+    encoder: PairEncoder | AwaitedEncoder | None = None,
+    arms: Sequence[Scorer] | None = None,
+    store: Store | None = None,
+    score_scale: ScoreScale | None = None,
+) -> Gateway:
+    """Everything, not yet started.
+
+    Args:
+        settings: the operator's choices.
+        pool: the reward models.
+        encoder: instead of the settings' or the checkpoint's; for tests and benchmarks.
+        arms: instead of clients of the pool's workers; for tests.
+        store: instead of the settings' store; for tests.
+        score_scale: of the RMs' raw rewards, for `uwo`, instead of the checkpoint's; with neither, each run learns it
+            from the rewards it sees.
+
+    Raises:
+        ConfigurationError: settings, pool and checkpoint do not fit each other.
+    """
+    names = [model.name for model in pool.models]
+    checkpoint = load_checkpoint(settings, names)
+    telemetry = Telemetry()
+    trainer_texts = build_trainer_texts(settings, telemetry)
+    encoder = encoder or load_pair_encoder(settings, checkpoint, telemetry)
+    dim = encoder.dim
+    awaited = encoder if isinstance(encoder, AwaitedEncoder) else None
+    built = tuple(arms) if arms is not None else tuple(build_scorer(model, settings, pool) for model in pool.models)
+    origin = checkpoint.digest if checkpoint is not None else f"untrained:{encoder.spec}:{encoder.dim}"
+    template = RunTemplate(
+        arms=built,
+        encoder=encoder,
+        priors=lambda form: build_prior(settings, checkpoint, len(names), dim, form),
+        form=form_of(settings, checkpoint),
+        score_scale=score_scale or (None if checkpoint is None else checkpoint.scores),
+        combination=None if checkpoint is None else checkpoint.combination,
+        prices=[model.price for model in pool.models],
+        max_calls=settings.max_calls_per_instance,
+        parallel_calls=settings.parallel_calls,
+        max_rounds=settings.max_rounds_per_instance,
+        fold_settings=FoldSettings(settings.block_size, settings.refresh_events),
+        signal=settings.signal,
+        policy=settings.policy,
+        origin=origin,
+        blas_threads=settings.blas_threads,
+        seed=settings.seed,
+    )
+    if settings.prior not in ("auto", template.form.value):
+        raise ConfigurationError(
+            f"prior is {settings.prior!r}, and the policy {settings.policy!r} insists on {template.form.value!r}: "
+            "leave the prior at `auto`, or choose another policy"
+        )
+    embedded = None
+    if store is None:
+        store, embedded = open_store(settings)
+    chooser_thread = ThreadPoolExecutor(1, thread_name_prefix="choose")
+    learner_thread = ThreadPoolExecutor(1, thread_name_prefix="learn")
+    runs = RunRegistry(
+        template,
+        store,
+        default=settings.run,
+        max_runs=settings.max_runs,
+        on_open=lambda run: gateway.follow(run),
+        timeout_seconds=settings.request_timeout_seconds,
+        default_form=template.default_policy.prior or (None if settings.prior == "auto" else template.form),
+        # An embedded store serves this gateway's own processes only.
+        free_seconds=0.0 if settings.store_url == EMBEDDED else settings.new_run_wait_seconds,
+    )
+    shadower = Shadower(
+        store,
+        telemetry,
+        template.prices,
+        rate=settings.shadow_rate,
+        timeout_seconds=settings.worker_timeout_seconds,
+    )
+    required = settings.on_store_unavailable is OnStoreUnavailable.REFUSE
+    sticky = StickyChoices(store, telemetry, seconds=settings.sticky_seconds, required=required)
+    normaliser = Normaliser(store, telemetry, required=required)
+    watch = RequirementsWatch(store, allow_unsafe=settings.allow_unsafe_store)
+    gateway = Gateway(
+        settings=settings,
+        telemetry=telemetry,
+        store=store,
+        runs=runs,
+        scorer=RewardService(
+            runs,
+            Chooser(chooser_thread, telemetry),
+            store,
+            telemetry,
+            limits_of(settings),
+            shadower,
+            sticky,
+            normaliser,
+        ),
+        feedback=FeedbackService(runs, store, telemetry, max_batch=settings.max_batch),
+        status=StatusService(
+            runs,
+            store,
+            telemetry,
+            models=lambda: [scorer.status() for scorer in built],
+            executor=learner_thread,
+            health_check_errors=lambda: sum(scorer.unexpected_errors for scorer in built),
+            answers_without_store=settings.on_store_unavailable is OnStoreUnavailable.ANSWER,
+            scales=normaliser.scales,
+            encoder=awaited,
+            store_findings=lambda: watch.findings,
+            store_refused=lambda: bool(watch.verdict.refusals),
+        ),
+        shadower=shadower,
+        normaliser=normaliser,
+        watch=watch,
+        encoder=awaited,
+        trainer_texts=trainer_texts,
+        arms=built,
+        chooser_thread=chooser_thread,
+        learner_thread=learner_thread,
+        embedded=embedded,
+    )
+    return gateway
