@@ -108,6 +108,32 @@ def argmax_propensities(means: Array, sds: Array) -> Array:
     return out
 
 
+def choice_propensities(means: Array, sds: Array, floors: Array) -> Array:
+    """P(arm k is asked) where a share F = Σ f_j of the choices is made by floors and not by the draws:
+    (1 − F)·P(largest draw) + F·f_k/Σ f_j, the last sum over the arms that are left.
+
+    Args:
+        means: (B, K) float64; −inf marks an arm that is gone, or that is never asked.
+        sds: (B, K) float64.
+        floors: (B, K), F < 1; zeros where the draws alone choose.
+
+    Returns:
+        (B, K) float64; rows sum to 1, or are 0 where no arm is left.
+
+    >>> choice_propensities(np.array([[0.0, 9.0]]), np.array([[1.0, 1.0]]), np.array([[0.02, 0.01]])).round(3).tolist()
+    [[0.02, 0.98]]
+    """
+    drawn = argmax_propensities(means, sds)
+    if not floors.any():
+        return drawn
+    share = floors.sum(axis=1, keepdims=True)
+    left = np.where(np.isfinite(means), floors, 0.0)
+    total = left.sum(axis=1, keepdims=True)
+    even = np.divide(left, total, out=drawn.copy(), where=total > 0)
+    mixed: Array = (1.0 - share) * drawn + share * even
+    return mixed
+
+
 def _of_one(means: list[float], sds: list[float]) -> Array:
     """The same for one instance, (K,) -> (1, K): what precedes the grid costs less without arrays."""
     best = max(means)

@@ -9,8 +9,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 from loadtests.report import describe, machine, table, use_one_blas_thread, write_json
+from loadtests.soundness.adaptation import adaptation
 from loadtests.soundness.calibration import calibration
+from loadtests.soundness.changes import changes
 from loadtests.soundness.coverage import coverage
+from loadtests.soundness.exploration import exploration
 from loadtests.soundness.intervals import intervals
 from loadtests.soundness.losses import losses
 from loadtests.soundness.published import published
@@ -22,8 +25,11 @@ from loadtests.soundness.tuning import tuning
 
 EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
     {
+        "adaptation": adaptation,
         "calibration": calibration,
+        "changes": changes,
         "coverage": coverage,
+        "exploration": exploration,
         "intervals": intervals,
         "losses": losses,
         "published": published,

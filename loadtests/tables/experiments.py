@@ -145,6 +145,8 @@ VARIANTS = (
     Variant("λ₀ = 1000, fixed", hyper=(("lambda0", 1000.0), ("adapt", False))),
     Variant("λ₀ adapting", hyper=(("adapt", True),)),
     Variant("novel texts not told apart", hyper=(("lambda_novel", 0.0),)),
+    Variant("no floor", hyper=(("floor", 0.0),)),
+    Variant("changes not watched", hyper=(("alarm_rate", 0.0),)),
     Variant("σ² = .08", hyper=(("sigma2", 0.08),)),
     Variant("σ² = .25", hyper=(("sigma2", 0.25),)),
     Variant("v = 0: no exploration", hyper=(("v", 0.0),)),

@@ -69,7 +69,7 @@ class _CombiningLoop(Loop):
         """Those of the draw: less what each arm costs beyond the cheapest."""
         beliefs = super()._beliefs(x, offsets, state)
         multiplier = 0.0 if self._pacer is None else self._pacer.multiplier
-        return Beliefs(beliefs.means - surcharges(self._combination.costs, multiplier), beliefs.sds)
+        return Beliefs(beliefs.means - surcharges(self._combination.costs, multiplier), beliefs.sds, beliefs.floors)
 
     def _earned(self, begin: int, end: int) -> Array:
         stage, pairs = self._stage, self._plan.order[begin:end]

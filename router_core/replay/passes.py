@@ -21,6 +21,7 @@ from router_core.policies import (
     RandomPolicy,
     ScoreScale,
     SinglePolicy,
+    floor_draws,
     vote_shares,
 )
 from router_core.posterior import FoldSettings, Posterior, fold, start
@@ -66,11 +67,16 @@ def learns(policy: Policy) -> bool:
     return not isinstance(policy, AllCalls | SinglePolicy | RandomPolicy | OfflinePolicy)
 
 
-def first_choice(beliefs: Beliefs, noise: Array) -> NDArray[np.int64]:
-    """The drawn arms (B,): `policies.draw` with this noise (B, K), without the ranking and the propensities."""
+def first_choice(beliefs: Beliefs, noise: Array, uniforms: Array) -> NDArray[np.int64]:
+    """The drawn arms (B,): `policies.draw` with this noise (B, K) and these uniforms (B, 1 + K) for the floors, without
+    the ranking and the propensities.
+    """
     draws = beliefs.means + beliefs.sds * noise
     best = draws == draws.max(axis=1, keepdims=True)
     chosen: NDArray[np.int64] = np.where(best, noise, -np.inf).argmax(axis=1)
+    if beliefs.floors is not None:
+        rows, keys = floor_draws(beliefs.floors, uniforms)
+        chosen[rows] = keys.argmax(axis=1)
     return chosen
 
 
@@ -78,7 +84,7 @@ def fixed_pass(stage: Stage, plan: Plan, on_step: Steps) -> Pass:
     """A one-call policy that does not learn: all draws at once."""
     beliefs = stage.policy.beliefs(stage.x, stage.offsets, start(stage.prior, stage.settings))
     met = Beliefs(beliefs.means[plan.order], beliefs.sds[plan.order])
-    asked = first_choice(met, plan.noise)
+    asked = first_choice(met, plan.noise, plan.uniforms)
     on_step(len(plan))
     return Pass(plan.seed, plan.order, stage.table.correctness[plan.order, asked], asked)
 
@@ -171,12 +177,13 @@ class Loop:
         return int(self._due[self._arrivals[self._next]]) + 1
 
     def _draw(self, begin: int, end: int, state: Posterior) -> NDArray[np.int64]:
-        stage, pairs, noise = self._stage, self._plan.order[begin:end], self._plan.noise[begin:end]
+        stage, pairs = self._stage, self._plan.order[begin:end]
+        noise, uniforms = self._plan.noise[begin:end], self._plan.uniforms[begin:end]
         x, offsets = stage.x[pairs], stage.offsets[pairs]
         if stage.policy.one_arm_per_batch:
             x = x.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
-            offsets, noise = offsets.mean(axis=0, keepdims=True), noise[:1]
-        return first_choice(self._beliefs(x, offsets, state), noise)
+            offsets, noise, uniforms = offsets.mean(axis=0, keepdims=True), noise[:1], uniforms[:1]
+        return first_choice(self._beliefs(x, offsets, state), noise, uniforms)
 
     def _beliefs(self, x: NDArray[np.float32], offsets: Array, state: Posterior) -> Beliefs:
         """Return what the draws are made from."""

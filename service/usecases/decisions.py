@@ -37,10 +37,11 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
         propensity: probability of `arm` among those that could answer; of the whole sequence where further arms were
             drawn; 1 where everyone is asked.
         sticky: key of the draw that this decision shares with other singles of its prompt; "" for a draw of its own.
-            `means`, `sds`, `propensities` and `version` are those of the shared draw.
+            `means`, `sds`, `floors`, `propensities` and `version` are those of the shared draw.
         multiplier: price of a call, in units of P(right), that further draws were made with; 0 where price did not
             matter.
         p_right: probability that the verdict is right; None where nothing says.
+        floors: probability with which each arm is asked whatever is drawn (K,); empty where there are none.
         shadows: attempts after the reply, at the scorers that the plan had not asked; None where the decision was not
             chosen for that.
         reference: of the instance, as it was sent.
@@ -64,6 +65,7 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
     sticky: str = ""
     multiplier: float = 0.0
     p_right: float | None = None
+    floors: list[float] = []
     shadows: list[Attempt] | None = None
     reference: str | None = None
     metadata: dict[str, Fact] = {}

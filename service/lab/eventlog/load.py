@@ -79,6 +79,7 @@ def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
         _matrix([decision.propensities for decision in decisions], k),
         _matrix([decision.means for decision in decisions], k),
         _matrix([decision.sds for decision in decisions], k),
+        _matrix([decision.floors or [0.0] * k for decision in decisions], k),
         available,
     )
     asked = with_shadows(asked, arm, available, rewards)

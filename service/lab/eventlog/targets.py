@@ -104,9 +104,8 @@ class Targets:
 
     def _start(self, name: str, form: PriorForm | None) -> Posterior:
         """The posterior at the beginning of a run with that prior form, or with the run's own."""
-        fingerprint = self._log.header.fingerprint
-        block, refresh, tolerance = fingerprint["fold"]
-        return start(self._prior(name, form or self._log.header.form), FoldSettings(block, refresh, tolerance))
+        settings = FoldSettings(*self._log.header.fingerprint["fold"])
+        return start(self._prior(name, form or self._log.header.form), settings)
 
     def _offline(self, name: str, form: PriorForm | None) -> Posterior:
         """What the offline stage knew. A run that started from nothing may still have had a checkpoint's encoder."""
@@ -127,7 +126,7 @@ class Targets:
         given: dict[str, object] = {"signal": header.signal}
         if form is header.form and form is not PriorForm.LINUCB:
             given |= dict(zip(("lambda0", "sigma2", "gamma", "adapt"), header.fingerprint["hyper"], strict=False))
-            given["lambda_novel"] = header.fingerprint.get("lambda_novel", 0.0)
+            given |= {name: header.fingerprint.get(name, 0.0) for name in ("lambda_novel", "alarm_rate")}
         if form in _OFFLINE_FORMS and self._checkpoint is None:
             raise ConfigurationError(
                 f"policy {name!r} starts from the prior {form.value!r}, which a checkpoint holds: give --checkpoint"

@@ -141,7 +141,7 @@ async def test_an_rm_that_is_away_is_out_of_the_choice_and_one_that_failed_is_no
     assert data.available.tolist() == [[True, False, True]] * 24
     assert data.propensities == pytest.approx(np.tile([0.5, 0.0, 0.5], (24, 1)), abs=1e-3)
     for event, propensities in zip(log.events, data.propensities, strict=True):
-        draw = np.array(event.decision.means), np.array(event.decision.sds)
+        draw = np.array(event.decision.means), np.array(event.decision.sds), np.zeros(3)
         first = propensity_without(*draw, away_first(event.decision), first_arm(event.decision))
         assert propensities[first_arm(event.decision)] == pytest.approx(first)
 
