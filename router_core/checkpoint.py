@@ -1,12 +1,12 @@
 """What the offline stage hands to the online stage: fuse, prior means, correctness heads, on disk as two checked files.
 
 Knows numpy, safetensors and JSON; no torch, no backbone, no network. Written by `router_core.offline`, read once at
-start-up by `service.wiring`, and by replay.
+start-up by `service.gateway`, and by replay.
 
 A checkpoint is a directory:
 
     weights.safetensors   float32 tensors: fuse.*, bt_embeddings, cls_*, calibration_*, score_*, landmark_positions,
-                          votes_*
+                          votes_*, practice_*
     metadata.json         pool, encoder, prior form, hyper-parameters, metrics, provenance, and the digest of all that
     backbone/             the fine-tuned transformer, where there is one; its files' digests stand in the metadata
 
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from router_core.combine import Combination, Multipliers, Votes
+from router_core.combine import Combination, Multipliers, Practice, Votes
 from router_core.encoder.fuse import Fuse
 from router_core.errors import CheckpointError, HyperparameterError, NotFiniteError, ShapeMismatchError
 from router_core.novelty import Landmarks
@@ -52,6 +52,7 @@ _LANDMARKS = "landmark_positions"
 _LEVEL = "calibration_level"
 _VOTES = ("votes_weights", "votes_deviations", "votes_margins")
 _MULTIPLIERS = ("votes_budgets", "votes_multipliers")
+_PRACTICE = ("practice_offsets", "practice_verdicts", "practice_margins", "practice_responses")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +81,7 @@ class Checkpoint:
         landmarks: where the training pairs lie, from which texts unlike them are told; None where it is not known.
         votes: what the answers of several arms say together; None where there were too few pairs to learn it.
         multipliers: what a budget makes of a call's price at the start; None without votes, and for a part of the pool.
+        practice: pairs that multipliers of a part of the pool, or of other prices, are found on; None without votes.
     """
 
     pool: tuple[str, ...]
@@ -103,6 +105,7 @@ class Checkpoint:
     landmarks: Landmarks | None = None
     votes: Votes | None = None
     multipliers: Multipliers | None = None
+    practice: Practice | None = None
 
     def __post_init__(self) -> None:
         """Raises CheckpointError if a shape, a number or the pool cannot be."""
@@ -139,6 +142,10 @@ class Checkpoint:
             )
         if self.votes is not None and self.votes.n_arms != K:
             raise CheckpointError(f"votes are of {self.votes.n_arms} arms, the pool has {K}; train again")
+        if self.practice is not None and self.practice.offsets.shape[1] != K:
+            raise CheckpointError(
+                f"practice pairs are of {self.practice.offsets.shape[1]} arms, the pool has {K}; train again"
+            )
         for name, array in self._tensors().items():
             if array.dtype != np.float32 or not np.isfinite(array).all():
                 raise CheckpointError(f"{name}: must be finite float32 (is {array.dtype}); train again")
@@ -212,8 +219,8 @@ class Checkpoint:
 
     @property
     def combination(self) -> Combination | None:
-        """What the checkpoint knows about votes; None where there were too few pairs to learn it."""
-        return None if self.votes is None else Combination(self.votes, self.multipliers)
+        """What the checkpoint knows about votes, at equal prices; None where there were too few pairs to learn it."""
+        return None if self.votes is None else Combination(self.votes, self.multipliers, self.practice).priced()
 
     def select_pool(self, names: Sequence[str]) -> Checkpoint:
         """The checkpoint restricted to these arms, in this order. Metrics are dropped: they held for the whole pool.
@@ -233,7 +240,8 @@ class Checkpoint:
         per_arm = [*_ARM_TENSORS, *(_SCORE_TENSORS if self.score_shift is not None else ())]
         arrays = {name: getattr(self, name)[rows] for name in per_arm}
         votes = None if self.votes is None else self.votes.select(rows)
-        return replace(self, pool=tuple(names), metrics={}, votes=votes, multipliers=None, **arrays)
+        practice = None if self.practice is None else self.practice.select(rows)
+        return replace(self, pool=tuple(names), metrics={}, votes=votes, multipliers=None, practice=practice, **arrays)
 
     def save(self, directory: str | os.PathLike[str]) -> str:
         """Write the checkpoint and return its digest.
@@ -300,6 +308,7 @@ class Checkpoint:
                 landmarks=_landmarks(tensors, metadata),
                 votes=Votes(*_float64(tensors, _VOTES)) if _VOTES[0] in tensors else None,
                 multipliers=Multipliers(*_float64(tensors, _MULTIPLIERS)) if _MULTIPLIERS[0] in tensors else None,
+                practice=Practice.of_arrays(*_float64(tensors, _PRACTICE)) if _PRACTICE[0] in tensors else None,
                 prior_form=PriorForm(metadata["prior_form"]),
                 hyperparameters=Hyperparameters(**metadata["hyperparameters"]),
                 metrics=metadata["metrics"],
@@ -335,6 +344,8 @@ class Checkpoint:
         if self.multipliers is not None:
             arrays_of_two = (self.multipliers.budgets, self.multipliers.values)
             named.update(zip(_MULTIPLIERS, (array.astype(np.float32) for array in arrays_of_two), strict=True))
+        if self.practice is not None:
+            named.update(zip(_PRACTICE, self.practice.arrays(), strict=True))
         # safetensors writes the buffer as it lies in memory: a transposed view would be stored with its axes mixed up.
         return {name: np.ascontiguousarray(array) for name, array in named.items() if array is not None}
 

@@ -7,7 +7,7 @@ Four forms, selected by name (design: `docs/math/router.md`):
 * `none`: nothing is known; o = 1/2, zero mean.
 * `linucb`: nothing is known, in LASER's way; o = 0, zero mean, λ₀ = σ² = 1, v = α = 0.1, losses scaled by quantiles.
 
-Knows nothing of checkpoints: each form takes arrays and a function. Called by `service.wiring`, `replay`.
+Knows nothing of checkpoints: each form takes arrays and a function. Called by `service.gateway`, `replay`.
 """
 
 from __future__ import annotations

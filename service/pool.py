@@ -1,4 +1,4 @@
-"""The pool file: which reward models there are, where they are served, and how `up` starts the ones that are not.
+"""The pool file: which scorers there are, where they are served, and how `up` starts the ones that are not.
 
     name: mine
     over_long: skip                          # a text that an RM cannot read whole: skip (default), refuse, cut_prompt
@@ -6,6 +6,9 @@
     device: cuda                             # where vLLM runs: cuda (default) or cpu
     vllm_command: ../.venv-vllm/bin/vllm     # a vLLM that is installed elsewhere
     models:
+      - name: sums                           # another kind than `rm`: docs/scorers.md
+        kind: rule
+        builtin: math
       - name: skywork                        # its name everywhere
         urls: [http://127.0.0.1:8101]        # one per replica; without any, `up` starts a worker
         model: Skywork/Skywork-Reward-V2-Qwen3-0.6B   # `up` serves this model of the Hugging Face hub …
@@ -20,6 +23,7 @@
         applies: {metadata.task: math}       # asked about these instances only; by default about all
         score_scale: 0.5                     # the gateway answers score_scale * reward + score_shift
         score_shift: 0.0
+        price: 3.5                           # of one call, in any unit; 1 by default; cascades weigh calls by it
         reward_limit: 100.0                  # largest size of a raw reward; learned by default
         replicas: 2                          # how many workers `up` starts
         gpus: [0, 1]                         # the GPUs that they are placed on in turn
@@ -41,16 +45,19 @@ from __future__ import annotations
 import math
 import os
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from router_core.records import MAX_ABS_SCORE
 from service.errors import ConfigurationError
 from service.scorers.entry import ScorerEntry
+from service.scorers.http.entry import HttpEntry
 from service.scorers.protocol import OverLong
+from service.scorers.rule.entry import RuleEntry
 
 RESERVED_ARGUMENTS = {
     "--host": "nothing: `up` chooses it",
@@ -110,6 +117,26 @@ class ModelEntry(ScorerEntry):
         """What a worker loads: the directory or the hub's model; None for a recorded or an elsewhere served one."""
         return str(self.path) if self.path is not None else self.model
 
+    @classmethod
+    def resolved(cls, fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """See `ScorerEntry.resolved`."""
+        out = dict(fields)
+        for key in ("path", "recorded"):
+            if isinstance(out.get(key), str):
+                out[key] = os.path.normpath((folder / out[key]).absolute())
+        template = out.get("chat_template")
+        if isinstance(template, str) and template != "plain":
+            out["chat_template"] = str((folder / template).absolute())
+        tokenizer = out.get("tokenizer")
+        if isinstance(tokenizer, str) and (folder / tokenizer).exists():
+            # Else it is a hub id, which looks like a relative path.
+            out["tokenizer"] = str((folder / tokenizer).absolute())
+        return out
+
+    def served_at(self, urls: Sequence[str]) -> ModelEntry:
+        """See `ScorerEntry.served_at`: its urls are its replicas."""
+        return self.model_copy(update={"urls": tuple(urls), "replicas": 1})
+
     @model_validator(mode="after")
     def _startable(self) -> ModelEntry:
         given = [field for field in ("path", "model", "recorded") if getattr(self, field) is not None]
@@ -160,8 +187,20 @@ class ModelEntry(ScorerEntry):
         return self
 
 
+def _kind_of(entry: object) -> str:
+    """Return the kind of an entry of the pool file: a reward model unless it says another."""
+    return str(entry.get("kind", "rm") if isinstance(entry, Mapping) else getattr(entry, "kind", "rm"))
+
+
+Entry = Annotated[
+    Annotated[ModelEntry, Tag("rm")] | Annotated[RuleEntry, Tag("rule")] | Annotated[HttpEntry, Tag("http")],
+    Discriminator(_kind_of),
+]
+"""One scorer of the pool file, by its kind."""
+
+
 class PoolFile(BaseModel):
-    """A pool: the reward models, in arm order."""
+    """A pool: the scorers, in arm order."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -170,7 +209,12 @@ class PoolFile(BaseModel):
     worker: Literal["auto", "vllm", "cpu"] = "auto"
     device: Literal["cuda", "cpu"] = "cuda"
     vllm_command: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
-    models: tuple[ModelEntry, ...] = Field(min_length=1)
+    models: tuple[Entry, ...] = Field(min_length=1)
+
+    @property
+    def reward_models(self) -> tuple[ModelEntry, ...]:
+        """The scorers of kind `rm`, in order."""
+        return tuple([model for model in self.models if isinstance(model, ModelEntry)])
 
     @model_validator(mode="after")
     def _distinct(self) -> PoolFile:
@@ -193,18 +237,19 @@ def load_pool(path: Path) -> PoolFile:
     except yaml.YAMLError as error:
         raise ConfigurationError(f"pool file {path} is not YAML: {error}") from error
     if isinstance(content, dict):
-        content["models"] = [_resolved(model, path.parent) for model in content.get("models") or []]
+        content["models"] = content.get("models") or []
         command = _words(content.get("vllm_command"))
         if isinstance(command, tuple | list) and command and "/" in str(command[0]):
             content["vllm_command"] = (str((path.parent / str(command[0])).absolute()), *command[1:])
     try:
-        return PoolFile.model_validate(content)
+        return PoolFile.model_validate(content, context={"folder": path.parent})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ConfigurationError(
-            f"pool file {path}: {where}: {first['msg']} (see service/pool.py for the fields)"
-        ) from error
+        message = first["msg"]
+        if first["type"] == "union_tag_invalid":
+            message = f"kind {first['ctx']['tag']!r} is unknown; use one of {first['ctx']['expected_tags']}"
+        raise ConfigurationError(f"pool file {path}: {where}: {message} (fields: docs/scorers.md)") from error
 
 
 def dump_pool(pool: PoolFile, path: Path) -> None:
@@ -213,21 +258,3 @@ def dump_pool(pool: PoolFile, path: Path) -> None:
     # It may hold workers' API keys.
     path.touch(mode=0o600)
     path.write_text(yaml.safe_dump(content, sort_keys=False), "utf-8")
-
-
-def _resolved(model: object, folder: Path) -> object:
-    """Paths of one entry, made absolute against the file's folder."""
-    if not isinstance(model, dict):
-        return model
-    out = dict(model)
-    for key in ("path", "recorded"):
-        if isinstance(out.get(key), str):
-            out[key] = os.path.normpath((folder / out[key]).absolute())
-    template = out.get("chat_template")
-    if isinstance(template, str) and template != "plain":
-        out["chat_template"] = str((folder / template).absolute())
-    tokenizer = out.get("tokenizer")
-    if isinstance(tokenizer, str) and (folder / tokenizer).exists():
-        # Else it is a hub id, which looks like a relative path.
-        out["tokenizer"] = str((folder / tokenizer).absolute())
-    return out

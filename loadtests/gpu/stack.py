@@ -107,7 +107,7 @@ def running(models: Models, shape: Shape, placement: Placement, folder: Path, co
     ]
     with EmbeddedStore(folder / "store") as store, ProcessGroup(folder / "logs") as processes:
         urls = start_workers([*starts, *plan_workers(pool, ports)], processes, console)
-        placed = [model.model_copy(update={"urls": tuple(urls[model.name])}) for model in pool.models]
+        placed = [model.model_copy(update={"urls": tuple(urls[model.name])}) for model in pool.reward_models]
         dump_pool(pool.model_copy(update={"models": tuple(placed)}), folder / "pool.yaml")
         gateway = free_port(18_080)
         words = ["serve", "--pool", str(folder / "pool.yaml"), "--port", str(gateway), "--store", store.url]

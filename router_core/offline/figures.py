@@ -26,8 +26,8 @@ def figures(judged: Judged) -> dict[str, Any]:
 
     `calibration` holds per domain, and under "" for all pairs, how well the probabilities of the row `offline` fit
     (`calibrate.calibration_by_domain`); no calibration saw these pairs. `policies` holds per row accuracy, ci95,
-    calls_per_instance and regret (oracle − accuracy); `paired` the differences to the best single RM, to random and to
-    majority; `asked` the share of each RM per router; `per_seed` the accuracy of each fit.
+    calls_per_instance, price_per_instance and regret (oracle − accuracy); `paired` the differences to the best single
+    RM, to random and to majority; `asked` the share of each RM per router; `per_seed` the accuracy of each fit.
     """
     table = judged.table
     oracle = _oracle(table)
@@ -37,6 +37,7 @@ def figures(judged: Judged) -> dict[str, Any]:
             name: {
                 **_accuracy(values, table.groups),
                 "calls_per_instance": judged.calls[name],
+                "price_per_instance": judged.price[name],
                 "regret": oracle - float(values.mean()),
             }
             for name, values in judged.rows.items()

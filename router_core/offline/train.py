@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from router_core.checkpoint import Checkpoint
-from router_core.combine import Multipliers, Votes
+from router_core.combine import Multipliers, Practice, Votes
 from router_core.dataset import grouped_folds, pairs_digest, pool_matrix
 from router_core.encoder.base import Backbone
 from router_core.encoder.fuse import Fuse, two_branch
@@ -170,18 +170,22 @@ def _fit_checkpoint(
         landmarks=landmarks,
         votes=None if learned is None else learned[0],
         multipliers=None if learned is None else learned[1],
+        practice=None if learned is None else learned[2],
     )
     return checkpoint, held_out
 
 
 def learned_votes(
     pairs: Sequence[LabelledPair], pool: Sequence[str], offsets: NDArray[np.float64], seed: int
-) -> tuple[Votes, Multipliers] | None:
+) -> tuple[Votes, Multipliers, Practice] | None:
     """`fit_votes` of these pairs as a checkpoint holds it; offsets (N, K) of fits that had not seen a pair's group."""
     labels = np.array([pair.label for pair in pairs], dtype=np.int64)
     judged = Judged(offsets, recorded_answers(pairs, pool), labels, [pair.group for pair in pairs])
     fitted = fit_votes(judged, np.random.default_rng(seed))
-    return None if fitted is None else (fitted[0].rounded(), fitted[1].rounded())
+    if fitted is None:
+        return None
+    votes, multipliers, practice = fitted
+    return votes.rounded(), multipliers.rounded(), practice.rounded()
 
 
 def context_landmarks(

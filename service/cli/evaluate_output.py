@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from service.cli.prices import cost_of
+
 UNBOUNDED = 10_000
 """Columns of a console on which everything fits."""
 
@@ -59,7 +61,7 @@ def _cells(name: str, row: Mapping[str, Any], over_best: Mapping[str, Any]) -> t
     below, above = over_best["ci95"]
     over = "" if below == above == 0 else f"{over_best['difference']:+.3f} ({below:+.3f} … {above:+.3f})"
     shown = f"[bold]{name}[/]" if name == "offline" else name
-    return shown, f"{row['calls_per_instance']:.3g}", f"{row['accuracy']:.3f}", f"{low:.3f} – {high:.3f}", over
+    return shown, cost_of(row), f"{row['accuracy']:.3f}", f"{low:.3f} – {high:.3f}", over
 
 
 def _subset_cells(subsets: Mapping[str, Any], name: str) -> list[str]:

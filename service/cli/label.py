@@ -36,7 +36,7 @@ from service.errors import ConfigurationError, ServiceError
 from service.lab.labelling.ask import AskPolicy, ModelAsker, is_failure
 from service.lab.labelling.journal import Answer, Journal, content_key, write_atomically
 from service.lab.labelling.rows import Known, earlier_answers, labelled_lines, summarise
-from service.pool import ModelEntry, PoolFile, load_pool
+from service.pool import Entry, PoolFile, load_pool
 from service.scorers.protocol import Scorer
 from service.scorers.registry import build_scorer
 
@@ -115,7 +115,7 @@ def _failed(summary: Mapping[str, Any]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _chosen(pool: Path, models: str | None) -> list[ModelEntry]:
+def _chosen(pool: Path, models: str | None) -> list[Entry]:
     entries = load_pool(pool).models
     names = parse_pool(models)
     unknown = [name for name in names if name not in {entry.name for entry in entries}]
@@ -151,9 +151,7 @@ def _warn_of_unlabelled(rows: Sequence[Row], console: Console) -> None:
         )
 
 
-def _ask_all(
-    entries: Sequence[ModelEntry], wanted: Wanted, policy: AskPolicy, journal: Journal, console: Console
-) -> float:
+def _ask_all(entries: Sequence[Entry], wanted: Wanted, policy: AskPolicy, journal: Journal, console: Console) -> float:
     """Ask all RMs at once; returns the seconds that it took.
 
     Raises:

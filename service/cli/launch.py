@@ -7,6 +7,7 @@ vLLM measures free memory while it starts, and would take what a neighbour alloc
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import time
@@ -31,6 +32,7 @@ from service.cli.vllm_serve import (
 )
 from service.errors import ConfigurationError
 from service.pool import ModelEntry, PoolFile
+from service.scorers.rule.entry import RuleEntry
 
 HOST: Final = "127.0.0.1"
 """Workers listen here only: vLLM does not guard `/classify`."""
@@ -100,7 +102,7 @@ def plan_workers(
     local: Callable[[ModelEntry], Path] | None = None,
     others: Sequence[Claim] = (),
 ) -> tuple[WorkerStart, ...]:
-    """What must be started for the RMs without `urls`, in arm order; recorded RMs of one file share one process.
+    """What must be started for the RMs and rules without `urls`; recorded RMs of one file share one process.
 
     Args:
         pool: the pool file.
@@ -112,7 +114,7 @@ def plan_workers(
     Raises:
         ConfigurationError: an RM that cannot be started, or GPUs that cannot hold what they are to hold.
     """
-    waiting = [model for model in pool.models if not model.urls]
+    waiting = [model for model in pool.reward_models if not model.urls]
     lost = next((model for model in waiting if model.source is None and model.recorded is None), None)
     if lost is not None:
         raise ConfigurationError(
@@ -137,6 +139,9 @@ def plan_workers(
     for recorded in dict.fromkeys(model.recorded for model in waiting if model.recorded is not None):
         group = [model for model in waiting if model.recorded == recorded]
         starts.append(_recorded_start(recorded, group, next_port()))
+    starts += [
+        _rule_start(entry, next_port()) for entry in pool.models if isinstance(entry, RuleEntry) and not entry.urls
+    ]
     return tuple(starts)
 
 
@@ -290,6 +295,22 @@ def _recorded_start(recorded: Path, group: Sequence[ModelEntry], port: int) -> W
     )
 
 
+def _rule_start(entry: RuleEntry, port: int) -> WorkerStart:
+    words = ["worker", "--rule", str(entry.rule), "--name", entry.name, "--port", str(port)]
+    words += ["--processes", str(entry.processes), "--rule-seconds", f"{entry.rule_seconds:g}"]
+    words += ["--memory-mb", str(entry.memory_mb)]
+    if entry.options:
+        words += ["--options", json.dumps(entry.options)]
+    return WorkerStart(
+        name=f"worker-{_safe(entry.name)}",
+        models=(entry.name,),
+        command=(*own_command(), *words),
+        environment={},
+        url=f"http://{HOST}:{port}",
+        kind="rule",
+    )
+
+
 def own_command() -> tuple[str, ...]:
     """`reward-router` as it runs now."""
     return (sys.executable, "-m", "service.cli")
@@ -297,7 +318,12 @@ def own_command() -> tuple[str, ...]:
 
 def _process_names(model: ModelEntry) -> list[str]:
     """One name a replica; also the name of a log file."""
-    safe = "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in model.name)
+    safe = _safe(model.name)
     if model.replicas == 1:
         return [f"worker-{safe}"]
     return [f"worker-{safe}-{replica}" for replica in range(model.replicas)]
+
+
+def _safe(name: str) -> str:
+    """A name as part of a file's name."""
+    return "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in name)

@@ -19,6 +19,7 @@ from service.cli.pin import warn_moving
 from service.cli.vllm_serve import serve_environment, serve_words
 from service.errors import ConfigurationError
 from service.pool import ModelEntry, PoolFile, load_pool
+from service.scorers.entry import ScorerEntry
 
 WORKER_PORT = 8000
 """Of every worker; the network policies of deploy/kubernetes/base name it."""
@@ -81,9 +82,9 @@ def manifests(
     choices = Choices(image, gpu_resource, shared_gpus, cache_size)
     head = f"# Made by `reward-router manifests` from {pool.name}. Change that file, or patch this one in an overlay.\n"
     files = {
-        "kustomization.yaml": [kustomization(any(not model.urls for model in parsed.models))],
+        "kustomization.yaml": [kustomization(any(not model.urls for model in parsed.reward_models))],
         "pool.yaml": [gateway_pool(parsed)],
-        "workers.yaml": [part for model in parsed.models if not model.urls for part in worker(model, choices)],
+        "workers.yaml": [part for model in parsed.reward_models if not model.urls for part in worker(model, choices)],
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, parts in files.items():
@@ -132,12 +133,15 @@ def gateway_pool(pool: PoolFile) -> Manifest:
     Raises:
         ConfigurationError: two models would have one Service, or a file of this machine is named.
     """
-    names = [service_name(model) for model in pool.models]
+    names = [service_name(model) for model in pool.reward_models]
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ConfigurationError(f"models of the pool would share the Kubernetes name {twice[0]!r}: rename one")
     models = []
     for model in pool.models:
+        if not isinstance(model, ModelEntry):
+            models.append(_elsewhere(model))
+            continue
         tokenizes = model.rendering in ("tokens", "auto")
         path = str(model.path) if tokenizes and model.tokenizer is None and model.path is not None else ""
         for field, value in (
@@ -156,6 +160,21 @@ def gateway_pool(pool: PoolFile) -> Manifest:
             given |= {field: value for field, value in named.items() if value is not None}
         models.append({"name": model.name, "urls": urls} | given)
     return pool.model_dump(mode="json", exclude_defaults=True, include={"name", "over_long"}) | {"models": models}
+
+
+def _elsewhere(entry: ScorerEntry) -> Manifest:
+    """The entry of a scorer that is no reward model.
+
+    Raises:
+        ConfigurationError: it has no `urls`.
+    """
+    if not entry.urls:
+        raise ConfigurationError(
+            f"scorer {entry.name!r} is of kind {entry.kind} and has no `urls`: manifests are written for reward models "
+            "only; say where it is served"
+        )
+    given: Manifest = entry.model_dump(mode="json", exclude_defaults=True)
+    return given
 
 
 def replica_urls(model: ModelEntry) -> list[str]:

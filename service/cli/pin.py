@@ -41,7 +41,7 @@ def pin(
     Asks the hub (HF_ENDPOINT, HF_TOKEN) for names only. Nothing is written unless every model is found.
     """
     console = Console()
-    unpinned = moving(load_pool(pool).models)
+    unpinned = moving(load_pool(pool).reward_models)
     found = {(model.model, model.revision): look_up(model) for model in unpinned}
     # As it stands: line ends are no business of ours.
     with pool.open(encoding="utf-8", newline="") as file:
@@ -68,7 +68,7 @@ def warn_moving(pool: PoolFile, file: Path | None) -> None:
         pool: whose models without `urls` are to be served.
         file: that it was read from; None where nobody wrote one.
     """
-    names = [model.name for model in moving(pool.models) if not model.urls]
+    names = [model.name for model in moving(pool.reward_models) if not model.urls]
     if names and file is not None:
         Console(stderr=True).print(
             f"warning: {', '.join(names)}: `revision` is a branch or tag of the hub, so their authors may change the "
@@ -149,9 +149,9 @@ def _replace(file: Path, text: str) -> None:
         new.touch(mode=file.stat().st_mode & 0o777)
         new.write_text(text, "utf-8", newline="")
         try:
-            left = [model.name for model in moving(load_pool(new).models)]
+            left = [model.name for model in moving(load_pool(new).reward_models)]
         except ConfigurationError:
-            left = [model.name for model in moving(load_pool(file).models)]
+            left = [model.name for model in moving(load_pool(file).reward_models)]
         if left:
             # The entry is written with an alias, a merge or a block of YAML's, say.
             names = " or ".join(map(repr, left))

@@ -160,7 +160,7 @@ def running_stack(
     """Store, workers and gateway for the length of the block.
 
     Args:
-        pool: RMs without `urls` are started from their `path`, `model` or `recorded`.
+        pool: scorers without `urls` are started: RMs from their `path`, `model` or `recorded`, rules as processes.
         checkpoint: directory, or None.
         data_dir: for the store, the logs and the resolved pool file.
         host: address of the gateway.
@@ -242,7 +242,10 @@ def _overridden(pool: PoolFile, worker: WorkerKind | None, device: Device | None
     given: dict[str, object] = {}
     if worker is not None:
         given["worker"] = worker.value
-        given["models"] = tuple(model.model_copy(update={"worker": None}) for model in pool.models)
+        given["models"] = tuple(
+            model.model_copy(update={"worker": None}) if isinstance(model, ModelEntry) else model
+            for model in pool.models
+        )
     if device is not None:
         given["device"] = device.value
     if vllm_command is not None:
@@ -299,9 +302,6 @@ def _show(pool: PoolFile, encoder: EncoderPlan | None, next_port: Callable[[], i
 
 
 def _placed(pool: PoolFile, urls: Mapping[str, Sequence[str]]) -> PoolFile:
-    """The pool with where its models are: their urls are their replicas now."""
-    models = tuple(
-        model if model.urls else model.model_copy(update={"urls": tuple(urls[model.name]), "replicas": 1})
-        for model in pool.models
-    )
+    """The pool with where its scorers are."""
+    models = tuple(model if model.urls else model.served_at(urls[model.name]) for model in pool.models)
     return pool.model_copy(update={"models": models})

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from router_core.records import Fact, Instance
 
@@ -17,6 +21,7 @@ class ScorerEntry(BaseModel):
     urls: tuple[str, ...] = ()
     api_key: str | None = Field(default=None, repr=False)
     max_in_flight: int | None = Field(default=None, ge=1)
+    price: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     applies: dict[str, Fact | tuple[Fact, ...]] = Field(default_factory=dict)
 
     @property
@@ -31,6 +36,21 @@ class ScorerEntry(BaseModel):
         none.
         """
         return all(_has(instance, key, wanted) for key, wanted in self.applies.items())
+
+    @classmethod
+    def resolved(cls, fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """Return the fields with relative paths made absolute against the pool file's folder."""
+        return dict(fields)
+
+    def served_at(self, urls: Sequence[str]) -> Self:
+        """Return the entry of a scorer that was started at these addresses."""
+        return self.model_copy(update={"urls": tuple(urls)})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve(cls, value: object, info: ValidationInfo) -> object:
+        folder = (info.context or {}).get("folder")
+        return cls.resolved(value, folder) if isinstance(folder, Path) and isinstance(value, Mapping) else value
 
     @field_validator("applies")
     @classmethod

@@ -20,7 +20,7 @@ from router_core.policies import AllCalls, OneCall
 from router_core.records import Instance
 from service.errors import NoWorkerError, ServiceError, StoreUnavailableError, ValidationError
 from service.schemas import RewardReply, RewardRequest
-from service.settings import OnStoreUnavailable
+from service.settings import OnStoreUnavailable, Settings
 from service.stores.ids import RANDOM_BYTES, new_decision_id
 from service.stores.protocol import DecisionRecord, Store
 from service.telemetry import Telemetry
@@ -52,6 +52,21 @@ class ScoreLimits:
     normalize: bool = False
     piece_responses: int = 0
     """Responses per piece of a batch, 0 for one piece; see `service.usecases.pieces`."""
+
+
+def limits_of(settings: Settings) -> ScoreLimits:
+    """Return the bounds that settings name."""
+    return ScoreLimits(
+        max_responses=settings.max_responses,
+        max_text_chars=settings.max_text_chars,
+        max_batch=settings.max_batch,
+        request_timeout_seconds=settings.request_timeout_seconds,
+        worker_timeout_seconds=settings.worker_timeout_seconds,
+        on_store_unavailable=settings.on_store_unavailable,
+        content_keys=settings.content_keys,
+        normalize=settings.normalize,
+        piece_responses=settings.batch_piece_responses,
+    )
 
 
 class _Entropy:
@@ -105,7 +120,7 @@ class RewardService:
         self._shadower = shadower
         self._sticky = sticky
         self._normaliser = normaliser
-        self._asker = Asker(telemetry.called, timeout_seconds=limits.worker_timeout_seconds)
+        self._asker = Asker(telemetry.called, runs.template.prices, timeout_seconds=limits.worker_timeout_seconds)
         self._entropy = _Entropy()
 
     async def score(self, request: RewardRequest) -> RewardReply:
@@ -277,7 +292,7 @@ class RewardService:
                 means = chosen.choices.means.tolist()
                 jobs = []
                 for row, instance in enumerate(piece.instances):
-                    view = run.view(policy, len(instance.responses), means[row])
+                    view = run.view(len(instance.responses), means[row], chosen.multiplier)
                     jobs.append(
                         Job(
                             policy.plan_for(view),
@@ -416,6 +431,7 @@ class RewardService:
                     telemetry.fallbacks.labels(job.run.template.pool[attempt.arm], attempt.reason).inc()
             if job.given is not None:
                 telemetry.stage["worker"].observe(waited_seconds(job.attempts))
+            telemetry.paid(job.run.name, job.policy.name).inc(sum([attempt.price for attempt in job.attempts]))
         given = _counted([(job.run.name, job.policy.name) for job in jobs if job.given is not None])
         for (run, policy), count in given.items():
             telemetry.decided(run, policy).inc(count)

@@ -94,3 +94,34 @@ def test_applies_asks_for_facts(
 ) -> None:
     (entry,) = model(tmp_path, f"path: a, applies: {applies}").models
     assert entry.admits(Instance("p", ("a", "b"), reference, facts)) is admitted
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ("kind: oracle", "kind 'oracle' is unknown; use one of 'rm', "),
+        ("kind: http", "no `urls`"),
+        ("kind: rule", "no `file`, `builtin` or `urls`"),
+        ("kind: rule, builtin: math, file: 'a.py:f'", "both `file` and `builtin`"),
+        ("kind: rule, file: a.py", "pattern"),
+        ("kind: rule, builtin: math, dtype: half", "dtype"),
+    ],
+)
+def test_each_kind_has_fields_of_its_own(tmp_path: Path, fields: str, sentence: str) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        model(tmp_path, fields)
+    assert sentence in str(raised.value)
+    assert "models.0" in str(raised.value)
+
+
+def test_kinds_are_read_back_as_written(tmp_path: Path) -> None:
+    pool = load(
+        tmp_path,
+        "models: [{name: rm, path: rm}, {name: sums, kind: rule, file: 'rules.py:sums', options: {places: 2}},"
+        " {name: far, kind: http, urls: ['http://a:1']}]",
+    )
+    dump_pool(pool, tmp_path / "again.yaml")
+    assert load_pool(tmp_path / "again.yaml") == pool
+    assert [entry.name for entry in pool.reward_models] == ["rm"]
+    assert pool.models[1].model_dump()["file"] == f"{tmp_path / 'rules.py'}:sums"
+    assert pool.models[1].served_at(["http://b:1"]).urls == ("http://b:1",)

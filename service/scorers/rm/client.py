@@ -164,7 +164,7 @@ class VllmArm:
     ) -> None:
         self.config = config
         self.replicas = tuple(_build_replica(config, url, clock) for url in config.urls)
-        self._requester = Requester(config, self.replicas)
+        self._requester = Requester(config, self.replicas, clock)
         self._render_by(config.rendering)
         self._monitor = None if monitor is None else monitor(self)
 
@@ -275,13 +275,19 @@ class VllmArm:
         prepared = await self._prepare(distinct)
         outcomes: dict[int, Scored | WorkerError] = {}
         ready: dict[int, Prepared] = {}
+        alone: dict[int, Prepared] = {}
         for index, one in enumerate(prepared):
-            if isinstance(one, Prepared):
-                ready[index] = one
-            else:
+            if not isinstance(one, Prepared):
                 outcomes[index] = self._unsent(one)
+            elif (known := self._requester.known(one.contents)) is not None:
+                outcomes[index] = known
+            elif self._requester.doubted(one.contents):
+                alone[index] = one
+            else:
+                ready[index] = one
         slots = slots or self.slots()
-        chunks = self._chunks_of(ready)
+        chunks = [*self._chunks_of(ready), *([index] for index in alone)]
+        ready |= alone
         if len(chunks) == 1:
             answers = [await self._ask_groups([ready[index] for index in chunks[0]], deadline, slots)]
         else:
@@ -382,7 +388,9 @@ class VllmArm:
             else:
                 async with slots:
                     rewards = await self._ask(items, deadline, alone=alone)
-        except SuspectError:
+        except SuspectError as error:
+            if error.crashed:
+                return await self._ask_singly(chunk, deadline, slots)
             return await self._ask_halves(chunk, deadline, slots)
         except WorkerRejectedError as error:
             if alone or error.details.get("worker_status") in WHOLESALE_STATUSES:
@@ -405,6 +413,14 @@ class VllmArm:
                 tasks.create_task(self._ask_groups(half, deadline, slots)) for half in (chunk[:middle], chunk[middle:])
             ]
         return [outcome for half in halves for outcome in half.result()]
+
+    async def _ask_singly(
+        self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore
+    ) -> list[Scored | WorkerError]:
+        """Ask about each instance alone: replicas ended with them, and one of them may have caused it."""
+        for one in chunk:
+            self._requester.doubt(one.contents)
+        return [outcome for one in chunk for outcome in await self._ask_groups([one], deadline, slots)]
 
     def _parts_of(self, items: Sequence[Content]) -> list[list[Content]]:
         """The items of one instance, in order, cut where the next one would overfill the request."""

@@ -5,7 +5,7 @@ at once and gives up what is in flight there. A replica that is new, or has been
 (`service.scorers.rm.probe`); one with a problem, or that refused connections since, gets no traffic until it does.
 An RM that was never used and has a fallback rendering takes it where its workers pass with that one only.
 A replica that has equals is also asked how busy it is (vLLM's `/metrics`), for the choice among them.
-`service.wiring` awaits `check_all` before the first traffic, starts the monitor, and stops it when the service drains.
+Its owner awaits `check_all` before the first traffic, starts the monitor, and stops it when the service drains.
 Knows arms and replicas; nothing of runs or posteriors.
 """
 

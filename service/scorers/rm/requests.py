@@ -3,14 +3,17 @@
 A failure that the input may have caused is examined (`Replica.examine`). If the replica is well, a request about
 several instances ends with `SuspectError`, and the caller divides it; one about a single instance is asked once more,
 elsewhere if possible, and then the failure is that instance's error. If the replica is not well, the breaker counts and
-the next replica is asked. `service.scorers.rm.client` cuts batches into requests and calls this; knows no groups.
+the next replica is asked. The instances of a request that a worker ended with are asked once more, each alone and none
+beside another, so that an instance with which a second worker ends is known to be the cause. Such instances are
+remembered for a while (`Culprits`), and neither searched for again nor sent to further workers.
+`service.scorers.rm.client` cuts batches into requests and calls this; knows no groups.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -26,6 +29,7 @@ from service.scorers.protocol import (
 )
 from service.scorers.rm.answers import AnswerError, AnswerShapeError, RewardBound, read_rewards
 from service.scorers.rm.render import Content, RenderError, Rendering, encode
+from service.scorers.transport.culprits import Culprits, digest_of
 from service.scorers.transport.http import (
     ConnectError,
     ConnectionDroppedError,
@@ -49,22 +53,31 @@ CLOCK_SLACK_SECONDS: Final = 0.002
 """uvloop's clock ticks in milliseconds, so a deadline's timer may fire this much before `loop.time()` reaches it."""
 
 CONFIRMATIONS: Final = 2
-"""Failures of an instance alone, at replicas that are well, that make it the instance's error."""
+"""Failures of an instance alone, at replicas that are well or that ended with it, that make it the instance's error."""
 
 _log = logging.getLogger(__name__)
 
 
 class SuspectError(Exception):
-    """A request about several instances failed at a replica that is well: one of them may have caused it."""
+    """A request about several instances failed at a replica that is well: one of them may have caused it.
+
+    `crashed`: replicas ended with it instead.
+    """
+
+    def __init__(self, *, crashed: bool = False) -> None:
+        super().__init__()
+        self.crashed = crashed
 
 
 class _FailedError(Exception):
-    """One attempt failed; `blamed` says that the breaker knows, `unreadable` that the answer was no answer."""
+    """One attempt failed; `blamed` says that the breaker knows, `unreadable` that the answer was no answer, `crashed`
+    that the replica ended with it."""
 
-    def __init__(self, reason: str, *, blamed: bool, unreadable: bool = False) -> None:
+    def __init__(self, reason: str, *, blamed: bool, unreadable: bool = False, crashed: bool = False) -> None:
         super().__init__(reason)
         self.blamed = blamed
         self.unreadable = unreadable
+        self.crashed = crashed
 
 
 @dataclass(slots=True)
@@ -75,6 +88,9 @@ class _History:
     reasons: list[str] = field(default_factory=list)
     unreadable: int = 0
     suspicions: int = 0
+    crashes: int = 0
+    over: bool = False
+    """No further attempt: no replica is left, or no time."""
 
 
 class Requester:
@@ -83,13 +99,30 @@ class Requester:
     Args:
         config: of the RM.
         replicas: in the order of `config.urls`.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, config: ArmConfig, replicas: Sequence[Replica]) -> None:
+    def __init__(self, config: ArmConfig, replicas: Sequence[Replica], clock: Callable[[], float]) -> None:
         self._config = config
         self._replicas = tuple(replicas)
         self._bound = RewardBound(config.reward_limit)
         self._turn = 0
+        self._culprits = Culprits(clock)
+        self._crash_lane = asyncio.Lock()
+        """Held by the one request under way that a replica has ended with."""
+
+    def known(self, items: Sequence[Content]) -> WorkerInputError | None:
+        """Return the error of an instance that the RM failed on a while ago, and which is not asked again yet."""
+        sentence = self._culprits.sentence(digest_of(items)) if self._culprits else None
+        return None if sentence is None else self._input_error(sentence)
+
+    def doubted(self, items: Sequence[Content]) -> bool:
+        """Return True if a replica has ended with these items, so that they had better be asked alone."""
+        return bool(self._culprits) and self._culprits.doubted(digest_of(items))
+
+    def doubt(self, items: Sequence[Content]) -> None:
+        """Note that a replica has ended with these items of one instance, and others'."""
+        self._culprits.doubt(digest_of(items))
 
     async def ask(self, rendering: Rendering, items: Sequence[Content], deadline: float, *, alone: bool) -> list[float]:
         """The reward of each item, transformed as configured.
@@ -108,38 +141,71 @@ class Requester:
         loop = asyncio.get_running_loop()
         if loop.time() >= deadline:
             raise self._no_answer(True, _History())
-        body = rendering.body(self._config.served_model, items)
         history = _History()
-        while (picked := self._next(history)) is not None:
-            replica, permit = picked
-            history.tried.append(replica)
-            until = self._attempt_deadline(loop.time(), deadline, last=self._is_last(history.tried))
-            try:
-                rewards = await self._attempt(replica, permit, rendering, body, len(items), until)
-            except _FailedError as failure:
-                if await self._explained(failure, replica, history, deadline, alone=alone):
-                    break
-            else:
-                return rewards
+        if alone and self._culprits:
+            if (known := self.known(items)) is not None:
+                raise known
+            history.crashes = int(self.doubted(items))
+        body = rendering.body(self._config.served_model, items)
+        try:
+            while not history.over:
+                if history.crashes:
+                    async with asyncio.timeout_at(deadline), self._crash_lane:
+                        rewards = await self._once(rendering, body, len(items), history, deadline)
+                else:
+                    rewards = await self._once(rendering, body, len(items), history, deadline)
+                if rewards is not None:
+                    if alone and history.crashes:
+                        self._culprits.clear(digest_of(items))
+                    return rewards
+                self._judge(history, items, alone=alone)
+        except TimeoutError:
+            raise self._no_answer(True, history) from None
         raise self._no_answer(loop.time() >= deadline - CLOCK_SLACK_SECONDS, history)
 
-    async def _explained(
-        self, failure: _FailedError, replica: Replica, history: _History, deadline: float, *, alone: bool
-    ) -> bool:
-        """Note a failed attempt. Returns whether the time is over.
+    async def _once(
+        self, rendering: Rendering, body: bytes, count: int, history: _History, deadline: float
+    ) -> list[float] | None:
+        """Ask the next replica. Returns None after a failure, which stands in the history then.
 
         Raises:
-            SuspectError, WorkerInputError: the input caused it, or may have.
+            WorkerRejectedError: a final refusal.
         """
-        history.reasons.append(self._where(replica, str(failure)))
-        history.unreadable += failure.unreadable
-        if not failure.blamed:
-            if not alone:
-                raise SuspectError
-            history.suspicions += 1
-            if history.suspicions >= CONFIRMATIONS:
-                raise self._input_error(history)
-        return asyncio.get_running_loop().time() >= deadline - CLOCK_SLACK_SECONDS
+        loop = asyncio.get_running_loop()
+        picked = self._next(history)
+        if picked is None:
+            history.over = True
+            return None
+        replica, permit = picked
+        history.tried.append(replica)
+        until = self._attempt_deadline(loop.time(), deadline, last=self._is_last(history.tried))
+        try:
+            return await self._attempt(replica, permit, rendering, body, count, until)
+        except _FailedError as failure:
+            history.reasons.append(self._where(replica, str(failure)))
+            history.unreadable += failure.unreadable
+            history.crashes += failure.crashed
+            history.suspicions += not failure.blamed
+        history.over = loop.time() >= deadline - CLOCK_SLACK_SECONDS
+        return None
+
+    def _judge(self, history: _History, items: Sequence[Content], *, alone: bool) -> None:
+        """Charge the failures so far to the input, if they are its fault, or may be.
+
+        Raises:
+            SuspectError, WorkerInputError: they are.
+        """
+        if alone:
+            if max(history.suspicions, history.crashes) >= CONFIRMATIONS:
+                sentence = "; ".join(dict.fromkeys(history.reasons))
+                self._culprits.convict(digest_of(items), sentence)
+                raise self._input_error(sentence)
+            if history.crashes and history.over:
+                self.doubt(items)
+        elif history.suspicions:
+            raise SuspectError
+        elif history.crashes:
+            raise SuspectError(crashed=True)
 
     async def _attempt(
         self, replica: Replica, permit: int, rendering: Rendering, body: bytes, count: int, until: float
@@ -151,16 +217,17 @@ class Requester:
             _FailedError: no reward, for any other reason.
         """
         number = replica.begin()
-        unreadable = False
+        unreadable = dropped = False
         try:
             response = await replica.send(CLASSIFY_PATH, body, permit, number, items=count, deadline=until)
         except ConnectError as error:
-            raise _FailedError(_words(error), blamed=True) from error
+            raise _FailedError(_words(error), blamed=True, crashed=error.dropped) from error
         except DeadlineError as error:
             raise _FailedError(_words(error), blamed=not replica.answered_since(number)) from error
         except HttpError as error:
             reason, detail = _words(error), str(error)
-            unreadable = not isinstance(error, ConnectionDroppedError)
+            dropped = isinstance(error, ConnectionDroppedError)
+            unreadable = not dropped
         else:
             if response.status == 200:
                 try:
@@ -181,7 +248,7 @@ class Requester:
                 if response.status not in FAULTY_STATUSES:
                     raise _FailedError(reason, blamed=True)
         well = await self._is_well(replica, permit, number, detail, rendering, until)
-        raise _FailedError(reason, blamed=not well, unreadable=unreadable)
+        raise _FailedError(reason, blamed=not well, unreadable=unreadable, crashed=dropped and not well)
 
     def _read(self, body: bytes, count: int) -> list[float]:
         """The rewards in an answer, within the RM's bound.
@@ -279,10 +346,9 @@ class Requester:
             return WorkerTooLongError(message, details=details, final=self._config.over_long is OverLong.REFUSE)
         return WorkerRejectedError(message, details=details)
 
-    def _input_error(self, history: _History) -> WorkerInputError:
-        reasons = "; ".join(dict.fromkeys(history.reasons))
+    def _input_error(self, sentence: str) -> WorkerInputError:
         return WorkerInputError(
-            f"RM {self._config.name!r} fails on this input alone, and answers others: {reasons}",
+            f"RM {self._config.name!r} fails on this input alone, and answers others: {sentence}",
             details={"model": self._config.name},
         )
 
@@ -301,6 +367,8 @@ class Requester:
 def _words(error: HttpError) -> str:
     """The kind of an error, without addresses."""
     if isinstance(error, ConnectError):
+        if error.dropped:
+            return "the connection was dropped, and no other can be made"
         return "connection refused" if error.refused else "no connection"
     if isinstance(error, ConnectionDroppedError):
         return "the connection was dropped"

@@ -1,0 +1,1 @@
+"""Rules: functions that verify a response, in a worker of their own. The gateway never runs them."""
