@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 
 from router_core.records import MAX_ABS_SCORE
+from service.scorers.transport.exchange import UnusableAnswerError
 from service.scorers.wire import ClassifyAnswer
 
 LEARNED_FROM: Final = 64
@@ -27,12 +28,14 @@ SMALLEST_USUAL: Final = 10.0
 _DECODER = msgspec.json.Decoder(ClassifyAnswer)
 
 
-class AnswerError(Exception):
+class AnswerError(UnusableAnswerError):
     """The body does not hold one usable reward per item; the message says why, without addresses."""
 
 
 class AnswerShapeError(AnswerError):
     """The answer has another shape than was asked for: no input makes a reward model do that."""
+
+    replicas_fault = True
 
 
 class RewardBound:

@@ -19,7 +19,7 @@ import msgspec
 
 from service.scorers.rm.client import VllmArm
 from service.scorers.rm.render import MessagesRendering, RenderError, Rendering, encode
-from service.scorers.rm.requests import RETRIED_STATUSES
+from service.scorers.transport.exchange import RETRIED_STATUSES
 from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
 from service.scorers.transport.replica import Replica
 from service.scorers.wire import (

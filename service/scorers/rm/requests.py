@@ -15,7 +15,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from service.scorers.protocol import (
     OverLong,
@@ -27,33 +27,24 @@ from service.scorers.protocol import (
     WorkerTooLongError,
     WorkerUnavailableError,
 )
-from service.scorers.rm.answers import AnswerError, AnswerShapeError, RewardBound, read_rewards
+from service.scorers.rm.answers import AnswerError, RewardBound, read_rewards
 from service.scorers.rm.render import Content, RenderError, Rendering, encode
 from service.scorers.transport.culprits import Culprits, digest_of
-from service.scorers.transport.http import (
-    ConnectError,
-    ConnectionDroppedError,
-    DeadlineError,
-    HttpError,
-    ResponseTooLargeError,
+from service.scorers.transport.exchange import (
+    ATTEMPT_SHARE,
+    CLOCK_SLACK_SECONDS,
+    CONFIRMATIONS,
+    FailedError,
+    RefusedError,
+    attempt,
 )
-from service.scorers.transport.replica import FAULTY_STATUSES, Replica
+from service.scorers.transport.http import HttpError
+from service.scorers.transport.replica import Replica
 from service.scorers.wire import CLASSIFY_PATH, PROBE_PROMPT, PROBE_RESPONSE, error_message, says_too_long
 
 if TYPE_CHECKING:
     from service.scorers.rm.client import ArmConfig
 
-RETRIED_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
-"""Statuses that another replica may answer differently; scoring is idempotent. 501 is not one of them."""
-
-ATTEMPT_SHARE: Final = 0.6
-"""While another replica remains untried, one attempt takes at most this share of the time left."""
-
-CLOCK_SLACK_SECONDS: Final = 0.002
-"""uvloop's clock ticks in milliseconds, so a deadline's timer may fire this much before `loop.time()` reaches it."""
-
-CONFIRMATIONS: Final = 2
-"""Failures of an instance alone, at replicas that are well or that ended with it, that make it the instance's error."""
 
 _log = logging.getLogger(__name__)
 
@@ -66,17 +57,6 @@ class SuspectError(Exception):
 
     def __init__(self, *, crashed: bool = False) -> None:
         super().__init__()
-        self.crashed = crashed
-
-
-class _FailedError(Exception):
-    """One attempt failed; `blamed` says that the breaker knows, `unreadable` that the answer was no answer, `crashed`
-    that the replica ended with it."""
-
-    def __init__(self, reason: str, *, blamed: bool, unreadable: bool = False, crashed: bool = False) -> None:
-        super().__init__(reason)
-        self.blamed = blamed
-        self.unreadable = unreadable
         self.crashed = crashed
 
 
@@ -181,7 +161,7 @@ class Requester:
         until = self._attempt_deadline(loop.time(), deadline, last=self._is_last(history.tried))
         try:
             return await self._attempt(replica, permit, rendering, body, count, until)
-        except _FailedError as failure:
+        except FailedError as failure:
             history.reasons.append(self._where(replica, str(failure)))
             history.unreadable += failure.unreadable
             history.crashes += failure.crashed
@@ -214,41 +194,23 @@ class Requester:
 
         Raises:
             WorkerRejectedError: a final refusal.
-            _FailedError: no reward, for any other reason.
+            FailedError: no reward, for any other reason.
         """
-        number = replica.begin()
-        unreadable = dropped = False
         try:
-            response = await replica.send(CLASSIFY_PATH, body, permit, number, items=count, deadline=until)
-        except ConnectError as error:
-            raise _FailedError(_words(error), blamed=True, crashed=error.dropped) from error
-        except DeadlineError as error:
-            raise _FailedError(_words(error), blamed=not replica.answered_since(number)) from error
-        except HttpError as error:
-            reason, detail = _words(error), str(error)
-            dropped = isinstance(error, ConnectionDroppedError)
-            unreadable = not dropped
-        else:
-            if response.status == 200:
-                try:
-                    rewards = self._read(response.body, count)
-                except AnswerShapeError as error:
-                    replica.blame(permit, str(error))
-                    raise _FailedError(str(error), blamed=True, unreadable=True) from error
-                except AnswerError as error:
-                    reason = detail = str(error)
-                    unreadable = True
-                else:
-                    replica.accept(permit, number)
-                    return self._transformed(rewards)
-            else:
-                reason = detail = f"{response.status} {error_message(response.body)}"
-                if response.status not in RETRIED_STATUSES:
-                    raise self._rejection(replica, response.status, response.body)
-                if response.status not in FAULTY_STATUSES:
-                    raise _FailedError(reason, blamed=True)
-        well = await self._is_well(replica, permit, number, detail, rendering, until)
-        raise _FailedError(reason, blamed=not well, unreadable=unreadable, crashed=dropped and not well)
+            rewards = await attempt(
+                replica,
+                permit,
+                CLASSIFY_PATH,
+                body,
+                items=count,
+                until=until,
+                read=lambda answer: self._read(answer, count),
+                probe=lambda: self._probe(replica, rendering),
+                model=self._config.name,
+            )
+        except RefusedError as error:
+            raise self._rejection(replica, error.status, error.body) from error
+        return self._transformed(rewards)
 
     def _read(self, body: bytes, count: int) -> list[float]:
         """The rewards in an answer, within the RM's bound.
@@ -263,21 +225,6 @@ class Requester:
             # The good ones of an answer that is refused, too: they say that the outlier, asked alone, is one.
             self._bound.learn(rewards)
         return rewards
-
-    async def _is_well(
-        self, replica: Replica, permit: int, number: int, reason: str, rendering: Rendering, until: float
-    ) -> bool:
-        """Return True if the replica is cleared before the deadline; its breaker learns the outcome in any case."""
-        examination = replica.examine(permit, number, reason, lambda: self._probe(replica, rendering))
-        try:
-            async with asyncio.timeout_at(until):
-                well = await asyncio.shield(examination)
-        except TimeoutError:
-            return False
-        if well:
-            fields = {"model": self._config.name, "url": replica.url, "reason": reason}
-            _log.info("a request failed at a worker that is well", extra={"fields": fields})
-        return well
 
     async def _probe(self, replica: Replica, rendering: Rendering) -> bool:
         """Return True if the replica scores the probe conversation now, on a connection of its own."""
@@ -362,18 +309,3 @@ class Requester:
             return WorkerProtocolError(f"RM {name!r}: {tail}", details=details)
         message = f"RM {name!r}: no replica could answer: {tail or 'all are out'}"
         return WorkerUnavailableError(message, details=details, retry_after_seconds=1)
-
-
-def _words(error: HttpError) -> str:
-    """The kind of an error, without addresses."""
-    if isinstance(error, ConnectError):
-        if error.dropped:
-            return "the connection was dropped, and no other can be made"
-        return "connection refused" if error.refused else "no connection"
-    if isinstance(error, ConnectionDroppedError):
-        return "the connection was dropped"
-    if isinstance(error, DeadlineError):
-        return "no answer in time"
-    if isinstance(error, ResponseTooLargeError):
-        return "the answer is too long"
-    return "the answer is not HTTP"
