@@ -28,8 +28,8 @@ SHADOWED = "bayesian+shadow=0.1"
 PAPER = "bayesian:paper"
 TUNED: Mapping[str, tuple[tuple[str, Any], ...]] = MappingProxyType(
     {
-        "bayesian:paper, tuned for all": (("lambda0", 10.0), ("sigma2", 0.16), ("v", 1.0)),
-        "bayesian:paper, tuned at home": (("lambda0", 300.0), ("sigma2", 0.16), ("v", 0.3)),
+        "bayesian:paper (tuned)": (("lambda0", 10.0), ("sigma2", 0.16), ("v", 1.0)),
+        "bayesian:paper (tuned at home)": (("lambda0", 300.0), ("sigma2", 0.16), ("v", 0.3)),
     }
 )
 """Rows of the paper's form with other scalars than the published λ₀ = σ² = v = 1. Chosen as our own were, by what they
