@@ -197,7 +197,8 @@ def _first_chance(decision: StoredDecision) -> float:
     gone, arm = excluded(decision.attempts, 0), _first_arm(decision.attempts)
     if not gone:
         return decision.propensities[arm]
-    return propensity_without(np.array(decision.means), np.array(decision.sds), gone, arm)
+    floors = np.array(decision.floors or [0.0] * len(decision.means))
+    return propensity_without(np.array(decision.means), np.array(decision.sds), floors, gone, arm)
 
 
 def _closed(attempts: Sequence[Attempt]) -> list[int]:

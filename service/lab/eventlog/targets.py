@@ -153,12 +153,13 @@ def _logger(decisions: Sequence[StoredDecision], log: SequenceLog, combination: 
         np.array([getattr(decision, field) for decision in decisions], dtype=np.float64).reshape(len(log), K)
         for field in ("means", "sds", "propensities")
     )
+    floors = np.array([decision.floors or [0.0] * K for decision in decisions]).reshape(len(log), K)
     multipliers = np.array([decision.multiplier or np.inf for decision in decisions])
     paid = np.where(np.isfinite(multipliers), multipliers, 0.0)[:, None]
     return Sequencer(
         combination,
         means + paid * surcharges(combination.costs, 1.0),
-        available_propensities(propensities, means, sds, log.there),
+        available_propensities(propensities, means, sds, floors, log.there),
         multipliers,
         max_calls=max(len(decision.attempts) for decision in decisions),
     )
