@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from service.encoders.protocol import EncoderUnavailableError
 from service.encoders.wire import EMBEDDINGS_PATH, EmbeddingsAnswer, WireError, decode_answer, encode_request
 from service.errors import ConfigurationError
-from service.scorers.rm.requests import ATTEMPT_SHARE, CLOCK_SLACK_SECONDS, RETRIED_STATUSES
 from service.scorers.transport.breaker import BreakerPolicy
 from service.scorers.transport.http import (
     CONNECT_TIMEOUT_SECONDS,
@@ -30,7 +29,7 @@ from service.scorers.transport.http import (
     HttpPool,
     Response,
 )
-from service.scorers.transport.replica import Replica
+from service.scorers.transport.replica import ATTEMPT_SHARE, CLOCK_SLACK_SECONDS, RETRIED_STATUSES, Replica
 from service.scorers.wire import error_message
 
 MAX_RESPONSE_BYTES: Final = 64 << 20
@@ -88,7 +87,7 @@ class StateClient:
     @property
     def available(self) -> bool:
         """True if a server's breaker lets requests through."""
-        return any(replica.breaker.allows for replica in self.replicas)
+        return any(replica.allows for replica in self.replicas)
 
     async def states(self, ids: Sequence[Sequence[int]], *, deadline: float) -> NDArray[np.float32]:
         """The states of these token ids: (N, dim) float32, in order; requests of one call are in flight together.
@@ -173,11 +172,11 @@ class StateClient:
         return states
 
     def _others(self, tried: Sequence[Replica]) -> bool:
-        return any(replica.breaker.allows for replica in self.replicas if replica not in tried)
+        return any(replica.allows for replica in self.replicas if replica not in tried)
 
     def _pick(self, tried: Sequence[Replica]) -> tuple[Replica, int] | None:
         """The server with the fewest requests outstanding, ties in turn, and its permit."""
-        candidates = [replica for replica in self.replicas if replica not in tried and replica.breaker.allows]
+        candidates = [replica for replica in self.replicas if replica not in tried and replica.allows]
         if not candidates:
             return None
         self._turn += 1

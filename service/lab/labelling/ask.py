@@ -1,7 +1,7 @@
 """One RM asked about many instances: so many requests at once, patient with a worker that is away, final with refusals.
 
 Knows an `Arm` and instances; nothing of files, rows or progress bars: every answer goes to a callback as it comes.
-The command `label` runs one `ModelAsker` per RM; `service.scorers.rm.health` keeps the arm's breakers true meanwhile.
+The command `label` runs one `ModelAsker` per RM; `service.scorers.health` keeps the arm's breakers true meanwhile.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from service.scorers.protocol import (
     WorkerRejectedError,
     WorkerUnavailableError,
 )
-from service.scorers.rm.client import WHOLESALE_STATUSES
+from service.scorers.requests import WHOLESALE_STATUSES
 from service.scorers.wire import PROBE_PROMPT, PROBE_RESPONSE
 
 POLL_SECONDS: Final = 0.05

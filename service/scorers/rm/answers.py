@@ -1,6 +1,6 @@
 """What counts as an answer of `/classify`: one usable reward per item.
 
-Pure: bytes in, numbers out. `service.scorers.rm.requests` reads workers' answers with it.
+Pure: bytes in, numbers out. `service.scorers.rm.client` reads workers' answers with it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 
 from router_core.records import MAX_ABS_SCORE
+from service.scorers.requests import AnswerError, AnswerShapeError
 from service.scorers.wire import ClassifyAnswer
 
 LEARNED_FROM: Final = 64
@@ -25,14 +26,6 @@ SMALLEST_USUAL: Final = 10.0
 """The usual size is taken to be at least this: rewards near 0 at the start do not make a logit of 30 an outlier."""
 
 _DECODER = msgspec.json.Decoder(ClassifyAnswer)
-
-
-class AnswerError(Exception):
-    """The body does not hold one usable reward per item; the message says why, without addresses."""
-
-
-class AnswerShapeError(AnswerError):
-    """The answer has another shape than was asked for: no input makes a reward model do that."""
 
 
 class RewardBound:

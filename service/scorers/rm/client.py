@@ -1,7 +1,7 @@
 """`VllmArm`: one reward model behind any number of equal replicas that speak vLLM's `/classify`.
 
 Renders instances, cuts batches into requests, and halves requests that are refused, or fail at a worker that is well,
-until the culprit stands alone. `service.scorers.rm.requests` makes each request.
+until the culprit stands alone. `service.scorers.requests` makes each request.
 `service.scorers.rm.build` makes one per RM of the pool; use cases see it as `service.scorers.protocol.Scorer`. Knows no
 routing policy and no store.
 """
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Final, Protocol
+from typing import Final
 
 from router_core.records import MAX_ABS_SCORE, Instance
 from service.errors import ConfigurationError
@@ -27,36 +27,18 @@ from service.scorers.protocol import (
     WorkerTooLongError,
     WorkerUnavailableError,
 )
+from service.scorers.requests import Monitor, Requester, RequestLimits, in_halves
+from service.scorers.rm.answers import RewardBound
+from service.scorers.rm.dialogue import ClassifyDialogue
 from service.scorers.rm.render import Content, MessagesRendering, Prepared, RenderError, Rendering, TooLongError
-from service.scorers.rm.requests import Requester, SuspectError
 from service.scorers.status import ScorerStatus
 from service.scorers.transport.breaker import BreakerPolicy
-from service.scorers.transport.http import CONNECT_TIMEOUT_SECONDS, IDLE_SECONDS, MAX_RESPONSE_BYTES, HttpPool
-from service.scorers.transport.replica import Replica, ReplicaSnapshot
-
-WHOLESALE_STATUSES: Final = frozenset({401, 403, 405, 501})
-"""Refusals of whoever asks or of the endpoint, not of an input: asking in halves would only repeat them."""
+from service.scorers.transport.http import CONNECT_TIMEOUT_SECONDS, MAX_RESPONSE_BYTES
+from service.scorers.transport.replica import Replica, ReplicaSnapshot, open_replica
 
 TOKENS_PER_REQUEST: Final = 32_768
 """Bound on one request whose lengths are known: 64 items of 500 tokens; more than that would make one request of long
 texts last several times as long as one of short ones."""
-
-
-class Monitor(Protocol):
-    """Keeps the breakers of a scorer's replicas true; `service.scorers.rm.health` has one."""
-
-    @property
-    def unexpected_errors(self) -> int:
-        """See `Scorer.unexpected_errors`."""
-
-    async def check_all(self) -> None:
-        """Check every replica once."""
-
-    def start(self) -> None:
-        """Begin checking in the background."""
-
-    async def stop(self) -> None:
-        """Stop checking."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +67,7 @@ class ArmConfig:
         score_shift: the arm's rewards are score_scale * logit + score_shift.
         reward_limit: largest size of a raw reward that is taken for one; None to learn it, see `RewardBound`.
         applies: says which instances the RM is asked about; None for all.
+        requests_per_minute: bound on this gateway's requests to the RM; None for none.
     """
 
     name: str
@@ -108,6 +91,7 @@ class ArmConfig:
     score_shift: float = 0.0
     reward_limit: float | None = None
     applies: Callable[[Instance], bool] | None = None
+    requests_per_minute: float | None = None
 
     def __post_init__(self) -> None:
         if not self.name or not self.urls:
@@ -164,7 +148,13 @@ class VllmArm:
     ) -> None:
         self.config = config
         self.replicas = tuple(_build_replica(config, url, clock) for url in config.urls)
-        self._requester = Requester(config, self.replicas)
+        self._requester = Requester(
+            RequestLimits(
+                config.name, "RM", config.attempt_timeout_seconds, config.max_attempts, config.requests_per_minute
+            ),
+            self.replicas,
+        )
+        self._bound = RewardBound(config.reward_limit)
         self._render_by(config.rendering)
         self._monitor = None if monitor is None else monitor(self)
 
@@ -182,15 +172,15 @@ class VllmArm:
     def available(self) -> bool:
         """True if some replica's breaker allows a request and is below its limit in flight."""
         # A loop, since this is asked several times a request and a generator costs more than the question.
-        for replica in self.replicas:  # noqa: SIM110
-            if replica.breaker.allows and not replica.full:
-                return True
+        for replica in self.replicas:
+            if replica.allows and not replica.full:
+                return self._requester.has_room
         return False
 
     @property
     def reachable(self) -> bool:
         """True if some replica's breaker allows a request."""
-        return any(replica.breaker.allows for replica in self.replicas)
+        return any(replica.allows for replica in self.replicas)
 
     @property
     def rendering(self) -> Rendering:
@@ -341,6 +331,7 @@ class VllmArm:
     def _render_by(self, rendering: Rendering) -> None:
         config = self.config
         self._rendering = rendering
+        self._dialogue = ClassifyDialogue(config, rendering, self._bound)
         self._chunk = min(config.items_per_request, rendering.items_limit or config.items_per_request)
         self._chunk_size = config.tokens_per_request if rendering.counts_tokens else math.inf
 
@@ -373,38 +364,22 @@ class VllmArm:
     async def _ask_groups(
         self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore
     ) -> list[Scored | WorkerError]:
+        return await in_halves(chunk, lambda part: self._ask_chunk(part, deadline, slots))
+
+    async def _ask_chunk(self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore) -> list[Scored]:
         items = [content for one in chunk for content in one.contents]
         alone = len(chunk) == 1
         parts = self._parts_of(items) if alone else [items]
-        try:
-            if len(parts) > 1:
-                rewards = await self._ask_in_parts(parts, deadline, slots)
-            else:
-                async with slots:
-                    rewards = await self._ask(items, deadline, alone=alone)
-        except SuspectError:
-            return await self._ask_halves(chunk, deadline, slots)
-        except WorkerRejectedError as error:
-            if alone or error.details.get("worker_status") in WHOLESALE_STATUSES:
-                return [error] * len(chunk)
-            return await self._ask_halves(chunk, deadline, slots)
-        except WorkerError as error:
-            return [error] * len(chunk)
+        if len(parts) > 1:
+            rewards = await self._ask_in_parts(parts, deadline, slots)
+        else:
+            async with slots:
+                rewards = await self._ask(items, deadline, alone=alone)
         ends = accumulate(len(one.contents) for one in chunk)
         return [
             Scored(rewards[end - len(one.contents) : end], one.prompt_tokens_cut)
             for one, end in zip(chunk, ends, strict=True)
         ]
-
-    async def _ask_halves(
-        self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore
-    ) -> list[Scored | WorkerError]:
-        middle = len(chunk) // 2
-        async with asyncio.TaskGroup() as tasks:
-            halves = [
-                tasks.create_task(self._ask_groups(half, deadline, slots)) for half in (chunk[:middle], chunk[middle:])
-            ]
-        return [outcome for half in halves for outcome in half.result()]
 
     def _parts_of(self, items: Sequence[Content]) -> list[list[Content]]:
         """The items of one instance, in order, cut where the next one would overfill the request."""
@@ -438,7 +413,8 @@ class VllmArm:
 
     async def _ask(self, items: Sequence[Content], deadline: float, *, alone: bool) -> list[float]:
         try:
-            return await self._requester.ask(self._rendering, items, deadline, alone=alone)
+            body = self._rendering.body(self.config.served_model, items)
+            return await self._requester.ask(self._dialogue, body, len(items), deadline, alone=alone)
         except RenderError as error:
             raise self._unsent(error) from error
 
@@ -469,25 +445,17 @@ def _spread(scored: Scored, distinct: Sequence[tuple[str, str]], items: Sequence
 
 
 def _build_replica(config: ArmConfig, url: str, clock: Callable[[], float]) -> Replica:
-    def pool(max_connections: int, idle_seconds: float) -> HttpPool:
-        return HttpPool(
-            url,
-            max_connections=max_connections,
-            idle_seconds=idle_seconds,
-            connect_timeout_seconds=config.connect_timeout_seconds,
-            max_response_bytes=config.max_response_bytes,
-            api_key=config.api_key,
-        )
-
     try:
-        return Replica(
-            pool(config.max_in_flight, IDLE_SECONDS),
-            pool(2, 0.0),
-            model=config.name,
+        return open_replica(
+            url,
+            name=config.name,
+            api_key=config.api_key,
             max_in_flight=config.max_in_flight,
             attempt_timeout_seconds=config.attempt_timeout_seconds,
-            policy=config.breaker,
             clock=clock,
+            breaker=config.breaker,
+            connect_timeout_seconds=config.connect_timeout_seconds,
+            max_response_bytes=config.max_response_bytes,
         )
     except ValueError as error:
         raise ConfigurationError(f"RM {config.name!r}: {error}") from error

@@ -3,9 +3,6 @@
 `probe_replica` says what is wrong in words for the operator; `health` beside it keeps a replica without traffic until
 its probe has passed. `readiness` is the small part of it that health checks repeat. Both go past the breaker, on
 connections of their own, and change nothing but what a refused connection changes (`Replica.check`).
-
-    ProbeError            the replica answered, and not what was asked for
-    └── UnreachableError      it did not answer, or said that it cannot now: away, loading, overloaded
 """
 
 from __future__ import annotations
@@ -17,11 +14,11 @@ from typing import Final
 
 import msgspec
 
+from service.scorers.health import ProbeError, UnreachableError
 from service.scorers.rm.client import VllmArm
 from service.scorers.rm.render import MessagesRendering, RenderError, Rendering, encode
-from service.scorers.rm.requests import RETRIED_STATUSES
 from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
-from service.scorers.transport.replica import Replica
+from service.scorers.transport.replica import RETRIED_STATUSES, Replica
 from service.scorers.wire import (
     CLASSIFY_PATH,
     MODELS_PATH,
@@ -77,14 +74,6 @@ class ReplicaProbe:
     def ok(self) -> bool:
         """It answered everything, without problems."""
         return not self.problems and self.unavailable is None
-
-
-class ProbeError(Exception):
-    """A replica did not give the answer that was asked for; the message says what it did instead."""
-
-
-class UnreachableError(ProbeError):
-    """A replica gave no answer for now; its settings may well be right."""
 
 
 async def probe(arm: VllmArm, *, deadline: float) -> tuple[ReplicaProbe, ...]:

@@ -1,0 +1,427 @@
+"""One request to a scorer: which replica is asked, which one next, and if the worker or the input caused a failure.
+
+A failure that the input may have caused is examined (`Replica.examine`). If the replica is well, a request about
+several instances ends with `SuspectError`, and `in_halves` divides it; one about a single instance is asked once more,
+elsewhere if possible, and then the failure is that instance's error. If the replica is not well, the breaker counts and
+the next replica is asked. What is said and understood is a `Dialogue`, one per kind. Called by the kinds' clients;
+knows no kind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol, TypeVar
+
+from aiolimiter import AsyncLimiter
+
+from service.scorers.protocol import (
+    WorkerError,
+    WorkerInputError,
+    WorkerProtocolError,
+    WorkerRejectedError,
+    WorkerTimeoutError,
+    WorkerUnavailableError,
+)
+from service.scorers.transport.http import (
+    ConnectError,
+    ConnectionDroppedError,
+    DeadlineError,
+    HttpError,
+    ResponseTooLargeError,
+)
+from service.scorers.transport.replica import (
+    ATTEMPT_SHARE,
+    CLOCK_SLACK_SECONDS,
+    FAULTY_STATUSES,
+    RETRIED_STATUSES,
+    Replica,
+)
+from service.scorers.wire import error_message
+
+CONFIRMATIONS: Final = 2
+"""Failures of an instance alone, at replicas that are well, that make it the instance's error."""
+
+WHOLESALE_STATUSES: Final = frozenset({401, 403, 405, 501})
+"""Refusals of whoever asks or of the endpoint, not of an input: asking in halves would only repeat them."""
+
+_log = logging.getLogger(__name__)
+
+Answered = TypeVar("Answered")
+AnsweredCo = TypeVar("AnsweredCo", covariant=True)
+Asked = TypeVar("Asked")
+Made = TypeVar("Made")
+
+
+class AnswerError(Exception):
+    """The body does not hold what was asked for; the message says why, without addresses."""
+
+
+class AnswerShapeError(AnswerError):
+    """The answer has another shape than was asked for: no input makes a scorer do that."""
+
+
+class Monitor(Protocol):
+    """Keeps the breakers of a scorer's replicas true; `service.scorers.health` has one."""
+
+    @property
+    def unexpected_errors(self) -> int:
+        """See `Scorer.unexpected_errors`."""
+
+    async def check_all(self) -> None:
+        """Check every replica once."""
+
+    def start(self) -> None:
+        """Begin checking in the background."""
+
+    async def stop(self) -> None:
+        """Stop checking."""
+
+
+class Dialogue(Protocol[AnsweredCo]):
+    """What a kind says to its servers, and what it understands."""
+
+    @property
+    def path(self) -> str:
+        """Of every request."""
+
+    def read(self, body: bytes, count: int) -> AnsweredCo:
+        """Return what the body of a 200 says.
+
+        Args:
+            body: of the response.
+            count: items that were asked about.
+
+        Raises:
+            AnswerError: it is no answer.
+        """
+
+    def probe(self) -> bytes | None:
+        """Return the body of a question that is known to be good; None where there is none."""
+
+    def answers_probe(self, body: bytes) -> bool:
+        """Return True if the body of a 200 answers that question."""
+
+    def refusal(self, message: str, details: dict[str, object], status: int, body: bytes) -> WorkerRejectedError:
+        """Return the error of a final refusal.
+
+        Args:
+            message: what to say.
+            details: see `ServiceError`.
+            status: of the response.
+            body: of the response.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """How one scorer's requests are made.
+
+    Attributes:
+        name: the scorer's in the pool.
+        label: what a message calls it, for example `RM`.
+        attempt_timeout_seconds: one replica's time for one request.
+        max_attempts: replicas asked for one request, the first included.
+        requests_per_minute: bound on requests of this process; None for none.
+    """
+
+    name: str
+    label: str
+    attempt_timeout_seconds: float
+    max_attempts: int = 3
+    requests_per_minute: float | None = None
+
+
+class SuspectError(Exception):
+    """A request about several instances failed at a replica that is well: one of them may have caused it."""
+
+
+class _FailedError(Exception):
+    """One attempt failed; `blamed` says that the breaker knows, `unreadable` that the answer was no answer."""
+
+    def __init__(self, reason: str, *, blamed: bool, unreadable: bool = False) -> None:
+        super().__init__(reason)
+        self.blamed = blamed
+        self.unreadable = unreadable
+
+
+@dataclass(slots=True)
+class _History:
+    """The attempts of one request so far."""
+
+    tried: list[Replica] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    unreadable: int = 0
+    suspicions: int = 0
+
+
+class Requester:
+    """Asks the replicas of one scorer. Not thread-safe; one event loop.
+
+    Args:
+        limits: of the scorer.
+        replicas: equal servers.
+    """
+
+    def __init__(self, limits: RequestLimits, replicas: Sequence[Replica]) -> None:
+        self._limits = limits
+        self._replicas = tuple(replicas)
+        rate = limits.requests_per_minute
+        # A tenth of a minute's requests may come at once, so that a minute never has more than a tenth too many.
+        burst = 1.0 if rate is None else max(rate / 10.0, 1.0)
+        self._limiter = None if rate is None else AsyncLimiter(burst, 60.0 * burst / rate)
+        self._turn = 0
+
+    @property
+    def has_room(self) -> bool:
+        """True if a request may be sent now by `requests_per_minute`."""
+        return self._limiter is None or self._limiter.has_capacity()
+
+    async def ask(
+        self, dialogue: Dialogue[Answered], body: bytes, count: int, deadline: float, *, alone: bool
+    ) -> Answered:
+        """Return the answer to one request.
+
+        Args:
+            dialogue: reads it.
+            body: the request's.
+            count: items in the body.
+            deadline: absolute `loop.time()`.
+            alone: all items are of one instance.
+
+        Raises:
+            SuspectError: not `alone`, and an instance may have caused the failure.
+            WorkerError: see `Scorer.score`.
+        """
+        loop = asyncio.get_running_loop()
+        history = _History()
+        if loop.time() >= deadline or not await self._admitted(deadline):
+            raise self._no_answer(True, history)
+        while (picked := self._next(history)) is not None:
+            replica, permit = picked
+            history.tried.append(replica)
+            until = self._attempt_deadline(loop.time(), deadline, last=self._is_last(history.tried))
+            try:
+                answer = await self._attempt(replica, permit, dialogue, body, count, until)
+            except _FailedError as failure:
+                if await self._explained(failure, replica, history, deadline, alone=alone):
+                    break
+            else:
+                return answer
+        raise self._no_answer(loop.time() >= deadline - CLOCK_SLACK_SECONDS, history)
+
+    async def _explained(
+        self, failure: _FailedError, replica: Replica, history: _History, deadline: float, *, alone: bool
+    ) -> bool:
+        """Note a failed attempt. Returns whether the time is over.
+
+        Raises:
+            SuspectError, WorkerInputError: the input caused it, or may have.
+        """
+        history.reasons.append(self._where(replica, str(failure)))
+        history.unreadable += failure.unreadable
+        if not failure.blamed:
+            if not alone:
+                raise SuspectError
+            history.suspicions += 1
+            if history.suspicions >= CONFIRMATIONS:
+                raise self._input_error(history)
+        return asyncio.get_running_loop().time() >= deadline - CLOCK_SLACK_SECONDS
+
+    async def _admitted(self, deadline: float) -> bool:
+        """Wait for a place among the minute's requests; return False if there is none before the deadline."""
+        if self._limiter is None:
+            return True
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._limiter.acquire()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _attempt(
+        self, replica: Replica, permit: int, dialogue: Dialogue[Answered], body: bytes, count: int, until: float
+    ) -> Answered:
+        """One exchange.
+
+        Raises:
+            WorkerRejectedError: a final refusal.
+            _FailedError: no answer, for any other reason.
+        """
+        number = replica.begin()
+        unreadable = False
+        try:
+            response = await replica.send(dialogue.path, body, permit, number, items=count, deadline=until)
+        except ConnectError as error:
+            raise _FailedError(_words(error), blamed=True) from error
+        except DeadlineError as error:
+            raise _FailedError(_words(error), blamed=not replica.answered_since(number)) from error
+        except HttpError as error:
+            reason, detail = _words(error), str(error)
+            unreadable = not isinstance(error, ConnectionDroppedError)
+        else:
+            if response.status == 200:
+                try:
+                    answer = dialogue.read(response.body, count)
+                except AnswerShapeError as error:
+                    replica.blame(permit, str(error))
+                    raise _FailedError(str(error), blamed=True, unreadable=True) from error
+                except AnswerError as error:
+                    reason = detail = str(error)
+                    unreadable = True
+                else:
+                    replica.accept(permit, number)
+                    return answer
+            else:
+                reason = detail = f"{response.status} {error_message(response.body)}"
+                if response.status not in RETRIED_STATUSES:
+                    raise self._rejection(dialogue, replica, response.status, response.body)
+                if response.status == 429:
+                    replica.rest(response.retry_after_seconds)
+                if response.status not in FAULTY_STATUSES:
+                    raise _FailedError(reason, blamed=True)
+        well = await self._is_well(replica, permit, number, detail, dialogue, until)
+        raise _FailedError(reason, blamed=not well, unreadable=unreadable)
+
+    async def _is_well(
+        self, replica: Replica, permit: int, number: int, reason: str, dialogue: Dialogue[Answered], until: float
+    ) -> bool:
+        """Return True if the replica is cleared before the deadline; its breaker learns the outcome in any case."""
+        examination = replica.examine(permit, number, reason, lambda: self._probe(replica, dialogue))
+        try:
+            async with asyncio.timeout_at(until):
+                well = await asyncio.shield(examination)
+        except TimeoutError:
+            return False
+        if well:
+            fields = {"model": self._limits.name, "url": replica.url, "reason": reason}
+            _log.info("a request failed at a worker that is well", extra={"fields": fields})
+        return well
+
+    async def _probe(self, replica: Replica, dialogue: Dialogue[Answered]) -> bool:
+        """Return True if the replica answers what is known to be good now, on a connection of its own."""
+        until = asyncio.get_running_loop().time() + self._limits.attempt_timeout_seconds
+        body = dialogue.probe()
+        if body is None:
+            return False
+        try:
+            response = await replica.check("POST", dialogue.path, body, deadline=until)
+        except HttpError:
+            return False
+        return response.status == 200 and dialogue.answers_probe(response.body)
+
+    def _next(self, history: _History) -> tuple[Replica, int] | None:
+        """The replica to ask and its permit, or None.
+
+        A full one is taken only when all are: its connections then queue. One that was tried is taken again only to
+        confirm a failure of the input.
+        """
+        allowed = [replica for replica in self._replicas if replica.allows]
+        candidates = [replica for replica in allowed if replica not in history.tried]
+        if history.suspicions and not candidates:
+            candidates = [replica for replica in allowed if replica is history.tried[-1]]
+        if not candidates or len(history.tried) >= self._limits.max_attempts + history.suspicions:
+            return None
+        turn = self._turn
+        self._turn = turn + 1
+        number = len(candidates)
+        replica = candidates[0]
+        if number > 1:
+            # min() keeps the first of equals, so rotating the list takes ties in turn.
+            replica = min(
+                (candidates[(turn + offset) % number] for offset in range(number)), key=lambda r: (r.full, r.load)
+            )
+        permit = replica.breaker.acquire()
+        return None if permit is None else (replica, permit)
+
+    def _is_last(self, tried: Sequence[Replica]) -> bool:
+        """Whether no other replica could be asked after those tried, so that this attempt may take all the time."""
+        if len(tried) >= self._limits.max_attempts:
+            return True
+        return not any(replica.allows for replica in self._replicas if replica not in tried)
+
+    def _attempt_deadline(self, now: float, deadline: float, *, last: bool) -> float:
+        left = deadline - now
+        return now + min(self._limits.attempt_timeout_seconds, left if last else ATTEMPT_SHARE * left)
+
+    @property
+    def _title(self) -> str:
+        return f"{self._limits.label} {self._limits.name!r}"
+
+    def _where(self, replica: Replica, reason: str) -> str:
+        """A reason as callers may read it: replicas by number, addresses are for the log."""
+        count = len(self._replicas)
+        return reason if count == 1 else f"replica {self._replicas.index(replica) + 1} of {count}: {reason}"
+
+    def _rejection(
+        self, dialogue: Dialogue[Answered], replica: Replica, status: int, body: bytes
+    ) -> WorkerRejectedError:
+        words = error_message(body)
+        fields = {"model": self._limits.name, "url": replica.url, "reason": f"{status} {words}"}
+        _log.info("a worker refused an input", extra={"fields": fields})
+        message = f"{self._title} refused the input ({status}): {words}"
+        return dialogue.refusal(message, {"model": self._limits.name, "worker_status": status}, status, body)
+
+    def _input_error(self, history: _History) -> WorkerInputError:
+        reasons = "; ".join(dict.fromkeys(history.reasons))
+        return WorkerInputError(
+            f"{self._title} fails on this input alone, and answers others: {reasons}",
+            details={"model": self._limits.name},
+        )
+
+    def _no_answer(self, late: bool, history: _History) -> WorkerError:
+        title, details = self._title, {"model": self._limits.name}
+        tail = "; ".join(history.reasons)
+        if late:
+            message = f"{title}: no answer before the deadline" + (f" ({tail})" if tail else "")
+            return WorkerTimeoutError(message, details=details)
+        if history.unreadable and history.unreadable == len(history.reasons):
+            return WorkerProtocolError(f"{title}: {tail}", details=details)
+        message = f"{title}: no replica could answer: {tail or 'all are out'}"
+        rest = min((replica.rest_seconds for replica in self._replicas), default=0.0)
+        return WorkerUnavailableError(message, details=details, retry_after_seconds=max(1, math.ceil(rest)))
+
+
+def _words(error: HttpError) -> str:
+    """The kind of an error, without addresses."""
+    if isinstance(error, ConnectError):
+        return "connection refused" if error.refused else "no connection"
+    if isinstance(error, ConnectionDroppedError):
+        return "the connection was dropped"
+    if isinstance(error, DeadlineError):
+        return "no answer in time"
+    if isinstance(error, ResponseTooLargeError):
+        return "the answer is too long"
+    return "the answer is not HTTP"
+
+
+async def in_halves(
+    chunk: Sequence[Asked], ask: Callable[[Sequence[Asked]], Awaitable[Sequence[Made | WorkerError]]]
+) -> list[Made | WorkerError]:
+    """Ask about many instances; while they are refused, or one of them is suspect, ask in halves.
+
+    The culprits stand alone in the end: about 2·log2(n) more requests for one of them, at most 2·n for any number.
+
+    Args:
+        chunk: the instances.
+        ask: makes one request; raises `SuspectError` or a `WorkerError`.
+
+    Returns:
+        Per instance what was made of it, or its error. Several may share one error.
+    """
+    try:
+        return [*await ask(chunk)]
+    except SuspectError:
+        pass
+    except WorkerRejectedError as error:
+        if len(chunk) == 1 or error.details.get("worker_status") in WHOLESALE_STATUSES:
+            return [error] * len(chunk)
+    except WorkerError as error:
+        return [error] * len(chunk)
+    middle = len(chunk) // 2
+    async with asyncio.TaskGroup() as tasks:
+        halves = [tasks.create_task(in_halves(half, ask)) for half in (chunk[:middle], chunk[middle:])]
+    return [outcome for half in halves for outcome in half.result()]
