@@ -317,10 +317,12 @@ class HttpScorer:
         if problem is not None:
             return WorkerInputError(f"{title}: {problem}", details=details)
         assert result.rewards is not None
-        failures: list[str] = []
+        failures: tuple[str, ...] = ()
         if None in result.rewards:
             codes = result.failures or [None] * len(result.rewards)
-            failures = ["" if r is not None else stable_code(c) for r, c in zip(result.rewards, codes, strict=True)]
+            failures = tuple(
+                ["" if r is not None else stable_code(c) for r, c in zip(result.rewards, codes, strict=True)]
+            )
         components = {name: numbers(part) for name, part in result.components.items()}
         return Scored(numbers(result.rewards), 0, components, failures)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from service.workers.rules.load import RuleLoadError, load_rule
 from tests.conftest import free_port
 from tests.support.rules import call, rule_worker
 
@@ -122,10 +123,15 @@ def test_an_empty_request_has_no_results(url: str) -> None:
         ("length", "options: give `min`, `max` or both"),
     ],
 )
-def test_a_rule_that_cannot_be_loaded_ends_the_worker(rules: Path, tmp_path: Path, rule: str, words: str) -> None:
+def test_a_rule_that_cannot_be_loaded_says_why(rules: Path, tmp_path: Path, rule: str, words: str) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("1 / 0")
-    command = [sys.executable, "-m", "service.cli", "worker", "--rule", rule.format(rules=rules, broken=broken)]
-    done = subprocess.run([*command, "--port", str(free_port())], capture_output=True, text=True, check=False)
+    with pytest.raises(RuleLoadError, match=words):
+        load_rule(rule.format(rules=rules, broken=broken), {})
+
+
+def test_a_worker_without_its_rule_ends_and_says_why() -> None:
+    command = [sys.executable, "-m", "service.cli", "worker", "--rule", "absent.py:f", "--port", str(free_port())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert words in done.stderr
+    assert "no file absent.py" in done.stderr
