@@ -57,6 +57,10 @@ class Scorer(Admission, Protocol):
     def choosy(self) -> bool:
         """True if `applies` may return False."""
 
+    @property
+    def timeout_seconds(self) -> float | None:
+        """Time that one request may take; None for the gateway's `worker_timeout_seconds`."""
+
     def applies(self, instance: Instance) -> bool:
         """Return False if it is known beforehand that the scorer has nothing to say about an instance."""
 

@@ -107,7 +107,7 @@ class Asker:
 
     Args:
         called: counter of calls by scorer and outcome (`ok`, or a failure's code).
-        timeout_seconds: a scorer may take so long for every `PATIENT_INSTANCES` instances.
+        timeout_seconds: a scorer that says no time of its own may take so long for every `PATIENT_INSTANCES` instances.
     """
 
     def __init__(self, called: Callable[[str, str], Counter], *, timeout_seconds: float) -> None:
@@ -160,7 +160,7 @@ class Asker:
         instances = [inquiry.instance for inquiry in group]
         started = time.perf_counter()
         in_hand = await ticket.bring(len(group))
-        patience = self._timeout_seconds * -(-in_hand // PATIENT_INSTANCES)
+        patience = (scorer.timeout_seconds or self._timeout_seconds) * -(-in_hand // PATIENT_INSTANCES)
         limit = min(deadline, asyncio.get_running_loop().time() + patience)
         outcomes: Sequence[Scored | WorkerError] = []
         try:

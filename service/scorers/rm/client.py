@@ -28,7 +28,7 @@ from service.scorers.protocol import (
     WorkerUnavailableError,
 )
 from service.scorers.requests import Monitor, Requester, RequestLimits, in_halves
-from service.scorers.rm.answers import RewardBound
+from service.scorers.rm.answers import Heads, RewardBound, Rewards
 from service.scorers.rm.dialogue import ClassifyDialogue
 from service.scorers.rm.render import Content, MessagesRendering, Prepared, RenderError, Rendering, TooLongError
 from service.scorers.status import ScorerStatus
@@ -68,6 +68,7 @@ class ArmConfig:
         reward_limit: largest size of a raw reward that is taken for one; None to learn it, see `RewardBound`.
         applies: says which instances the RM is asked about; None for all.
         requests_per_minute: bound on this gateway's requests to the RM; None for none.
+        heads: what makes the reward of several labels; None for an RM with one.
     """
 
     name: str
@@ -92,6 +93,7 @@ class ArmConfig:
     reward_limit: float | None = None
     applies: Callable[[Instance], bool] | None = None
     requests_per_minute: float | None = None
+    heads: Heads | None = None
 
     def __post_init__(self) -> None:
         if not self.name or not self.urls:
@@ -181,6 +183,11 @@ class VllmArm:
     def reachable(self) -> bool:
         """True if some replica's breaker allows a request."""
         return any(replica.allows for replica in self.replicas)
+
+    @property
+    def timeout_seconds(self) -> float | None:
+        """See `Scorer.timeout_seconds`."""
+        return self.config.attempt_timeout_seconds
 
     @property
     def rendering(self) -> Rendering:
@@ -371,14 +378,15 @@ class VllmArm:
         alone = len(chunk) == 1
         parts = self._parts_of(items) if alone else [items]
         if len(parts) > 1:
-            rewards = await self._ask_in_parts(parts, deadline, slots)
+            told = await self._ask_in_parts(parts, deadline, slots)
         else:
             async with slots:
-                rewards = await self._ask(items, deadline, alone=alone)
+                told = await self._ask(items, deadline, alone=alone)
         ends = accumulate(len(one.contents) for one in chunk)
+        spans = [(one, slice(end - len(one.contents), end)) for one, end in zip(chunk, ends, strict=True)]
         return [
-            Scored(rewards[end - len(one.contents) : end], one.prompt_tokens_cut)
-            for one, end in zip(chunk, ends, strict=True)
+            Scored(told.rewards[span], one.prompt_tokens_cut, {name: part[span] for name, part in told.heads.items()})
+            for one, span in spans
         ]
 
     def _parts_of(self, items: Sequence[Content]) -> list[list[Content]]:
@@ -397,10 +405,10 @@ class VllmArm:
 
     async def _ask_in_parts(
         self, parts: Sequence[Sequence[Content]], deadline: float, slots: asyncio.Semaphore
-    ) -> list[float]:
+    ) -> Rewards:
         """More items than one request may hold; the first request that fails ends them all."""
 
-        async def ask(part: Sequence[Content]) -> list[float]:
+        async def ask(part: Sequence[Content]) -> Rewards:
             async with slots:
                 return await self._ask(part, deadline, alone=True)
 
@@ -409,9 +417,13 @@ class VllmArm:
                 asked = [tasks.create_task(ask(part)) for part in parts]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        return [reward for task in asked for reward in task.result()]
+        told = [task.result() for task in asked]
+        return Rewards(
+            [reward for one in told for reward in one.rewards],
+            {name: [value for one in told for value in one.heads[name]] for name in told[0].heads},
+        )
 
-    async def _ask(self, items: Sequence[Content], deadline: float, *, alone: bool) -> list[float]:
+    async def _ask(self, items: Sequence[Content], deadline: float, *, alone: bool) -> Rewards:
         try:
             body = self._rendering.body(self.config.served_model, items)
             return await self._requester.ask(self._dialogue, body, len(items), deadline, alone=alone)
@@ -440,8 +452,10 @@ def _spread(scored: Scored, distinct: Sequence[tuple[str, str]], items: Sequence
     """Return the rewards of the distinct items, given to each item."""
     if len(distinct) == len(items):
         return scored
-    by_item = dict(zip(distinct, scored.rewards, strict=True))
-    return Scored([by_item[item] for item in items], scored.prompt_tokens_cut)
+    place = {item: index for index, item in enumerate(distinct)}
+    order = [place[item] for item in items]
+    components = {name: [part[index] for index in order] for name, part in scored.components.items()}
+    return Scored([scored.rewards[index] for index in order], scored.prompt_tokens_cut, components)
 
 
 def _build_replica(config: ArmConfig, url: str, clock: Callable[[], float]) -> Replica:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from service.scorers.protocol import OverLong, WorkerRejectedError, WorkerTooLongError
 from service.scorers.requests import AnswerError
-from service.scorers.rm.answers import RewardBound, read_rewards
+from service.scorers.rm.answers import RewardBound, Rewards, read_rewards
 from service.scorers.rm.render import RenderError, Rendering, encode
 from service.scorers.wire import CLASSIFY_PATH, PROBE_PROMPT, PROBE_RESPONSE, says_too_long
 
@@ -33,18 +33,18 @@ class ClassifyDialogue:
         self._rendering = rendering
         self._bound = bound
 
-    def read(self, body: bytes, count: int) -> list[float]:
+    def read(self, body: bytes, count: int) -> Rewards:
         """Return the rewards in an answer, within the RM's bound and transformed as configured."""
-        rewards = read_rewards(body, count)
+        told = read_rewards(body, count, self._config.heads)
         try:
-            self._bound.check(rewards)
+            self._bound.check(told.rewards)
         finally:
             # The good ones of an answer that is refused, too: they say that the outlier, asked alone, is one.
-            self._bound.learn(rewards)
+            self._bound.learn(told.rewards)
         scale, shift = self._config.score_scale, self._config.score_shift
         if scale == 1.0 and shift == 0.0:
-            return rewards
-        return [scale * reward + shift for reward in rewards]
+            return told
+        return Rewards([scale * reward + shift for reward in told.rewards], told.heads)
 
     def probe(self) -> bytes | None:
         """Return a request about the probe conversation; None where it cannot be rendered."""
@@ -56,7 +56,7 @@ class ClassifyDialogue:
     def answers_probe(self, body: bytes) -> bool:
         """Return True if the body holds one usable reward."""
         try:
-            self._bound.check(read_rewards(body, 1))
+            self._bound.check(read_rewards(body, 1, self._config.heads).rewards)
         except AnswerError:
             return False
         return True
