@@ -1,6 +1,6 @@
 """Metrics with stable names and units (docs/metrics.md), and structured logs that never hold prompts or responses.
 
-One `Telemetry` per process, on its own registry; built in `wiring` and handed down.
+One `Telemetry` per process, on its own registry; built in `gateway` and handed down.
 """
 
 from __future__ import annotations
@@ -121,6 +121,15 @@ class Telemetry:
         self.decisions = Counter("decisions_total", "Instances answered with a reward.", ["run", "policy"], **common)
         self.decided = cache(self.decisions.labels)
         """`decisions.labels`, by one look-up."""
+        self.price = Counter(
+            "price_total",
+            "Price of all calls before the reply, in units of the cheapest RM; divided by decisions, the mean price of "
+            "an instance.",
+            ["run", "policy"],
+            **common,
+        )
+        self.paid = cache(self.price.labels)
+        """`price.labels`, by one look-up."""
         self.calls = Counter("worker_calls_total", "Instances an RM was asked about.", ["model", "outcome"], **common)
         self.called = cache(self.calls.labels)
         """`calls.labels`, by one look-up."""
@@ -206,6 +215,7 @@ class Telemetry:
             self.feedback.labels(run, outcome)
         self.learner_errors.labels(run)
         self.decided(run, policy)
+        self.paid(run, policy)
         for model in pool:
             self.drawn(run, model)
             self.called(model, "ok")
@@ -214,6 +224,7 @@ class Telemetry:
         """Drop a closed run's label values, so that their number stays bounded."""
         for metric in (
             self.decisions,
+            self.price,
             self.draws,
             self.shadows,
             self.sticky,
@@ -231,6 +242,7 @@ class Telemetry:
             metric.remove_by_labels({"run": run})
         self.drawn.cache_clear()
         self.decided.cache_clear()
+        self.paid.cache_clear()
 
     def render(self) -> bytes:
         """The metrics in Prometheus' text format."""

@@ -1,6 +1,6 @@
 """From the setting `vllm:URL` and a checkpoint to a `RemoteEncoder` that gives the contexts of the checkpoint's own.
 
-Knows settings' words, files and the classes of this package. `service.wiring` calls it.
+Knows settings' words, files and the classes of this package. `service.gateway` calls it.
 """
 
 from __future__ import annotations

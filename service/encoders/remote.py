@@ -2,7 +2,7 @@
 
 Gathers requests into micro-batches. Each goes through three stages of its own (read in a thread, ask the server, fuse
 in a thread), and up to `lanes` of them are under way at once: a batch waits for no stage of another, a lone request is
-sent at once, and under load what waits for a lane becomes one larger request. `service.wiring` builds it, the chooser
+sent at once, and under load what waits for a lane becomes one larger request. `service.gateway` builds it, the chooser
 awaits it. Knows no runs and no posteriors.
 """
 

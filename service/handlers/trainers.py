@@ -3,7 +3,7 @@
 Every sample is one instance with one response; what keeps those of one prompt with one reward model is
 `usecases.sticky`. A sample without a reward makes the whole request an error, because these protocols have no word
 for it: 503 for what may be tried again, 4xx for what may not. `…/feedback` behind each path takes the same body and a
-value per sample, and names the decisions by their content. Built by `service.wiring`, served by `handlers.hot`.
+value per sample, and names the decisions by their content. Built by `service.gateway`, served by `handlers.hot`.
 """
 
 from __future__ import annotations
