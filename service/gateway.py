@@ -279,6 +279,7 @@ def build_gateway(
             scales=normaliser.scales,
             encoder=awaited,
             store_findings=lambda: watch.findings,
+            store_refused=lambda: bool(watch.verdict.refusals),
         ),
         shadower=shadower,
         normaliser=normaliser,

@@ -200,6 +200,12 @@ class Telemetry:
         self.worker_latency = Gauge(
             "worker_latency_seconds", "Smoothed time of a request to the replica.", ["model", "url"], **common
         )
+        self.learner_waiting = Gauge(
+            "learner_waiting", "1 while the learner cannot read its log, and waits for the store.", ["run"], **common
+        )
+        self.store_refused = Gauge(
+            "store_refused", "1 while nothing is saved, since the store would lose acknowledged data.", **common
+        )
         self.store_up = Gauge("store_up", "1 if the store answered when this was scraped.", **common)
 
     def open_run(self, run: str, policy: str, pool: Sequence[str], outcomes: Sequence[str]) -> None:
@@ -214,6 +220,7 @@ class Telemetry:
         for outcome in outcomes:
             self.feedback.labels(run, outcome)
         self.learner_errors.labels(run)
+        self.learner_waiting.labels(run)
         self.decided(run, policy)
         self.paid(run, policy)
         for model in pool:
@@ -231,6 +238,7 @@ class Telemetry:
             self.trainer_texts,
             self.feedback,
             self.learner_errors,
+            self.learner_waiting,
             self.log_lag,
             self.version,
             self.drift,

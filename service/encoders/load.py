@@ -94,7 +94,8 @@ def load_remote_encoder(
             model=model,
             timeout_seconds=options.timeout_seconds,
             api_key=options.api_key,
-        )
+        ),
+        min(reading.references.ids, key=len),
     )
     policy = HealthPolicy(options.health_interval_seconds, options.timeout_seconds)
     monitor = ServerMonitor(client, reading, policy, np.random.default_rng(options.seed))

@@ -30,24 +30,18 @@ from service.scorers.protocol import (
     WorkerUnavailableError,
 )
 from service.scorers.transport.culprits import Culprits, digest_of
-from service.scorers.transport.http import (
-    ConnectError,
-    ConnectionDroppedError,
-    DeadlineError,
-    HttpError,
-    ResponseTooLargeError,
-)
-from service.scorers.transport.replica import (
+from service.scorers.transport.exchange import (
     ATTEMPT_SHARE,
     CLOCK_SLACK_SECONDS,
-    FAULTY_STATUSES,
-    RETRIED_STATUSES,
-    Replica,
+    CONFIRMATIONS,
+    FailedError,
+    RefusedError,
+    UnusableAnswerError,
+    attempt,
 )
+from service.scorers.transport.http import HttpError
+from service.scorers.transport.replica import Replica
 from service.scorers.wire import error_message
-
-CONFIRMATIONS: Final = 2
-"""Failures of an instance alone, at replicas that are well or that ended with it, that make it the instance's error."""
 
 WHOLESALE_STATUSES: Final = frozenset({401, 403, 405, 501})
 """Refusals of whoever asks or of the endpoint, not of an input: asking in halves would only repeat them."""
@@ -60,12 +54,14 @@ Asked = TypeVar("Asked")
 Made = TypeVar("Made")
 
 
-class AnswerError(Exception):
+class AnswerError(UnusableAnswerError):
     """The body does not hold what was asked for; the message says why, without addresses."""
 
 
 class AnswerShapeError(AnswerError):
     """The answer has another shape than was asked for: no input makes a scorer do that."""
+
+    replicas_fault = True
 
 
 class Monitor(Protocol):
@@ -147,17 +143,6 @@ class SuspectError(Exception):
 
     def __init__(self, *, crashed: bool = False) -> None:
         super().__init__()
-        self.crashed = crashed
-
-
-class _FailedError(Exception):
-    """One attempt failed; `blamed` says that the breaker knows, `unreadable` that the answer was no answer, `crashed`
-    that the replica ended with it."""
-
-    def __init__(self, reason: str, *, blamed: bool, unreadable: bool = False, crashed: bool = False) -> None:
-        super().__init__(reason)
-        self.blamed = blamed
-        self.unreadable = unreadable
         self.crashed = crashed
 
 
@@ -277,7 +262,7 @@ class Requester:
         until = self._attempt_deadline(loop.time(), deadline, last=self._is_last(history.tried))
         try:
             return await self._attempt(replica, permit, dialogue, body, count, until)
-        except _FailedError as failure:
+        except FailedError as failure:
             history.reasons.append(self._where(replica, str(failure)))
             history.unreadable += failure.unreadable
             history.crashes += failure.crashed
@@ -321,58 +306,22 @@ class Requester:
 
         Raises:
             WorkerRejectedError: a final refusal.
-            _FailedError: no answer, for any other reason.
+            FailedError: no answer, for any other reason.
         """
-        number = replica.begin()
-        unreadable = dropped = False
         try:
-            response = await replica.send(dialogue.path, body, permit, number, items=count, deadline=until)
-        except ConnectError as error:
-            raise _FailedError(_words(error), blamed=True, crashed=error.dropped) from error
-        except DeadlineError as error:
-            raise _FailedError(_words(error), blamed=not replica.answered_since(number)) from error
-        except HttpError as error:
-            reason, detail = _words(error), str(error)
-            dropped = isinstance(error, ConnectionDroppedError)
-            unreadable = not dropped
-        else:
-            if response.status == 200:
-                try:
-                    answer = dialogue.read(response.body, count)
-                except AnswerShapeError as error:
-                    replica.blame(permit, str(error))
-                    raise _FailedError(str(error), blamed=True, unreadable=True) from error
-                except AnswerError as error:
-                    reason = detail = str(error)
-                    unreadable = True
-                else:
-                    replica.accept(permit, number)
-                    return answer
-            else:
-                reason = detail = f"{response.status} {error_message(response.body)}"
-                if response.status not in RETRIED_STATUSES:
-                    raise self._rejection(dialogue, replica, response.status, response.body)
-                if response.status == 429:
-                    replica.rest(response.retry_after_seconds)
-                if response.status not in FAULTY_STATUSES:
-                    raise _FailedError(reason, blamed=True)
-        well = await self._is_well(replica, permit, number, detail, dialogue, until)
-        raise _FailedError(reason, blamed=not well, unreadable=unreadable, crashed=dropped and not well)
-
-    async def _is_well(
-        self, replica: Replica, permit: int, number: int, reason: str, dialogue: Dialogue[Answered], until: float
-    ) -> bool:
-        """Return True if the replica is cleared before the deadline; its breaker learns the outcome in any case."""
-        examination = replica.examine(permit, number, reason, lambda: self._probe(replica, dialogue))
-        try:
-            async with asyncio.timeout_at(until):
-                well = await asyncio.shield(examination)
-        except TimeoutError:
-            return False
-        if well:
-            fields = {"model": self._limits.name, "url": replica.url, "reason": reason}
-            _log.info("a request failed at a worker that is well", extra={"fields": fields})
-        return well
+            return await attempt(
+                replica,
+                permit,
+                dialogue.path,
+                body,
+                items=count,
+                until=until,
+                read=lambda answer: dialogue.read(answer, count),
+                probe=lambda: self._probe(replica, dialogue),
+                model=self._limits.name,
+            )
+        except RefusedError as error:
+            raise self._rejection(dialogue, replica, error.status, error.body) from error
 
     async def _probe(self, replica: Replica, dialogue: Dialogue[Answered]) -> bool:
         """Return True if the replica answers what is known to be good now, on a connection of its own."""
@@ -455,21 +404,6 @@ class Requester:
         message = f"{title}: no replica could answer: {tail or 'all are out'}"
         rest = min((replica.rest_seconds for replica in self._replicas), default=0.0)
         return WorkerUnavailableError(message, details=details, retry_after_seconds=max(1, math.ceil(rest)))
-
-
-def _words(error: HttpError) -> str:
-    """The kind of an error, without addresses."""
-    if isinstance(error, ConnectError):
-        if error.dropped:
-            return "the connection was dropped, and no other can be made"
-        return "connection refused" if error.refused else "no connection"
-    if isinstance(error, ConnectionDroppedError):
-        return "the connection was dropped"
-    if isinstance(error, DeadlineError):
-        return "no answer in time"
-    if isinstance(error, ResponseTooLargeError):
-        return "the answer is too long"
-    return "the answer is not HTTP"
 
 
 async def in_halves(

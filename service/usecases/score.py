@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,6 +19,7 @@ import numpy as np
 from router_core.attempts import passed_over, waited_seconds
 from router_core.policies import AllCalls, OneCall
 from router_core.records import Instance
+from service.encoders.protocol import EncoderInputError
 from service.errors import NoWorkerError, ServiceError, StoreUnavailableError, ValidationError
 from service.schemas import RewardReply, RewardRequest
 from service.settings import OnStoreUnavailable, Settings
@@ -29,7 +31,7 @@ from service.usecases.choose import Chooser
 from service.usecases.converse import instance_of
 from service.usecases.decisions import content_key, encode_decision
 from service.usecases.normalise import Normaliser
-from service.usecases.pieces import PIECES_ASKED, Piece, cut
+from service.usecases.pieces import PIECES_ASKED, Piece, cut, divide
 from service.usecases.reply import Job, decision_of, own_draw, reply_of
 from service.usecases.runs import RunRegistry
 from service.usecases.shadow import Shadowable, Shadower
@@ -227,7 +229,14 @@ class RewardService:
         if len(wholes) == 1 and len(wholes[0]) == 1:
             tickets = Tickets(arms)
             piece = wholes[0][0]
-            jobs = await self._choose(piece, deadline)
+            try:
+                jobs = await self._choose(piece, deadline)
+            except EncoderInputError as error:
+                bad, rest = divide(piece, error.places)
+                if not rest.instances:
+                    raise
+                refused.update(dict.fromkeys(bad.indices, error))
+                return await self._route([[rest]], deadline, refused)
             await self._ask(jobs, tickets, deadline)
             return dict(zip(piece.indices, jobs, strict=True))
         tickets = Tickets(arms, shared=True)
@@ -259,9 +268,17 @@ class RewardService:
 
         under_way: list[tuple[Piece, asyncio.Task[list[Job]] | ServiceError]] = []
         async with asyncio.TaskGroup() as tasks:
-            for piece in pieces:
+            waiting = deque(pieces)
+            while waiting:
+                piece = waiting.popleft()
                 try:
                     jobs = await self._choose(piece, deadline)
+                except EncoderInputError as error:
+                    bad, rest = divide(piece, error.places)
+                    under_way.append((bad, error))
+                    if rest.instances:
+                        waiting.appendleft(rest)
+                    continue
                 except ServiceError as error:
                     under_way.append((piece, error))
                     continue

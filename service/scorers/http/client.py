@@ -46,8 +46,9 @@ from service.scorers.protocol import (
 from service.scorers.requests import AnswerError, Monitor, Requester, RequestLimits, in_halves
 from service.scorers.status import ScorerStatus
 from service.scorers.transport.breaker import BreakerPolicy
+from service.scorers.transport.exchange import ATTEMPT_SHARE, RETRIED_STATUSES
 from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
-from service.scorers.transport.replica import ATTEMPT_SHARE, RETRIED_STATUSES, Replica, open_replica
+from service.scorers.transport.replica import Replica, open_replica
 from service.scorers.wire import error_message
 
 REPLY_SHARE: Final = 0.8
