@@ -267,7 +267,7 @@ class Requester:
             if (known := self._known(key)) is not None:
                 raise known
             history.crashes = int(self._culprits.doubted(key))
-        if loop.time() >= deadline or not await self._admitted(deadline):
+        if loop.time() >= deadline:
             raise self._no_answer(True, history)
         try:
             while not history.over:
@@ -294,7 +294,9 @@ class Requester:
             WorkerRejectedError: a final refusal.
         """
         loop = asyncio.get_running_loop()
-        picked = self._next(history)
+        picked = None
+        if self._candidates(history) and await self._admitted(deadline):
+            picked = self._next(history)
         if picked is None:
             history.over = True
             return None
@@ -370,17 +372,25 @@ class Requester:
             return False
         return response.status == 200 and dialogue.answers_probe(response.body)
 
-    def _next(self, history: _History) -> tuple[Replica, int] | None:
-        """The replica to ask and its permit, or None.
-
-        A full one is taken only when all are: its connections then queue. One that was tried is taken again only to
-        confirm a failure of the input.
+    def _candidates(self, history: _History) -> list[Replica]:
+        """The replicas that may be asked next. One that was tried is asked again only to confirm a failure of the
+        input.
         """
+        if len(history.tried) >= self._limits.max_attempts + history.suspicions:
+            return []
         allowed = [replica for replica in self._replicas if replica.allows]
         candidates = [replica for replica in allowed if replica not in history.tried]
         if history.suspicions and not candidates:
             candidates = [replica for replica in allowed if replica is history.tried[-1]]
-        if not candidates or len(history.tried) >= self._limits.max_attempts + history.suspicions:
+        return candidates
+
+    def _next(self, history: _History) -> tuple[Replica, int] | None:
+        """The replica to ask and its permit, or None.
+
+        A full one is taken only when all are: its connections then queue.
+        """
+        candidates = self._candidates(history)
+        if not candidates:
             return None
         turn = self._turn
         self._turn = turn + 1

@@ -16,6 +16,7 @@ from typing import Final
 import msgspec
 
 from router_core.records import Instance
+from router_core.turns import words_of
 from service.errors import ConfigurationError
 from service.scorers.admission import Ticket
 from service.scorers.health import ProbeError, UnreachableError
@@ -27,6 +28,7 @@ from service.scorers.http.wire import (
     Item,
     Result,
     ScoreRequest,
+    Turn,
     numbers,
     read_results,
     stable_code,
@@ -222,10 +224,7 @@ class HttpScorer:
             return [self._out()] * len(instances)
         slots = ticket.slots if ticket is not None and shared else self.slots()
 
-        items = [
-            Item([*one.responses], one.prompt, reference=one.reference, metadata=dict(one.metadata))
-            for one in instances
-        ]
+        items = [_item(one) for one in instances]
         return await self._requester.ask_all(
             items, content=lambda item: item, cut=self._chunks, ask=lambda part: self._ask(part, deadline, slots)
         )
@@ -337,6 +336,15 @@ class HttpScorer:
             details={"model": self.name},
             retry_after_seconds=1,
         )
+
+
+def _item(instance: Instance) -> Item:
+    item = Item([*instance.responses], reference=instance.reference, metadata=dict(instance.metadata))
+    if instance.turns is None:
+        item.prompt = instance.prompt
+    else:
+        item.messages = [Turn(turn.role, words_of(turn)) for turn in instance.turns]
+    return item
 
 
 async def _exchange(replica: Replica, method: str, path: str, body: bytes, deadline: float) -> bytes:
