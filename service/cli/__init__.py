@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from router_core.errors import RouterCoreError
 from service.cli import (
+    check_scorer,
     convert,
     demo,
     encoder,
@@ -46,6 +47,7 @@ app.command("demo")(demo.demo)
 app.command("up")(up.up)
 app.command("serve")(serve.serve)
 app.command("worker")(worker.worker)
+app.command("check-scorer")(check_scorer.check_scorer)
 app.command("manifests")(manifests.manifests)
 app.command("pin")(pin.pin)
 app.add_typer(encoder.app, name="encoder")

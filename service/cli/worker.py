@@ -1,7 +1,8 @@
-"""`reward-router worker`: a small worker that answers in the words of vLLM's `/classify`."""
+"""`reward-router worker`: our small servers of scorers: reward models in the words of vLLM's `/classify`, and rules."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,30 +13,57 @@ from service.errors import ConfigurationError
 
 def worker(
     model: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="A Hugging Face directory to serve; with --recorded, the name of a recorded RM. May be repeated."
         ),
-    ],
+    ] = None,
     recorded: Annotated[
         Path | None,
         typer.Option(help="Answer from the scores recorded in this JSONL file, by content; 404 for the rest."),
     ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(help="Score by a Python function, FILE.py:NAME, or a built-in rule (docs/scorers.md)."),
+    ] = None,
+    options: Annotated[str | None, typer.Option(help="With --rule: options of a built-in rule, as JSON.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="With --rule: responses that are scored at once.")] = 1,
+    rule_seconds: Annotated[
+        float, typer.Option(min=0.001, help="With --rule: longest time for one response; then its process is killed.")
+    ] = 5.0,
+    memory_mb: Annotated[int, typer.Option(min=64, help="With --rule: memory of one process, in MiB.")] = 1024,
     name: Annotated[
-        list[str] | None, typer.Option(help="Served name of each directory (default: its last part).")
+        list[str] | None, typer.Option(help="Served name of each directory (default: its last part), or of the rule.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8101,
     threads: Annotated[int, typer.Option(help="Threads of one forward pass.")] = 1,
     delay_ms: Annotated[float, typer.Option(help="Recorded worker: pretend that scoring takes this long.")] = 0.0,
 ) -> None:
-    """Serve reward models without a GPU: real ones on the CPU (transformers), or recorded ones from a table.
+    """Serve scorers without a GPU: reward models on the CPU (transformers), recorded ones from a table, or a rule.
 
     A recorded worker needs no weights: the whole service can be run against the recorded behaviour of real RMs.
     """
-    from service.workers.server import run_worker
+    from service.workers.server import App, run_worker
 
-    if recorded is not None:
+    app: App
+    if rule is not None:
+        if model or recorded is not None:
+            raise ConfigurationError("--rule stands alone: leave --model and --recorded out, or start two workers")
+        from service.workers.rules.processes import RuleConfig
+        from service.workers.rules.server import RuleApp
+
+        config = RuleConfig(
+            rule=rule,
+            options=_options(options),
+            processes=processes,
+            rule_seconds=rule_seconds,
+            memory_mb=memory_mb,
+        )
+        app = RuleApp(config, name=(name or [rule.rpartition(":")[2]])[0])
+    elif not model:
+        raise ConfigurationError("nothing to serve: give --model, or --rule")
+    elif recorded is not None:
         from router_core.dataset import load_rows
         from service.workers.recorded import recorded_app
 
@@ -54,3 +82,13 @@ def worker(
             )
         app = cpu_app({n: Path(m) for n, m in zip(names, model, strict=True)}, threads=threads)
     run_worker(app, host=host, port=port)
+
+
+def _options(text: str | None) -> dict[str, object]:
+    try:
+        found = {} if text is None else json.loads(text)
+    except ValueError as error:
+        raise ConfigurationError(f"--options is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigurationError(f"--options is {text}; give a JSON object")
+    return found

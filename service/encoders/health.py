@@ -15,7 +15,7 @@ import numpy as np
 from service.encoders.client import StateClient
 from service.encoders.probe import ServerUnreachableError, ServerWrongError, probe, ready
 from service.encoders.reading import Reading
-from service.scorers.rm.health import HealthPolicy
+from service.scorers.health import HealthPolicy
 from service.scorers.transport.replica import Replica
 
 PROBE_SECONDS: Final = 20.0

@@ -23,7 +23,7 @@ from service.encoders.health import ServerMonitor
 from service.encoders.reading import Reading, files_digest
 from service.encoders.remote import LANES, RemoteEncoder
 from service.errors import ConfigurationError
-from service.scorers.rm.health import HealthPolicy
+from service.scorers.health import HealthPolicy
 
 PREFIX: Final = "vllm:"
 READING_FOLDER: Final = "reading"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -9,6 +10,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from router_core.records import Fact, Instance
+from service.errors import ConfigurationError
 
 
 class ScorerEntry(BaseModel):
@@ -20,9 +22,34 @@ class ScorerEntry(BaseModel):
     kind: str
     urls: tuple[str, ...] = ()
     api_key: str | None = Field(default=None, repr=False)
+    api_key_env: str | None = Field(default=None, min_length=1)
     max_in_flight: int | None = Field(default=None, ge=1)
     price: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    timeout_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    requests_per_minute: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     applies: dict[str, Fact | tuple[Fact, ...]] = Field(default_factory=dict)
+
+    def key(self, environment: Mapping[str, str] = os.environ) -> str | None:
+        """Return the key that requests carry; None for none.
+
+        Raises:
+            ConfigurationError: `api_key_env` names a variable that is not set.
+        """
+        if self.api_key_env is None:
+            return self.api_key
+        key = environment.get(self.api_key_env)
+        if not key:
+            raise ConfigurationError(
+                f"scorer {self.name!r}: the environment variable {self.api_key_env} (`api_key_env`) is not set: set it "
+                "to the key, or leave the field out"
+            )
+        return key
+
+    @model_validator(mode="after")
+    def _one_key(self) -> Self:
+        if self.api_key is not None and self.api_key_env is not None:
+            raise ValueError(f"scorer {self.name!r} has both `api_key` and `api_key_env`: give one")
+        return self
 
     @property
     def choosy(self) -> bool:

@@ -30,14 +30,16 @@ class Scored(NamedTuple):
     """What a scorer made of one instance.
 
     Attributes:
-        rewards: raw reward per response (n,), finite.
+        rewards: raw reward per response (n,), finite; NaN for a response that has none, and at least one is finite.
         prompt_tokens_cut: tokens that the prompt lost on its left; 0 when it was read whole.
         components: parts of the rewards by name, each (n,); empty for a scorer that gives one number.
+        failures: stable code per response (n,), "" where there is a reward; empty where all have one.
     """
 
     rewards: list[float]
     prompt_tokens_cut: int = 0
     components: Mapping[str, list[float]] = {}
+    failures: Sequence[str] = ()
 
 
 class Scorer(Admission, Protocol):
@@ -54,6 +56,10 @@ class Scorer(Admission, Protocol):
     @property
     def choosy(self) -> bool:
         """True if `applies` may return False."""
+
+    @property
+    def timeout_seconds(self) -> float | None:
+        """Time that one request may take, from the pool file; None for the gateway's `worker_timeout_seconds`."""
 
     def applies(self, instance: Instance) -> bool:
         """Return False if it is known beforehand that the scorer has nothing to say about an instance."""

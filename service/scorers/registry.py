@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from service.pool import Entry, PoolFile
+from service.scorers.http.build import build_http_scorer
 from service.scorers.protocol import Scorer
 from service.scorers.rm.build import build_reward_model
 from service.settings import Settings
@@ -18,6 +19,8 @@ Builder = Callable[[Any, Settings, PoolFile], Scorer]
 
 KINDS: Final[Mapping[str, Builder]] = {
     "rm": lambda entry, settings, pool: build_reward_model(entry, settings, pool.over_long),
+    "rule": lambda entry, settings, pool: build_http_scorer(entry, settings),
+    "http": lambda entry, settings, pool: build_http_scorer(entry, settings),
 }
 
 

@@ -105,7 +105,7 @@ class Asker:
     Args:
         called: counter of calls by scorer and outcome (`ok`, or a failure's code).
         prices: of one asking, by arm, in units of the cheapest scorer.
-        timeout_seconds: a scorer may take so long for every `PATIENT_INSTANCES` instances.
+        timeout_seconds: a scorer that says no time of its own may take so long for every `PATIENT_INSTANCES` instances.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Asker:
         instances = [inquiry.instance for inquiry in group]
         started = time.perf_counter()
         in_hand = await ticket.bring(len(group))
-        patience = self._timeout_seconds * -(-in_hand // PATIENT_INSTANCES)
+        patience = (scorer.timeout_seconds or self._timeout_seconds) * -(-in_hand // PATIENT_INSTANCES)
         limit = min(deadline, asyncio.get_running_loop().time() + patience)
         outcomes: Sequence[Scored | WorkerError] = []
         try:
@@ -218,9 +218,10 @@ def _told(arm: int, turn: int, outcome: Scored | WorkerError, seconds: float, pr
         how = Outcome.ABSTAINED if isinstance(outcome, AbstainedError) else Outcome.FAILED
         return Told(Attempt(arm, turn, how, outcome.code, [], TIE, seconds, price, 0, chance), outcome)
     rewards, cut = outcome.rewards, outcome.prompt_tokens_cut
-    return Told(
-        Attempt(arm, turn, Outcome.ANSWERED, "", rewards, verdict_of(rewards), seconds, price, cut, chance), None
-    )
+    answer = Attempt(arm, turn, Outcome.ANSWERED, "", rewards, verdict_of(rewards), seconds, price, cut, chance)
+    if outcome.components or outcome.failures:
+        answer = answer._replace(components=dict(outcome.components), failures=[*outcome.failures])
+    return Told(answer, None)
 
 
 def _take(inquiry: Inquiry, told: Sequence[Told]) -> None:

@@ -32,9 +32,9 @@ from service.workers.server import (
     Scope,
     Scored,
     WorkerApp,
-    _check_headers,
-    _expect,
-    _read,
+    check_headers,
+    expect,
+    read_body,
 )
 
 DEFAULT_NAME: Final = "encoder"
@@ -107,13 +107,13 @@ class EmbeddingApp(WorkerApp):
     async def _route(self, scope: Scope, receive: Receive) -> bytes:
         if scope["path"] != EMBEDDINGS_PATH:
             return await super()._route(scope, receive)
-        _expect(scope["method"], "POST")
+        expect(scope["method"], "POST")
         return await self._embeddings(scope, receive)
 
     async def _embeddings(self, scope: Scope, receive: Receive) -> bytes:
-        request_id = _check_headers(scope["headers"])
+        request_id = check_headers(scope["headers"])
         try:
-            request = self._decode.decode(await _read(receive))
+            request = self._decode.decode(await read_body(receive))
         except msgspec.MsgspecError as error:
             raise ApiError(f"The body is not an embeddings request: {error}") from error
         model = self._model(request.model)

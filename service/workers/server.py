@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 import msgspec
 import uvicorn
 
+from service.errors import ConfigurationError
 from service.scorers.transport.load import write_load
 from service.scorers.wire import (
     CLASSIFY_PATH,
@@ -47,6 +48,7 @@ KEEP_ALIVE_SECONDS: Final = 5
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class ApiError(Exception):
@@ -156,28 +158,28 @@ class WorkerApp:
     async def _route(self, scope: Scope, receive: Receive) -> bytes:
         path, method = scope["path"], scope["method"]
         if path == CLASSIFY_PATH:
-            _expect(method, "POST")
+            expect(method, "POST")
             return await self._classify(scope, receive)
         if path in ("/health", "/ping"):
             return b""
         if path == "/version":
-            _expect(method, "GET")
-            return self._encoder.encode({"version": _version()})
+            expect(method, "GET")
+            return self._encoder.encode({"version": own_version()})
         if path == MODELS_PATH:
-            _expect(method, "GET")
+            expect(method, "GET")
             return self._encoder.encode(ModelList(list(self._backend.models)))
         if path == METRICS_PATH:
-            _expect(method, "GET")
+            expect(method, "GET")
             return write_load(self._scoring)
         if path == TOKENIZE_PATH and isinstance(self._backend, TokenizingBackend):
-            _expect(method, "POST")
+            expect(method, "POST")
             return await self._tokenize(self._backend, scope, receive)
         raise ApiError("Not Found", status=404, kind="NotFoundError")
 
     async def _classify(self, scope: Scope, receive: Receive) -> bytes:
-        request_id = _check_headers(scope["headers"])
+        request_id = check_headers(scope["headers"])
         try:
-            request = self._requests.decode(await _read(receive))
+            request = self._requests.decode(await read_body(receive))
         except msgspec.MsgspecError as error:
             raise ApiError(f"The body is not a classify request: {error}") from error
         except UnicodeDecodeError as error:
@@ -208,9 +210,9 @@ class WorkerApp:
         return self._encoder.encode(reply)
 
     async def _tokenize(self, backend: TokenizingBackend, scope: Scope, receive: Receive) -> bytes:
-        _check_headers(scope["headers"])
+        check_headers(scope["headers"])
         try:
-            request = msgspec.json.decode(await _read(receive), type=TokenizeRequest)
+            request = msgspec.json.decode(await read_body(receive), type=TokenizeRequest)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise ApiError(f"The body is not a tokenize request with messages: {error}") from error
         model = self._model(request.model)
@@ -233,12 +235,19 @@ class WorkerApp:
         return name
 
 
-def run_worker(app: WorkerApp, *, host: str = "127.0.0.1", port: int = 8101, log_level: str = "info") -> None:
-    """Serve the worker until SIGINT or SIGTERM; requests in flight are answered first."""
-    uvicorn.Server(worker_config(app, host=host, port=port, log_level=log_level)).run()
+def run_worker(app: App, *, host: str = "127.0.0.1", port: int = 8101, log_level: str = "info") -> None:
+    """Serve the worker until SIGINT or SIGTERM; requests in flight are answered first.
+
+    Raises:
+        ConfigurationError: it did not start.
+    """
+    server = uvicorn.Server(worker_config(app, host=host, port=port, log_level=log_level))
+    server.run()
+    if not server.started:
+        raise ConfigurationError("the worker did not start: its log says why")
 
 
-def worker_config(app: WorkerApp, *, host: str, port: int, log_level: str = "info") -> uvicorn.Config:
+def worker_config(app: App, *, host: str, port: int, log_level: str = "info") -> uvicorn.Config:
     """How workers are served: uvicorn with httptools, and uvloop where there is one."""
     return uvicorn.Config(
         app,
@@ -252,19 +261,21 @@ def worker_config(app: WorkerApp, *, host: str, port: int, log_level: str = "inf
     )
 
 
-def _version() -> str:
+def own_version() -> str:
+    """Return this package's version."""
     try:
         return version("reward-router")
     except PackageNotFoundError:
         return "0"
 
 
-def _expect(method: str, wanted: str) -> None:
+def expect(method: str, wanted: str) -> None:
+    """Refuse another method."""
     if method != wanted:
         raise ApiError("Method Not Allowed", status=405)
 
 
-def _check_headers(headers: Sequence[tuple[bytes, bytes]]) -> str | None:
+def check_headers(headers: Sequence[tuple[bytes, bytes]]) -> str | None:
     """Refuse what is not JSON; return the caller's request id."""
     request_id = None
     json_type = False
@@ -278,7 +289,8 @@ def _check_headers(headers: Sequence[tuple[bytes, bytes]]) -> str | None:
     return request_id
 
 
-async def _read(receive: Receive) -> bytes:
+async def read_body(receive: Receive) -> bytes:
+    """Return the whole body, within its bound."""
     message = await receive()
     body: bytes = message.get("body", b"")
     if not message.get("more_body"):

@@ -59,6 +59,11 @@ class ScriptedArm:
         return 0
 
     @property
+    def timeout_seconds(self) -> float | None:
+        """See `Scorer.timeout_seconds`."""
+        return None
+
+    @property
     def choosy(self) -> bool:
         """See `Scorer.choosy`."""
         return self.only is not None

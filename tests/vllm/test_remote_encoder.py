@@ -28,7 +28,7 @@ from service.encoders.health import ServerMonitor
 from service.encoders.probe import relative_error
 from service.encoders.reading import Reading
 from service.encoders.remote import RemoteEncoder
-from service.scorers.rm.health import HealthPolicy
+from service.scorers.health import HealthPolicy
 from tests.support.transformers_dirs import save_transformer
 from tests.vllm.conftest import MAX_LENGTH, OneServer, VllmServer
 

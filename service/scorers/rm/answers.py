@@ -1,19 +1,19 @@
 """What counts as an answer of `/classify`: one usable reward per item.
 
-Pure: bytes in, numbers out. `service.scorers.rm.requests` reads workers' answers with it.
+Pure: bytes in, numbers out. `service.scorers.rm.dialogue` reads workers' answers with it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median_low
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
 from router_core.records import MAX_ABS_SCORE
-from service.scorers.transport.exchange import UnusableAnswerError
+from service.scorers.transport.exchange import AnswerError, AnswerShapeError
 from service.scorers.wire import ClassifyAnswer
 
 LEARNED_FROM: Final = 64
@@ -26,16 +26,6 @@ SMALLEST_USUAL: Final = 10.0
 """The usual size is taken to be at least this: rewards near 0 at the start do not make a logit of 30 an outlier."""
 
 _DECODER = msgspec.json.Decoder(ClassifyAnswer)
-
-
-class AnswerError(UnusableAnswerError):
-    """The body does not hold one usable reward per item; the message says why, without addresses."""
-
-
-class AnswerShapeError(AnswerError):
-    """The answer has another shape than was asked for: no input makes a reward model do that."""
-
-    replicas_fault = True
 
 
 class RewardBound:
@@ -89,15 +79,74 @@ def _within(rewards: Sequence[float], limit: float) -> None:
             )
 
 
-def read_rewards(body: bytes, count: int) -> list[float]:
+class Heads:
+    """Which labels of an RM's answer make its reward: one of them, or a weighted sum of all.
+
+    Args:
+        head: index of the one label.
+        weights: name to weight, in the order of the labels; every label has a name.
+
+    Raises:
+        ValueError: not exactly one of them is given, or no weight is other than 0.
+    """
+
+    def __init__(self, head: int | None = None, weights: Mapping[str, float] | None = None) -> None:
+        if (head is None) == (weights is None):
+            raise ValueError("give exactly one of `head` and `heads`")
+        if weights is not None and not (all(map(math.isfinite, weights.values())) and any(weights.values())):
+            raise ValueError(f"heads are {dict(weights)}; use finite weights, at least one other than 0")
+        self._head = head
+        self._weights = None if weights is None else dict(weights)
+
+    def names(self, labels: int) -> tuple[str, ...]:
+        """Return the names of the labels.
+
+        Raises:
+            AnswerShapeError: the answer has another number of labels.
+        """
+        if self._weights is not None:
+            if len(self._weights) != labels:
+                raise AnswerShapeError(f"{labels} labels, and `heads` in the pool file names {len(self._weights)}")
+            return tuple(self._weights)
+        assert self._head is not None
+        if self._head >= labels:
+            raise AnswerShapeError(f"{labels} labels, and `head` in the pool file is {self._head}: count from 0")
+        return tuple(f"head_{index}" for index in range(labels))
+
+    def reward(self, values: Sequence[float]) -> float:
+        """Return the reward that the labels' values make.
+
+        >>> Heads(weights={"helpful": 0.5, "safe": 2.0}).reward([4.0, 1.0]), Heads(head=1).reward([4.0, 1.0])
+        (4.0, 1.0)
+        """
+        if self._weights is None:
+            assert self._head is not None
+            return values[self._head]
+        return math.fsum([weight * value for weight, value in zip(self._weights.values(), values, strict=True)])
+
+
+class Rewards(NamedTuple):
+    """What an answer says.
+
+    Attributes:
+        rewards: one per item, in order.
+        heads: name of a label to its values per item; empty for an RM with one.
+    """
+
+    rewards: list[float]
+    heads: dict[str, list[float]] = {}  # noqa: RUF012 - nobody writes to it
+
+
+def read_rewards(body: bytes, count: int, heads: Heads | None = None) -> Rewards:
     """The rewards in an answer, in the order of the items.
 
     Args:
         body: of a response with status 200.
         count: items that were asked about.
+        heads: what makes a reward of several labels; None for an RM with one.
 
     Raises:
-        AnswerShapeError: another number of rewards, several classes, or an index twice.
+        AnswerShapeError: another number of rewards or labels, or an index twice.
         AnswerError: no `/classify` reply, or a reward that is null, NaN, infinite or beyond `MAX_ABS_SCORE`.
     """
     try:
@@ -106,16 +155,28 @@ def read_rewards(body: bytes, count: int) -> list[float]:
         raise AnswerError(f"the answer is not a /classify reply: {error}") from error
     if len(rows) != count:
         raise AnswerShapeError(f"{len(rows)} answers to {count} items")
-    rewards = [math.nan] * count
+    values: list[list[float]] = [[]] * count
     seen: set[int] = set()
+    labels = len(rows[0].probs) if heads is not None and rows else 1
     for row in rows:
-        if row.num_classes != 1 or len(row.probs) != 1:
+        if row.num_classes != labels or len(row.probs) != labels:
             raise AnswerShapeError(
-                f"{row.num_classes} classes; a reward model has one (is it a classifier of several labels?)"
+                f"{row.num_classes} classes; a reward model has one (of several labels? set `head` or `heads`)"
+                if heads is None
+                else f"{len(row.probs)} labels where another item has {labels}"
             )
         if not 0 <= row.index < count or row.index in seen:
             raise AnswerShapeError(f"index {row.index} is out of range or repeated")
         seen.add(row.index)
-        rewards[row.index] = row.probs[0]
+        values[row.index] = row.probs
+    if heads is None:
+        rewards = [one[0] for one in values]
+        _within(rewards, MAX_ABS_SCORE)
+        return Rewards(rewards)
+    names = heads.names(labels)
+    parts = {name: [one[index] for one in values] for index, name in enumerate(names)}
+    for part in parts.values():
+        _within(part, MAX_ABS_SCORE)
+    rewards = [heads.reward(one) for one in values]
     _within(rewards, MAX_ABS_SCORE)
-    return rewards
+    return Rewards(rewards, parts)

@@ -9,6 +9,7 @@ import numpy as np
 from service.errors import ConfigurationError
 from service.pool import ModelEntry
 from service.scorers.protocol import OverLong
+from service.scorers.rm.answers import Heads
 from service.scorers.rm.client import TOKENS_PER_REQUEST, ArmConfig, VllmArm
 from service.scorers.rm.health import HealthMonitor, HealthPolicy
 from service.scorers.rm.render import Rendering, load_rendering
@@ -52,11 +53,14 @@ def build_reward_model(
             tokens_per_request=model.tokens_per_request or TOKENS_PER_REQUEST,
             max_model_len=model.max_model_len,
             over_long=over_long,
-            attempt_timeout_seconds=settings.worker_timeout_seconds,
-            api_key=model.api_key,
+            attempt_timeout_seconds=model.timeout_seconds or settings.worker_timeout_seconds,
+            api_key=model.key(),
+            requests_per_minute=model.requests_per_minute,
+            timeout_seconds=model.timeout_seconds,
             score_scale=model.score_scale,
             score_shift=model.score_shift,
             reward_limit=model.reward_limit,
+            heads=None if model.head is None and model.heads is None else Heads(model.head, model.heads),
             applies=model.admits if model.choosy else None,
         ),
         monitor=(lambda arm: _monitor(arm, settings)) if watched else None,

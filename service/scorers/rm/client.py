@@ -1,7 +1,6 @@
 """`VllmArm`: one reward model behind any number of equal replicas that speak vLLM's `/classify`.
 
-Renders instances, cuts batches into requests, and halves requests that are refused, or fail at a worker that is well,
-until the culprit stands alone. `service.scorers.rm.requests` makes each request.
+Renders instances and cuts batches into requests, which `service.scorers.requests` makes and divides where they fail.
 `service.scorers.rm.build` makes one per RM of the pool; use cases see it as `service.scorers.protocol.Scorer`. Knows no
 routing policy and no store.
 """
@@ -11,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Final, Protocol
+from typing import Final
 
 from router_core.records import MAX_ABS_SCORE, Instance
 from service.errors import ConfigurationError
@@ -27,36 +26,18 @@ from service.scorers.protocol import (
     WorkerTooLongError,
     WorkerUnavailableError,
 )
+from service.scorers.requests import Monitor, Requester, RequestLimits
+from service.scorers.rm.answers import Heads, RewardBound, Rewards
+from service.scorers.rm.dialogue import ClassifyDialogue
 from service.scorers.rm.render import Content, Item, MessagesRendering, Prepared, RenderError, Rendering, TooLongError
-from service.scorers.rm.requests import Requester, SuspectError
 from service.scorers.status import ScorerStatus
 from service.scorers.transport.breaker import BreakerPolicy
-from service.scorers.transport.http import CONNECT_TIMEOUT_SECONDS, IDLE_SECONDS, MAX_RESPONSE_BYTES, HttpPool
-from service.scorers.transport.replica import Replica, ReplicaSnapshot
-
-WHOLESALE_STATUSES: Final = frozenset({401, 403, 405, 501})
-"""Refusals of whoever asks or of the endpoint, not of an input: asking in halves would only repeat them."""
+from service.scorers.transport.http import CONNECT_TIMEOUT_SECONDS, MAX_RESPONSE_BYTES
+from service.scorers.transport.replica import Replica, ReplicaSnapshot, open_replica
 
 TOKENS_PER_REQUEST: Final = 32_768
 """Bound on one request whose lengths are known: 64 items of 500 tokens; more than that would make one request of long
 texts last several times as long as one of short ones."""
-
-
-class Monitor(Protocol):
-    """Keeps the breakers of a scorer's replicas true; `service.scorers.rm.health` has one."""
-
-    @property
-    def unexpected_errors(self) -> int:
-        """See `Scorer.unexpected_errors`."""
-
-    async def check_all(self) -> None:
-        """Check every replica once."""
-
-    def start(self) -> None:
-        """Begin checking in the background."""
-
-    async def stop(self) -> None:
-        """Stop checking."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +66,9 @@ class ArmConfig:
         score_shift: the arm's rewards are score_scale * logit + score_shift.
         reward_limit: largest size of a raw reward that is taken for one; None to learn it, see `RewardBound`.
         applies: says which instances the RM is asked about; None for all.
+        requests_per_minute: bound on this gateway's requests to the RM; None for none.
+        timeout_seconds: see `Scorer.timeout_seconds`.
+        heads: what makes the reward of several labels; None for an RM with one.
     """
 
     name: str
@@ -108,6 +92,9 @@ class ArmConfig:
     score_shift: float = 0.0
     reward_limit: float | None = None
     applies: Callable[[Instance], bool] | None = None
+    requests_per_minute: float | None = None
+    heads: Heads | None = None
+    timeout_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if not self.name or not self.urls:
@@ -164,7 +151,14 @@ class VllmArm:
     ) -> None:
         self.config = config
         self.replicas = tuple(_build_replica(config, url, clock) for url in config.urls)
-        self._requester = Requester(config, self.replicas, clock)
+        self._requester = Requester(
+            RequestLimits(
+                config.name, "RM", config.attempt_timeout_seconds, config.max_attempts, config.requests_per_minute
+            ),
+            self.replicas,
+            clock,
+        )
+        self._bound = RewardBound(config.reward_limit)
         self._render_by(config.rendering)
         self._monitor = None if monitor is None else monitor(self)
 
@@ -182,15 +176,20 @@ class VllmArm:
     def available(self) -> bool:
         """True if some replica's breaker allows a request and is below its limit in flight."""
         # A loop, since this is asked several times a request and a generator costs more than the question.
-        for replica in self.replicas:  # noqa: SIM110
-            if replica.breaker.allows and not replica.full:
-                return True
+        for replica in self.replicas:
+            if replica.allows and not replica.full:
+                return self._requester.has_room
         return False
 
     @property
     def reachable(self) -> bool:
         """True if some replica's breaker allows a request."""
-        return any(replica.breaker.allows for replica in self.replicas)
+        return any(replica.allows for replica in self.replicas)
+
+    @property
+    def timeout_seconds(self) -> float | None:
+        """See `Scorer.timeout_seconds`."""
+        return self.config.timeout_seconds
 
     @property
     def rendering(self) -> Rendering:
@@ -273,35 +272,20 @@ class VllmArm:
             return [self._out()] * len(groups)
         distinct = [list(dict.fromkeys(group)) for group in groups]
         prepared = await self._prepare(distinct)
-        outcomes: dict[int, Scored | WorkerError] = {}
-        ready: dict[int, Prepared] = {}
-        alone: dict[int, Prepared] = {}
-        for index, one in enumerate(prepared):
-            if not isinstance(one, Prepared):
-                outcomes[index] = self._unsent(one)
-            elif (known := self._requester.known(one.contents)) is not None:
-                outcomes[index] = known
-            elif self._requester.doubted(one.contents):
-                alone[index] = one
-            else:
-                ready[index] = one
-        slots = slots or self.slots()
-        chunks = [*self._chunks_of(ready), *([index] for index in alone)]
-        ready |= alone
-        if len(chunks) == 1:
-            answers = [await self._ask_groups([ready[index] for index in chunks[0]], deadline, slots)]
-        else:
-            async with asyncio.TaskGroup() as tasks:
-                asked = [
-                    tasks.create_task(self._ask_groups([ready[index] for index in chunk], deadline, slots))
-                    for chunk in chunks
-                ]
-            answers = [task.result() for task in asked]
-        for chunk, answer in zip(chunks, answers, strict=True):
-            outcomes.update(zip(chunk, answer, strict=True))
+        ready = [one for one in prepared if isinstance(one, Prepared)]
+        permits = slots or self.slots()
+        answers = iter(
+            await self._requester.ask_all(
+                ready,
+                content=lambda one: one.contents,
+                cut=self._chunks_of,
+                ask=lambda chunk: self._ask_chunk(chunk, deadline, permits),
+            )
+        )
+        outcomes = [next(answers) if isinstance(one, Prepared) else self._unsent(one) for one in prepared]
         return [
-            outcome if isinstance(outcome := outcomes[index], WorkerError) else _spread(outcome, distinct[index], group)
-            for index, group in enumerate(groups)
+            outcome if isinstance(outcome, WorkerError) else _spread(outcome, once, group)
+            for outcome, once, group in zip(outcomes, distinct, groups, strict=True)
         ]
 
     def status(self) -> ScorerStatus:
@@ -347,6 +331,7 @@ class VllmArm:
     def _render_by(self, rendering: Rendering) -> None:
         config = self.config
         self._rendering = rendering
+        self._dialogue = ClassifyDialogue(config, rendering, self._bound)
         self._chunk = min(config.items_per_request, rendering.items_limit or config.items_per_request)
         self._chunk_size = config.tokens_per_request if rendering.counts_tokens else math.inf
 
@@ -358,15 +343,15 @@ class VllmArm:
             return await asyncio.to_thread(rendering.prepare, groups, limit=limit, cut_prompt=cut)
         return rendering.prepare(groups, limit=limit, cut_prompt=cut)
 
-    def _chunks_of(self, ready: Mapping[int, Prepared]) -> list[list[int]]:
-        """The keys, cut where the next one would overfill the request; longest first, unless one is enough."""
-        items = sum([len(one.contents) for one in ready.values()])
-        size = sum([one.size for one in ready.values()])
+    def _chunks_of(self, ready: Sequence[Prepared]) -> list[list[int]]:
+        """Positions, cut where the next one would overfill the request; longest first, unless one is enough."""
+        items = sum([len(one.contents) for one in ready])
+        size = sum([one.size for one in ready])
         if items <= self._chunk and size <= self._chunk_size:
-            return [list(ready)] if ready else []
+            return [[*range(len(ready))]] if ready else []
         chunks: list[list[int]] = []
         room, left = 0, 0.0
-        for index in sorted(ready, key=lambda index: -ready[index].size / len(ready[index].contents)):
+        for index in sorted(range(len(ready)), key=lambda index: -ready[index].size / len(ready[index].contents)):
             one = ready[index]
             if len(one.contents) > room or one.size > left:
                 chunks.append([])
@@ -376,51 +361,21 @@ class VllmArm:
             left -= one.size
         return chunks
 
-    async def _ask_groups(
-        self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore
-    ) -> list[Scored | WorkerError]:
+    async def _ask_chunk(self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore) -> list[Scored]:
         items = [content for one in chunk for content in one.contents]
         alone = len(chunk) == 1
         parts = self._parts_of(items) if alone else [items]
-        try:
-            if len(parts) > 1:
-                rewards = await self._ask_in_parts(parts, deadline, slots)
-            else:
-                async with slots:
-                    rewards = await self._ask(items, deadline, alone=alone)
-        except SuspectError as error:
-            if error.crashed:
-                return await self._ask_singly(chunk, deadline, slots)
-            return await self._ask_halves(chunk, deadline, slots)
-        except WorkerRejectedError as error:
-            if alone or error.details.get("worker_status") in WHOLESALE_STATUSES:
-                return [error] * len(chunk)
-            return await self._ask_halves(chunk, deadline, slots)
-        except WorkerError as error:
-            return [error] * len(chunk)
+        if len(parts) > 1:
+            told = await self._ask_in_parts(parts, deadline, slots)
+        else:
+            async with slots:
+                told = await self._ask(items, deadline, alone=alone)
         ends = accumulate(len(one.contents) for one in chunk)
+        spans = [(one, slice(end - len(one.contents), end)) for one, end in zip(chunk, ends, strict=True)]
         return [
-            Scored(rewards[end - len(one.contents) : end], one.prompt_tokens_cut)
-            for one, end in zip(chunk, ends, strict=True)
+            Scored(told.rewards[span], one.prompt_tokens_cut, {name: part[span] for name, part in told.heads.items()})
+            for one, span in spans
         ]
-
-    async def _ask_halves(
-        self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore
-    ) -> list[Scored | WorkerError]:
-        middle = len(chunk) // 2
-        async with asyncio.TaskGroup() as tasks:
-            halves = [
-                tasks.create_task(self._ask_groups(half, deadline, slots)) for half in (chunk[:middle], chunk[middle:])
-            ]
-        return [outcome for half in halves for outcome in half.result()]
-
-    async def _ask_singly(
-        self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore
-    ) -> list[Scored | WorkerError]:
-        """Ask about each instance alone: replicas ended with them, and one of them may have caused it."""
-        for one in chunk:
-            self._requester.doubt(one.contents)
-        return [outcome for one in chunk for outcome in await self._ask_groups([one], deadline, slots)]
 
     def _parts_of(self, items: Sequence[Content]) -> list[list[Content]]:
         """The items of one instance, in order, cut where the next one would overfill the request."""
@@ -438,10 +393,10 @@ class VllmArm:
 
     async def _ask_in_parts(
         self, parts: Sequence[Sequence[Content]], deadline: float, slots: asyncio.Semaphore
-    ) -> list[float]:
+    ) -> Rewards:
         """More items than one request may hold; the first request that fails ends them all."""
 
-        async def ask(part: Sequence[Content]) -> list[float]:
+        async def ask(part: Sequence[Content]) -> Rewards:
             async with slots:
                 return await self._ask(part, deadline, alone=True)
 
@@ -450,11 +405,17 @@ class VllmArm:
                 asked = [tasks.create_task(ask(part)) for part in parts]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        return [reward for task in asked for reward in task.result()]
+        told = [task.result() for task in asked]
+        return Rewards(
+            [reward for one in told for reward in one.rewards],
+            {name: [value for one in told for value in one.heads[name]] for name in told[0].heads},
+        )
 
-    async def _ask(self, items: Sequence[Content], deadline: float, *, alone: bool) -> list[float]:
+    async def _ask(self, items: Sequence[Content], deadline: float, *, alone: bool) -> Rewards:
         try:
-            return await self._requester.ask(self._rendering, items, deadline, alone=alone)
+            body = self._rendering.body(self.config.served_model, items)
+            single = items if alone else None
+            return await self._requester.ask(self._dialogue, body, len(items), deadline, single=single)
         except RenderError as error:
             raise self._unsent(error) from error
 
@@ -480,30 +441,24 @@ def _spread(scored: Scored, distinct: Sequence[Item], items: Sequence[Item]) -> 
     """Return the rewards of the distinct items, given to each item."""
     if len(distinct) == len(items):
         return scored
-    by_item = dict(zip(distinct, scored.rewards, strict=True))
-    return Scored([by_item[item] for item in items], scored.prompt_tokens_cut)
+    place = {item: index for index, item in enumerate(distinct)}
+    order = [place[item] for item in items]
+    components = {name: [part[index] for index in order] for name, part in scored.components.items()}
+    return Scored([scored.rewards[index] for index in order], scored.prompt_tokens_cut, components)
 
 
 def _build_replica(config: ArmConfig, url: str, clock: Callable[[], float]) -> Replica:
-    def pool(max_connections: int, idle_seconds: float) -> HttpPool:
-        return HttpPool(
-            url,
-            max_connections=max_connections,
-            idle_seconds=idle_seconds,
-            connect_timeout_seconds=config.connect_timeout_seconds,
-            max_response_bytes=config.max_response_bytes,
-            api_key=config.api_key,
-        )
-
     try:
-        return Replica(
-            pool(config.max_in_flight, IDLE_SECONDS),
-            pool(2, 0.0),
-            model=config.name,
+        return open_replica(
+            url,
+            name=config.name,
+            api_key=config.api_key,
             max_in_flight=config.max_in_flight,
             attempt_timeout_seconds=config.attempt_timeout_seconds,
-            policy=config.breaker,
             clock=clock,
+            breaker=config.breaker,
+            connect_timeout_seconds=config.connect_timeout_seconds,
+            max_response_bytes=config.max_response_bytes,
         )
     except ValueError as error:
         raise ConfigurationError(f"RM {config.name!r}: {error}") from error

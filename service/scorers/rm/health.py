@@ -1,165 +1,54 @@
-"""The background task that keeps the breakers true: it scores a tiny conversation on every replica, again and again.
+"""What the workers of a reward model are asked by the health monitor: a tiny conversation, and first the whole probe.
 
-Closes the breaker of a replica that answers and counts a failure on one that does not; a refused connection opens it
-at once and gives up what is in flight there. A replica that is new, or has been out, must pass the whole probe
-(`service.scorers.rm.probe`); one with a problem, or that refused connections since, gets no traffic until it does.
 An RM that was never used and has a fallback rendering takes it where its workers pass with that one only.
-A replica that has equals is also asked how busy it is (vLLM's `/metrics`), for the choice among them.
-Its owner awaits `check_all` before the first traffic, starts the monitor, and stops it when the service drains.
-Knows arms and replicas; nothing of runs or posteriors.
+`service.scorers.health` does the rest. Knows arms and replicas; nothing of runs or posteriors.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 
+from service.scorers.health import LOAD_VALID_INTERVALS, HealthPolicy, ReplicaMonitor
 from service.scorers.rm.client import VllmArm
-from service.scorers.rm.probe import ProbeError, ReplicaProbe, UnreachableError, probe_replica, readiness
-from service.scorers.transport.http import HttpError
-from service.scorers.transport.load import read_load
+from service.scorers.rm.probe import ReplicaProbe, probe_replica, readiness
 from service.scorers.transport.replica import Replica
-from service.scorers.wire import METRICS_PATH
 
-LOAD_VALID_INTERVALS: Final = 3
-"""Health checks after which a load that was not told again is forgotten."""
+__all__ = ["LOAD_VALID_INTERVALS", "HealthMonitor", "HealthPolicy", "RewardModelChecks"]
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class HealthPolicy:
-    """How often replicas are checked.
-
-    Attributes:
-        interval_seconds: mean time between two checks of one replica.
-        timeout_seconds: time for one check or whole probe. A busy CPU worker answers behind its queue, so keep it above
-            a few batches.
-        jitter: each wait is `interval_seconds` times a uniform factor in [1 - jitter, 1 + jitter], so that gateways
-            that started together do not check together.
-    """
-
-    interval_seconds: float = 2.0
-    timeout_seconds: float = 5.0
-    jitter: float = 0.25
-
-    def __post_init__(self) -> None:
-        if self.interval_seconds <= 0 or self.timeout_seconds <= 0 or not 0 <= self.jitter < 1:
-            raise ValueError(f"health policy {self}: times must be positive and 0 <= jitter < 1")
-
-
-class HealthMonitor:
-    """Checks every replica of the arms until stopped.
+class HealthMonitor(ReplicaMonitor):
+    """Checks every replica of the arms until stopped; see `ReplicaMonitor`.
 
     Args:
-        arms: the pool.
+        arms: the reward models.
         policy: how often.
         rng: for the jitter.
     """
 
     def __init__(self, arms: Sequence[VllmArm], policy: HealthPolicy, rng: np.random.Generator) -> None:
-        self._arms = tuple(arms)
-        self._policy = policy
-        self._rng = rng
-        self._tasks: list[asyncio.Task[None]] = []
-        self._unexpected = 0
-        self._measured = {replica: len(arm.replicas) > 1 for arm in self._arms for replica in arm.replicas}
+        super().__init__([RewardModelChecks(arm) for arm in arms], policy, rng)
 
-    @property
-    def running(self) -> bool:
-        """True if every checking task is alive."""
-        return bool(self._tasks) and not any(task.done() for task in self._tasks)
 
-    @property
-    def unexpected_errors(self) -> int:
-        """Checks since construction that failed by a fault of ours rather than of a worker; 0 unless there is a bug."""
-        return self._unexpected
+class RewardModelChecks:
+    """Implements `service.scorers.health.Checks`."""
 
-    async def check_all(self) -> None:
-        """Check every replica once, all at once; for start-up, before the first traffic.
+    def __init__(self, arm: VllmArm) -> None:
+        self._arm = arm
+        self.name = arm.name
+        self.replicas = arm.replicas
 
-        From then on a replica gets traffic only when its probe has passed, now or at a later check. Logs what the
-        probes find. Takes at most `timeout_seconds`, whatever the workers do.
-        """
-        for arm in self._arms:
-            for replica in arm.replicas:
-                if not replica.proven:
-                    replica.withhold()
-        await asyncio.gather(*(self._check(arm, replica) for arm in self._arms for replica in arm.replicas))
+    async def ready(self, replica: Replica, deadline: float) -> None:
+        """See `Checks.ready`."""
+        await readiness(self._arm, replica, deadline=deadline)
 
-    def start(self) -> None:
-        """Begin checking in the background of the running loop. No effect when already begun."""
-        if not self._tasks:
-            self._supervise(True)
-            self._tasks = [
-                asyncio.create_task(self._watch(arm, replica), name=f"health {replica.url}")
-                for arm in self._arms
-                for replica in arm.replicas
-            ]
-
-    async def stop(self) -> None:
-        """Stop checking; returns when the tasks have ended."""
-        tasks, self._tasks = self._tasks, []
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._supervise(False)
-
-    def _supervise(self, supervised: bool) -> None:
-        for arm in self._arms:
-            for replica in arm.replicas:
-                replica.supervised = supervised
-
-    async def _watch(self, arm: VllmArm, replica: Replica) -> None:
-        policy = self._policy
-        while True:
-            await asyncio.sleep(policy.interval_seconds * self._rng.uniform(1 - policy.jitter, 1 + policy.jitter))
-            try:
-                await self._check(arm, replica)
-            except Exception:  # noqa: BLE001 - a background task must outlive its own bugs
-                self._unexpected += 1
-                _log.exception(
-                    "health check failed unexpectedly", extra={"fields": {"model": arm.name, "url": replica.url}}
-                )
-                replica.report_check("the health check itself failed")
-
-    async def _check(self, arm: VllmArm, replica: Replica) -> None:
-        deadline = asyncio.get_running_loop().time() + self._policy.timeout_seconds
-        if not replica.proven:
-            await self._probe(arm, replica, deadline)
-            return
-        number = replica.begin()
-        try:
-            await readiness(arm, replica, deadline=deadline)
-        except UnreachableError as error:
-            replica.report_check(str(error))
-        except ProbeError as error:
-            replica.report_check(str(error))
-            # Another server may have taken its place; the next check finds out what is wrong.
-            replica.proven = False
-        else:
-            replica.report_check(None, number)
-            await self._measure(replica, deadline)
-
-    async def _measure(self, replica: Replica, deadline: float) -> None:
-        """Only where there is another replica to choose is the load of use, and only vLLM and our worker tell it."""
-        if not self._measured[replica]:
-            return
-        try:
-            response = await replica.check("GET", METRICS_PATH, deadline=deadline)
-        except HttpError:
-            # Its answer to the readiness check stands; what was known of its load goes out of date by itself.
-            return
-        load = read_load(response.body) if response.status == 200 else None
-        replica.report_load(load, valid_seconds=LOAD_VALID_INTERVALS * self._policy.interval_seconds)
-
-    async def _probe(self, arm: VllmArm, replica: Replica, deadline: float) -> None:
-        report = await self._probed(arm, replica, deadline)
+    async def probe(self, replica: Replica, deadline: float) -> None:
+        """See `Checks.probe`."""
+        arm, report = self._arm, await self._probed(replica, deadline)
         if report.unavailable is None:
             replica.max_model_len = report.max_model_len
         if report.problems:
@@ -175,8 +64,9 @@ class HealthMonitor:
             ready = report.raw is not None and not replica.breaker.held
             replica.report_check(None if ready else report.unavailable)
 
-    async def _probed(self, arm: VllmArm, replica: Replica, deadline: float) -> ReplicaProbe:
+    async def _probed(self, replica: Replica, deadline: float) -> ReplicaProbe:
         """The report, by the fallback rendering where the replica fails with the arm's own and passes with that."""
+        arm = self._arm
         rendering, fallback = arm.rendering, arm.config.fallback
         report = await probe_replica(arm, replica, deadline=deadline, rendering=rendering)
         if not report.problems or fallback is None or rendering is fallback:

@@ -3,9 +3,6 @@
 `probe_replica` says what is wrong in words for the operator; `health` beside it keeps a replica without traffic until
 its probe has passed. `readiness` is the small part of it that health checks repeat. Both go past the breaker, on
 connections of their own, and change nothing but what a refused connection changes (`Replica.check`).
-
-    ProbeError            the replica answered, and not what was asked for
-    └── UnreachableError      it did not answer, or said that it cannot now: away, loading, overloaded
 """
 
 from __future__ import annotations
@@ -17,9 +14,11 @@ from typing import Final
 
 import msgspec
 
+from service.scorers.health import ProbeError, UnreachableError
+from service.scorers.rm.answers import read_rewards
 from service.scorers.rm.client import VllmArm
 from service.scorers.rm.render import MessagesRendering, RenderError, Rendering, encode
-from service.scorers.transport.exchange import RETRIED_STATUSES
+from service.scorers.transport.exchange import RETRIED_STATUSES, AnswerError
 from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
 from service.scorers.transport.replica import Replica
 from service.scorers.wire import (
@@ -28,7 +27,6 @@ from service.scorers.wire import (
     PROBE_PROMPT,
     PROBE_RESPONSE,
     TOKENIZE_PATH,
-    ClassifyAnswer,
     Message,
     ModelList,
     ServedModel,
@@ -77,14 +75,6 @@ class ReplicaProbe:
     def ok(self) -> bool:
         """It answered everything, without problems."""
         return not self.problems and self.unavailable is None
-
-
-class ProbeError(Exception):
-    """A replica did not give the answer that was asked for; the message says what it did instead."""
-
-
-class UnreachableError(ProbeError):
-    """A replica gave no answer for now; its settings may well be right."""
 
 
 async def probe(arm: VllmArm, *, deadline: float) -> tuple[ReplicaProbe, ...]:
@@ -136,7 +126,7 @@ async def probe_replica(
         _judge_length(arm, length, rendering, problems, warnings)
         raw = await _classify(arm, replica, rendering, deadline, use_activation=False)
         default = await _classify(arm, replica, rendering, deadline, use_activation=None)
-        _judge_activation(raw, default, problems, warnings)
+        _judge_activation(raw, default, problems, warnings, several=arm.config.heads is not None)
         if not isinstance(rendering, MessagesRendering):
             await _compare_templates(arm, replica, raw, deadline, problems, warnings)
         if rendering.counts_tokens:
@@ -174,8 +164,9 @@ def _judge_length(
         )
 
 
-def _judge_activation(raw: float, default: float, problems: list[str], warnings: list[str]) -> None:
-    if _close(default, sigmoid(raw)):
+def _judge_activation(raw: float, default: float, problems: list[str], warnings: list[str], *, several: bool) -> None:
+    if several or _close(default, sigmoid(raw)):
+        # Of several labels the default may be a softmax, sigmoids or the logits: the head's number alone tells nothing.
         return
     if not _close(default, raw):
         problems.append(f"the default answer {default:.4g} is neither the raw {raw:.4g} nor its sigmoid")
@@ -256,12 +247,9 @@ async def _classify(
         raise ProbeError(str(error)) from error
     body = await _exchange(replica, "POST", CLASSIFY_PATH, request, deadline)
     try:
-        rows = msgspec.json.decode(body, type=ClassifyAnswer).data
-    except msgspec.MsgspecError as error:
-        raise ProbeError(f"the answer is not a /classify reply: {error}") from error
-    if len(rows) != 1 or len(rows[0].probs) != 1 or not math.isfinite(rows[0].probs[0]):
-        raise ProbeError("the answer is not one finite reward: is the model a reward model with one label?")
-    return rows[0].probs[0]
+        return read_rewards(body, 1, arm.config.heads).rewards[0]
+    except AnswerError as error:
+        raise ProbeError(str(error)) from error
 
 
 async def _exchange(replica: Replica, method: str, path: str, body: bytes, deadline: float) -> bytes:

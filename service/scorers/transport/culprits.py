@@ -1,6 +1,6 @@
 """Inputs that a scorer has failed on lately, so that they are neither searched for again nor end worker after worker.
 
-Keys are digests of what was sent. `service.scorers.rm.requests` and `service.encoders.client` keep one per scorer.
+Keys are digests of what was sent. `service.scorers.requests` and `service.encoders.client` keep one per scorer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REMEMBERED_INPUTS: Final = 4096
 
 
 def digest_of(content: Any) -> bytes:
-    """Return the key of something that is sent: texts, token ids, or lists of them."""
+    """Return the key of something that is sent: a body, texts, token ids, or what is made of them."""
     return hashlib.blake2b(msgspec.msgpack.encode(content), digest_size=16).digest()
 
 

@@ -20,6 +20,8 @@ import ssl
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import Final, cast
 from urllib.parse import urlsplit
 
@@ -78,10 +80,11 @@ class HttpProtocolError(HttpError):
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A whole response; headers are not kept."""
+    """A whole response. The only header that is kept is Retry-After, in seconds."""
 
     status: int
     body: bytes
+    retry_after_seconds: float | None = None
 
 
 class HttpPool:
@@ -370,6 +373,7 @@ class _Connection(asyncio.Protocol):
         "_parser",
         "_pool",
         "_received",
+        "_retry_after",
         "_transport",
         "_waiter",
         "idle",
@@ -388,6 +392,7 @@ class _Connection(asyncio.Protocol):
         self._body: bytes | bytearray = b""
         self._delimited = False
         self._head_done = False
+        self._retry_after: float | None = None
         self._complete = True
         self.idle = False
         self.idle_since = 0.0
@@ -404,6 +409,7 @@ class _Connection(asyncio.Protocol):
         self._body = b""
         self._delimited = False
         self._head_done = False
+        self._retry_after = None
         self._complete = False
         self.reusable = False
         self.used = True
@@ -471,6 +477,8 @@ class _Connection(asyncio.Protocol):
         size = len(name)
         if (size == 14 and name.lower() == b"content-length") or (size == 17 and name.lower() == b"transfer-encoding"):
             self._delimited = True
+        elif size == 11 and name.lower() == b"retry-after":
+            self._retry_after = _retry_after(value)
 
     def on_headers_complete(self) -> None:
         self._head_done = True
@@ -497,7 +505,7 @@ class _Connection(asyncio.Protocol):
         self.reusable = keep
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
-            waiter.set_result(Response(self._parser.get_status_code(), bytes(self._body)))
+            waiter.set_result(Response(self._parser.get_status_code(), bytes(self._body), self._retry_after))
 
 
 def _expire_queued(waiter: asyncio.Future[_Connection | None], url: str) -> None:
@@ -505,6 +513,18 @@ def _expire_queued(waiter: asyncio.Future[_Connection | None], url: str) -> None
         waiter.set_exception(
             DeadlineError(f"{url}: the deadline passed in the queue for a connection", peer_seconds=0.0)
         )
+
+
+def _retry_after(value: bytes) -> float | None:
+    """Seconds of a Retry-After header, a number or a date; None where it is neither."""
+    text = value.decode("latin-1").strip()
+    if text.isdigit():
+        return float(text[:9])
+    try:
+        until = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return max(0.0, (until - datetime.now(until.tzinfo)).total_seconds())
 
 
 def _is_header_value(text: str) -> bool:

@@ -1,7 +1,7 @@
 """How busy a worker says it is: the two gauges of vLLM's `/metrics`, read and written.
 
 vLLM counts inputs, running and waiting, of whoever asks; so does our own worker. Pure: no clock, no network.
-`service.scorers.rm.health` polls it on its cadence, `replica` beside it keeps what others have in flight there, and
+`service.scorers.health` polls it on its cadence, `replica` beside it keeps what others have in flight there, and
 `service.workers.server` writes it.
 """
 

@@ -2,7 +2,7 @@
 
 Counts and times every exchange and reports it to the breaker; does not read bodies, choose among replicas or retry.
 A failure may be the input's fault: `examine` finds out whether the replica still answers what is known to be good, and
-only if it does not, the breaker counts. `service.scorers.rm.requests` asks it, `service.scorers.rm.health` checks it.
+only if it does not, the breaker counts. `service.scorers.requests` asks it, `service.scorers.health` checks it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from typing import Final
 
 from service.scorers.status import ReplicaStatus
 from service.scorers.transport.breaker import BreakerPolicy, BreakerState, CircuitBreaker
-from service.scorers.transport.http import ConnectError, DeadlineError, HttpError, HttpPool, Response
+from service.scorers.transport.http import (
+    CONNECT_TIMEOUT_SECONDS,
+    IDLE_SECONDS,
+    MAX_RESPONSE_BYTES,
+    ConnectError,
+    DeadlineError,
+    HttpError,
+    HttpPool,
+    Response,
+)
 
 LATENCY_WEIGHT: Final = 0.1
 """Weight of the newest answer in the moving average of latency."""
@@ -24,9 +33,12 @@ LATENCY_WEIGHT: Final = 0.1
 FAULTY_STATUSES: Final = frozenset({500, 502, 503, 504})
 """Statuses that blame the replica, not the request."""
 
+LONGEST_REST_SECONDS: Final = 120.0
+"""A server that asks for more patience (Retry-After) is asked again after this time."""
+
 FAIR_SHARE: Final = 0.5
 """An attempt that ran out of time is the replica's fault if the replica had this share of `attempt_timeout_seconds`;
-with less, the haste was ours. Below the client's `ATTEMPT_SHARE`: an attempt that leaves time for another must count.
+with less, the haste was ours. Below `exchange.ATTEMPT_SHARE`: an attempt that leaves time for another must count.
 """
 
 _log = logging.getLogger(__name__)
@@ -129,10 +141,30 @@ class Replica:
         self._latency: float | None = None
         self._others = 0
         self._others_until = -math.inf
+        self._rests_until = -math.inf
         self._begun = 0
         self._answered = 0
         self._probing: tuple[int, asyncio.Task[bool]] | None = None
         self._examinations: set[asyncio.Task[bool]] = set()
+
+    @property
+    def allows(self) -> bool:
+        """True if a request may be sent now: the breaker has a permit, and the server did not ask for patience."""
+        return self.breaker.allows and self.rest_seconds == 0.0
+
+    @property
+    def rest_seconds(self) -> float:
+        """Seconds until the server wants to be asked again; 0 unless it said so."""
+        return 0.0 if self._rests_until == -math.inf else max(0.0, self._rests_until - self._clock())
+
+    def rest(self, seconds: float | None) -> None:
+        """Send nothing for a while: the server answered 429.
+
+        Args:
+            seconds: its Retry-After; None where it did not say, so that only this request goes elsewhere.
+        """
+        if seconds is not None:
+            self._rests_until = self._clock() + min(seconds, LONGEST_REST_SECONDS)
 
     @property
     def full(self) -> bool:
@@ -401,3 +433,42 @@ class Replica:
             self._latency = seconds
         else:
             self._latency += LATENCY_WEIGHT * (seconds - self._latency)
+
+
+def open_replica(
+    url: str,
+    *,
+    name: str,
+    api_key: str | None,
+    max_in_flight: int,
+    attempt_timeout_seconds: float,
+    clock: Callable[[], float],
+    breaker: BreakerPolicy,
+    connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
+    max_response_bytes: int = MAX_RESPONSE_BYTES,
+) -> Replica:
+    """Return the replica at an address, with connections of its own.
+
+    Raises:
+        ValueError: the URL or the key cannot be used.
+    """
+
+    def pool(max_connections: int, idle_seconds: float) -> HttpPool:
+        return HttpPool(
+            url,
+            max_connections=max_connections,
+            idle_seconds=idle_seconds,
+            connect_timeout_seconds=connect_timeout_seconds,
+            max_response_bytes=max_response_bytes,
+            api_key=api_key,
+        )
+
+    return Replica(
+        pool(max_in_flight, IDLE_SECONDS),
+        pool(2, 0.0),
+        model=name,
+        max_in_flight=max_in_flight,
+        attempt_timeout_seconds=attempt_timeout_seconds,
+        policy=breaker,
+        clock=clock,
+    )

@@ -28,7 +28,7 @@ from service.encoders.protocol import Encoded, EncoderInputError, EncoderUnavail
 from service.encoders.reading import Reading
 from service.encoders.remote import RemoteEncoder
 from service.encoders.wire import EmbeddingsRequest
-from service.scorers.rm.health import HealthPolicy
+from service.scorers.health import HealthPolicy
 from tests.service.encoders.conftest import Exported
 from tests.service.scorers.worker_servers import Serve
 from tests.support.gateway import until

@@ -1,0 +1,45 @@
+"""From an entry of the pool file to the client of a service that speaks the scorer protocol.
+
+Called by `service.scorers.registry` for the kinds `http` and `rule`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from service.errors import ConfigurationError
+from service.scorers.entry import ScorerEntry
+from service.scorers.health import HealthPolicy, ReplicaMonitor
+from service.scorers.http.client import HttpConfig, HttpScorer
+from service.settings import Settings
+
+
+def build_http_scorer(entry: ScorerEntry, settings: Settings) -> HttpScorer:
+    """Return the client of a scorer's servers. The caller closes it.
+
+    Raises:
+        ConfigurationError: no `urls`, or one of them or the key cannot be used.
+    """
+    if not entry.urls:
+        raise ConfigurationError(
+            f"{entry.kind} {entry.name!r} has no `urls` in the pool file: say where it is served, or let "
+            "`reward-router up` start it"
+        )
+    timeout = entry.timeout_seconds or settings.worker_timeout_seconds
+    # Each has a seed of its own, so that the scorers of a pool are not checked all at once.
+    seed = None if settings.seed is None else [settings.seed, *entry.name.encode()]
+    policy = HealthPolicy(settings.health_interval_seconds, timeout)
+    return HttpScorer(
+        HttpConfig(
+            name=entry.name,
+            kind=entry.kind,
+            urls=entry.urls,
+            max_in_flight=entry.max_in_flight or settings.worker_max_in_flight,
+            attempt_timeout_seconds=timeout,
+            timeout_seconds=entry.timeout_seconds,
+            requests_per_minute=entry.requests_per_minute,
+            api_key=entry.key(),
+            applies=entry.admits if entry.choosy else None,
+        ),
+        monitor=lambda scorer: ReplicaMonitor([scorer], policy, np.random.default_rng(seed)),
+    )

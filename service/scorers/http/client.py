@@ -1,0 +1,360 @@
+"""`HttpScorer`: one scorer behind any number of equal servers that speak the scorer protocol.
+
+Kinds `http` and `rule` are this client. Cuts batches into requests and reads results; `service.scorers.requests` makes
+each request. What is wrong with one instance is a result of its own, so that it costs the others nothing.
+`service.scorers.http.build` makes one per entry of the pool. Knows no routing policy and no store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from router_core.records import Instance
+from router_core.turns import words_of
+from service.errors import ConfigurationError
+from service.scorers.admission import Ticket
+from service.scorers.health import ProbeError, UnreachableError
+from service.scorers.http.wire import (
+    HEALTH_PATH,
+    PROBE_ITEM,
+    SCORE_PATH,
+    TIMEOUT,
+    Item,
+    Result,
+    ScoreRequest,
+    Turn,
+    numbers,
+    read_results,
+    stable_code,
+    value_problem,
+)
+from service.scorers.protocol import (
+    AbstainedError,
+    Scored,
+    WorkerError,
+    WorkerInputError,
+    WorkerRejectedError,
+    WorkerTimeoutError,
+    WorkerUnavailableError,
+)
+from service.scorers.requests import Monitor, Requester, RequestLimits
+from service.scorers.status import ScorerStatus
+from service.scorers.transport.breaker import BreakerPolicy
+from service.scorers.transport.exchange import ATTEMPT_SHARE, RETRIED_STATUSES, AnswerError
+from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
+from service.scorers.transport.replica import Replica, open_replica
+from service.scorers.wire import error_message
+
+REPLY_SHARE: Final = 0.8
+"""Share of an attempt's time that the server is given; the rest is for the way back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpConfig:
+    """One scorer of the pool file.
+
+    Attributes:
+        name: the scorer's name in the pool.
+        kind: `http` or `rule`.
+        urls: one origin per replica.
+        max_in_flight: requests at once per replica; also its connections.
+        responses_per_request: responses per request; an instance with more goes alone.
+        parallel_requests: requests of one call in flight at once.
+        attempt_timeout_seconds: one replica's time for one request.
+        timeout_seconds: see `Scorer.timeout_seconds`.
+        max_attempts: replicas asked for one request, the first included.
+        requests_per_minute: bound on this gateway's requests; None for none.
+        breaker: when a replica is taken out.
+        api_key: sent as a bearer token.
+        applies: says which instances the scorer is asked about; None for all.
+    """
+
+    name: str
+    kind: str
+    urls: tuple[str, ...]
+    max_in_flight: int = 64
+    responses_per_request: int = 32
+    parallel_requests: int = 8
+    attempt_timeout_seconds: float = 10.0
+    timeout_seconds: float | None = None
+    max_attempts: int = 3
+    requests_per_minute: float | None = None
+    breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
+    api_key: str | None = field(default=None, repr=False)
+    applies: Callable[[Instance], bool] | None = None
+
+    def __post_init__(self) -> None:
+        if len(set(self.urls)) != len(self.urls):
+            raise ConfigurationError(f"scorer {self.name!r} names a URL twice: {', '.join(self.urls)}")
+
+
+class ScoreDialogue:
+    """Implements `service.scorers.requests.Dialogue` for one request.
+
+    Args:
+        sizes: number of responses of each item.
+    """
+
+    path = SCORE_PATH
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes = sizes
+
+    def read(self, body: bytes, count: int) -> list[Result]:
+        """Return one result per item."""
+        return read_results(body, self._sizes)
+
+    def probe(self) -> bytes | None:
+        """Return a request that every service can answer."""
+        return msgspec.json.encode(ScoreRequest([PROBE_ITEM]))
+
+    def answers_probe(self, body: bytes) -> bool:
+        """Return True if the body holds one result."""
+        try:
+            read_results(body, [1])
+        except AnswerError:
+            return False
+        return True
+
+    def refusal(self, message: str, details: dict[str, object], status: int, body: bytes) -> WorkerRejectedError:
+        """Return the error of a refusal."""
+        return WorkerRejectedError(message, details=details)
+
+
+class HttpScorer:
+    """One scorer behind equal servers; implements `service.scorers.protocol.Scorer` and `health.Checks`.
+
+    Not thread-safe; one event loop. The owner calls `close`.
+
+    Args:
+        config: whom to ask and how.
+        clock: monotonic seconds, for breakers and latencies.
+        monitor: makes the health monitor; None where nobody checks.
+
+    Raises:
+        ConfigurationError: a URL or the key cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: HttpConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        monitor: Callable[[HttpScorer], Monitor] | None = None,
+    ) -> None:
+        self.config = config
+        try:
+            self.replicas = tuple(
+                open_replica(
+                    url,
+                    name=config.name,
+                    api_key=config.api_key,
+                    max_in_flight=config.max_in_flight,
+                    attempt_timeout_seconds=config.attempt_timeout_seconds,
+                    clock=clock,
+                    breaker=config.breaker,
+                )
+                for url in config.urls
+            )
+        except ValueError as error:
+            raise ConfigurationError(f"scorer {config.name!r}: {error}") from error
+        self._requester = Requester(
+            RequestLimits(
+                config.name,
+                config.kind,
+                config.attempt_timeout_seconds,
+                config.max_attempts,
+                config.requests_per_minute,
+            ),
+            self.replicas,
+            clock,
+        )
+        self._monitor = None if monitor is None else monitor(self)
+
+    @property
+    def name(self) -> str:
+        """The scorer's name in the pool."""
+        return self.config.name
+
+    @property
+    def kind(self) -> str:
+        """Its kind."""
+        return self.config.kind
+
+    @property
+    def available(self) -> bool:
+        """True if some replica may be sent a request now."""
+        return self._requester.has_room and any(replica.allows and not replica.full for replica in self.replicas)
+
+    @property
+    def reachable(self) -> bool:
+        """True if some replica's breaker allows a request."""
+        return any(replica.allows for replica in self.replicas)
+
+    @property
+    def timeout_seconds(self) -> float | None:
+        """See `Scorer.timeout_seconds`."""
+        return self.config.timeout_seconds
+
+    def slots(self) -> asyncio.Semaphore:
+        """See `Admission.slots`."""
+        return asyncio.Semaphore(min(self.config.parallel_requests, self.config.max_in_flight * len(self.replicas)))
+
+    @property
+    def choosy(self) -> bool:
+        """True if the pool file says `applies`."""
+        return self.config.applies is not None
+
+    def applies(self, instance: Instance) -> bool:
+        """Return True unless the pool file bars the instance."""
+        return self.config.applies is None or self.config.applies(instance)
+
+    async def score(
+        self, instances: Sequence[Instance], *, deadline: float, ticket: Ticket | None = None
+    ) -> list[Scored | WorkerError]:
+        """Ask about many instances; see `Scorer.score`."""
+        shared = ticket is not None and ticket.shared
+        if not (self.reachable if shared else self.available):
+            return [self._out()] * len(instances)
+        slots = ticket.slots if ticket is not None and shared else self.slots()
+
+        items = [_item(one) for one in instances]
+        return await self._requester.ask_all(
+            items, content=lambda item: item, cut=self._chunks, ask=lambda part: self._ask(part, deadline, slots)
+        )
+
+    def status(self) -> ScorerStatus:
+        """See `Scorer.status`."""
+        return ScorerStatus(
+            name=self.name,
+            kind=self.kind,
+            available=self.available,
+            rendering=None,
+            max_model_len=None,
+            over_long=None,
+            replicas=[replica.snapshot().status() for replica in self.replicas],
+        )
+
+    @property
+    def unexpected_errors(self) -> int:
+        """See `Scorer.unexpected_errors`."""
+        return self._monitor.unexpected_errors if self._monitor is not None else 0
+
+    async def check(self) -> None:
+        """See `Scorer.check`."""
+        if self._monitor is not None:
+            await self._monitor.check_all()
+
+    def start(self) -> None:
+        """See `Scorer.start`."""
+        if self._monitor is not None:
+            self._monitor.start()
+
+    async def close(self) -> None:
+        """See `Scorer.close`."""
+        if self._monitor is not None:
+            await self._monitor.stop()
+        for replica in self.replicas:
+            await replica.close()
+
+    async def ready(self, replica: Replica, deadline: float) -> None:
+        """Ask `GET /health`; see `service.scorers.health.Checks.ready`."""
+        await _exchange(replica, "GET", HEALTH_PATH, b"", deadline)
+
+    async def probe(self, replica: Replica, deadline: float) -> None:
+        """Ask for one result; see `service.scorers.health.Checks.probe`."""
+        try:
+            await self.ready(replica, deadline)
+            body = await _exchange(
+                replica, "POST", SCORE_PATH, msgspec.json.encode(ScoreRequest([PROBE_ITEM])), deadline
+            )
+            read_results(body, [1])
+        except UnreachableError as error:
+            replica.report_check(str(error))
+        except (ProbeError, AnswerError) as error:
+            replica.reject(f"{error}; `reward-router check-scorer {replica.url}` says more")
+        else:
+            replica.admit()
+
+    def _chunks(self, items: Sequence[Item]) -> list[list[int]]:
+        """Positions, in order, cut where the next item would overfill the request."""
+        chunks: list[list[int]] = []
+        room = 0
+        for index, item in enumerate(items):
+            if not chunks or len(item.responses) > room:
+                chunks.append([])
+                room = self.config.responses_per_request
+            chunks[-1].append(index)
+            room -= len(item.responses)
+        return chunks
+
+    async def _ask(
+        self, items: Sequence[Item], deadline: float, slots: asyncio.Semaphore
+    ) -> list[Scored | WorkerError]:
+        dialogue = ScoreDialogue([len(item.responses) for item in items])
+        single = items[0] if len(items) == 1 else None
+        async with slots:
+            left = deadline - asyncio.get_running_loop().time()
+            share = 1.0 if len(self.replicas) == 1 else ATTEMPT_SHARE
+            budget = REPLY_SHARE * min(self.config.attempt_timeout_seconds, share * left)
+            body = msgspec.json.encode(ScoreRequest([*items], budget if budget > 0 else None))
+            results = await self._requester.ask(dialogue, body, len(items), deadline, single=single)
+        return [self._read(result) for result in results]
+
+    def _read(self, result: Result) -> Scored | WorkerError:
+        title, details = f"{self.kind} {self.name!r}", {"model": self.name}
+        if result.abstain is not None:
+            return AbstainedError(f"{title} does not apply: {result.abstain[:300]}", details=details)
+        if result.error is not None:
+            message = f"{title}: {result.error.message[:300]}"
+            code = stable_code(result.error.code)
+            if code == TIMEOUT:
+                return WorkerTimeoutError(message, details=details)
+            return WorkerInputError(message, details=details | {"failure": code})
+        problem = value_problem(result)
+        if problem is not None:
+            return WorkerInputError(f"{title}: {problem}", details=details)
+        assert result.rewards is not None
+        failures: tuple[str, ...] = ()
+        if None in result.rewards:
+            codes = result.failures or [None] * len(result.rewards)
+            failures = tuple(
+                ["" if r is not None else stable_code(c) for r, c in zip(result.rewards, codes, strict=True)]
+            )
+        components = {name: numbers(part) for name, part in result.components.items()}
+        return Scored(numbers(result.rewards), 0, components, failures)
+
+    def _out(self) -> WorkerUnavailableError:
+        return WorkerUnavailableError(
+            f"{self.kind} {self.name!r}: every server is out or at a limit (`max_in_flight`, `requests_per_minute`)",
+            details={"model": self.name},
+            retry_after_seconds=1,
+        )
+
+
+def _item(instance: Instance) -> Item:
+    item = Item([*instance.responses], reference=instance.reference, metadata=dict(instance.metadata))
+    if instance.turns is None:
+        item.prompt = instance.prompt
+    else:
+        item.messages = [Turn(turn.role, words_of(turn)) for turn in instance.turns]
+    return item
+
+
+async def _exchange(replica: Replica, method: str, path: str, body: bytes, deadline: float) -> bytes:
+    try:
+        response = await replica.check(method, path, body, deadline=deadline)
+    except (HttpProtocolError, ResponseTooLargeError) as error:
+        raise ProbeError(str(error)) from error
+    except HttpError as error:
+        raise UnreachableError(str(error)) from error
+    if response.status != 200:
+        kind = UnreachableError if response.status in RETRIED_STATUSES else ProbeError
+        raise kind(f"{path} answered {response.status}: {error_message(response.body)}")
+    return response.body
