@@ -52,7 +52,6 @@ MAX_POLICIES = 256
 """Policies that requests may name while a gateway runs: weights and budgets make any number of names."""
 
 
-
 class RunTemplate:
     """What all runs of a gateway share: the pool, the encoder, the priors by form, the signal.
 
@@ -136,7 +135,7 @@ class RunTemplate:
         if name not in self._policies:
             if len(self._policies) >= MAX_POLICIES:
                 raise NotFoundError(
-                    f"policy {name!r}: requests have named {MAX_POLICIES} policies since this gateway started, and each "
+                    f"policy {name!r}: requests have named {MAX_POLICIES} policies since it started, and each "
                     "is a label of its metrics; use one of those, or set it as the gateway's policy",
                     details={"policy": name},
                 )
@@ -191,10 +190,16 @@ class RunTemplate:
             "hyper": [prior.hyper.lambda0, prior.hyper.sigma2, prior.hyper.gamma, prior.hyper.adapt],
             "origin": self._origin,
             "means": hashlib.sha256(np.ascontiguousarray(prior.means).tobytes()).hexdigest(),
-            "fold": [settings.block_size, settings.refresh_events, settings.drift_tolerance],
+            "fold": [
+                settings.block_size,
+                settings.refresh_events,
+                settings.drift_tolerance,
+                settings.first_adaptation,
+            ],
             "blas_threads": self._blas_threads,
             # Only where it matters: runs that do without keep the fingerprint that they always had.
             **({"lambda_novel": prior.hyper.lambda_novel} if prior.watches_novelty else {}),
+            **({"alarm_rate": prior.hyper.alarm_rate} if prior.hyper.alarm_rate else {}),
         }
         return json.dumps(identity, sort_keys=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from router_core.encoder.base import Backbone, Block, ConcatBackbone
 from router_core.encoder.fuse import Fuse, PairEncoder, two_branch
 from router_core.encoder.registry import load_backbone
-from router_core.encoder.surface import FEATURES, SurfaceBackbone
+from router_core.encoder.relation import RelationBackbone
+from router_core.encoder.surface import FEATURES, LAYOUT, SurfaceBackbone, layout
 from router_core.errors import EncoderError, ShapeMismatchError
 from router_core.records import Instance
 
@@ -46,12 +48,25 @@ def test_for_two_responses_the_second_branch_is_the_absolute_difference() -> Non
 
 def test_groups_of_any_size_agree_with_the_definition() -> None:
     h = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
-    z = two_branch(h, [1, 2, 5])
-    for row, part in zip(z, (h[:1], h[1:3], h[3:]), strict=True):
+    z = two_branch(h, [3, 5])
+    for row, part in zip(z, (h[:3], h[3:]), strict=True):
         mean = part.mean(axis=0)
         np.testing.assert_allclose(row[:3], mean, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(row[3:], 2 * np.abs(part - mean).mean(axis=0), rtol=1e-5, atol=1e-6)
-    assert not z[0, 3:].any()
+
+
+def test_the_deviation_of_a_single_response_is_unknown() -> None:
+    z = two_branch(np.ones((3, 2), dtype=np.float32), [1, 2])
+    np.testing.assert_array_equal(z, [[1, 1, np.nan, np.nan], [1, 1, 0, 0]])
+
+
+def test_a_single_response_lies_where_a_usual_pair_would() -> None:
+    rng = np.random.default_rng(0)
+    shift, projection = rng.standard_normal(6).astype(np.float32), rng.standard_normal((6, 4)).astype(np.float32)
+    fuse = replace(Fuse.identity(3, 4), shift=shift, projection=projection)
+    z = two_branch(rng.standard_normal((3, 3)).astype(np.float32), [1, 2])
+    usual = np.concatenate([z[:1, :3], shift[None, 3:]], axis=1)
+    np.testing.assert_array_equal(fuse.apply(z), fuse.apply(np.concatenate([usual, z[1:]])))
 
 
 @pytest.mark.parametrize("sizes", [[2], [0, 3], [2, 2], [-1, 4]])
@@ -218,7 +233,7 @@ def test_like_texts_are_nearer_than_unlike_ones(static: Backbone) -> None:
 def test_blocks_cover_the_columns(static: Backbone) -> None:
     assert sum(block.width for block in static.blocks) == static.dim == static.embed([("p", "r")]).shape[1]
     assert static.embed([]).shape == (0, static.dim)
-    assert Block(22, dense=False) in static.blocks
+    assert Block(28, dense=False) in static.blocks
 
 
 def test_specs_can_be_joined() -> None:
@@ -232,7 +247,7 @@ def test_specs_can_be_joined() -> None:
 
 @pytest.mark.parametrize("spec", ["", "bert", "static+nope", "torch"])
 def test_an_unknown_spec_lists_the_choices(spec: str) -> None:
-    with pytest.raises(EncoderError, match="choose one of static, surface, words, minilm"):
+    with pytest.raises(EncoderError, match="choose one of static, surface, relation, words, minilm"):
         load_backbone(spec)
 
 
@@ -251,3 +266,22 @@ def test_the_static_encoder_loads_neither_torch_nor_the_wordllama_package(static
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
     assert done.stderr.strip() in ("", "[]"), done.stderr
+
+
+def test_relation_by_hand() -> None:
+    rows = RelationBackbone().embed(
+        [("Name two big rivers", "Two BIG rivers: Rhine, Rhine"), ("", "word"), ("word", "")]
+    )
+    # Content words: name, rivers | rivers, rhine. Pairs: name two, two big, big rivers.
+    np.testing.assert_allclose(rows[0], [1 / 2, 1 / 2, 2 / 3])
+    assert not rows[1:].any()
+
+
+def test_layout_by_hand() -> None:
+    text = "Sorry, I cannot. My list:\n\n- **one**\n2) two me\n```\n"
+    named = dict(zip(LAYOUT, layout(text), strict=True))
+    assert named["log list items"] == pytest.approx(np.log(3))
+    assert named["log bold marks"] == pytest.approx(np.log(3))
+    assert named["first person per word"] == pytest.approx(2 / 11)
+    assert (named["declines or apologises"], named["has a code block"]) == (1.0, 1.0)
+    assert not layout("  ").any()

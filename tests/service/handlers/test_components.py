@@ -108,3 +108,13 @@ async def test_a_gate_is_final_and_a_missing_part_is_no_reward(valkey_server: Va
         assert reply["components"] == {"rm": [2.0, 8.0, 2.0]}
         status = (await gateway.client.post("/reward", {**THREE, "policy": "gate:rm"})).status
         assert status == 404
+
+
+async def test_a_preference_for_a_response_without_reward_teaches_nothing(valkey_server: ValkeyProcess) -> None:
+    async with open_gateway(valkey_server.url, arms=arms()) as gateway:
+        for preferred in (2, 1):
+            reply = await gateway.client.ok("/reward", {**THREE, "policy": "single:rule"})
+            await gateway.client.ok("/feedback", {"decision_id": reply["decision_id"], "preferred": preferred})
+        assert [event.credit for event in gateway.events()] == [None, 1.0]
+        learned = await gateway.learned(2)
+        assert learned["version"] == 2
