@@ -191,6 +191,24 @@ class Telemetry:
         self.worker_latency = Gauge(
             "worker_latency_seconds", "Smoothed time of a request to the replica.", ["model", "url"], **common
         )
+        self.judge_comparisons = Gauge(
+            "judge_comparisons",
+            "Pairs that the judge compared, each in both orders, since the start.",
+            ["model"],
+            **common,
+        )
+        self.judge_position_bias = Gauge(
+            "judge_position_bias",
+            "Mean probability that the judge gives to the response shown first, less one half; 0 is no bias.",
+            ["model"],
+            **common,
+        )
+        self.judge_consistency = Gauge(
+            "judge_consistency",
+            "Share of the judge's comparisons in which both orders prefer the same response.",
+            ["model"],
+            **common,
+        )
         self.store_up = Gauge("store_up", "1 if the store answered when this was scraped.", **common)
 
     def open_run(self, run: str, policy: str, pool: Sequence[str], outcomes: Sequence[str]) -> None:

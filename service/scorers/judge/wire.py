@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 
@@ -10,25 +10,6 @@ CHAT_PATH: Final = "/v1/chat/completions"
 
 TOP_LOGPROBS: Final = 20
 """Alternatives per token that are asked for: the most that servers give by default."""
-
-
-class ChatMessage(msgspec.Struct):
-    """One turn of what is sent."""
-
-    role: str
-    content: str
-
-
-class ChatRequest(msgspec.Struct, omit_defaults=True):
-    """What is sent. `max_tokens` is understood by every server; hosted ones may want `max_completion_tokens`."""
-
-    model: str
-    messages: list[ChatMessage]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    temperature: float | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
 
 
 class TopToken(msgspec.Struct):
@@ -72,4 +53,3 @@ class ChatCompletion(msgspec.Struct):
     """The part of a reply that is read."""
 
     choices: list[Choice]
-    object: Literal["chat.completion"] | None = None
