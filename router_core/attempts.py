@@ -19,7 +19,7 @@ class Outcome(StrEnum):
     """How an attempt ended."""
 
     ANSWERED = "answered"
-    """The scorer gave a reward for every response."""
+    """The scorer gave a reward for every response, or for some of them."""
     FAILED = "failed"
     """The scorer was asked and gave no reward."""
     ABSTAINED = "abstained"
@@ -42,13 +42,15 @@ class Attempt(NamedTuple):
         turn: 0 for the plan's first choice, one more after each asking.
         outcome: how it ended.
         reason: stable code of a failure, such as `worker_timeout`; empty otherwise.
-        rewards: raw reward per response (n,); empty unless answered.
+        rewards: raw reward per response (n,), NaN for one that has none; empty unless answered.
         verdict: the scorer's preferred response; TIE for a tie, a single response, or no answer.
         seconds: time it took.
         price: what it cost, in units of the cheapest scorer; 0 where nobody was asked.
         prompt_tokens_cut: tokens of the prompt that the scorer did not read.
         chance: probability with which the plan named it in this turn, given the turns before; 1 for the first choice,
             whose propensity is the draw's, and for a fallback.
+        components: parts of the rewards by name, each (n,); empty for a scorer that gives one number.
+        failures: stable code per response (n,), "" where there is a reward; empty where all have one.
     """
 
     arm: int
@@ -61,6 +63,8 @@ class Attempt(NamedTuple):
     price: float = 0.0
     prompt_tokens_cut: int = 0
     chance: float = 1.0
+    components: dict[str, list[float]] = {}  # noqa: RUF012
+    failures: list[str] = []  # noqa: RUF012
 
 
 def answers(attempts: Sequence[Attempt]) -> list[Attempt]:

@@ -123,10 +123,12 @@ class Event:
 def leaders_of(rewards: Sequence[float]) -> list[int]:
     """Indices of the responses whose reward ties with the largest, in order; see `TIE_TOLERANCE`.
 
+    NaN is no reward, and ties with nothing.
+
     >>> leaders_of([0.5, 0.7, 0.7 + 1e-9])
     [1, 2]
     """
-    best = max(rewards)
+    best = max([reward for reward in rewards if reward == reward], default=math.nan)
     return [
         index
         for index, reward in enumerate(rewards)
@@ -137,10 +139,12 @@ def leaders_of(rewards: Sequence[float]) -> list[int]:
 def verdict_of(rewards: Sequence[float]) -> int:
     """Index of the response with the largest reward; TIE when another one ties with it, or when there is only one.
 
-    >>> verdict_of([0.1, 0.7]), verdict_of([0.5, 0.5 + 1e-9]), verdict_of([1.0])
-    (1, -1, -1)
+    A response without a reward (NaN) is compared with nothing.
+
+    >>> verdict_of([0.1, 0.7]), verdict_of([0.5, 0.5 + 1e-9]), verdict_of([1.0]), verdict_of([1.0, math.nan])
+    (1, -1, -1, -1)
     """
-    if len(rewards) < 2:
+    if sum([reward == reward for reward in rewards]) < 2:
         return TIE
     leaders = leaders_of(rewards)
     return leaders[0] if len(leaders) == 1 else TIE

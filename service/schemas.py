@@ -87,7 +87,10 @@ class AttemptReply(msgspec.Struct):
         Meta(description="`answered`, `failed`, `abstained` (it does not apply), or `away`: it could not be asked."),
     ]
     reason: Annotated[str | None, Meta(description="Stable code where there is no answer; see `fallbacks`.")]
-    rewards: Annotated[list[float] | None, Meta(description="What it said, raw, per response; null without an answer.")]
+    rewards: Annotated[
+        list[float | None] | None,
+        Meta(description="What it said, raw, per response, null for one without a reward; null without an answer."),
+    ]
     ms: Annotated[float, Meta(description="Milliseconds that it took.")]
     price: Annotated[float, Meta(description="In units of the cheapest scorer; 0 where it was not asked.")]
 
@@ -134,6 +137,23 @@ class RewardReply(msgspec.Struct):
         bool, Meta(description="False if the decision could not be saved: feedback for it will be 404.")
     ]
     timings: Timings
+    components: Annotated[
+        dict[str, list[float | None]],
+        Meta(
+            description="What everyone said who answered, by scorer: raw, per response. Parts of one scorer's rewards "
+            "as `SCORER.PART`."
+        ),
+    ] = {}
+    valid: Annotated[
+        list[bool], Meta(description="Per response: it has a reward. Mask the others; null is never 0.")
+    ] = []
+    failure: (
+        Annotated[
+            list[str | None],
+            Meta(description="Only where some response is not valid: its stable code, null for the valid ones."),
+        ]
+        | msgspec.UnsetType
+    ) = msgspec.UNSET
     attempts: Annotated[list[AttemptReply], Meta(description="Everyone who was asked, in order.")] = []
     fallbacks: list[Fallback] = []
     truncated: Annotated[
@@ -145,7 +165,8 @@ class RewardReply(msgspec.Struct):
         | msgspec.UnsetType
     ) = msgspec.UNSET
     raw_rewards: (
-        Annotated[list[float], Meta(description="Where rewards were normalised: what the RM said.")] | msgspec.UnsetType
+        Annotated[list[float | None], Meta(description="Where rewards were normalised: what the RM said.")]
+        | msgspec.UnsetType
     ) = msgspec.UNSET
     scale_version: (
         Annotated[int, Meta(description="Where rewards were normalised: entries that the scale has learned from.")]

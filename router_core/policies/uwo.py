@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from router_core.errors import UnknownScaleError
 from router_core.policies.base import AllCalls, Array
 from router_core.policies.scale import ScoreScale
@@ -59,5 +61,13 @@ def uncertainty_weighted(rewards: Array, scale: ScoreScale | None, weight: float
             "groups first, try again, or serve a checkpoint that holds the scales"
         )
     z = (scale or ScoreScale.of_group(rewards)).normalise(rewards)
-    out: Array = z.mean(axis=0) - weight * z.var(axis=0)
+    if not np.isnan(z).any():
+        whole: Array = z.mean(axis=0) - weight * z.var(axis=0)
+        return whole
+    # A response without a reward from some RMs (NaN) is judged by the others; without one from any, it has none.
+    told = ~np.isnan(z)
+    counted = np.maximum(told.sum(axis=0), 1)
+    mean = np.where(told, z, 0.0).sum(axis=0) / counted
+    variance = np.where(told, np.square(z - mean), 0.0).sum(axis=0) / counted
+    out: Array = np.where(told.any(axis=0), mean - weight * variance, np.nan)
     return out

@@ -245,10 +245,10 @@ class TrainerRoutes:
                 details={"model": reply.model},
                 retry_after_seconds=1,
             )
-        raw = reward if isinstance(reply.raw_rewards, msgspec.UnsetType) else reply.raw_rewards[0]
+        raw = None if isinstance(reply.raw_rewards, msgspec.UnsetType) else reply.raw_rewards[0]
         return ScoredSample(
             reward=reward,
-            raw_reward=raw,
+            raw_reward=reward if raw is None else raw,
             model=reply.model,
             index=self._index.get(reply.model, -1),
             propensity=reply.propensity,

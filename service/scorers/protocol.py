@@ -59,7 +59,7 @@ class Scorer(Admission, Protocol):
 
     @property
     def timeout_seconds(self) -> float | None:
-        """Time that one request may take; None for the gateway's `worker_timeout_seconds`."""
+        """Time that one request may take, from the pool file; None for the gateway's `worker_timeout_seconds`."""
 
     def applies(self, instance: Instance) -> bool:
         """Return False if it is known beforehand that the scorer has nothing to say about an instance."""

@@ -219,9 +219,10 @@ def _told(arm: int, turn: int, outcome: Scored | WorkerError, seconds: float, ch
         how = Outcome.ABSTAINED if isinstance(outcome, AbstainedError) else Outcome.FAILED
         return Told(Attempt(arm, turn, how, outcome.code, [], TIE, seconds, PRICE, 0, chance), outcome)
     rewards, cut = outcome.rewards, outcome.prompt_tokens_cut
-    return Told(
-        Attempt(arm, turn, Outcome.ANSWERED, "", rewards, verdict_of(rewards), seconds, PRICE, cut, chance), None
-    )
+    answer = Attempt(arm, turn, Outcome.ANSWERED, "", rewards, verdict_of(rewards), seconds, PRICE, cut, chance)
+    if outcome.components or outcome.failures:
+        answer = answer._replace(components=dict(outcome.components), failures=[*outcome.failures])
+    return Told(answer, None)
 
 
 def _take(inquiry: Inquiry, told: Sequence[Told]) -> None:

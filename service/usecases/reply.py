@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
 
-from router_core.attempts import Attempt, Outcome, excluded, first_choice, passed_over, waited_seconds
+from router_core.attempts import Attempt, Outcome, answers, excluded, first_choice, passed_over, waited_seconds
 from router_core.errors import UnknownScaleError
 from router_core.policies import AllCalls, Given, Policy, answers_of, propensity_without
 from router_core.prior import PriorForm
@@ -24,6 +25,9 @@ from service.usecases.choose import Chosen
 from service.usecases.decisions import StoredDecision
 from service.usecases.runs import Run
 from service.usecases.sticky import StickyChoice
+
+FAILED = "failed"
+"""Code of a response without a reward whose scorer gave no code."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,7 +81,7 @@ class Job(Inquiry):
             return 1.0 / n
         offsets = self.chosen.offsets[self.row]
         if given.arm is not None:
-            best, second = sorted(given.rewards)[:-3:-1]
+            best, second = sorted([reward for reward in given.rewards if reward == reward])[:-3:-1]
             return combination.votes.alone(given.arm, float(offsets[given.arm]), best - second, n)
         told = answers_of(self.attempts, combination.votes.n_arms, n)
         return float(combination.votes.probabilities(offsets[None], told)[0, given.verdict])
@@ -161,7 +165,8 @@ def reply_of(
         started: `time.perf_counter()` at the beginning of the request.
     """
     pool, raw, normalised = job.run.template.pool, decision.rewards, job.normalised
-    rewards: list[float | None] = [*raw] if normalised is None else normalised
+    rewards = _told_rewards(raw if normalised is None else normalised)
+    valid = [reward is not None for reward in rewards]
     ordered = sorted((reward for reward in rewards if reward is not None), reverse=True)
     fallbacks = (
         [] if len(job.attempts) == 1 else [Fallback(pool[it.arm], it.reason) for it in passed_over(job.attempts)]
@@ -188,13 +193,43 @@ def reply_of(
             store_ms=round(store_seconds * 1e3, 4),
             total_ms=round((time.perf_counter() - started) * 1e3, 4),
         ),
+        components=components_of(job.attempts, pool),
+        valid=valid,
+        failure=msgspec.UNSET if all(valid) else _failures(rewards, raw, job.attempts),
         attempts=[_told(attempt, pool) for attempt in job.attempts if attempt.outcome is not Outcome.ABSENT],
         fallbacks=fallbacks,
         truncated=Truncated(cut) if cut else msgspec.UNSET,
         sticky=msgspec.UNSET if job.followed is None else True,
-        raw_rewards=msgspec.UNSET if normalised is None else raw,
+        raw_rewards=msgspec.UNSET if normalised is None else _told_rewards(raw),
         scale_version=msgspec.UNSET if normalised is None else job.scale_version,
     )
+
+
+def components_of(attempts: Sequence[Attempt], pool: tuple[str, ...]) -> dict[str, list[float | None]]:
+    """Return what everyone said who answered, raw, by name; the heads of a scorer as `NAME.HEAD`."""
+    out: dict[str, list[float | None]] = {}
+    for answer in answers(attempts):
+        name = pool[answer.arm]
+        out[name] = _told_rewards(answer.rewards)
+        for part, values in answer.components.items():
+            out[f"{name}.{part}"] = _told_rewards(values)
+    return out
+
+
+def _told_rewards(rewards: Sequence[float | None]) -> list[float | None]:
+    """Return null in the place of NaN."""
+    return [reward if reward == reward else None for reward in rewards]
+
+
+def _failures(rewards: Sequence[float | None], raw: Sequence[float], attempts: Sequence[Attempt]) -> list[str | None]:
+    """Return per response why it has no reward; None where it has one. With a raw one, its scale is not known yet."""
+    told = [answer.failures for answer in answers(attempts) if answer.failures]
+
+    def why(index: int) -> str:
+        codes = [failures[index] for failures in told if failures[index]]
+        return NoRewardError.code if raw[index] == raw[index] else next(iter(codes), FAILED)
+
+    return [None if reward is not None else why(index) for index, reward in enumerate(rewards)]
 
 
 def _told(attempt: Attempt, pool: tuple[str, ...]) -> AttemptReply:
@@ -202,7 +237,7 @@ def _told(attempt: Attempt, pool: tuple[str, ...]) -> AttemptReply:
         model=pool[attempt.arm],
         outcome=attempt.outcome.value,
         reason=attempt.reason or None,
-        rewards=attempt.rewards or None,
+        rewards=_told_rewards(attempt.rewards) or None,
         ms=round(attempt.seconds * 1e3, 4),
         price=attempt.price,
     )

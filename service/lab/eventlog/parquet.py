@@ -39,6 +39,8 @@ _ATTEMPT = pa.struct(
         ("price", pa.float64()),
         ("prompt_tokens_cut", pa.int32()),
         ("chance", pa.float64()),
+        ("components", pa.map_(pa.string(), pa.list_(pa.float64()))),
+        ("failures", pa.list_(pa.string())),
     ]
 )
 

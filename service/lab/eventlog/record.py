@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -222,11 +223,12 @@ def event_of_row(row: Mapping[str, Any], x: bytes) -> LoggedEvent:
     Raises:
         KeyError: a column is missing.
     """
-    made = ("x", "attempts", "shadows")
+    made = ("x", "rewards", "attempts", "shadows")
     fields = {name: row[name] for name in StoredDecision.__struct_fields__ if name not in made}
     shadows = row["shadows"]
     fields |= {
         "x": x,
+        "rewards": _numbers(row["rewards"]),
         "attempts": [_attempt(one) for one in row["attempts"]],
         "shadows": None if shadows is None else [_attempt(one) for one in shadows],
     }
@@ -240,4 +242,11 @@ def event_of_row(row: Mapping[str, Any], x: bytes) -> LoggedEvent:
 
 
 def _attempt(row: Mapping[str, Any]) -> Attempt:
-    return Attempt(**{**row, "outcome": Outcome(row["outcome"])})
+    components = {name: _numbers(values) for name, values in dict(row["components"]).items()}
+    made = {"outcome": Outcome(row["outcome"]), "rewards": _numbers(row["rewards"]), "components": components}
+    return Attempt(**{**row, **made})
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    """Return NaN in the place of null, which is how JSON has it."""
+    return [math.nan if value is None else value for value in values]

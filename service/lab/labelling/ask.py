@@ -16,6 +16,8 @@ from router_core.records import Instance
 from service.errors import ConfigurationError, NoWorkerError
 from service.lab.labelling.journal import Answer
 from service.scorers.protocol import (
+    AbstainedError,
+    Scored,
     Scorer,
     WorkerError,
     WorkerInputError,
@@ -31,6 +33,7 @@ POLL_SECONDS: Final = 0.05
 MAX_BACKOFF_SECONDS: Final = 15.0
 """Bound of the doubling of `AskPolicy.backoff_seconds`."""
 
+ABSTAINED: Final = "refused (abstained)"
 REFUSED: Final = "refused"
 """Kind of the reasons of instances that an RM will not read, mostly because they are too long."""
 
@@ -141,7 +144,9 @@ class ModelAsker:
         answers, failed = [], []
         for item, outcome in zip(asked, outcomes, strict=True):
             if not isinstance(outcome, WorkerError):
-                answers.append(Answer(item.content, self.arm.name, scores=tuple(outcome.rewards)))
+                answers.append(self._answer(item, outcome))
+            elif isinstance(outcome, AbstainedError):
+                answers.append(Answer(item.content, self.arm.name, reason=_reason(ABSTAINED, outcome)))
             elif isinstance(outcome, WorkerRejectedError):
                 answers.append(self._refusal(item, outcome))
             else:
@@ -200,6 +205,14 @@ class ModelAsker:
         deadline = asyncio.get_running_loop().time() + self.policy.timeout_seconds
         (outcome,) = await self.arm.score([Instance(PROBE_PROMPT, (PROBE_RESPONSE,))], deadline=deadline)
         return not isinstance(outcome, WorkerError)
+
+    def _answer(self, item: _Work, scored: Scored) -> Answer:
+        """Return the scores; a reason where some response has none, since a row needs them all."""
+        failures = sorted({code for code in scored.failures if code})
+        if failures:
+            reason = f"{FAILED}: no score of some response ({', '.join(failures)})"
+            return Answer(item.content, self.arm.name, reason=reason)
+        return Answer(item.content, self.arm.name, scores=tuple(scored.rewards))
 
     def _refusal(self, item: _Work, error: WorkerRejectedError) -> Answer:
         status = error.details.get("worker_status")

@@ -36,6 +36,7 @@ def build_http_scorer(entry: ScorerEntry, settings: Settings) -> HttpScorer:
             urls=entry.urls,
             max_in_flight=entry.max_in_flight or settings.worker_max_in_flight,
             attempt_timeout_seconds=timeout,
+            timeout_seconds=entry.timeout_seconds,
             requests_per_minute=entry.requests_per_minute,
             api_key=entry.key(),
             applies=entry.admits if entry.choosy else None,

@@ -64,6 +64,7 @@ class HttpConfig:
         responses_per_request: responses per request; an instance with more goes alone.
         parallel_requests: requests of one call in flight at once.
         attempt_timeout_seconds: one replica's time for one request.
+        timeout_seconds: see `Scorer.timeout_seconds`.
         max_attempts: replicas asked for one request, the first included.
         requests_per_minute: bound on this gateway's requests; None for none.
         breaker: when a replica is taken out.
@@ -78,6 +79,7 @@ class HttpConfig:
     responses_per_request: int = 32
     parallel_requests: int = 8
     attempt_timeout_seconds: float = 10.0
+    timeout_seconds: float | None = None
     max_attempts: int = 3
     requests_per_minute: float | None = None
     breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
@@ -194,7 +196,7 @@ class HttpScorer:
     @property
     def timeout_seconds(self) -> float | None:
         """See `Scorer.timeout_seconds`."""
-        return self.config.attempt_timeout_seconds
+        return self.config.timeout_seconds
 
     def slots(self) -> asyncio.Semaphore:
         """See `Admission.slots`."""

@@ -68,6 +68,7 @@ class ArmConfig:
         reward_limit: largest size of a raw reward that is taken for one; None to learn it, see `RewardBound`.
         applies: says which instances the RM is asked about; None for all.
         requests_per_minute: bound on this gateway's requests to the RM; None for none.
+        timeout_seconds: see `Scorer.timeout_seconds`.
         heads: what makes the reward of several labels; None for an RM with one.
     """
 
@@ -94,6 +95,7 @@ class ArmConfig:
     applies: Callable[[Instance], bool] | None = None
     requests_per_minute: float | None = None
     heads: Heads | None = None
+    timeout_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if not self.name or not self.urls:
@@ -187,7 +189,7 @@ class VllmArm:
     @property
     def timeout_seconds(self) -> float | None:
         """See `Scorer.timeout_seconds`."""
-        return self.config.attempt_timeout_seconds
+        return self.config.timeout_seconds
 
     @property
     def rendering(self) -> Rendering:

@@ -68,7 +68,7 @@ async def test_a_good_worker_passes(serve: Serve) -> None:
         (logits(0.42, default=0.42), "", "may ignore the flag"),
         (logits(-1.55, default=-1.55), "", ""),
         (logits(-0.79, messages=-0.97), "template or its special tokens differ", ""),
-        (lambda request: (200, reply([0.1], classes=2)), "one finite reward", ""),
+        (lambda request: (200, reply([0.1], classes=2)), "set `head` or `heads`", ""),
         (lambda request: (400, error("no chat template", 400)), "no chat template", ""),
     ],
 )
