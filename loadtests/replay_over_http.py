@@ -31,8 +31,8 @@ from service.cli.replay_http import replay_over_http
 from service.cli.serve import read_settings
 from service.cli.up import WORKER_SECONDS, running_stack
 from service.pool import ModelEntry, PoolFile
+from service.priors import build_prior
 from service.settings import EMBEDDED
-from service.wiring import build_prior
 
 DEFAULT_DATA = os.environ.get("RB9_DEV", "../shared/data/rb9_dev.jsonl")
 POLICIES = ("bayesian", "bayesian:none", "offline", "laser", "random", "majority", "uwo")

@@ -1,12 +1,12 @@
 """What the offline stage hands to the online stage: fuse, prior means, correctness heads, on disk as two checked files.
 
 Knows numpy, safetensors and JSON; no torch, no backbone, no network. Written by `router_core.offline`, read once at
-start-up by `service.wiring`, and by replay.
+start-up by `service.gateway`, and by replay.
 
 A checkpoint is a directory:
 
     weights.safetensors   float32 tensors: fuse.*, bt_embeddings, cls_*, calibration_*, score_*, landmark_positions,
-                          votes_*
+                          votes_*, practice_*
     metadata.json         pool, encoder, prior form, hyper-parameters, metrics, provenance, and the digest of all that
     backbone/             the fine-tuned transformer, where there is one; its files' digests stand in the metadata
 
@@ -32,14 +32,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from router_core.combine import Combination, Multipliers, Votes
+from router_core.combine import Combination, Multipliers, Practice, Votes
 from router_core.encoder.fuse import Fuse
 from router_core.errors import CheckpointError, HyperparameterError, NotFiniteError, ShapeMismatchError
 from router_core.novelty import Landmarks
 from router_core.policies.scale import ScoreScale
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, Hyperparameters, PriorForm
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised when an older reader could misread a newer file."""
 WEIGHTS_FILE = "weights.safetensors"
 METADATA_FILE = "metadata.json"
@@ -49,8 +49,10 @@ _FUSE_TENSORS = ("shift", "projection", "w1", "b1", "w2", "b2")
 _OPTIONAL_FUSE_TENSORS = ("rotation", "context")
 _SCORE_TENSORS = ("score_shift", "score_scale")
 _LANDMARKS = "landmark_positions"
+_LEVEL = "calibration_level"
 _VOTES = ("votes_weights", "votes_deviations", "votes_margins")
 _MULTIPLIERS = ("votes_budgets", "votes_multipliers")
+_PRACTICE = ("practice_offsets", "practice_verdicts", "practice_margins", "practice_responses")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +66,8 @@ class Checkpoint:
         bt_embeddings: (K, r), unit-norm; fᵀe_k is the Bradley-Terry score of arm k.
         cls_weight, cls_bias: (K, r), (K,); the logit of "arm k is right" before calibration is w_kᵀf + b_k.
         calibration_scale, calibration_shift: (K,), (K,), from held-out pairs; the calibrated logit is
-            scale_k (w_kᵀf + b_k) + shift_k.
+            scale_k (w_kᵀf + b_k) + shift_k + cᵀQc.
+        calibration_level: Q (q, q) symmetric, with q the columns of the low-rank context c; None for 0.
         prior_form: which prior the run should use unless told otherwise.
         hyperparameters: of the online posterior.
         metrics: held-out figures of the training, by name.
@@ -78,6 +81,7 @@ class Checkpoint:
         landmarks: where the training pairs lie, from which texts unlike them are told; None where it is not known.
         votes: what the answers of several arms say together; None where there were too few pairs to learn it.
         multipliers: what a budget makes of a call's price at the start; None without votes, and for a part of the pool.
+        practice: pairs that multipliers of a part of the pool, or of other prices, are found on; None without votes.
     """
 
     pool: tuple[str, ...]
@@ -88,6 +92,7 @@ class Checkpoint:
     cls_bias: NDArray[np.float32]
     calibration_scale: NDArray[np.float32]
     calibration_shift: NDArray[np.float32]
+    calibration_level: NDArray[np.float32] | None = None
     prior_form: PriorForm = PriorForm.CALIBRATED
     hyperparameters: Hyperparameters = CALIBRATED_HYPERPARAMETERS
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -100,6 +105,7 @@ class Checkpoint:
     landmarks: Landmarks | None = None
     votes: Votes | None = None
     multipliers: Multipliers | None = None
+    practice: Practice | None = None
 
     def __post_init__(self) -> None:
         """Raises CheckpointError if a shape, a number or the pool cannot be."""
@@ -117,6 +123,12 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{name} has shape {array.shape}, expected {expected} for {K} arms and {r} features"
                 )
+        width = self.d - r
+        if self.calibration_level is not None and self.calibration_level.shape != (width, width):
+            raise CheckpointError(
+                f"calibration_level has shape {self.calibration_level.shape}, expected {(width, width)} for the "
+                f"{width} columns of the fuse's context; train again"
+            )
         if (self.score_shift is None) != (self.score_scale is None):
             raise CheckpointError("score_shift and score_scale: give both, or none")
         for name in _SCORE_TENSORS:
@@ -130,6 +142,10 @@ class Checkpoint:
             )
         if self.votes is not None and self.votes.n_arms != K:
             raise CheckpointError(f"votes are of {self.votes.n_arms} arms, the pool has {K}; train again")
+        if self.practice is not None and self.practice.offsets.shape[1] != K:
+            raise CheckpointError(
+                f"practice pairs are of {self.practice.offsets.shape[1]} arms, the pool has {K}; train again"
+            )
         for name, array in self._tensors().items():
             if array.dtype != np.float32 or not np.isfinite(array).all():
                 raise CheckpointError(f"{name}: must be finite float32 (is {array.dtype}); train again")
@@ -160,10 +176,10 @@ class Checkpoint:
         return _digest(save_tensors(self._tensors()), self._metadata())
 
     def class_probabilities(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
-        """o_k(x) = 1 / (1 + exp(−scale_k (w_kᵀf + b_k) − shift_k)): calibrated probability that arm k is right.
+        """o_k(x) = 1 / (1 + exp(−scale_k (w_kᵀf + b_k) − shift_k − cᵀQc)): probability that arm k is right.
 
         Args:
-            x: (B, dim) contexts; f is their first r columns.
+            x: (B, dim) contexts; f is their first r columns, c the others.
 
         Returns:
             (B, K) float64 inside (0, 1).
@@ -174,6 +190,9 @@ class Checkpoint:
         logits = (
             self.calibration_scale * (self._features(x) @ self.cls_weight.T + self.cls_bias) + self.calibration_shift
         )
+        if self.calibration_level is not None:
+            c = x[:, self.fuse.features :]
+            logits = logits + ((c @ self.calibration_level) * c).sum(axis=1, keepdims=True)
         # exp(30) is far inside float64 and sigmoid(30) differs from 1 by 1e-13: the bound only prevents overflow.
         probabilities: NDArray[np.float64] = 1.0 / (1.0 + np.exp(-np.clip(logits.astype(np.float64), -30.0, 30.0)))
         return probabilities
@@ -200,8 +219,8 @@ class Checkpoint:
 
     @property
     def combination(self) -> Combination | None:
-        """What the checkpoint knows about votes; None where there were too few pairs to learn it."""
-        return None if self.votes is None else Combination(self.votes, self.multipliers)
+        """What the checkpoint knows about votes, at equal prices; None where there were too few pairs to learn it."""
+        return None if self.votes is None else Combination(self.votes, self.multipliers, self.practice).priced()
 
     def select_pool(self, names: Sequence[str]) -> Checkpoint:
         """The checkpoint restricted to these arms, in this order. Metrics are dropped: they held for the whole pool.
@@ -221,7 +240,8 @@ class Checkpoint:
         per_arm = [*_ARM_TENSORS, *(_SCORE_TENSORS if self.score_shift is not None else ())]
         arrays = {name: getattr(self, name)[rows] for name in per_arm}
         votes = None if self.votes is None else self.votes.select(rows)
-        return replace(self, pool=tuple(names), metrics={}, votes=votes, multipliers=None, **arrays)
+        practice = None if self.practice is None else self.practice.select(rows)
+        return replace(self, pool=tuple(names), metrics={}, votes=votes, multipliers=None, practice=practice, **arrays)
 
     def save(self, directory: str | os.PathLike[str]) -> str:
         """Write the checkpoint and return its digest.
@@ -282,11 +302,13 @@ class Checkpoint:
                     limit=metadata["fuse_limit"],
                 ),
                 **{name: tensors[name] for name in _ARM_TENSORS},
+                calibration_level=tensors.get(_LEVEL),
                 score_shift=tensors.get("score_shift"),
                 score_scale=tensors.get("score_scale"),
                 landmarks=_landmarks(tensors, metadata),
                 votes=Votes(*_float64(tensors, _VOTES)) if _VOTES[0] in tensors else None,
                 multipliers=Multipliers(*_float64(tensors, _MULTIPLIERS)) if _MULTIPLIERS[0] in tensors else None,
+                practice=Practice.of_arrays(*_float64(tensors, _PRACTICE)) if _PRACTICE[0] in tensors else None,
                 prior_form=PriorForm(metadata["prior_form"]),
                 hyperparameters=Hyperparameters(**metadata["hyperparameters"]),
                 metrics=metadata["metrics"],
@@ -314,6 +336,7 @@ class Checkpoint:
     def _tensors(self) -> dict[str, NDArray[np.float32]]:
         named = {f"fuse.{name}": getattr(self.fuse, name) for name in (*_FUSE_TENSORS, *_OPTIONAL_FUSE_TENSORS)}
         named.update({name: getattr(self, name) for name in (*_ARM_TENSORS, *_SCORE_TENSORS)})
+        named[_LEVEL] = self.calibration_level
         named[_LANDMARKS] = None if self.landmarks is None else self.landmarks.positions
         if self.votes is not None:
             arrays = (self.votes.weights, self.votes.deviations, self.votes.margins)
@@ -321,6 +344,8 @@ class Checkpoint:
         if self.multipliers is not None:
             arrays_of_two = (self.multipliers.budgets, self.multipliers.values)
             named.update(zip(_MULTIPLIERS, (array.astype(np.float32) for array in arrays_of_two), strict=True))
+        if self.practice is not None:
+            named.update(zip(_PRACTICE, self.practice.arrays(), strict=True))
         # safetensors writes the buffer as it lies in memory: a transposed view would be stored with its axes mixed up.
         return {name: np.ascontiguousarray(array) for name, array in named.items() if array is not None}
 

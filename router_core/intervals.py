@@ -155,6 +155,21 @@ def wilson_bounds(p: float, n: float, quantile: float = Z95) -> tuple[float, flo
     return max(0.0, (centre - half) / (1 + square / n)), min(1.0, (centre + half) / (1 + square / n))
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted for their number (Holm 1979): below .05, a contrast holds at .05 for all of them together.
+
+    The i-th smallest of m becomes the largest of (m − j + 1) · p_(j) over j <= i, at most 1.
+
+    >>> [round(p, 3) for p in holm([0.04, 0.01, 0.5])]
+    [0.08, 0.03, 0.5]
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
 def paired_difference(values: Array, groups: Sequence[str]) -> Difference:
     """Mean of paired differences over groups and seeds; its variance is that of `mean_spread`, with `PSEUDO_PAIRS`.
 

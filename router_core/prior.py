@@ -7,7 +7,7 @@ Four forms, selected by name (design: `docs/math/router.md`):
 * `none`: nothing is known; o = 1/2, zero mean.
 * `linucb`: nothing is known, in LASER's way; o = 0, zero mean, λ₀ = σ² = 1, v = α = 0.1, losses scaled by quantiles.
 
-Knows nothing of checkpoints: each form takes arrays and a function. Called by `service.wiring`, `replay`.
+Knows nothing of checkpoints: each form takes arrays and a function. Called by `service.gateway`, `replay`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ PAPER_HYPERPARAMETERS = Hyperparameters(lambda0=1.0, sigma2=1.0, v=1.0)
 """The paper's online setting: Λ₀ = I, unit noise, no scaling of the exploration."""
 
 CALIBRATED_HYPERPARAMETERS = Hyperparameters(lambda0=100.0, sigma2=0.16, v=0.2, adapt=True, lambda_novel=30.0)
-"""Measured on recorded pairs (docs/experiments.md); a checkpoint may hold better ones for its own data."""
+"""Measured on recorded pairs; `train` stores them as they are (docs/experiments.md, "Tuning the online stage")."""
 
 CALIBRATED_LOSS_HYPERPARAMETERS = Hyperparameters(lambda0=100.0, sigma2=0.16, v=0.3)
 """For the loss signal. It compares arms with each other and says of none how good it is; and in a real training it says

@@ -42,21 +42,65 @@ Fact = str | float | bool | None
 """Value of an instance's metadata."""
 
 
+class ToolCall(NamedTuple):
+    """A call of a tool in an assistant's message: the tool's name, its arguments as JSON, and the call's id."""
+
+    name: str
+    arguments: str = ""
+    id: str = ""
+
+
+class Message(NamedTuple):
+    """One message of a conversation.
+
+    Attributes:
+        role: who speaks: system, user, assistant, tool, or another name.
+        text: what is said.
+        name: of the speaker or the tool; "" for none.
+        calls: tools that the message calls.
+        answers: id of the call that a tool's message answers; "" for none.
+    """
+
+    role: str
+    text: str
+    name: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    answers: str = ""
+
+
+Turns = tuple[Message, ...]
+"""A part of a conversation, in order."""
+
+Said = str | Turns
+"""A prompt or a response: a text stands for one message, of the user or of the assistant."""
+
+
 @dataclass(frozen=True, slots=True)
 class Instance:
     """One prompt with n >= 1 responses: what one scorer is asked about. Two responses is the normal case.
 
     Attributes:
-        prompt: the prompt's text.
+        prompt: the prompt's text; of a longer conversation its turns as text, which the context is made of.
         responses: (n,) texts.
         reference: what a right answer looks like, for scorers that compare; never part of the context.
         metadata: flat facts about the instance, for scorers that need them; never part of the context.
+        turns: messages of the prompt; None where it is one user message, which `prompt` holds.
+        answers: per response its messages, None for one that is one assistant message; None where all are.
     """
 
     prompt: str
     responses: tuple[str, ...]
     reference: str | None = None
     metadata: Mapping[str, Fact] = field(default_factory=dict, hash=False)
+    turns: Turns | None = None
+    answers: tuple[Turns | None, ...] | None = None
+
+    def items(self) -> list[tuple[Said, Said]]:
+        """Return (prompt, response) for each response, as turns where they are turns."""
+        prompt: Said = self.turns or self.prompt
+        if self.answers is None:
+            return [(prompt, response) for response in self.responses]
+        return [(prompt, turns or text) for turns, text in zip(self.answers, self.responses, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,19 @@ from typing import Any
 import msgspec
 
 from router_core.errors import DatasetError
-from router_core.records import MAX_ABS_SCORE, TIE, Instance, LabelledPair, leaders_of, verdict_of
+from router_core.records import (
+    MAX_ABS_SCORE,
+    TIE,
+    Fact,
+    Instance,
+    LabelledPair,
+    Message,
+    Said,
+    Turns,
+    leaders_of,
+    verdict_of,
+)
+from router_core.turns import chat_message, text_of, turns_of
 
 _HUMANEVALPACK_TASK = re.compile(r"(?:^|/)hep-[^/]+/([^/]+)$")
 _TIE = "tie"
@@ -82,18 +94,28 @@ def encode_pair(pair: LabelledPair) -> bytes:
         "subset": pair.subset,
         "domain": pair.domain,
         "group": pair.group,
-        "prompt": instance.prompt,
     }
+    prompt, *responses = (_written(said) for said in (instance.items()[0][0], *[r for _, r in instance.items()]))
+    row["prompt"] = prompt
     if lettered:
-        row |= {"response_a": instance.responses[0], "response_b": instance.responses[1]}
+        row |= {"response_a": responses[0], "response_b": responses[1]}
     else:
-        row["responses"] = list(instance.responses)
+        row["responses"] = responses
+    if instance.reference is not None:
+        row["reference"] = instance.reference
+    if instance.metadata:
+        row["metadata"] = dict(instance.metadata)
     row["label"] = _name_of(pair.label, lettered)
     row["rm"] = {
         name: judgement(pair.scores.get(name), verdict, lettered=lettered)
         for name, verdict in sorted(pair.verdicts.items())
     }
     return msgspec.json.encode(row)
+
+
+def _written(said: Said) -> object:
+    """Return a text as it is, and messages as objects."""
+    return said if isinstance(said, str) else [chat_message(turn) for turn in said]
 
 
 def judgement(scores: tuple[float, ...] | None, verdict: int, *, lettered: bool) -> dict[str, object]:
@@ -131,14 +153,22 @@ class _Reader:
         self._fields = fields
 
     def read(self) -> Row:
-        row_id, prompt = self._name("id"), self._text("prompt")
-        responses = self._responses()
+        row_id, (prompt, turns) = self._name("id"), self._said("prompt", self._fields.get("prompt"), "user")
+        said = self._responses()
+        responses, answers = tuple([text for text, _ in said]), tuple([turns for _, turns in said])
         label = self._label(len(responses))
         scores, verdicts = self._judgements(len(responses))
         return Row(
             fields=self._fields,
             id=row_id,
-            instance=Instance(prompt=prompt, responses=responses),
+            instance=Instance(
+                prompt=prompt,
+                responses=responses,
+                reference=None if self._fields.get("reference") is None else self._text("reference"),
+                metadata=self._facts(),
+                turns=turns,
+                answers=answers if any(turns is not None for turns in answers) else None,
+            ),
             label=label,
             scores=scores,
             verdicts=verdicts,
@@ -147,19 +177,40 @@ class _Reader:
             group=self._name("group", default="") or group_of(row_id, prompt),
         )
 
-    def _responses(self) -> tuple[str, ...]:
+    def _responses(self) -> list[tuple[str, Turns | None]]:
         several = self._fields.get("responses")
         if several is None:
-            return self._text("response_a"), self._text("response_b")
+            return [self._said(field, self._fields.get(field), "assistant") for field in ("response_a", "response_b")]
         for field in ("response_a", "response_b"):
             if self._fields.get(field) is not None:
                 raise self._error(field, self._fields[field], "the row has 'responses' too: give one or the other")
         if not isinstance(several, list) or len(several) < 2:
             raise self._error("responses", several, "give a list of at least two strings")
-        for index, text in enumerate(several):
-            if not isinstance(text, str):
-                raise self._error(f"responses[{index}]", text, "give a string")
-        return tuple(several)
+        return [self._said(f"responses[{index}]", said, "assistant") for index, said in enumerate(several)]
+
+    def _said(self, field: str, value: object, speaker: str) -> tuple[str, Turns | None]:
+        """Return a prompt's or a response's text, and its messages where one text of the speaker does not say it."""
+        if isinstance(value, str):
+            return value, None
+        if not isinstance(value, list):
+            raise self._error(field, value, "give a string, or a list of messages")
+        try:
+            turns = turns_of(value)
+        except ValueError as error:
+            raise self._error(field, value, str(error)) from error
+        if turns == (Message(speaker, turns[0].text),):
+            return turns[0].text, None
+        return text_of(turns), turns
+
+    def _facts(self) -> dict[str, Fact]:
+        facts = self._fields.get("metadata")
+        if facts is None:
+            return {}
+        if not isinstance(facts, dict) or not all(
+            fact is None or isinstance(fact, str | int | float | bool) for fact in facts.values()
+        ):
+            raise self._error("metadata", facts, "give a flat object of texts, numbers and booleans")
+        return facts
 
     def _label(self, n: int) -> int | None:
         value = self._fields.get("label")

@@ -15,6 +15,7 @@ from router_core.encoder.fuse import PairEncoder
 from router_core.policies import ScoreScale
 from service.encoders.protocol import AwaitedEncoder
 from service.errors import ServiceError
+from service.gateway import Gateway, build_gateway
 from service.handlers import openapi
 from service.handlers.errors import render
 from service.handlers.hot import HotRoutes
@@ -24,7 +25,6 @@ from service.pool import PoolFile
 from service.scorers.protocol import Scorer
 from service.settings import Settings
 from service.stores.protocol import Store
-from service.wiring import Gateway, build_gateway
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 """Paths that need no API key: probes and scrapes. Keep the port off public networks, or put a proxy before it."""
@@ -47,7 +47,7 @@ def create_app(
     store: Store | None = None,
     score_scale: ScoreScale | None = None,
 ) -> HotRoutes:
-    """The gateway as an ASGI application; arguments as `wiring.build_gateway`.
+    """The gateway as an ASGI application; arguments as `gateway.build_gateway`.
 
     Raises:
         ConfigurationError: settings, pool and checkpoint do not fit each other.

@@ -23,6 +23,7 @@
         applies: {metadata.task: math}       # asked about these instances only; by default about all
         score_scale: 0.5                     # the gateway answers score_scale * reward + score_shift
         score_shift: 0.0
+        price: 3.5                           # of one call, in any unit; 1 by default; cascades weigh calls by it
         reward_limit: 100.0                  # largest size of a raw reward; learned by default
         heads: {helpful: 0.7, safe: 0.3}     # an RM of several labels: their names in order, and weights; or `head: 0`
         replicas: 2                          # how many workers `up` starts

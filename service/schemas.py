@@ -17,10 +17,22 @@ Index = Annotated[int, Meta(ge=0, le=1_000_000, description="Index of a response
 class RewardRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     """One prompt with its responses; two is the normal case."""
 
-    prompt: Annotated[str, Meta(description="The prompt's text.", examples=["What is 7 + 5?"])]
+    prompt: Annotated[
+        str | list[dict[str, Any]],
+        Meta(
+            description="The prompt's text, or its messages: `role`, `content` (text, or text parts), and `name`, "
+            "`tool_calls`, `tool_call_id` where there are any. Images are refused.",
+            examples=["What is 7 + 5?"],
+        ),
+    ]
     responses: Annotated[
-        list[str],
-        Meta(min_length=1, description="The responses to be scored by ONE reward model.", examples=[["12", "13"]]),
+        list[str | list[dict[str, Any]]],
+        Meta(
+            min_length=1,
+            description="The responses to be scored by ONE reward model: texts, or the messages that end the "
+            "conversation.",
+            examples=[["12", "13"]],
+        ),
     ]
     reference: (
         Annotated[str, Meta(description="What a right answer looks like, for scorers that compare.", examples=["12"])]
@@ -206,10 +218,14 @@ class FeedbackRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=
     """Feedback on one decision: its id (or run, prompt and responses), and exactly the field of the run's signal."""
 
     decision_id: str | None = None
-    prompt: Annotated[str, Meta(description="With `responses`: names the latest decision of that content.")] | None = (
-        None
-    )
-    responses: list[str] | None = None
+    prompt: (
+        Annotated[
+            str | list[dict[str, Any]],
+            Meta(description="With `responses`: names the latest decision of that content, as it was sent."),
+        ]
+        | None
+    ) = None
+    responses: list[str | list[dict[str, Any]]] | None = None
     run: str | None = None
     preferred: (
         Annotated[Index, Meta(description="Signal `preference`: index of the response that is better.")] | None

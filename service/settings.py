@@ -159,6 +159,14 @@ class Settings(BaseSettings):
         description="Replicas of the store that must hold a feedback before it is acknowledged; 1 or more where a "
         "replica may take over.",
     )
+    new_run_wait_seconds: float = Field(
+        6.0,
+        ge=0,
+        description="How long a store must have been watched by gateways before one takes an unused run name: a store "
+        "that has lost its runs looks new, and gateways that hold a run need up to 3 s and `store_timeout_seconds` to "
+        "claim its name again. Only the first gateway at a store has to wait, and every new run in a cluster. 0: take "
+        "it at once, for a store that no other pool uses. The embedded store never waits.",
+    )
     allow_unsafe_store: bool = Field(
         False,
         description="Use a store that would lose acknowledged data: one that evicts, a replica, an old version. By "
@@ -211,6 +219,19 @@ class Settings(BaseSettings):
     max_batch: int = Field(1024, ge=1, description="Items per batch request at most.")
     max_calls_per_instance: int | None = Field(
         None, ge=1, description="RMs that `cascade:B` asks about one instance at most; by default any number."
+    )
+    max_rounds_per_instance: int | None = Field(
+        None,
+        ge=1,
+        description="Rounds of calls that `cascade:B` makes one after another at most; where nobody has answered yet, "
+        "the next best RM is asked all the same. By default any number.",
+    )
+    parallel_calls: int = Field(
+        1,
+        ge=1,
+        le=2,
+        description="2: `cascade:B` asks two RMs at once where a second call is worth its price whatever the first "
+        "will say. Saves a round, at the same price.",
     )
     batch_piece_responses: int = Field(
         128,

@@ -1,6 +1,6 @@
 """Metrics with stable names and units (docs/metrics.md), and structured logs that never hold prompts or responses.
 
-One `Telemetry` per process, on its own registry; built in `wiring` and handed down.
+One `Telemetry` per process, on its own registry; built in `gateway` and handed down.
 """
 
 from __future__ import annotations
@@ -121,6 +121,15 @@ class Telemetry:
         self.decisions = Counter("decisions_total", "Instances answered with a reward.", ["run", "policy"], **common)
         self.decided = cache(self.decisions.labels)
         """`decisions.labels`, by one look-up."""
+        self.price = Counter(
+            "price_total",
+            "Price of all calls before the reply, in units of the cheapest RM; divided by decisions, the mean price of "
+            "an instance.",
+            ["run", "policy"],
+            **common,
+        )
+        self.paid = cache(self.price.labels)
+        """`price.labels`, by one look-up."""
         self.calls = Counter("worker_calls_total", "Instances an RM was asked about.", ["model", "outcome"], **common)
         self.called = cache(self.calls.labels)
         """`calls.labels`, by one look-up."""
@@ -209,6 +218,12 @@ class Telemetry:
             ["model"],
             **common,
         )
+        self.learner_waiting = Gauge(
+            "learner_waiting", "1 while the learner cannot read its log, and waits for the store.", ["run"], **common
+        )
+        self.store_refused = Gauge(
+            "store_refused", "1 while nothing is saved, since the store would lose acknowledged data.", **common
+        )
         self.store_up = Gauge("store_up", "1 if the store answered when this was scraped.", **common)
 
     def open_run(self, run: str, policy: str, pool: Sequence[str], outcomes: Sequence[str]) -> None:
@@ -223,7 +238,9 @@ class Telemetry:
         for outcome in outcomes:
             self.feedback.labels(run, outcome)
         self.learner_errors.labels(run)
+        self.learner_waiting.labels(run)
         self.decided(run, policy)
+        self.paid(run, policy)
         for model in pool:
             self.drawn(run, model)
             self.called(model, "ok")
@@ -232,12 +249,14 @@ class Telemetry:
         """Drop a closed run's label values, so that their number stays bounded."""
         for metric in (
             self.decisions,
+            self.price,
             self.draws,
             self.shadows,
             self.sticky,
             self.trainer_texts,
             self.feedback,
             self.learner_errors,
+            self.learner_waiting,
             self.log_lag,
             self.version,
             self.drift,
@@ -249,6 +268,7 @@ class Telemetry:
             metric.remove_by_labels({"run": run})
         self.drawn.cache_clear()
         self.decided.cache_clear()
+        self.paid.cache_clear()
 
     def render(self) -> bytes:
         """The metrics in Prometheus' text format."""

@@ -9,11 +9,24 @@ from pathlib import Path
 from types import MappingProxyType
 
 from loadtests.report import describe, machine, table, use_one_blas_thread, write_json
+from loadtests.soundness.calibration import calibration
 from loadtests.soundness.coverage import coverage
 from loadtests.soundness.intervals import intervals
+from loadtests.soundness.published import published
+from loadtests.soundness.refitting import refitting
 from loadtests.soundness.report import DEFAULT_DATA, Experiment, Options
+from loadtests.soundness.tuning import tuning
 
-EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType({"coverage": coverage, "intervals": intervals})
+EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
+    {
+        "calibration": calibration,
+        "coverage": coverage,
+        "intervals": intervals,
+        "published": published,
+        "refitting": refitting,
+        "tuning": tuning,
+    }
+)
 """Every experiment by its name. To add one: a module with a function, and a line here."""
 
 

@@ -59,6 +59,13 @@ def reached(value: float, target: float) -> str:
     return "yes" if missing <= 0 else f"no, {accuracy(missing)} short"
 
 
+def decided(difference: Mapping[str, Any], p: float) -> str:
+    """`BEATS` or `LOSES` where the adjusted p-value is below .05, else `EQUALS`."""
+    if p >= 0.05:
+        return EQUALS
+    return BEATS if difference["difference"] > 0 else LOSES
+
+
 def against_zero(difference: Mapping[str, Any]) -> str:
     """Is ours at least as good: `yes`, `not told apart`, `no`."""
     return {BEATS: "yes", EQUALS: EQUALS, LOSES: "no"}[standing(difference)]

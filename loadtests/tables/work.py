@@ -11,13 +11,13 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loadtests.tables.encodings import Encoded
-from loadtests.tables.experiments import Fit, Job, Stream, Variant
+from loadtests.tables.experiments import PAPER, PAPER_TUNED, TUNED, Fit, Job, Stream, Variant
 from router_core.checkpoint import Checkpoint
 from router_core.dataset import pool_matrix
 from router_core.encoder.base import Backbone
@@ -29,7 +29,7 @@ from router_core.records import LabelledPair, Signal
 from router_core.replay import Pass, Table, Trace, merge, replay, score_scale, tabulate
 from router_core.torch_threads import torch_threads
 from service.cli.serve import read_settings
-from service.wiring import build_prior
+from service.priors import build_prior
 
 Array = NDArray[np.float64]
 Key = TypeVar("Key", bound=Hashable)
@@ -40,6 +40,7 @@ BEST_LEARNED = "best single RM, learned"
 SUBSETS_LEARNED = "best RM per subset, learned"
 BEST_HINDSIGHT = "best single RM, in hindsight"
 SUBSETS_HINDSIGHT = "best RM per subset, in hindsight"
+DOMAINS_HINDSIGHT = "best RM of each domain, in hindsight"
 REFERENCES = (BEST_LEARNED, BEST_HINDSIGHT, SUBSETS_LEARNED, SUBSETS_HINDSIGHT)
 """Rows beside the policies. `Learned`: chosen on the pairs that the offline stage learns from."""
 
@@ -187,15 +188,22 @@ def hindsight_arms(table: Table) -> NDArray[np.int64]:
     return arms
 
 
-def priors_of(checkpoint: Checkpoint, variant: Variant, signal: Signal) -> Callable[[str | None], Prior]:
-    """The prior of a form as the service makes it for that signal; the default one changed as the variant says."""
+def priors_of(
+    checkpoint: Checkpoint, variant: Variant, signal: Signal, paper: Sequence[tuple[str, Any]] = ()
+) -> Callable[[str | None], Prior]:
+    """The prior of a form as the service makes it for that signal; the default one changed as the variant says.
+
+    Args:
+        paper: fields of `Hyperparameters` that the form `paper` gets in the place of the published ones.
+    """
 
     def prior(form: str | None) -> Prior:
         named = None if form is None else PriorForm(form)
         K = len(checkpoint.pool)
         built = build_prior(read_settings(prior="auto", signal=signal), checkpoint, K, checkpoint.d, named)
         if form is not None:
-            return built
+            published = named is not PriorForm.PAPER or not paper
+            return built if published else replace(built, hyper=replace(built.hyper, **dict(paper)))
         changed = replace(built, hyper=replace(built.hyper, **dict(variant.hyper)))
         if not variant.features:
             return changed
@@ -216,17 +224,17 @@ def _prepared(
 def _replay_stream(
     job: Job, table: Table, x: NDArray[np.float32], checkpoint: Checkpoint, scale: ScoreScale
 ) -> dict[str, Trace]:
-    with torch_threads(1):
+    def played(policies: Sequence[str], paper: Sequence[tuple[str, Any]] = ()) -> dict[str, Trace]:
+        priors = priors_of(checkpoint, job.variant, job.signal, paper)
         return replay(
-            table,
-            x,
-            job.policies,
-            priors=priors_of(checkpoint, job.variant, job.signal),
-            signal=job.signal,
-            seeds=job.seeds,
-            scenario=job.scenario,
-            scale=scale,
+            table, x, policies, priors=priors, signal=job.signal, seeds=job.seeds, scenario=job.scenario, scale=scale
         )
+
+    with torch_threads(1):
+        traces = played([name for name in job.policies if name != PAPER_TUNED])
+        if PAPER_TUNED in job.policies:
+            traces[PAPER_TUNED] = played([PAPER], TUNED)[PAPER]
+    return {name: traces[name] for name in job.policies}
 
 
 def _fixed(table: Table, arms: NDArray[np.int64], passes: Sequence[Pass]) -> Trace:

@@ -5,7 +5,16 @@ stored in the checkpoint, called by plans, by `evaluate` and by `frontier`.
 """
 
 from router_core.combine.answers import Answers, margins_of
-from router_core.combine.cascade import Multipliers, Paths, follow, multiplier_for
+from router_core.combine.cascade import (
+    Multipliers,
+    Paths,
+    Practice,
+    first_arms,
+    follow,
+    multiplier_for,
+    relative_prices,
+    surcharges,
+)
 from router_core.combine.combination import Combination
 from router_core.combine.names import CASCADE, COMBINED, STACKED, budget_of, is_combined, wanted_combined
 from router_core.combine.pacer import Pacer
@@ -21,15 +30,19 @@ __all__ = [
     "Multipliers",
     "Pacer",
     "Paths",
+    "Practice",
     "Verdicts",
     "Votes",
     "budget_of",
     "call_values",
+    "first_arms",
     "follow",
     "is_combined",
     "margins_of",
     "multiplier_for",
     "next_call",
+    "relative_prices",
+    "surcharges",
     "verdicts_of",
     "wanted_combined",
 ]

@@ -6,6 +6,7 @@ A plan that runs asks one step of the same rule: the largest `call_values` per p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +16,21 @@ from router_core.combine.answers import Answers
 from router_core.combine.pacer import HIGHEST, LOWEST
 from router_core.combine.value import call_values
 from router_core.combine.votes import Votes, verdicts_of
-from router_core.errors import NotFiniteError, ShapeMismatchError
+from router_core.errors import HyperparameterError, NotFiniteError, ShapeMismatchError
+from router_core.records import TIE
 
 Array = NDArray[np.float64]
 
 _BISECTIONS = 50
+
+MOST_CALLS = 10
+"""Multipliers are found for budgets of up to so many calls."""
+
+_UNASKED, _UNKNOWN = -2.0, -1.0
+"""What stands in a checkpoint for the verdict of an arm that was not asked, and for a margin that is not known."""
+
+_STEPS = 25
+"""Multipliers that are tried, from the highest to the lowest, where prices differ."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,10 +62,10 @@ class Paths:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Multipliers:
-    """μ by budget, as training pairs had it with equal prices.
+    """μ by budget, as training pairs had it.
 
     Attributes:
-        budgets: (G,) mean calls per instance, rising, from 1.
+        budgets: (G,) mean price per instance, rising, from 1 where prices are equal.
         values: (G,) the multiplier that keeps to it, falling.
     """
 
@@ -83,12 +94,129 @@ class Multipliers:
         return Multipliers(*(a.astype(np.float32).astype(np.float64) for a in (self.budgets, self.values)))
 
     @classmethod
+    def practised(cls, votes: Votes, practice: Practice, prices: Array) -> Multipliers:
+        """Return those of any pool and prices, from pairs with held-out offsets.
+
+        Args:
+            votes: learned, of the practice's arms.
+            practice: the pairs.
+            prices: (K,) in units of the cheapest.
+        """
+        if (prices == prices[0]).all():
+            first = practice.first(prices, 0.0)
+            return cls.of(follow(votes, practice.offsets, practice.answers, first, calls=MOST_CALLS))
+        values = np.geomspace(HIGHEST, LOWEST, _STEPS)
+        spent = [float(practice.play(votes, prices, float(value)).spent[:, -1].mean()) for value in values]
+        # More is spent as calls get cheaper; equal spending needs no second value.
+        rising = np.maximum.accumulate(spent)
+        kept = np.concatenate([[True], np.diff(rising) > 0.0])
+        return cls(rising[kept], values[kept])
+
+    @classmethod
     def of(cls, paths: Paths, step: float = 0.05) -> Multipliers:
         """On a grid of budgets from 1 to what asking as long as the paths go costs; equal prices of 1."""
         last = float(paths.spent.max(axis=1).mean())
         budgets = np.linspace(1.0, last, max(round((last - 1.0) / step), 1) + 1)
         # With the budget 1 nothing is ever worth a second call, on pairs to come either.
         return cls(budgets, np.array([HIGHEST, *(multiplier_for(paths, float(budget)) for budget in budgets[1:])]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Practice:
+    """Pairs as fits saw them that had not seen their groups; multipliers of any pool and prices come from them.
+
+    Attributes:
+        offsets: (N, K) held out.
+        answers: of the arms that were recorded.
+    """
+
+    offsets: Array
+    answers: Answers
+
+    def __post_init__(self) -> None:
+        if self.offsets.shape != self.answers.verdicts.shape:
+            raise ShapeMismatchError(
+                f"practice: offsets {self.offsets.shape} and answers {self.answers.verdicts.shape} must both be (N, K)"
+            )
+
+    def select(self, arms: Sequence[int]) -> Practice:
+        """Return the part of these arms, in this order, without pairs that none of them has answered."""
+        index, said = list(arms), self.answers
+        rows = np.flatnonzero(said.answered[:, index].any(axis=1))
+        part = Answers(said.verdicts[:, index], said.answered[:, index], said.margins[:, index], said.responses)
+        return Practice(self.offsets[rows][:, index], part.rows(rows))
+
+    def rounded(self) -> Practice:
+        """Return the same numbers as a checkpoint's float32 tensors hold them."""
+        exact = self.answers.margins.astype(np.float32).astype(np.float64)
+        return Practice(
+            self.offsets.astype(np.float32).astype(np.float64),
+            Answers(self.answers.verdicts, self.answers.answered, exact, self.answers.responses),
+        )
+
+    def arrays(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+        """Return offsets, verdicts, margins and numbers of responses as finite float32; `of_arrays` reads them back."""
+        said = self.answers
+        return (
+            self.offsets.astype(np.float32),
+            np.where(said.answered, said.verdicts, _UNASKED).astype(np.float32),
+            np.where(np.isfinite(said.margins), said.margins, _UNKNOWN).astype(np.float32),
+            said.responses.astype(np.float32),
+        )
+
+    @classmethod
+    def of_arrays(cls, offsets: Array, verdicts: Array, margins: Array, responses: Array) -> Practice:
+        """Return what `arrays` gave."""
+        answered = verdicts != _UNASKED
+        said = Answers(
+            np.where(answered, verdicts, TIE).astype(np.int64),
+            answered,
+            np.where(margins == _UNKNOWN, np.nan, margins),
+            responses.astype(np.int64),
+        )
+        return cls(offsets, said)
+
+    def first(self, prices: Array, multiplier: float) -> NDArray[np.int64]:
+        """Return the arm (N,) that a cascade asks first among those recorded."""
+        return first_arms(np.where(self.answers.answered, self.offsets, -np.inf), prices, multiplier)
+
+    def play(self, votes: Votes, prices: Array, multiplier: float) -> Paths:
+        """Return what a cascade does on these pairs."""
+        first = self.first(prices, multiplier)
+        return follow(votes, self.offsets, self.answers, first, prices, MOST_CALLS, multiplier)
+
+
+def first_arms(offsets: Array, prices: Array, multiplier: float) -> NDArray[np.int64]:
+    """argmax_k o_k − μ·(price_k − least price): the first call is worth its price, too. (B, K) to (B,).
+
+    With equal prices it is the best arm, whatever the multiplier.
+
+    >>> first_arms(np.array([[0.8, 0.9]]), np.array([1.0, 4.0]), 0.05).tolist()
+    [0]
+    """
+    return np.asarray((offsets - surcharges(prices, multiplier)).argmax(axis=1))
+
+
+def surcharges(prices: Array, multiplier: float) -> Array:
+    """μ·(price_k − least price), (K,): what a draw loses for its arm's price; all 0 where prices are equal."""
+    out: Array = multiplier * (prices - prices.min())
+    return out
+
+
+def relative_prices(prices: Sequence[float]) -> Array:
+    """Prices in units of the cheapest, (K,).
+
+    >>> relative_prices([0.5, 2.0]).tolist()
+    [1.0, 4.0]
+
+    Raises:
+        HyperparameterError: one is not a positive number.
+    """
+    values = np.array(prices, dtype=np.float64)
+    if not (np.isfinite(values).all() and (values > 0.0).all()):
+        raise HyperparameterError(f"prices {list(prices)}: each must be a positive number")
+    relative: Array = values / values.min()
+    return relative
 
 
 def follow(

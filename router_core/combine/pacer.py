@@ -16,6 +16,10 @@ LOWEST = 1e-6
 """With it nearly every call is made."""
 
 
+RATE = 0.05
+"""η where all prices are 1."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pacer:
     """Dual ascent on the budget constraint E[price] ≤ B: after an instance that cost c, ln μ ← ln μ + η(c − B).
@@ -36,15 +40,20 @@ class Pacer:
 
     budget: float
     multiplier: float
-    rate: float = 0.05
+    rate: float = RATE
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.budget) and self.budget >= 1.0):
-            raise HyperparameterError(f"budget = {self.budget}: give the mean calls per instance, at least 1")
+            raise HyperparameterError(f"budget = {self.budget}: give the mean price per instance, at least 1")
         if not 0.0 < self.rate <= 1.0:
             raise HyperparameterError(f"rate = {self.rate}: must be inside (0, 1]")
         if not LOWEST <= self.multiplier <= HIGHEST:
             raise HyperparameterError(f"multiplier = {self.multiplier}: must be from {LOWEST:g} to {HIGHEST:g}")
+
+    @staticmethod
+    def rate_at(dearest: float) -> float:
+        """Return η where the dearest arm costs so much: μ moves as far for its call as for one of price 1."""
+        return RATE / dearest
 
     def spent(self, price: float) -> Pacer:
         """After one more instance that cost `price` in all."""

@@ -1,7 +1,7 @@
 """From a spec, as a checkpoint or a setting names it, to a loaded backbone.
 
 Knows every backbone by name and imports each one only when asked for, so that a process with the static encoder never
-loads torch. Called by `service.wiring` and the offline stage.
+loads torch. Called by `service.gateway` and the offline stage.
 """
 
 from __future__ import annotations

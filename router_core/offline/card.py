@@ -19,7 +19,11 @@ from numpy.typing import NDArray
 
 from router_core.checkpoint import Checkpoint
 from router_core.errors import ShapeMismatchError
-from router_core.offline.calibrate import expected_calibration_error, negative_log_likelihood
+from router_core.offline.calibrate import (
+    calibration_by_domain,
+    expected_calibration_error,
+    negative_log_likelihood,
+)
 from router_core.offline.evaluate import majority_correctness, wilson
 from router_core.records import LabelledPair
 
@@ -97,9 +101,9 @@ def card(
         "## Labelled pairs\n",
         _table(("subset", "pairs"), _counts(pairs)),
         "## Held-out figures\n",
-        f"{len(judged)} pairs, {whole}. These pairs also chose when to stop and made the calibration, so expect a "
-        "little less on others. A router is right if the RM that it asks is right; a tie counts one half. Intervals "
-        "are 95 % (Wilson).\n",
+        f"{len(judged)} pairs, {whole}; the calibration of a pair's probabilities has not seen its group either. "
+        "These pairs also chose when to stop, so expect a little less on others. A router is right if the RM that it "
+        "asks is right; a tie counts one half. Intervals are 95 % (Wilson).\n",
         _table(("subset", "pairs", "router", "95 %", "best RM here", "its accuracy", "majority"),
                _accuracies(checkpoint.pool, judged, scores, correctness)),
         "## Calibration\n",
@@ -107,6 +111,10 @@ def card(
         f"these probabilities; `{FIGURE_FILE}` shows them in {BINS} groups of equal size.\n",
         _table(("RM", "asked", "right", "expected", "ECE", "log-likelihood"),
                _calibration(checkpoint.pool, probabilities, correctness)),
+        "Per domain: what was promised of the RM that is routed to (said) and how often it was right; the gap between "
+        "promise and outcome per RM, without its sign, as a mean over the RMs (bias).\n",
+        _table(("domain", "pairs", "said", "right", "bias", "ECE", "log-likelihood"),
+               _by_domain(judged, scores, probabilities, correctness)),
         "## Prior of the online stage\n",
         _table(("", ""), [("form", checkpoint.prior_form.value), *_items(checkpoint.hyperparameters)]),
         "## Settings of the training\n",
@@ -219,6 +227,21 @@ def _calibration(pool: Sequence[str], probabilities: Array, correctness: Array) 
              f"{likelihood:.3f}")
         )  # fmt: skip
     return rows
+
+
+def _by_domain(
+    pairs: Sequence[LabelledPair], scores: Array, probabilities: Array, correctness: Array
+) -> list[tuple[str, ...]]:
+    """A row for all pairs and, where there are several, one per domain."""
+    chosen = np.where(np.isnan(correctness), -np.inf, scores).argmax(axis=1)
+    found = calibration_by_domain(probabilities, correctness, chosen, [pair.domain for pair in pairs])
+    everything = found.pop("")
+    parts = {"**all**": everything, **(found if len(found) > 1 else {})}
+    return [
+        (name, str(part["n"]), f"{part['said']:.3f}", f"{part['right']:.3f}", f"{part['bias']:.3f}",
+         f"{part['expected_calibration_error']:.3f}", f"{-part['negative_log_likelihood']:.3f}")
+        for name, part in parts.items()
+    ]  # fmt: skip
 
 
 def _column_means(values: Array) -> Array:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.checkpoint import Checkpoint
-from router_core.combine import CASCADE, STACKED, Answers, budget_of, follow, verdicts_of
+from router_core.combine import CASCADE, STACKED, Answers, budget_of, first_arms, follow, verdicts_of
 from router_core.records import TIE
 
 Array = NDArray[np.float64]
@@ -20,10 +20,11 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """What a policy did on N pairs: right (N,) in {0, 0.5, 1}, calls (N,), p_right (N,) what it believed."""
+    """What a policy did on N pairs: right (N,) in {0, 0.5, 1}, calls and price (N,), p_right (N,) what it believed."""
 
     right: Array
     calls: Array
+    price: Array
     p_right: Array
 
 
@@ -34,6 +35,7 @@ def combined_outcomes(
     answers: Answers,
     labels: NDArray[np.int64],
     first: NDArray[np.int64],
+    prices: Array | None = None,
 ) -> dict[str, Outcome]:
     """Each policy on each pair; without those that the checkpoint cannot play: it holds no votes, or no multipliers.
 
@@ -43,25 +45,28 @@ def combined_outcomes(
         offsets: (N, K) of the checkpoint.
         answers: of all K RMs.
         labels: (N,).
-        first: (N,) the routed arm; `cascade:1` asks no other.
+        first: (N,) the routed arm, which a cascade asks first where prices are equal; `cascade:1` asks no other.
+        prices: (K,) in units of the cheapest; None: equal.
     """
-    votes, multipliers = checkpoint.votes, checkpoint.multipliers
-    if votes is None:
+    if checkpoint.combination is None:
         return {}
+    combination = checkpoint.combination.priced(prices)
+    votes, costs = combination.votes, combination.costs
     found: dict[str, Outcome] = {}
-    if STACKED in names:
-        verdicts = verdicts_of(votes.probabilities(offsets, answers))
-        calls = answers.answered.sum(axis=1).astype(np.float64)
-        found[STACKED] = Outcome(correctness(verdicts.preferred, labels), calls, verdicts.right)
-    cascades = [name for name in names if name.startswith(CASCADE)]
-    if cascades and multipliers is not None:
-        paths = follow(votes, offsets, answers, first)
-        rows = np.arange(len(labels))
-        for name in cascades:
-            ends = paths.ends(multipliers.at(budget_of(name)))
-            right = correctness(paths.preferred[rows, ends], labels)
-            found[name] = Outcome(right, paths.spent[rows, ends], paths.right[rows, ends])
-    return {name: found[name] for name in names if name in found}
+    for name in names:
+        if name == STACKED:
+            verdicts = verdicts_of(votes.probabilities(offsets, answers))
+            asked = answers.answered
+            right = correctness(verdicts.preferred, labels)
+            found[name] = Outcome(right, asked.sum(axis=1).astype(np.float64), asked @ costs, verdicts.right)
+        elif name.startswith(CASCADE) and combination.multipliers is not None:
+            multiplier = combination.multiplier(budget_of(name))
+            arms = first if combination.prices is None else first_arms(offsets, costs, multiplier)
+            paths = follow(votes, offsets, answers, arms, costs, multiplier=multiplier)
+            right = correctness(paths.preferred[:, -1], labels)
+            calls = (paths.arms >= 0).sum(axis=1).astype(np.float64)
+            found[name] = Outcome(right, calls, paths.spent[:, -1], paths.right[:, -1])
+    return found
 
 
 def correctness(preferred: NDArray[np.int64], labels: NDArray[np.int64]) -> Array:

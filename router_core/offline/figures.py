@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.intervals import accuracy_interval
+from router_core.offline.calibrate import calibration_by_domain
 from router_core.offline.table import Judged
 from router_core.replay.figures import best_per_subset, paired, subset_rows
 from router_core.replay.table import Table
@@ -23,9 +24,10 @@ Array = NDArray[np.float64]
 def figures(judged: Judged) -> dict[str, Any]:
     """The JSON document, without what only the caller knows (digests, scenario).
 
-    `policies` holds per row accuracy, ci95, calls_per_instance and regret (oracle − accuracy); `paired` the differences
-    to the best single RM, to random and to majority; `asked` the share of each RM per router; `per_seed` the accuracy
-    of each fit.
+    `calibration` holds per domain, and under "" for all pairs, how well the probabilities of the row `offline` fit
+    (`calibrate.calibration_by_domain`); no calibration saw these pairs. `policies` holds per row accuracy, ci95,
+    calls_per_instance, price_per_instance and regret (oracle − accuracy); `paired` the differences to the best single
+    RM, to random and to majority; `asked` the share of each RM per router; `per_seed` the accuracy of each fit.
     """
     table = judged.table
     oracle = _oracle(table)
@@ -35,6 +37,7 @@ def figures(judged: Judged) -> dict[str, Any]:
             name: {
                 **_accuracy(values, table.groups),
                 "calls_per_instance": judged.calls[name],
+                "price_per_instance": judged.price[name],
                 "regret": oracle - float(values.mean()),
             }
             for name, values in judged.rows.items()
@@ -45,10 +48,22 @@ def figures(judged: Judged) -> dict[str, Any]:
         "subsets": {name: _subset(judged, rows) for name, rows in sorted(subset_rows(table).items())},
         "paired": paired(judged.rows, table),
         "per_seed": {name: values.mean(axis=1).tolist() for name, values in judged.rows.items()},
+        "calibration": _calibration(judged),
         "asked": {name: dict(zip(table.pool, shares.tolist(), strict=True)) for name, shares in judged.asked.items()},
         "pool": list(table.pool),
         "left_out": judged.left_out,
     }
+
+
+def _calibration(judged: Judged) -> dict[str, Any]:
+    """Per domain over all seeds' fits; empty where no row `offline` was judged."""
+    if judged.said is None or judged.chosen is None or np.isnan(judged.said).any():
+        return {}
+    table, (seeds, n, arms) = judged.table, judged.said.shape
+    correctness = np.broadcast_to(table.correctness, judged.said.shape).reshape(seeds * n, arms)
+    said, chosen = judged.said.reshape(seeds * n, arms), judged.chosen.reshape(-1)
+    found = calibration_by_domain(said, correctness, chosen, list(table.domains) * seeds)
+    return {name: {**part, "n": part["n"] // seeds} for name, part in found.items()}
 
 
 def _accuracy(values: Array, groups: Sequence[str]) -> dict[str, Any]:

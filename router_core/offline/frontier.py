@@ -24,17 +24,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.checkpoint import Checkpoint
-from router_core.combine import Answers, Paths, Votes, follow, multiplier_for, verdicts_of
+from router_core.combine import (
+    Answers,
+    Multipliers,
+    Paths,
+    Practice,
+    Votes,
+    follow,
+    multiplier_for,
+    verdicts_of,
+)
 from router_core.dataset import pool_matrix
 from router_core.encoder.base import Backbone
 from router_core.errors import DatasetError
 from router_core.intervals import accuracy_interval
 from router_core.offline.combined import correctness
-from router_core.offline.evaluate import default_head, majority_correctness, route, uwo_correctness
+from router_core.offline.evaluate import default_head, route
 from router_core.offline.train import HeldOut, TrainConfig, fit
 from router_core.offline.votes import recorded_answers
+from router_core.policies import ScoreScale, UwoPolicy, combined_verdict, majority_verdict
 from router_core.records import LabelledPair
-from router_core.replay.table import score_scale
+from router_core.replay.table import tabulate
 
 Array = NDArray[np.float64]
 Fold = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -55,19 +65,32 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Side:
-    """Half of a split: pairs, offsets of fits that had not seen them, answers, labels, routed arms."""
+class Side:
+    """Half of a split: N instances that thresholds are set on, or that policies are judged on.
 
-    pairs: Sequence[LabelledPair]
+    Attributes:
+        offsets: (N, K) of fits that had not seen them.
+        answers: of every arm.
+        scores: (N, K, n), NaN where an arm gives none.
+        labels: (N,).
+        first: (N,) routed arms.
+    """
+
     offsets: Array
     answers: Answers
+    scores: Array
     labels: NDArray[np.int64]
     first: NDArray[np.int64]
 
+    @property
+    def right(self) -> Array:
+        """(N, K): is each arm's verdict right; half for a tie."""
+        return correctness(self.answers.verdicts, self.labels[:, None])
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Play:
-    """What a policy did on the pairs of one side: right, calls and price, (N,) each."""
+class Play:
+    """What a policy did on the instances of one side: right, calls and price, (N,) each."""
 
     right: Array
     calls: Array
@@ -104,22 +127,23 @@ def frontier(
     if np.isnan(pool_matrix(pairs, pool)).any():
         raise DatasetError("pairs: every RM of the pool must have judged every one; leave the others out")
     prices = np.ones(len(pool)) if prices is None else prices
-    wanted = [budget for budget in budgets if 1.0 < budget < prices.sum()]
-    answers, labels = recorded_answers(pairs, pool), np.array([pair.label for pair in pairs], dtype=np.int64)
+    table, answers = tabulate(pairs, pool), recorded_answers(pairs, pool)
+    labels, scores = table.labels, table.scores
     plays: dict[str, NDArray[np.float64]] = {}
     for s, (seed, folds) in enumerate(splits.items()):
         for inside, outside in folds:
-            known, judged = [pairs[i] for i in inside], [pairs[i] for i in outside]
+            known = [pairs[i] for i in inside]
             checkpoint, held_out = fit(known, pool, backbone, _seeded(config, seed), features[inside])
             if checkpoint.votes is None:
                 raise DatasetError(f"{len(inside)} pairs are too few to learn votes from: give more, or fewer folds")
-            past = _learned(known, checkpoint, held_out, answers.rows(inside), labels[inside])
+            first = _routed(checkpoint, held_out)
+            past = Side(held_out.probabilities, answers.rows(inside), scores[inside], labels[inside], first)
             x = checkpoint.fuse.apply(features[outside])
             arms = route(checkpoint, x, default_head(checkpoint))
             offsets = checkpoint.class_probabilities(x)
-            future = _Side(judged, offsets, answers.rows(outside), labels[outside], arms)
+            future = Side(offsets, answers.rows(outside), scores[outside], labels[outside], arms)
             rng = np.random.default_rng(seed)
-            for name, play in _plays(checkpoint.votes, past, future, pool, wanted, prices, rng).items():
+            for name, play in plays_of(checkpoint.votes, past, future, budgets, prices, rng).items():
                 values = plays.setdefault(name, np.full((3, len(splits), len(pairs)), np.nan))
                 values[:, s, outside] = np.stack([play.right, play.calls, play.price])
             on_fit()
@@ -129,6 +153,11 @@ def frontier(
         for name, (right, calls, price) in plays.items()
         if not np.isnan(right).any()  # A budget that in some fold buys nothing, or more than there is.
     ]
+    return by_price(points)
+
+
+def by_price(points: Sequence[Point]) -> list[Point]:
+    """Rising price, and among equals falling accuracy."""
     return sorted(points, key=lambda point: (round(point.price, 6), -point.accuracy))
 
 
@@ -151,41 +180,34 @@ def _seeded(config: TrainConfig | None, seed: int) -> TrainConfig:
     return replace(config or TrainConfig(), seed=seed)
 
 
-def _learned(
-    pairs: Sequence[LabelledPair],
-    checkpoint: Checkpoint,
-    held_out: HeldOut,
-    answers: Answers,
-    labels: NDArray[np.int64],
-) -> _Side:
-    """The training pairs as the cross-fitting predicted them."""
+def _routed(checkpoint: Checkpoint, held_out: HeldOut) -> NDArray[np.int64]:
+    """The arms (N,) that routing asks about the training pairs, as the cross-fitting predicted them."""
     scores = held_out.bt_scores if default_head(checkpoint) == "bt" else held_out.probabilities
-    return _Side(pairs, held_out.probabilities, answers, labels, scores.argmax(axis=1))
+    return np.asarray(scores.argmax(axis=1))
 
 
-def _plays(
-    votes: Votes,
-    past: _Side,
-    future: _Side,
-    pool: Sequence[str],
-    budgets: Sequence[float],
-    prices: Array,
-    rng: np.random.Generator,
-) -> dict[str, _Play]:
-    """Every row on the pairs of `future`; thresholds and multipliers from `past`."""
-    K, rows = len(pool), np.arange(len(future.labels))
-    means = np.nanmean(pool_matrix(past.pairs, pool), axis=0)
-    by_rank = np.argsort(-means, kind="stable")
-    strongest = int(by_rank[0])
-    verdicts = future.answers.verdicts
-    routed = correctness(verdicts[rows, future.first], future.labels)
-    single = correctness(verdicts[:, strongest], future.labels)
-    plays = {"single:best": _fixed(single, [strongest], prices)}
-    plays["offline"] = _Play(routed, np.ones(len(rows)), prices[future.first])
-    seen = follow(votes, past.offsets, past.answers, past.first, prices)
-    to_come = follow(votes, future.offsets, future.answers, future.first, prices)
-    for budget in budgets:
-        plays[f"cascade:{budget:g}"] = _cascade(seen, to_come, budget, future)
+def plays_of(
+    votes: Votes, past: Side, future: Side, budgets: Sequence[float], prices: Array, rng: np.random.Generator
+) -> dict[str, Play]:
+    """Every row on the instances of `future`; thresholds and multipliers from `past`.
+
+    Args:
+        votes: learned.
+        past: where they are set.
+        future: what is judged.
+        budgets: B; those above what all arms cost are left out.
+        prices: (K,) in units of the cheapest.
+        rng: of the random cascades.
+    """
+    K, rows = len(prices), np.arange(len(future.labels))
+    by_rank = np.argsort(-past.right.mean(axis=0), kind="stable")
+    strongest, everyone = int(by_rank[0]), list(range(K))
+    plays = {"single:best": _fixed(future.right[:, strongest], [strongest], prices)}
+    plays["offline"] = Play(future.right[rows, future.first], np.ones(len(rows)), prices[future.first])
+    seen = follow(votes, past.offsets, past.answers, past.first, prices, calls=1)
+    to_come = follow(votes, future.offsets, future.answers, future.first, prices, calls=1)
+    for budget, cascade in _cascades(votes, past, future, budgets, prices).items():
+        plays[f"cascade:{budget:g}"] = cascade
         plays[f"random-cascade:{budget:g}"] = _random_cascade(votes, future, budget, prices, rng)
         escalated = _escalated(seen, to_come, past, future, strongest, budget, prices)
         if escalated is not None:
@@ -193,31 +215,58 @@ def _plays(
     for m in (2, 3):
         if m < K:
             best = by_rank[:m].tolist()
-            right = majority_correctness(future.pairs, [pool[k] for k in best])
-            plays[f"majority:{m}"] = _fixed(right, best, prices)
-    everyone = list(range(K))
-    plays["majority"] = _fixed(majority_correctness(future.pairs, pool), everyone, prices)
-    if all(name in pair.scores for pair in future.pairs for name in pool):
-        scale = score_scale(past.pairs, pool)
-        plays["uwo"] = _fixed(uwo_correctness(future.pairs, pool, scale), everyone, prices)
+            plays[f"majority:{m}"] = _fixed(_majority(future, best), best, prices)
+    plays["majority"] = _fixed(_majority(future, everyone), everyone, prices)
+    if not np.isnan(future.scores[:, :, 0]).any():
+        plays["uwo"] = _fixed(_uwo(past, future), everyone, prices)
     together = verdicts_of(votes.probabilities(future.offsets, future.answers))
     plays["stacked"] = _fixed(correctness(together.preferred, future.labels), everyone, prices)
     return plays
 
 
-def _fixed(right: Array, arms: Sequence[int], prices: Array) -> _Play:
+def _fixed(right: Array, arms: Sequence[int], prices: Array) -> Play:
     """A policy that asks the same RMs about every pair."""
-    return _Play(right, np.full(len(right), float(len(arms))), np.full(len(right), float(prices[list(arms)].sum())))
+    return Play(right, np.full(len(right), float(len(arms))), np.full(len(right), float(prices[list(arms)].sum())))
 
 
-def _cascade(seen: Paths, to_come: Paths, budget: float, future: _Side) -> _Play:
-    rows = np.arange(len(future.labels))
-    ends = to_come.ends(multiplier_for(seen, budget))
-    right = correctness(to_come.preferred[rows, ends], future.labels)
-    return _Play(right, (ends + 1).astype(np.float64), to_come.spent[rows, ends])
+def _majority(side: Side, arms: Sequence[int]) -> Array:
+    """One vote each of these arms: right (N,)."""
+    verdicts = side.answers.verdicts[:, list(arms)].tolist()
+    said = [majority_verdict(row, n) for row, n in zip(verdicts, side.answers.responses.tolist(), strict=True)]
+    return correctness(np.array(said, dtype=np.int64), side.labels)
 
 
-def _random_cascade(votes: Votes, future: _Side, budget: float, prices: Array, rng: np.random.Generator) -> _Play:
+def _uwo(past: Side, future: Side) -> Array:
+    """Uncertainty-weighted scores on the scale that the past shows: right (N,)."""
+    policy, seen = UwoPolicy(), past.scores.transpose(1, 0, 2).reshape(past.scores.shape[1], -1)
+    deviation = np.nanstd(seen, axis=1)
+    scale = ScoreScale(np.nanmean(seen, axis=1), np.where(deviation > 0, deviation, 1.0))
+    numbers = future.answers.responses.tolist()
+    said = [combined_verdict(policy, future.scores[i, :, :n], scale) for i, n in enumerate(numbers)]
+    return correctness(np.array(said, dtype=np.int64), future.labels)
+
+
+def _cascades(votes: Votes, past: Side, future: Side, budgets: Sequence[float], prices: Array) -> dict[float, Play]:
+    """`cascade:B` by B. With equal prices it begins with the routed arm, else with what is worth its price."""
+    rows, found = np.arange(len(future.labels)), {}
+    wanted = [budget for budget in budgets if 1.0 < budget < prices.sum()]
+    if (prices == prices[0]).all():
+        seen = follow(votes, past.offsets, past.answers, past.first, prices)
+        to_come = follow(votes, future.offsets, future.answers, future.first, prices)
+        for budget in wanted:
+            ends = to_come.ends(multiplier_for(seen, budget))
+            right = correctness(to_come.preferred[rows, ends], future.labels)
+            found[budget] = Play(right, (ends + 1).astype(np.float64), to_come.spent[rows, ends])
+        return found
+    multipliers = Multipliers.practised(votes, Practice(past.offsets, past.answers), prices)
+    for budget in wanted:
+        played = Practice(future.offsets, future.answers).play(votes, prices, multipliers.at(budget))
+        right = correctness(played.preferred[:, -1], future.labels)
+        found[budget] = Play(right, (played.arms >= 0).sum(axis=1).astype(np.float64), played.spent[:, -1])
+    return found
+
+
+def _random_cascade(votes: Votes, future: Side, budget: float, prices: Array, rng: np.random.Generator) -> Play:
     """After the routed RM any others, in a random order, until the budget is spent; the last one by chance."""
     N, K = future.offsets.shape
     rows = np.arange(N)
@@ -234,12 +283,12 @@ def _random_cascade(votes: Votes, future: _Side, budget: float, prices: Array, r
     np.put_along_axis(asked, ranking, taken, axis=1)
     verdicts = verdicts_of(votes.probabilities(future.offsets, future.answers.only(asked)))
     calls, price = asked.sum(axis=1).astype(np.float64), np.asarray(asked @ prices, dtype=np.float64)
-    return _Play(correctness(verdicts.preferred, future.labels), calls, price)
+    return Play(correctness(verdicts.preferred, future.labels), calls, price)
 
 
 def _escalated(
-    seen: Paths, to_come: Paths, past: _Side, future: _Side, strongest: int, budget: float, prices: Array
-) -> _Play | None:
+    seen: Paths, to_come: Paths, past: Side, future: Side, strongest: int, budget: float, prices: Array
+) -> Play | None:
     """The strongest RM's verdict where p_right of the routed one is below a threshold that keeps to the budget."""
     other = past.first != strongest
     costs = np.where(other, prices[strongest], 0.0)
@@ -254,4 +303,4 @@ def _escalated(
     arms = np.where(asked, strongest, future.first)
     verdicts = future.answers.verdicts[np.arange(len(arms)), arms]
     price: Array = prices[future.first] + np.where(asked, prices[strongest], 0.0)
-    return _Play(correctness(verdicts, future.labels), np.where(asked, 2.0, 1.0).astype(np.float64), price)
+    return Play(correctness(verdicts, future.labels), np.where(asked, 2.0, 1.0).astype(np.float64), price)

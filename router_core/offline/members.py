@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 from router_core.encoder.base import Block
 from router_core.encoder.fuse import Fuse
 from router_core.errors import DatasetError
+from router_core.offline.calibrate import LEVEL
 from router_core.offline.losses import balanced_couples, bradley_terry, correctness_bce
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, Hyperparameters
 
@@ -53,7 +54,7 @@ class TrainConfig:
         max_epochs: the epoch (a pass over the pairs outside one fold) is chosen from 1 ... max_epochs.
         seed: of every random choice; equal seeds give equal checkpoints on one machine.
         hyperparameters: stored for the online stage.
-        tune: fit these to the held-out predictions (`offline.tune`), which takes longer than the rest.
+        level: prior deviation of the calibration's level (`calibrate.fit_calibration`); 0 for none.
     """
 
     d: int = 8
@@ -76,7 +77,7 @@ class TrainConfig:
     folds: int = 4
     seed: int = 0
     hyperparameters: Hyperparameters = CALIBRATED_HYPERPARAMETERS
-    tune: bool = False
+    level: float = LEVEL
 
 
 class _Network(nn.Module):

@@ -75,14 +75,20 @@ class Judged:
         rows: by name, (S, N): what seed s earned on pair i; S = 1 where nothing is fitted.
         calls: RM calls per instance, by name.
         asked: by router, (K,) the share of the judged pairs for which it asks each RM.
+        said: (S, N, K) probability that each RM is right, by the fits of the row `offline`.
+        chosen: (S, N) the arm that `offline` asks.
         left_out: pairs that were not judged because an RM of the pool was not asked about them.
+        price: per instance, by name, in units of the cheapest RM.
     """
 
     table: Table
     rows: Mapping[str, Array]
     calls: Mapping[str, float]
     asked: Mapping[str, Array] = field(default_factory=dict)
+    said: Array | None = None
+    chosen: NDArray[np.int64] | None = None
     left_out: int = 0
+    price: Mapping[str, float] = field(default_factory=dict)
 
     def only(self, policies: Sequence[str]) -> Judged:
         """These rows, in the table's own order; all of them where none are named.
@@ -100,6 +106,7 @@ class Judged:
             self,
             rows=rows,
             calls={name: self.calls[name] for name in rows},
+            price={name: self.price[name] for name in rows},
             asked={name: shares for name, shares in self.asked.items() if name in rows},
         )
 
@@ -143,6 +150,7 @@ def judge_fitted(
     on_fit: Callable[[], None] = lambda: None,
     fit: Fitter = train,
     combined: Sequence[str] = COMBINED,
+    prices: Array | None = None,
 ) -> Judged:
     """Fit every router inside each split, judge it outside.
 
@@ -156,6 +164,7 @@ def judge_fitted(
         on_fit: told after each fit; there are `len(fits(rows))` per split.
         fit: makes the checkpoints.
         combined: `stacked`, `cascade:B`; played by the fit of the row `offline`, with multipliers from its own pairs.
+        prices: (K,) in units of the cheapest; None: equal.
 
     Raises:
         DatasetError: an RM of the pool was asked about no pair, too few groups, or no judged pair has all RMs.
@@ -166,7 +175,7 @@ def judge_fitted(
     right["uwo"] = np.full((len(splits), len(pairs)), np.nan)
     asked = {row.name: np.zeros(len(pool)) for row in rows}
     complete = _complete(correctness)
-    together = _Together(combined, len(splits), pairs, pool)
+    together = _Together(combined, len(splits), pairs, pool, prices)
     for s, (seed, parts) in enumerate(splits.items()):
         for part in parts:
             inside, outside = [pairs[i] for i in part.inside], part.outside[complete[part.outside]]
@@ -192,6 +201,7 @@ def judge_checkpoint(
     features: NDArray[np.float32],
     scale: ScoreScale | None = None,
     combined: Sequence[str] = COMBINED,
+    prices: Array | None = None,
 ) -> Judged:
     """A trained checkpoint on pairs that it has not seen.
 
@@ -199,6 +209,7 @@ def judge_checkpoint(
         features: `pair_features(pairs, backbone)` with the checkpoint's encoder.
         scale: of the RMs' scores, for `uwo`; None: that of these pairs.
         combined: `stacked`, `cascade:B`; those that the checkpoint cannot play are left out.
+        prices: (K,) in units of the cheapest; None: equal.
 
     Raises:
         DatasetError: an RM of the checkpoint's pool was asked about no pair, or no pair has all RMs.
@@ -213,7 +224,7 @@ def judge_checkpoint(
     right = {name: np.full((1, len(pairs)), np.nan) for name in ("uwo", *heads)}
     right["uwo"][0, rows] = uwo_correctness([pairs[i] for i in rows.tolist()], pool, scale or score_scale(pairs, pool))
     asked = {}
-    together = _Together(combined, 1, pairs, pool)
+    together = _Together(combined, 1, pairs, pool, prices)
     for name, head in heads.items():
         arms = route(checkpoint, x, head)
         if name == OFFLINE:
@@ -224,14 +235,34 @@ def judge_checkpoint(
 
 
 class _Together:
-    """The rows of the policies that combine answers, filled split by split: right and calls, (S, N) each by name."""
+    """What the fits of the row `offline` say, and the policies that combine answers by them, filled split by split."""
 
-    def __init__(self, names: Sequence[str], seeds: int, pairs: Sequence[LabelledPair], pool: Sequence[str]) -> None:
-        self._names = tuple(names)
+    def __init__(
+        self,
+        names: Sequence[str],
+        seeds: int,
+        pairs: Sequence[LabelledPair],
+        pool: Sequence[str],
+        prices: Array | None,
+    ) -> None:
+        self._names, self.prices = tuple(names), np.ones(len(pool)) if prices is None else prices
         self._answers = recorded_answers(pairs, pool)
         self._labels = np.array([pair.label for pair in pairs], dtype=np.int64)
         self._right = {name: np.full((seeds, len(pairs)), np.nan) for name in names}
         self._calls = {name: np.full((seeds, len(pairs)), np.nan) for name in names}
+        self._price = {name: np.full((seeds, len(pairs)), np.nan) for name in names}
+        self._said = np.full((seeds, len(pairs), len(pool)), np.nan)
+        self._chosen = np.zeros((seeds, len(pairs)), np.int64)
+
+    @property
+    def said(self) -> Array:
+        """Probabilities that the fits of the row `offline` gave, (S, N, K)."""
+        return self._said
+
+    @property
+    def chosen(self) -> NDArray[np.int64]:
+        """What that row asked, (S, N)."""
+        return self._chosen
 
     def play(
         self,
@@ -243,9 +274,12 @@ class _Together:
     ) -> None:
         """Judge the pairs `rows`, whose contexts are x and whose routed arms are `first`."""
         answers, offsets = self._answers.rows(rows), checkpoint.class_probabilities(x)
-        played = combined_outcomes(self._names, checkpoint, offsets, answers, self._labels[rows], first)
+        labels = self._labels[rows]
+        self._said[seed, rows], self._chosen[seed, rows] = offsets, first
+        played = combined_outcomes(self._names, checkpoint, offsets, answers, labels, first, self.prices)
         for name, outcome in played.items():
             self._right[name][seed, rows], self._calls[name][seed, rows] = outcome.right, outcome.calls
+            self._price[name][seed, rows] = outcome.price
 
     def rows(self, kept: NDArray[np.int64]) -> dict[str, Array]:
         """Right (S, N') by name on these pairs; without a policy that could not be played on all of them."""
@@ -255,6 +289,10 @@ class _Together:
     def calls(self, name: str, kept: NDArray[np.int64]) -> float:
         """Mean calls per instance."""
         return float(self._calls[name][:, kept].mean())
+
+    def price(self, name: str, kept: NDArray[np.int64]) -> float:
+        """Mean price of an instance."""
+        return float(self._price[name][:, kept].mean())
 
 
 def _assemble(
@@ -285,12 +323,20 @@ def _assemble(
         rows["uwo"] = uwo
     joint, K = together.rows(kept), float(len(pool))
     calls = {name: K if name in ("majority", "uwo") else 1.0 for name in (*rows, *routed)}
+    shares = {name: counts / max(counts.sum(), 1.0) for name, counts in asked.items()}
+    costs = together.prices
+    price = {f"single:{name}": float(costs[k]) for k, name in enumerate(pool)} | {"random": float(costs.mean())}
+    price |= {name: float(costs.sum()) for name in ("majority", "uwo")}
+    price |= {name: float(share @ costs) for name, share in shares.items()}
     return Judged(
         table=table,
         rows={**rows, **joint, **routed},
         calls=calls | {name: together.calls(name, kept) for name in joint},
-        asked={name: counts / max(counts.sum(), 1.0) for name, counts in asked.items()},
+        asked=shares,
+        said=together.said[:, kept],
+        chosen=together.chosen[:, kept],
         left_out=len(judged) - len(kept),
+        price=price | {name: together.price(name, kept) for name in joint},
     )
 
 

@@ -21,27 +21,29 @@ import torch
 from numpy.typing import NDArray
 
 from router_core.checkpoint import Checkpoint
-from router_core.combine import Multipliers, Votes
+from router_core.combine import Multipliers, Practice, Votes
 from router_core.dataset import grouped_folds, pairs_digest, pool_matrix
-from router_core.encoder.base import Backbone, Block
+from router_core.encoder.base import Backbone
 from router_core.encoder.fuse import Fuse, two_branch
 from router_core.errors import DatasetError
 from router_core.novelty import Landmarks, fit_landmarks
-from router_core.offline.calibrate import expected_calibration_error, fit_calibration, negative_log_likelihood
+from router_core.offline.calibrate import (
+    cross_calibrated,
+    expected_calibration_error,
+    fit_calibration,
+    negative_log_likelihood,
+)
 from router_core.offline.losses import bradley_terry, correctness_bce
 from router_core.offline.members import SCORE_SCALE, MembersFit, TrainConfig
 from router_core.offline.targets import score_margins, soft_targets
-from router_core.offline.tune import MAX_STREAM, Stream, choose_form, fit_hyperparameters, residual_variance
 from router_core.offline.votes import Judged, fit_votes, recorded_answers
 from router_core.prior import PriorForm
 from router_core.records import LabelledPair
-from router_core.replay.table import score_scale, tabulate
+from router_core.replay.table import score_scale
 from router_core.torch_threads import torch_threads
 
 __all__ = ["HeldOut", "TrainConfig", "fit", "pair_features", "routed_accuracy", "train"]
 
-_SMALLEST_DOMAIN = 40
-"""Pairs that a stream of `offline.tune` needs; fewer say nothing."""
 _TOLERANCE = 0.02
 """Share by which a held-out loss may exceed the lowest one and still count as equal."""
 
@@ -49,6 +51,8 @@ _TOLERANCE = 0.02
 @dataclass(frozen=True, slots=True, eq=False)
 class HeldOut:
     """What models that had not seen a pair's group predicted for it, and what was true; N pairs, K arms.
+
+    The calibration of a pair's probabilities has not seen its group either.
 
     Fields: probabilities (N, K) calibrated, bt_scores (N, K), correctness (N, K) with NaN where an RM was not asked.
     """
@@ -126,30 +130,19 @@ def _fit_checkpoint(
     bt_scores, logits = predicted[epochs - 1]
     blend = config.blend if config.lambda_bt > 0 and config.lambda_cls > 0 else 0.0
     logits = _blended(bt_scores, logits, blend)
-    calibration = fit_calibration(logits, correctness)
-    held_out = HeldOut(calibration.probabilities(logits), bt_scores, correctness)
-
     final = MembersFit(z, targets, backbone.blocks, config, seed=config.seed * 1000)
     final.advance(epochs * steps)
     fuse, heads = final.export(z)
     embeddings = heads["bt_embeddings"]
     heads["cls_weight"] = heads["cls_weight"] + np.float32(blend * SCORE_SCALE) * (embeddings - embeddings.mean(axis=0))
-    hyperparameters, replayed, of_paper = config.hyperparameters, dict[str, float](), dict[str, float]()
-    form = PriorForm.CALIBRATED if config.lambda_cls > 0 else PriorForm.PAPER
-    if config.tune and config.lambda_cls > 0:
-        data = _Labelled(pairs, pool, correctness, targets, z)
-        everything = np.arange(len(pairs))
-        streams = [_stream("in distribution", data, everything, fuse, held_out.probabilities, everything)]
-        for domain, rows in _domains(pairs):
-            scores, logits = _fit_without(data, rows, backbone.blocks, config, epochs * steps).predict(z[rows])
-            offsets = calibration.probabilities(_blended(scores, logits, blend))
-            streams.append(_stream(f"unseen {domain}", data, rows, fuse, offsets, np.setdiff1d(everything, rows)))
-        sigma2 = residual_variance(held_out.probabilities, correctness)
-        kept = [stream for stream in streams if stream is not None]
-        hyperparameters, replayed = fit_hyperparameters(sigma2, kept)
-        form, of_paper = choose_form(hyperparameters, embeddings, kept)
+    contexts = fuse.apply(z)
+    # The columns that the level reads are not trained on verdicts, so held-out pairs may have them of the final fuse.
+    c = contexts[:, fuse.features :]
+    calibration = fit_calibration(logits, correctness, c, config.level)
+    probabilities = cross_calibrated(logits, correctness, c, folds, config.level)
+    held_out = HeldOut(probabilities, bt_scores, correctness)
     scale = score_scale(pairs, pool)
-    landmarks = context_landmarks(pairs, fuse.apply(z), fuse, np.random.default_rng(config.seed))
+    landmarks = context_landmarks(pairs, contexts, fuse, np.random.default_rng(config.seed))
     learned = learned_votes(pairs, pool, held_out.probabilities, config.seed)
     checkpoint = Checkpoint(
         pool=tuple(pool),
@@ -160,8 +153,9 @@ def _fit_checkpoint(
         cls_bias=heads["cls_bias"],
         calibration_scale=calibration.scale.astype(np.float32),
         calibration_shift=calibration.shift.astype(np.float32),
-        prior_form=form,
-        hyperparameters=hyperparameters,
+        calibration_level=None if calibration.level is None else calibration.level.astype(np.float32),
+        prior_form=PriorForm.CALIBRATED if config.lambda_cls > 0 else PriorForm.PAPER,
+        hyperparameters=config.hyperparameters,
         metrics={
             "pairs": len(pairs),
             "epochs": epochs,
@@ -169,8 +163,6 @@ def _fit_checkpoint(
             "routing_accuracy_cls": routed_accuracy(held_out.probabilities, correctness),
             "negative_log_likelihood": negative_log_likelihood(held_out.probabilities, correctness),
             "expected_calibration_error": expected_calibration_error(held_out.probabilities, correctness),
-            **{f"replayed_accuracy {name}": value for name, value in replayed.items()},
-            **{f"replayed_accuracy_paper {name}": value for name, value in of_paper.items()},
         },
         data_digest=pairs_digest(pairs),
         score_shift=scale.shift.astype(np.float32),
@@ -178,18 +170,22 @@ def _fit_checkpoint(
         landmarks=landmarks,
         votes=None if learned is None else learned[0],
         multipliers=None if learned is None else learned[1],
+        practice=None if learned is None else learned[2],
     )
     return checkpoint, held_out
 
 
 def learned_votes(
     pairs: Sequence[LabelledPair], pool: Sequence[str], offsets: NDArray[np.float64], seed: int
-) -> tuple[Votes, Multipliers] | None:
+) -> tuple[Votes, Multipliers, Practice] | None:
     """`fit_votes` of these pairs as a checkpoint holds it; offsets (N, K) of fits that had not seen a pair's group."""
     labels = np.array([pair.label for pair in pairs], dtype=np.int64)
     judged = Judged(offsets, recorded_answers(pairs, pool), labels, [pair.group for pair in pairs])
     fitted = fit_votes(judged, np.random.default_rng(seed))
-    return None if fitted is None else (fitted[0].rounded(), fitted[1].rounded())
+    if fitted is None:
+        return None
+    votes, multipliers, practice = fitted
+    return votes.rounded(), multipliers.rounded(), practice.rounded()
 
 
 def context_landmarks(
@@ -204,70 +200,6 @@ def context_landmarks(
 def _blended(bt_scores: NDArray[np.float64], logits: NDArray[np.float64], blend: float) -> NDArray[np.float64]:
     blended: NDArray[np.float64] = logits + blend * (bt_scores - bt_scores.mean(axis=1, keepdims=True))
     return blended
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Labelled:
-    """The training pairs and what was made of them: correctness and targets (N, K), z (N, 2 * dim)."""
-
-    pairs: Sequence[LabelledPair]
-    pool: Sequence[str]
-    correctness: NDArray[np.float64]
-    targets: NDArray[np.float64]
-    z: NDArray[np.float32]
-
-
-def _domains(pairs: Sequence[LabelledPair]) -> list[tuple[str, NDArray[np.int64]]]:
-    """Up to four domains, the largest first, that can be left out: enough pairs inside, and enough groups outside."""
-    names = np.array([pair.domain for pair in pairs])
-    groups = np.array([pair.group for pair in pairs])
-    found = []
-    for name in np.unique(names):
-        rows = np.flatnonzero(names == name)
-        outside = len(set(groups[names != name]))
-        if name and len(rows) >= _SMALLEST_DOMAIN and outside >= _SMALLEST_DOMAIN:
-            found.append((str(name), rows))
-    return sorted(found, key=lambda item: -len(item[1]))[:4]
-
-
-def _fit_without(
-    data: _Labelled, rows: NDArray[np.int64], blocks: Sequence[Block], config: TrainConfig, steps: int
-) -> MembersFit:
-    """A fit on all pairs but these."""
-    others = np.setdiff1d(np.arange(len(data.pairs)), rows)
-    model = MembersFit(data.z[others], data.targets[others], blocks, config, seed=config.seed * 1000 + 500)
-    model.advance(steps)
-    return model
-
-
-def _stream(
-    name: str,
-    data: _Labelled,
-    rows: NDArray[np.int64],
-    fuse: Fuse,
-    offsets: NDArray[np.float64],
-    learned: NDArray[np.int64],
-) -> Stream | None:
-    """Those of the rows that every RM has judged, at most `MAX_STREAM`; None where there are too few.
-
-    Args:
-        name: of the stream.
-        data: all pairs.
-        rows: (n,) which of them.
-        fuse: from their z to contexts.
-        offsets: (n, K) of a fit that saw none of these rows.
-        learned: rows of the pairs that such a router would have learned from.
-    """
-    complete = np.flatnonzero(~np.isnan(data.correctness[rows]).any(axis=1))
-    if len(complete) < _SMALLEST_DOMAIN:
-        return None
-    kept = np.sort(np.random.default_rng(0).permutation(complete)[:MAX_STREAM])
-    chosen = rows[kept]
-    table = tabulate([data.pairs[i] for i in chosen], data.pool)
-    known = [data.pairs[i] for i in learned]
-    landmarks = context_landmarks(known, fuse.apply(data.z[learned]), fuse, np.random.default_rng(0))
-    x, width = fuse.apply(data.z[chosen]), fuse.dim - fuse.features
-    return Stream(name, table, x, offsets[kept], fuse.features, width, landmarks)
 
 
 def pair_features(pairs: Sequence[LabelledPair], backbone: Backbone) -> NDArray[np.float32]:

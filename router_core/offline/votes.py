@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.combine.answers import Answers, margins_of
-from router_core.combine.cascade import Multipliers, follow
+from router_core.combine.cascade import Multipliers, Practice
 from router_core.combine.votes import FEATURES, Votes, informed_logits, log_odds, voters_log
 from router_core.intervals import group_index
 from router_core.records import TIE, LabelledPair
@@ -30,8 +30,8 @@ FOLDS = 4
 """Folds by groups that the temperature is chosen on."""
 QUANTILES = (1 / 6, 1 / 2, 5 / 6)
 """Quantiles that stand for an arm's margins: three equally likely ones."""
-MOST_CALLS = 10
-"""Calls at most in the table of multipliers."""
+PRACTICE = 1024
+"""Pairs at most that a checkpoint keeps to find multipliers for other pools and prices."""
 _FEWEST = 40
 """Pairs without which nothing is fitted."""
 _NEWTON_STEPS = 40
@@ -72,8 +72,8 @@ def recorded_answers(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> Answ
     )
 
 
-def fit_votes(data: Judged, rng: np.random.Generator) -> tuple[Votes, Multipliers] | None:
-    """The votes, and the multiplier for each budget, from pairs whose offsets are held out.
+def fit_votes(data: Judged, rng: np.random.Generator) -> tuple[Votes, Multipliers, Practice] | None:
+    """The votes, the multiplier for each budget, and pairs to find others on; from pairs whose offsets are held out.
 
     1. Per pair `SUBSETS` subsets of the RMs that answered: half of them the first by offset, as a cascade asks, half of
        them any; their numbers are even from 1 to K.
@@ -106,8 +106,10 @@ def fit_votes(data: Judged, rng: np.random.Generator) -> tuple[Votes, Multiplier
         part = replace(blank, weights=_fit(blank, data.rows(inside), subsets[:, inside], start=weights))
         held_out += [_leads(part, data.rows(outside), asked, most) for asked in subsets[:, outside]]
     votes = replace(blank, weights=weights * _temperature(np.concatenate(held_out)))
-    first = np.where(data.answers.answered, data.offsets, -np.inf).argmax(axis=1)
-    return votes, Multipliers.of(follow(votes, data.offsets, data.answers, first, calls=MOST_CALLS))
+    practice = Practice(data.offsets, data.answers)
+    multipliers = Multipliers.practised(votes, practice, np.ones(votes.n_arms))
+    kept = np.sort(rng.permutation(len(useful))[:PRACTICE])
+    return votes, multipliers, Practice(data.offsets[kept], data.answers.rows(kept))
 
 
 def _deviations(answers: Answers) -> Array:

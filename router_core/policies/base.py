@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,9 @@ class Policy(Protocol):
     def pacer(self) -> Pacer | None:
         """Return what keeps a new run to its budget; None where the number of calls is fixed."""
 
+    def at(self, multiplier: float | None) -> Policy:
+        """Return the policy whose draws are made at this price of a call; itself where price does not matter."""
+
     def plan_for(self, view: View) -> Plan:
         """Return whom to ask about one instance."""
 
@@ -97,6 +100,10 @@ class OneCall(AskBest):
     def pacer(self) -> Pacer | None:
         """Return None: the number of calls is fixed."""
         return None
+
+    def at(self, multiplier: float | None) -> Self:
+        """Return itself: price does not matter."""
+        return self
 
     def plan_for(self, view: View) -> Plan:
         """Return itself: the plan is the same for every instance."""
@@ -115,6 +122,10 @@ class AllCalls(AskAll):
     def pacer(self) -> Pacer | None:
         """Return None: the number of calls is fixed."""
         return None
+
+    def at(self, multiplier: float | None) -> Self:
+        """Return itself: price does not matter."""
+        return self
 
     def plan_for(self, view: View) -> Plan:
         """Return itself: the plan is the same for every instance."""

@@ -6,6 +6,7 @@ everybody and asking the rest after the reply differ only in `next_arms`. Called
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.attempts import Attempt, Outcome, answers
+from router_core.attempts import ASKED, Attempt, Outcome, answers
 from router_core.policies.scale import ScoreScale
 from router_core.records import verdict_of
 
@@ -50,6 +51,8 @@ class View:
         multiplier: price of a call in units of P(right); None where price does not matter.
         max_calls: scorers that may be asked, at most.
         rng: for the draws after the first.
+        parallel: scorers that may be asked at once in the first round, 1 or 2.
+        max_rounds: rounds of asking, at most, once somebody has answered.
     """
 
     n: int
@@ -57,6 +60,8 @@ class View:
     multiplier: float | None
     max_calls: int
     rng: np.random.Generator
+    parallel: int = 1
+    max_rounds: int = sys.maxsize
 
 
 class Plan(Protocol):
@@ -65,16 +70,21 @@ class Plan(Protocol):
     def next_arms(self, order: Sequence[int], attempts: Sequence[Attempt]) -> Sequence[int]:
         """Return the arms to ask now, all at once; none when the answers are enough, or nobody is left.
 
-        An arm that cannot be asked comes back as an attempt that was `AWAY`, and the plan is asked again.
+        Arms that cannot be asked come back as attempts that were `AWAY`, and the plan is asked again, before any other
+        arm that it named is asked.
 
         Args:
             order: arms by decreasing draw, without those that the policy never asks.
             attempts: what happened so far.
         """
 
-    def chance(self, arm: int) -> float:
+    def chance(self, arm: int, attempts: Sequence[Attempt]) -> float:
         """Return the probability with which the plan named an arm when it did, given what came before; 1 for the first
         choice, whose propensity is the draw's.
+
+        Args:
+            arm: that is being asked.
+            attempts: what happened so far, with the arms that could not have been asked now.
         """
 
     def conclude(self, attempts: Sequence[Attempt], scale_of: ScaleOf) -> Given:
@@ -91,7 +101,7 @@ class Certain:
 
     __slots__ = ()
 
-    def chance(self, arm: int) -> float:
+    def chance(self, arm: int, attempts: Sequence[Attempt]) -> float:
         """Return 1."""
         return 1.0
 
@@ -122,8 +132,8 @@ class AskAll(Certain):
     __slots__ = ()
 
     def next_arms(self, order: Sequence[int], attempts: Sequence[Attempt]) -> Sequence[int]:
-        """Return every arm, by index, the first time."""
-        return () if attempts else sorted(order)
+        """Return every arm that is not known to be away, by index, until they have been asked."""
+        return () if any(one.outcome in ASKED for one in attempts) else _untried(order, attempts)
 
     def conclude(self, attempts: Sequence[Attempt], scale_of: ScaleOf) -> Given:
         """Combine the rewards of those that answered, on their scale."""
@@ -160,12 +170,14 @@ class AskRest(Certain):
     before: Sequence[Attempt]
 
     def next_arms(self, order: Sequence[int], attempts: Sequence[Attempt]) -> Sequence[int]:
-        """Return the arms that were neither asked before nor known to be away, by index, the first time."""
-        if attempts:
-            return ()
-        tried = {attempt.arm for attempt in self.before}
-        return sorted(arm for arm in order if arm not in tried)
+        """Return the arms that were neither asked before nor known to be away, by index, until they have been asked."""
+        return () if any(one.outcome in ASKED for one in attempts) else _untried(order, [*self.before, *attempts])
 
     def conclude(self, attempts: Sequence[Attempt], scale_of: ScaleOf) -> Given:
         """Raise TypeError: a shadow gives no reward."""
         raise TypeError("a shadow gives no reward: its answers go into the log")
+
+
+def _untried(order: Sequence[int], attempts: Sequence[Attempt]) -> list[int]:
+    tried = {attempt.arm for attempt in attempts}
+    return sorted(arm for arm in order if arm not in tried)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.combine import Answers, Combination, Pacer, Votes, follow, margins_of
+from router_core.combine import Answers, Combination, Pacer, follow, margins_of, surcharges
 from router_core.errors import DatasetError
+from router_core.policies import Beliefs
+from router_core.posterior import Posterior
 from router_core.records import TIE, Signal
 from router_core.replay.passes import Loop, Stage, Steps
 from router_core.replay.stream import Plan
@@ -23,10 +25,11 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Played:
-    """One pass, and its calls per instance."""
+    """One pass, and its calls and its price per instance."""
 
     trace: Pass
     calls: float
+    price: float
 
 
 def combining_pass(stage: Stage, plan: Plan, name: str, combination: Combination | None, on_step: Steps) -> Played:
@@ -42,33 +45,42 @@ def combining_pass(stage: Stage, plan: Plan, name: str, combination: Combination
         raise DatasetError(
             f"policy {name!r} needs learned votes: give a checkpoint that holds them, --train or --folds"
         )
-    loop = _CombiningLoop(stage, plan, combination.votes, combination.pacer(name))
+    loop = _CombiningLoop(stage, plan, combination, combination.pacer(name))
     while loop.step < len(plan):
         on_step(loop.advance())
-    return Played(Pass(plan.seed, plan.order, loop.correct, loop.asked), float(loop.calls.mean()))
+    return Played(
+        Pass(plan.seed, plan.order, loop.correct, loop.asked), float(loop.calls.mean()), float(loop.price.mean())
+    )
 
 
 class _CombiningLoop(Loop):
     """The loop with further arms behind the drawn one."""
 
-    def __init__(self, stage: Stage, plan: Plan, votes: Votes, pacer: Pacer | None) -> None:
+    def __init__(self, stage: Stage, plan: Plan, combination: Combination, pacer: Pacer | None) -> None:
         super().__init__(stage, plan)
         table = stage.table
         everything = np.ones(table.verdicts.shape, dtype=bool)
         self._answers = Answers(table.verdicts, everything, margins_of(table.scores), table.responses)
-        self._votes, self._pacer = votes, pacer
+        self._combination, self._pacer = combination, pacer
         self._sequences: list[list[int]] = []
-        self.calls = np.empty(len(plan))
+        self.calls, self.price = np.empty(len(plan)), np.empty(len(plan))
+
+    def _beliefs(self, x: NDArray[np.float32], offsets: Array, state: Posterior) -> Beliefs:
+        """Those of the draw: less what each arm costs beyond the cheapest."""
+        beliefs = super()._beliefs(x, offsets, state)
+        multiplier = 0.0 if self._pacer is None else self._pacer.multiplier
+        return Beliefs(beliefs.means - surcharges(self._combination.costs, multiplier), beliefs.sds)
 
     def _earned(self, begin: int, end: int) -> Array:
         stage, pairs = self._stage, self._plan.order[begin:end]
         offsets = stage.policy.beliefs(stage.x[pairs], stage.offsets[pairs], self._state).means
         multiplier = None if self._pacer is None else self._pacer.multiplier
         answers = self._answers.rows(pairs)
-        paths = follow(self._votes, offsets, answers, self.asked[begin:end], multiplier=multiplier)
+        first, costs = self.asked[begin:end], self._combination.costs
+        paths = follow(self._combination.votes, offsets, answers, first, costs, multiplier=multiplier)
         self._sequences += [[arm for arm in arms if arm >= 0] for arms in paths.arms.tolist()]
         spent = paths.spent[:, -1]
-        self.calls[begin:end] = spent
+        self.calls[begin:end], self.price[begin:end] = (paths.arms >= 0).sum(axis=1), spent
         if self._pacer is not None:
             for price in spent.tolist():
                 self._pacer = self._pacer.spent(price)

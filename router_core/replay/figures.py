@@ -30,12 +30,14 @@ class PolicySummary:
         accuracy: mean over seeds and instances.
         ci95: over groups of pairs and over seeds (`intervals.accuracy_interval`).
         calls_per_instance: RM calls.
+        price_per_instance: what they cost, in units of the cheapest RM.
         regret: mean per instance of (best arm's correctness − the policy's).
     """
 
     accuracy: float
     ci95: tuple[float, float]
     calls_per_instance: float
+    price_per_instance: float
     regret: float
 
 
@@ -47,6 +49,7 @@ def summarise(trace: Trace, table: Table) -> PolicySummary:
         accuracy,
         accuracy_interval(correct, table.groups),
         trace.calls_per_instance,
+        trace.price,
         float(table.oracle.mean()) - accuracy,
     )
 
@@ -121,6 +124,7 @@ def _row(summary: PolicySummary) -> dict[str, Any]:
         "accuracy": summary.accuracy,
         "ci95": list(summary.ci95),
         "calls_per_instance": summary.calls_per_instance,
+        "price_per_instance": summary.price_per_instance,
         "regret": summary.regret,
     }
 

@@ -177,7 +177,11 @@ class Loop:
         if stage.policy.one_arm_per_batch:
             x = x.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
             offsets, noise = offsets.mean(axis=0, keepdims=True), noise[:1]
-        return first_choice(stage.policy.beliefs(x, offsets, state), noise)
+        return first_choice(self._beliefs(x, offsets, state), noise)
+
+    def _beliefs(self, x: NDArray[np.float32], offsets: Array, state: Posterior) -> Beliefs:
+        """Return what the draws are made from."""
+        return self._stage.policy.beliefs(x, offsets, state)
 
     def _event(self, step: int) -> Event:
         """The feedback of a step as the run's log would hold it."""

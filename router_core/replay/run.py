@@ -30,7 +30,9 @@ from router_core.replay.passes import (
 )
 from router_core.replay.stream import Plan, Scenario, make_plan
 from router_core.replay.table import Table
-from router_core.replay.trace import Trace
+from router_core.replay.trace import ALL_ARMS, Pass, Trace
+
+Array = NDArray[np.float64]
 
 SHADOW = "+shadow="
 """`bayesian+shadow=0.1`: for a tenth of the instances every RM is asked, and every verdict is learned from."""
@@ -98,6 +100,7 @@ def replay(
     scenario: Scenario | None = None,
     scale: ScoreScale | None = None,
     combination: Combination | None = None,
+    prices: Array | None = None,
 ) -> dict[str, Trace]:
     """Every policy over the stream, once per seed; a seed fixes order, gaps and the noise of the draws for all of them.
 
@@ -113,6 +116,7 @@ def replay(
         scenario: what happens to the stream; by default each pair comes once, with feedback before the next draw.
         scale: of the RMs' scores, for policies that combine them; by default that of the stream's own scores.
         combination: the checkpoint's learned votes, for `stacked` and `cascade:B`.
+        prices: (K,) in units of the cheapest; None: equal.
 
     Raises:
         FeedbackError: shadowing with a signal that says nothing of the other RMs.
@@ -123,6 +127,8 @@ def replay(
     selected = [select(name, table.pool) for name in policy_names]
     _require_attributable(selected, signal)
     plans = [make_plan(table, scenario, seed) for seed in seeds]
+    combination = None if combination is None else combination.priced(prices)
+    costs = np.ones(len(table.pool)) if prices is None else prices
     tell = on_step or (lambda _: None)
     traces = {}
     for each in selected:
@@ -130,8 +136,8 @@ def replay(
             prior = priors(each.policy.prior)
             stage = Stage(table, x, prior.offsets(x), each.policy, prior, signal, scenario, settings=settings)
             played = [combining_pass(stage, plan, each.name, combination, tell) for plan in plans]
-            calls = float(np.mean([part.calls for part in played]))
-            traces[each.name] = Trace(tuple(part.trace for part in played), len(table), calls)
+            calls, price = (float(np.mean([getattr(part, of) for part in played])) for of in ("calls", "price"))
+            traces[each.name] = Trace(tuple(part.trace for part in played), len(table), calls, price)
             continue
         if isinstance(each.policy, AllCalls):
             correct = combined_correctness(table, each.policy, scale or _own_scale(table))
@@ -141,8 +147,18 @@ def replay(
             stage = Stage(table, x, prior.offsets(x), each.policy, prior, signal, scenario, each.shadow, settings)
             one_pass = online_pass if learns(each.policy) else fixed_pass
             passes = [one_pass(stage, plan, tell) for plan in plans]
-        traces[each.name] = Trace(tuple(passes), len(table), each.calls(plans, len(table.pool)))
+        calls = each.calls(plans, len(table.pool))
+        traces[each.name] = Trace(tuple(passes), len(table), calls, _price(passes, calls, costs))
     return traces
+
+
+def _price(passes: Sequence[Pass], calls: float, costs: Array) -> float:
+    """Mean price of an instance, shadows included: that of the drawn arms, and of all others where they were asked."""
+    asked = np.concatenate([part.asked for part in passes])
+    drawn = np.where(asked == ALL_ARMS, costs.sum(), costs[asked])
+    K = len(costs)
+    shadowed = (calls - 1.0) / (K - 1) if K > 1 and (asked != ALL_ARMS).all() else 0.0
+    return float((drawn + shadowed * (costs.sum() - drawn)).mean())
 
 
 def _require_attributable(selected: Sequence[Selected], signal: Signal) -> None:

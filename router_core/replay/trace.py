@@ -42,11 +42,18 @@ class Trace:
         passes: at least one; several per seed where the stream is cut into folds.
         size: N.
         calls_per_instance: RM calls.
+        price_per_instance: what they cost, in units of the cheapest RM; None: as many as the calls.
     """
 
     passes: tuple[Pass, ...]
     size: int
     calls_per_instance: float
+    price_per_instance: float | None = None
+
+    @property
+    def price(self) -> float:
+        """Mean price of an instance, in units of the cheapest RM."""
+        return self.calls_per_instance if self.price_per_instance is None else self.price_per_instance
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -90,5 +97,6 @@ def merge(parts: Sequence[tuple[NDArray[np.int64], Mapping[str, Trace]]], size: 
         passes = [replace(part, order=index[part.order]) for index, traces in parts for part in traces[name].passes]
         weights = [len(index) for index, _ in parts]
         calls = np.average([traces[name].calls_per_instance for _, traces in parts], weights=weights)
-        merged[name] = Trace(tuple(passes), size, float(calls))
+        price = np.average([traces[name].price for _, traces in parts], weights=weights)
+        merged[name] = Trace(tuple(passes), size, float(calls), float(price))
     return merged

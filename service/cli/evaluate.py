@@ -24,6 +24,7 @@ from router_core.records import LabelledPair
 from service.cli.cache import encodings_directory
 from service.cli.data import DataReader, SkipBadRows
 from service.cli.evaluate_output import print_table
+from service.cli.prices import Price, parse_prices
 from service.cli.train import parse_pool
 from service.errors import ConfigurationError
 
@@ -47,6 +48,7 @@ class Task:
         no_cls, ablations: which rows; see `offline.table.routers`.
         encodings: directory of stored encodings; None: none are stored.
         policies: rows that are wanted; none: all.
+        prices: (K,) in units of the cheapest; None: equal.
     """
 
     train: list[LabelledPair] | None
@@ -59,6 +61,7 @@ class Task:
     ablations: bool
     encodings: Path | None
     policies: tuple[str, ...] = ()
+    prices: NDArray[np.float64] | None = None
 
 
 def evaluate(
@@ -87,6 +90,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    price: Price = None,
     ablations: Annotated[
         bool, typer.Option(help="Also judge each head alone, and the fit without classification loss.")
     ] = True,
@@ -112,13 +116,13 @@ def evaluate(
     encodings = encodings_directory(cache, use=use_cache)
     wanted = parse_pool(policies) if policies else ()
     if checkpoint is not None:
-        document = _judge_checkpoint(checkpoint, train, test, pool, encodings, wanted, reader)
+        document = _judge_checkpoint(checkpoint, train, test, pool, encodings, wanted, reader, price)
     else:
         if train is None:
             raise typer.BadParameter("give FILE to learn from, or --checkpoint DIR to judge", param_hint="train")
         judged = None if test is None else reader.pairs(test)
         task = _task(reader.pairs(train), judged, pool, encoder, seeds, folds, no_cls, ablations, encodings)
-        task = dataclasses.replace(task, policies=wanted)
+        task = dataclasses.replace(task, policies=wanted, prices=parse_prices(price, task.pool))
         document = _judge_fits(task, notes)
     text = json.dumps(document, indent=1, default=str)
     if json_out is not None and str(json_out) == "-":
@@ -187,6 +191,7 @@ def _judge_fits(task: Task, notes: Console) -> dict[str, Any]:
             features,
             on_fit=lambda: progress.advance(bar),
             combined=combined,
+            prices=task.prices,
         ).only(task.policies)
     _warn_of_gaps(judged, notes)
     return {
@@ -210,6 +215,7 @@ def _judge_checkpoint(
     encodings: Path | None,
     policies: tuple[str, ...],
     reader: DataReader,
+    price: Sequence[str] | None,
 ) -> dict[str, Any]:
     if test is None:
         raise typer.BadParameter("--checkpoint is judged on --test FILE: give it", param_hint="test")
@@ -224,13 +230,14 @@ def _judge_checkpoint(
     checkpoint = Checkpoint.load(directory)
     trained_on = checkpoint.data_digest
     checkpoint = checkpoint.select_pool(parse_pool(pool) or checkpoint.pool)
+    prices = parse_prices(price, checkpoint.pool)
     notes = reader.notes
     pairs = reader.pairs(test)
     if pairs_digest(pairs) == trained_on:
         _warn(notes, "the checkpoint was trained on these very pairs: the figures say nothing of other pairs")
     with _progress(notes) as progress:
         features = _embed(pairs, load_checkpoint_backbone(checkpoint, encodings), progress)
-    judged = judge_checkpoint(checkpoint, pairs, features, checkpoint.scores, combined).only(policies)
+    judged = judge_checkpoint(checkpoint, pairs, features, checkpoint.scores, combined, prices).only(policies)
     _warn_of_gaps(judged, notes)
     return {
         **figures(judged),

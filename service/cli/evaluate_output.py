@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from service.cli.prices import cost_of
+
 UNBOUNDED = 10_000
 """Columns of a console on which everything fits."""
 
@@ -19,10 +21,12 @@ def print_table(document: Mapping[str, Any], console: Console) -> None:
     unbounded = console.options.update(width=UNBOUNDED, max_width=UNBOUNDED)
     if console.measure(wide, options=unbounded).maximum <= console.width:
         console.print(wide)
-        return
-    console.print(_policy_table(document, {}))
-    if subsets:
-        console.print(_subset_table(document))
+    else:
+        console.print(_policy_table(document, {}))
+        if subsets:
+            console.print(_subset_table(document))
+    if document["calibration"]:
+        console.print(_calibration_table(document["calibration"]))
 
 
 def _policy_table(document: Mapping[str, Any], subsets: Mapping[str, Any]) -> Table:
@@ -57,7 +61,7 @@ def _cells(name: str, row: Mapping[str, Any], over_best: Mapping[str, Any]) -> t
     below, above = over_best["ci95"]
     over = "" if below == above == 0 else f"{over_best['difference']:+.3f} ({below:+.3f} … {above:+.3f})"
     shown = f"[bold]{name}[/]" if name == "offline" else name
-    return shown, f"{row['calls_per_instance']:.3g}", f"{row['accuracy']:.3f}", f"{low:.3f} – {high:.3f}", over
+    return shown, cost_of(row), f"{row['accuracy']:.3f}", f"{low:.3f} – {high:.3f}", over
 
 
 def _subset_cells(subsets: Mapping[str, Any], name: str) -> list[str]:
@@ -75,4 +79,17 @@ def _subset_table(document: Mapping[str, Any]) -> Table:
         accuracies = [f"{part['policies'][policy]['accuracy']:.3f}" for policy in shown]
         best = f"{part['best_single']['accuracy']:.3f}"
         table.add_row(name, str(part["n"]), best, *accuracies, f"{part['oracle']:.3f}")
+    return table
+
+
+def _calibration_table(calibration: Mapping[str, Any]) -> Table:
+    """One domain a row: what `offline` promised for the RM that it asked, what that RM earned, and the fit of all."""
+    table = Table(title="calibration of `offline`, on pairs that it has not seen")
+    table.add_column("domain")
+    for column in ("n", "said", "right", "bias per RM", "log-likelihood", "ECE"):
+        table.add_column(column, justify="right")
+    for name, part in calibration.items():
+        figures = (part["said"], part["right"], part["bias"], -part["negative_log_likelihood"])
+        shown = [f"{value:.3f}" for value in (*figures, part["expected_calibration_error"])]
+        table.add_row(name or "all", str(part["n"]), *shown)
     return table

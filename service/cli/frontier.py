@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -20,6 +18,7 @@ from router_core.encoder.registry import load_backbone
 from router_core.replay.table import complete_pairs
 from service.cli.cache import encodings_directory
 from service.cli.data import DataReader, SkipBadRows
+from service.cli.prices import Price, parse_prices
 from service.cli.train import parse_pool
 from service.errors import ConfigurationError
 
@@ -31,10 +30,7 @@ def frontier(
     budgets: Annotated[
         str, typer.Option(help="Mean prices per instance, comma-separated, in units of the cheapest RM.")
     ] = "1.2,1.5,2,2.5,3,4",
-    prices: Annotated[
-        str | None,
-        typer.Option(help="NAME=PRICE, comma-separated, in any unit; the others cost 1.", show_default=False),
-    ] = None,
+    price: Price = None,
     seeds: Annotated[int, typer.Option(min=1, help="Fits per fold; figures are their means.")] = 1,
     folds: Annotated[int, typer.Option(min=2, help="Grouped folds.")] = 5,
     cache: Annotated[
@@ -68,7 +64,7 @@ def frontier(
     pairs = [everything[i] for i in kept]
     if missing:
         notes.print(f"[yellow]note[/] {len(everything) - len(pairs)} pairs were left out: an RM was not asked")
-    wanted, costs = parse_budgets(budgets), parse_prices(prices, names)
+    wanted, costs = parse_budgets(budgets), parse_prices(price, names)
     backbone = load_backbone(encoder, encodings_directory(cache, use=use_cache))
     splits = {seed: grouped_folds(pairs, folds, np.random.default_rng(seed)) for seed in range(seeds)}
     with Progress(console=notes) as progress:
@@ -111,25 +107,6 @@ def parse_budgets(text: str) -> list[float]:
     if not budgets or not all(1.0 < budget < np.inf for budget in budgets):
         raise typer.BadParameter(f"{text!r}: give numbers above 1, for example 1.5,2,3", param_hint="budgets")
     return budgets
-
-
-def parse_prices(text: str | None, names: Sequence[str]) -> NDArray[np.float64]:
-    """(K,) prices in units of the cheapest; an RM that is not named costs 1 before that."""
-    prices = dict.fromkeys(names, 1.0)
-    for part in parse_pool(text):
-        name, _, value = part.rpartition("=")
-        try:
-            price = float(value)
-        except ValueError:
-            price = np.nan
-        if name not in prices or not 0.0 < price < np.inf:
-            raise typer.BadParameter(
-                f"{part!r}: give NAME=PRICE with a positive price and one of {', '.join(names)}", param_hint="prices"
-            )
-        prices[name] = price
-    values = np.array([prices[name] for name in names])
-    relative: NDArray[np.float64] = values / values.min()
-    return relative
 
 
 def _table(document: dict[str, Any]) -> Table:

@@ -37,6 +37,7 @@ from router_core.replay import replay as replay_in_process
 from router_core.replay.plot import plot_curves
 from service.cli.cache import encodings_directory
 from service.cli.data import DataReader, SkipBadRows
+from service.cli.prices import Price, parse_prices
 from service.cli.replay_http import replay_over_http
 from service.cli.replay_output import curves_json, describe, gaps_sentence, headline, publish
 from service.cli.replay_parts import Options, Part, choose_parts, streamed
@@ -62,6 +63,7 @@ def replay(
             "sets the prior; `bayesian+shadow=0.1` asks every RM for that share and learns from all."
         ),
     ] = DEFAULT_POLICIES,
+    price: Price = None,
     signal: Annotated[
         Signal,
         typer.Option(help="Feedback: preference, reward (was the asked RM right), or loss (a simulated DPO loss)."),
@@ -142,7 +144,7 @@ def replay(
     names = parse_pool(pool) or (pool_names(pairs) if loaded is None else loaded.pool)
     complete, gaps = complete_pairs(pairs, names)
     scored = all(name in pairs[i].scores for i in complete for name in names)
-    job = Job(policy_names(policies, names, scored=scored), range(seeds), signal, scenario)
+    job = Job(policy_names(policies, names, scored=scored), range(seeds), signal, scenario, parse_prices(price, names))
     if not scored and "all" in parse_pool(policies):
         notes.print("[yellow]note[/] no `uwo`: it combines scores, and the data hold verdicts without scores")
     if gaps:
@@ -180,12 +182,13 @@ def replay(
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is replayed: policies, seeds, kind of feedback, what happens to the stream."""
+    """What is replayed: policies, seeds, kind of feedback, what happens to the stream, prices (K,)."""
 
     policies: Sequence[str]
     seeds: Sequence[int]
     signal: Signal
     scenario: Scenario
+    prices: NDArray[np.float64]
 
     def steps(self, pairs: int) -> int:
         """Instances over all passes: for the progress bar."""
@@ -245,6 +248,7 @@ def _in_process(
                 scenario=job.scenario,
                 scale=part.scale,
                 combination=part.combination,
+                prices=job.prices,
             )
             merged.append((rows, traces))
     return table, merge(merged, len(table))

@@ -14,6 +14,7 @@ from rich.table import Table as RichTable
 
 from router_core.records import Signal
 from router_core.replay import Curve, Scenario
+from service.cli.prices import cost_of
 from service.cli.replay_parts import Options
 
 _WIDTH = 120
@@ -105,7 +106,7 @@ def print_report(figures: Mapping[str, Any], console: Console | None = None) -> 
             f"{low:.3f} – {high:.3f}",
             f"{figures['last_third'][name]:.3f}",
             "{:+.3f} ({:+.3f} … {:+.3f})".format(over["difference"], *over["ci95"]),
-            f"{row['calls_per_instance']:.3g}",
+            cost_of(row),
             f"{row['regret']:.3f}",
         )
     best, oracle = figures["best_single"], figures["oracle"]

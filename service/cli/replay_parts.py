@@ -35,7 +35,7 @@ from router_core.replay import (
 )
 from service.cli.serve import read_settings
 from service.errors import ConfigurationError
-from service.wiring import build_prior
+from service.priors import build_prior
 
 Index = NDArray[np.int64]
 

@@ -204,7 +204,7 @@ def _fit_frozen(
             progress.update(task, completed=done, total=of, visible=True)
 
         backbone = _load(encoder, encodings, device, embedded)
-        config = TrainConfig(**losses, tune=True)
+        config = TrainConfig(**losses)
         checkpoint, held_out = fit(pairs, names, backbone, config)
     checkpoint.save(out)
     _describe(out, checkpoint, pairs, held_out, config)

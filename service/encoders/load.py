@@ -1,6 +1,6 @@
 """From the setting `vllm:URL` and a checkpoint to a `RemoteEncoder` that gives the contexts of the checkpoint's own.
 
-Knows settings' words, files and the classes of this package. `service.wiring` calls it.
+Knows settings' words, files and the classes of this package. `service.gateway` calls it.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def load_remote_encoder(
             model=model,
             timeout_seconds=options.timeout_seconds,
             api_key=options.api_key,
-        )
+        ),
+        min(reading.references.ids, key=len),
     )
     policy = HealthPolicy(options.health_interval_seconds, options.timeout_seconds)
     monitor = ServerMonitor(client, reading, policy, np.random.default_rng(options.seed))

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from service.encoders.client import StateClient
 from service.encoders.reading import Reading
 from service.encoders.wire import EMBEDDINGS_PATH, WireError
+from service.scorers.transport.exchange import RETRIED_STATUSES
 from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
-from service.scorers.transport.replica import RETRIED_STATUSES, Replica
+from service.scorers.transport.replica import Replica
 from service.scorers.wire import MODELS_PATH, ModelList, error_message
 
 RELATIVE_TOLERANCE: Final = 0.08

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.records import Instance
-from service.errors import ServiceError
+from service.errors import ServiceError, ValidationError
 
 
 class EncoderUnavailableError(ServiceError):
@@ -22,6 +22,16 @@ class EncoderUnavailableError(ServiceError):
 
     status = 503
     code = "encoder_unavailable"
+
+
+class EncoderInputError(ValidationError):
+    """The encoder fails on some instances, and answers others.
+
+    Attributes:
+        places: those instances, by their place in what was to be encoded.
+    """
+
+    places: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +81,7 @@ class AwaitedEncoder(ABC):
 
         Raises:
             EncoderUnavailableError: no server gave a usable answer in time.
-            RouterCoreError: an instance cannot be encoded, or the states hold NaN or infinity.
+            EncoderInputError: some instances cannot be encoded; the others can.
         """
 
     @property

@@ -1,7 +1,7 @@
 """How an exported transformer reads texts, without its weights and without torch: chat template, tokenizer, cutting.
 
 Knows the directory that `router_core.encoder.export` writes; knows no server. `Reading.load` checks itself: it must
-give the very token ids that transformers gave when the directory was written. `service.wiring` loads one,
+give the very token ids that transformers gave when the directory was written. `service.gateway` loads one,
 `router_core.encoder.split.SplitEncoder` and `service.encoders.probe` use it.
 """
 

@@ -2,7 +2,7 @@
 
 Gathers requests into micro-batches. Each goes through three stages of its own (read in a thread, ask the server, fuse
 in a thread), and up to `lanes` of them are under way at once: a batch waits for no stage of another, a lone request is
-sent at once, and under load what waits for a lane becomes one larger request. `service.wiring` builds it, the chooser
+sent at once, and under load what waits for a lane becomes one larger request. `service.gateway` builds it, the chooser
 awaits it. Knows no runs and no posteriors.
 """
 
@@ -21,10 +21,13 @@ from numpy.typing import NDArray
 from router_core.encoder.split import SplitEncoder
 from router_core.errors import RouterCoreError
 from router_core.records import Instance
-from service.encoders.client import StateClient
+from service.encoders.client import StateClient, SuspectTextsError
 from service.encoders.health import ServerMonitor
-from service.encoders.protocol import AwaitedEncoder, Encoded, ServerStatus
+from service.encoders.protocol import AwaitedEncoder, Encoded, EncoderInputError, ServerStatus
 from service.scorers.transport.breaker import BreakerState
+
+Rows = NDArray[np.float32] | Sequence[NDArray[np.float32] | EncoderInputError]
+"""Per instance its context (d,), or why it has none."""
 
 LANES: Final = 8
 """Micro-batches under way at once for each server."""
@@ -153,26 +156,13 @@ class RemoteEncoder(AwaitedEncoder):
 
     async def _run(self, batch: list[_Waiting]) -> None:
         """One micro-batch through its stages; every waiting request is told what came of it."""
-        loop = asyncio.get_running_loop()
+        instances = [one for waiting in batch for one in waiting.instances]
         try:
-            prepared = await loop.run_in_executor(
-                self._executor, self._split.prepare, [one for waiting in batch for one in waiting.instances]
-            )
-            self._observe_batch(len(prepared.ids))
-            deadline = loop.time() + self._client.config.timeout_seconds
-            states = await self._client.states(prepared.ids, deadline=deadline)
-            x = await loop.run_in_executor(self._executor, self._split.finish, prepared, states)
+            rows = await self._rows(instances)
         except asyncio.CancelledError:
             for waiting in batch:
                 waiting.future.cancel()
             raise
-        except RouterCoreError as error:
-            # One text that cannot be read must not spoil the others: each is tried by itself.
-            if len(batch) > 1:
-                await asyncio.gather(*(self._run([waiting]) for waiting in batch))
-            elif not batch[0].future.done():
-                batch[0].future.set_exception(error)
-            return
         except Exception as error:  # noqa: BLE001 - every waiting request is told; nothing is swallowed
             for waiting in batch:
                 if not waiting.future.done():
@@ -180,7 +170,50 @@ class RemoteEncoder(AwaitedEncoder):
             return
         position = 0
         for waiting in batch:
-            rows = slice(position, position + len(waiting.instances))
-            position = rows.stop
-            if not waiting.future.done():
-                waiting.future.set_result(x[rows])
+            part = rows[position : position + len(waiting.instances)]
+            position += len(waiting.instances)
+            if waiting.future.done():
+                continue
+            errors = {place: row for place, row in enumerate(part) if isinstance(row, EncoderInputError)}
+            if errors:
+                told = EncoderInputError(next(iter(errors.values())).message)
+                told.places = frozenset(errors)
+                waiting.future.set_exception(told)
+            else:
+                waiting.future.set_result(np.asarray(part))
+
+    async def _rows(self, instances: Sequence[Instance]) -> Rows:
+        """The context of each instance, or its error. A part that fails is divided until the culprits stand alone."""
+        alone = len(instances) == 1
+        try:
+            return await self._encoded(instances, alone=alone)
+        except EncoderInputError as error:
+            return [error]
+        except RouterCoreError as error:
+            if alone:
+                return [EncoderInputError(str(error))]
+            sizes = 2
+        except SuspectTextsError as error:
+            # Each half of what ended one server would end another.
+            sizes = len(instances) if error.crashed else 2
+        step = -(-len(instances) // sizes)
+        rows: list[NDArray[np.float32] | EncoderInputError] = []
+        for start in range(0, len(instances), step):
+            rows.extend(await self._rows(instances[start : start + step]))
+        return rows
+
+    async def _encoded(self, instances: Sequence[Instance], *, alone: bool) -> NDArray[np.float32]:
+        """x (B, d) of the instances."""
+        loop = asyncio.get_running_loop()
+        prepared = await loop.run_in_executor(self._executor, self._split.prepare, instances)
+        self._observe_batch(len(prepared.ids))
+        deadline = loop.time() + self._client.config.timeout_seconds
+        try:
+            states = await self._client.states(prepared.ids, deadline=deadline, alone=alone)
+        except SuspectTextsError as error:
+            if error.crashed:
+                ids = iter(prepared.ids)
+                for instance in instances:
+                    self._client.doubt([next(ids) for _ in instance.responses])
+            raise
+        return await loop.run_in_executor(self._executor, self._split.finish, prepared, states)

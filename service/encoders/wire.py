@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from service.scorers.transport.exchange import UnusableAnswerError
 from service.scorers.wire import Usage
 
 EMBEDDINGS_PATH: Final = "/v1/embeddings"
@@ -58,7 +59,7 @@ class EmbeddingsReply(msgspec.Struct):
     usage: Usage
 
 
-class WireError(Exception):
+class WireError(UnusableAnswerError):
     """An answer is not what `/v1/embeddings` promises; the message says how."""
 
 

@@ -1,16 +1,18 @@
 """The routes that RLHF trainers call as they are: read their words, call the use case, answer in their words.
 
+`service.trainers.protocols` has a record per trainer; nothing here knows one of them.
+
 Every sample is one instance with one response; what keeps those of one prompt with one reward model is
 `usecases.sticky`. A sample without a reward makes the whole request an error, because these protocols have no word
 for it: 503 for what may be tried again, 4xx for what may not. `…/feedback` behind each path takes the same body and a
-value per sample, and names the decisions by their content. Built by `service.wiring`, served by `handlers.hot`.
+value per sample, and names the decisions by their content. Built by `service.gateway`, served by `handlers.hot`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -20,8 +22,8 @@ from service.handlers.body import parse_body
 from service.handlers.hot import QueryHandler, error_item
 from service.schemas import FeedbackBatchReply, FeedbackReply, FeedbackRequest, RewardReply, RewardRequest
 from service.telemetry import Telemetry
-from service.trainers import llamafactory, openrlhf, slime
-from service.trainers.shim import Sample, ScoredSample, ShimOptions
+from service.trainers.protocols import PROTOCOLS
+from service.trainers.shim import Sample, ScoredSample, ShimOptions, UrlProtocol
 from service.trainers.templated import UNKNOWN, Templates
 from service.usecases.learn import FeedbackService
 from service.usecases.score import RewardService
@@ -40,8 +42,6 @@ LOGGED_RUNS = 1024
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-RequestT = TypeVar("RequestT")
-SamplesT = TypeVar("SamplesT", Sample, list[Sample])
 
 
 class _Values(msgspec.Struct):
@@ -126,33 +126,59 @@ class TrainerRoutes:
         self._index = {name: k for k, name in enumerate(self._pool)}
         self._patience_seconds = patience_seconds
         self._texts = texts
-        self._openrlhf = msgspec.json.Decoder(openrlhf.OpenRlhfRequest)
-        self._llamafactory = msgspec.json.Decoder(llamafactory.LlamaFactoryRequest)
-        self._slime = msgspec.json.Decoder(slime.SlimeRequest)
-        self._values = msgspec.json.Decoder(_Values)
-        self._value = msgspec.json.Decoder(_Value)
 
     def routes(self) -> dict[str, QueryHandler]:
-        """Handlers by path."""
-        return {
-            "/get_reward": self.get_reward,
-            "/get_reward/feedback": self.get_reward_feedback,
-            "/v1/score/evaluation": self.score_evaluation,
-            "/v1/score/evaluation/feedback": self.score_evaluation_feedback,
-            "/remote_rm": self.remote_rm,
-            "/remote_rm/feedback": self.remote_rm_feedback,
-        }
+        """Return handlers by path."""
+        found: dict[str, QueryHandler] = {}
+        for protocol in PROTOCOLS:
+            decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(protocol.request)
+            found[protocol.path] = self._rewards_of(protocol, decoder)
+            found[protocol.path + "/feedback"] = self._feedback_of(protocol, decoder)
+        return found
 
-    async def get_reward(self, body: bytes, /, *, query: bytes) -> Any:
-        """OpenRLHF."""
-        options, request = _options(query), parse_body(self._openrlhf, body)
-        samples = self._read(openrlhf.read, request, options)
-        return openrlhf.write(await self._score(samples, options), self._pool)
+    def _rewards_of(self, protocol: UrlProtocol, decoder: msgspec.json.Decoder[Any]) -> QueryHandler:
+        score = self._score_patiently if protocol.patient else self._score
 
-    async def score_evaluation(self, body: bytes, /, *, query: bytes) -> Any:
-        """LLaMA-Factory: as its client does not try again, this does."""
-        options, request = _options(query), parse_body(self._llamafactory, body)
-        samples = self._read(llamafactory.read, request, options)
+        async def rewards(body: bytes, /, *, query: bytes) -> Any:
+            options, request = _options(query), parse_body(decoder, body)
+            samples = self._read(protocol, request, options)
+            return protocol.write(await score(samples, options), self._pool, options)
+
+        return rewards
+
+    def _feedback_of(self, protocol: UrlProtocol, decoder: msgspec.json.Decoder[Any]) -> QueryHandler:
+        value_of = msgspec.json.Decoder(_Value)
+        values_of = msgspec.json.Decoder(_Values)
+
+        async def one(body: bytes, /, *, query: bytes) -> FeedbackReply:
+            options, request = _options(query), parse_body(decoder, body)
+            (sample,) = self._read(protocol, request, options)
+            value = parse_body(value_of, body)
+            given = _feedback(sample, value.reward, value.loss, value.preferred, run=options.run)
+            return await self._feedback.accept(given)
+
+        async def many(body: bytes, /, *, query: bytes) -> FeedbackBatchReply:
+            options, request = _options(query), parse_body(decoder, body)
+            return await self._accept(self._read(protocol, request, options), parse_body(values_of, body), options)
+
+        return one if protocol.single else many
+
+    def _read(self, protocol: UrlProtocol, request: object, options: ShimOptions) -> list[Sample]:
+        """Return what a request holds.
+
+        Raises:
+            ValidationError: in the protocol's words; or a chat template is not known, and such texts are refused.
+        """
+        try:
+            found = protocol.read(request, options, self._texts.templates)
+        except ValueError as error:
+            raise ValidationError(str(error)) from error
+        for index, sample in enumerate(found):
+            self._texts.admit(sample, index)
+        return found
+
+    async def _score_patiently(self, samples: Sequence[Sample], options: ShimOptions) -> list[ScoredSample]:
+        """Score for a client that does not try again: what has no reward is tried again for as long as is set."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._patience_seconds
         scored: dict[int, ScoredSample] = {}
@@ -167,55 +193,10 @@ class TrainerRoutes:
                 scored |= {i: o for i, o in zip(missing, outcomes, strict=True) if isinstance(o, ScoredSample)}
             worst = _worst(outcomes)
             if worst is None:
-                return llamafactory.write([scored[index] for index in range(len(samples))])
+                return [scored[index] for index in range(len(samples))]
             if not _may_be_retried(worst) or loop.time() + PAUSE_SECONDS > deadline:
                 raise worst
             await asyncio.sleep(PAUSE_SECONDS)
-
-    async def remote_rm(self, body: bytes, /, *, query: bytes) -> Any:
-        """slime."""
-        options, request = _options(query), parse_body(self._slime, body)
-        sample = self._read(slime.read, request, options)
-        (scored,) = await self._score([sample], options)
-        return slime.write(scored, options.reward_key)
-
-    async def get_reward_feedback(self, body: bytes, /, *, query: bytes) -> Any:
-        """Feedback on what `/get_reward` scored."""
-        options, request = _options(query), parse_body(self._openrlhf, body)
-        samples = self._read(openrlhf.read, request, options)
-        return await self._accept(samples, parse_body(self._values, body), options)
-
-    async def score_evaluation_feedback(self, body: bytes, /, *, query: bytes) -> Any:
-        """Feedback on what `/v1/score/evaluation` scored."""
-        options, request = _options(query), parse_body(self._llamafactory, body)
-        return await self._accept(
-            self._read(llamafactory.read, request, options), parse_body(self._values, body), options
-        )
-
-    async def remote_rm_feedback(self, body: bytes, /, *, query: bytes) -> FeedbackReply:
-        """Feedback on what `/remote_rm` scored."""
-        options, request = _options(query), parse_body(self._slime, body)
-        sample = self._read(slime.read, request, options)
-        value = parse_body(self._value, body)
-        return await self._feedback.accept(
-            _feedback(sample, value.reward, value.loss, value.preferred, run=options.run)
-        )
-
-    def _read(
-        self, read: Callable[[RequestT, str, Templates], SamplesT], request: RequestT, options: ShimOptions
-    ) -> SamplesT:
-        """What the wire format reads.
-
-        Raises:
-            ValidationError: in its words; or a chat template is not known, and such texts are refused.
-        """
-        try:
-            found = read(request, options.text, self._texts.templates)
-        except ValueError as error:
-            raise ValidationError(str(error)) from error
-        for index, sample in enumerate([found] if isinstance(found, Sample) else found):
-            self._texts.admit(sample, index)
-        return found
 
     async def _score(self, samples: Sequence[Sample], options: ShimOptions) -> list[ScoredSample]:
         """All of them, or the error of one: a final one where there is one, because trying again is no use then."""
@@ -227,7 +208,7 @@ class TrainerRoutes:
 
     async def _outcomes(self, samples: Sequence[Sample], options: ShimOptions) -> list[ScoredSample | ServiceError]:
         """What became of each, in order."""
-        requests = [RewardRequest(sample.prompt, [sample.response]) for sample in samples]
+        requests = [RewardRequest(sample.prompt, [sample.response], reference=sample.reference) for sample in samples]
         results = await self._scorer.score_many(
             requests, run=options.run, policy=options.policy, normalize=options.normalize
         )

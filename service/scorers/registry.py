@@ -1,6 +1,6 @@
 """Kinds of scorers: what the pool file calls them, and what makes one. A new kind is a room here and a line in `KINDS`.
 
-Called by `service.wiring` and by tools that ask a pool.
+Called by `service.gateway` and by tools that ask a pool.
 """
 
 from __future__ import annotations

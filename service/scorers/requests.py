@@ -3,8 +3,11 @@
 A failure that the input may have caused is examined (`Replica.examine`). If the replica is well, a request about
 several instances ends with `SuspectError`, and `in_halves` divides it; one about a single instance is asked once more,
 elsewhere if possible, and then the failure is that instance's error. If the replica is not well, the breaker counts and
-the next replica is asked. What is said and understood is a `Dialogue`, one per kind. Called by the kinds' clients;
-knows no kind.
+the next replica is asked. The instances of a request that a worker ended with are asked once more, each alone and none
+beside another, so that an instance with which a second worker ends is known to be the cause. Such instances are
+remembered for a while (`Culprits`), and neither searched for again nor sent to further workers.
+
+What is said and understood is a `Dialogue`, one per kind. Called by the kinds' clients; knows no kind.
 """
 
 from __future__ import annotations
@@ -26,24 +29,19 @@ from service.scorers.protocol import (
     WorkerTimeoutError,
     WorkerUnavailableError,
 )
-from service.scorers.transport.http import (
-    ConnectError,
-    ConnectionDroppedError,
-    DeadlineError,
-    HttpError,
-    ResponseTooLargeError,
-)
-from service.scorers.transport.replica import (
+from service.scorers.transport.culprits import Culprits, digest_of
+from service.scorers.transport.exchange import (
     ATTEMPT_SHARE,
     CLOCK_SLACK_SECONDS,
-    FAULTY_STATUSES,
-    RETRIED_STATUSES,
-    Replica,
+    CONFIRMATIONS,
+    FailedError,
+    RefusedError,
+    UnusableAnswerError,
+    attempt,
 )
+from service.scorers.transport.http import HttpError
+from service.scorers.transport.replica import Replica
 from service.scorers.wire import error_message
-
-CONFIRMATIONS: Final = 2
-"""Failures of an instance alone, at replicas that are well, that make it the instance's error."""
 
 WHOLESALE_STATUSES: Final = frozenset({401, 403, 405, 501})
 """Refusals of whoever asks or of the endpoint, not of an input: asking in halves would only repeat them."""
@@ -56,12 +54,14 @@ Asked = TypeVar("Asked")
 Made = TypeVar("Made")
 
 
-class AnswerError(Exception):
+class AnswerError(UnusableAnswerError):
     """The body does not hold what was asked for; the message says why, without addresses."""
 
 
 class AnswerShapeError(AnswerError):
     """The answer has another shape than was asked for: no input makes a scorer do that."""
+
+    replicas_fault = True
 
 
 class Monitor(Protocol):
@@ -136,16 +136,14 @@ class RequestLimits:
 
 
 class SuspectError(Exception):
-    """A request about several instances failed at a replica that is well: one of them may have caused it."""
+    """A request about several instances failed at a replica that is well: one of them may have caused it.
 
+    `crashed`: replicas ended with it instead.
+    """
 
-class _FailedError(Exception):
-    """One attempt failed; `blamed` says that the breaker knows, `unreadable` that the answer was no answer."""
-
-    def __init__(self, reason: str, *, blamed: bool, unreadable: bool = False) -> None:
-        super().__init__(reason)
-        self.blamed = blamed
-        self.unreadable = unreadable
+    def __init__(self, *, crashed: bool = False) -> None:
+        super().__init__()
+        self.crashed = crashed
 
 
 @dataclass(slots=True)
@@ -156,6 +154,9 @@ class _History:
     reasons: list[str] = field(default_factory=list)
     unreadable: int = 0
     suspicions: int = 0
+    crashes: int = 0
+    over: bool = False
+    """No further attempt: no replica is left, or no time."""
 
 
 class Requester:
@@ -164,9 +165,10 @@ class Requester:
     Args:
         limits: of the scorer.
         replicas: equal servers.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, limits: RequestLimits, replicas: Sequence[Replica]) -> None:
+    def __init__(self, limits: RequestLimits, replicas: Sequence[Replica], clock: Callable[[], float]) -> None:
         self._limits = limits
         self._replicas = tuple(replicas)
         rate = limits.requests_per_minute
@@ -174,6 +176,22 @@ class Requester:
         burst = 1.0 if rate is None else max(rate / 10.0, 1.0)
         self._limiter = None if rate is None else AsyncLimiter(burst, 60.0 * burst / rate)
         self._turn = 0
+        self._culprits = Culprits(clock)
+        self._crash_lane = asyncio.Lock()
+        """Held by the one request under way that a replica has ended with."""
+
+    def known(self, content: Sequence[object]) -> WorkerInputError | None:
+        """Return the error of an instance that the scorer failed on a while ago, and which is not asked again yet."""
+        sentence = self._culprits.sentence(digest_of(content)) if self._culprits else None
+        return None if sentence is None else self._input_error(sentence)
+
+    def doubted(self, content: Sequence[object]) -> bool:
+        """Return True if a replica has ended with this content, so that it had better be asked alone."""
+        return bool(self._culprits) and self._culprits.doubted(digest_of(content))
+
+    def doubt(self, content: Sequence[object]) -> None:
+        """Note that a replica has ended with this content of one instance, and others'."""
+        self._culprits.doubt(digest_of(content))
 
     @property
     def has_room(self) -> bool:
@@ -181,14 +199,20 @@ class Requester:
         return self._limiter is None or self._limiter.has_capacity()
 
     async def ask(
-        self, dialogue: Dialogue[Answered], body: bytes, count: int, deadline: float, *, alone: bool
+        self,
+        dialogue: Dialogue[Answered],
+        body: bytes,
+        content: Sequence[object],
+        deadline: float,
+        *,
+        alone: bool,
     ) -> Answered:
         """Return the answer to one request.
 
         Args:
             dialogue: reads it.
             body: the request's.
-            count: items in the body.
+            content: what is asked about, item by item.
             deadline: absolute `loop.time()`.
             alone: all items are of one instance.
 
@@ -198,38 +222,71 @@ class Requester:
         """
         loop = asyncio.get_running_loop()
         history = _History()
-        if loop.time() >= deadline or not await self._admitted(deadline):
+        if loop.time() >= deadline:
             raise self._no_answer(True, history)
-        while (picked := self._next(history)) is not None:
-            replica, permit = picked
-            history.tried.append(replica)
-            until = self._attempt_deadline(loop.time(), deadline, last=self._is_last(history.tried))
-            try:
-                answer = await self._attempt(replica, permit, dialogue, body, count, until)
-            except _FailedError as failure:
-                if await self._explained(failure, replica, history, deadline, alone=alone):
-                    break
-            else:
-                return answer
+        if alone and self._culprits:
+            if (known := self.known(content)) is not None:
+                raise known
+            history.crashes = int(self.doubted(content))
+        try:
+            while not history.over:
+                if history.crashes:
+                    async with asyncio.timeout_at(deadline), self._crash_lane:
+                        told = await self._once(dialogue, body, len(content), history, deadline)
+                else:
+                    told = await self._once(dialogue, body, len(content), history, deadline)
+                if told is not None:
+                    if alone and history.crashes:
+                        self._culprits.clear(digest_of(content))
+                    return told
+                self._judge(history, content, alone=alone)
+        except TimeoutError:
+            raise self._no_answer(True, history) from None
         raise self._no_answer(loop.time() >= deadline - CLOCK_SLACK_SECONDS, history)
 
-    async def _explained(
-        self, failure: _FailedError, replica: Replica, history: _History, deadline: float, *, alone: bool
-    ) -> bool:
-        """Note a failed attempt. Returns whether the time is over.
+    async def _once(
+        self, dialogue: Dialogue[Answered], body: bytes, count: int, history: _History, deadline: float
+    ) -> Answered | None:
+        """Ask the next replica. Returns None after a failure, which stands in the history then.
 
         Raises:
-            SuspectError, WorkerInputError: the input caused it, or may have.
+            WorkerRejectedError: a final refusal.
         """
-        history.reasons.append(self._where(replica, str(failure)))
-        history.unreadable += failure.unreadable
-        if not failure.blamed:
-            if not alone:
-                raise SuspectError
-            history.suspicions += 1
-            if history.suspicions >= CONFIRMATIONS:
-                raise self._input_error(history)
-        return asyncio.get_running_loop().time() >= deadline - CLOCK_SLACK_SECONDS
+        loop = asyncio.get_running_loop()
+        picked = self._next(history) if await self._admitted(deadline) else None
+        if picked is None:
+            history.over = True
+            return None
+        replica, permit = picked
+        history.tried.append(replica)
+        until = self._attempt_deadline(loop.time(), deadline, last=self._is_last(history.tried))
+        try:
+            return await self._attempt(replica, permit, dialogue, body, count, until)
+        except FailedError as failure:
+            history.reasons.append(self._where(replica, str(failure)))
+            history.unreadable += failure.unreadable
+            history.crashes += failure.crashed
+            history.suspicions += not failure.blamed
+        history.over = loop.time() >= deadline - CLOCK_SLACK_SECONDS
+        return None
+
+    def _judge(self, history: _History, content: Sequence[object], *, alone: bool) -> None:
+        """Charge the failures so far to the input, if they are its fault, or may be.
+
+        Raises:
+            SuspectError, WorkerInputError: they are.
+        """
+        if alone:
+            if max(history.suspicions, history.crashes) >= CONFIRMATIONS:
+                sentence = "; ".join(dict.fromkeys(history.reasons))
+                self._culprits.convict(digest_of(content), sentence)
+                raise self._input_error(sentence)
+            if history.crashes and history.over:
+                self.doubt(content)
+        elif history.suspicions:
+            raise SuspectError
+        elif history.crashes:
+            raise SuspectError(crashed=True)
 
     async def _admitted(self, deadline: float) -> bool:
         """Wait for a place among the minute's requests; return False if there is none before the deadline."""
@@ -249,57 +306,22 @@ class Requester:
 
         Raises:
             WorkerRejectedError: a final refusal.
-            _FailedError: no answer, for any other reason.
+            FailedError: no answer, for any other reason.
         """
-        number = replica.begin()
-        unreadable = False
         try:
-            response = await replica.send(dialogue.path, body, permit, number, items=count, deadline=until)
-        except ConnectError as error:
-            raise _FailedError(_words(error), blamed=True) from error
-        except DeadlineError as error:
-            raise _FailedError(_words(error), blamed=not replica.answered_since(number)) from error
-        except HttpError as error:
-            reason, detail = _words(error), str(error)
-            unreadable = not isinstance(error, ConnectionDroppedError)
-        else:
-            if response.status == 200:
-                try:
-                    answer = dialogue.read(response.body, count)
-                except AnswerShapeError as error:
-                    replica.blame(permit, str(error))
-                    raise _FailedError(str(error), blamed=True, unreadable=True) from error
-                except AnswerError as error:
-                    reason = detail = str(error)
-                    unreadable = True
-                else:
-                    replica.accept(permit, number)
-                    return answer
-            else:
-                reason = detail = f"{response.status} {error_message(response.body)}"
-                if response.status not in RETRIED_STATUSES:
-                    raise self._rejection(dialogue, replica, response.status, response.body)
-                if response.status == 429:
-                    replica.rest(response.retry_after_seconds)
-                if response.status not in FAULTY_STATUSES:
-                    raise _FailedError(reason, blamed=True)
-        well = await self._is_well(replica, permit, number, detail, dialogue, until)
-        raise _FailedError(reason, blamed=not well, unreadable=unreadable)
-
-    async def _is_well(
-        self, replica: Replica, permit: int, number: int, reason: str, dialogue: Dialogue[Answered], until: float
-    ) -> bool:
-        """Return True if the replica is cleared before the deadline; its breaker learns the outcome in any case."""
-        examination = replica.examine(permit, number, reason, lambda: self._probe(replica, dialogue))
-        try:
-            async with asyncio.timeout_at(until):
-                well = await asyncio.shield(examination)
-        except TimeoutError:
-            return False
-        if well:
-            fields = {"model": self._limits.name, "url": replica.url, "reason": reason}
-            _log.info("a request failed at a worker that is well", extra={"fields": fields})
-        return well
+            return await attempt(
+                replica,
+                permit,
+                dialogue.path,
+                body,
+                items=count,
+                until=until,
+                read=lambda answer: dialogue.read(answer, count),
+                probe=lambda: self._probe(replica, dialogue),
+                model=self._limits.name,
+            )
+        except RefusedError as error:
+            raise self._rejection(dialogue, replica, error.status, error.body) from error
 
     async def _probe(self, replica: Replica, dialogue: Dialogue[Answered]) -> bool:
         """Return True if the replica answers what is known to be good now, on a connection of its own."""
@@ -365,10 +387,9 @@ class Requester:
         message = f"{self._title} refused the input ({status}): {words}"
         return dialogue.refusal(message, {"model": self._limits.name, "worker_status": status}, status, body)
 
-    def _input_error(self, history: _History) -> WorkerInputError:
-        reasons = "; ".join(dict.fromkeys(history.reasons))
+    def _input_error(self, sentence: str) -> WorkerInputError:
         return WorkerInputError(
-            f"{self._title} fails on this input alone, and answers others: {reasons}",
+            f"{self._title} fails on this input alone, and answers others: {sentence}",
             details={"model": self._limits.name},
         )
 
@@ -385,37 +406,31 @@ class Requester:
         return WorkerUnavailableError(message, details=details, retry_after_seconds=max(1, math.ceil(rest)))
 
 
-def _words(error: HttpError) -> str:
-    """The kind of an error, without addresses."""
-    if isinstance(error, ConnectError):
-        return "connection refused" if error.refused else "no connection"
-    if isinstance(error, ConnectionDroppedError):
-        return "the connection was dropped"
-    if isinstance(error, DeadlineError):
-        return "no answer in time"
-    if isinstance(error, ResponseTooLargeError):
-        return "the answer is too long"
-    return "the answer is not HTTP"
-
-
 async def in_halves(
-    chunk: Sequence[Asked], ask: Callable[[Sequence[Asked]], Awaitable[Sequence[Made | WorkerError]]]
+    chunk: Sequence[Asked],
+    ask: Callable[[Sequence[Asked]], Awaitable[Sequence[Made | WorkerError]]],
+    doubt: Callable[[Asked], None],
 ) -> list[Made | WorkerError]:
     """Ask about many instances; while they are refused, or one of them is suspect, ask in halves.
 
     The culprits stand alone in the end: about 2·log2(n) more requests for one of them, at most 2·n for any number.
+    Where replicas have ended with the request, each instance is asked alone, one after the other.
 
     Args:
         chunk: the instances.
         ask: makes one request; raises `SuspectError` or a `WorkerError`.
+        doubt: notes that replicas have ended with an instance, and others.
 
     Returns:
         Per instance what was made of it, or its error. Several may share one error.
     """
     try:
         return [*await ask(chunk)]
-    except SuspectError:
-        pass
+    except SuspectError as error:
+        if error.crashed:
+            for one in chunk:
+                doubt(one)
+            return [outcome for one in chunk for outcome in await in_halves([one], ask, doubt)]
     except WorkerRejectedError as error:
         if len(chunk) == 1 or error.details.get("worker_status") in WHOLESALE_STATUSES:
             return [error] * len(chunk)
@@ -423,5 +438,5 @@ async def in_halves(
         return [error] * len(chunk)
     middle = len(chunk) // 2
     async with asyncio.TaskGroup() as tasks:
-        halves = [tasks.create_task(in_halves(half, ask)) for half in (chunk[:middle], chunk[middle:])]
+        halves = [tasks.create_task(in_halves(half, ask, doubt)) for half in (chunk[:middle], chunk[middle:])]
     return [outcome for half in halves for outcome in half.result()]

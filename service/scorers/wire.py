@@ -43,11 +43,29 @@ class TextPart(msgspec.Struct):
     text: str = ""
 
 
-class Message(msgspec.Struct):
+class FunctionCall(msgspec.Struct):
+    """The tool that is called, and its arguments as JSON."""
+
+    name: str
+    arguments: str = ""
+
+
+class ToolCall(msgspec.Struct):
+    """A call of a tool."""
+
+    function: FunctionCall
+    id: str = ""
+    type: str = "function"
+
+
+class Message(msgspec.Struct, omit_defaults=True):
     """One turn of a conversation."""
 
     role: str
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
 
 class ClassifyRequest(msgspec.Struct, omit_defaults=True):

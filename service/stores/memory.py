@@ -89,8 +89,8 @@ class MemoryStore:
         """Memory can always save."""
         check_run(run)
 
-    async def open_run(self, run: str, fingerprint: bytes) -> RunIdentity:
-        """Give the run an identity if it has none; return the one that stands."""
+    async def open_run(self, run: str, fingerprint: bytes, *, free_seconds: float = 0.0) -> RunIdentity:
+        """Give the run an identity if it has none; return the one that stands. Memory loses no run."""
         state = self._run(run)
         if state.identity is None:
             state.identity = RunIdentity(secrets.token_hex(8), fingerprint)

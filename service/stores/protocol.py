@@ -7,6 +7,7 @@ acknowledged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,6 +15,9 @@ from typing import Protocol
 
 from service.errors import NotReadyError, ServiceError
 from service.stores.requirements import ServerFacts
+
+WATCH_SECONDS = 5.0
+"""How long a store counts as watched after a gateway's last `open_run`: a few times the period of those calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,16 @@ class FeedbackRecord:
 
 class ForeignEntryError(ServiceError):
     """A run's log holds an entry that no gateway wrote: it fits no run, and no repetition heals it."""
+
+
+class NameNotFreeError(NotReadyError):
+    """A run's name looks unused, in a store that may have lost it a moment ago.
+
+    Attributes:
+        seconds: until the name may be taken, if nobody claims it meanwhile.
+    """
+
+    seconds: float = 0.0
 
 
 class FeedbackStatus(StrEnum):
@@ -136,6 +150,18 @@ def lost_run(run: str) -> NotReadyError:
     )
 
 
+def name_not_free(run: str, seconds: float) -> NameNotFreeError:
+    """Return the refusal of a new run's name that a gateway may hold still."""
+    error = NameNotFreeError(
+        f"run {run!r} is not in the store, which may have lost it a moment ago: other gateways have "
+        f"{seconds:.1f} s to claim the name; then it is taken as a new run's",
+        details={"run": run},
+        retry_after_seconds=math.ceil(seconds),
+    )
+    error.seconds = seconds
+    return error
+
+
 class Store(Protocol):
     """One store for all runs; a run's keys share one hash tag and never meet another run's."""
 
@@ -154,8 +180,21 @@ class Store(Protocol):
         Meanwhile `probe`, `save_decisions` and `apply_feedback` raise `UnsafeStoreError`.
         """
 
-    async def open_run(self, run: str, fingerprint: bytes) -> RunIdentity:
-        """Give the run an identity with this fingerprint if it has none; return the one that stands."""
+    async def open_run(self, run: str, fingerprint: bytes, *, free_seconds: float = 0.0) -> RunIdentity:
+        """Give the run an identity with this fingerprint if it has none; return the one that stands.
+
+        A store that has lost a run looks as if the run had never been. So a newcomer waits: gateways that hold runs
+        call this again and again without `free_seconds`, which takes a lost name back and marks the store as watched.
+
+        Args:
+            run: the name.
+            fingerprint: see `RunIdentity`.
+            free_seconds: how long the store must have been watched, without losing anything, before an unused name is
+                taken.
+
+        Raises:
+            NameNotFreeError: the name is unused, and the store has not been watched for so long.
+        """
 
     async def check_run(self, run: str, event_ids: Sequence[str]) -> RunCheck:
         """Say what the store holds of a run, and which of these events its log does not hold. Changes nothing."""

@@ -1,7 +1,7 @@
 """The store on a Redis or Valkey server: decisions, exactly-once feedback, the log, snapshots.
 
 Knows the keys and scripts of `service.stores.protocol.Store`; never looks inside a payload or snapshot, but for the
-decision's `n`. Built by `service.wiring`, called by the use cases.
+decision's `n`. Built by `service.gateway`, called by the use cases.
 
 Keys of a run R. All share the hash tag {R}, so a run lives on one node of a cluster:
 
@@ -12,6 +12,8 @@ Keys of a run R. All share the hash tag {R}, so a run lives on one node of a clu
     rr:{R}:snap       hash: position, data                                for ever
     rr:{R}:meta       identity of the run: "<born> <fingerprint>"          for ever
     rr:{R}:probe      written to see whether the server takes writes       a minute
+    rr:watched        since when gateways have watched this server, ms      some seconds after the last look; in a
+                      cluster rr:{R}:watched                                 cluster the run's own
 
 and those of `service.stores.redis_scores`.
 """
@@ -30,6 +32,7 @@ from service.errors import ConfigurationError, UnsafeStoreError
 from service.stores.cluster import Client, ClusterClient
 from service.stores.ids import check_run
 from service.stores.protocol import (
+    WATCH_SECONDS,
     DecisionRecord,
     FeedbackRecord,
     FeedbackResult,
@@ -40,6 +43,7 @@ from service.stores.protocol import (
     RunCheck,
     RunIdentity,
     lost_run,
+    name_not_free,
 )
 from service.stores.records import check_reference, is_expired, response_count, system_ms
 from service.stores.redis_scores import RedisScores
@@ -120,6 +124,7 @@ class RedisStore(RedisScores):
         self._readers: list[Client] = []
         self._apply = _Script.load("apply_feedback.lua")
         self._save_snapshot = _Script.load("save_snapshot.lua")
+        self._open = _Script.load("open_run.lua")
 
     def _client(self, connections: int = 1) -> Client:
         if self._topology is None:
@@ -159,14 +164,28 @@ class RedisStore(RedisScores):
         if self._refusal is not None:
             raise UnsafeStoreError(f"nothing is saved: {self._refusal}", where=self._hot.shown)
 
-    async def open_run(self, run: str, fingerprint: bytes) -> RunIdentity:
-        """Give the run an identity with this fingerprint if it has none; return the one that stands."""
-        key = _prefix(run) + "meta"
+    async def open_run(self, run: str, fingerprint: bytes, *, free_seconds: float = 0.0) -> RunIdentity:
+        """Give the run an identity with this fingerprint if it has none; return the one that stands.
+
+        Raises:
+            NameNotFreeError: it has none, and the store has not been watched for `free_seconds`.
+        """
+        key, milliseconds = _prefix(run) + "meta", round(WATCH_SECONDS * 1000)
         fresh = _identity_value(RunIdentity(secrets.token_hex(8), fingerprint))
-        _, standing = [
-            self._hot.checked(reply) for reply in await self._hot.pipeline([("SET", key, fresh, "NX"), ("GET", key)])
-        ]
-        return _identity(bytes(standing))
+        # All keys of a script lie on one node, so each run of a cluster has a mark of its own, for newcomers only.
+        shared = self._topology is None
+        mark = "rr:watched" if shared else _prefix(run) + "watched"
+        commands: list[tuple[Arg, ...]] = [("PEXPIRE", mark, milliseconds)] if shared else []
+        commands += [] if free_seconds else [("SET", key, fresh, "NX")]
+        *marked, standing = await self._hot.pipeline([*commands, ("GET", key)])
+        standing = self._hot.checked(standing)
+        if standing is not None and (not shared or marked[0] == 1):
+            return _identity(bytes(standing))
+        words = (2, key, mark, fresh, round(free_seconds * 1000), milliseconds)
+        (reply,) = await self._run_script(self._hot, self._open, [words], self._timeout)
+        if reply[0] is None:
+            raise name_not_free(run, reply[1] / 1000)
+        return _identity(bytes(reply[0]))
 
     async def check_run(self, run: str, event_ids: Sequence[str]) -> RunCheck:
         """Say what the store holds of a run, and which of these events its log does not hold. Changes nothing."""

@@ -1,7 +1,7 @@
 """What a server must be, so that it does not lose what was acknowledged: asked at the start, and watched.
 
 Knows the words of INFO and CONFIG GET, and judges what they say; sends nothing that changes data. `RedisStore` asks the
-questions, `service.wiring` starts the watch, `/readyz` shows what it found.
+questions, `service.gateway` starts the watch, `/readyz` shows what it found.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ Called by the helpers, each of which takes another `prompt_text` where this one 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,10 +49,10 @@ def prompt_text(prompt: object) -> str:
     """
     if isinstance(prompt, str):
         return prompt
-    messages = _messages(prompt, "prompt")
+    messages = read_messages(prompt, "prompt")
     if len(messages) == 1 and messages[0].role == "user":
         return messages[0].text
-    return SEPARATOR.join(message.turn for message in messages)
+    return turns_text(messages)
 
 
 def completion_text(completion: object) -> str:
@@ -69,7 +70,7 @@ def completion_text(completion: object) -> str:
     """
     if isinstance(completion, str):
         return completion
-    messages = _messages(completion, "completion")
+    messages = read_messages(completion, "completion")
     if len(messages) == 1:
         return messages[0].text
     return SEPARATOR.join(message.turn for message in messages)
@@ -81,33 +82,72 @@ def split_messages(messages: object) -> tuple[list[Mapping[str, Any]], str]:
     Raises:
         ValueError: it is not a list of messages, or no prompt precedes the response.
     """
-    read = _messages(messages, "messages")
+    read = read_messages(messages, "messages")
     if len(read) < 2:
         raise ValueError("messages holds one message: give the prompt's messages and then the response")
     return [message.given for message in read[:-1]], read[-1].text
 
 
 @dataclass(frozen=True, slots=True)
-class _Message:
+class Call:
+    """A call of a tool: its name, its arguments as JSON, and the call's id ("" for none)."""
+
+    name: str
+    arguments: str
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
     """One message as it was read.
 
     Attributes:
         role: who speaks, in today's words.
-        text: its words.
+        said: its words, without its calls.
+        calls: of tools.
+        name: of the speaker or the tool; "" for none.
+        answers: id of the call that it answers; "" for none.
         given: the message itself.
     """
 
     role: str
-    text: str
+    said: str
+    calls: tuple[Call, ...]
+    name: str
+    answers: str
     given: Mapping[str, Any]
+
+    @property
+    def text(self) -> str:
+        """Its words, its calls among them."""
+        return "\n".join([*([self.said] if self.said or not self.calls else []), *map(_written, self.calls)])
 
     @property
     def turn(self) -> str:
         """As a part of a longer prompt."""
         return f"{self.role.capitalize()}: {self.text}"
 
+    @property
+    def is_plain(self) -> bool:
+        """True if role and words are all there is."""
+        return not (self.calls or self.name or self.answers)
 
-def _messages(value: object, name: str) -> list[_Message]:
+
+def turns_text(messages: Sequence[ChatMessage]) -> str:
+    """Return messages as one text, each as `Role: content`, with a blank line between them."""
+    return SEPARATOR.join(message.turn for message in messages)
+
+
+def read_messages(value: object, name: str) -> list[ChatMessage]:
+    """Read a list of messages.
+
+    Args:
+        value: the list, in any of the shapes that this module knows.
+        name: of the field, for errors.
+
+    Raises:
+        ValueError: see `prompt_text`.
+    """
     # numpy's object arrays are no Sequence, and verl hands messages over in one.
     found: Any = value
     items: list[Any] = list(found) if isinstance(value, Sequence) or hasattr(value, "tolist") else [None]
@@ -115,7 +155,21 @@ def _messages(value: object, name: str) -> list[_Message]:
         raise ValueError(f"{name} is {type(value).__name__}: give a string or a list of messages with role and content")
     if not items:
         raise ValueError(f"{name} is []: give a string, or at least one message with role and content")
-    return [_Message(_role(item, where), _content(item, where), item) for item, where in _named(items, name)]
+    return [_message(item, where) for item, where in _named(items, name)]
+
+
+def _message(item: Mapping[str, Any], name: str) -> ChatMessage:
+    role = _role(item, name)
+    said, calls = _content(item, name)
+    return ChatMessage(role, said, calls, _word(item, "name", name), _word(item, "tool_call_id", name), item)
+
+
+def _word(item: Mapping[str, Any], key: str, name: str) -> str:
+    """Return an optional short field."""
+    value = item.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name}.{key} is {value!r:.50}: give text, or leave it out")
+    return value or ""
 
 
 def _named(items: list[Any], name: str) -> list[tuple[Mapping[str, Any], str]]:
@@ -132,8 +186,8 @@ def _role(message: Mapping[str, Any], name: str) -> str:
     return _ROLES.get(role.strip().lower(), role.strip())
 
 
-def _content(message: Mapping[str, Any], name: str) -> str:
-    """Text of one message; that of its parts where it has parts, and of its calls where it calls tools."""
+def _content(message: Mapping[str, Any], name: str) -> tuple[str, tuple[Call, ...]]:
+    """Return the words of one message, those of its parts where it has parts, and its calls of tools."""
     key = next((key for key in _CONTENT_KEYS if message.get(key) is not None), None)
     calls = message.get("tool_calls") or ()
     if key is None and not calls:
@@ -142,8 +196,7 @@ def _content(message: Mapping[str, Any], name: str) -> str:
             f"{given or f'{name} has no content, but {_keys(message)}'}: give its text, or a list of parts"
         )
     texts = [] if key is None else _texts(message[key], f"{name}.{key}")
-    texts += [_call(call, f"{name}.tool_calls[{index}]") for index, call in enumerate(calls)]
-    return "\n".join(texts)
+    return "\n".join(texts), tuple(_call(call, f"{name}.tool_calls[{index}]") for index, call in enumerate(calls))
 
 
 def _texts(content: object, name: str) -> list[str]:
@@ -174,14 +227,20 @@ def _part(part: object, name: str) -> str:
     return text
 
 
-def _call(call: object, name: str) -> str:
+def _call(call: object, name: str) -> Call:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping):
         raise ValueError(f"{name} holds a tool call that is {call!r:.50}: give objects with `function`")
     called = function.get("name")
     if not isinstance(called, str) or not called:
         raise ValueError(f"{name} has a name that is {called!r:.50}: give the function's name")
-    return f"{called}({function.get('arguments', '')})"
+    arguments = function.get("arguments", "")
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return Call(called, text, str(call.get("id") or "") if isinstance(call, Mapping) else "")
+
+
+def _written(call: Call) -> str:
+    return f"{call.name}({call.arguments})"
 
 
 def _keys(message: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 Conversations of made-up words are rendered, with and without a system prompt, a tool's turn, several turns and the
 beginning of an answer; what stands around the words are the template's gaps. Knows formats and how templates are
-rendered (`workers.render`); called by `service.wiring` for the templates that an operator names.
+rendered (`workers.render`); called by `service.gateway` for the templates that an operator names.
 """
 
 from __future__ import annotations

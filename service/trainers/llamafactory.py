@@ -3,7 +3,7 @@
 Read from `llamafactory/train/ppo/ppo_utils.py` 0.9.5. `messages` are whole conversations as text, special tokens
 included; there is no prompt beside them. The client has no timeout, never retries, and looks neither at the status nor
 for `null`: anything but numbers ends the training with a KeyError or TypeError. So the gateway is patient in its stead
-(`trainer_patience_seconds`). Called by `service.handlers.trainers`.
+(`trainer_patience_seconds`). `PROTOCOL` is its line in `protocols`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from service.trainers.shim import Sample, ScoredSample
+from service.trainers.shim import Sample, ScoredSample, ShimOptions, UrlProtocol
 from service.trainers.templated import RAW, Templates
 
 
@@ -32,14 +32,29 @@ class LlamaFactoryReply(msgspec.Struct):
     models: Annotated[list[str], Meta(description="The RM that gave each.")]
 
 
-def read(request: LlamaFactoryRequest, text: str, templates: Templates) -> list[Sample]:
-    """The samples: taken apart by their chat template where it is known, else the raw text."""
-    if text == "raw":
+def read(request: LlamaFactoryRequest, options: ShimOptions, templates: Templates) -> list[Sample]:
+    """Return the samples: taken apart by their chat template where it is known, else the raw text."""
+    if options.text == "raw":
         return [Sample("", message, RAW) for message in request.messages]
     splits = [templates.split_whole(message) for message in request.messages]
     return [Sample(split.prompt, split.response, split.template) for split in splits]
 
 
-def write(scored: Sequence[ScoredSample]) -> LlamaFactoryReply:
-    """The reply."""
+def write(scored: Sequence[ScoredSample], pool: Sequence[str], options: ShimOptions) -> LlamaFactoryReply:
+    """Return the reply."""
     return LlamaFactoryReply([sample.reward for sample in scored], [sample.model for sample in scored])
+
+
+PROTOCOL = UrlProtocol(
+    trainer="LLaMA-Factory",
+    path="/v1/score/evaluation",
+    request=LlamaFactoryRequest,
+    reply=LlamaFactoryReply,
+    read=read,
+    write=write,
+    example={
+        "model": "model",
+        "messages": ["<|im_start|>user\nWhat is 7 + 5?<|im_end|>\n<|im_start|>assistant\n12"],
+    },
+    patient=True,
+)

@@ -3,7 +3,7 @@
 Read from `openrlhf/utils/agent.py` 0.11.2. `query` is prompt and response in one, special tokens included; current
 versions send one sample a request, older ones a micro-batch. The client tries any status from 400 up five times, a
 second apart; then the sample has no reward and the trainer stops. `null` inside the lists would break it: 503 instead.
-Values of `extra_logs` must be numbers. Called by `service.handlers.trainers`.
+Values of `extra_logs` must be numbers. `PROTOCOL` is its line in `protocols`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from service.trainers.shim import Sample, ScoredSample
+from service.trainers.shim import Sample, ScoredSample, ShimOptions, UrlProtocol, reference_of
 from service.trainers.templated import RAW, Templates, response_start
 
 
@@ -23,7 +23,7 @@ class OpenRlhfRequest(msgspec.Struct, omit_defaults=True):
 
     query: Annotated[list[str], Meta(description="Prompt and response in one text, per sample. May be empty.")]
     prompts: Annotated[list[str | None], Meta(description="The prompt of each.")] | None = None
-    labels: Any = None
+    labels: Annotated[Any, Meta(description="What right answers look like, where they are texts.")] = None
 
 
 class OpenRlhfReply(msgspec.Struct):
@@ -39,8 +39,8 @@ class OpenRlhfReply(msgspec.Struct):
     ]
 
 
-def read(request: OpenRlhfRequest, text: str, templates: Templates) -> list[Sample]:
-    """The samples of a request.
+def read(request: OpenRlhfRequest, options: ShimOptions, templates: Templates) -> list[Sample]:
+    """Return the samples of a request.
 
     The prompt is cut off where the query begins with it, or with its end. Else a known chat template tells where the
     response begins; else the raw text is scored.
@@ -55,19 +55,26 @@ def read(request: OpenRlhfRequest, text: str, templates: Templates) -> list[Samp
         raise ValueError(
             f"prompts holds {len(prompts)} texts and query {len(request.query)}: send one prompt per query"
         )
-    return [_sample(query, prompt, text, templates) for query, prompt in zip(request.query, prompts, strict=True)]
+    labels = request.labels if isinstance(request.labels, list) else []
+    references = [reference_of(label) for label in labels] if len(labels) == len(prompts) else [None] * len(prompts)
+    return [
+        _sample(query, prompt, reference, options.text, templates)
+        for query, prompt, reference in zip(request.query, prompts, references, strict=True)
+    ]
 
 
-def _sample(query: str, prompt: str | None, text: str, templates: Templates) -> Sample:
+def _sample(query: str, prompt: str | None, reference: str | None, text: str, templates: Templates) -> Sample:
     if text == "auto":
         split = templates.split_query(query, prompt)
-        return Sample(split.prompt, split.response, split.template)
+        return Sample(split.prompt, split.response, split.template, reference)
     cut = response_start(query, prompt) if prompt else None
-    return Sample("", query, RAW) if prompt is None or cut is None else Sample(prompt, query[cut:], RAW)
+    if prompt is None or cut is None:
+        return Sample("", query, RAW, reference)
+    return Sample(prompt, query[cut:], RAW, reference)
 
 
-def write(scored: Sequence[ScoredSample], pool: Sequence[str]) -> OpenRlhfReply:
-    """The reply. Means of the `rm_asked/…` columns over a step are the shares of the RMs."""
+def write(scored: Sequence[ScoredSample], pool: Sequence[str], options: ShimOptions) -> OpenRlhfReply:
+    """Return the reply. Means of the `rm_asked/…` columns over a step are the shares of the RMs."""
     rewards = [sample.reward for sample in scored]
     if not scored:
         return OpenRlhfReply([], [], {})
@@ -79,3 +86,14 @@ def write(scored: Sequence[ScoredSample], pool: Sequence[str]) -> OpenRlhfReply:
         **{f"rm_asked/{name}": [float(sample.index == k) for sample in scored] for k, name in enumerate(pool)},
     }
     return OpenRlhfReply(rewards, rewards, logs)
+
+
+PROTOCOL = UrlProtocol(
+    trainer="OpenRLHF",
+    path="/get_reward",
+    request=OpenRlhfRequest,
+    reply=OpenRlhfReply,
+    read=read,
+    write=write,
+    example={"query": ["What is 7 + 5? 12"], "prompts": ["What is 7 + 5?"], "labels": ["12"]},
+)

@@ -6,9 +6,12 @@ trainer. Called by the wire formats beside it and by `service.handlers.trainers`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 from urllib.parse import parse_qsl
+
+from service.trainers.templated import Templates
 
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -70,11 +73,13 @@ class Sample:
         prompt: "" where it is not known.
         response: its text.
         template: the chat template that was taken off, or a word of `templated` in its place.
+        reference: the trainer's label, where it is a text.
     """
 
     prompt: str
     response: str
     template: str
+    reference: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,3 +103,39 @@ class ScoredSample:
     propensity: float
     fallback: bool
     decision_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class UrlProtocol:
+    """How one trainer asks its reward server.
+
+    Attributes:
+        trainer: its name, for people.
+        path: where it asks; feedback goes to `path` + `/feedback`.
+        request: msgspec struct of the body.
+        reply: msgspec struct of the answer; None where `reply_schema` says it.
+        read: request, options and known chat templates to samples. Raises ValueError for what does not fit.
+        write: samples with their rewards, the pool's names and options to the answer.
+        example: of a body.
+        reply_schema: JSON schema of an answer that is no struct.
+        single: one sample per request; its feedback is one value instead of a list.
+        patient: its client does not try again, so that the gateway does in its stead.
+        options: further parameters of its URL: name to JSON schema with a description.
+    """
+
+    trainer: str
+    path: str
+    request: type
+    read: Callable[[Any, ShimOptions, Templates], list[Sample]]
+    write: Callable[[Sequence[ScoredSample], Sequence[str], ShimOptions], Any]
+    example: Mapping[str, Any]
+    reply: type | None = None
+    reply_schema: Mapping[str, Any] | None = None
+    single: bool = False
+    patient: bool = False
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def reference_of(label: object) -> str | None:
+    """Return a trainer's label where it is a text: what a right answer looks like."""
+    return label if isinstance(label, str) and label else None

@@ -2,11 +2,12 @@
 
 Read from `slime/rollout/rm_hub/__init__.py`. The prompt is text, templated or not, or a list of messages. The client
 tries any failure ten times, with pauses that double up to 30 s, then raises; `null` would become the sample's reward
-and stop the trainer at an assertion: 503 instead. Called by `service.handlers.trainers`.
+and stop the trainer at an assertion: 503 instead. `PROTOCOL` is its line in `protocols`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -14,7 +15,7 @@ from msgspec import Meta
 
 from service.trainers.chat_format import without_tails
 from service.trainers.conversation import prompt_text
-from service.trainers.shim import Sample, ScoredSample
+from service.trainers.shim import Sample, ScoredSample, ShimOptions, UrlProtocol, reference_of
 from service.trainers.templated import MESSAGES, RAW, Templates
 
 
@@ -26,32 +27,52 @@ class SlimeRequest(msgspec.Struct, omit_defaults=True):
         Meta(description="Text, or messages with `role` and `content` (or ShareGPT's `from` and `value`)."),
     ]
     response: str
-    label: Any = None
+    label: Annotated[Any, Meta(description="What a right answer looks like, where it is a text.")] = None
 
 
-def read(request: SlimeRequest, text: str, templates: Templates) -> Sample:
-    """The sample.
+def read(request: SlimeRequest, options: ShimOptions, templates: Templates) -> list[Sample]:
+    """Return the one sample.
 
     Raises:
         ValueError: the messages hold what is not text.
     """
-    if text == "raw":
-        return Sample(prompt_text(request.prompt), request.response, RAW)
+    reference = reference_of(request.label)
+    if options.text == "raw":
+        return [Sample(prompt_text(request.prompt), request.response, RAW, reference)]
     if not isinstance(request.prompt, str):
-        return Sample(prompt_text(request.prompt), without_tails(request.response), MESSAGES)
+        return [Sample(prompt_text(request.prompt), without_tails(request.response), MESSAGES, reference)]
     split = templates.split_prompt(request.prompt, request.response)
-    return Sample(split.prompt, split.response, split.template)
+    return [Sample(split.prompt, split.response, split.template, reference)]
 
 
-def write(scored: ScoredSample, reward_key: str | None) -> float | dict[str, Any]:
-    """The reward; with `reward_key` (slime's `--reward-key`) an object that holds it and says where it is from."""
-    if reward_key is None:
-        return scored.reward
+def write(scored: Sequence[ScoredSample], pool: Sequence[str], options: ShimOptions) -> float | dict[str, Any]:
+    """Return the reward; with `reward_key` (slime's `--reward-key`) an object with it that says where it is from."""
+    (one,) = scored
+    if options.reward_key is None:
+        return one.reward
     about = {
-        "model": scored.model,
-        "decision_id": scored.decision_id,
-        "propensity": scored.propensity,
-        "raw_reward": scored.raw_reward,
-        "fallback": scored.fallback,
+        "model": one.model,
+        "decision_id": one.decision_id,
+        "propensity": one.propensity,
+        "raw_reward": one.raw_reward,
+        "fallback": one.fallback,
     }
-    return {**about, reward_key: scored.reward}
+    return {**about, options.reward_key: one.reward}
+
+
+PROTOCOL = UrlProtocol(
+    trainer="slime",
+    path="/remote_rm",
+    request=SlimeRequest,
+    reply_schema={"oneOf": [{"type": "number"}, {"type": "object", "description": "With `reward_key`."}]},
+    read=read,
+    write=write,
+    example={"prompt": "What is 7 + 5?", "response": "12", "label": "12"},
+    single=True,
+    options={
+        "reward_key": {
+            "type": "string",
+            "description": "Answer an object with the reward under this key (slime's --reward-key).",
+        }
+    },
+)

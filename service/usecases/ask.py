@@ -38,9 +38,6 @@ PATIENT_INSTANCES = 64
 UNAVAILABLE = WorkerUnavailableError.code
 """Reason of an attempt at a scorer that could not be asked."""
 
-PRICE = 1.0
-"""Price of one asking, in units of the cheapest scorer."""
-
 
 @dataclass(slots=True)
 class Inquiry:
@@ -108,11 +105,15 @@ class Asker:
 
     Args:
         called: counter of calls by scorer and outcome (`ok`, or a failure's code).
+        prices: of one asking, by arm, in units of the cheapest scorer.
         timeout_seconds: a scorer that says no time of its own may take so long for every `PATIENT_INSTANCES` instances.
     """
 
-    def __init__(self, called: Callable[[str, str], Counter], *, timeout_seconds: float) -> None:
+    def __init__(
+        self, called: Callable[[str, str], Counter], prices: Sequence[float], *, timeout_seconds: float
+    ) -> None:
         self._called = called
+        self._prices = prices
         self._timeout_seconds = timeout_seconds
 
     async def ask(self, inquiries: Sequence[Inquiry], tickets: Tickets, deadline: float) -> None:
@@ -171,7 +172,7 @@ class Asker:
             ticket.take_back(len(group), lost=lost)
         seconds = time.perf_counter() - started
         told = [
-            _told(arm, turn, outcome, seconds, inquiry.plan.chance(arm))
+            _told(arm, turn, outcome, seconds, self._prices[arm], inquiry.plan.chance(arm, inquiry.attempts))
             for inquiry, outcome in zip(group, outcomes, strict=True)
         ]
         answered = sum([error is None for _, error in told])
@@ -198,10 +199,9 @@ def _able(
 ) -> Sequence[int]:
     """Return the arms that can be asked in this turn; who is wanted and cannot be is noted as an attempt."""
     while wanted:
-        able = [arm for arm in wanted if arm not in closed]
         away = [Attempt(arm, turn, Outcome.AWAY, UNAVAILABLE) for arm in wanted if arm in closed]
         inquiry.attempts = (*inquiry.attempts, *away)
-        if able:
+        if not away:
             tried = {attempt.arm for attempt in inquiry.attempts if attempt.outcome is not Outcome.ABSENT}
             absent = [
                 Attempt(arm, turn, Outcome.ABSENT, UNAVAILABLE)
@@ -209,17 +209,17 @@ def _able(
                 if arm in closed and arm not in tried
             ]
             inquiry.attempts = (*inquiry.attempts, *absent)
-            return able
+            return wanted
         wanted = _wanted(inquiry, arms)
     return ()
 
 
-def _told(arm: int, turn: int, outcome: Scored | WorkerError, seconds: float, chance: float) -> Told:
+def _told(arm: int, turn: int, outcome: Scored | WorkerError, seconds: float, price: float, chance: float) -> Told:
     if isinstance(outcome, WorkerError):
         how = Outcome.ABSTAINED if isinstance(outcome, AbstainedError) else Outcome.FAILED
-        return Told(Attempt(arm, turn, how, outcome.code, [], TIE, seconds, PRICE, 0, chance), outcome)
+        return Told(Attempt(arm, turn, how, outcome.code, [], TIE, seconds, price, 0, chance), outcome)
     rewards, cut = outcome.rewards, outcome.prompt_tokens_cut
-    answer = Attempt(arm, turn, Outcome.ANSWERED, "", rewards, verdict_of(rewards), seconds, PRICE, cut, chance)
+    answer = Attempt(arm, turn, Outcome.ANSWERED, "", rewards, verdict_of(rewards), seconds, price, cut, chance)
     if outcome.components or outcome.failures:
         answer = answer._replace(components=dict(outcome.components), failures=[*outcome.failures])
     return Told(answer, None)

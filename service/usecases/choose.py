@@ -45,6 +45,7 @@ class Chosen:
         offsets: (B, K) float64.
         choices: the draws.
         posterior: the posterior they were drawn from.
+        multiplier: price of a call in units of P(right) that they were drawn at; None where price does not matter.
         encode_seconds: time of the encode batch they were part of.
         draw_seconds: time of the draw they were part of.
     """
@@ -55,6 +56,7 @@ class Chosen:
     posterior: Posterior
     encode_seconds: float
     draw_seconds: float
+    multiplier: float | None = None
 
 
 @dataclass(slots=True)
@@ -219,7 +221,7 @@ def _choose_all(batch: list[_Waiting]) -> list[Chosen]:
     x = _contexts(batch)
     offsets = _offsets(batch, x)
     encoded = time.perf_counter()
-    pieces: list[tuple[Posterior, Choices]] = []
+    pieces: list[tuple[Posterior, Choices, float | None]] = []
     position = 0
     while len(pieces) < len(batch):
         first = batch[len(pieces)]
@@ -231,17 +233,20 @@ def _choose_all(batch: list[_Waiting]) -> list[Chosen]:
         size = sum(len(waiting.instances) for waiting in alike)
         rows = slice(position, position + size)
         posterior = first.run.posterior
+        multiplier = first.run.multiplier(first.policy)
         barred = first.run.template.barred([instance for waiting in alike for instance in waiting.instances])
-        choices = draw_batch(first.policy, x[rows], offsets[rows], posterior, first.run.rng, barred)
-        pieces.extend((posterior, part) for part in _split(choices, [len(waiting.instances) for waiting in alike]))
+        policy = first.policy.at(multiplier)
+        choices = draw_batch(policy, x[rows], offsets[rows], posterior, first.run.rng, barred)
+        parts = _split(choices, [len(waiting.instances) for waiting in alike])
+        pieces.extend((posterior, part, multiplier) for part in parts)
         position += size
     drawn = time.perf_counter()
     out = []
     position = 0
-    for waiting, (posterior, choices) in zip(batch, pieces, strict=True):
+    for waiting, (posterior, choices, multiplier) in zip(batch, pieces, strict=True):
         rows = slice(position, position + len(waiting.instances))
         encode_seconds = encoded - started if waiting.encoded is None else waiting.encoded.seconds
-        out.append(Chosen(x[rows], offsets[rows], choices, posterior, encode_seconds, drawn - encoded))
+        out.append(Chosen(x[rows], offsets[rows], choices, posterior, encode_seconds, drawn - encoded, multiplier))
         position = rows.stop
     return out
 

@@ -6,7 +6,7 @@ msgpack on the wire; the numbers a fold needs are exact (float64, float32 bytes)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
 
 import msgspec
 
@@ -14,7 +14,7 @@ from router_core.attempts import Attempt, answers
 from router_core.errors import FeedbackError
 from router_core.feedback import validate
 from router_core.posterior import NO_ARM
-from router_core.records import Event, Feedback, Shadow, Signal
+from router_core.records import Event, Fact, Feedback, Instance, Said, Shadow, Signal
 
 
 class StoredDecision(msgspec.Struct, omit_defaults=True):
@@ -43,6 +43,8 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
         p_right: probability that the verdict is right; None where nothing says.
         shadows: attempts after the reply, at the scorers that the plan had not asked; None where the decision was not
             chosen for that.
+        reference: of the instance, as it was sent.
+        metadata: of the instance, as it was sent.
     """
 
     n: int
@@ -63,6 +65,8 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
     multiplier: float = 0.0
     p_right: float | None = None
     shadows: list[Attempt] | None = None
+    reference: str | None = None
+    metadata: dict[str, Fact] = {}
 
     @property
     def heard(self) -> list[Attempt]:
@@ -145,11 +149,13 @@ def _others(decision: StoredDecision) -> tuple[Shadow, ...]:
     )
 
 
-def content_key(run: str, prompt: str, responses: Sequence[str]) -> str:
-    """Hash of run, prompt and responses (in order): names a decision for callers that cannot carry its id."""
+def content_key(run: str, instance: Instance) -> str:
+    """Return a hash of run, prompt and responses (in order): it names a decision for callers that carry no id."""
     h = hashlib.blake2b(digest_size=16)
-    for part in (run, prompt, *responses):
-        data = part.encode("utf-8", "surrogatepass")
-        h.update(len(data).to_bytes(8, "little"))
+    parts: list[Said] = [instance.turns or instance.prompt, *[response for _, response in instance.items()]]
+    for part in (run, *parts):
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else json.dumps(part).encode()
+        # A text and messages of the same bytes differ in the sign of their length.
+        h.update((len(data) if isinstance(part, str) else -len(data)).to_bytes(8, "little", signed=True))
         h.update(data)
     return h.hexdigest()

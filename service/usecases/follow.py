@@ -2,7 +2,7 @@
 
 `Learner`, one per run and gateway, tails the log and replaces the run's posterior; so every replica learns from every
 replica's feedback, in the same order, to the same bits. Before anything is folded it makes sure that the log is still
-the one that it has followed and that callers' feedback went to (`check_held`). Started by `service.wiring`.
+the one that it has followed and that callers' feedback went to (`check_held`). Started by `service.gateway`.
 """
 
 from __future__ import annotations
@@ -207,19 +207,13 @@ class Learner:
         await self._pause()
 
     async def _lost(self, error: LostRunError) -> None:
-        """Fail the run, keep its name from being taken by another pool, and pause: the store may be restored."""
+        """Fail the run and pause: the store may be restored. `service.usecases.hold` keeps the run's name."""
         run = self._run
         if run.failure != str(error):
             run.failure = str(error)
             self._telemetry.learner_errors.labels(run.name).inc()
             logger.error("learner stopped", extra={"fields": {"run": run.name, "error": str(error)}})
-        try:
-            # Sets nothing where the name stands for a run. The new identity is not ours: feedback stays refused.
-            await self._store.open_run(run.name, run.identity.fingerprint)
-        except ServiceError as failure:
-            await self._wait(failure)
-        else:
-            await self._pause()
+        await self._pause()
 
     async def _pause(self) -> None:
         pause = min(RETRY_FIRST_SECONDS * 2**self._failures, RETRY_LAST_SECONDS)

@@ -23,6 +23,7 @@ from service.schemas import FeedbackReply, FeedbackRequest
 from service.stores.ids import event_order
 from service.stores.protocol import FeedbackRecord, FeedbackResult, FeedbackStatus, Store
 from service.telemetry import Telemetry
+from service.usecases.converse import instance_of
 from service.usecases.decisions import content_key, decode_feedback, encode_feedback
 from service.usecases.runs import Run, RunRegistry, failure_of
 
@@ -159,7 +160,7 @@ def _record(request: FeedbackRequest, run: Run) -> FeedbackRecord:
         return FeedbackRecord(value, decision_id=request.decision_id, preferred=preferred)
     assert request.prompt is not None
     assert request.responses is not None
-    key = content_key(run.name, request.prompt, request.responses)
+    key = content_key(run.name, instance_of(request.prompt, request.responses))
     return FeedbackRecord(value, content_key=key, preferred=preferred)
 
 

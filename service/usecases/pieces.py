@@ -7,7 +7,7 @@ nothing and asks nobody.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from router_core.policies import Policy
@@ -33,6 +33,17 @@ class Piece:
     policy: Policy
     indices: Sequence[int]
     instances: Sequence[Instance]
+
+
+def divide(piece: Piece, places: Collection[int]) -> tuple[Piece, Piece]:
+    """Return the part of a piece at these places of it, and the rest."""
+    at = [place for place in range(len(piece.instances)) if place in places]
+    rest = [place for place in range(len(piece.instances)) if place not in places]
+    first, second = (
+        Piece(piece.run, piece.policy, [piece.indices[i] for i in part], [piece.instances[i] for i in part])
+        for part in (at, rest)
+    )
+    return first, second
 
 
 def cut(whole: Piece, responses: int) -> list[Piece]:

@@ -127,6 +127,8 @@ def decision_of(job: Job, given: Given, now_ms: int) -> StoredDecision:
         sticky=job.sticky,
         multiplier=job.multiplier,
         p_right=given.p_right,
+        reference=job.instance.reference,
+        metadata=dict(job.instance.metadata),
     )
 
 

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.combine import Combination, Pacer
+from router_core.combine import Combination, Pacer, relative_prices
 from router_core.encoder.fuse import PairEncoder
 from router_core.errors import UnknownPolicyError
 from router_core.policies import Policy, RunningScale, ScoreScale, View, make_policy
@@ -36,10 +37,13 @@ from service.errors import (
 )
 from service.scorers.protocol import Scorer
 from service.stores.ids import check_run
-from service.stores.protocol import RunIdentity, Store
+from service.stores.protocol import NameNotFreeError, RunIdentity, Store
 
 IDLE_SECONDS = 60.0
 """A run that no request has named for so long may be closed to make room; its next request opens it again."""
+
+NAME_POLL_SECONDS = 0.5
+"""How often an unused name that may not be taken yet is looked at: another gateway may claim it."""
 
 RECENT_INSTANCES = 64
 """Instances that the metrics of the posterior are means over: enough to be steady, 150 kB for each run at d = 576."""
@@ -59,7 +63,10 @@ class RunTemplate:
         origin: what gives contexts and offsets: the checkpoint's digest, or the untrained encoder's name.
         score_scale: of the RMs' raw rewards; None: each run learns it.
         combination: what the checkpoint learned about votes; None: no policy combines by them.
+        prices: of one asking, by arm, in units of the cheapest; None: equal.
         max_calls: scorers that one instance may be asked of, at most; None for no bound but the pool.
+        parallel_calls: scorers that may be asked at once in the first round of a cascade, 1 or 2.
+        max_rounds: rounds of a cascade, at most; None for no bound.
         blas_threads: of the linear algebra library; sums are grouped by them.
         seed: of the draws; None for the operating system's entropy.
 
@@ -83,7 +90,10 @@ class RunTemplate:
         origin: str,
         score_scale: ScoreScale | None = None,
         combination: Combination | None = None,
+        prices: Sequence[float] | None = None,
         max_calls: int | None = None,
+        parallel_calls: int = 1,
+        max_rounds: int | None = None,
         blas_threads: int = 1,
         seed: int | None = None,
     ) -> None:
@@ -92,8 +102,12 @@ class RunTemplate:
         self._choosy = any(arm.choosy for arm in arms)
         self.encoder = encoder
         self.score_scale = score_scale
-        self.combination = combination
+        relative = relative_prices([1.0] * len(self.arms) if prices is None else prices)
+        self.prices: tuple[float, ...] = tuple(relative.tolist())
+        self.combination = None if combination is None else combination.priced(relative)
         self.max_calls = len(self.arms) if max_calls is None else max_calls
+        self.parallel_calls = parallel_calls
+        self.max_rounds = sys.maxsize if max_rounds is None else max_rounds
         self.fold_settings = fold_settings
         self.signal = signal
         self.seed = seed
@@ -215,19 +229,25 @@ class Run:
         """Generator of further draws, on the event loop; the first ones are drawn in the chooser's thread."""
         self._pacers: dict[str, Pacer] = {}
 
-    def view(self, policy: Policy, n: int, means: Sequence[float]) -> View:
-        """Return what the policy may know of one instance.
-
-        Args:
-            policy: whose plan.
-            n: number of responses.
-            means: of the draws (K,).
-        """
+    def multiplier(self, policy: Policy) -> float | None:
+        """Return what a call costs now under the policy's budget, in units of P(right); None where it has none."""
         pacer = self._pacers.get(policy.name) or policy.pacer()
         if pacer is None:
-            return View(n, means, None, self.template.max_calls, self.next_rng)
-        self._pacers[policy.name] = pacer
-        return View(n, means, pacer.multiplier, self.template.max_calls, self.next_rng)
+            return None
+        return self._pacers.setdefault(policy.name, pacer).multiplier
+
+    def view(self, n: int, means: Sequence[float], multiplier: float | None) -> View:
+        """Return what a policy may know of one instance.
+
+        Args:
+            n: number of responses.
+            means: of the draws (K,).
+            multiplier: that they were drawn at.
+        """
+        template = self.template
+        return View(
+            n, means, multiplier, template.max_calls, self.next_rng, template.parallel_calls, template.max_rounds
+        )
 
     def spent(self, policy: Policy, price: float) -> None:
         """Tell the policy's budget what one instance cost, in units of the cheapest scorer."""
@@ -265,6 +285,7 @@ class RunRegistry:
         on_open: starts whatever must run beside an opened run (its learner); what it returns ends that.
         timeout_seconds: how long a request waits for a run that is being opened.
         default_form: the prior form that the default run must have; None: whatever it has.
+        free_seconds: how long the store must have been watched before an unused name is taken, see `Store.open_run`.
     """
 
     def __init__(
@@ -277,6 +298,7 @@ class RunRegistry:
         on_open: Callable[[Run], Callable[[], None]],
         timeout_seconds: float = 10.0,
         default_form: PriorForm | None = None,
+        free_seconds: float = 0.0,
     ) -> None:
         self.template = template
         self.default = default
@@ -285,6 +307,7 @@ class RunRegistry:
         self._on_open = on_open
         self._timeout_seconds = timeout_seconds
         self._default_form = default_form
+        self._free_seconds = free_seconds
         self._runs: dict[str, Run] = {}
         self._closers: dict[str, Callable[[], None]] = {}
         self._opening: dict[str, asyncio.Task[Run]] = {}
@@ -305,16 +328,28 @@ class RunRegistry:
             ValidationError: the name is malformed, or the form needs a checkpoint that the gateway lacks.
             RunConflictError: the name was used with another pool, prior or checkpoint.
             OverCapacityError: `max_runs` are open.
-            NotReadyError: its log is still being replayed, or cannot be.
+            NotReadyError: its log is still being replayed, or cannot be; or another gateway may hold its name still.
             StoreUnavailableError: the store does not answer.
         """
-        run = await self.open(name, form)
+        run = await self._open_patiently(name, form)
         if not run.ready.is_set():
             await self._wait_until_ready(run)
         return run
 
+    async def _open_patiently(self, name: str | None, form: PriorForm | None) -> Run:
+        """Open the run; wait for a name that may be taken in time."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._timeout_seconds
+        while True:
+            try:
+                return await self.open(name, form)
+            except NameNotFreeError as error:
+                if loop.time() + error.seconds >= deadline:
+                    raise
+                await asyncio.sleep(min(error.seconds, NAME_POLL_SECONDS))
+
     async def open(self, name: str | None, form: PriorForm | None = None) -> Run:
-        """As `get`, without waiting for its posterior."""
+        """As `get`, without waiting for its posterior or its name."""
         name = name or self.default
         if form is None and name == self.default:
             form = self._default_form
@@ -362,7 +397,7 @@ class RunRegistry:
             fingerprint = self.template.fingerprint(form)
         except ConfigurationError as error:
             raise ValidationError(error.message, details={"field": "policy"}) from error
-        identity = await self._store.open_run(name, fingerprint.encode())
+        identity = await self._store.open_run(name, fingerprint.encode(), free_seconds=self._free_seconds)
         standing = identity.fingerprint.decode()
         if standing != fingerprint:
             form = _standing_form(standing) or form

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,17 +19,19 @@ import numpy as np
 from router_core.attempts import passed_over, waited_seconds
 from router_core.policies import AllCalls, OneCall
 from router_core.records import Instance
+from service.encoders.protocol import EncoderInputError
 from service.errors import NoWorkerError, ServiceError, StoreUnavailableError, ValidationError
 from service.schemas import RewardReply, RewardRequest
-from service.settings import OnStoreUnavailable
+from service.settings import OnStoreUnavailable, Settings
 from service.stores.ids import RANDOM_BYTES, new_decision_id
 from service.stores.protocol import DecisionRecord, Store
 from service.telemetry import Telemetry
 from service.usecases.ask import Asker, Tickets, too_late
 from service.usecases.choose import Chooser
+from service.usecases.converse import instance_of
 from service.usecases.decisions import content_key, encode_decision
 from service.usecases.normalise import Normaliser
-from service.usecases.pieces import PIECES_ASKED, Piece, cut
+from service.usecases.pieces import PIECES_ASKED, Piece, cut, divide
 from service.usecases.reply import Job, decision_of, own_draw, reply_of
 from service.usecases.runs import RunRegistry
 from service.usecases.shadow import Shadowable, Shadower
@@ -51,6 +54,21 @@ class ScoreLimits:
     normalize: bool = False
     piece_responses: int = 0
     """Responses per piece of a batch, 0 for one piece; see `service.usecases.pieces`."""
+
+
+def limits_of(settings: Settings) -> ScoreLimits:
+    """Return the bounds that settings name."""
+    return ScoreLimits(
+        max_responses=settings.max_responses,
+        max_text_chars=settings.max_text_chars,
+        max_batch=settings.max_batch,
+        request_timeout_seconds=settings.request_timeout_seconds,
+        worker_timeout_seconds=settings.worker_timeout_seconds,
+        on_store_unavailable=settings.on_store_unavailable,
+        content_keys=settings.content_keys,
+        normalize=settings.normalize,
+        piece_responses=settings.batch_piece_responses,
+    )
 
 
 class _Entropy:
@@ -104,7 +122,7 @@ class RewardService:
         self._shadower = shadower
         self._sticky = sticky
         self._normaliser = normaliser
-        self._asker = Asker(telemetry.called, timeout_seconds=limits.worker_timeout_seconds)
+        self._asker = Asker(telemetry.called, runs.template.prices, timeout_seconds=limits.worker_timeout_seconds)
         self._entropy = _Entropy()
 
     async def score(self, request: RewardRequest) -> RewardReply:
@@ -172,9 +190,10 @@ class RewardService:
     ) -> list[list[Piece]]:
         """Return the instances by run and policy, each in pieces; those that cannot be scored go into `refused`."""
         groups: dict[tuple[str | None, str | None], list[int]] = {}
+        read: dict[int, Instance] = {}
         for index, request in enumerate(requests):
             try:
-                self._check(request, index if len(requests) > 1 else None)
+                read[index] = self._read(request, index if len(requests) > 1 else None)
             except ValidationError as error:
                 refused[index] = error
             else:
@@ -192,7 +211,7 @@ class RewardService:
                     raise
                 refused.update(dict.fromkeys(indices, error))
                 continue
-            instances = [_instance_of(requests[i]) for i in indices]
+            instances = [read[i] for i in indices]
             wholes.append(cut(Piece(found, chosen_policy, indices, instances), self._limits.piece_responses))
         return wholes
 
@@ -210,7 +229,14 @@ class RewardService:
         if len(wholes) == 1 and len(wholes[0]) == 1:
             tickets = Tickets(arms)
             piece = wholes[0][0]
-            jobs = await self._choose(piece, deadline)
+            try:
+                jobs = await self._choose(piece, deadline)
+            except EncoderInputError as error:
+                bad, rest = divide(piece, error.places)
+                if not rest.instances:
+                    raise
+                refused.update(dict.fromkeys(bad.indices, error))
+                return await self._route([[rest]], deadline, refused)
             await self._ask(jobs, tickets, deadline)
             return dict(zip(piece.indices, jobs, strict=True))
         tickets = Tickets(arms, shared=True)
@@ -242,9 +268,17 @@ class RewardService:
 
         under_way: list[tuple[Piece, asyncio.Task[list[Job]] | ServiceError]] = []
         async with asyncio.TaskGroup() as tasks:
-            for piece in pieces:
+            waiting = deque(pieces)
+            while waiting:
+                piece = waiting.popleft()
                 try:
                     jobs = await self._choose(piece, deadline)
+                except EncoderInputError as error:
+                    bad, rest = divide(piece, error.places)
+                    under_way.append((bad, error))
+                    if rest.instances:
+                        waiting.appendleft(rest)
+                    continue
                 except ServiceError as error:
                     under_way.append((piece, error))
                     continue
@@ -275,7 +309,7 @@ class RewardService:
                 means = chosen.choices.means.tolist()
                 jobs = []
                 for row, instance in enumerate(piece.instances):
-                    view = run.view(policy, len(instance.responses), means[row])
+                    view = run.view(len(instance.responses), means[row], chosen.multiplier)
                     jobs.append(
                         Job(
                             policy.plan_for(view),
@@ -336,7 +370,12 @@ class RewardService:
 
         await asyncio.gather(*map(of_run, by_run.values()))
 
-    def _check(self, request: RewardRequest, index: int | None) -> None:
+    def _read(self, request: RewardRequest, index: int | None) -> Instance:
+        """Return the instance of a request.
+
+        Raises:
+            ValidationError: it is beyond a bound, or its messages cannot be read.
+        """
         where = "" if index is None else f"items[{index}]."
         limits = self._limits
         if len(request.responses) > limits.max_responses:
@@ -345,7 +384,8 @@ class RewardService:
                 details={"field": f"{where}responses", "limit": limits.max_responses},
             )
         longest = limits.max_text_chars
-        texts = [request.prompt, *request.responses]
+        instance = instance_of(request.prompt, request.responses, request.reference, request.metadata, where=where)
+        texts = [instance.prompt, *instance.responses]
         names = ["prompt", *[f"responses[{i}]" for i in range(len(request.responses))]]
         if request.reference is not None:
             texts.append(request.reference)
@@ -355,13 +395,14 @@ class RewardService:
                 texts.append(fact)
                 names.append(f"metadata.{name}")
         if max(map(len, texts)) <= longest:
-            return
+            return instance
         for name, text in zip(names, texts, strict=True):
             if len(text) > longest:
                 raise ValidationError(
                     f"{where}{name} is {len(text)} characters long: send at most {longest}",
                     details={"field": f"{where}{name}", "limit": longest},
                 )
+        return instance
 
     async def _record_and_reply(self, jobs: Sequence[Job], started: float) -> list[RewardReply | ServiceError]:
         now_ms = int(time.time() * 1000)
@@ -372,11 +413,7 @@ class RewardService:
         for index, (job, given) in enumerate(answered):
             job.decision_id = new_decision_id(now_ms, entropy[index * RANDOM_BYTES : (index + 1) * RANDOM_BYTES])
             job.decision = decision_of(job, given, now_ms)
-            key = (
-                content_key(job.run.name, job.instance.prompt, job.instance.responses)
-                if self._limits.content_keys
-                else None
-            )
+            key = content_key(job.run.name, job.instance) if self._limits.content_keys else None
             record = DecisionRecord(job.decision_id, encode_decision(job.decision), key)
             by_run.setdefault(job.run.name, []).append(record)
             decided.append(Shadowable(job.run, job.decision_id, job.decision, job.instance))
@@ -411,6 +448,7 @@ class RewardService:
                     telemetry.fallbacks.labels(job.run.template.pool[attempt.arm], attempt.reason).inc()
             if job.given is not None:
                 telemetry.stage["worker"].observe(waited_seconds(job.attempts))
+            telemetry.paid(job.run.name, job.policy.name).inc(sum([attempt.price for attempt in job.attempts]))
         given = _counted([(job.run.name, job.policy.name) for job in jobs if job.given is not None])
         for (run, policy), count in given.items():
             telemetry.decided(run, policy).inc(count)
@@ -439,10 +477,6 @@ class RewardService:
             self._telemetry.unrecorded.inc(len(records))
             return error
         return None
-
-
-def _instance_of(request: RewardRequest) -> Instance:
-    return Instance(request.prompt, tuple(request.responses), request.reference, request.metadata or {})
 
 
 def _counted(keys: Iterable[_Key]) -> dict[_Key, int]:

@@ -3,7 +3,7 @@
 The answers are added to the stored decision while it waits for its feedback; so they reach the log with it, and every
 replica folds the same. That an instance was shadowed is noted even where nobody answered: off-policy evaluation divides
 by how often that happens. Feedback that comes first finds the decision without: then all is dropped and counted.
-Called by `score`; drained by `service.wiring` at shutdown. Knows no policy: what was drawn is done.
+Called by `score`; drained by `service.gateway` at shutdown. Knows no policy: what was drawn is done.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Shadower:
     Args:
         store: where decisions wait for feedback.
         telemetry: counters.
+        prices: of one asking, by arm.
         rate: fraction of the instances, 0 to 1.
         timeout_seconds: deadline of asking one RM about up to `PATIENT_INSTANCES` instances.
         max_instances: how many may be under way at once.
@@ -66,6 +67,7 @@ class Shadower:
         self,
         store: Store,
         telemetry: Telemetry,
+        prices: Sequence[float],
         *,
         rate: float,
         timeout_seconds: float,
@@ -76,7 +78,7 @@ class Shadower:
         self._telemetry = telemetry
         self._timeout_seconds = timeout_seconds
         self._max_instances = max_instances
-        self._asker = Asker(telemetry.shadow_calls.labels, timeout_seconds=timeout_seconds)
+        self._asker = Asker(telemetry.shadow_calls.labels, prices, timeout_seconds=timeout_seconds)
         self._in_flight = 0
         self._tasks: set[asyncio.Task[None]] = set()
         telemetry.shadows_in_flight.set_function(lambda: self._in_flight)
@@ -89,7 +91,9 @@ class Shadower:
         chosen = [
             item
             for item in answered
-            if item.stored.n > 1 and item.stored.arm is not None and is_shadowed(item.decision_id, self.rate)
+            if item.stored.n > 1
+            and len({attempt.arm for attempt in item.stored.attempts}) < len(item.stored.offsets)
+            and is_shadowed(item.decision_id, self.rate)
         ]
         room = max(self._max_instances - self._in_flight, 0)
         for item in chosen[room:]:

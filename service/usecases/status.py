@@ -67,6 +67,7 @@ class StatusService:
         scales: what is known here of a run's raw scores.
         encoder: the encoder over a network; None where contexts are computed here.
         store_findings: what is wrong with the store: sentences with a remedy.
+        store_refused: returns True while nothing is saved for that.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class StatusService:
         scales: Callable[[str], ScoreScales | None],
         encoder: AwaitedEncoder | None = None,
         store_findings: Callable[[], Sequence[str]] = tuple,
+        store_refused: Callable[[], bool] = lambda: False,
     ) -> None:
         self._runs = runs
         self._store = store
@@ -93,6 +95,7 @@ class StatusService:
         self._scales = scales
         self._encoder = encoder
         self.store_findings = store_findings
+        self._store_refused = store_refused
 
     async def render_metrics(self) -> bytes:
         """Prometheus' text format, with the workers' states, the logs' lag and the posteriors as they are now.
@@ -117,6 +120,10 @@ class StatusService:
             self._tell_judging(arm)
         for server in self._encoder.servers() if self._encoder is not None else ():
             self._telemetry.encoder_up.labels(server.url).set(server.up)
+        for run in runs:
+            if run.name in self._runs.runs:
+                self._telemetry.learner_waiting.labels(run.name).set(run.stalled is not None)
+        self._telemetry.store_refused.set(self._store_refused())
         self._telemetry.health_check_errors.set(self._health_check_errors())
         return self._telemetry.render()
 

@@ -32,6 +32,7 @@ from service.scorers.wire import (
     Message,
     ModelList,
     ServedModel,
+    TextPart,
     TokenizeReply,
     TokenizeRequest,
     Usage,
@@ -333,8 +334,9 @@ def _contents(request: ClassifyRequest) -> list[Content]:
 
 
 def _text(message: Message) -> str:
-    if isinstance(message.content, str):
-        return message.content
-    if any(part.type != "text" for part in message.content):
+    parts = [TextPart("text", message.content)] if isinstance(message.content, str) else message.content or []
+    if any(part.type != "text" for part in parts):
         raise ApiError("This worker reads text parts only.", param="messages")
-    return "\n".join(part.text for part in message.content)
+    # Its models know no tools: a call is words.
+    calls = [f"{call.function.name}({call.function.arguments})" for call in message.tool_calls or []]
+    return "\n".join([*[part.text for part in parts if part.text or not calls], *calls])

@@ -1,12 +1,17 @@
 """The tables of docs/settings.md and docs/metrics.md, made from the code they describe.
 
-`python -m tests.docs.tables` writes both pages; `test_docs` fails when they are out of date.
+`python -m tests.docs.tables` writes both pages, and the JSON schema of the scorer protocol; `test_docs` fails when
+they are out of date.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import msgspec
+
+from service.scorers.http.wire import Info, ScoreReply, ScoreRequest
 from service.settings import Settings
 from service.telemetry import Telemetry
 
@@ -54,6 +59,22 @@ def metrics_page() -> str:
     return METRICS_HEAD + "".join(sorted(rows))
 
 
+def protocol_schema() -> str:
+    """docs/scorer-protocol.json."""
+    (request, reply, info), definitions = msgspec.json.schema_components(
+        (ScoreRequest, ScoreReply, Info), ref_template="#/$defs/{name}"
+    )
+    document = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "The scorer protocol of reward-router",
+        "description": "Bodies of POST /score (ScoreRequest, ScoreReply) and GET /info (Info).",
+        "anyOf": [request, reply, info],
+        "$defs": definitions,
+    }
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
 if __name__ == "__main__":
+    (ROOT / "docs/scorer-protocol.json").write_text(protocol_schema(), "utf-8")
     (ROOT / "docs/settings.md").write_text(settings_page(), "utf-8")
     (ROOT / "docs/metrics.md").write_text(metrics_page(), "utf-8")

@@ -11,7 +11,9 @@ import typer
 
 from service.cli import app
 from service.errors import ServiceError
-from tests.docs.tables import ROOT, metrics_page, settings_page
+from service.workers.rules.builtin import BUILTIN
+from service.workers.rules.formats import CHECKS
+from tests.docs.tables import ROOT, metrics_page, protocol_schema, settings_page
 
 REMEDY = "run `python -m tests.docs.tables`"
 
@@ -22,6 +24,15 @@ def test_settings_page_is_the_settings() -> None:
 
 def test_metrics_page_is_the_metrics() -> None:
     assert (ROOT / "docs/metrics.md").read_text("utf-8") == metrics_page(), REMEDY
+
+
+def test_protocol_schema_is_the_protocol() -> None:
+    assert (ROOT / "docs/scorer-protocol.json").read_text("utf-8") == protocol_schema(), REMEDY
+
+
+def test_scorers_page_lists_rules_and_instructions() -> None:
+    page = (ROOT / "docs/scorers.md").read_text("utf-8")
+    assert [name for name in [*BUILTIN, *CHECKS] if f"`{name}`" not in page] == []
 
 
 def error_classes() -> list[type[ServiceError]]:

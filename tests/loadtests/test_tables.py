@@ -19,12 +19,25 @@ pytest.importorskip("torch")
 
 from loadtests.tables import encodings
 from loadtests.tables.encodings import Described, Encoded, TooLong, encode
-from loadtests.tables.experiments import K6, VARIANTS, Fit, Job, Plan, Size, Stream, Variant, domains_of
+from loadtests.tables.experiments import (
+    K6,
+    PAPER,
+    PAPER_TUNED,
+    VARIANTS,
+    Fit,
+    Job,
+    Plan,
+    Size,
+    Stream,
+    Variant,
+    domains_of,
+)
 from loadtests.tables.offline import TableTwo, minus, offline_figures
 from loadtests.tables.online import ablation_figures, domain_figures, stream_figures
 from loadtests.tables.work import (
     BEST_HINDSIGHT,
     BEST_LEARNED,
+    DOMAINS_HINDSIGHT,
     SUBSETS_HINDSIGHT,
     SUBSETS_LEARNED,
     Material,
@@ -242,10 +255,13 @@ def test_figures_per_domain_take_that_domain_s_own_best_rm(
         rows = [i for i, name in enumerate(replayed.table.domains) if name == domain]
         accuracy = replayed.table.correctness[rows, best].mean()
         assert found[domain]["policies"][BEST_HINDSIGHT]["accuracy"] == pytest.approx(accuracy)
+        assert found[domain]["policies"][DOMAINS_HINDSIGHT]["accuracy"] == pytest.approx(accuracy)
         lead = found[domain]["policies"]["offline"]["accuracy"] - accuracy
         assert found[domain]["offline_lead"]["difference"] == pytest.approx(lead)
     total = sum(found[domain]["n"] * found[domain]["policies"]["bayesian"]["accuracy"] for domain in ("prose", "code"))
     assert found[""]["policies"]["bayesian"]["accuracy"] == pytest.approx(total / found[""]["n"])
+    each, one = (found[""]["policies"][name]["accuracy"] for name in (DOMAINS_HINDSIGHT, BEST_HINDSIGHT))
+    assert each > one + 0.1
 
 
 def test_a_variant_changes_the_prior_that_it_names_and_no_other(plan: Plan, fitted: dict[Fit, Checkpoint]) -> None:
@@ -257,9 +273,22 @@ def test_a_variant_changes_the_prior_that_it_names_and_no_other(plan: Plan, fitt
     assert (strong(None).hyper.lambda0, strong(None).hyper.adapt) == (7.0, False)
     assert strong(None).hyper.v == default.hyper.v
     assert strong("none").hyper == priors_of(checkpoint, Variant(), Signal.PREFERENCE)("none").hyper
+    tuned = priors_of(checkpoint, Variant(), Signal.PREFERENCE, paper=(("v", 0.1),))
+    assert (tuned("paper").hyper.v, tuned("paper").hyper.lambda0) == (0.1, 1.0)
+    assert tuned(None).hyper == default.hyper
     features = priors_of(checkpoint, Variant(features=True), Signal.PREFERENCE)(None)
     assert (features.first, features.d, features.dim) == (0, checkpoint.fuse.features, checkpoint.d)
     assert default.first == checkpoint.fuse.features
+
+
+def test_a_tuned_row_is_the_papers_form_with_other_scalars(
+    plan: Plan, material: Material, fitted: dict[Fit, Checkpoint]
+) -> None:
+    job = Job("shift", plan.shifted(POOL)[:1], ("bayesian", PAPER, PAPER_TUNED), (0, 1))
+    traces = replayed_of(job, fitted, material).traces
+    assert {PAPER, PAPER_TUNED} <= set(traces)
+    assert (traces[PAPER].asked != traces[PAPER_TUNED].asked).any()
+    assert traces[PAPER_TUNED].calls_per_instance == 1
 
 
 def test_every_variant_names_settings_that_exist(plan: Plan) -> None:

@@ -9,17 +9,18 @@ import pytest
 
 pytest.importorskip("torch")
 
-from loadtests.tables.experiments import VARIANTS
+from loadtests.tables.experiments import PAPER_TUNED, PRIMARY, VARIANTS
 from loadtests.tables.page import page
-from loadtests.tables.prose import against, against_zero, by_place, listed, reached, standing
+from loadtests.tables.prose import against, against_zero, by_place, decided, listed, reached, standing
 from loadtests.tables.sheets import Heading, Picture, Sheet, accuracy, difference, markdown, show, signed
-from loadtests.tables.work import REFERENCES
+from loadtests.tables.work import DOMAINS_HINDSIGHT, REFERENCES
 
-ROWS = ("bayesian", "bayesian:paper", "bayesian:none", "offline", "laser", "random", "majority", "uwo", *REFERENCES)
+POLICIES = ("bayesian", "bayesian:paper", PAPER_TUNED, "bayesian:none", "offline", "laser", "random", "majority", "uwo")
+ROWS = (*POLICIES, *REFERENCES)
 
 
 def gap(value: float, half: float = 0.01) -> dict[str, Any]:
-    return {"difference": value, "ci95": [value - half, value + half]}
+    return {"difference": value, "ci95": [value - half, value + half], "p": 0.001 if abs(value) > half else 0.4}
 
 
 def rows_of(ours: str, lead: float, names: tuple[str, ...] = ROWS) -> dict[str, Any]:
@@ -39,10 +40,12 @@ def rows_of(ours: str, lead: float, names: tuple[str, ...] = ROWS) -> dict[str, 
 
 def document(lead: float = 0.05) -> dict[str, Any]:
     """A run in which ours leads everything by `lead`."""
-    table = rows_of("offline", lead) | {"pool": ["a", "b"]}
+    fit = {"n": 50, "said": 0.9, "right": 0.8, "bias": 0.05}
+    fit |= {"negative_log_likelihood": 0.4, "expected_calibration_error": 0.02}
+    table = rows_of("offline", lead) | {"pool": ["a", "b"], "calibration": {"code": fit, "": fit}}
     part = {"n": 50, "policies": table["policies"], "best_single": {"model": "a", "accuracy": 0.9}, "oracle": 0.97}
     stream = rows_of("bayesian", lead) | {"streams": 2, "length": [50]}
-    unseen = rows_of("bayesian", lead) | {"offline_lead": gap(-0.1)}
+    unseen = rows_of("bayesian", lead, (*ROWS, DOMAINS_HINDSIGHT)) | {"offline_lead": gap(-0.1)}
     keys = ("in distribution", "long", "shift", "drift", "shift, loss", "K6, in distribution", "K9, in distribution")
     ablated = {name: {"accuracy": 0.88, "lost": gap(lead)} for name in ("offline", "bayesian")}
     columns = ("in distribution", "shift")
@@ -133,6 +136,37 @@ def test_how_the_pools_and_the_defaults_were_chosen_is_said_openly() -> None:
     assert "K4 and K6 were chosen after seeing the RMs' accuracies" in text
     assert "used to choose the defaults" in text
     assert "d" * 64 in text
+
+
+def test_the_summary_counts_the_domains_in_which_the_best_rm_is_ahead() -> None:
+    behind = " ".join(markdown(page(document(-0.05))).split())
+    assert (
+        "`bayesian` is below it in 2 of 2 rows (pool and domain), in 2 of them beyond the interval: code (K4)" in behind
+    )
+    slightly = " ".join(markdown(page(document(-0.005))).split())
+    assert "below it in 2 of 2 rows (pool and domain), never beyond the interval." in slightly
+    ahead = " ".join(markdown(page(document(0.05))).split())
+    assert "below it in 0 of 2 rows (pool and domain)." in ahead
+
+
+def test_primary_contrasts_are_decided_with_all_of_them_in_mind() -> None:
+    assert [decided(gap(value), p) for value, p in ((0.1, 0.01), (-0.1, 0.01), (0.1, 0.06))] == [
+        "better", "worse", "not told apart",
+    ]  # fmt: skip
+    sheet = next(b for b in page(document(0.05)) if isinstance(b, Sheet) and b.title == "Primary contrasts")
+    assert len(sheet.rows) == len(PRIMARY)
+    assert {row[-2] for row in sheet.rows} == {f"{0.001 * len(PRIMARY):.2g}"}
+    assert sheet.rows[0][0] == "K9: offline − best single RM, in hindsight"
+
+
+def test_what_the_evidence_leaves_out_is_said() -> None:
+    text = " ".join(markdown(page(document())).split())
+    first = text.index("K4")
+    assert text.index("chosen after seeing the accuracies") < first + 200
+    assert "Intervals leave out refitting" in text
+    assert "Rows of papers have published scalars" in text
+    assert PAPER_TUNED in text
+    assert "| K9 | code | 50 | .900 | .800 | .050 | .400 | .020 |" in text
 
 
 def test_a_quick_run_says_so() -> None:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from router_core.dataset import load_pairs, load_rows, pairs_digest, pool_matrix, write_pairs
 from router_core.errors import DatasetError
-from router_core.records import MAX_ABS_SCORE, TIE, Instance, LabelledPair, verdict_of
+from router_core.records import MAX_ABS_SCORE, TIE, Instance, LabelledPair, Message, ToolCall, verdict_of
 from router_core.rows import Row, encode_pair, parse_row
+from router_core.turns import text_of
 
 FILE = Path("pairs.jsonl")
 
@@ -149,13 +150,41 @@ TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
 SCORE = st.floats(-MAX_ABS_SCORE, MAX_ABS_SCORE) | st.sampled_from([0.0, 1.0])
 
 
+MESSAGE = st.builds(
+    Message,
+    role=st.sampled_from(["system", "user", "assistant", "tool"]),
+    text=TEXT,
+    name=st.sampled_from(["", "add"]),
+    calls=st.lists(st.builds(ToolCall, name=TEXT, arguments=TEXT, id=TEXT), max_size=2).map(tuple),
+    answers=st.sampled_from(["", "c1"]),
+)
+SAID = st.tuples(TEXT, st.none()) | st.lists(MESSAGE, min_size=2, max_size=3).map(
+    lambda turns: (text_of(turns), tuple(turns))
+)
+FACTS = st.dictionaries(TEXT, st.none() | st.booleans() | TEXT | SCORE, max_size=3)
+
+
+@st.composite
+def instances(draw: st.DrawFn, n: int) -> Instance:
+    (prompt, turns), said = draw(SAID), [draw(SAID) for _ in range(n)]
+    answers = tuple(turns for _, turns in said)
+    return Instance(
+        prompt,
+        tuple(text for text, _ in said),
+        draw(st.none() | TEXT),
+        draw(FACTS),
+        turns,
+        answers if any(answers) else None,
+    )
+
+
 @st.composite
 def labelled_pairs(draw: st.DrawFn) -> LabelledPair:
     n = draw(st.integers(2, 5))
     scores = draw(st.dictionaries(TEXT, st.tuples(*[SCORE] * n), max_size=3))
     return LabelledPair(
         id=draw(TEXT),
-        instance=Instance(draw(TEXT), tuple(draw(TEXT) for _ in range(n))),
+        instance=draw(instances(n)),
         label=draw(st.integers(0, n - 1)),
         scores=scores,
         verdicts=draw(st.dictionaries(TEXT, st.integers(TIE, n - 1), max_size=3))
@@ -173,6 +202,24 @@ def test_what_is_written_is_read_back_equal(pair: LabelledPair) -> None:
         row.id, row.instance, row.label or 0, row.scores, row.verdicts, row.domain, row.subset, row.group
     )
     assert read == pair
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prompt": []}, "at least one message"),
+        ({"prompt": [{"content": "hi"}]}, "role"),
+        ({"prompt": [{"role": " ", "content": "hi"}]}, "say who speaks"),
+        ({"prompt": [{"role": "user"}]}, "says nothing"),
+        ({"response_a": [{"role": "user", "content": [1]}]}, "response_a"),
+        ({"metadata": {"a": [1]}}, "flat object"),
+        ({"reference": 7}, "reference"),
+    ],
+)
+def test_messages_and_facts_that_do_not_fit_are_told(fields: dict[str, object], words: str) -> None:
+    row = {"id": "1", "prompt": "p", "response_a": "x", "response_b": "y", "label": "a", **fields}
+    with pytest.raises(DatasetError, match=words):
+        parse_row(FILE, 1, msgspec.json.encode(row))
 
 
 def test_pairs_of_two_are_written_with_letters_and_others_with_indices(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from router_core.records import Signal
 from service.lab.eventlog.export import export_log
 from service.lab.eventlog.load import load_log
 from service.lab.eventlog.targets import Targets
+from service.priors import build_prior
 from service.settings import Settings
 from service.stores.redis import RedisStore
-from service.wiring import build_prior
 from tests.support.gateway import DIM, fresh_run, open_gateway, pair
 
 if TYPE_CHECKING:

@@ -136,6 +136,7 @@ async def open_gateway(
     encoder: PairEncoder | None = None,
     score_scale: ScoreScale | None = None,
     wait: bool = True,
+    prices: Sequence[float] | None = None,
     **settings: Any,
 ) -> AsyncIterator[Gateway]:
     """The application in its lifespan.
@@ -148,11 +149,14 @@ async def open_gateway(
         encoder: instead of the small one.
         score_scale: of the RMs' raw rewards.
         wait: until /readyz answers 200.
-        settings: of the gateway.
+        settings: of the gateway; a new run's name is taken at once unless they say otherwise.
     """
     scripted = list(arms) if arms is not None else [ScriptedArm(name) for name in models]
-    pool = PoolFile(models=tuple(ModelEntry(name=arm.name) for arm in scripted))
-    chosen = Settings(**{"store_url": server_url, "run": fresh_run(), "seed": 0, **settings})
+    costs = [1.0] * len(scripted) if prices is None else prices
+    pool = PoolFile(
+        models=tuple(ModelEntry(name=arm.name, price=price) for arm, price in zip(scripted, costs, strict=True))
+    )
+    chosen = Settings(**{"store_url": server_url, "run": fresh_run(), "seed": 0, "new_run_wait_seconds": 0, **settings})
     app = create_app(
         chosen, pool, encoder=encoder or small_encoder(), arms=scripted, store=store, score_scale=score_scale
     )

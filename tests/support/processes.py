@@ -151,6 +151,7 @@ class Services:
         pool.write_text(yaml.safe_dump({"models": models}))
         environment = {f"REWARD_ROUTER_{key.upper()}": str(value) for key, value in settings.items()}
         environment["REWARD_ROUTER_STORE_URL"] = store_url
+        environment.setdefault("REWARD_ROUTER_NEW_RUN_WAIT_SECONDS", "0")
         return self._add(name, ["serve", "--pool", str(pool)], environment, "/readyz")
 
     def _add(self, name: str, arguments: list[str], environment: dict[str, str], health: str) -> Service:

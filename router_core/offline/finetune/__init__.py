@@ -18,19 +18,23 @@ import torch
 from numpy.typing import NDArray
 
 from router_core.checkpoint import Checkpoint, file_digests
-from router_core.dataset import grouped_split, pairs_digest, pool_matrix
+from router_core.dataset import grouped_folds, grouped_split, pairs_digest, pool_matrix
 from router_core.encoder.base import Backbone
 from router_core.encoder.cache import CachedBackbone
 from router_core.encoder.torch import TorchBackbone
 from router_core.errors import CheckpointError, DatasetError, EncoderError
-from router_core.offline.calibrate import expected_calibration_error, fit_calibration, negative_log_likelihood
+from router_core.offline.calibrate import (
+    cross_calibrated,
+    expected_calibration_error,
+    fit_calibration,
+    negative_log_likelihood,
+)
 from router_core.offline.finetune.config import FinetuneConfig, Mode
 from router_core.offline.finetune.loop import Look, Loop, Progress, seeded
 from router_core.offline.finetune.model import RoutingModel, TokenisedPair, adapt, merged
 from router_core.offline.members import whitening
 from router_core.offline.train import HeldOut, context_landmarks, learned_votes, pair_features, routed_accuracy
-from router_core.offline.tune import residual_variance
-from router_core.prior import CALIBRATED_HYPERPARAMETERS, PriorForm
+from router_core.prior import PriorForm
 from router_core.records import LabelledPair
 from router_core.replay.table import score_scale
 from router_core.torch_threads import torch_threads
@@ -39,6 +43,8 @@ __all__ = ["FineTuned", "FinetuneConfig", "Look", "Mode", "fine_tune", "resumabl
 
 FOLDER = "backbone"
 """Of the trained transformer inside the checkpoint."""
+CALIBRATION_FOLDS = 4
+"""Folds of the held-out pairs, so that each is reported by a calibration that has not seen its group."""
 _RUN_FILE = "run.json"
 _SEED_OF_WEIGHTS, _SEED_OF_ADAPTERS, _SEED_OF_SPLIT = 4, 5, 6
 
@@ -200,18 +206,25 @@ def _checkpoint(
     shutil.rmtree(work / FOLDER, ignore_errors=True)
     backbone.save(work / FOLDER)
     fuse, heads, y = model.fuse(), model.heads(), correctness[outside]
-    z = pair_features([pairs[i] for i in outside], backbone)
+    held_out = [pairs[i] for i in outside]
+    z = pair_features(held_out, backbone)
     # From the held-out pairs: those that the transformer was fitted to lie apart more neatly than any to come.
     fuse = replace(fuse, context=whitening(fuse.standardise(z), config.context))
     contexts = fuse.apply(z)
     x = contexts[:, : fuse.features]
     logits = x @ heads["cls_weight"].T + heads["cls_bias"]
     bt_scores = np.asarray(x @ heads["bt_embeddings"].T, dtype=np.float64)
-    calibration = fit_calibration(logits, y)
-    probabilities = calibration.probabilities(logits)
+    c = contexts[:, fuse.features :]
+    calibration = fit_calibration(logits, y, c)
+    n_folds = min(CALIBRATION_FOLDS, len({pair.group or pair.id for pair in held_out}))
+    if n_folds < 2:
+        probabilities = calibration.probabilities(logits, c)
+    else:
+        folds = grouped_folds(held_out, n_folds, np.random.default_rng(config.seed))
+        probabilities = cross_calibrated(logits, y, c, folds)
     scores = score_scale(pairs, pool)
     best = min(looks, key=lambda look: look.held_out_loss)
-    learned = learned_votes([pairs[i] for i in outside], pool, probabilities, config.seed)
+    learned = learned_votes(held_out, pool, probabilities, config.seed)
     checkpoint = Checkpoint(
         pool=tuple(pool),
         encoder_spec=backbone.spec,
@@ -221,9 +234,9 @@ def _checkpoint(
         cls_bias=heads["cls_bias"],
         calibration_scale=calibration.scale.astype(np.float32),
         calibration_shift=calibration.shift.astype(np.float32),
+        calibration_level=None if calibration.level is None else calibration.level.astype(np.float32),
         prior_form=PriorForm.CALIBRATED if config.lambda_cls > 0 else PriorForm.PAPER,
-        hyperparameters=config.hyperparameters
-        or replace(CALIBRATED_HYPERPARAMETERS, sigma2=residual_variance(probabilities, y)),
+        hyperparameters=config.hyperparameters,
         metrics={
             "pairs": len(pairs),
             "training_pairs": training_pairs,
@@ -243,6 +256,6 @@ def _checkpoint(
         multipliers=None if learned is None else learned[1],
         directory=work,
         # From the held-out pairs, as the whitening and for its reason.
-        landmarks=context_landmarks([pairs[i] for i in outside], contexts, fuse, np.random.default_rng(0)),
+        landmarks=context_landmarks(held_out, contexts, fuse, np.random.default_rng(0)),
     )
     return FineTuned(checkpoint, outside, HeldOut(probabilities, bt_scores, y), tuple(looks))

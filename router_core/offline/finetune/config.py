@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from router_core.encoder.torch import CPU_BATCH_TOKENS, DEVICE_BATCH_TOKENS, DTYPES, Precision
 from router_core.errors import HyperparameterError
-from router_core.prior import Hyperparameters
+from router_core.prior import CALIBRATED_HYPERPARAMETERS, Hyperparameters
 
 Mode = Literal["full", "lora"]
 LEARNING_RATES: dict[str, float] = {"full": 3e-5, "lora": 3e-4}
@@ -42,8 +42,7 @@ class FinetuneConfig:
         save_every: optimiser steps between two states from which a run can be resumed.
         threads: of torch on a CPU. Results are equal for equal numbers of threads.
         seed: of every random choice.
-        hyperparameters: stored for the online stage; None for the calibrated prior's own, with the σ² of the held-out
-            residuals.
+        hyperparameters: stored for the online stage.
     """
 
     mode: Mode = "full"
@@ -75,7 +74,7 @@ class FinetuneConfig:
     save_every: int = 25
     threads: int = 1
     seed: int = 0
-    hyperparameters: Hyperparameters | None = None
+    hyperparameters: Hyperparameters = CALIBRATED_HYPERPARAMETERS
 
     def __post_init__(self) -> None:
         """Raises HyperparameterError naming the field that is out of its domain."""

@@ -5,6 +5,7 @@ The only module that knows pyarrow (extra `export`). Called by `export` and `loa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +25,8 @@ METADATA_KEY = b"reward_router"
 READ_ROWS = 8192
 """Rows held at once when a file is read."""
 
-_PLAIN = tuple(name for name in StoredDecision.__struct_fields__ if name not in ("x", "attempts", "shadows"))
+_MADE = ("x", "attempts", "shadows", "metadata")
+_PLAIN = tuple(name for name in StoredDecision.__struct_fields__ if name not in _MADE)
 """Columns that are the decision's fields as they stand."""
 
 _ATTEMPT = pa.struct(
@@ -74,6 +76,8 @@ def arrow_schema(header: Header) -> Any:
         pa.field("sticky", pa.string(), nullable=False),
         pa.field("multiplier", pa.float64(), nullable=False),
         pa.field("p_right", pa.float64()),
+        pa.field("reference", pa.string()),
+        pa.field("metadata", pa.string(), nullable=False),
         pa.field("signal", name, nullable=False),
         pa.field("value", pa.float64(), nullable=False),
         pa.field("reward", pa.float64()),
@@ -127,6 +131,7 @@ def record_batch(events: Sequence[LoggedEvent], header: Header) -> Any:
         "attempts": [_rows(event.decision.attempts) for event in events],
         "shadows": [None if event.decision.shadows is None else _rows(event.decision.shadows) for event in events],
         "learned": [[{"arm": arm, "reward": reward} for arm, reward in event.learned] for event in events],
+        "metadata": [json.dumps(event.decision.metadata, ensure_ascii=False) for event in events],
         "signal": [event.feedback.signal.value for event in events],
         "value": [event.feedback.value for event in events],
         "reward": [event.reward for event in events],
@@ -166,6 +171,7 @@ def read_parquet(path: Path) -> Iterator[LoggedEvent]:
             for batch in file.iter_batches(READ_ROWS):
                 contexts = batch["x"].flatten().to_numpy().reshape(batch.num_rows, -1)
                 columns = {name: batch[name].to_pylist() for name in batch.schema.names if name != "x"}
+                columns["metadata"] = [json.loads(facts) for facts in columns["metadata"]]
                 for index, context in enumerate(contexts):
                     yield event_of_row({name: values[index] for name, values in columns.items()}, context.tobytes())
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:

@@ -19,8 +19,8 @@ from router_core.prior import Prior, PriorForm, no_prior
 from service.errors import ConfigurationError
 from service.lab.eventlog.load import EventLog, fold_events
 from service.lab.eventlog.record import Header
+from service.priors import build_prior
 from service.settings import Settings
-from service.wiring import build_prior
 
 Array = NDArray[np.float64]
 

@@ -35,8 +35,11 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def content_key(instance: Instance) -> str:
-    """Digest (hex) of prompt and responses."""
-    return hashlib.sha256(msgspec.json.encode([instance.prompt, *instance.responses])).hexdigest()[:32]
+    """Return a digest (hex) of all that a scorer may read."""
+    said: list[object] = [instance.items()[0][0], *[response for _, response in instance.items()]]
+    if instance.reference is not None or instance.metadata:
+        said.append([instance.reference, instance.metadata])
+    return hashlib.sha256(msgspec.json.encode(said)).hexdigest()[:32]
 
 
 class Journal:

@@ -16,6 +16,7 @@ from typing import Final
 import msgspec
 
 from router_core.records import Instance
+from router_core.turns import words_of
 from service.errors import ConfigurationError
 from service.scorers.admission import Ticket
 from service.scorers.health import ProbeError, UnreachableError
@@ -27,6 +28,7 @@ from service.scorers.http.wire import (
     Item,
     Result,
     ScoreRequest,
+    Turn,
     numbers,
     read_results,
     stable_code,
@@ -44,8 +46,9 @@ from service.scorers.protocol import (
 from service.scorers.requests import AnswerError, Monitor, Requester, RequestLimits, in_halves
 from service.scorers.status import ScorerStatus
 from service.scorers.transport.breaker import BreakerPolicy
+from service.scorers.transport.exchange import ATTEMPT_SHARE, RETRIED_STATUSES
 from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
-from service.scorers.transport.replica import ATTEMPT_SHARE, RETRIED_STATUSES, Replica, open_replica
+from service.scorers.transport.replica import Replica, open_replica
 from service.scorers.wire import error_message
 
 REPLY_SHARE: Final = 0.8
@@ -170,6 +173,7 @@ class HttpScorer:
                 config.requests_per_minute,
             ),
             self.replicas,
+            clock,
         )
         self._monitor = None if monitor is None else monitor(self)
 
@@ -224,11 +228,14 @@ class HttpScorer:
             async with slots:
                 return await self._ask(part, deadline)
 
+        def doubt(one: Instance) -> None:
+            self._requester.doubt([_content(one)])
+
         chunks = [*self._chunks(instances)]
         if len(chunks) == 1:
-            return _flat([await in_halves(chunks[0], ask)])
+            return _flat([await in_halves(chunks[0], ask, doubt)])
         async with asyncio.TaskGroup() as tasks:
-            asked = [tasks.create_task(in_halves(chunk, ask)) for chunk in chunks]
+            asked = [tasks.create_task(in_halves(chunk, ask, doubt)) for chunk in chunks]
         return _flat([task.result() for task in asked])
 
     def status(self) -> ScorerStatus:
@@ -297,12 +304,12 @@ class HttpScorer:
         left = deadline - asyncio.get_running_loop().time()
         share = 1.0 if len(self.replicas) == 1 else ATTEMPT_SHARE
         budget = REPLY_SHARE * min(self.config.attempt_timeout_seconds, share * left)
-        items = [
-            Item([*one.responses], one.prompt, reference=one.reference, metadata=dict(one.metadata)) for one in part
-        ]
+        items = [_item(one) for one in part]
         body = msgspec.json.encode(ScoreRequest(items, budget if budget > 0 else None))
         dialogue = ScoreDialogue([len(one.responses) for one in part])
-        results = await self._requester.ask(dialogue, body, len(part), deadline, alone=len(part) == 1)
+        results = await self._requester.ask(
+            dialogue, body, [_content(one) for one in part], deadline, alone=len(part) == 1
+        )
         return [self._read(result) for result in results]
 
     def _read(self, result: Result) -> Scored | WorkerError:
@@ -334,6 +341,21 @@ class HttpScorer:
             details={"model": self.name},
             retry_after_seconds=1,
         )
+
+
+def _item(instance: Instance) -> Item:
+    item = Item([*instance.responses], reference=instance.reference, metadata=dict(instance.metadata))
+    if instance.turns is None:
+        item.prompt = instance.prompt
+    else:
+        item.messages = [Turn(turn.role, words_of(turn)) for turn in instance.turns]
+    return item
+
+
+def _content(instance: Instance) -> list[object]:
+    """Return what tells an instance from others."""
+    facts = sorted(instance.metadata.items())
+    return [instance.prompt, instance.turns, instance.responses, instance.reference, facts]
 
 
 def _flat(parts: Sequence[Sequence[Scored | WorkerError]]) -> list[Scored | WorkerError]:

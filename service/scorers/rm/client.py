@@ -30,7 +30,7 @@ from service.scorers.protocol import (
 from service.scorers.requests import Monitor, Requester, RequestLimits, in_halves
 from service.scorers.rm.answers import Heads, RewardBound, Rewards
 from service.scorers.rm.dialogue import ClassifyDialogue
-from service.scorers.rm.render import Content, MessagesRendering, Prepared, RenderError, Rendering, TooLongError
+from service.scorers.rm.render import Content, Item, MessagesRendering, Prepared, RenderError, Rendering, TooLongError
 from service.scorers.status import ScorerStatus
 from service.scorers.transport.breaker import BreakerPolicy
 from service.scorers.transport.http import CONNECT_TIMEOUT_SECONDS, MAX_RESPONSE_BYTES
@@ -157,6 +157,7 @@ class VllmArm:
                 config.name, "RM", config.attempt_timeout_seconds, config.max_attempts, config.requests_per_minute
             ),
             self.replicas,
+            clock,
         )
         self._bound = RewardBound(config.reward_limit)
         self._render_by(config.rendering)
@@ -227,7 +228,7 @@ class VllmArm:
         self, instances: Sequence[Instance], *, deadline: float, ticket: Ticket | None = None
     ) -> list[Scored | WorkerError]:
         """Ask about many instances; see `Scorer.score`."""
-        groups = [[(instance.prompt, response) for response in instance.responses] for instance in instances]
+        groups = [instance.items() for instance in instances]
         slots = ticket.slots if ticket is not None and ticket.shared else None
         return await self.score_groups(groups, deadline=deadline, slots=slots)
 
@@ -238,7 +239,7 @@ class VllmArm:
 
     async def score_groups(
         self,
-        groups: Sequence[Sequence[tuple[str, str]]],
+        groups: Sequence[Sequence[Item]],
         *,
         deadline: float,
         slots: asyncio.Semaphore | None = None,
@@ -255,7 +256,7 @@ class VllmArm:
         `parallel_requests` requests of the call are in flight at once, and no more than the replicas' `max_in_flight`.
 
         Args:
-            groups: (prompt, response) texts by instance. Equal items of an instance are asked once.
+            groups: (prompt, response) by instance. Equal items of an instance are asked once.
             deadline: see `Scorer.score`.
             slots: of the call that this is a piece of; its own when None.
 
@@ -274,13 +275,19 @@ class VllmArm:
         prepared = await self._prepare(distinct)
         outcomes: dict[int, Scored | WorkerError] = {}
         ready: dict[int, Prepared] = {}
+        alone: dict[int, Prepared] = {}
         for index, one in enumerate(prepared):
-            if isinstance(one, Prepared):
-                ready[index] = one
-            else:
+            if not isinstance(one, Prepared):
                 outcomes[index] = self._unsent(one)
+            elif (known := self._requester.known(one.contents)) is not None:
+                outcomes[index] = known
+            elif self._requester.doubted(one.contents):
+                alone[index] = one
+            else:
+                ready[index] = one
         slots = slots or self.slots()
-        chunks = self._chunks_of(ready)
+        chunks = [*self._chunks_of(ready), *([index] for index in alone)]
+        ready |= alone
         if len(chunks) == 1:
             answers = [await self._ask_groups([ready[index] for index in chunks[0]], deadline, slots)]
         else:
@@ -344,7 +351,7 @@ class VllmArm:
         self._chunk = min(config.items_per_request, rendering.items_limit or config.items_per_request)
         self._chunk_size = config.tokens_per_request if rendering.counts_tokens else math.inf
 
-    async def _prepare(self, groups: Sequence[Sequence[tuple[str, str]]]) -> list[Prepared | RenderError]:
+    async def _prepare(self, groups: Sequence[Sequence[Item]]) -> list[Prepared | RenderError]:
         rendering = self._rendering
         cut = self.config.over_long is OverLong.CUT_PROMPT
         limit = self.max_model_len if rendering.counts_tokens else None
@@ -373,7 +380,11 @@ class VllmArm:
     async def _ask_groups(
         self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore
     ) -> list[Scored | WorkerError]:
-        return await in_halves(chunk, lambda part: self._ask_chunk(part, deadline, slots))
+        return await in_halves(
+            chunk,
+            lambda part: self._ask_chunk(part, deadline, slots),
+            lambda one: self._requester.doubt(one.contents),
+        )
 
     async def _ask_chunk(self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore) -> list[Scored]:
         items = [content for one in chunk for content in one.contents]
@@ -428,7 +439,7 @@ class VllmArm:
     async def _ask(self, items: Sequence[Content], deadline: float, *, alone: bool) -> Rewards:
         try:
             body = self._rendering.body(self.config.served_model, items)
-            return await self._requester.ask(self._dialogue, body, len(items), deadline, alone=alone)
+            return await self._requester.ask(self._dialogue, body, items, deadline, alone=alone)
         except RenderError as error:
             raise self._unsent(error) from error
 
@@ -450,7 +461,7 @@ class VllmArm:
         )
 
 
-def _spread(scored: Scored, distinct: Sequence[tuple[str, str]], items: Sequence[tuple[str, str]]) -> Scored:
+def _spread(scored: Scored, distinct: Sequence[Item], items: Sequence[Item]) -> Scored:
     """Return the rewards of the distinct items, given to each item."""
     if len(distinct) == len(items):
         return scored

@@ -28,7 +28,10 @@ import jinja2.parser
 import jinja2.sandbox
 import msgspec
 
-from service.scorers.wire import ClassifyRequest, Message
+from router_core.records import Message as Turn
+from router_core.records import Said
+from router_core.turns import words_of
+from service.scorers.wire import ClassifyRequest, FunctionCall, Message, ToolCall
 
 PLAIN_TEMPLATE: Final = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '\n' }}{% endfor %}"
@@ -52,8 +55,30 @@ class TooLongError(RenderError):
         self.limit = limit
 
 
-Content = tuple[str, str] | str | list[int]
+Item = tuple[Said, Said]
+"""A prompt and a response; a text is one message, of the user or of the assistant."""
+
+Content = Item | str | list[int]
 """What a request holds of one item: the (prompt, response) itself, its text, or its token ids."""
+
+
+def conversation(item: Item) -> list[Turn]:
+    """Return all messages of an item, the prompt's first.
+
+    >>> [message.role for message in conversation(("Why?", "Because."))]
+    ['user', 'assistant']
+    """
+    prompt, response = item
+    before = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
+    after = (Turn("assistant", response),) if isinstance(response, str) else response
+    return [*before, *after]
+
+
+def length(said: Said) -> int:
+    """Return the number of characters."""
+    if isinstance(said, str):
+        return len(said)
+    return sum([len(turn.text) + sum([len(call.arguments) for call in turn.calls]) for turn in said])
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +111,11 @@ class Rendering(Protocol):
     def counts_tokens(self) -> bool:
         """True if lengths are known here, so that `prepare` heeds them."""
 
-    def lengthy(self, groups: Sequence[Sequence[tuple[str, str]]]) -> bool:
+    def lengthy(self, groups: Sequence[Sequence[Item]]) -> bool:
         """Return True if `prepare` would take so long that it must not run on the event loop."""
 
     def prepare(
-        self, groups: Sequence[Sequence[tuple[str, str]]], *, limit: int | None = None, cut_prompt: bool = False
+        self, groups: Sequence[Sequence[Item]], *, limit: int | None = None, cut_prompt: bool = False
     ) -> list[Prepared | RenderError]:
         """What is sent of each instance, or why it cannot be; one spoils no other.
 
@@ -111,7 +136,7 @@ class Rendering(Protocol):
 class Template(Protocol):
     """Turns one (prompt, response) into the text that the RM reads."""
 
-    def render(self, prompt: str, response: str) -> str:
+    def render(self, prompt: Said, response: Said) -> str:
         """The text, special tokens included.
 
         Raises:
@@ -131,9 +156,11 @@ def plain(messages: Sequence[tuple[str, str]]) -> str:
 class PlainTemplate:
     """The built-in template `plain`."""
 
-    def render(self, prompt: str, response: str) -> str:
+    def render(self, prompt: Said, response: Said) -> str:
         """See `plain`."""
-        return f"<|user|>\n{prompt}\n<|assistant|>\n{response}\n"
+        if isinstance(prompt, str) and isinstance(response, str):
+            return f"<|user|>\n{prompt}\n<|assistant|>\n{response}\n"
+        return plain([(turn.role, words_of(turn)) for turn in conversation((prompt, response))])
 
 
 class ChatTemplate:
@@ -169,9 +196,11 @@ class ChatTemplate:
         self.bos_token = bos_token
         self.eos_token = eos_token
 
-    def render(self, prompt: str, response: str) -> str:
+    def render(self, prompt: Said, response: Said) -> str:
         """See `Template.render`."""
-        return self.render_turns([("user", prompt), ("assistant", response)])
+        if isinstance(prompt, str) and isinstance(response, str):
+            return self.render_turns([("user", prompt), ("assistant", response)])
+        return self._render([_for_template(turn) for turn in conversation((prompt, response))])
 
     def render_turns(
         self,
@@ -190,9 +219,19 @@ class ChatTemplate:
         Raises:
             RenderError: the template refuses the conversation.
         """
+        messages: list[dict[str, object]] = [{"role": role, "content": content} for role, content in turns]
+        return self._render(messages, add_generation_prompt=add_generation_prompt, variables=variables)
+
+    def _render(
+        self,
+        messages: list[dict[str, object]],
+        *,
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, object] | None = None,
+    ) -> str:
         try:
             return self._template.render(
-                messages=[{"role": role, "content": content} for role, content in turns],
+                messages=messages,
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
@@ -204,9 +243,29 @@ class ChatTemplate:
             raise RenderError(f"the chat template refuses the conversation: {error}") from error
 
 
-def encode(
-    rendering: Rendering, model: str, items: Sequence[tuple[str, str]], *, use_activation: bool | None = False
-) -> bytes:
+def _for_template(turn: Turn) -> dict[str, object]:
+    """Return a message as chat templates read it: arguments of calls as objects where they are JSON."""
+    message: dict[str, object] = {"role": turn.role, "content": turn.text}
+    if turn.name:
+        message["name"] = turn.name
+    if turn.answers:
+        message["tool_call_id"] = turn.answers
+    if turn.calls:
+        message["tool_calls"] = [
+            {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": _object(call.arguments)}}
+            for call in turn.calls
+        ]
+    return message
+
+
+def _object(arguments: str) -> object:
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return arguments
+
+
+def encode(rendering: Rendering, model: str, items: Sequence[Item], *, use_activation: bool | None = False) -> bytes:
     """The body that asks `model` about some items, whatever their lengths.
 
     Raises:
@@ -237,20 +296,22 @@ class MessagesRendering:
         """The worker tokenizes."""
         return False
 
-    def lengthy(self, groups: Sequence[Sequence[tuple[str, str]]]) -> bool:
+    def lengthy(self, groups: Sequence[Sequence[Item]]) -> bool:
         """Nothing is done."""
         return False
 
     def prepare(
-        self, groups: Sequence[Sequence[tuple[str, str]]], *, limit: int | None = None, cut_prompt: bool = False
+        self, groups: Sequence[Sequence[Item]], *, limit: int | None = None, cut_prompt: bool = False
     ) -> list[Prepared | RenderError]:
         """See `Rendering.prepare`."""
-        return [Prepared(tuple(group), sum([len(p) + len(r) for p, r in group])) for group in groups]
+        return [Prepared(tuple(group), sum([length(p) + length(r) for p, r in group])) for group in groups]
 
     def body(self, model: str, contents: Sequence[Content], *, use_activation: bool | None = False) -> bytes:
         """See `Rendering.body`; exactly one item."""
         (content,) = contents
-        messages = [Message("user", str(content[0])), Message("assistant", str(content[1]))]
+        if not isinstance(content, tuple):
+            raise TypeError(f"a conversation is expected, not {type(content).__name__}")
+        messages = [_on_the_wire(turn) for turn in conversation(content)]
         return to_json(ClassifyRequest(model=model, messages=messages, use_activation=use_activation))
 
 
@@ -275,12 +336,12 @@ class TemplateRendering:
         """The worker tokenizes."""
         return False
 
-    def lengthy(self, groups: Sequence[Sequence[tuple[str, str]]]) -> bool:
+    def lengthy(self, groups: Sequence[Sequence[Item]]) -> bool:
         """Many texts through a template of Jinja's; the built-in one is only a string."""
         return len(groups) > INLINE_TEMPLATES and not isinstance(self.template, PlainTemplate)
 
     def prepare(
-        self, groups: Sequence[Sequence[tuple[str, str]]], *, limit: int | None = None, cut_prompt: bool = False
+        self, groups: Sequence[Sequence[Item]], *, limit: int | None = None, cut_prompt: bool = False
     ) -> list[Prepared | RenderError]:
         """See `Rendering.prepare`."""
         return [self._prepared(group) for group in groups]
@@ -292,7 +353,7 @@ class TemplateRendering:
             ClassifyRequest(model=model, input=texts, use_activation=use_activation, add_special_tokens=False)
         )
 
-    def _prepared(self, group: Sequence[tuple[str, str]]) -> Prepared | RenderError:
+    def _prepared(self, group: Sequence[Item]) -> Prepared | RenderError:
         render = self.template.render
         try:
             texts = tuple([render(prompt, response) for prompt, response in group])
@@ -353,6 +414,11 @@ def load_chat_template(
         eos_token=_token_text(config.get("eos_token")),
         now=now,
     )
+
+
+def _on_the_wire(turn: Turn) -> Message:
+    calls = [ToolCall(FunctionCall(call.name, call.arguments), call.id) for call in turn.calls]
+    return Message(turn.role, turn.text, turn.name or None, calls or None, turn.answers or None)
 
 
 def to_json(request: ClassifyRequest) -> bytes:

@@ -18,11 +18,15 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from tokenizers import Tokenizer
 
+from router_core.records import Said
 from service.scorers.rm.render import (
+    Content,
+    Item,
     Prepared,
     RenderError,
     Template,
     TooLongError,
+    length,
     load_chat_template,
     to_json,
 )
@@ -74,13 +78,13 @@ class TokenRendering:
         """Sizes are tokens."""
         return True
 
-    def lengthy(self, groups: Sequence[Sequence[tuple[str, str]]]) -> bool:
+    def lengthy(self, groups: Sequence[Sequence[Item]]) -> bool:
         """See `Rendering.lengthy`."""
-        characters = sum(len(prompt) + len(response) for group in groups for prompt, response in group)
+        characters = sum(length(prompt) + length(response) for group in groups for prompt, response in group)
         return characters > INLINE_CHARACTERS
 
     def prepare(
-        self, groups: Sequence[Sequence[tuple[str, str]]], *, limit: int | None = None, cut_prompt: bool = False
+        self, groups: Sequence[Sequence[Item]], *, limit: int | None = None, cut_prompt: bool = False
     ) -> list[Prepared | RenderError]:
         """See `Rendering.prepare`; one pass of the tokenizer over all groups."""
         rendered = [self._texts(group) for group in groups]
@@ -98,14 +102,12 @@ class TokenRendering:
                 prepared.append(error)
         return prepared
 
-    def body(
-        self, model: str, contents: Sequence[tuple[str, str] | str | list[int]], *, use_activation: bool | None = False
-    ) -> bytes:
+    def body(self, model: str, contents: Sequence[Content], *, use_activation: bool | None = False) -> bytes:
         """See `Rendering.body`."""
         ids: list[str | int | list[int]] = [content for content in contents if isinstance(content, list)]
         return to_json(ClassifyRequest(model=model, input=ids, use_activation=use_activation))
 
-    def _texts(self, group: Sequence[tuple[str, str]]) -> list[str] | RenderError:
+    def _texts(self, group: Sequence[Item]) -> list[str] | RenderError:
         try:
             texts = [self._template.render(prompt, response) for prompt, response in group]
             for text in texts:
@@ -125,7 +127,7 @@ class TokenRendering:
 
     def _fitted(
         self,
-        group: Sequence[tuple[str, str]],
+        group: Sequence[Item],
         texts: Sequence[str],
         ids: list[list[int]],
         limit: int | None,
@@ -161,11 +163,12 @@ class TokenRendering:
             max(len(before) - len(after) for before, after in zip(ids, fitted, strict=True)),
         )
 
-    def _without(self, prompt: str, response: str, text: str, excess: int) -> list[int] | None:
+    def _without(self, prompt: Said, response: Said, text: str, excess: int) -> list[int] | None:
         """The text's ids without the first `excess` tokens of the prompt, and without the rest of a character they
-        share; None where the prompt has no more tokens than that.
+        share; None where the prompt has no more tokens than that. A longer conversation loses them from the first
+        message that is not the system's.
         """
-        head, found, tail = self._template.render(PLACE, response).partition(PLACE)
+        head, found, tail = self._template.render(_with_place(prompt), response).partition(PLACE)
         if not found or PLACE in tail or not (text.startswith(head) and text.endswith(tail)):
             # The template writes the prompt twice, not at all, or otherwise than it stands.
             return None
@@ -180,6 +183,14 @@ class TokenRendering:
             return None
         gone = set(own[:keep])
         return [token for index, token in enumerate(encoding.ids) if index not in gone]
+
+
+def _with_place(prompt: Said) -> Said:
+    """Return the prompt with `PLACE` for what may be cut."""
+    if isinstance(prompt, str):
+        return PLACE
+    first = next((index for index, turn in enumerate(prompt) if turn.role != "system"), 0)
+    return (*prompt[:first], prompt[first]._replace(text=PLACE), *prompt[first + 1 :])
 
 
 def load_token_rendering(

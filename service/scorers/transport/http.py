@@ -45,11 +45,13 @@ class HttpError(Exception):
 
 
 class ConnectError(HttpError):
-    """No connection could be made. `refused` says that the host is up and nothing listens on the port."""
+    """No connection could be made. `refused` says that the host is up and nothing listens on the port; `dropped` that
+    the request had been sent before, on a connection that ended."""
 
     def __init__(self, message: str, *, refused: bool = False) -> None:
         super().__init__(message)
         self.refused = refused
+        self.dropped = False
 
 
 class ConnectionDroppedError(HttpError):
@@ -185,7 +187,11 @@ class HttpPool:
                 raise
         # The peer has closed one idle connection, so its siblings of the same age are suspect too.
         self._close_idle()
-        connection = await self._acquire(loop, deadline)
+        try:
+            connection = await self._acquire(loop, deadline)
+        except ConnectError as error:
+            error.dropped = True
+            raise
         return await self._exchange(loop, connection, message, deadline)
 
     def abort_in_flight(self, reason: str) -> None:

@@ -33,15 +33,6 @@ LATENCY_WEIGHT: Final = 0.1
 FAULTY_STATUSES: Final = frozenset({500, 502, 503, 504})
 """Statuses that blame the replica, not the request."""
 
-RETRIED_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
-"""Statuses that another replica may answer differently; scoring is idempotent. 501 is not one of them."""
-
-ATTEMPT_SHARE: Final = 0.6
-"""While another replica remains untried, one attempt takes at most this share of the time left."""
-
-CLOCK_SLACK_SECONDS: Final = 0.002
-"""uvloop's clock ticks in milliseconds, so a deadline's timer may fire this much before `loop.time()` reaches it."""
-
 LONGEST_REST_SECONDS: Final = 120.0
 """A server that asks for more patience (Retry-After) is asked again after this time."""
 

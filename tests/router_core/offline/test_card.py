@@ -61,6 +61,8 @@ def test_the_figures_are_those_of_the_held_out_predictions() -> None:
     assert lines(text, "| first | 4 | 0.625 | 0.600 |")
     assert lines(text, "| se\\|cond | 3 | 0.667 | 0.500 |")
     assert lines(text, "| seed | 7 |")
+    # One domain: no rows per domain. Said .9, .8, .3 and .7, right 1, 0, .5 and 1; gaps per RM .025 and .167.
+    assert lines(text, "| **all** | 4 | 0.675 | 0.625 | 0.096 |")
     assert lines(text, "| labelled pairs | 4 in 2 groups |")
     assert checkpoint().digest in text
     assert "d" * 64 in text

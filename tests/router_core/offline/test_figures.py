@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -33,6 +35,7 @@ def four() -> Judged:
             "offline": np.array([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0]]),
         },
         calls={"single:A": 1.0, "single:B": 1.0, "random": 1.0, "offline": 1.0},
+        price={"single:A": 1.0, "single:B": 3.0, "random": 2.0, "offline": 1.75},
         asked={"offline": np.array([0.625, 0.375])},
         left_out=3,
     )
@@ -43,14 +46,25 @@ def test_the_document_has_the_keys_of_replay_and_the_figures_by_hand() -> None:
     assert (document["n"], document["left_out"], document["oracle"]) == (4, 3, 1.0)
     assert document["best_single"] == {"model": "B", "accuracy": 0.625}
     row = document["policies"]["offline"]
-    assert set(row) == {"accuracy", "ci95", "calls_per_instance", "regret"}
+    assert set(row) == {"accuracy", "ci95", "calls_per_instance", "price_per_instance", "regret"}
     assert (row["accuracy"], row["regret"], row["calls_per_instance"]) == (0.875, 0.125, 1.0)
+    assert row["price_per_instance"] == 1.75
     assert (document["per_seed"]["offline"], document["asked"]["offline"]) == ([1.0, 0.75], {"A": 0.625, "B": 0.375})
     assert document["paired"]["offline"]["best_single"]["difference"] == 0.25
     assert document["paired"]["offline"]["random"]["difference"] == pytest.approx(0.875 - 0.5625)
     itself = document["paired"]["single:B"]["best_single"]
     assert itself["difference"] == 0.0
     assert -itself["ci95"][0] == itself["ci95"][1] > 0, "four pairs that agree do not prove that all do"
+
+
+def test_calibration_is_of_the_fits_that_had_not_seen_the_pairs() -> None:
+    said = np.array([[[0.9, 0.4]] * 4, [[0.7, 0.4]] * 4])
+    found = figures(replace(four(), said=said, chosen=np.zeros((2, 4), np.int64)))["calibration"]
+    assert set(found) == {"(none)", ""}
+    assert found[""]["n"] == 4
+    assert found[""]["said"] == pytest.approx(0.8)
+    assert found[""]["right"] == four().table.correctness[:, 0].mean()
+    assert figures(four())["calibration"] == {}
 
 
 def test_subsets_have_their_own_best_model_and_oracle() -> None:

@@ -74,6 +74,8 @@ def test_the_document_holds_every_row_per_subset_and_in_all(files: tuple[Path, P
     assert (found["train_digest"], found["test_digest"]) == (pairs_digest(TRAIN), pairs_digest(TEST))
     assert (found["seeds"], found["scenario"], found["overlap"]) == ([0], "held-out", {"groups": 0, "pairs": 0})
     assert found["oracle"] >= found["best_per_subset"] >= found["best_single"]["accuracy"]
+    assert {name: part["n"] for name, part in found["calibration"].items()} == {"code": 30, "prose": 30, "": 60}
+    assert found["calibration"][""]["right"] == pytest.approx(found["policies"]["offline"]["accuracy"])
 
 
 def test_equal_commands_write_equal_files_and_print_a_table(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -83,6 +85,7 @@ def test_equal_commands_write_equal_files_and_print_a_table(files: tuple[Path, P
         assert result.exit_code == 0
         assert "offline" in result.stdout
         assert "60 pairs, 2 RMs" in result.stdout
+        assert "calibration of `offline`, on pairs that it has not seen" in result.stdout
     assert outs[0].read_bytes() == outs[1].read_bytes()
 
 

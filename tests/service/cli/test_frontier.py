@@ -25,7 +25,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_table_json_and_picture_say_the_same(data: Path, tmp_path: Path) -> None:
     out, picture = tmp_path / "deep" / "frontier.json", tmp_path / "frontier.png"
     result = CliRunner().invoke(
-        app, ["frontier", str(data), "--budgets", "1.5", "--folds", "2", "--prices", "talker=2",
+        app, ["frontier", str(data), "--budgets", "1.5", "--folds", "2", "--price", "talker=2",
               "--json", str(out), "--plot", str(picture)],
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -40,8 +40,8 @@ def test_table_json_and_picture_say_the_same(data: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("option", "value", "told"),
-    [("--budgets", "0.5", "above 1"), ("--budgets", "many", "above 1"), ("--prices", "nobody=2", "NAME=PRICE"),
-     ("--prices", "coder=-1", "positive price")],
+    [("--budgets", "0.5", "above 1"), ("--budgets", "many", "above 1"), ("--price", "nobody=2", "NAME=PRICE"),
+     ("--price", "coder=-1", "positive price")],
 )  # fmt: skip
 def test_budgets_and_prices_that_cannot_be_are_refused(data: Path, option: str, value: str, told: str) -> None:
     result = CliRunner().invoke(app, ["frontier", str(data), option, value])

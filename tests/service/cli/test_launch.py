@@ -338,3 +338,22 @@ def test_ports_are_never_given_twice() -> None:
     began = time.monotonic()
     ports = [next_port() for _ in range(20)]
     assert len(set(ports)) == 20, time.monotonic() - began
+
+
+def test_a_rule_is_started_as_a_worker_with_its_bounds() -> None:
+    rules = {"kind": "rule", "processes": 2, "rule_seconds": 0.5, "memory_mb": 256}
+    pool = PoolFile.model_validate(
+        {
+            "models": [
+                {"name": "my rule", "builtin": "length", "options": {"max": 5}, **rules},
+                {"name": "far", "kind": "rule", "urls": ["http://127.0.0.1:1"]},
+                {"name": "other", "kind": "http", "urls": ["http://127.0.0.1:2"]},
+            ]
+        }
+    )
+    (start,) = plan_workers(pool, port_sequence(0))
+    assert (start.name, start.models, start.kind) == ("worker-my_rule", ("my rule",), "rule")
+    words = "worker --rule length --name my rule --port"
+    assert " ".join(start.command).partition(words)[1] == words
+    bounds = ("--processes", "2", "--rule-seconds", "0.5", "--memory-mb", "256", "--options", '{"max": 5}')
+    assert start.command[-len(bounds) :] == bounds

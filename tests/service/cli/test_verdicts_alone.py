@@ -24,9 +24,7 @@ PAIRS = [replace(pair, scores={}) for pair in two_domains(80)]
 @pytest.fixture(autouse=True)
 def _short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands fit with the defaults, which take seconds each."""
-    monkeypatch.setattr(
-        "router_core.offline.train.TrainConfig", lambda **given: replace(FAST, **{**given, "tune": False})
-    )
+    monkeypatch.setattr("router_core.offline.train.TrainConfig", lambda **given: replace(FAST, **given))
 
 
 @pytest.fixture

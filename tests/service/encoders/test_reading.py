@@ -98,7 +98,7 @@ class Blocked:
             raise ModuleNotFoundError(f"blocked: {{name}}", name=name)
 sys.meta_path.insert(0, Blocked())
 from pathlib import Path
-import service.wiring
+import service.gateway
 from service.encoders.load import RemoteOptions, load_remote_encoder
 encoder = load_remote_encoder(
     "vllm:http://127.0.0.1:9", None, Path({str(exported.directory)!r}), RemoteOptions(1.0, 1.0, None, 0)

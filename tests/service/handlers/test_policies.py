@@ -16,10 +16,10 @@ from router_core.encoder.surface import SurfaceBackbone
 from router_core.policies import ScoreScale
 from router_core.prior import linucb_prior
 from service.errors import ConfigurationError
+from service.gateway import build_gateway
 from service.pool import ModelEntry, PoolFile
 from service.scorers.protocol import WorkerUnavailableError
 from service.settings import Settings
-from service.wiring import build_gateway
 from tests.support.arms import ScriptedArm
 from tests.support.gateway import DIM, Gateway, fresh_run, open_gateway, pair, small_encoder
 

@@ -149,6 +149,65 @@ async def read_request(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
     return head, await reader.readexactly(length)
 
 
+class Mortal:
+    """A worker that ends when a request holds the killer: its port closes and all its connections break.
+
+    Args:
+        killer: words of JSON.
+        answer: of other requests.
+    """
+
+    def __init__(self, killer: str, answer: Callable[[Json], Json]) -> None:
+        self._killer = killer.encode()
+        self._answer = answer
+        self.lives = 0
+        self.asked: list[Json] = []
+        self.hold: asyncio.Event | None = None
+        """Answers wait for it; an order to die does not."""
+        self._port = 0
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def alive(self) -> bool:
+        return self._server is not None
+
+    async def start(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
+        self._port = self._server.sockets[0].getsockname()[1]
+        self.lives += 1
+
+    def end(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        try:
+            while True:
+                _, body = await read_request(reader)
+                self.asked.append(json.loads(body))
+                if self._killer in body:
+                    self.end()
+                    return
+                if self.hold is not None:
+                    await self.hold.wait()
+                content = json.dumps(self._answer(self.asked[-1])).encode()
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(content), content))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+
+
 def soon(seconds: float = 5.0) -> float:
     """A deadline."""
     return asyncio.get_running_loop().time() + seconds

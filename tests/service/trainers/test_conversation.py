@@ -45,7 +45,7 @@ def test_prompts(prompt: Any, text: str) -> None:
                 {"role": "tool", "content": "12"},
                 {"role": "assistant", "content": "It is 12."},
             ],
-            "Assistant: add({'a': 7})\n\nTool: 12\n\nAssistant: It is 12.",
+            'Assistant: add({"a": 7})\n\nTool: 12\n\nAssistant: It is 12.',
         ),
     ],
 )

@@ -46,8 +46,14 @@ class RecordingEncoder:
 def run_with(encoder: RecordingEncoder) -> Run:
     """What the chooser reads of a run."""
     prior = no_prior(3, 4)
-    template = SimpleNamespace(encoder=encoder)
-    state = SimpleNamespace(template=template, prior=prior, posterior=start(prior), rng=np.random.default_rng(0))
+    template = SimpleNamespace(encoder=encoder, barred=lambda instances: None)
+    state = SimpleNamespace(
+        template=template,
+        prior=prior,
+        posterior=start(prior),
+        rng=np.random.default_rng(0),
+        multiplier=lambda policy: None,
+    )
     return cast(Run, state)
 
 

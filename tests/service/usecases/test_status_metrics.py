@@ -13,7 +13,7 @@ from service.stores.protocol import FeedbackStatus
 from service.usecases.runs import RECENT_INSTANCES
 from tests.conftest import ValkeyProcess
 from tests.support.asgi import AsgiClient
-from tests.support.gateway import Gateway, open_gateway, pair, small_encoder
+from tests.support.gateway import Gateway, open_gateway, pair, small_encoder, until
 
 
 async def scrape(client: AsgiClient) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -104,3 +104,20 @@ async def test_decisions_are_counted_by_run_and_policy_also_where_every_rm_is_as
         found = await scrape(gateway.client)
         assert found[key("decisions_total", run=gateway.run, policy="bayesian")] == 1
         assert found[key("decisions_total", run=gateway.run, policy="majority")] == 2
+
+
+async def test_a_refused_store_and_a_waiting_learner_show_as_metrics(own_valkey_server: ValkeyProcess) -> None:
+    async with open_gateway(own_valkey_server.url, store_timeout_seconds=0.5) as gateway:
+
+        async def shows(*lines: str) -> bool:
+            text = (await gateway.client.get("/metrics")).body.decode()
+            return all(line in text.splitlines() for line in lines)
+
+        waiting = f'reward_router_learner_waiting{{run="{gateway.run}"}}'
+        assert await shows("reward_router_store_refused 0.0", f"{waiting} 0.0")
+        own_valkey_server.kill()
+        await until(lambda: shows(f"{waiting} 1.0"), "the learner waits")
+        own_valkey_server.start(maxmemory="100mb", maxmemory_policy="allkeys-lru")
+        await until(lambda: shows(f"{waiting} 0.0"), "the learner goes on")
+    async with open_gateway(own_valkey_server.url, wait=False) as gateway:
+        assert "reward_router_store_refused 1.0" in (await gateway.client.get("/metrics")).body.decode()

@@ -1,4 +1,6 @@
-"""Builds everything from settings: the only module that knows the concrete classes. Called by `service.app`.
+"""One gateway: its parts, built in order and put together, and how they start and stop. Called by `service.app`.
+
+Each part is built beside where it lives: `priors`, `encoders.build`, `scorers.registry`, `stores.build`.
 
 Build order: store, arms, encoder, prior, run template, use cases, application. `Gateway.start` and `stop` run in
 lifespan.
@@ -10,55 +12,38 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.types import ASGIApp
 
-from router_core.checkpoint import Checkpoint
-from router_core.encoder.fuse import Fuse, PairEncoder
-from router_core.encoder.registry import load_backbone, load_checkpoint_backbone
-from router_core.errors import RouterCoreError
+from router_core.encoder.fuse import PairEncoder
 from router_core.policies import ScoreScale
 from router_core.posterior import FoldSettings
-from router_core.prior import (
-    CALIBRATED_LOSS_HYPERPARAMETERS,
-    NONE_HYPERPARAMETERS,
-    PAPER_HYPERPARAMETERS,
-    Hyperparameters,
-    Prior,
-    PriorForm,
-    calibrated_prior,
-    linucb_prior,
-    no_prior,
-    paper_prior,
-)
-from router_core.records import Signal
-from service.encoders.load import RemoteOptions, is_remote, load_remote_encoder
+from service.encoders.build import load_pair_encoder
 from service.encoders.protocol import AwaitedEncoder
 from service.errors import ConfigurationError, RunConflictError, StoreUnavailableError
 from service.handlers.hot import HotLimits, HotRoutes
 from service.handlers.keys import ApiKeys
+from service.handlers.templates import build_trainer_texts
 from service.handlers.trainers import TrainerRoutes, TrainerTexts
 from service.pool import PoolFile
+from service.priors import build_prior, form_of, load_checkpoint
 from service.scorers.protocol import Scorer
 from service.scorers.registry import build_scorer
-from service.settings import EMBEDDED, OnStoreUnavailable, OnUnknownTemplate, Settings
+from service.settings import EMBEDDED, OnStoreUnavailable, Settings
+from service.stores.build import open_store
 from service.stores.embedded import EmbeddedStore
-from service.stores.protocol import FeedbackStatus, Store
-from service.stores.redis import RedisStore
+from service.stores.protocol import FeedbackStatus, NameNotFreeError, Store
 from service.stores.requirements import RequirementsWatch
 from service.telemetry import Telemetry
-from service.trainers.chat_families import FAMILIES
-from service.trainers.chat_format import ChatFormat
-from service.trainers.learned import load_chat_format
-from service.trainers.templated import Templates
 from service.usecases.choose import Chooser
 from service.usecases.follow import Learner
+from service.usecases.hold import NameHolder
 from service.usecases.learn import FeedbackService
 from service.usecases.normalise import Normaliser
-from service.usecases.runs import Run, RunRegistry, RunTemplate
-from service.usecases.score import RewardService, ScoreLimits
+from service.usecases.runs import NAME_POLL_SECONDS, Run, RunRegistry, RunTemplate
+from service.usecases.score import RewardService, limits_of
 from service.usecases.shadow import Shadower
 from service.usecases.status import StatusService
 from service.usecases.sticky import StickyChoices
@@ -99,12 +84,16 @@ class Gateway:
         if self.encoder is not None:
             await self.encoder.start()
         self._spawn(self._open_default_run())
+        self._spawn(NameHolder(self.runs.runs, self.store).run_forever())
 
     async def _open_default_run(self) -> None:
         """Open it as soon as the store answers; readiness is false until then."""
         while True:
             try:
                 await self.runs.open(None)
+            except NameNotFreeError as error:
+                logger.info("default run waits for its name", extra={"fields": {"reason": error.message}})
+                await asyncio.sleep(min(error.seconds, NAME_POLL_SECONDS))
             except (StoreUnavailableError, ConfigurationError) as error:
                 logger.warning("store away, default run waits", extra={"fields": {"error": str(error)}})
                 await asyncio.sleep(0.5)
@@ -181,24 +170,6 @@ class Gateway:
         )
 
 
-def build_trainer_texts(settings: Settings, telemetry: Telemetry) -> TrainerTexts:
-    """How trainers' texts come apart: the operator's chat templates, and behind them the built-in ones.
-
-    Raises:
-        ConfigurationError: a file that holds no chat template, or one that cannot be learned from.
-    """
-    learned: list[ChatFormat] = []
-    for path in settings.chat_templates:
-        try:
-            learned.append(load_chat_format(path))
-        except (ValueError, OSError) as error:
-            raise ConfigurationError(
-                f"setting chat_templates: {path}: {error}: name a tokenizer's directory or a chat template's file"
-            ) from error
-    refuse = settings.on_unknown_template is OnUnknownTemplate.REFUSE
-    return TrainerTexts(Templates([*learned, *FAMILIES]), refuse_unknown=refuse, telemetry=telemetry)
-
-
 def build_gateway(
     settings: Settings,
     pool: PoolFile,
@@ -223,7 +194,7 @@ def build_gateway(
         ConfigurationError: settings, pool and checkpoint do not fit each other.
     """
     names = [model.name for model in pool.models]
-    checkpoint = _load_checkpoint(settings, names)
+    checkpoint = load_checkpoint(settings, names)
     telemetry = Telemetry()
     trainer_texts = build_trainer_texts(settings, telemetry)
     encoder = encoder or load_pair_encoder(settings, checkpoint, telemetry)
@@ -235,10 +206,13 @@ def build_gateway(
         arms=built,
         encoder=encoder,
         priors=lambda form: build_prior(settings, checkpoint, len(names), dim, form),
-        form=_form_of(settings, checkpoint),
+        form=form_of(settings, checkpoint),
         score_scale=score_scale or (None if checkpoint is None else checkpoint.scores),
         combination=None if checkpoint is None else checkpoint.combination,
+        prices=[model.price for model in pool.models],
         max_calls=settings.max_calls_per_instance,
+        parallel_calls=settings.parallel_calls,
+        max_rounds=settings.max_rounds_per_instance,
         fold_settings=FoldSettings(settings.block_size, settings.refresh_events),
         signal=settings.signal,
         policy=settings.policy,
@@ -253,7 +227,7 @@ def build_gateway(
         )
     embedded = None
     if store is None:
-        store, embedded = _open_store(settings)
+        store, embedded = open_store(settings)
     chooser_thread = ThreadPoolExecutor(1, thread_name_prefix="choose")
     learner_thread = ThreadPoolExecutor(1, thread_name_prefix="learn")
     runs = RunRegistry(
@@ -264,10 +238,13 @@ def build_gateway(
         on_open=lambda run: gateway.follow(run),
         timeout_seconds=settings.request_timeout_seconds,
         default_form=template.default_policy.prior or (None if settings.prior == "auto" else template.form),
+        # An embedded store serves this gateway's own processes only.
+        free_seconds=0.0 if settings.store_url == EMBEDDED else settings.new_run_wait_seconds,
     )
     shadower = Shadower(
         store,
         telemetry,
+        template.prices,
         rate=settings.shadow_rate,
         timeout_seconds=settings.worker_timeout_seconds,
     )
@@ -285,7 +262,7 @@ def build_gateway(
             Chooser(chooser_thread, telemetry),
             store,
             telemetry,
-            _score_limits(settings),
+            limits_of(settings),
             shadower,
             sticky,
             normaliser,
@@ -302,6 +279,7 @@ def build_gateway(
             scales=normaliser.scales,
             encoder=awaited,
             store_findings=lambda: watch.findings,
+            store_refused=lambda: bool(watch.verdict.refusals),
         ),
         shadower=shadower,
         normaliser=normaliser,
@@ -314,123 +292,3 @@ def build_gateway(
         embedded=embedded,
     )
     return gateway
-
-
-def build_prior(
-    settings: Settings, checkpoint: Checkpoint | None, n_arms: int, dim: int, form: PriorForm | None = None
-) -> Prior:
-    """The prior of that form; by default of the one that the settings and the checkpoint name.
-
-    The settings' lambda0, sigma2, v, gamma, adapt and lambda_novel override those of every form but `linucb`, which is
-    LASER's as published.
-
-    Raises:
-        ConfigurationError: a prior form that needs a checkpoint, without one.
-    """
-    form = form or _form_of(settings, checkpoint)
-    first, d = (0, dim) if checkpoint is None else checkpoint.columns(form)
-    return _prior_of_form(settings, checkpoint, n_arms, d, form).reading(first, dim)
-
-
-def _prior_of_form(settings: Settings, checkpoint: Checkpoint | None, n_arms: int, d: int, form: PriorForm) -> Prior:
-    """Over the d columns of a context that a posterior of this form reads."""
-    if form is PriorForm.LINUCB:
-        return linucb_prior(n_arms, d)
-    if form is PriorForm.NONE:
-        return no_prior(n_arms, d, _overridden(NONE_HYPERPARAMETERS, settings))
-    if checkpoint is None:
-        raise ConfigurationError(
-            f"prior is {form.value!r}, which a checkpoint holds, and none is given: train one (`reward-router train`) "
-            "and pass --checkpoint, or choose the prior or policy that needs none (`none`, `bayesian:none`)"
-        )
-    if form is PriorForm.PAPER:
-        return paper_prior(checkpoint.bt_embeddings, _overridden(PAPER_HYPERPARAMETERS, settings))
-    learned = CALIBRATED_LOSS_HYPERPARAMETERS if settings.signal is Signal.LOSS else checkpoint.hyperparameters
-    hyper = _overridden(learned, settings)
-    return calibrated_prior(n_arms, d, checkpoint.class_probabilities, hyper, checkpoint.landmarks)
-
-
-def _form_of(settings: Settings, checkpoint: Checkpoint | None) -> PriorForm:
-    """The form of runs whose policy insists on none."""
-    if settings.prior != "auto":
-        return PriorForm(settings.prior)
-    return PriorForm.NONE if checkpoint is None else checkpoint.prior_form
-
-
-def load_pair_encoder(
-    settings: Settings, checkpoint: Checkpoint | None, telemetry: Telemetry
-) -> PairEncoder | AwaitedEncoder:
-    """The checkpoint's encoder, or the settings' one with an untrained fuse; computed here, or over vLLM.
-
-    Raises:
-        ConfigurationError: it cannot be loaded.
-    """
-    if is_remote(settings.encoder):
-        options = RemoteOptions(
-            timeout_seconds=settings.encoder_timeout_seconds,
-            parallel_requests=settings.encoder_parallel_requests,
-            health_interval_seconds=settings.health_interval_seconds,
-            api_key=settings.encoder_api_key,
-            seed=settings.seed,
-        )
-        return load_remote_encoder(
-            settings.encoder, checkpoint, settings.encoder_reading, options, telemetry.encoder_texts.observe
-        )
-    try:
-        if checkpoint is not None:
-            return PairEncoder(load_checkpoint_backbone(checkpoint), checkpoint.fuse)
-        backbone = load_backbone(settings.encoder)
-        return PairEncoder(backbone, Fuse.identity(backbone.dim))
-    except RouterCoreError as error:
-        raise ConfigurationError(str(error)) from error
-
-
-def _load_checkpoint(settings: Settings, names: list[str]) -> Checkpoint | None:
-    if settings.checkpoint is None:
-        return None
-    try:
-        return Checkpoint.load(settings.checkpoint).select_pool(names)
-    except RouterCoreError as error:
-        raise ConfigurationError(str(error)) from error
-
-
-def _overridden(hyper: Hyperparameters, settings: Settings) -> Hyperparameters:
-    given = {name: getattr(settings, name) for name in ("lambda0", "sigma2", "v", "gamma", "adapt", "lambda_novel")}
-    if settings.lambda0 is not None and settings.adapt is None:
-        given["adapt"] = False
-    return replace(hyper, **{name: value for name, value in given.items() if value is not None})
-
-
-def _open_store(settings: Settings) -> tuple[Store, EmbeddedStore | None]:
-    embedded = None
-    url = settings.store_url
-    if url == EMBEDDED:
-        embedded = EmbeddedStore(settings.data_dir, fsync=settings.store_fsync)
-        embedded.start()
-        url = embedded.url
-    try:
-        store = RedisStore(
-            url,
-            window_seconds=settings.decision_ttl_seconds,
-            timeout_seconds=settings.store_timeout_seconds,
-            replicas=settings.store_replicas,
-        )
-    except ConfigurationError:
-        if embedded is not None:
-            embedded.stop()
-        raise
-    return store, embedded
-
-
-def _score_limits(settings: Settings) -> ScoreLimits:
-    return ScoreLimits(
-        max_responses=settings.max_responses,
-        max_text_chars=settings.max_text_chars,
-        max_batch=settings.max_batch,
-        request_timeout_seconds=settings.request_timeout_seconds,
-        worker_timeout_seconds=settings.worker_timeout_seconds,
-        on_store_unavailable=settings.on_store_unavailable,
-        content_keys=settings.content_keys,
-        normalize=settings.normalize,
-        piece_responses=settings.batch_piece_responses,
-    )

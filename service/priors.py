@@ -1,0 +1,85 @@
+"""From settings and a checkpoint to the prior of a run. Called by `service.gateway` and by the offline tools."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from router_core.checkpoint import Checkpoint
+from router_core.errors import RouterCoreError
+from router_core.prior import (
+    CALIBRATED_LOSS_HYPERPARAMETERS,
+    NONE_HYPERPARAMETERS,
+    PAPER_HYPERPARAMETERS,
+    Hyperparameters,
+    Prior,
+    PriorForm,
+    calibrated_prior,
+    linucb_prior,
+    no_prior,
+    paper_prior,
+)
+from router_core.records import Signal
+from service.errors import ConfigurationError
+from service.settings import Settings
+
+
+def load_checkpoint(settings: Settings, names: list[str]) -> Checkpoint | None:
+    """Return the settings' checkpoint, for a pool of that order; None where none is named.
+
+    Raises:
+        ConfigurationError: it cannot be read, or does not know a scorer of the pool.
+    """
+    if settings.checkpoint is None:
+        return None
+    try:
+        return Checkpoint.load(settings.checkpoint).select_pool(names)
+    except RouterCoreError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def build_prior(
+    settings: Settings, checkpoint: Checkpoint | None, n_arms: int, dim: int, form: PriorForm | None = None
+) -> Prior:
+    """The prior of that form; by default of the one that the settings and the checkpoint name.
+
+    The settings' lambda0, sigma2, v, gamma, adapt and lambda_novel override those of every form but `linucb`, which is
+    LASER's as published.
+
+    Raises:
+        ConfigurationError: a prior form that needs a checkpoint, without one.
+    """
+    form = form or form_of(settings, checkpoint)
+    first, d = (0, dim) if checkpoint is None else checkpoint.columns(form)
+    return _prior_of_form(settings, checkpoint, n_arms, d, form).reading(first, dim)
+
+
+def _prior_of_form(settings: Settings, checkpoint: Checkpoint | None, n_arms: int, d: int, form: PriorForm) -> Prior:
+    """Over the d columns of a context that a posterior of this form reads."""
+    if form is PriorForm.LINUCB:
+        return linucb_prior(n_arms, d)
+    if form is PriorForm.NONE:
+        return no_prior(n_arms, d, _overridden(NONE_HYPERPARAMETERS, settings))
+    if checkpoint is None:
+        raise ConfigurationError(
+            f"prior is {form.value!r}, which a checkpoint holds, and none is given: train one (`reward-router train`) "
+            "and pass --checkpoint, or choose the prior or policy that needs none (`none`, `bayesian:none`)"
+        )
+    if form is PriorForm.PAPER:
+        return paper_prior(checkpoint.bt_embeddings, _overridden(PAPER_HYPERPARAMETERS, settings))
+    learned = CALIBRATED_LOSS_HYPERPARAMETERS if settings.signal is Signal.LOSS else checkpoint.hyperparameters
+    hyper = _overridden(learned, settings)
+    return calibrated_prior(n_arms, d, checkpoint.class_probabilities, hyper, checkpoint.landmarks)
+
+
+def form_of(settings: Settings, checkpoint: Checkpoint | None) -> PriorForm:
+    """The form of runs whose policy insists on none."""
+    if settings.prior != "auto":
+        return PriorForm(settings.prior)
+    return PriorForm.NONE if checkpoint is None else checkpoint.prior_form
+
+
+def _overridden(hyper: Hyperparameters, settings: Settings) -> Hyperparameters:
+    given = {name: getattr(settings, name) for name in ("lambda0", "sigma2", "v", "gamma", "adapt", "lambda_novel")}
+    if settings.lambda0 is not None and settings.adapt is None:
+        given["adapt"] = False
+    return replace(hyper, **{name: value for name, value in given.items() if value is not None})
