@@ -43,13 +43,14 @@ from router_core.ope import (
     softmax_policy,
     with_shadows,
 )
+from router_core.policies import floor_draws, floors_of
 from router_core.prior import (
     CALIBRATED_HYPERPARAMETERS,
     NONE_HYPERPARAMETERS,
     PAPER_HYPERPARAMETERS,
     Hyperparameters,
 )
-from router_core.propensity import argmax_propensities
+from router_core.propensity import choice_propensities
 from router_core.records import Instance
 
 Array = NDArray[np.float64]
@@ -197,7 +198,7 @@ def make_logs(population: Population, logger: Logger, logs: int, n: int, rng: np
     out.index[:] = index
     mean = np.zeros((logs, k, d))
     covariance = np.broadcast_to(np.eye(d) / hyper.lambda0, (logs, k, d, d)).copy()
-    every = np.arange(logs)
+    every, events = np.arange(logs), np.zeros((logs, k))
     for t in range(n):
         x = population.x[index[:, t]].astype(np.float64)
         offsets = population.offsets[index[:, t]] if logger.informed else np.full((logs, k), 0.5)
@@ -205,7 +206,12 @@ def make_logs(population: Population, logger: Logger, logs: int, n: int, rng: np
         variance = np.einsum("rki,ri->rk", gains, x)
         means, sds = offsets + np.einsum("rki,ri->rk", mean, x), hyper.v * np.sqrt(np.maximum(variance, 0.0))
         draws = means + sds * rng.standard_normal((logs, k))
-        drawn = _record(out, t, population.correctness[index[:, t]], fails[index[:, t]], draws, means, sds)
+        floors = floors_of(means, events, hyper.floor)
+        if hyper.floor:
+            rows, keys = floor_draws(floors, rng.random((logs, 1 + k)))
+            draws[rows] = keys
+        drawn = _record(out, t, population.correctness[index[:, t]], fails[index[:, t]], draws, means, sds, floors)
+        events[every, drawn] += 1.0
         gain, scale = gains[every, drawn], hyper.sigma2 + variance[every, drawn]
         residual = population.correctness[index[:, t], drawn] - means[every, drawn]
         mean[every, drawn] += gain * (residual / scale)[:, None]
@@ -230,7 +236,14 @@ def _evenly(
 
 
 def _record(
-    out: Streams, t: int, correctness: Array, fails: NDArray[np.bool_], draws: Array, means: Array, sds: Array
+    out: Streams,
+    t: int,
+    correctness: Array,
+    fails: NDArray[np.bool_],
+    draws: Array,
+    means: Array,
+    sds: Array,
+    floors: Array,
 ) -> NDArray[np.int64]:
     """Put step t into the streams; the arms that answered (logs,). The others are (logs, K).
 
@@ -238,11 +251,11 @@ def _record(
     """
     out.first[:, t] = draws.argmax(axis=1)
     out.arm[:, t] = np.where(fails, -np.inf, draws).argmax(axis=1)
-    first = out.propensities[:, t] = argmax_propensities(means, sds)
+    first = out.propensities[:, t] = choice_propensities(means, sds, floors)
     out.left[:, t] = first
     rows = np.flatnonzero(fails.any(axis=1))
     if rows.size:
-        left = out.left[rows, t] = argmax_propensities(np.where(fails, -np.inf, means)[rows], sds[rows])
+        left = out.left[rows, t] = choice_propensities(np.where(fails, -np.inf, means)[rows], sds[rows], floors[rows])
         gained = np.where(fails[rows], 0.0, np.maximum(left - first[rows], 0.0))
         total = gained.sum(axis=1, keepdims=True)
         after = np.where(total > RARE, gained / np.maximum(total, RARE), left)

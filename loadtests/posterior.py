@@ -110,7 +110,7 @@ def events(rng: np.random.Generator, count: int, d: int, n_arms: int) -> list[Ev
     x = unit_rows(rng, count, d)
     labels = rng.integers(2, size=count)
     return [
-        Event(i % n_arms, x[i].tobytes(), 0.5, 1, Feedback(Signal.PREFERENCE, float(labels[i]))) for i in range(count)
+        Event(i % n_arms, x[i].tobytes(), 0.5, float(labels[i]), Feedback(Signal.PREFERENCE, 1.0)) for i in range(count)
     ]
 
 
@@ -135,7 +135,7 @@ def compare(d: int, n_arms: int, rounds: int, *, research: bool) -> dict[str, fl
     one, many = unit_rows(rng, 1, d), unit_rows(rng, 256, d)
     offsets_one, offsets_many = np.full((1, n_arms), 0.5), np.full((256, n_arms), 0.5)
     log = events(rng, 64, d, n_arms)
-    one_arm = [Event(0, event.x, event.offset, event.verdict, event.feedback) for event in log]
+    one_arm = [Event(0, event.x, event.offset, event.credit, event.feedback) for event in log]
     actions: dict[str, tuple[Action, int, float]] = {
         "choose one pair": (lambda: draw(policy.beliefs(one, offsets_one, posterior), rng), 20, 1),
         "choose, per pair of 256": (lambda: draw(policy.beliefs(many, offsets_many, posterior), rng), 2, 256),

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,7 +138,7 @@ def pool_names(pairs: Sequence[LabelledPair]) -> tuple[str, ...]:
 
 
 def pool_matrix(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> NDArray[np.float64]:
-    """Was RM k right on pair i? 1 right, 0 wrong, 0.5 tie, NaN where it was not asked.
+    """Was RM k right on pair i? `LabelledPair.correctness`, NaN where it was not asked.
 
     Returns:
         (N, K) float64, columns in the order of `pool`.
@@ -146,6 +146,17 @@ def pool_matrix(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> NDArray[n
     Raises:
         DatasetError: an RM of the pool was asked about none of the pairs.
     """
+    return _per_model(pairs, pool, LabelledPair.correctness)
+
+
+def credit_matrix(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> NDArray[np.float64]:
+    """What is learned of RM k from pair i: as `pool_matrix`, with `LabelledPair.credit`."""
+    return _per_model(pairs, pool, LabelledPair.credit)
+
+
+def _per_model(
+    pairs: Sequence[LabelledPair], pool: Sequence[str], value: Callable[[LabelledPair, str], float]
+) -> NDArray[np.float64]:
     known = set(pool_names(pairs))
     for name in pool:
         if name not in known:
@@ -153,7 +164,7 @@ def pool_matrix(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> NDArray[n
                 f"pool: RM {name!r} was asked about none of the {len(pairs)} pairs; it has {sorted(known)}; "
                 "correct the name or record its scores"
             )
-    rows = [[pair.correctness(name) if name in pair.verdicts else math.nan for name in pool] for pair in pairs]
+    rows = [[value(pair, name) if name in pair.verdicts else math.nan for name in pool] for pair in pairs]
     return np.array(rows, dtype=np.float64).reshape(len(pairs), len(pool))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.errors import FeedbackError
-from router_core.records import TIE, Feedback, Signal
+from router_core.records import Feedback, Signal
 
 LOSS_EMA_RATE = 0.01
 """α of the paper's exponential moving averages of the loss and its square."""
@@ -38,6 +38,12 @@ LOSS_QUANTILES = (0.2, 0.8)
 """Quantiles of −loss that become the rewards 0 and 1 (LASER, arXiv 2410.01735)."""
 
 
+LOSS_FORGETTING = 0.03
+"""f, by how much every loss lowers what is believed of the asked arm, with `LossScale.POOLED`: what is asked fades
+towards what is not, unless its losses are 4f standard deviations better than the others'. 0 never forgets the offsets,
+and stays with an arm that is wrong where nothing contradicts it; docs/soundness.md, `losses`, has both."""
+
+
 class LossScale(StrEnum):
     """How a loss becomes a reward."""
 
@@ -46,7 +52,7 @@ class LossScale(StrEnum):
     UNIT_Z = "unit_z"
     """(z + 2)/4 in [0, 1]."""
     POOLED = "pooled"
-    """clip(ō + z/4, 0, 1): z against the averages of all arms together, around the mean offset of the asked arms."""
+    """o_k(x) + z/4 − f, z against the averages of all arms together: a residual that does not depend on the offset."""
     QUANTILE = "quantile"
     """Place of −loss between the 20% and the 80% quantile of the last ones, in [0, 1] (LASER)."""
 
@@ -63,8 +69,8 @@ class SignalStatistics:
         loss_square: moving average of its square.
         loss_history: (h,) the last h <= `LOSS_HISTORY` losses of all arms, oldest first; empty but for
             `LossScale.QUANTILE`.
-        pooled: (4,) over all arms, for `LossScale.POOLED`: number of losses, moving averages of the loss, of its square
-            and of the asked arm's offset.
+        pooled: (3,) over all arms, for `LossScale.POOLED`: number of losses, moving averages of the loss and of its
+            square.
     """
 
     count: NDArray[np.float64]
@@ -73,7 +79,7 @@ class SignalStatistics:
     loss_mean: NDArray[np.float64]
     loss_square: NDArray[np.float64]
     loss_history: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
-    pooled: NDArray[np.float64] = field(default_factory=lambda: np.zeros(4))
+    pooled: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
 
     @classmethod
     def empty(cls, n_arms: int) -> SignalStatistics:
@@ -91,7 +97,7 @@ class SignalAccumulator:
     """Mutable copy of the statistics for the length of one fold.
 
     >>> stats = SignalAccumulator(SignalStatistics.empty(1))
-    >>> stats.observe(0, Feedback(Signal.PREFERENCE, 1.0), verdict=1)
+    >>> stats.observe(0, Feedback(Signal.PREFERENCE, 1.0), credit=1.0)
     1.0
 
     Args:
@@ -109,27 +115,27 @@ class SignalAccumulator:
         self._loss_history = statistics.loss_history
         self._pooled = statistics.pooled.copy()
 
-    def observe(self, arm: int, feedback: Feedback, *, verdict: int, offset: float = 0.0) -> float | None:
-        """Reward of one feedback, or None while the loss statistics warm up.
+    def observe(self, arm: int, feedback: Feedback, *, credit: float | None, offset: float = 0.0) -> float | None:
+        """Reward of one feedback; None while the loss statistics warm up, and for a preference that says nothing.
 
-        * `preference`: 1 if the RM's verdict is the preferred response, 0 if it is another one, 1/2 on a tie.
+        * `preference`: the RM's `credit`.
         * `reward`: the number itself.
         * `loss`: by `loss_scale`. z = (mean − loss)/sd against the arm's averages before this loss, clipped to ±2; the
           averages use rate max(α, 1/n), the plain mean until the window is full. With `POOLED` the averages are over
-          all arms, so that an arm whose losses are lower than the others' gains; z/4 is added to the mean offset: what
-          was expected of all arms together stays as it was. With `QUANTILE` see `quantile_reward`.
+          all arms, so that an arm whose losses are lower than the others' gains; the reward is z/4 −
+          `LOSS_FORGETTING` above the offset. With `QUANTILE` see `quantile_reward`.
 
         Args:
             arm: index of the asked arm.
             feedback: kind and value.
-            verdict: the asked RM's verdict: a response's index, or TIE.
+            credit: what a preference says of the arm (`records.credit`); not read for other signals.
             offset: o_k(x) of the arm, for `LossScale.POOLED`.
         """
         self._count[arm] += 1
         if feedback.signal is Signal.LOSS:
             reward = self._loss_reward(arm, feedback.value, offset)
         elif feedback.signal is Signal.PREFERENCE:
-            reward = 0.5 if verdict == TIE else float(verdict == int(feedback.value))
+            reward = credit
         else:
             reward = feedback.value
         if reward is not None:
@@ -154,18 +160,17 @@ class SignalAccumulator:
         return (z + Z_CLIP) / (2 * Z_CLIP) if self._loss_scale is LossScale.UNIT_Z else z
 
     def _pooled_reward(self, loss: float, offset: float) -> float | None:
-        """clip(ō + z/4, 0, 1), with all averages before this loss but ō, which takes this offset in first."""
-        n, mean, square, expected = self._pooled
+        """o + z/4 − f, with averages before this loss. A bound at 1 would cut good losses and be a forgetting too."""
+        n, mean, square = self._pooled
         rate = max(LOSS_EMA_RATE, 1.0 / (n + 1))
         self._pooled[:] = (
             n + 1,
             (1 - rate) * mean + rate * loss,
             (1 - rate) * square + rate * loss * loss,
-            (1 - rate) * expected + rate * offset,
         )
         if n < LOSS_WARM_UP:
             return None
-        return float(min(max(self._pooled[3] + _z(loss, mean, square) / (2 * Z_CLIP), 0.0), 1.0))
+        return offset + _z(loss, mean, square) / (2 * Z_CLIP) - LOSS_FORGETTING
 
     def freeze(self) -> SignalStatistics:
         """The statistics after everything observed so far."""

@@ -8,9 +8,12 @@ equals fold(s, a + b) wherever the log is cut, because floating-point sums are g
 * an arm's waiting events, its tail, are applied one by one on top of the block, as rank-one corrections kept beside Σ;
 * an event that holds verdicts of other RMs (`Event.shadows`) moves the asked arm first, then those, by arm; it counts
   as one event of the log;
-* with `Hyperparameters.adapt`, λ₀ is chosen anew at every `block_size`-th event of the log, for all arms at once: the
-  value of `evidence.LAMBDA_GRID` that makes what was observed most probable; O(K d³). While the log's contexts are
-  unlike the prior's landmarks it is drawn down to `lambda_novel` (`router_core.novelty`);
+* with `Hyperparameters.adapt`, λ₀ is chosen anew at the events 8, 16, 32 and every `block_size`-th one of the log, for
+  all arms at once: the value of `evidence.LAMBDA_GRID` that makes what was observed most probable; O(K d³). While the
+  log's contexts are unlike the prior's landmarks it is drawn down to `lambda_novel` (`router_core.novelty`). An arm
+  whose own data say that it is better or worse than promised gets a smaller precision of its first weight, its level;
+* with `Hyperparameters.alarm_rate`, an event after which an arm's rewards contradict the posterior too much resets the
+  arm to its prior, with the λ₀ that the run started from (`router_core.changes`);
 * a discount γ < 1 falls at every `block_size`-th event of the log, for all arms at once, and inverts each Λ: O(K d³);
 * Σ's drift from Λ⁻¹ is probed at each block, and Σ inverted afresh at once when it exceeds `drift_tolerance`.
 
@@ -24,12 +27,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
+from router_core.changes import Watch
 from router_core.errors import FeedbackError, NotFiniteError, ShapeMismatchError
-from router_core.evidence import most_probable_precision
+from router_core.evidence import level_precisions, most_probable_precision
 from router_core.feedback import SignalAccumulator, SignalStatistics
 from router_core.linalg import inverse_probe, inverse_residual, inverse_spd
 from router_core.novelty import Tally, loosened
@@ -51,11 +56,14 @@ class FoldSettings:
         refresh_events: events of the log between two inversions of Λ; a multiple of `block_size`. Snapshots are taken
             there.
         drift_tolerance: largest |ΛΣp − p| (p = 1/√d) at a block's end before Σ is inverted afresh.
+        first_adaptation: events until λ₀ adapts for the first time; then whenever their number has doubled, and once
+            there are `block_size` at every block's end.
     """
 
     block_size: int = 64
     refresh_events: int = 8192
     drift_tolerance: float = 1e-6
+    first_adaptation: int = 8
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or self.refresh_events < 1 or self.refresh_events % self.block_size:
@@ -63,6 +71,18 @@ class FoldSettings:
                 f"block_size {self.block_size} and refresh_events {self.refresh_events}: give positive integers, the "
                 "second a multiple of the first"
             )
+        if self.first_adaptation < 1:
+            raise ShapeMismatchError(f"first_adaptation is {self.first_adaptation}: give a positive integer")
+
+    def adapts_at(self, count: int) -> bool:
+        """Return True if λ₀ is chosen anew after so many events.
+
+        >>> [count for count in range(1, 200) if FoldSettings().adapts_at(count)]
+        [8, 16, 32, 64, 128, 192]
+        """
+        doublings, rest = divmod(count, self.first_adaptation)
+        early = not rest and doublings & (doublings - 1) == 0
+        return count % self.block_size == 0 or (count < self.block_size and early)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +95,7 @@ class ArmPosterior:
         covariance: (d, d) Σ.
         covariance32: (d, d) float32 copy of Σ, for draws.
         mean: (d,) μ with the tail applied.
+        settled: (d,) μ at the last block.
         contexts: (t, d) the tail's x.
         targets: (t,) the tail's reward minus offset.
         corrections: (t, d) rows w with Σ_now = Σ − Σ_rows w wᵀ.
@@ -85,6 +106,7 @@ class ArmPosterior:
     covariance: Array
     covariance32: NDArray[np.float32]
     mean: Array
+    settled: Array
     contexts: Array
     targets: Array
     corrections: Array
@@ -105,8 +127,9 @@ class Posterior:
         arms: one per RM, in pool order.
         statistics: running statistics per arm.
         drift: largest |ΛΣ − I| over the arms, measured at the last inversion, before it.
-        lambda0: the prior precision now; `prior.hyper.lambda0` unless it adapts.
+        precisions: (K, d) diagonal of each arm's prior precision now; `prior.hyper.lambda0` unless it adapts.
         tally: contexts met and how many of them were novel; empty unless `Prior.watches_novelty`.
+        watches: (K,) what tells that an arm has changed; as at the start unless `Hyperparameters.alarm_rate`.
     """
 
     prior: Prior
@@ -114,10 +137,12 @@ class Posterior:
     count: int
     arms: tuple[ArmPosterior, ...]
     statistics: SignalStatistics
+    precisions: Array
     drift: float = 0.0
-    lambda0: float = 0.0
     tally: Tally = field(default_factory=Tally)
+    watches: tuple[Watch, ...] = ()
     _means: list[Array] = field(default_factory=list, repr=False, compare=False)
+    _events: list[Array] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def n_arms(self) -> int:
@@ -141,11 +166,29 @@ class Posterior:
             self._means.append(np.stack([arm.mean for arm in self.arms]))
         return self._means[0]
 
+    @property
+    def lambda0(self) -> float:
+        """The prior precision λ₀ of all weights but the first, which may have a smaller one (`evidence`)."""
+        return float(self.precisions[0, -1])
+
+    @property
+    def events(self) -> Array:
+        """n_k: how much each arm's data weigh, in events (K,); a discount and a reset take from it. Computed once."""
+        if not self._events:
+            grams = np.array([np.trace(arm.precision) for arm in self.arms]) - self.precisions.sum(axis=1)
+            tails = [len(arm.targets) for arm in self.arms]
+            self._events.append(np.maximum(self.prior.hyper.sigma2 * grams, 0.0) + tails)
+        return self._events[0]
+
     def digest(self) -> str:
         """sha256 over every number that the fold carries on: equal digests mean equal posteriors, bit for bit."""
         # The tally only where it is kept: other runs' digests are what they always were.
-        scalars = (self.lambda0, *((self.tally.met, self.tally.novel) if self.prior.watches_novelty else ()))
+        scalars = (
+            *self.precisions.ravel(),
+            *((self.tally.met, self.tally.novel) if self.prior.watches_novelty else ()),
+        )
         h = hashlib.sha256(np.int64(self.count).tobytes() + np.array(scalars).tobytes())
+        h.update(np.array(self.watches).tobytes())
         for arm in self.arms:
             for array in (
                 arm.precision,
@@ -182,7 +225,8 @@ def start(prior: Prior, settings: FoldSettings | None = None) -> Posterior:
     precision, covariance = np.eye(d) * lambda0, np.eye(d) / lambda0
     arms = tuple(_arm(precision, lambda0 * mean, covariance, mean.copy()) for mean in prior.means)
     statistics = SignalStatistics.empty(prior.n_arms)
-    return Posterior(prior, settings or FoldSettings(), 0, arms, statistics, lambda0=lambda0)
+    precisions, watches = np.full((prior.n_arms, d), lambda0), (Watch(),) * prior.n_arms
+    return Posterior(prior, settings or FoldSettings(), 0, arms, statistics, precisions, watches=watches)
 
 
 def restore(
@@ -193,9 +237,10 @@ def restore(
     precision: Sequence[Array],
     information: Array,
     statistics: SignalStatistics,
+    precisions: Array,
     drift: float,
-    lambda0: float,
     tally: Tally,
+    watches: Sequence[Watch],
 ) -> Posterior:
     """The posterior at a refresh position, from what a snapshot holds; bit for bit what the fold had there.
 
@@ -206,9 +251,10 @@ def restore(
         precision: K arrays (d, d).
         information: (K, d).
         statistics: running statistics at the position.
+        precisions: (K, d) diagonals of the arms' prior precisions at the position.
         drift: as it was measured there.
-        lambda0: the prior precision at the position.
         tally: of novel contexts up to there.
+        watches: (K,) as they were there.
 
     Raises:
         ShapeMismatchError: `count` is no refresh position, or the arrays do not fit the prior.
@@ -225,14 +271,14 @@ def restore(
     for lam, b in zip(precision, information, strict=True):
         covariance = inverse_spd(lam)
         arms.append(_arm(lam, b.copy(), covariance, covariance @ b))
-    return Posterior(prior, settings, count, tuple(arms), statistics, drift, lambda0, tally)
+    return Posterior(prior, settings, count, tuple(arms), statistics, precisions, drift, tally, tuple(watches))
 
 
 def fold(state: Posterior, events: Sequence[Event]) -> Posterior:
     """Apply events in log order: Λ_k += x xᵀ/σ², b_k += (r − o)x/σ² for the asked arm k (arXiv 2510.02850, online
     stage).
 
-    The same for every arm in `event.shadows`, with its own verdict and offset. One event costs one matrix-vector
+    The same for every arm in `event.shadows`, with its own credit and offset. One event costs one matrix-vector
     product per arm it moves, O(d²); a block of m events one rank-m update, O(m d²).
 
     Args:
@@ -270,6 +316,7 @@ def _arm(precision: Array, information: Array, covariance: Array, mean: Array) -
         covariance,
         covariance.astype(np.float32),
         mean,
+        mean,
         np.empty((0, d)),
         np.empty(0),
         np.empty((0, d)),
@@ -283,8 +330,9 @@ class _Folding:
         self._state = state
         self._count = state.count
         self._drift = state.drift
-        self._lambda0 = state.lambda0
+        self._precisions = state.precisions
         self._tally = state.tally
+        self._watches = [*state.watches]
         self._landmarks = state.prior.landmarks if state.prior.watches_novelty else None
         self._signal = SignalAccumulator(state.statistics, state.prior.loss_scale)
         self._touched: dict[int, _ArmFolding] = {}
@@ -297,37 +345,55 @@ class _Folding:
         x = self._state.prior.learned(x)
         settings = self._state.settings
         if event.arm != NO_ARM:
-            self._learn(event.arm, x, event.offset, event.verdict, event.feedback)
+            self._learn(event.arm, x, event.offset, event.credit, event.feedback)
         # By arm, however the log lists them: the order of sums must not depend on who answered first.
-        for arm, offset, verdict in sorted(event.shadows):
-            self._learn(arm, x, offset, verdict, event.feedback)
+        for arm, offset, credit in sorted(event.shadows, key=itemgetter(0)):
+            self._learn(arm, x, offset, credit, event.feedback)
         self._count += 1
         if self._count % settings.block_size == 0:
-            self._end_of_block()
+            self._discount()
+        if settings.adapts_at(self._count):
+            self._adapt()
         if self._count % settings.refresh_events == 0:
             self._drift = max(self._arm(k).refresh() for k in range(self._state.n_arms))
 
-    def _end_of_block(self) -> None:
-        """What falls at fixed positions of the log, for all arms: the discount, and a new λ₀."""
+    def _discount(self) -> None:
+        """Forget a little of every arm."""
+        if self._state.prior.hyper.gamma != 1.0:
+            for k in range(self._state.n_arms):
+                self._arm(k).discount(self._precisions[k])
+
+    def _adapt(self) -> None:
+        """Choose λ₀ anew, for all arms."""
         hyper, arms = self._state.prior.hyper, range(self._state.n_arms)
-        if hyper.gamma != 1.0:
-            for k in arms:
-                self._arm(k).discount(self._lambda0)
         if hyper.adapt:
-            data = [self._arm(k).data(self._lambda0) for k in arms]
-            chosen = most_probable_precision(np.stack([g for g, _ in data]), np.stack([b for _, b in data]))
+            data = [self._arm(k).data(self._precisions[k]) for k in arms]
+            grams, informations = np.stack([g for g, _ in data]), np.stack([b for _, b in data])
+            chosen = most_probable_precision(grams, informations)
             if self._landmarks is not None:
                 self._tally = self._tally.faded()
                 chosen = loosened(chosen, self._tally.excess(), hyper.lambda_novel)
-            if chosen != self._lambda0:
-                for k in arms:
-                    self._arm(k).change_precision(chosen - self._lambda0)
-                self._lambda0 = chosen
+            precisions = np.full(self._precisions.shape, chosen)
+            precisions[:, 0] = level_precisions(grams, informations, chosen)
+            for k in np.flatnonzero((precisions != self._precisions).any(axis=1)).tolist():
+                self._arm(k).change_precision(precisions[k] - self._precisions[k])
+            self._precisions = precisions
 
-    def _learn(self, arm: int, x: NDArray[np.float32], offset: float, verdict: int, feedback: Feedback) -> None:
-        reward = self._signal.observe(arm, feedback, verdict=verdict, offset=offset)
+    def _learn(self, arm: int, x: NDArray[np.float32], offset: float, credit: float | None, feedback: Feedback) -> None:
+        reward = self._signal.observe(arm, feedback, credit=credit, offset=offset)
         if reward is not None:
+            if self._state.prior.hyper.alarm_rate:
+                self._watch(arm, offset + self._arm(arm).predicted(x), reward)
             self._arm(arm).append(x, reward - offset)
+
+    def _watch(self, arm: int, predicted: float, reward: float) -> None:
+        """Reset the arm if its rewards have contradicted the posterior too much."""
+        hyper, watch = self._state.prior.hyper, self._watches[arm]
+        self._watches[arm] = watch.after(predicted, reward, hyper.alarm_rate)
+        if self._watches[arm].alarms > watch.alarms:
+            self._precisions = self._precisions.copy()
+            self._precisions[arm] = hyper.lambda0
+            self._arm(arm).reset()
 
     def _arm(self, k: int) -> _ArmFolding:
         if k not in self._touched:
@@ -342,7 +408,8 @@ class _Folding:
             )
         if not NO_ARM <= event.arm < self._state.n_arms:
             raise ShapeMismatchError(f"event {event.decision_id!r} asked arm {event.arm} of {self._state.n_arms}")
-        if not (np.isfinite(x).all() and np.isfinite(event.offset) and np.isfinite(event.feedback.value)):
+        numbers = (event.offset, event.credit or 0.0, event.feedback.value)
+        if not (np.isfinite(x).all() and np.isfinite(numbers).all()):
             raise NotFiniteError(f"event {event.decision_id!r} holds NaN or infinity")
         if event.shadows:
             self._check_shadows(event)
@@ -359,7 +426,7 @@ class _Folding:
                 f"event {event.decision_id!r} asked arm {event.arm} of {self._state.n_arms} and holds verdicts of the "
                 f"other arms {arms}: each arm of the pool once at most"
             )
-        if not all(np.isfinite(offset) for _, offset, _ in event.shadows):
+        if not all(np.isfinite((offset, credit or 0.0)).all() for _, offset, credit in event.shadows):
             raise NotFiniteError(f"event {event.decision_id!r} holds NaN or infinity")
 
     def freeze(self) -> Posterior:
@@ -372,9 +439,11 @@ class _Folding:
             arms=tuple(arms),
             statistics=self._signal.freeze(),
             drift=self._drift,
-            lambda0=self._lambda0,
+            precisions=self._precisions,
             tally=self._tally,
+            watches=tuple(self._watches),
             _means=[],
+            _events=[],
         )
 
 
@@ -391,7 +460,7 @@ class _ArmFolding:
         self._settings = state.settings
         self._precision, self._information, self._covariance = arm.precision, arm.information, arm.covariance
         self._covariance32: NDArray[np.float32] | None = arm.covariance32
-        self._mean = arm.mean.copy()
+        self._mean, self._settled = arm.mean.copy(), arm.settled
         self._rows = self._corrected = len(arm.targets)
         self._contexts, self._targets, self._corrections = np.empty((m, d)), np.empty(m), np.empty((m, d))
         self._contexts[: self._rows] = arm.contexts
@@ -404,6 +473,17 @@ class _ArmFolding:
         self._rows += 1
         if self._rows == self._settings.block_size:
             self._absorb()
+
+    def predicted(self, x: NDArray[np.float32]) -> float:
+        """xᵀμ at the last block: it does not depend on where the log was cut since."""
+        return float(self._settled @ x.astype(np.float64))
+
+    def reset(self) -> None:
+        """Forget everything but the prior."""
+        d, lambda0 = len(self._mean), self._hyper.lambda0
+        self._precision, self._covariance = np.eye(d) * lambda0, np.eye(d) / lambda0
+        self._information = lambda0 * self._prior_mean
+        self._settle()
 
     def _correct(self, row: int) -> None:
         """Sherman-Morrison on Σ_now = Σ − WᵀW: one more row w = Σx/√(σ² + xᵀΣx), and the mean moves along Σx.
@@ -440,27 +520,27 @@ class _ArmFolding:
             self._covariance = inverse_spd(precision)
         self._settle()
 
-    def discount(self, lambda0: float) -> None:
+    def discount(self, precisions: Array) -> None:
         """Λ ← γΛ + (1 − γ)Λ₀, b ← γb + (1 − γ)b₀: forget towards the prior."""
         if self._rows:
             self._absorb()
         gamma = self._hyper.gamma
         precision = gamma * self._precision
-        precision[np.diag_indices_from(precision)] += (1 - gamma) * lambda0
-        self._information = gamma * self._information + (1 - gamma) * lambda0 * self._prior_mean
+        precision[np.diag_indices_from(precision)] += (1 - gamma) * precisions
+        self._information = gamma * self._information + (1 - gamma) * precisions * self._prior_mean
         self._replace_precision(precision)
 
-    def data(self, lambda0: float) -> tuple[Array, Array]:
+    def data(self, precisions: Array) -> tuple[Array, Array]:
         """What the data alone say, (Λ − λ₀I, b − Λ·mean₀): Gram matrix and information about the departure from the
         prior mean.
         """
         if self._rows:
             self._absorb()
         gram = self._precision.copy()
-        gram[np.diag_indices_from(gram)] -= lambda0
+        gram[np.diag_indices_from(gram)] -= precisions
         return gram, self._information - self._precision @ self._prior_mean
 
-    def change_precision(self, difference: float) -> None:
+    def change_precision(self, difference: Array) -> None:
         """Λ ← Λ + δI, b ← b + δ·mean₀: the same data under another λ₀."""
         precision = self._precision.copy()
         precision[np.diag_indices_from(precision)] += difference
@@ -482,7 +562,8 @@ class _ArmFolding:
         return residual
 
     def _settle(self) -> None:
-        self._mean = self._covariance @ self._information
+        self._settled = self._covariance @ self._information
+        self._mean = self._settled.copy()
         self._covariance32 = None
         self._rows = self._corrected = 0
 
@@ -502,6 +583,7 @@ class _ArmFolding:
             self._covariance,
             self._single_precision(),
             self._mean,
+            self._settled,
             self._contexts[:rows].copy(),
             self._targets[:rows].copy(),
             self._corrections[:rows].copy(),

@@ -48,10 +48,14 @@ class Hyperparameters:
         sigma2: variance σ² of a reward around its mean; for rewards in {0, 1} near p(1 − p).
         v: exploration scale; the draw's standard deviation is v·√(xᵀΣx).
         gamma: discount per block of events; 1 never forgets.
-        adapt: choose λ₀ anew at every block of the log, as what makes the feedback so far most probable (empirical
+        adapt: choose λ₀ anew at fixed positions of the log, as what makes the feedback so far most probable (empirical
             Bayes, docs/math/router.md); `lambda0` is then only where it starts.
         lambda_novel: with `adapt`, and a prior that has landmarks: the precision that λ₀ is drawn down to while the
             stream is unlike what the offline stage learned from (`router_core.novelty`); 0 makes no difference.
+        floor: ε, share of the instances that go to arms of which little is known, whatever is drawn
+            (`policies.bayesian.floors_of`).
+        alarm_rate: α, false alarms per event at most of what resets an arm that has changed (`router_core.changes`); 0
+            resets none. For rewards in [0, 1].
     """
 
     lambda0: float
@@ -60,6 +64,8 @@ class Hyperparameters:
     gamma: float = 1.0
     adapt: bool = False
     lambda_novel: float = 0.0
+    floor: float = 0.0
+    alarm_rate: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises HyperparameterError if a value is outside its domain."""
@@ -69,12 +75,14 @@ class Hyperparameters:
             "v": 0.0 <= self.v < math.inf,
             "gamma": 0.0 < self.gamma <= 1.0,
             "lambda_novel": 0.0 <= self.lambda_novel < math.inf,
+            "floor": 0.0 <= self.floor < 1.0,
+            "alarm_rate": 0.0 <= self.alarm_rate < 1.0,
         }
         for name, good in inside.items():
             if not good:
                 raise HyperparameterError(
                     f"hyper-parameter {name} = {getattr(self, name)}: lambda0 and sigma2 must be positive and finite, "
-                    "v and lambda_novel finite and at least 0, gamma inside (0, 1]"
+                    "v and lambda_novel finite and at least 0, gamma inside (0, 1], floor and alarm_rate inside [0, 1)"
                 )
 
 
@@ -91,7 +99,9 @@ LOSS_SCALES: Mapping[PriorForm, LossScale] = MappingProxyType(
 PAPER_HYPERPARAMETERS = Hyperparameters(lambda0=1.0, sigma2=1.0, v=1.0)
 """The paper's online setting: Λ₀ = I, unit noise, no scaling of the exploration."""
 
-CALIBRATED_HYPERPARAMETERS = Hyperparameters(lambda0=100.0, sigma2=0.16, v=0.2, adapt=True, lambda_novel=30.0)
+CALIBRATED_HYPERPARAMETERS = Hyperparameters(
+    lambda0=100.0, sigma2=0.16, v=0.2, adapt=True, lambda_novel=30.0, floor=0.02, alarm_rate=1e-5
+)
 """Measured on recorded pairs; `train` stores them as they are (docs/experiments.md, "Tuning the online stage")."""
 
 CALIBRATED_LOSS_HYPERPARAMETERS = Hyperparameters(lambda0=100.0, sigma2=0.16, v=0.3)

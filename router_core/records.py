@@ -6,7 +6,7 @@ Plain frozen values without behaviour beyond their own invariants; every other m
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -33,7 +33,7 @@ class Signal(StrEnum):
     LOSS = "loss"
     """Per-pair DPO loss (the paper's); any finite number, lower is better."""
     PREFERENCE = "preference"
-    """Index of the response that is better; the reward is whether the RM's verdict agrees."""
+    """Index of the response that is better; the reward is the RM's `credit`."""
     REWARD = "reward"
     """A number in [0, 1] that already says how well the asked RM did."""
 
@@ -121,13 +121,28 @@ class LabelledPair:
     group: str = ""
 
     def correctness(self, model: str) -> float:
-        """1 if the RM ranks this pair rightly, 0 if wrongly, 0.5 on a tie.
+        """Return the module's `correctness` of the RM.
 
         Raises:
             KeyError: the RM was not asked.
         """
-        verdict = self.verdicts[model]
-        return 0.5 if verdict == TIE else float(verdict == self.label)
+        return correctness(self.verdicts[model], self.scores.get(model), len(self.instance.responses), self.label)
+
+    def credit(self, model: str) -> float:
+        """Return what is learned of the RM from this label: `credit` of its scores, or of its verdict.
+
+        The same as `correctness` for two responses. A verdict without scores leaves the order of the others open.
+
+        Raises:
+            KeyError: the RM was not asked.
+        """
+        n, verdict = len(self.instance.responses), self.verdicts[model]
+        if n > 2 and model in self.scores:
+            rewards: Sequence[float] = self.scores[model]
+        else:
+            rewards = [float(i == verdict) for i in range(n)]
+        share = credit(rewards, self.label)
+        return 0.5 if share is None else share
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +154,11 @@ class Feedback:
 
 
 class Shadow(NamedTuple):
-    """What another RM than the asked one said of the same instance: its arm, its offset o_k(x) and its verdict."""
+    """What another RM than the asked one said of the same instance: its arm, its offset o_k(x) and its credit."""
 
     arm: int
     offset: float
-    verdict: int
+    credit: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,17 +166,64 @@ class Event:
     """One accepted feedback as the run's log holds it.
 
     `x` is the context as little-endian float32 bytes, exactly as it was when the RM was drawn; `offset` the calibrated
-    probability o_k(x) of the asked arm at that time (0 for priors without offset). `shadows` holds (arm, offset,
-    verdict) of every other RM that was asked as well, each arm once; only a `preference` can be learned from for them.
+    probability o_k(x) of the asked arm at that time (0 for priors without offset). `credit` is what a preference says
+    of the asked RM (`records.credit`); None where it says nothing, or where the signal is another. `shadows` holds
+    (arm, offset, credit) of every other RM that was asked as well, each arm once; only a `preference` can be learned
+    from for them.
     """
 
     arm: int
     x: bytes
     offset: float
-    verdict: int
+    credit: float | None
     feedback: Feedback
     decision_id: str = ""
-    shadows: tuple[tuple[int, float, int], ...] = ()
+    shadows: tuple[tuple[int, float, float | None], ...] = ()
+
+
+def credit(rewards: Sequence[float], preferred: int) -> float | None:
+    """Return the share of the other responses that an RM puts below the preferred one; a tie counts one half.
+
+    A preference for response i of n implies n − 1 pairs, i before each other one, and this is the RM's mean
+    correctness over them (docs/math/router.md, "Several responses"). An RM that knows nothing earns 1/2 on average,
+    whatever n is. None for a single response: a preference says nothing there.
+
+    Args:
+        rewards: (n,) the RM's.
+        preferred: index of the preferred response.
+
+    >>> credit([0.1, 0.7], 1), credit([0.5, 0.5], 0), credit([3.0, 2.0, 1.0, 2.0], 1), credit([1.0], 0)
+    (1.0, 0.5, 0.5, None)
+    """
+    if len(rewards) < 2:
+        return None
+    mine = rewards[preferred]
+    won = [0.5 if _ties(reward, mine) else float(reward < mine) for i, reward in enumerate(rewards) if i != preferred]
+    return sum(won) / len(won)
+
+
+def correctness(verdict: int, scores: Sequence[float] | None, n: int, label: int) -> float:
+    """Return the probability that an RM chooses the best response, where ties are broken evenly.
+
+    1 if its verdict is the label, 1/w if w responses tie for its best and the label is one of them, else 0. A tie whose
+    winners no scores tell is one of all n responses.
+
+    >>> correctness(1, None, 3, 1), correctness(TIE, [1.0, 2.0, 2.0], 3, 1), correctness(TIE, None, 4, 1)
+    (1.0, 0.5, 0.25)
+    """
+    if verdict != TIE:
+        return float(verdict == label)
+    winners = leaders_of(scores) if scores else []
+    return chance_of(winners if len(winners) > 1 else range(n), label)
+
+
+def chance_of(winners: Collection[int], preferred: int) -> float:
+    """Return the probability that an even choice among the winners is the preferred response.
+
+    >>> chance_of([1, 2], 2), chance_of([1, 2], 0)
+    (0.5, 0.0)
+    """
+    return 1.0 / len(winners) if preferred in winners else 0.0
 
 
 def leaders_of(rewards: Sequence[float]) -> list[int]:
@@ -173,11 +235,11 @@ def leaders_of(rewards: Sequence[float]) -> list[int]:
     [1, 2]
     """
     best = max([reward for reward in rewards if reward == reward], default=math.nan)
-    return [
-        index
-        for index, reward in enumerate(rewards)
-        if math.isclose(reward, best, rel_tol=TIE_TOLERANCE, abs_tol=TIE_TOLERANCE)
-    ]
+    return [index for index, reward in enumerate(rewards) if _ties(reward, best)]
+
+
+def _ties(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=TIE_TOLERANCE, abs_tol=TIE_TOLERANCE)
 
 
 def verdict_of(rewards: Sequence[float]) -> int:

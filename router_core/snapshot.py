@@ -14,14 +14,15 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from router_core.changes import Watch
 from router_core.errors import SnapshotError
 from router_core.feedback import SignalStatistics
 from router_core.novelty import Tally
 from router_core.posterior import FoldSettings, Posterior, restore
 from router_core.prior import Prior
 
-FORMAT = "reward-router-snapshot/3"
-"""2 added `loss_history`, 3 `pooled` and `lambda0`. A run of another version has another fingerprint, too."""
+FORMAT = "reward-router-snapshot/4"
+"""A run of another version has another fingerprint, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,8 @@ def dump(snapshot: Snapshot, fingerprint: str) -> bytes:
         "loss_square": stats.loss_square,
         "loss_history": stats.loss_history,
         "pooled": stats.pooled,
+        "precisions": posterior.precisions,
+        "watches": np.array(posterior.watches),
     }
     header = {
         "format": FORMAT,
@@ -62,7 +65,6 @@ def dump(snapshot: Snapshot, fingerprint: str) -> bytes:
         "last_event_id": snapshot.last_event_id,
         "position": posterior.count,
         "drift": posterior.drift.hex(),
-        "lambda0": posterior.lambda0.hex(),
         # Only where it is kept, so that snapshots of other runs are what they always were.
         **({"tally": [tally.met.hex(), tally.novel.hex()]} if posterior.prior.watches_novelty else {}),
     }
@@ -109,8 +111,9 @@ def parse(data: bytes, fingerprint: str, prior: Prior, settings: FoldSettings) -
         precision=[matrix.copy() for matrix in tensors["precision"]],
         information=tensors["information"],
         statistics=statistics,
+        precisions=tensors["precisions"],
         drift=float.fromhex(header["drift"]),
-        lambda0=float.fromhex(header["lambda0"]),
         tally=Tally(*map(float.fromhex, header.get("tally", ()))),
+        watches=[Watch(*row) for row in tensors["watches"].tolist()],
     )
     return Snapshot(posterior, header["last_event_id"])

@@ -42,8 +42,8 @@ def build_prior(
 ) -> Prior:
     """The prior of that form; by default of the one that the settings and the checkpoint name.
 
-    The settings' lambda0, sigma2, v, gamma, adapt and lambda_novel override those of every form but `linucb`, which is
-    LASER's as published.
+    The settings' lambda0, sigma2, v, gamma, adapt, lambda_novel, floor and alarm_rate override those of every form but
+    `linucb`, which is LASER's as published.
 
     Raises:
         ConfigurationError: a prior form that needs a checkpoint, without one.
@@ -79,7 +79,8 @@ def form_of(settings: Settings, checkpoint: Checkpoint | None) -> PriorForm:
 
 
 def _overridden(hyper: Hyperparameters, settings: Settings) -> Hyperparameters:
-    given = {name: getattr(settings, name) for name in ("lambda0", "sigma2", "v", "gamma", "adapt", "lambda_novel")}
+    names = ("lambda0", "sigma2", "v", "gamma", "adapt", "lambda_novel", "floor", "alarm_rate")
+    given = {name: getattr(settings, name) for name in names}
     if settings.lambda0 is not None and settings.adapt is None:
         given["adapt"] = False
     return replace(hyper, **{name: value for name, value in given.items() if value is not None})

@@ -101,6 +101,20 @@ class Settings(BaseSettings):
         description="Overrides the precision that λ₀ is drawn down to while texts are unlike the checkpoint's training "
         "pairs; 0: it makes no difference. Only while λ₀ follows the feedback.",
     )
+    floor: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Overrides the share of the instances that go to models of which little is known, whatever is "
+        "believed of them (docs/math/router.md); 0: none. Policies with point masses have none.",
+    )
+    alarm_rate: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Overrides the rate of false alarms per event at which a model that has changed is noticed and "
+        "learned afresh (docs/math/router.md); 0: changes are not looked for. Not for losses.",
+    )
     policy: str = Field("bayesian", description="Policy of requests that name none.")
     signal: Signal = Field(Signal.PREFERENCE, description="Kind of feedback of the runs: preference, loss or reward.")
     seed: int | None = Field(None, description="Seed of the draws; by default drawn from the operating system.")

@@ -9,21 +9,33 @@ from pathlib import Path
 from types import MappingProxyType
 
 from loadtests.report import describe, machine, table, use_one_blas_thread, write_json
+from loadtests.soundness.adaptation import adaptation
 from loadtests.soundness.calibration import calibration
+from loadtests.soundness.changes import changes
 from loadtests.soundness.coverage import coverage
+from loadtests.soundness.exploration import exploration
 from loadtests.soundness.intervals import intervals
+from loadtests.soundness.losses import losses
 from loadtests.soundness.published import published
 from loadtests.soundness.refitting import refitting
 from loadtests.soundness.report import DEFAULT_DATA, Experiment, Options
+from loadtests.soundness.responses import responses
+from loadtests.soundness.singles import singles
 from loadtests.soundness.tuning import tuning
 
 EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
     {
+        "adaptation": adaptation,
         "calibration": calibration,
+        "changes": changes,
         "coverage": coverage,
+        "exploration": exploration,
         "intervals": intervals,
+        "losses": losses,
         "published": published,
         "refitting": refitting,
+        "responses": responses,
+        "singles": singles,
         "tuning": tuning,
     }
 )

@@ -2,7 +2,7 @@
 
 The form `paper` (mean = unit-norm Bradley-Terry embeddings, no offset) is replayed on K4 in the folds, under shift and
 on domains left out, with the published λ₀ = σ² = v = 1 and with others. Their σ² is .16, since only λ₀σ² and vσ matter.
-The best of them by the mean of the three columns is what docs/results.md calls `bayesian:paper, tuned`.
+The best of them by the mean of the three columns, and the best in the folds, are rows of docs/results.md.
 """
 
 from __future__ import annotations

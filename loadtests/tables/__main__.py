@@ -142,7 +142,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "not_run": left_out,
         "hyperparameters": {
             name: getattr(checkpoint.hyperparameters, name)
-            for name in ("lambda0", "sigma2", "v", "gamma", "adapt", "lambda_novel")
+            for name in ("lambda0", "sigma2", "v", "gamma", "adapt", "lambda_novel", "floor", "alarm_rate")
         },
         **document,
     }

@@ -70,13 +70,13 @@ class TableTwo:
             for rows, splits in self._parts
         ]
         references = self._references(parts[0])
-        rows, calls = dict(references), dict.fromkeys(references, 1.0)
+        rows, calls, price = dict(references), dict.fromkeys(references, 1.0), dict.fromkeys(references, 1.0)
         asked: dict[str, Array] = {}
         for part in parts:
             # What needs no fit is the same in all parts: the first one's stays.
             rows = {**part.rows, **rows}
-            calls, asked = {**part.calls, **calls}, {**part.asked, **asked}
-        return replace(parts[0], rows=rows, calls=calls, asked=asked)
+            calls, price, asked = {**part.calls, **calls}, {**part.price, **price}, {**part.asked, **asked}
+        return replace(parts[0], rows=rows, calls=calls, price=price, asked=asked)
 
     def _references(self, judged: Judged) -> dict[str, Array]:
         """Rows that are told the best RM, or every pair's subset: chosen on the other folds, or in hindsight."""

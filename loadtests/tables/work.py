@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loadtests.tables.encodings import Encoded
-from loadtests.tables.experiments import PAPER, PAPER_TUNED, TUNED, Fit, Job, Stream, Variant
+from loadtests.tables.experiments import PAPER, TUNED, Fit, Job, Stream, Variant
 from router_core.checkpoint import Checkpoint
 from router_core.dataset import pool_matrix
 from router_core.encoder.base import Backbone
@@ -231,9 +231,8 @@ def _replay_stream(
         )
 
     with torch_threads(1):
-        traces = played([name for name in job.policies if name != PAPER_TUNED])
-        if PAPER_TUNED in job.policies:
-            traces[PAPER_TUNED] = played([PAPER], TUNED)[PAPER]
+        traces = played([name for name in job.policies if name not in TUNED])
+        traces |= {name: played([PAPER], TUNED[name])[PAPER] for name in job.policies if name in TUNED}
     return {name: traces[name] for name in job.policies}
 
 

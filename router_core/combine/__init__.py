@@ -4,7 +4,7 @@ Numbers in, numbers out; numpy only. The mathematics is in docs/math/combination
 stored in the checkpoint, called by plans, by `evaluate` and by `frontier`.
 """
 
-from router_core.combine.answers import Answers, margins_of
+from router_core.combine.answers import Answers, margins_of, right_of
 from router_core.combine.cascade import (
     Multipliers,
     Paths,
@@ -42,6 +42,7 @@ __all__ = [
     "multiplier_for",
     "next_call",
     "relative_prices",
+    "right_of",
     "surcharges",
     "verdicts_of",
     "wanted_combined",

@@ -58,6 +58,15 @@ class Answers:
         return Answers(self.verdicts[index], self.answered[index], self.margins[index], self.responses[index])
 
 
+def right_of(preferred: NDArray[np.int64], labels: NDArray[np.int64], responses: NDArray[np.int64]) -> Array:
+    """1 right, 0 wrong, 1/n on a tie, as an even choice would earn: all (B,).
+
+    >>> right_of(np.array([1, 0, TIE]), np.array([1, 1, 1]), np.array([2, 2, 4])).tolist()
+    [1.0, 0.0, 0.25]
+    """
+    return np.where(preferred == TIE, 1.0 / responses, (preferred == labels).astype(np.float64))
+
+
 def margins_of(scores: Array) -> Array:
     """Best score less second best along the last axis; NaN where there are fewer than two.
 

@@ -29,8 +29,13 @@ MOST_CALLS = 10
 _UNASKED, _UNKNOWN = -2.0, -1.0
 """What stands in a checkpoint for the verdict of an arm that was not asked, and for a margin that is not known."""
 
-_STEPS = 25
+_STEPS = 241
 """Multipliers that are tried, from the highest to the lowest, where prices differ."""
+
+_PATHS = 2048
+"""Paths that are followed for that, at most."""
+
+_NOTHING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,11 +111,12 @@ class Multipliers:
             first = practice.first(prices, 0.0)
             return cls.of(follow(votes, practice.offsets, practice.answers, first, calls=MOST_CALLS))
         values = np.geomspace(HIGHEST, LOWEST, _STEPS)
-        spent = [float(practice.play(votes, prices, float(value)).spent[:, -1].mean()) for value in values]
-        # More is spent as calls get cheaper; equal spending needs no second value.
+        spent = practice.prices_of(votes, prices, values)
         rising = np.maximum.accumulate(spent)
-        kept = np.concatenate([[True], np.diff(rising) > 0.0])
-        return cls(rising[kept], values[kept])
+        # Of equal spending the lowest multiplier counts, but for the first: with the least budget nothing is asked.
+        last = np.concatenate([np.diff(rising) > _NOTHING, [True]])
+        budgets = np.concatenate([rising[:1], rising[last] + _NOTHING])
+        return cls(budgets, np.concatenate([values[:1], values[last]]))
 
     @classmethod
     def of(cls, paths: Paths, step: float = 0.05) -> Multipliers:
@@ -179,6 +185,32 @@ class Practice:
     def first(self, prices: Array, multiplier: float) -> NDArray[np.int64]:
         """Return the arm (N,) that a cascade asks first among those recorded."""
         return first_arms(np.where(self.answers.answered, self.offsets, -np.inf), prices, multiplier)
+
+    def prices_of(self, votes: Votes, prices: Array, multipliers: Array) -> Array:
+        """Return what cascades cost on these pairs, on average, at each multiplier: (M,) to (M,).
+
+        A multiplier decides with which price a path begins and where it ends; what lies between does not depend on it.
+        So there is one path for the best arm of each price. Where there are many prices, fewer pairs stand for all.
+        """
+        levels = np.unique(prices)
+        part = self._rows(slice(max(_PATHS // len(levels), 1)))
+        rows = np.arange(len(part.offsets))
+        open_ = np.where(part.answers.answered, part.offsets, -np.inf)
+        starts = [np.where(prices == level, open_, -np.inf) for level in levels]
+        best = np.stack([start.max(axis=1) for start in starts], axis=1)
+        paths = [
+            follow(votes, part.offsets, part.answers, start.argmax(axis=1), prices, MOST_CALLS) for start in starts
+        ]
+        found = np.empty(len(multipliers))
+        for m, multiplier in enumerate(multipliers.tolist()):
+            chosen = (best - multiplier * levels).argmax(axis=1)
+            spent = np.stack([path.spent[rows, path.ends(multiplier)] for path in paths], axis=1)
+            found[m] = spent[rows, chosen].mean()
+        return found
+
+    def _rows(self, rows: slice) -> Practice:
+        index = np.arange(len(self.offsets))[rows]
+        return Practice(self.offsets[index], self.answers.rows(index))
 
     def play(self, votes: Votes, prices: Array, multiplier: float) -> Paths:
         """Return what a cascade does on these pairs."""

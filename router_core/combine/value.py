@@ -21,9 +21,10 @@ alike (docs/experiments.md); without it no call is worth anything where it takes
 def call_values(votes: Votes, offsets: Array, answers: Answers) -> Array:
     """v_j = E[Φ(P after arm j's answer)] − Φ(E[P after]), Φ(P) = max_i P_i + ½κ Σ_i P_i².
 
-    Arm j prefers response i with probability q_i = o_j P_i + (1 − o_j)(1 − P_i)/(n − 1), P as of now, and each of its
-    typical margins is as likely as another. The first part of Φ is the gain in accuracy that this one call brings; the
-    second, small and never 0, what it does towards turning the verdict with calls that follow.
+    Arm j prefers response i with probability q_i = p_j P_i + (1 − p_j)(1 − P_i)/(n − 1), P as of now and p_j the
+    probability that it finds the best of n, 1/(1 + (n − 1)(1 − o_j)/o_j); each of its typical margins is as likely as
+    another. The first part of Φ is the gain in accuracy that this one call brings; the second, small and never 0, what
+    it does towards turning the verdict with calls that follow.
 
     Args:
         votes: learned.
@@ -35,14 +36,14 @@ def call_values(votes: Votes, offsets: Array, answers: Answers) -> Array:
         one response.
     """
     n = int(answers.responses.max(initial=1))
-    constant, growth = votes.strengths(offsets, answers.margins, answers.responses)
+    constant, growth = votes.strengths(offsets, answers.margins)
     now = softmax(log_odds(constant, growth, answers), answers.responses)
     heard = predicted(now, offsets, answers.responses)
     voted = answers.votes
     more = voters_log(voted.sum(axis=1) + 1)[:, None]
     base = per_response(np.where(voted, constant + more * growth, 0.0), answers.verdicts, n)
     values = np.zeros_like(offsets)
-    outcomes = votes.expected_strengths(offsets, answers.responses)
+    outcomes = votes.expected_strengths(offsets)
     for c, g in outcomes:
         w = c + more * g
         after = softmax(base[:, None, None, :] + w[:, :, None, None] * np.eye(n), answers.responses)
@@ -52,7 +53,7 @@ def call_values(votes: Votes, offsets: Array, answers: Answers) -> Array:
 
 
 def next_call(
-    values: Array, prices: Array, multiplier: float, available: NDArray[np.bool_]
+    values: Array, prices: Array, multiplier: float | Array, available: NDArray[np.bool_]
 ) -> tuple[NDArray[np.bool_], Array]:
     """Is another call worth its price, and with which probability each arm is drawn for it.
 
@@ -62,7 +63,7 @@ def next_call(
     Args:
         values: (B, K) of `call_values`.
         prices: (K,), in units of the cheapest.
-        multiplier: μ.
+        multiplier: μ, one for all or (B, 1).
         available: (B, K), arms that apply and have not been asked.
 
     Returns:
@@ -83,6 +84,7 @@ def predicted(now: Array, offsets: Array, responses: NDArray[np.int64]) -> Array
     # The only response there is cannot be misjudged.
     o = np.where(responses[:, None] == 1, 1.0, np.clip(offsets, 0.0, 1.0))[:, :, None]
     others = np.maximum(responses - 1, 1)[:, None, None]
+    o = o / (o + others * (1.0 - o))
     own = (np.arange(now.shape[1]) < responses[:, None])[:, None, :]
     P = now[:, None, :]
     return np.where(own, o * P + (1.0 - o) * (1.0 - P) / others, 0.0)

@@ -34,7 +34,7 @@ class Votes:
 
         w_k = c_k + ln(V)·g_k,   c_k = α_k + β_k ℓ_k + γ_k m_k + δ_k ℓ_k m_k,   g_k the same with weights of its own,
 
-    ℓ_k = logit o_k(x) + ln(n − 1), which is 0 for an arm that guesses among n, and m_k = ln(1 + 2·margin/deviation_k).
+    ℓ_k = logit o_k(x), which is 0 for an arm that guesses, and m_k = ln(1 + 2·margin/deviation_k).
     The second part takes back what arms that err together say twice.
 
     Attributes:
@@ -74,13 +74,13 @@ class Votes:
         index = list(arms)
         return Votes(self.weights[:, :, index], self.deviations[index], self.margins[:, index])
 
-    def strengths(self, offsets: Array, margins: Array, responses: NDArray[np.int64]) -> tuple[Array, Array]:
-        """c_k and g_k of what each arm would say: offsets and margins (B, K), responses (B,) to (B, K) and (B, K)."""
-        return self._strengths(offsets, self.scaled(margins), responses)
+    def strengths(self, offsets: Array, margins: Array) -> tuple[Array, Array]:
+        """c_k and g_k of what each arm would say: offsets and margins (B, K) to (B, K) and (B, K)."""
+        return self._strengths(offsets, self.scaled(margins))
 
-    def expected_strengths(self, offsets: Array, responses: NDArray[np.int64]) -> list[tuple[Array, Array]]:
+    def expected_strengths(self, offsets: Array) -> list[tuple[Array, Array]]:
         """`strengths` for each of the Q equally likely margins of an arm that has not answered yet."""
-        return [self._strengths(offsets, m[None], responses) for m in self.margins]
+        return [self._strengths(offsets, m[None]) for m in self.margins]
 
     def scaled(self, margins: Array) -> Array:
         """m_k = ln(1 + 2·margin/deviation_k), the mean where the margin is unknown: (B, K) to (B, K)."""
@@ -100,7 +100,7 @@ class Votes:
             (B, n) float64, n the largest number of responses; rows sum to 1 over their own responses, 0 beyond. Even
             where no arm has a vote.
         """
-        constant, growth = self.strengths(offsets, answers.margins, answers.responses)
+        constant, growth = self.strengths(offsets, answers.margins)
         return softmax(log_odds(constant, growth, answers), answers.responses)
 
     def alone(self, arm: int, offset: float, margin: float, n: int) -> float:
@@ -115,7 +115,7 @@ class Votes:
             n: number of responses, at least 2.
         """
         p = min(max(offset, _SURE), 1.0 - _SURE)
-        logit = math.log(p) - math.log1p(-p) + math.log(n - 1)
+        logit = math.log(p) - math.log1p(-p)
         if math.isfinite(margin):
             m = math.log1p(2.0 * margin / float(self.deviations[arm]))
         else:
@@ -124,8 +124,8 @@ class Votes:
         weight = max(a + b * logit + (c + d * logit) * m, _ALONE)
         return 1.0 / (1.0 + (n - 1) * math.exp(-weight))
 
-    def _strengths(self, offsets: Array, m: Array, responses: NDArray[np.int64]) -> tuple[Array, Array]:
-        logits = informed_logits(offsets, responses)
+    def _strengths(self, offsets: Array, m: Array) -> tuple[Array, Array]:
+        logits = informed_logits(offsets)
         w = self.weights[:, :, None, :]
         both = w[:, 0] + w[:, 1] * logits + (w[:, 2] + w[:, 3] * logits) * m
         return both[0], both[1]
@@ -156,10 +156,10 @@ def verdicts_of(probabilities: Array) -> Verdicts:
     return Verdicts(np.where(tied, TIE, probabilities.argmax(axis=1)), best)
 
 
-def informed_logits(offsets: Array, responses: NDArray[np.int64]) -> Array:
-    """ℓ = logit o + ln(n − 1): what a verdict says about one response against each other one, (B, K)."""
+def informed_logits(offsets: Array) -> Array:
+    """ℓ = logit o: what a verdict says about one response against each other one, (B, K)."""
     p = np.clip(offsets, _SURE, 1.0 - _SURE)
-    logits: Array = np.log(p) - np.log1p(-p) + np.log(np.maximum(responses - 1, 1))[:, None]
+    logits: Array = np.log(p) - np.log1p(-p)
     return logits
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from router_core.errors import DatasetError
-from router_core.policies import majority_verdict
-from router_core.records import TIE, LabelledPair
+from router_core.policies import vote_shares
+from router_core.records import LabelledPair, chance_of, leaders_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,8 @@ def report_pool(pairs: Sequence[LabelledPair]) -> PoolReport:
 
 
 def _majority(pair: LabelledPair, models: Sequence[str]) -> float:
-    verdict = majority_verdict([pair.verdicts[name] for name in models])
-    return 0.5 if verdict == TIE else float(verdict == pair.label)
+    shares = vote_shares([pair.verdicts[name] for name in models], len(pair.instance.responses))
+    return chance_of(leaders_of(shares), pair.label)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -27,7 +27,8 @@ def two_branch(h: NDArray[np.floating], group_sizes: Sequence[int]) -> NDArray[n
     """The responses' mean, and twice their mean absolute deviation from it, side by side.
 
     z_g = [m_g ; (2/n_g) Σ_i |h_i − m_g|] with m_g = (1/n_g) Σ_i h_i. For n = 2 the second half is |h_a − h_b|, the
-    paper's comparative branch (arXiv 2510.02850, section 3); for n = 1 it is zero.
+    paper's comparative branch (arXiv 2510.02850, section 3). For n = 1 it is NaN: how far other responses would lie is
+    not known, and 0 would be nearer than those of any pair.
 
     Args:
         h: (N, dim) float, rows of one group adjacent.
@@ -57,6 +58,7 @@ def two_branch(h: NDArray[np.floating], group_sizes: Sequence[int]) -> NDArray[n
     count = sizes[:, None].astype(np.float32)
     mean = np.add.reduceat(h, starts, axis=0) / count
     deviation = np.add.reduceat(np.abs(h - np.repeat(mean, sizes, axis=0)), starts, axis=0)
+    deviation[sizes == 1] = np.nan
     return np.concatenate([mean, 2 * deviation / count], axis=1)
 
 
@@ -64,7 +66,7 @@ def two_branch(h: NDArray[np.floating], group_sizes: Sequence[int]) -> NDArray[n
 class Fuse:
     """x = [f ; c]: learned features f that the heads read, and a low-rank context c that the online residual reads.
 
-    u = clip((z − shift) P, ±limit), z from `two_branch`
+    u = clip((z − shift) P, ±limit), z from `two_branch`, its second half the shift's where it is unknown
     f = normalise([g_1 ; … ; g_M] R),  g_m = normalise(W₂ₘᵀ tanh(W₁ₘᵀ u + c₁ₘ) + c₂ₘ)
     c = normalise([1 ; clip(uᵀV, ±3) / √q])
 
@@ -145,15 +147,19 @@ class Fuse:
         )
 
     def standardise(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
-        """u = clip((z − shift) P, ±limit): (B, 2·dim) to (B, p) float32."""
-        u: NDArray[np.float32] = np.clip((z - self.shift) @ self.projection, -self.limit, self.limit)
+        """u = clip((z − shift) P, ±limit): (B, 2·dim) to (B, p) float32; an unknown deviation is the shift's."""
+        centred = z - self.shift
+        alone = np.isnan(centred[:, -1])
+        if alone.any():
+            centred[alone, self.input_dim :] = 0.0
+        u: NDArray[np.float32] = np.clip(centred @ self.projection, -self.limit, self.limit)
         return u
 
     def apply(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
         """x for every row of z; a zero feature vector becomes the first unit vector.
 
         Args:
-            z: (B, 2 * input_dim) float32, finite.
+            z: (B, 2 * input_dim) float32, finite but for unknown deviations.
 
         Returns:
             (B, dim) float32; the features and the context of a row have norm 1 each.

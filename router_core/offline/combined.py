@@ -12,15 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.checkpoint import Checkpoint
-from router_core.combine import CASCADE, STACKED, Answers, budget_of, first_arms, follow, verdicts_of
-from router_core.records import TIE
+from router_core.combine import CASCADE, STACKED, Answers, budget_of, first_arms, follow, right_of, verdicts_of
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """What a policy did on N pairs: right (N,) in {0, 0.5, 1}, calls and price (N,), p_right (N,) what it believed."""
+    """What a policy did on N pairs: right (N,) in [0, 1], calls and price (N,), p_right (N,) what it believed."""
 
     right: Array
     calls: Array
@@ -57,18 +56,13 @@ def combined_outcomes(
         if name == STACKED:
             verdicts = verdicts_of(votes.probabilities(offsets, answers))
             asked = answers.answered
-            right = correctness(verdicts.preferred, labels)
+            right = right_of(verdicts.preferred, labels, answers.responses)
             found[name] = Outcome(right, asked.sum(axis=1).astype(np.float64), asked @ costs, verdicts.right)
         elif name.startswith(CASCADE) and combination.multipliers is not None:
             multiplier = combination.multiplier(budget_of(name))
             arms = first if combination.prices is None else first_arms(offsets, costs, multiplier)
             paths = follow(votes, offsets, answers, arms, costs, multiplier=multiplier)
-            right = correctness(paths.preferred[:, -1], labels)
+            right = right_of(paths.preferred[:, -1], labels, answers.responses)
             calls = (paths.arms >= 0).sum(axis=1).astype(np.float64)
             found[name] = Outcome(right, calls, paths.spent[:, -1], paths.right[:, -1])
     return found
-
-
-def correctness(preferred: NDArray[np.int64], labels: NDArray[np.int64]) -> Array:
-    """1 right, 0 wrong, 0.5 a tie: (N,) and (N,) to (N,)."""
-    return np.where(preferred == TIE, 0.5, (preferred == labels).astype(np.float64))

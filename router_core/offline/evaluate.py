@@ -1,7 +1,7 @@
 """How good is a routing? Accuracy of the asked RM beside single RMs, random, majority and oracle, with intervals.
 
 Knows correctness matrices and checkpoints; trains only through `offline.train`. Called by the command line and tests.
-A router is right on a pair if the RM it asks is right; a tie counts one half.
+A router is right on a pair if the RM it asks is right; a tie of w responses counts 1/w.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from router_core.errors import DatasetError
 from router_core.intervals import wilson_bounds
 from router_core.offline.calibrate import expected_calibration_error, negative_log_likelihood
 from router_core.offline.train import TrainConfig, pair_features, train
-from router_core.policies import ScoreScale, UwoPolicy, combined_verdict, majority_verdict
+from router_core.policies import ScoreScale, UwoPolicy, vote_shares
 from router_core.prior import PriorForm
-from router_core.records import TIE, LabelledPair
+from router_core.records import LabelledPair, chance_of, leaders_of
 
 Head = Literal["bt", "cls"]
 
@@ -72,17 +72,17 @@ def wilson(successes: float, n: float) -> Accuracy:
 
 
 def majority_correctness(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> NDArray[np.float64]:
-    """Is the majority of the asked RMs right? (N,) in {0, 0.5, 1}; equal votes count one half, ties do not vote."""
+    """Is the majority of the asked RMs right? (N,) in [0, 1]; w responses with most votes count 1/w each."""
     right = np.empty(len(pairs))
     for i, pair in enumerate(pairs):
         votes = [pair.verdicts[name] for name in pool if name in pair.verdicts]
-        verdict = majority_verdict(votes, len(pair.instance.responses)) if votes else TIE
-        right[i] = 0.5 if verdict == TIE else float(verdict == pair.label)
+        n = len(pair.instance.responses)
+        right[i] = chance_of(leaders_of(vote_shares(votes, n)) if votes else range(n), pair.label)
     return right
 
 
 def uwo_correctness(pairs: Sequence[LabelledPair], pool: Sequence[str], scale: ScoreScale) -> NDArray[np.float64]:
-    """Is UWO of the asked RMs right? (N,) in {0, 0.5, 1}; see `policies.uwo`. A pair without any RM counts one half.
+    """Is UWO of the asked RMs right? (N,) in [0, 1]; see `policies.uwo`. A pair without any RM counts as a tie.
 
     Args:
         scale: of the pool's scores, from other pairs than these.
@@ -91,8 +91,8 @@ def uwo_correctness(pairs: Sequence[LabelledPair], pool: Sequence[str], scale: S
     for i, pair in enumerate(pairs):
         arms = [k for k, name in enumerate(pool) if name in pair.scores]
         rewards = np.array([pair.scores[pool[k]] for k in arms])
-        verdict = combined_verdict(policy, rewards, scale.rows(arms)) if arms else TIE
-        right[i] = 0.5 if verdict == TIE else float(verdict == pair.label)
+        preference = policy.preference(rewards, scale.rows(arms)).tolist() if arms else []
+        right[i] = chance_of(leaders_of(preference) if arms else range(len(pair.instance.responses)), pair.label)
     return right
 
 

@@ -37,7 +37,7 @@ def figures(judged: Judged) -> dict[str, Any]:
             name: {
                 **_accuracy(values, table.groups),
                 "calls_per_instance": judged.calls[name],
-                "price_per_instance": judged.price[name],
+                "price_per_instance": judged.price.get(name, judged.calls[name]),
                 "regret": oracle - float(values.mean()),
             }
             for name, values in judged.rows.items()

@@ -32,13 +32,13 @@ from router_core.combine import (
     Votes,
     follow,
     multiplier_for,
+    right_of,
     verdicts_of,
 )
 from router_core.dataset import pool_matrix
 from router_core.encoder.base import Backbone
 from router_core.errors import DatasetError
 from router_core.intervals import accuracy_interval
-from router_core.offline.combined import correctness
 from router_core.offline.evaluate import default_head, route
 from router_core.offline.train import HeldOut, TrainConfig, fit
 from router_core.offline.votes import recorded_answers
@@ -84,8 +84,12 @@ class Side:
 
     @property
     def right(self) -> Array:
-        """(N, K): is each arm's verdict right; half for a tie."""
-        return correctness(self.answers.verdicts, self.labels[:, None])
+        """(N, K): is each arm's verdict right; 1/n for a tie."""
+        return right_of(self.answers.verdicts, self.labels[:, None], self.answers.responses[:, None])
+
+    def judged(self, preferred: NDArray[np.int64]) -> Array:
+        """(N,): are these verdicts (N,) right."""
+        return right_of(preferred, self.labels, self.answers.responses)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -220,7 +224,7 @@ def plays_of(
     if not np.isnan(future.scores[:, :, 0]).any():
         plays["uwo"] = _fixed(_uwo(past, future), everyone, prices)
     together = verdicts_of(votes.probabilities(future.offsets, future.answers))
-    plays["stacked"] = _fixed(correctness(together.preferred, future.labels), everyone, prices)
+    plays["stacked"] = _fixed(future.judged(together.preferred), everyone, prices)
     return plays
 
 
@@ -233,7 +237,7 @@ def _majority(side: Side, arms: Sequence[int]) -> Array:
     """One vote each of these arms: right (N,)."""
     verdicts = side.answers.verdicts[:, list(arms)].tolist()
     said = [majority_verdict(row, n) for row, n in zip(verdicts, side.answers.responses.tolist(), strict=True)]
-    return correctness(np.array(said, dtype=np.int64), side.labels)
+    return side.judged(np.array(said, dtype=np.int64))
 
 
 def _uwo(past: Side, future: Side) -> Array:
@@ -243,7 +247,7 @@ def _uwo(past: Side, future: Side) -> Array:
     scale = ScoreScale(np.nanmean(seen, axis=1), np.where(deviation > 0, deviation, 1.0))
     numbers = future.answers.responses.tolist()
     said = [combined_verdict(policy, future.scores[i, :, :n], scale) for i, n in enumerate(numbers)]
-    return correctness(np.array(said, dtype=np.int64), future.labels)
+    return future.judged(np.array(said, dtype=np.int64))
 
 
 def _cascades(votes: Votes, past: Side, future: Side, budgets: Sequence[float], prices: Array) -> dict[float, Play]:
@@ -255,13 +259,13 @@ def _cascades(votes: Votes, past: Side, future: Side, budgets: Sequence[float], 
         to_come = follow(votes, future.offsets, future.answers, future.first, prices)
         for budget in wanted:
             ends = to_come.ends(multiplier_for(seen, budget))
-            right = correctness(to_come.preferred[rows, ends], future.labels)
+            right = future.judged(to_come.preferred[rows, ends])
             found[budget] = Play(right, (ends + 1).astype(np.float64), to_come.spent[rows, ends])
         return found
     multipliers = Multipliers.practised(votes, Practice(past.offsets, past.answers), prices)
     for budget in wanted:
         played = Practice(future.offsets, future.answers).play(votes, prices, multipliers.at(budget))
-        right = correctness(played.preferred[:, -1], future.labels)
+        right = future.judged(played.preferred[:, -1])
         found[budget] = Play(right, (played.arms >= 0).sum(axis=1).astype(np.float64), played.spent[:, -1])
     return found
 
@@ -283,7 +287,7 @@ def _random_cascade(votes: Votes, future: Side, budget: float, prices: Array, rn
     np.put_along_axis(asked, ranking, taken, axis=1)
     verdicts = verdicts_of(votes.probabilities(future.offsets, future.answers.only(asked)))
     calls, price = asked.sum(axis=1).astype(np.float64), np.asarray(asked @ prices, dtype=np.float64)
-    return Play(correctness(verdicts.preferred, future.labels), calls, price)
+    return Play(future.judged(verdicts.preferred), calls, price)
 
 
 def _escalated(
@@ -303,4 +307,4 @@ def _escalated(
     arms = np.where(asked, strongest, future.first)
     verdicts = future.answers.verdicts[np.arange(len(arms)), arms]
     price: Array = prices[future.first] + np.where(asked, prices[strongest], 0.0)
-    return Play(correctness(verdicts, future.labels), np.where(asked, 2.0, 1.0).astype(np.float64), price)
+    return Play(future.judged(verdicts), np.where(asked, 2.0, 1.0).astype(np.float64), price)

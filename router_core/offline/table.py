@@ -78,7 +78,7 @@ class Judged:
         said: (S, N, K) probability that each RM is right, by the fits of the row `offline`.
         chosen: (S, N) the arm that `offline` asks.
         left_out: pairs that were not judged because an RM of the pool was not asked about them.
-        price: per instance, by name, in units of the cheapest RM.
+        price: per instance, by name, in units of the cheapest RM; that of `calls` where nothing else is given.
     """
 
     table: Table

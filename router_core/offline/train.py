@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from router_core.checkpoint import Checkpoint
 from router_core.combine import Multipliers, Practice, Votes
-from router_core.dataset import grouped_folds, pairs_digest, pool_matrix
+from router_core.dataset import credit_matrix, grouped_folds, pairs_digest
 from router_core.encoder.base import Backbone
 from router_core.encoder.fuse import Fuse, two_branch
 from router_core.errors import DatasetError
@@ -100,7 +100,7 @@ def fit(
     config = config or TrainConfig()
     if not pairs:
         raise DatasetError("pairs: there are none; training needs labelled pairs")
-    correctness = pool_matrix(pairs, pool)
+    correctness = credit_matrix(pairs, pool)
     z = pair_features(pairs, backbone) if features is None else features
     targets = soft_targets(correctness, score_margins(pairs, pool), config.soft_share, config.soft_width)
     with torch_threads(1):

@@ -144,7 +144,7 @@ def _design(votes: Votes, data: Judged, asked: NDArray[np.bool_]) -> Array:
     """
     answers = data.answers.only(asked)
     voted = answers.votes
-    logits, m = informed_logits(data.offsets, answers.responses), votes.scaled(answers.margins)
+    logits, m = informed_logits(data.offsets), votes.scaled(answers.margins)
     features = np.stack([np.ones_like(logits), logits, m, m * logits], axis=1) * voted[:, None, :]
     features = np.concatenate([features, voters_log(voted.sum(axis=1))[:, None, None] * features], axis=1)
     features = np.concatenate([features, features.sum(axis=2, keepdims=True)], axis=2)
@@ -223,7 +223,7 @@ def _others(z: Array, absent: NDArray[np.bool_]) -> Array:
 def _leads(votes: Votes, data: Judged, asked: NDArray[np.bool_], n: int) -> Array:
     """Log-odds of each other response against the label, (N, n − 1); −inf for responses that a pair does not have."""
     answers = data.answers.only(asked)
-    constant, growth = votes.strengths(data.offsets, answers.margins, answers.responses)
+    constant, growth = votes.strengths(data.offsets, answers.margins)
     odds = log_odds(constant, growth, answers)
     odds = np.concatenate([odds, np.zeros((len(odds), n - odds.shape[1]))], axis=1)
     others = (data.labels[:, None] + np.arange(1, n)) % n

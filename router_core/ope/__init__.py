@@ -15,6 +15,7 @@ from router_core.ope.data import (
 from router_core.ope.estimators import doubly_robust, ips, snips, stabilising_weights
 from router_core.ope.reward_model import sequential_ridge
 from router_core.ope.safe import safe_interval
+from router_core.ope.sequences import SequenceLog, Sequencer, SequenceValue, evaluate_sequences, weigh_sequences
 from router_core.ope.targets import fixed_policy, softmax_policy
 from router_core.ope.weights import MAX_LOST, PROPENSITY_FLOOR, weigh
 
@@ -24,9 +25,13 @@ __all__ = [
     "Estimate",
     "LoggedData",
     "NoSupportError",
+    "SequenceLog",
+    "SequenceValue",
+    "Sequencer",
     "among_available",
     "available_propensities",
     "doubly_robust",
+    "evaluate_sequences",
     "fixed_policy",
     "ips",
     "numbered",
@@ -37,5 +42,6 @@ __all__ = [
     "softmax_policy",
     "stabilising_weights",
     "weigh",
+    "weigh_sequences",
     "with_shadows",
 ]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.errors import NotFiniteError, RouterCoreError, ShapeMismatchError
-from router_core.propensity import argmax_propensities
+from router_core.propensity import choice_propensities
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -189,20 +189,21 @@ class Estimate:
     dropped: int
 
 
-def available_propensities(propensities: Array, means: Array, sds: Array, available: Mask) -> Array:
+def available_propensities(propensities: Array, means: Array, sds: Array, floors: Array, available: Mask) -> Array:
     """Propensities of the first choice among the available arms: as logged where all are, else from the draw's beliefs.
 
     Args:
         propensities: (N, K) as drawn, over all arms.
         means: (N, K) of the draws.
         sds: (N, K) of the draws.
+        floors: (N, K) of the draws.
         available: (N, K).
     """
     out = propensities.copy()
     partial = np.flatnonzero(~available.all(axis=1))
     if partial.size:
         means = np.where(available, means, -np.inf)
-        out[partial] = argmax_propensities(means[partial], sds[partial])
+        out[partial] = choice_propensities(means[partial], sds[partial], floors[partial])
     return out
 
 

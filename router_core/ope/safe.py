@@ -29,7 +29,7 @@ and within 10 % where rows share draws, with weights of 4."""
 
 
 def safe_interval(
-    data: LoggedData, pi: Array, *, level: float = 0.95, floor: float = PROPENSITY_FLOOR
+    data: LoggedData, pi: Array, *, level: float = 0.95, floor: float = PROPENSITY_FLOOR, baseline: bool = True
 ) -> tuple[float, float]:
     """Empirical-Bernstein bounds on the mean of the target's values at all rows, which may differ from row to row.
 
@@ -55,6 +55,7 @@ def safe_interval(
         pi: (N, K), the target's probabilities.
         level: 1 − α.
         floor: propensities below it get weight zero, which is safe.
+        baseline: False: m_t = 0, for weights that only the row's own action has told.
 
     Returns:
         (low, high) inside [0, 1], low <= high.
@@ -67,19 +68,19 @@ def safe_interval(
         raise FeedbackError("the safe interval needs rewards in [0, 1]: this log has others (prior form `paper`)")
     seen = weigh(data, pi, floor=floor, max_lost=1.0)
     threshold = math.log(2.0 / (1.0 - level))
-    low = _lower_bound(seen, seen.data.rewards, floor, threshold)
-    high = 1.0 - _lower_bound(seen, 1.0 - seen.data.rewards, floor, threshold)
+    low = _lower_bound(seen, seen.data.rewards, floor, threshold, baseline)
+    high = 1.0 - _lower_bound(seen, 1.0 - seen.data.rewards, floor, threshold, baseline)
     return min(low, high), max(low, high)
 
 
-def _lower_bound(seen: Weighted, rewards: Array, floor: float, threshold: float) -> float:
+def _lower_bound(seen: Weighted, rewards: Array, floor: float, threshold: float, baseline: bool) -> float:
     """Lower bound in [0, 1] on the mean over the rows of ν_t, for these rewards (n, K)."""
     data, earned = seen.data, seen.scored(rewards)
     draws = np.arange(len(data)) if data.draws is None else data.draws
     predicted = _predicted(data.per_draw(earned), data.per_draw(seen.weight))[draws]
     supported = np.where(data.propensities >= floor, seen.target, 0.0)
     steepest = np.divide(supported, data.propensities, out=np.zeros_like(supported), where=supported > 0).sum(axis=1)
-    subtracted = np.minimum(predicted, DEPTH / np.maximum(steepest, 1e-12))
+    subtracted = np.minimum(predicted, DEPTH / np.maximum(steepest, 1e-12)) if baseline else np.zeros(len(predicted))
     scores = data.per_draw(earned - subtracted * (seen.weight - supported.sum(axis=1)))
     unit = (1.0 + DEPTH) * float(data.per_draw(np.ones(len(data))).max())
     variance = float(np.square((scores - data.per_draw(predicted)) / unit).sum())

@@ -13,14 +13,14 @@ from router_core.errors import HyperparameterError, UnknownPolicyError
 from router_core.ope.data import Array, Mask
 from router_core.policies import AllCalls, Policy
 from router_core.posterior import Posterior
-from router_core.propensity import argmax_propensities
+from router_core.propensity import choice_propensities
 
 CHUNK = 4096
 """Rows per pass; bounds memory, changes nothing."""
 
 
 def fixed_policy(policy: Policy, x: NDArray[np.float32], available: Mask, posterior: Posterior) -> Array:
-    """π(k|x) = P(arm k has the largest draw among those available), the posterior held fixed.
+    """π(k|x) = P(arm k is drawn among those available), its floor included; the posterior is held fixed.
 
     Args:
         policy: asks one RM per instance.
@@ -47,7 +47,8 @@ def fixed_policy(policy: Policy, x: NDArray[np.float32], available: Mask, poster
         rows = slice(start, start + CHUNK)
         beliefs = policy.beliefs(x[rows], posterior.prior.offsets(x[rows]), posterior)
         means = np.where(available[rows], beliefs.means, -np.inf)
-        out[rows] = argmax_propensities(means, beliefs.sds)
+        floors = np.zeros_like(means) if beliefs.floors is None else beliefs.floors
+        out[rows] = choice_propensities(means, beliefs.sds, floors)
     return out
 
 

@@ -34,9 +34,10 @@ from router_core.policies.base import (
     combined_verdict,
     draw,
     draw_batch,
+    floor_draws,
     propensity_without,
 )
-from router_core.policies.bayesian import BayesianPolicy, OfflinePolicy
+from router_core.policies.bayesian import BayesianPolicy, OfflinePolicy, floors_of
 from router_core.policies.combined import CombinedPolicy, answers_of
 from router_core.policies.laser import LaserPolicy
 from router_core.policies.majority import MajorityPolicy, majority_verdict, vote_shares
@@ -126,6 +127,8 @@ __all__ = [
     "combined_verdict",
     "draw",
     "draw_batch",
+    "floor_draws",
+    "floors_of",
     "majority_verdict",
     "make_policy",
     "propensity_without",

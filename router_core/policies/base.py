@@ -20,7 +20,7 @@ from router_core.policies.plan import AskAll, AskBest, Plan, View
 from router_core.policies.scale import ScoreScale
 from router_core.posterior import Posterior
 from router_core.prior import PriorForm
-from router_core.propensity import argmax_propensities
+from router_core.propensity import choice_propensities
 from router_core.records import verdict_of
 
 Array = NDArray[np.float64]
@@ -28,12 +28,17 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Beliefs:
-    """Independent Gaussians over what each arm is worth: means and sds (B, K) float64; mean −inf: never ask this
-    arm.
+    """Independent Gaussians over what each arm is worth.
+
+    Attributes:
+        means: (B, K) float64; −inf: never ask this arm.
+        sds: (B, K) float64.
+        floors: (B, K) or None: with probability f_k an instance is given to arm k whatever is drawn; Σ f_k < 1.
     """
 
     means: Array
     sds: Array
+    floors: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +46,13 @@ class Choices:
     """What was drawn for B instances.
 
     Attributes:
-        ranking: (B, K) int64, arms by decreasing draw: [:, 0] is the drawn arm, the rest the order of fallback.
+        ranking: (B, K) int64, arms by decreasing draw, or for the share of the floors in a random order: [:, 0] is the
+            drawn arm, the rest the order of fallback.
         draws: (B, K) float64; −inf for arms that the policy never asks.
         means: (B, K) float64, the beliefs' means.
         sds: (B, K) float64, the beliefs' standard deviations.
         propensities: (B, K) float64, P(arm is drawn) given the beliefs.
+        floors: (B, K) as the beliefs', zeros where they have none.
     """
 
     ranking: NDArray[np.int64]
@@ -53,6 +60,7 @@ class Choices:
     means: Array
     sds: Array
     propensities: Array
+    floors: Array
 
 
 class Policy(Protocol):
@@ -144,6 +152,8 @@ def combined_verdict(policy: AllCalls, rewards: Array, scale: ScoreScale | None)
 def draw(beliefs: Beliefs, rng: np.random.Generator) -> Choices:
     """One independent draw per arm and instance; ties (equal point masses) are broken evenly.
 
+    With floors f, an instance is given to arm k with probability f_k, and its ranking goes on like that among the rest.
+
     Args:
         beliefs: (B, K) Gaussians.
         rng: the run's generator.
@@ -151,7 +161,31 @@ def draw(beliefs: Beliefs, rng: np.random.Generator) -> Choices:
     noise = rng.standard_normal(beliefs.means.shape)
     draws = beliefs.means + beliefs.sds * noise
     ranking = np.lexsort((-noise, -draws), axis=-1)
-    return Choices(ranking, draws, beliefs.means, beliefs.sds, argmax_propensities(beliefs.means, beliefs.sds))
+    floors = np.zeros_like(draws) if beliefs.floors is None else beliefs.floors
+    if beliefs.floors is not None:
+        rows, keys = floor_draws(floors, rng.random((len(draws), 1 + draws.shape[1])))
+        ranking[rows] = np.argsort(-keys, axis=1, kind="stable")
+    propensities = choice_propensities(beliefs.means, beliefs.sds, floors)
+    return Choices(ranking, draws, beliefs.means, beliefs.sds, propensities, floors)
+
+
+def floor_draws(floors: Array, uniforms: Array) -> tuple[NDArray[np.int64], Array]:
+    """Which instances fall to the floors, and what takes the place of the draws there.
+
+    The arms follow each other in proportion to their floors: they are ranked by waiting times −ln(1 − u_k)/f_k, so that
+    the first among any arms that are left is k with probability f_k/Σ f.
+
+    Args:
+        floors: (B, K); an arm with none comes last.
+        uniforms: (B, 1 + K) in [0, 1): the first column decides which, the others give the waiting times.
+
+    Returns:
+        Rows (R,), and (R, K) waiting times less than 0: the largest comes first.
+    """
+    rows = np.flatnonzero(uniforms[:, 0] < floors.sum(axis=1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        keys: Array = np.nan_to_num(np.log1p(-uniforms[rows, 1:]) / floors[rows], nan=-np.inf, neginf=-np.inf)
+    return rows, keys
 
 
 def draw_batch(
@@ -188,25 +222,28 @@ def draw_batch(
         one.means.repeat(size, axis=0),
         one.sds.repeat(size, axis=0),
         one.propensities.repeat(size, axis=0),
+        one.floors.repeat(size, axis=0),
     )
 
 
 def _without(beliefs: Beliefs, barred: NDArray[np.bool_] | None) -> Beliefs:
-    """Return the beliefs with −inf as the mean of what is never asked."""
+    """Return the beliefs with −inf as the mean, and no floor, of what is never asked."""
     if barred is None or not barred.any():
         return beliefs
-    return Beliefs(np.where(barred, -np.inf, beliefs.means), beliefs.sds)
+    floors = None if beliefs.floors is None else np.where(barred, 0.0, beliefs.floors)
+    return Beliefs(np.where(barred, -np.inf, beliefs.means), beliefs.sds, floors)
 
 
-def propensity_without(means: Array, sds: Array, gone: Sequence[int], asked: int) -> float:
-    """P(`asked` has the largest draw among the arms that are not gone): the propensity of a fallback.
+def propensity_without(means: Array, sds: Array, floors: Array, gone: Sequence[int], asked: int) -> float:
+    """P(`asked` is drawn among the arms that are not gone): the propensity of a fallback.
 
     Args:
         means: (K,) of the beliefs.
         sds: (K,) of the beliefs.
+        floors: (K,) of the beliefs; zeros where there are none.
         gone: arms that were unavailable or failed before `asked` was asked.
         asked: the arm that answered.
     """
     left = means.copy()
     left[list(gone)] = -np.inf
-    return float(argmax_propensities(left[None], sds[None])[0, asked])
+    return float(choice_propensities(left[None], sds[None], floors[None])[0, asked])

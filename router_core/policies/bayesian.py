@@ -14,6 +14,12 @@ from router_core.policies.base import Array, Beliefs, OneCall
 from router_core.posterior import ArmPosterior, Posterior
 from router_core.prior import PriorForm
 
+FLOOR_EVENTS = 16.0
+"""Events of an arm after which its weight among the floors is halved."""
+
+FLOOR_GAP = 0.1
+"""Difference of the means over which the weight falls by a factor of e."""
+
 
 @dataclass(frozen=True, slots=True)
 class BayesianPolicy(OneCall):
@@ -47,7 +53,28 @@ def posterior_beliefs(x: NDArray[np.float32], offsets: Array, posterior: Posteri
             if len(arm.corrections):
                 variances[:, k] -= np.square(precise @ arm.corrections.T).sum(axis=1)
         means = offsets + precise @ posterior.means.T
-    return Beliefs(means, posterior.prior.hyper.v * np.sqrt(np.maximum(variances, 0.0)))
+    hyper = posterior.prior.hyper
+    floors = floors_of(means, posterior.events, hyper.floor) if hyper.floor else None
+    return Beliefs(means, hyper.v * np.sqrt(np.maximum(variances, 0.0)), floors)
+
+
+def floors_of(means: Array, events: Array, floor: float) -> Array:
+    """Probability with which each arm is asked whatever is drawn (docs/math/router.md, "The floor").
+
+    f_k = ε w_k/Σ w, w_k = e^{(m_k − max m)/s}·N/(N + n_k): the share ε goes to arms of which little is known and much
+    may be expected. s = `FLOOR_GAP`, N = `FLOOR_EVENTS`.
+
+    Args:
+        means: (B, K).
+        events: (K,) or (B, K), n_k >= 0.
+        floor: ε.
+
+    >>> floors_of(np.array([[0.9, 0.8]]), np.array([304.0, 0.0]), 0.02).round(4).tolist()
+    [[0.0024, 0.0176]]
+    """
+    weights = np.exp((means - means.max(axis=1, keepdims=True)) / FLOOR_GAP) * (FLOOR_EVENTS / (FLOOR_EVENTS + events))
+    floors: Array = floor * weights / weights.sum(axis=1, keepdims=True)
+    return floors
 
 
 def _variance(arm: ArmPosterior, x: NDArray[np.float32], precise: Array) -> float:

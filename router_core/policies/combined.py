@@ -53,7 +53,9 @@ class CombinedPolicy:
         beliefs = posterior_beliefs(x, offsets, posterior)
         if self.combination.prices is None:
             return beliefs
-        return Beliefs(beliefs.means - surcharges(self.combination.prices, self.multiplier), beliefs.sds)
+        return Beliefs(
+            beliefs.means - surcharges(self.combination.prices, self.multiplier), beliefs.sds, beliefs.floors
+        )
 
     def at(self, multiplier: float | None) -> CombinedPolicy:
         """Return the same policy, drawing first arms at this multiplier; itself where prices are equal."""

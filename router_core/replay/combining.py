@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.combine import Answers, Combination, Pacer, follow, margins_of, surcharges
+from router_core.combine import Answers, Combination, Pacer, follow, margins_of, right_of, surcharges
 from router_core.errors import DatasetError
 from router_core.policies import Beliefs
 from router_core.posterior import Posterior
-from router_core.records import TIE, Signal
+from router_core.records import Signal
 from router_core.replay.passes import Loop, Stage, Steps
 from router_core.replay.stream import Plan
 from router_core.replay.trace import Pass
@@ -69,7 +69,7 @@ class _CombiningLoop(Loop):
         """Those of the draw: less what each arm costs beyond the cheapest."""
         beliefs = super()._beliefs(x, offsets, state)
         multiplier = 0.0 if self._pacer is None else self._pacer.multiplier
-        return Beliefs(beliefs.means - surcharges(self._combination.costs, multiplier), beliefs.sds)
+        return Beliefs(beliefs.means - surcharges(self._combination.costs, multiplier), beliefs.sds, beliefs.floors)
 
     def _earned(self, begin: int, end: int) -> Array:
         stage, pairs = self._stage, self._plan.order[begin:end]
@@ -85,7 +85,7 @@ class _CombiningLoop(Loop):
             for price in spent.tolist():
                 self._pacer = self._pacer.spent(price)
         preferred = paths.preferred[:, -1]
-        return np.where(preferred == TIE, 0.5, (preferred == stage.table.labels[pairs]).astype(np.float64))
+        return right_of(preferred, stage.table.labels[pairs], stage.table.responses[pairs])
 
     def _heard(self, step: int) -> Sequence[int]:
         return self._sequences[step] if self._stage.signal is Signal.PREFERENCE else ()

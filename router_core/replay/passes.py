@@ -21,12 +21,12 @@ from router_core.policies import (
     RandomPolicy,
     ScoreScale,
     SinglePolicy,
-    combined_verdict,
-    majority_verdict,
+    floor_draws,
+    vote_shares,
 )
 from router_core.posterior import FoldSettings, Posterior, fold, start
 from router_core.prior import Prior
-from router_core.records import TIE, Event, Feedback, Shadow, Signal
+from router_core.records import Event, Feedback, Shadow, Signal, chance_of, leaders_of
 from router_core.replay.stream import Plan, Scenario
 from router_core.replay.table import Table
 from router_core.replay.trace import ALL_ARMS, Pass
@@ -67,11 +67,16 @@ def learns(policy: Policy) -> bool:
     return not isinstance(policy, AllCalls | SinglePolicy | RandomPolicy | OfflinePolicy)
 
 
-def first_choice(beliefs: Beliefs, noise: Array) -> NDArray[np.int64]:
-    """The drawn arms (B,): `policies.draw` with this noise (B, K), without the ranking and the propensities."""
+def first_choice(beliefs: Beliefs, noise: Array, uniforms: Array) -> NDArray[np.int64]:
+    """The drawn arms (B,): `policies.draw` with this noise (B, K) and these uniforms (B, 1 + K) for the floors, without
+    the ranking and the propensities.
+    """
     draws = beliefs.means + beliefs.sds * noise
     best = draws == draws.max(axis=1, keepdims=True)
     chosen: NDArray[np.int64] = np.where(best, noise, -np.inf).argmax(axis=1)
+    if beliefs.floors is not None:
+        rows, keys = floor_draws(beliefs.floors, uniforms)
+        chosen[rows] = keys.argmax(axis=1)
     return chosen
 
 
@@ -79,31 +84,31 @@ def fixed_pass(stage: Stage, plan: Plan, on_step: Steps) -> Pass:
     """A one-call policy that does not learn: all draws at once."""
     beliefs = stage.policy.beliefs(stage.x, stage.offsets, start(stage.prior, stage.settings))
     met = Beliefs(beliefs.means[plan.order], beliefs.sds[plan.order])
-    asked = first_choice(met, plan.noise)
+    asked = first_choice(met, plan.noise, plan.uniforms)
     on_step(len(plan))
     return Pass(plan.seed, plan.order, stage.table.correctness[plan.order, asked], asked)
 
 
 def combined_correctness(table: Table, policy: AllCalls, scale: ScoreScale) -> Array:
-    """(N,) in {0, 0.5, 1}: is the verdict right of a policy that asks all RMs.
+    """(N,) in [0, 1]: is the verdict right of a policy that asks all RMs; 1/w where w responses tie for it.
 
     Majority counts the recorded verdicts; other policies combine the recorded scores.
 
     Raises:
         DatasetError: the policy combines scores, and some are not recorded.
     """
-    verdicts = np.empty(len(table), np.int64)
-    for i, n in enumerate(table.responses.tolist()):
+    right = np.empty(len(table))
+    for i, (n, label) in enumerate(zip(table.responses.tolist(), table.labels.tolist(), strict=True)):
         if isinstance(policy, MajorityPolicy):
-            verdicts[i] = majority_verdict(table.verdicts[i].tolist(), n)
+            right[i] = chance_of(leaders_of(vote_shares(table.verdicts[i].tolist(), n)), label)
             continue
         rewards = table.scores[i, :, :n]
         if not np.isfinite(rewards).all():
             raise DatasetError(
                 f"policy {policy.name!r} combines scores, and the data hold verdicts only: record scores"
             )
-        verdicts[i] = combined_verdict(policy, rewards, scale)
-    return np.where(verdicts == TIE, 0.5, (verdicts == table.labels).astype(np.float64))
+        right[i] = chance_of(leaders_of(policy.preference(rewards, scale).tolist()), label)
+    return right
 
 
 def all_arms_pass(correct: Array, plan: Plan, on_step: Steps) -> Pass:
@@ -172,12 +177,13 @@ class Loop:
         return int(self._due[self._arrivals[self._next]]) + 1
 
     def _draw(self, begin: int, end: int, state: Posterior) -> NDArray[np.int64]:
-        stage, pairs, noise = self._stage, self._plan.order[begin:end], self._plan.noise[begin:end]
+        stage, pairs = self._stage, self._plan.order[begin:end]
+        noise, uniforms = self._plan.noise[begin:end], self._plan.uniforms[begin:end]
         x, offsets = stage.x[pairs], stage.offsets[pairs]
         if stage.policy.one_arm_per_batch:
             x = x.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
-            offsets, noise = offsets.mean(axis=0, keepdims=True), noise[:1]
-        return first_choice(self._beliefs(x, offsets, state), noise)
+            offsets, noise, uniforms = offsets.mean(axis=0, keepdims=True), noise[:1], uniforms[:1]
+        return first_choice(self._beliefs(x, offsets, state), noise, uniforms)
 
     def _beliefs(self, x: NDArray[np.float32], offsets: Array, state: Posterior) -> Beliefs:
         """Return what the draws are made from."""
@@ -188,11 +194,11 @@ class Loop:
         table, offsets = self._stage.table, self._stage.offsets
         pair, arm = int(self._plan.order[step]), int(self.asked[step])
         feedback = Feedback(self._stage.signal, self._value(step, pair))
-        verdict, offset = int(table.verdicts[pair, arm]), float(offsets[pair, arm])
+        credit, offset = float(table.credit[pair, arm]), float(offsets[pair, arm])
         shadows = tuple(
-            Shadow(k, float(offsets[pair, k]), int(table.verdicts[pair, k])) for k in self._heard(step) if k != arm
+            Shadow(k, float(offsets[pair, k]), float(table.credit[pair, k])) for k in self._heard(step) if k != arm
         )
-        return Event(arm, self._contexts[pair], offset, verdict, feedback, str(step), shadows=shadows)
+        return Event(arm, self._contexts[pair], offset, credit, feedback, str(step), shadows=shadows)
 
     def _value(self, step: int, pair: int) -> float:
         stage = self._stage

@@ -28,7 +28,7 @@ LASER_BATCH = 16
 (github.com/duykhuongnguyen/LASeR-MAB, scripts/config.yaml)."""
 
 # One generator per purpose, so that switching one on does not change what another gives.
-_ORDERS, _DELAYS, _MISSING, _LOSSES, _SHADOWS = range(1, 6)
+_ORDERS, _DELAYS, _MISSING, _LOSSES, _SHADOWS, _FLOORS = range(1, 7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,7 @@ class Plan:
         noise: (T, K) standard normals of the draws.
         loss_noise: (T,) standard normals of the simulated loss.
         shadow_rank: (T,) int64, a permutation: with rate ρ the steps of rank below ρT are shadowed.
+        uniforms: (T, 1 + K) in [0, 1), of the choices that fall to the floors (`policies.floor_draws`).
     """
 
     seed: int
@@ -119,6 +120,7 @@ class Plan:
     noise: Array
     loss_noise: Array
     shadow_rank: NDArray[np.int64]
+    uniforms: Array
 
     def __len__(self) -> int:
         return len(self.order)
@@ -160,6 +162,7 @@ def make_plan(table: Table, scenario: Scenario, seed: int) -> Plan:
         rng.standard_normal((length, n_arms)),
         _generator(seed, _LOSSES).standard_normal(length),
         _generator(seed, _SHADOWS).permutation(length),
+        _generator(seed, _FLOORS).random((length, 1 + n_arms)),
     )
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from router_core.dataset import pool_names
 from router_core.errors import DatasetError
 from router_core.policies import ScoreScale
-from router_core.records import TIE, LabelledPair
+from router_core.records import LabelledPair
 
 Array = NDArray[np.float64]
 
@@ -28,7 +28,8 @@ class Table:
         pool: K names.
         verdicts: (N, K) int64, a response's index or TIE.
         labels: (N,) int64.
-        correctness: (N, K) in {0, 0.5, 1}.
+        correctness: (N, K) in [0, 1], `LabelledPair.correctness`: what asking an RM earns.
+        credit: (N, K) in [0, 1], `LabelledPair.credit`: what its answer teaches. The same for two responses.
         scores: (N, K, n) float64; NaN beyond a pair's own number of responses, and where only verdicts are recorded.
         responses: (N,) int64, each pair's number of responses.
         groups: N names; pairs of one group are right or wrong together. "": a group of its own.
@@ -40,6 +41,7 @@ class Table:
     verdicts: NDArray[np.int64]
     labels: NDArray[np.int64]
     correctness: Array
+    credit: Array
     scores: Array
     responses: NDArray[np.int64]
     groups: tuple[str, ...]
@@ -60,6 +62,7 @@ class Table:
             self.verdicts[index],
             self.labels[index],
             self.correctness[index],
+            self.credit[index],
             self.scores[index],
             self.responses[index],
             chosen(self.groups),
@@ -95,7 +98,8 @@ def tabulate(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> Table:
         tuple(pool),
         verdicts,
         labels,
-        np.where(verdicts == TIE, 0.5, (verdicts == labels[:, None]).astype(np.float64)),
+        np.array([[pair.correctness(name) for name in pool] for pair in pairs]),
+        np.array([[pair.credit(name) for name in pool] for pair in pairs]),
         _scores(pairs, pool),
         np.array([len(pair.instance.responses) for pair in pairs], dtype=np.int64),
         tuple(pair.group for pair in pairs),

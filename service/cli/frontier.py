@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -21,10 +22,29 @@ from service.cli.data import DataReader, SkipBadRows
 from service.cli.prices import Price, parse_prices
 from service.cli.train import parse_pool
 from service.errors import ConfigurationError
+from service.lab.eventlog.load import load_log
+from service.lab.eventlog.targets import load_checkpoint
+
+if TYPE_CHECKING:
+    from router_core.offline.frontier import Point
 
 
 def frontier(
-    data: Annotated[Path, typer.Argument(help="JSONL of labelled pairs (docs/data.md).", show_default=False)],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="JSONL of labelled pairs (docs/data.md); with --checkpoint, a log that `export` has written.",
+            show_default=False,
+        ),
+    ],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="The checkpoint that a run was served with: DATA is that run's log, and the decisions are judged "
+            "about which every RM was asked (shadows).",
+            show_default=False,
+        ),
+    ] = None,
     pool: Annotated[str | None, typer.Option(help="RMs, comma-separated (default: all of the data).")] = None,
     encoder: Annotated[str, typer.Option(help="static, minilm, smollm2-135m or torch:DIR.")] = "static",
     budgets: Annotated[
@@ -47,17 +67,23 @@ def frontier(
     """What does a budget buy? Single RM, routing, cascades, judge when unsure, majorities, UWO, learned votes.
 
     Every pair is judged by a fit that has not seen its group. Intervals are 95 %, over groups and seeds. Pairs about
-    which an RM of the pool was not asked are left out.
+    which an RM of the pool was not asked are left out. From a run's log (--checkpoint): half of the decisions sets
+    thresholds for the other half, and each counts with the inverse of its probability of being shadowed.
     """
     try:
         from router_core.offline.frontier import frontier as points_of
         from router_core.offline.frontier import undominated
-        from router_core.offline.frontier_plot import plot_frontier
         from router_core.offline.train import pair_features
     except ImportError as error:
         raise ConfigurationError(f"frontier needs torch ({error}): pip install 'reward-router[train]'") from error
     notes = Console(stderr=True)
     reader = DataReader(notes, skip_bad_rows)
+    if checkpoint is not None:
+        if pool is not None:
+            raise typer.BadParameter("a log has its run's pool: leave it out", param_hint="pool")
+        document, points = _of_log(data, checkpoint, parse_budgets(budgets), price)
+        _publish(document, points, json_out, plot)
+        return
     everything = reader.pairs(data)
     names = parse_pool(pool) or pool_names(everything)
     kept, missing = complete_pairs(everything, names)
@@ -84,18 +110,55 @@ def frontier(
         "encoder": encoder,
         "digest": pairs_digest(pairs),
     }
+    _publish(document, points, json_out, plot)
+    reader.tell()
+
+
+def _of_log(
+    path: Path, directory: Path, budgets: Sequence[float], price: Sequence[str] | None
+) -> tuple[dict[str, Any], list[Point]]:
+    """The document and the points of a run's log."""
+    from router_core.offline.frontier import undominated
+    from service.lab.eventlog.frontier import logged_frontier
+
+    log = load_log(path)
+    checkpoint = load_checkpoint(directory, log.header)
+    assert checkpoint is not None
+    names = log.header.pool
+    found = logged_frontier(log, checkpoint, budgets, parse_prices(price, names) if price else None)
+    return {
+        "n": found.n,
+        "logged": found.logged,
+        "run": log.header.run,
+        "pool": list(names),
+        "prices": dict(zip(names, found.prices.tolist(), strict=True)),
+        "points": [dataclasses.asdict(point) for point in found.points],
+        "undominated": undominated(found.points),
+        "checkpoint": checkpoint.digest,
+    }, found.points
+
+
+def _publish(document: dict[str, Any], points: Sequence[Point], json_out: Path | None, plot: Path | None) -> None:
+    """Draw the picture, write the JSON, print the table."""
+    from router_core.offline.frontier_plot import plot_frontier
+
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
-        plot_frontier(points, plot, f"{len(pairs)} pairs, {len(names)} RMs, {folds} grouped folds")
+        plot_frontier(points, plot, _title(document))
     if json_out is not None and str(json_out) == "-":
         typer.echo(json.dumps(document, indent=1))
-        reader.tell()
         return
     if json_out is not None:
         json_out.parent.mkdir(parents=True, exist_ok=True)
         json_out.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     Console().print(_table(document))
-    reader.tell()
+
+
+def _title(document: dict[str, Any]) -> str:
+    rms = len(document["pool"])
+    if "run" in document:
+        return f"{document['n']} of {document['logged']} decisions of run {document['run']}, {rms} RMs"
+    return f"{document['n']} pairs, {rms} RMs, {document['folds']} grouped folds"
 
 
 def parse_budgets(text: str) -> list[float]:
@@ -110,7 +173,7 @@ def parse_budgets(text: str) -> list[float]:
 
 
 def _table(document: dict[str, Any]) -> Table:
-    table = Table(title=f"{document['n']} pairs, {len(document['pool'])} RMs, {document['folds']} grouped folds")
+    table = Table(title=_title(document))
     table.add_column("policy", overflow="fold")
     for column in ("calls", "price", "accuracy", "95% interval"):
         table.add_column(column, justify="right", no_wrap=True)

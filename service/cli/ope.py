@@ -16,12 +16,14 @@ from rich.table import Table
 
 from router_core.attempts import Outcome
 from router_core.checkpoint import Checkpoint
+from router_core.combine import CASCADE, STACKED, budget_of, is_combined
 from router_core.intervals import Z95
 from router_core.ope import (
     Estimate,
     LoggedData,
     NoSupportError,
     doubly_robust,
+    evaluate_sequences,
     ips,
     safe_interval,
     sequential_ridge,
@@ -67,11 +69,14 @@ def ope(
         str,
         typer.Option(
             help="Comma-separated: `singles`, single:MODEL, random, offline, softmax:TEMPERATURE, bayesian (what was "
-            "learned from the beginning of the log, evaluated on the rest)."
+            "learned from the beginning of the log, evaluated on the rest), stacked, cascade:B."
         ),
     ] = "singles,random",
     checkpoint: Annotated[
-        Path | None, typer.Option(help="The checkpoint that the run was served with; offline and softmax need it.")
+        Path | None,
+        typer.Option(
+            help="The checkpoint that the run was served with; offline, softmax, stacked and cascades need it."
+        ),
     ] = None,
     clip: Annotated[
         float | None, typer.Option(min=0, help="Largest importance weight; less variance, some bias.")
@@ -133,10 +138,13 @@ def evaluate_log(
     targets = Targets(log, checkpoint, learn_share)
     policies: dict[str, Any] = {}
     for name in names:
+        if is_combined(name):
+            policies[name] = _figures(*_judge_sequences(targets, name, clip), name, log.header)
+            continue
         first, pi = targets.probabilities(name, whole)
         part = slice(first, None)
         verdict = judge(whole.rows(part), pi, q[part], clip)
-        policies[name] = _figures(verdict, name, log.header)
+        policies[name] = _figures(verdict, 1.0, name, log.header)
     return {
         "n": len(whole),
         "run": log.header.run,
@@ -165,20 +173,34 @@ def judge(data: LoggedData, pi: Array, q: Array, clip: float | None) -> Verdict:
     return Verdict(estimates, safe, None, _warnings(estimates["snips"], clip))
 
 
+def _judge_sequences(targets: Targets, name: str, clip: float | None) -> tuple[Verdict, float | None]:
+    """The same for a policy that asks several RMs; and its calls per instance."""
+    log, target = targets.sequences(name)
+    try:
+        found = evaluate_sequences(log, target, clip=clip)
+    except NoSupportError as error:
+        return Verdict({}, None, str(error), []), None
+    warnings = _warnings(found.estimates["snips"], clip)
+    if log.logger is None:
+        warnings.append("calls were made two at once in this log, so only shadowed decisions are used")
+    return Verdict(found.estimates, found.safe95, None, warnings), found.calls
+
+
 def print_figures(figures: dict[str, Any], console: Console | None = None) -> None:
     """The table that people read."""
     console = console or Console()
     logged = figures["logged"]
     table = Table(title=f"{figures['n']} logged decisions of run {figures['run']}: mean reward (95% interval)")
     table.add_column("policy")
-    for column in (*ESTIMATORS, "safe interval", "eff. rows"):
+    for column in ("calls", *ESTIMATORS, "safe interval", "eff. rows"):
         table.add_column(column, justify="right")
-    table.add_row("as logged", _cell(logged), "", "", "", str(figures["n"]))
+    table.add_row("as logged", "", _cell(logged), "", "", "", str(figures["n"]))
     table.add_section()
     for name, row in figures["policies"].items():
         safe = "–" if row["safe95"] is None else _interval(row["safe95"])
         cells = [_cell(row[how]) for how in ESTIMATORS]
-        table.add_row(name, *cells, safe, "–" if row["snips"] is None else f"{row['snips']['ess']:.0f}")
+        calls = "–" if row["calls"] is None else f"{row['calls']:.2f}"
+        table.add_row(name, calls, *cells, safe, "–" if row["snips"] is None else f"{row['snips']['ess']:.0f}")
     console.print(table)
     for note in _notes(figures):
         console.print(note, highlight=False, soft_wrap=True)
@@ -210,6 +232,10 @@ def _names(text: str, pool: Sequence[str]) -> list[str]:
     for name in names:
         if name.startswith(SOFTMAX):
             temperature_of(name)
+        elif name.startswith(CASCADE):
+            budget_of(name)
+        elif name == STACKED:
+            continue
         else:
             make_policy(name, pool)
     return names
@@ -234,7 +260,7 @@ def _warnings(estimate: Estimate, clip: float | None) -> list[str]:
     return out
 
 
-def _figures(verdict: Verdict, name: str, header: Header) -> dict[str, Any]:
+def _figures(verdict: Verdict, calls: float | None, name: str, header: Header) -> dict[str, Any]:
     """One policy's part of the JSON."""
     warnings = list(verdict.warnings)
     if header.signal is Signal.LOSS:
@@ -254,6 +280,7 @@ def _figures(verdict: Verdict, name: str, header: Header) -> dict[str, Any]:
         }
     return {
         **figures,
+        "calls": calls,
         "safe95": None if verdict.safe95 is None else list(verdict.safe95),
         "problem": verdict.problem,
         "warnings": warnings,

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from router_core.checkpoint import Checkpoint
-from router_core.combine import is_combined
 from router_core.dataset import pairs_digest, pool_names
 from router_core.records import LabelledPair, Signal
 from router_core.replay import (
@@ -150,7 +149,6 @@ def replay(
     if gaps:
         notes.print(f"[yellow]note[/] {gaps_sentence(len(pairs), len(complete), gaps)}", highlight=False)
     if url is not None:
-        _refuse_combined(job.policies)
         table, traces = _over_http(pairs, names, streamed(pairs, complete, options), job, url, concurrency, api_key)
         origin: dict[str, Any] = {"url": True}
     else:
@@ -218,13 +216,6 @@ def policy_names(text: str, pool: Sequence[str], *, scored: bool = True) -> list
     if not names:
         raise ConfigurationError(f"--policies {text!r} names none: give for example {DEFAULT_POLICIES}")
     return list(dict.fromkeys(names))
-
-
-def _refuse_combined(names: Sequence[str]) -> None:
-    """Raises ConfigurationError if a policy combines answers, which no gateway does."""
-    combined = [name for name in names if is_combined(name)]
-    if combined:
-        raise ConfigurationError(f"--policies {','.join(combined)} with --url: replay them in process, without --url")
 
 
 def _in_process(

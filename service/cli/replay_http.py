@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from router_core.attempts import ASKED
 from router_core.errors import FeedbackError
 from router_core.records import LabelledPair, Signal
 from router_core.replay import ALL_ARMS, Pass, Plan, Scenario, Selected, Table, Trace, make_plan, select
@@ -70,12 +71,16 @@ async def replay_over_http(
     traces = {}
     async with GatewayClient(url, api_key=api_key, connections=concurrency) as client:
         for position, each in enumerate(selected):
-            passes = []
+            passes: list[Pass] = []
+            calls: list[float] = []
+            price: list[float] = []
             for plan in plans:
                 run = f"replay-{suffix}-{position}-{plan.seed}"
                 stream = _Stream(pairs, table, plan, scenario, signal, each, run)
                 passes.append(await _one_pass(client, stream, concurrency, advance, observe))
-            traces[each.name] = Trace(tuple(passes), len(table), each.calls(plans, len(table.pool)))
+                calls.append(stream.calls.mean())
+                price.append(stream.price.mean())
+            traces[each.name] = Trace(tuple(passes), len(table), float(np.mean(calls)), float(np.mean(price)))
     return traces
 
 
@@ -92,10 +97,13 @@ class _Stream:
     run: str
     correct: NDArray[np.float64] = field(init=False)
     asked: NDArray[np.int64] = field(init=False)
+    calls: NDArray[np.float64] = field(init=False)
+    price: NDArray[np.float64] = field(init=False)
     _waiting: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.correct, self.asked = np.empty(len(self.plan)), np.full(len(self.plan), ALL_ARMS)
+        self.calls, self.price = np.empty(len(self.plan)), np.empty(len(self.plan))
 
     def chunks(self) -> Iterator[range]:
         """Steps that are asked about in one request: a batch where the policy shares one RM per batch, else one."""
@@ -110,7 +118,7 @@ class _Stream:
             "prompt": instance.prompt,
             "responses": instance.responses,
             "run": self.run,
-            "policy": self.selected.policy.name,
+            "policy": self.selected.name,
         }
 
     def answered(self, step: int, reply: dict[str, Any]) -> None:
@@ -119,6 +127,8 @@ class _Stream:
         preferred, model = reply["preferred"], reply["model"]
         self.correct[step] = 0.5 if preferred is None else float(preferred == pair.label)
         self.asked[step] = self.table.pool.index(model) if model in self.table.pool else ALL_ARMS
+        self.calls[step] = sum(attempt["outcome"] in ASKED for attempt in reply["attempts"])
+        self.price[step] = reply["price"]
         due = int(self.plan.due[step])
         if due < len(self.plan):
             feedback = {"decision_id": reply["decision_id"], "run": self.run, **self._value(step, pair)}

@@ -208,7 +208,7 @@ class TrainerRoutes:
 
     async def _outcomes(self, samples: Sequence[Sample], options: ShimOptions) -> list[ScoredSample | ServiceError]:
         """What became of each, in order."""
-        requests = [RewardRequest(sample.prompt, [sample.response], reference=sample.reference) for sample in samples]
+        requests = [RewardRequest(_given(sample), [sample.response], reference=sample.reference) for sample in samples]
         results = await self._scorer.score_many(
             requests, run=options.run, policy=options.policy, normalize=options.normalize
         )
@@ -252,8 +252,13 @@ def _feedback(
     sample: Sample, reward: float | None, loss: float | None, preferred: int | None, *, run: str | None
 ) -> FeedbackRequest:
     return FeedbackRequest(
-        prompt=sample.prompt, responses=[sample.response], run=run, preferred=preferred, loss=loss, reward=reward
+        prompt=_given(sample), responses=[sample.response], run=run, preferred=preferred, loss=loss, reward=reward
     )
+
+
+def _given(sample: Sample) -> str | list[dict[str, Any]]:
+    """Return the prompt as a request holds it."""
+    return sample.prompt if isinstance(sample.prompt, str) else [dict(message) for message in sample.prompt]
 
 
 def _as_long(name: str, values: Sequence[T] | None, n: int) -> Sequence[T | None]:

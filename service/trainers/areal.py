@@ -25,7 +25,7 @@ from typing import Any
 
 from service.trainers.client import AsyncRouterClient, RouterClient
 from service.trainers.coalesce import Coalescer
-from service.trainers.conversation import prompt_text
+from service.trainers.conversation import as_sent
 from service.trainers.options import ClientOptions, from_environment
 from service.trainers.templated import UNKNOWN, split_prompt
 from service.trainers.values import RewardItem, RouterUnavailableError
@@ -107,10 +107,10 @@ def item_of(prompt: str, completion: str, messages: Any = None) -> RewardItem:
     """The sample without its chat template; the arguments are those of `score`."""
     split = split_prompt(prompt, completion)
     if messages is not None:
-        return RewardItem(prompt_text(messages), (split.response,))
+        return RewardItem(as_sent(messages), (split.response,))
     if split.template == UNKNOWN:
         _warn_once()
-    return RewardItem(split.prompt, (split.response,))
+    return RewardItem(split.said, (split.response,))
 
 
 @cache

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import httpx2 as httpx
 
+from service.trainers.conversation import said_length
 from service.trainers.exchange import Exchange, Patience, Words, call, chunks, feedback_chunk, reward_chunk
 from service.trainers.options import ClientOptions
 from service.trainers.values import (
@@ -51,16 +52,14 @@ class Calls:
         return Words({"run": options.run, "policy": options.policy, "normalize": options.normalize})
 
     def _reward_exchanges(self, items: Sequence[RewardItem], patience: Patience) -> list[Exchange[list[RewardResult]]]:
-        sizes = [len(item.prompt) + sum(map(len, item.responses)) for item in items]
+        sizes = [said_length(item.prompt) + sum(map(said_length, item.responses)) for item in items]
         lists = chunks(items, sizes, self.options.max_items, self.options.max_bytes)
         return [reward_chunk(part, self._reward_words(), patience) for part in lists]
 
     def _feedback_exchanges(
         self, items: Sequence[Feedback], patience: Patience
     ) -> list[Exchange[list[FeedbackResult]]]:
-        sizes = [
-            sum(len(text) for text in (item.prompt, *(item.responses or ())) if isinstance(text, str)) for item in items
-        ]
+        sizes = [sum(map(said_length, (item.prompt or "", *(item.responses or ())))) for item in items]
         lists = chunks(items, sizes, self.options.max_items, self.options.max_bytes)
         return [feedback_chunk(part, Words({"run": self.options.run}), patience) for part in lists]
 

@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary
 import httpx2 as httpx
 
 from service.trainers.calls import Calls
+from service.trainers.conversation import Said
 from service.trainers.exchange import Answer, Broken, Exchange, Send, Sleep
 from service.trainers.options import ClientOptions
 from service.trainers.values import Accepted, Feedback, FeedbackResult, RewardItem, RewardResult, Scored
@@ -63,8 +64,13 @@ class RouterClient(Calls):
         if client is not None:
             client.close()
 
-    def reward(self, prompt: str, responses: Sequence[str], *, deadline_seconds: float | None = None) -> Scored:
-        """The rewards of one prompt's responses, all by one reward model.
+    def reward(self, prompt: Said, responses: Sequence[Said], *, deadline_seconds: float | None = None) -> Scored:
+        """Return the rewards of one prompt's responses, all by one reward model.
+
+        Args:
+            prompt: a text, or the messages of a chat.
+            responses: at least one.
+            deadline_seconds: instead of the options'.
 
         Raises:
             RouterUnavailableError: none could be had before the deadline.
@@ -189,7 +195,7 @@ class AsyncRouterClient(Calls):
         if client is not None and pid == os.getpid():
             await client.aclose()
 
-    async def reward(self, prompt: str, responses: Sequence[str], *, deadline_seconds: float | None = None) -> Scored:
+    async def reward(self, prompt: Said, responses: Sequence[Said], *, deadline_seconds: float | None = None) -> Scored:
         """See `RouterClient.reward`."""
         item = RewardItem(prompt, tuple(responses))
         return await self._run(self._one_reward(item, self._patience(deadline_seconds)))

@@ -1,15 +1,12 @@
-r"""Chat messages as the text that the gateway takes: its API has one prompt and responses, each a string.
+r"""Chat messages, in the shapes in which trainers hold them, as the gateway takes them: as messages, and as text.
 
 Knows the shapes in which trainers hold conversations: lists of `{"role", "content"}`, content as text or as parts;
 ShareGPT's `{"from", "value"}`; `{"role", "text"}`; Gemini's `{"role", "parts"}`. A message that says nothing at all, or
 does not say who speaks, is refused: it would be scored as an empty text. Knows no chat template: each reward model has
-its own, and the gateway's workers apply it to the user turn (the prompt) and the assistant turn (the response). So:
+its own, and the gateway's workers apply it to the turns. So messages are sent as messages, and one user message as its
+content, untouched. As text, which prompts are compared by, turns are `Role: content` with a blank line between them.
 
-* one user message becomes its content, untouched;
-* anything longer becomes its turns, each as `Role: content`, with a blank line between them. The response follows as
-  the assistant's turn in the reward model's own template, so nothing is added at the end.
-
-Called by the helpers, each of which takes another `prompt_text` where this one does not fit.
+Called by the helpers, each of which takes another `prompt_text` where this one does not fit, and by the gateway.
 """
 
 from __future__ import annotations
@@ -20,6 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 SEPARATOR = "\n\n"
+
+Said = str | Sequence[Mapping[str, Any]]
+"""A prompt or a response: a text, or messages."""
 
 _ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value", "text", "parts")
@@ -76,6 +76,33 @@ def completion_text(completion: object) -> str:
     return SEPARATOR.join(message.turn for message in messages)
 
 
+def as_sent(value: object, name: str = "prompt", speaker: str = "user") -> Said:
+    """Return what the API is sent: a text, or messages in the chat form where one text does not say the same.
+
+    Args:
+        value: a string, or a list of messages in any of the shapes that this module knows.
+        name: of the field, for errors.
+        speaker: whose single message is a text: `user` for a prompt, `assistant` for a response.
+
+    Raises:
+        ValueError: see `prompt_text`.
+
+    >>> as_sent([{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Why?"}])
+    [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Why?'}]
+    """
+    if isinstance(value, str):
+        return value
+    messages = read_messages(value, name)
+    if len(messages) == 1 and messages[0].role == speaker and messages[0].is_plain:
+        return messages[0].text
+    return [message.document() for message in messages]
+
+
+def said_length(said: object) -> int:
+    """Return about how many characters it takes to send."""
+    return len(said) if isinstance(said, str) else len(str(said))
+
+
 def split_messages(messages: object) -> tuple[list[Mapping[str, Any]], str]:
     """A whole conversation as the messages before the last one, and the last one's text.
 
@@ -126,6 +153,20 @@ class ChatMessage:
     def turn(self) -> str:
         """As a part of a longer prompt."""
         return f"{self.role.capitalize()}: {self.text}"
+
+    def document(self) -> dict[str, Any]:
+        """Return the message in the chat form, without the fields that it has not."""
+        document: dict[str, Any] = {"role": self.role, "content": self.said}
+        if self.name:
+            document["name"] = self.name
+        if self.calls:
+            document["tool_calls"] = [
+                {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": call.arguments}}
+                for call in self.calls
+            ]
+        if self.answers:
+            document["tool_call_id"] = self.answers
+        return document
 
     @property
     def is_plain(self) -> bool:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.trainers.values import RewardItem
-
 MAX_RESPONSES = 64
 """The gateway's default bound of responses per instance."""
 
@@ -28,11 +26,6 @@ class Group:
     prompt: str
     responses: tuple[str, ...]
     rows: tuple[int, ...]
-
-    @property
-    def item(self) -> RewardItem:
-        """As the client takes it."""
-        return RewardItem(self.prompt, self.responses)
 
 
 def by_prompt(prompts: Sequence[str], responses: Sequence[str], max_responses: int = MAX_RESPONSES) -> list[Group]:

@@ -37,7 +37,7 @@ def read(request: LlamaFactoryRequest, options: ShimOptions, templates: Template
     if options.text == "raw":
         return [Sample("", message, RAW) for message in request.messages]
     splits = [templates.split_whole(message) for message in request.messages]
-    return [Sample(split.prompt, split.response, split.template) for split in splits]
+    return [Sample(split.said, split.response, split.template) for split in splits]
 
 
 def write(scored: Sequence[ScoredSample], pool: Sequence[str], options: ShimOptions) -> LlamaFactoryReply:

@@ -66,7 +66,7 @@ def read(request: OpenRlhfRequest, options: ShimOptions, templates: Templates) -
 def _sample(query: str, prompt: str | None, reference: str | None, text: str, templates: Templates) -> Sample:
     if text == "auto":
         split = templates.split_query(query, prompt)
-        return Sample(split.prompt, split.response, split.template, reference)
+        return Sample(split.said, split.response, split.template, reference)
     cut = response_start(query, prompt) if prompt else None
     if prompt is None or cut is None:
         return Sample("", query, RAW, reference)

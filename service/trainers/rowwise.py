@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from service.trainers.conversation import completion_text, prompt_text
+from service.trainers.conversation import Said, as_sent, completion_text, prompt_text
 from service.trainers.groups import MAX_RESPONSES, Group, by_prompt, in_pairs
 from service.trainers.values import (
     FATAL_CODES,
@@ -21,6 +21,7 @@ from service.trainers.values import (
     Feedback,
     FeedbackResult,
     Missing,
+    RewardItem,
     RewardResult,
     RouterRefusedError,
     RouterUnavailableError,
@@ -77,7 +78,8 @@ class RowOptions:
         rows: which rows belong together.
         on_missing: see `OnMissing`.
         max_responses: longest group; the gateway's bound.
-        prompt_text: prompt, as the trainer holds it, to text.
+        prompt_text: prompt, as the trainer holds it, to text. With the default, chats are sent as messages; with one of
+            your own, its text is.
         completion_text: the same for responses.
     """
 
@@ -96,11 +98,22 @@ class Plan:
         groups: the instances.
         count: n, how many rows there are.
         on_missing: see `OnMissing`.
+        prompts: (n,) what is sent of each row.
+        completions: (n,) the same.
     """
 
     groups: tuple[Group, ...]
     count: int
     on_missing: OnMissing
+    prompts: Sequence[Said]
+    completions: Sequence[Said]
+
+    def items(self) -> list[RewardItem]:
+        """Return the instances as the client takes them."""
+        return [
+            RewardItem(self.prompts[group.rows[0]], tuple(self.completions[row] for row in group.rows))
+            for group in self.groups
+        ]
 
     def finish(self, results: Sequence[RewardResult]) -> list[float | None]:
         """Rewards per row, (n,); None, never a number, where there is none.
@@ -169,7 +182,15 @@ def plan(prompts: Sequence[Any], completions: Sequence[Any], options: RowOptions
     asked = [options.prompt_text(prompt) for prompt in prompts]
     said = [options.completion_text(completion) for completion in completions]
     groups = in_pairs(asked, said) if options.rows is Rows.PAIRS else by_prompt(asked, said, options.max_responses)
-    return Plan(tuple(groups), len(prompts), options.on_missing)
+    if options.prompt_text is prompt_text:
+        sent_prompts: Sequence[Said] = [as_sent(prompt) for prompt in prompts]
+    else:
+        sent_prompts = asked
+    if options.completion_text is completion_text:
+        sent_completions: Sequence[Said] = [as_sent(one, "completion", "assistant") for one in completions]
+    else:
+        sent_completions = said
+    return Plan(tuple(groups), len(prompts), options.on_missing, sent_prompts, sent_completions)
 
 
 def metrics(results: Sequence[RewardResult]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import parse_qsl
 
+from service.trainers.conversation import Said
 from service.trainers.templated import Templates
 
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
@@ -70,13 +71,13 @@ class Sample:
     """One response as it is scored, and as feedback names it.
 
     Attributes:
-        prompt: "" where it is not known.
+        prompt: text or messages; "" where it is not known.
         response: its text.
         template: the chat template that was taken off, or a word of `templated` in its place.
         reference: the trainer's label, where it is a text.
     """
 
-    prompt: str
+    prompt: Said
     response: str
     template: str
     reference: str | None = None

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from service.trainers.chat_format import without_tails
-from service.trainers.conversation import prompt_text
+from service.trainers.conversation import as_sent
 from service.trainers.shim import Sample, ScoredSample, ShimOptions, UrlProtocol, reference_of
 from service.trainers.templated import MESSAGES, RAW, Templates
 
@@ -38,11 +38,11 @@ def read(request: SlimeRequest, options: ShimOptions, templates: Templates) -> l
     """
     reference = reference_of(request.label)
     if options.text == "raw":
-        return [Sample(prompt_text(request.prompt), request.response, RAW, reference)]
+        return [Sample(as_sent(request.prompt), request.response, RAW, reference)]
     if not isinstance(request.prompt, str):
-        return [Sample(prompt_text(request.prompt), without_tails(request.response), MESSAGES, reference)]
+        return [Sample(as_sent(request.prompt), without_tails(request.response), MESSAGES, reference)]
     split = templates.split_prompt(request.prompt, request.response)
-    return [Sample(split.prompt, split.response, split.template, reference)]
+    return [Sample(split.said, split.response, split.template, reference)]
 
 
 def write(scored: Sequence[ScoredSample], pool: Sequence[str], options: ShimOptions) -> float | dict[str, Any]:

@@ -12,13 +12,13 @@ response begins, whatever the response says. Knows text only; called by the wire
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from service.trainers.chat_families import FAMILIES
 from service.trainers.chat_format import ChatFormat, Reading, Turn, head_pattern, without_tails
-from service.trainers.conversation import prompt_text
+from service.trainers.conversation import Said, as_sent, prompt_text
 
 PLAIN: Final = "plain"
 """Instead of a format's name: a prompt that shows no trace of a chat template."""
@@ -53,11 +53,18 @@ class Split:
         prompt: "" where it is not known.
         response: its text.
         template: name of the format that was read; else `PLAIN` or `UNKNOWN`.
+        messages: the prompt's messages, where a format was read.
     """
 
     prompt: str
     response: str
     template: str
+    messages: tuple[Mapping[str, str], ...] = ()
+
+    @property
+    def said(self) -> Said:
+        """The prompt as it is sent: as messages where it has several, or one that is not the user's."""
+        return as_sent(self.messages) if self.messages else self.prompt
 
 
 class Templates:
@@ -86,7 +93,8 @@ class Templates:
         if reading is None or not last:
             return Split("", without_tails(text[_end_of_head(text) :]), UNKNOWN)
         response = without_tails(text[reading.turns[last].start :], reading.format.tails)
-        return Split(_prompt(reading, last), reading.format.said(response), reading.format.name)
+        messages = _messages(reading, last)
+        return Split(_text(messages), reading.format.said(response), reading.format.name, messages)
 
     def split_prompt(self, prompt: str, response: str) -> Split:
         """Prompt and response where both are known; the response loses its end token, and nothing else.
@@ -102,7 +110,8 @@ class Templates:
         if open_turn:
             opening = turns[-1].content
             response = format_.said(opening + response if opening.strip() else response)
-        return Split(_prompt(reading, len(turns) - open_turn), response, format_.name)
+        messages = _messages(reading, len(turns) - open_turn)
+        return Split(_text(messages), response, format_.name, messages)
 
     def split_query(self, query: str, prompt: str | None) -> Split:
         """A whole conversation beside its prompt; the query alone tells only where it does not hold the prompt."""
@@ -176,10 +185,13 @@ def _last_assistant(turns: Sequence[Turn]) -> int:
     return max((k for k, turn in enumerate(turns) if turn.role == "assistant"), default=0)
 
 
-def _prompt(reading: Reading, count: int) -> str:
-    """The first turns as text; a system prompt without words is none."""
+def _messages(reading: Reading, count: int) -> tuple[Mapping[str, str], ...]:
+    """Return the first turns as messages; a system prompt without words is none."""
     said = [(turn.role, _words(reading.format, turn)) for turn in reading.turns[:count]]
-    messages = [{"role": role, "content": words} for role, words in said if role != "system" or words]
+    return tuple({"role": role, "content": words} for role, words in said if role != "system" or words)
+
+
+def _text(messages: Sequence[Mapping[str, str]]) -> str:
     return prompt_text(messages) if messages else ""
 
 

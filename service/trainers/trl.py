@@ -111,7 +111,7 @@ class RouterReward(_TrlReward):
             RouterUnavailableError: a reward is missing and the trainer would make a 0 of it (online DPO).
         """
         planned = self._plan(prompts, completions, columns)
-        results = self.client.reward_many([group.item for group in planned.groups])
+        results = self.client.reward_many(planned.items())
         rewards, feedback = self._finish(planned, results, columns)
         self.give(feedback)
         return rewards
@@ -154,7 +154,7 @@ class AsyncRouterReward(_TrlReward):
     async def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """See `RouterReward.__call__`."""
         planned = self._plan(prompts, completions, columns)
-        results = await self.client.reward_many([group.item for group in planned.groups])
+        results = await self.client.reward_many(planned.items())
         rewards, feedback = self._finish(planned, results, columns)
         await self.give(feedback)
         return rewards

@@ -17,6 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from service.trainers.conversation import Said, as_sent
+
 RETRIED_CODES = frozenset(
     {
         "over_capacity",
@@ -79,30 +81,34 @@ class RewardItem:
     """One instance: a prompt and its responses, all of which ONE reward model scores.
 
     Args:
-        prompt: its text; `conversation.prompt_text` makes one of chat messages.
-        responses: at least one.
+        prompt: its text, or the messages of a chat.
+        responses: at least one; each a text, or the messages that end the chat.
         run: overrides the client's run.
         policy: overrides the client's policy.
+        reference: what a right answer looks like, for scorers that compare.
+        metadata: flat facts, for scorers that need them.
     """
 
-    prompt: str
-    responses: tuple[str, ...]
+    prompt: Said
+    responses: tuple[Said, ...]
     run: str | None = None
     policy: str | None = None
+    reference: str | None = None
+    metadata: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not self.responses:
             raise ValueError("responses is empty: give at least one response per prompt")
-        _require_texts(self.prompt, self.responses)
+        _require_said(self.prompt, self.responses)
 
     def document(self) -> dict[str, Any]:
         """The item as the API takes it.
 
         Raises:
-            ValueError: `run` or `policy` is not a string.
+            ValueError: `run`, `policy` or `reference` is not a string, or messages cannot be read.
         """
-        words = {"prompt": sound(self.prompt), "responses": [sound(text) for text in self.responses]}
-        return {**words, **_names(run=self.run, policy=self.policy)}
+        names = _names(run=self.run, policy=self.policy, reference=self.reference)
+        return {**_content(self.prompt, self.responses), **names, **_present(metadata=self.metadata)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +204,8 @@ class Feedback:
             return {**_names(decision_id=self.decision_id), **value}
         if self.prompt is None or self.responses is None:
             raise ValueError("feedback names no decision: give decision_id, or prompt and responses")
-        _require_texts(self.prompt, self.responses)
-        return {"prompt": sound(self.prompt), "responses": [sound(text) for text in self.responses], **value}
+        _require_said(self.prompt, self.responses)
+        return {**_content(self.prompt, self.responses), **value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +285,7 @@ def sound(text: str) -> str:
     return text
 
 
-def items_of(prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> list[RewardItem]:
+def items_of(prompts: Sequence[Said], responses: Sequence[Sequence[Said]]) -> list[RewardItem]:
     """One item per prompt.
 
     Raises:
@@ -305,12 +311,26 @@ def _names(**words: Any) -> dict[str, str]:
     return given
 
 
-def _require_texts(prompt: Any, responses: Any) -> None:
-    for name, text in (("prompt", prompt), *((f"responses[{k}]", r) for k, r in enumerate(responses))):
-        if not isinstance(text, str):
-            raise ValueError(
-                f"{name} is {text!r:.50}: give its text; conversation.prompt_text makes one of chat messages"
-            )
+def _content(prompt: Said, responses: Sequence[Said]) -> dict[str, Any]:
+    """Return prompt and responses as the API takes them."""
+    said = [as_sent(one, f"responses[{k}]", "assistant") for k, one in enumerate(responses)]
+    return {"prompt": _sound(as_sent(prompt)), "responses": [_sound(one) for one in said]}
+
+
+def _sound(said: Any) -> Any:
+    """Return texts, wherever they stand, as UTF-8 can carry them."""
+    if isinstance(said, str):
+        return sound(said)
+    if isinstance(said, Mapping):
+        return {name: _sound(value) for name, value in said.items()}
+    return [_sound(one) for one in said]
+
+
+def _require_said(prompt: Any, responses: Any) -> None:
+    for name, said in (("prompt", prompt), *((f"responses[{k}]", r) for k, r in enumerate(responses))):
+        if not isinstance(said, str | list | tuple):
+            raise ValueError(f"{name} is {said!r:.50}: give its text, or a list of messages with role and content")
+        as_sent(said, name)
 
 
 def _number(name: str, value: Any) -> int | float:

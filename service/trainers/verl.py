@@ -31,7 +31,7 @@ from typing import Any
 
 from service.trainers.client import AsyncRouterClient, RouterClient
 from service.trainers.coalesce import Coalescer
-from service.trainers.conversation import prompt_text
+from service.trainers.conversation import Said, as_sent
 from service.trainers.options import ClientOptions, from_environment
 from service.trainers.values import (
     RETRIED_CODES,
@@ -139,7 +139,7 @@ class RouterRewardManager:
         )
         fields = sample.non_tensor_batch
         raw = fields.get("raw_prompt")
-        prompt = prompt_text(_plain(raw)) if raw is not None else _prompt_of(fields.get("extra_info"))
+        prompt = as_sent(_plain(raw)) if raw is not None else _prompt_of(fields.get("extra_info"))
         found = await score_single(self._coalescer, RewardItem(prompt, (str(response),)))
         return {"reward_score": found["score"], "reward_extra_info": found}
 
@@ -221,14 +221,14 @@ def _given(solution: str | None) -> str:
     return solution
 
 
-def _prompt_of(extra_info: Mapping[str, Any] | None) -> str:
+def _prompt_of(extra_info: Mapping[str, Any] | None) -> Said:
     prompt = (extra_info or {}).get("prompt")
     if prompt is None:
         raise ValueError(
             "extra_info holds no prompt: put it there when the data set is prepared (row['extra_info']['prompt'] = "
             "row['prompt']), or use RouterRewardManager, which reads verl's raw_prompt"
         )
-    return prompt_text(_plain(prompt))
+    return as_sent(_plain(prompt))
 
 
 def _plain(prompt: Any) -> Any:

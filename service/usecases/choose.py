@@ -288,6 +288,7 @@ def _split(choices: Choices, sizes: Sequence[int]) -> list[Choices]:
                 choices.means[rows],
                 choices.sds[rows],
                 choices.propensities[rows],
+                choices.floors[rows],
             )
         )
         position += size

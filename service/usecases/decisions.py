@@ -14,7 +14,7 @@ from router_core.attempts import Attempt, answers
 from router_core.errors import FeedbackError
 from router_core.feedback import validate
 from router_core.posterior import NO_ARM
-from router_core.records import Event, Fact, Feedback, Instance, Said, Shadow, Signal
+from router_core.records import Event, Fact, Feedback, Instance, Said, Shadow, Signal, credit
 
 
 class StoredDecision(msgspec.Struct, omit_defaults=True):
@@ -37,10 +37,11 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
         propensity: probability of `arm` among those that could answer; of the whole sequence where further arms were
             drawn; 1 where everyone is asked.
         sticky: key of the draw that this decision shares with other singles of its prompt; "" for a draw of its own.
-            `means`, `sds`, `propensities` and `version` are those of the shared draw.
+            `means`, `sds`, `floors`, `propensities` and `version` are those of the shared draw.
         multiplier: price of a call, in units of P(right), that further draws were made with; 0 where price did not
             matter.
         p_right: probability that the verdict is right; None where nothing says.
+        floors: probability with which each arm is asked whatever is drawn (K,); empty where there are none.
         shadows: attempts after the reply, at the scorers that the plan had not asked; None where the decision was not
             chosen for that.
         reference: of the instance, as it was sent.
@@ -64,6 +65,7 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
     sticky: str = ""
     multiplier: float = 0.0
     p_right: float | None = None
+    floors: list[float] = []
     shadows: list[Attempt] | None = None
     reference: str | None = None
     metadata: dict[str, Fact] = {}
@@ -117,36 +119,34 @@ def decode_feedback(value: bytes) -> Feedback:
 def event_of(decision_id: str, payload: bytes, value: bytes) -> Event:
     """Return the event that a log entry stands for.
 
-    A preference teaches every scorer that answered; a loss or a reward speaks of the answer that the caller got.
+    A preference teaches every scorer that answered, and nothing where there is one response; a loss or a reward speaks
+    of the answer that the caller got.
     """
     return event_from(decision_id, decode_decision(payload), decode_feedback(value))
 
 
 def event_from(decision_id: str, decision: StoredDecision, feedback: Feedback) -> Event:
     """Return the event of a decision and its feedback; see `event_of`."""
-    others = _others(decision) if feedback.signal is Signal.PREFERENCE and decision.n > 1 else ()
+    earned = _credits(decision, int(feedback.value)) if feedback.signal is Signal.PREFERENCE else {}
+    arm = NO_ARM if decision.arm is None else decision.arm
+    own = earned.pop(arm, None)
     return Event(
-        NO_ARM if decision.arm is None else decision.arm,
+        arm,
         decision.x,
         0.0 if decision.arm is None else decision.offsets[decision.arm],
-        decision.verdict,
+        own,
         feedback,
         decision_id,
-        others,
+        tuple([Shadow(other, decision.offsets[other], value) for other, value in earned.items()]),
     )
 
 
-def _others(decision: StoredDecision) -> tuple[Shadow, ...]:
-    """Return what the scorers said whose answer the caller did not get, or not alone."""
-    if decision.shadows is None and len(decision.attempts) == 1:
-        return ()
-    return tuple(
-        [
-            Shadow(answer.arm, decision.offsets[answer.arm], answer.verdict)
-            for answer in decision.heard
-            if answer.arm != decision.arm
-        ]
-    )
+def _credits(decision: StoredDecision, preferred: int) -> dict[int, float]:
+    """Return what a preference says of every scorer that answered, by arm; nothing for a single response."""
+    if decision.n < 2:
+        return {}
+    earned = {answer.arm: credit(answer.rewards, preferred) for answer in decision.heard}
+    return {arm: value for arm, value in earned.items() if value is not None}
 
 
 def content_key(run: str, instance: Instance) -> str:

@@ -90,12 +90,14 @@ class Job(Inquiry):
 def own_draw(job: Job) -> StickyChoice:
     """Return the job's own draw, as it may stick."""
     choices, row = job.chosen.choices, job.row
+    floors = choices.floors[row]
     return StickyChoice(
         order=[*job.order],
         means=choices.means[row].tolist(),
         sds=choices.sds[row].tolist(),
         propensities=choices.propensities[row].tolist(),
         version=job.chosen.posterior.count,
+        floors=floors.tolist() if floors.any() else [],
     )
 
 
@@ -127,6 +129,7 @@ def decision_of(job: Job, given: Given, now_ms: int) -> StoredDecision:
         sticky=job.sticky,
         multiplier=job.multiplier,
         p_right=given.p_right,
+        floors=draw.floors,
         reference=job.instance.reference,
         metadata=dict(job.instance.metadata),
     )
@@ -142,16 +145,20 @@ def _propensity(job: Job, given: Given, draw: StickyChoice) -> float:
         return _of_sequence(job, draw)
     assert given.arm is not None
     gone = excluded(job.attempts, job.attempts[-1].turn)
-    return propensity_without(np.array(draw.means), np.array(draw.sds), gone, given.arm)
+    return _propensity_without(draw, gone, given.arm)
 
 
 def _of_sequence(job: Job, draw: StickyChoice) -> float:
     """Return the probability of the whole sequence of arms: the first draw's, times the chance of each further one."""
     first = first_choice(job.attempts)
     assert first is not None
-    means, sds = np.array(draw.means), np.array(draw.sds)
-    propensity = propensity_without(means, sds, excluded(job.attempts, 0), first.arm)
+    propensity = _propensity_without(draw, excluded(job.attempts, 0), first.arm)
     return propensity * math.prod([attempt.chance for attempt in job.attempts])
+
+
+def _propensity_without(draw: StickyChoice, gone: Sequence[int], asked: int) -> float:
+    floors = draw.floors or [0.0] * len(draw.means)
+    return propensity_without(np.array(draw.means), np.array(draw.sds), np.array(floors), gone, asked)
 
 
 def reply_of(

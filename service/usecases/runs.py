@@ -181,10 +181,16 @@ class RunTemplate:
             "hyper": [prior.hyper.lambda0, prior.hyper.sigma2, prior.hyper.gamma, prior.hyper.adapt],
             "origin": self._origin,
             "means": hashlib.sha256(np.ascontiguousarray(prior.means).tobytes()).hexdigest(),
-            "fold": [settings.block_size, settings.refresh_events, settings.drift_tolerance],
+            "fold": [
+                settings.block_size,
+                settings.refresh_events,
+                settings.drift_tolerance,
+                settings.first_adaptation,
+            ],
             "blas_threads": self._blas_threads,
             # Only where it matters: runs that do without keep the fingerprint that they always had.
             **({"lambda_novel": prior.hyper.lambda_novel} if prior.watches_novelty else {}),
+            **({"alarm_rate": prior.hyper.alarm_rate} if prior.hyper.alarm_rate else {}),
         }
         return json.dumps(identity, sort_keys=True)
 

@@ -86,13 +86,13 @@ class Shadower:
     def offer(self, answered: Iterable[Shadowable]) -> None:
         """Shadow those that the rate selects and for which there is room; returns at once.
 
-        A single response has no verdict to learn from and is never shadowed, nor is what every RM was asked about.
+        A single response has no verdict to learn from and is never shadowed, nor is what a policy asks every RM about.
         """
         chosen = [
             item
             for item in answered
             if item.stored.n > 1
-            and len({attempt.arm for attempt in item.stored.attempts}) < len(item.stored.offsets)
+            and (item.stored.arm is not None or item.stored.multiplier)
             and is_shadowed(item.decision_id, self.rate)
         ]
         room = max(self._max_instances - self._in_flight, 0)
@@ -146,7 +146,7 @@ class Shadower:
             self._telemetry.store_errors.labels("update_decisions").inc()
             pending = None
         for index, (item, inquiry) in enumerate(found):
-            if pending is None or not answers(inquiry.attempts):
+            if pending is None or (inquiry.attempts and not answers(inquiry.attempts)):
                 self._count(item, "failed")
             else:
                 self._count(item, "recorded" if pending[index] else "late")

@@ -27,6 +27,7 @@ class ArmLearned(BaseModel):
     mean_reward: float | None = Field(description="Mean learned reward; null without feedback.")
     score_mean: float | None = Field(description="Running mean of its raw scores; null where none was normalised here.")
     score_sd: float | None = Field(description="Running sd of its raw scores; null where it is not known.")
+    alarms: int = Field(description="How often it was found to have changed, and learned afresh.")
     mean_norm: float = Field(description="Length of the posterior mean.")
     sd: float = Field(description="Root mean variance of a weight: how unsure the router still is.")
 
@@ -216,6 +217,7 @@ class StatusService:
                     mean_reward=None if mean_reward != mean_reward else mean_reward,
                     score_mean=scales.arms[k].mean if scales is not None and scales.arms[k].count else None,
                     score_sd=None if scales is None else scales.arms[k].sd,
+                    alarms=int(posterior.watches[k].alarms),
                     mean_norm=float((arm.mean @ arm.mean) ** 0.5),
                     sd=float(max(variance, 0.0) ** 0.5),
                 )

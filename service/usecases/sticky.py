@@ -27,6 +27,7 @@ class StickyChoice(msgspec.Struct, frozen=True, array_like=True):
         sds: of the draws, per arm.
         propensities: of every arm, as drawn.
         version: events the posterior had learned from.
+        floors: as `StoredDecision.floors`.
     """
 
     order: list[int]
@@ -34,6 +35,7 @@ class StickyChoice(msgspec.Struct, frozen=True, array_like=True):
     sds: list[float]
     propensities: list[float]
     version: int
+    floors: list[float]
 
 
 _ENCODER = msgspec.msgpack.Encoder()

@@ -34,7 +34,7 @@ from service.scorers.judge.wire import (
     TokenLogprob,
     TopToken,
 )
-from service.scorers.wire import MODELS_PATH, ErrorBody, ErrorReply, ModelList, ServedModel, Usage
+from service.scorers.wire import MODELS_PATH, ErrorBody, ErrorReply, Message, ModelList, ServedModel, Usage
 from service.workers.cpu import batches
 from service.workers.server import ApiError, Receive, Scope, Send, check_headers, expect, read_body
 
@@ -201,7 +201,10 @@ class GeneratingApp:
 
     def _ids(self, request: ChatRequest) -> list[int]:
         turns = [
-            {"role": m.role, "content": m.content if isinstance(m.content, str) else "".join(p.text for p in m.content)}
+            {
+                "role": m.role,
+                "content": m.content if isinstance(m.content, str) else "".join(p.text for p in m.content or []),
+            }
             for m in request.messages
         ]
         tokenizer = self._loaded.tokenizer
@@ -310,6 +313,12 @@ class GeneratingApp:
         tokens = out.sequences[0, len(job.ids) :].tolist()
         logprobs = torch.cat(out.logits).float().log_softmax(-1)
         return [Written(tokens, logprobs, tokens[-1] in _end_ids(self._loaded))]
+
+
+def _text(message: Message) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    return "".join([part.text for part in message.content or []])
 
 
 def _end_ids(loaded: GeneratingModel) -> frozenset[int]:

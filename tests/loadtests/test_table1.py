@@ -183,7 +183,7 @@ def test_z_scores_are_those_that_the_posterior_learns_from() -> None:
     arms, losses = rng.integers(2, size=60), rng.normal(size=60)
     folded = SignalAccumulator(SignalStatistics.empty(2), LossScale.Z)
     wanted = [
-        folded.observe(int(arm), Feedback(Signal.LOSS, float(loss)), verdict=0)
+        folded.observe(int(arm), Feedback(Signal.LOSS, float(loss)), credit=None)
         for arm, loss in zip(arms, losses, strict=True)
     ]
     assert z_scores([str(arm) for arm in arms], [float(x) for x in losses]) == pytest.approx(wanted)

@@ -22,7 +22,7 @@ from loadtests.tables.encodings import Described, Encoded, TooLong, encode
 from loadtests.tables.experiments import (
     K6,
     PAPER,
-    PAPER_TUNED,
+    TUNED,
     VARIANTS,
     Fit,
     Job,
@@ -284,11 +284,12 @@ def test_a_variant_changes_the_prior_that_it_names_and_no_other(plan: Plan, fitt
 def test_a_tuned_row_is_the_papers_form_with_other_scalars(
     plan: Plan, material: Material, fitted: dict[Fit, Checkpoint]
 ) -> None:
-    job = Job("shift", plan.shifted(POOL)[:1], ("bayesian", PAPER, PAPER_TUNED), (0, 1))
+    job = Job("shift", plan.shifted(POOL)[:1], ("bayesian", PAPER, *TUNED), (0, 1))
     traces = replayed_of(job, fitted, material).traces
-    assert {PAPER, PAPER_TUNED} <= set(traces)
-    assert (traces[PAPER].asked != traces[PAPER_TUNED].asked).any()
-    assert traces[PAPER_TUNED].calls_per_instance == 1
+    assert {PAPER, *TUNED} <= set(traces)
+    for name in TUNED:
+        assert (traces[PAPER].asked != traces[name].asked).any()
+        assert traces[name].calls_per_instance == 1
 
 
 def test_every_variant_names_settings_that_exist(plan: Plan) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -46,12 +47,25 @@ def test_for_two_responses_the_second_branch_is_the_absolute_difference() -> Non
 
 def test_groups_of_any_size_agree_with_the_definition() -> None:
     h = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
-    z = two_branch(h, [1, 2, 5])
-    for row, part in zip(z, (h[:1], h[1:3], h[3:]), strict=True):
+    z = two_branch(h, [3, 5])
+    for row, part in zip(z, (h[:3], h[3:]), strict=True):
         mean = part.mean(axis=0)
         np.testing.assert_allclose(row[:3], mean, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(row[3:], 2 * np.abs(part - mean).mean(axis=0), rtol=1e-5, atol=1e-6)
-    assert not z[0, 3:].any()
+
+
+def test_the_deviation_of_a_single_response_is_unknown() -> None:
+    z = two_branch(np.ones((3, 2), dtype=np.float32), [1, 2])
+    np.testing.assert_array_equal(z, [[1, 1, np.nan, np.nan], [1, 1, 0, 0]])
+
+
+def test_a_single_response_lies_where_a_usual_pair_would() -> None:
+    rng = np.random.default_rng(0)
+    shift, projection = rng.standard_normal(6).astype(np.float32), rng.standard_normal((6, 4)).astype(np.float32)
+    fuse = replace(Fuse.identity(3, 4), shift=shift, projection=projection)
+    z = two_branch(rng.standard_normal((3, 3)).astype(np.float32), [1, 2])
+    usual = np.concatenate([z[:1, :3], shift[None, 3:]], axis=1)
+    np.testing.assert_array_equal(fuse.apply(z), fuse.apply(np.concatenate([usual, z[1:]])))
 
 
 @pytest.mark.parametrize("sizes", [[2], [0, 3], [2, 2], [-1, 4]])

@@ -8,25 +8,33 @@ import numpy as np
 import pytest
 
 from router_core.errors import FeedbackError
-from router_core.feedback import LOSS_HISTORY, LOSS_WARM_UP, LossScale, SignalAccumulator, SignalStatistics, validate
-from router_core.records import TIE, Feedback, Signal
+from router_core.feedback import (
+    LOSS_FORGETTING,
+    LOSS_HISTORY,
+    LOSS_WARM_UP,
+    LossScale,
+    SignalAccumulator,
+    SignalStatistics,
+    validate,
+)
+from router_core.records import Feedback, Signal
 
 
-def test_preference_rewards_agreement() -> None:
+def test_a_preference_teaches_the_credit() -> None:
     signal = SignalAccumulator(SignalStatistics.empty(1))
 
-    def reward(verdict: int, preferred: float) -> float | None:
-        return signal.observe(0, Feedback(Signal.PREFERENCE, preferred), verdict=verdict)
+    def reward(credit: float | None) -> float | None:
+        return signal.observe(0, Feedback(Signal.PREFERENCE, 1.0), credit=credit)
 
-    assert (reward(1, 1.0), reward(0, 1.0), reward(TIE, 1.0)) == (1.0, 0.0, 0.5)
+    assert (reward(1.0), reward(0.0), reward(0.5), reward(None)) == (1.0, 0.0, 0.5, None)
     stats = signal.freeze()
-    assert stats.count.tolist() == [3.0]
+    assert (stats.count.tolist(), stats.reward_count.tolist()) == ([4.0], [3.0])
     assert stats.mean_reward().tolist() == [0.5]
 
 
 def test_reward_is_taken_as_it_is() -> None:
     signal = SignalAccumulator(SignalStatistics.empty(2))
-    assert signal.observe(1, Feedback(Signal.REWARD, 0.25), verdict=TIE) == 0.25
+    assert signal.observe(1, Feedback(Signal.REWARD, 0.25), credit=None) == 0.25
     means = signal.freeze().mean_reward()
     assert math.isnan(means[0])
     assert means[1] == 0.25
@@ -37,7 +45,7 @@ def losses(
 ) -> list[float | None]:
     scale = LossScale.UNIT_Z if unit else LossScale.Z
     signal = signal or SignalAccumulator(SignalStatistics.empty(2), scale)
-    return [signal.observe(arm, Feedback(Signal.LOSS, v), verdict=0) for v in values]
+    return [signal.observe(arm, Feedback(Signal.LOSS, v), credit=None) for v in values]
 
 
 def test_the_first_losses_of_an_arm_only_warm_up() -> None:
@@ -107,7 +115,7 @@ def test_values_inside_pass() -> None:
 def quantile_rewards(values: list[float], arms: list[int] | None = None) -> list[float | None]:
     signal = SignalAccumulator(SignalStatistics.empty(2), LossScale.QUANTILE)
     by = arms or [0] * len(values)
-    return [signal.observe(arm, Feedback(Signal.LOSS, v), verdict=0) for arm, v in zip(by, values, strict=True)]
+    return [signal.observe(arm, Feedback(Signal.LOSS, v), credit=None) for arm, v in zip(by, values, strict=True)]
 
 
 def test_quantile_rewards_are_the_place_between_the_20th_and_the_80th_percentile() -> None:
@@ -146,32 +154,30 @@ def test_only_the_quantile_scale_keeps_a_history_and_it_is_bounded() -> None:
 
 def test_preferences_need_no_scaling_whatever_the_loss_scale() -> None:
     signal = SignalAccumulator(SignalStatistics.empty(1), LossScale.QUANTILE)
-    assert signal.observe(0, Feedback(Signal.PREFERENCE, 1.0), verdict=1) == 1.0
-    assert signal.observe(0, Feedback(Signal.REWARD, 0.25), verdict=1) == 0.25
+    assert signal.observe(0, Feedback(Signal.PREFERENCE, 1.0), credit=1.0) == 1.0
+    assert signal.observe(0, Feedback(Signal.REWARD, 0.25), credit=None) == 0.25
 
 
 def pooled(values: list[tuple[int, float, float]]) -> list[float | None]:
     """Rewards of (arm, loss, offset) under `LossScale.POOLED`."""
     signal = SignalAccumulator(SignalStatistics.empty(2), LossScale.POOLED)
-    return [signal.observe(arm, Feedback(Signal.LOSS, v), verdict=0, offset=o) for arm, v, o in values]
+    return [signal.observe(arm, Feedback(Signal.LOSS, v), credit=None, offset=o) for arm, v, o in values]
 
 
-def test_pooled_losses_compare_the_arms_with_each_other_around_the_mean_offset() -> None:
+def test_pooled_losses_compare_the_arms_around_the_asked_ones_offset() -> None:
     warm = [(i % 2, 1.0 + i % 2, 0.75) for i in range(LOSS_WARM_UP + 1)]
-    *first, low, high = pooled([*warm, (0, 1.0, 0.75), (1, 2.0, 0.75)])
+    *first, low, high = pooled([*warm, (0, 1.0, 0.75), (1, 2.0, 0.25)])
     assert first[:LOSS_WARM_UP] == [None] * LOSS_WARM_UP
-    # Mean 1.5, sd 0.5 over six losses: z = +1 for a loss of 1, so ō + 1/4.
-    assert low == pytest.approx(1.0)
+    # Mean 1.5, sd 0.5 over six losses: z = +1 for a loss of 1.
+    assert low == pytest.approx(0.75 + 0.25 - LOSS_FORGETTING)
     assert high is not None
-    assert high < 0.75 < low
+    assert high < 0.25
 
 
-def test_a_pooled_reward_stays_inside_the_unit_interval() -> None:
-    warm = [(0, float(i % 2), 0.99) for i in range(20)]
-    *_, best, worst = pooled([*warm, (0, -50.0, 0.99), (0, 50.0, 0.01)])
-    assert best == 1.0
-    assert worst is not None
-    assert 0.0 <= worst < 0.6
+def test_an_average_loss_costs_every_offset_the_same() -> None:
+    warm = [(i % 2, float(i % 2), 0.5) for i in range(20)]
+    for offset in (0.1, 0.99):
+        assert pooled([*warm, (0, 0.5, offset)])[-1] == pytest.approx(offset - LOSS_FORGETTING)
 
 
 def test_pooled_averages_continue_where_they_were_frozen() -> None:
@@ -179,10 +185,10 @@ def test_pooled_averages_continue_where_they_were_frozen() -> None:
     whole = SignalAccumulator(SignalStatistics.empty(2), LossScale.POOLED)
     first = SignalAccumulator(SignalStatistics.empty(2), LossScale.POOLED)
     for arm, loss, offset in losses[:11]:
-        first.observe(arm, Feedback(Signal.LOSS, loss), verdict=0, offset=offset)
+        first.observe(arm, Feedback(Signal.LOSS, loss), credit=None, offset=offset)
     rest = SignalAccumulator(first.freeze(), LossScale.POOLED)
     for arm, loss, offset in losses:
-        whole.observe(arm, Feedback(Signal.LOSS, loss), verdict=0, offset=offset)
+        whole.observe(arm, Feedback(Signal.LOSS, loss), credit=None, offset=offset)
     for arm, loss, offset in losses[11:]:
-        rest.observe(arm, Feedback(Signal.LOSS, loss), verdict=0, offset=offset)
+        rest.observe(arm, Feedback(Signal.LOSS, loss), credit=None, offset=offset)
     assert rest.freeze().pooled.tobytes() == whole.freeze().pooled.tobytes()

@@ -12,12 +12,14 @@ from router_core.policies import (
     UWO_REWARD_LAMBDA,
     AskRest,
     BayesianPolicy,
+    Beliefs,
     Given,
     RunningScale,
     ScoreScale,
     combined_verdict,
     draw,
     draw_batch,
+    floors_of,
     make_policy,
     propensity_without,
     vote_shares,
@@ -129,8 +131,37 @@ def test_single_asks_one_arm_and_no_other() -> None:
 
 def test_propensity_of_a_fallback_is_among_those_left() -> None:
     means, sds = np.array([0.9, 0.5, 0.5]), np.array([0.1, 0.1, 0.1])
-    assert propensity_without(means, sds, [0], 1) == pytest.approx(0.5, abs=1e-3)
-    assert propensity_without(means, sds, [0, 1], 2) == 1.0
+    none, floors = np.zeros(3), np.array([0.01, 0.03, 0.06])
+    assert propensity_without(means, sds, none, [0], 1) == pytest.approx(0.5, abs=1e-3)
+    assert propensity_without(means, sds, none, [0, 1], 2) == 1.0
+    assert propensity_without(means, sds, floors, [0], 1) == pytest.approx(0.9 * 0.5 + 0.1 / 3, abs=1e-3)
+    assert propensity_without(means, sds, floors, [0, 1], 2) == pytest.approx(1.0)
+
+
+def test_floors_are_in_the_shares_and_in_the_propensities() -> None:
+    n = 40_000
+    means, floors = np.tile([0.9, 0.5, 0.2], (n, 1)), np.tile([0.02, 0.06, 0.12], (n, 1))
+    choices = draw(Beliefs(means, np.full((n, 3), 0.01), floors), np.random.default_rng(0))
+    np.testing.assert_allclose(choices.propensities[0], [0.82, 0.06, 0.12], atol=1e-6)
+    # Standard error of a share of .12 in 40,000 is .0016.
+    np.testing.assert_allclose(np.bincount(choices.ranking[:, 0]) / n, [0.82, 0.06, 0.12], atol=0.006)
+    # Without the first arm, the others follow as `propensity_without` says.
+    left = choices.ranking[choices.ranking != 0].reshape(n, 2)[:, 0]
+    expected = [propensity_without(means[0], np.full(3, 0.01), floors[0], [0], arm) for arm in (1, 2)]
+    np.testing.assert_allclose(np.bincount(left)[1:] / n, expected, atol=0.01)
+
+
+def test_floors_go_to_arms_of_which_little_is_known_and_much_expected() -> None:
+    floors = floors_of(np.array([[0.9, 0.8, 0.4]]), np.array([304.0, 0.0, 0.0]), 0.02)
+    assert floors.sum() == pytest.approx(0.02)
+    weights = np.array([16 / 320, np.exp(-1.0), np.exp(-5.0)])
+    np.testing.assert_allclose(floors[0], 0.02 * weights / weights.sum())
+    prior = calibrated_prior(3, 8, lambda x: np.full((len(x), 3), 0.5))
+    beliefs = BayesianPolicy().beliefs(
+        unit_contexts(np.random.default_rng(0), 2, 8), np.full((2, 3), 0.5), start(prior)
+    )
+    assert beliefs.floors is not None
+    np.testing.assert_allclose(beliefs.floors, prior.hyper.floor / 3)
 
 
 def test_votes_are_shared_on_a_tie() -> None:

@@ -23,7 +23,7 @@ SMALL = FoldSettings(block_size=4, refresh_events=12)
 def regression(prior: Prior, events: list[Event], arm: int) -> tuple[np.ndarray, np.ndarray]:
     """Posterior mean and covariance of one arm by solving the normal equations of all its events at once."""
     x = np.array([context_of(e) for e in events if e.arm == arm]).reshape(-1, prior.dim)
-    targets = np.array([float(e.verdict == int(e.feedback.value)) - e.offset for e in events if e.arm == arm])
+    targets = np.array([e.credit - e.offset for e in events if e.arm == arm and e.credit is not None])
     lam = prior.hyper.lambda0 * np.eye(prior.dim) + x.T @ x / prior.hyper.sigma2
     b = prior.hyper.lambda0 * prior.means[arm] + x.T @ targets / prior.hyper.sigma2
     covariance = np.linalg.inv(lam)
@@ -104,8 +104,8 @@ def test_an_event_with_shadows_moves_every_arm_whose_verdict_is_known_as_if_each
     spread = []
     for event in events:
         spread.append(dataclasses.replace(event, shadows=()))
-        for arm, offset, verdict in sorted(event.shadows):
-            spread.append(dataclasses.replace(event, arm=arm, offset=offset, verdict=verdict, shadows=()))
+        for arm, offset, credit in sorted(event.shadows):
+            spread.append(dataclasses.replace(event, arm=arm, offset=offset, credit=credit, shadows=()))
     large = FoldSettings(block_size=4, refresh_events=1024)
     together, apart = fold(start(prior, large), events), fold(start(prior, large), spread)
     assert (together.count, apart.count) == (50, len(spread))

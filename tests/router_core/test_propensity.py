@@ -40,6 +40,27 @@ def test_within_one_thousandth_of_the_integral(seed: int, k: int, log_scale: flo
     np.testing.assert_allclose(got, dense(means, sds), atol=1e-3)
 
 
+@pytest.mark.parametrize("k", [13, 40, 85])
+def test_many_arms_of_very_different_scales_keep_the_bound(k: int) -> None:
+    rng = np.random.default_rng(k)
+    for lowest, highest in ((0.3, 0.95), (0.6, 0.62)):
+        means, sds = rng.uniform(lowest, highest, k), 10 ** rng.uniform(-3, -0.5, k)
+        z = np.unique((means[:, None] + sds[:, None] * np.linspace(-6, 6, 400)).ravel())
+        logs = norm.logcdf((z - means[:, None]) / sds[:, None])
+        others = np.exp(logs.sum(axis=0) - logs)
+        exact = ((others[:, 1:] + others[:, :-1]) * np.diff(np.exp(logs), axis=1)).sum(axis=1) / 2
+        got = argmax_propensities(means[None], sds[None])[0]
+        np.testing.assert_allclose(got, exact, atol=1e-3)
+
+
+def test_many_point_masses_share_or_yield() -> None:
+    means = np.full(20, 0.5)
+    means[3:5] = 0.8
+    got = argmax_propensities(means[None], np.zeros((1, 20)))[0]
+    assert got[3:5].tolist() == pytest.approx([0.5, 0.5])
+    assert got.sum() == pytest.approx(1.0)
+
+
 def test_agrees_with_the_share_of_a_million_draws() -> None:
     rng = np.random.default_rng(0)
     means, sds = np.array([0.7, 0.72, 0.6, 0.75]), np.array([0.05, 0.02, 0.1, 0.01])

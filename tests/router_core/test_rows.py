@@ -240,4 +240,4 @@ def test_pairs_of_two_are_written_with_letters_and_others_with_indices(tmp_path:
     again = load_pairs(tmp_path / "out.jsonl")
     assert again == [two, three]
     assert pairs_digest(again) == pairs_digest([two, three])
-    np.testing.assert_array_equal(pool_matrix(again, ["R"]), [[0.0], [0.5]])
+    np.testing.assert_array_equal(pool_matrix(again, ["R"]), [[0.0], [0.0]])

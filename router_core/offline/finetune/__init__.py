@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from router_core.checkpoint import Checkpoint, file_digests
-from router_core.dataset import grouped_folds, grouped_split, pairs_digest, pool_matrix
+from router_core.dataset import credit_matrix, grouped_folds, grouped_split, pairs_digest
 from router_core.encoder.base import Backbone
 from router_core.encoder.cache import CachedBackbone
 from router_core.encoder.torch import TorchBackbone
@@ -99,7 +99,7 @@ def fine_tune(
     inner = _transformer(backbone)
     if not pairs:
         raise DatasetError("pairs: there are none; training needs labelled pairs")
-    correctness = pool_matrix(pairs, pool)
+    correctness = credit_matrix(pairs, pool)
     facts = {
         "data": pairs_digest(pairs),
         "pool": list(pool),

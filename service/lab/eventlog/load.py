@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.attempts import Attempt, Outcome, excluded, first_choice
-from router_core.ope import LoggedData, available_propensities, numbered, one_reward_per_row, with_shadows
-from router_core.records import Event
+from router_core.attempts import ASKED, Attempt, Outcome, answers, excluded, first_choice
+from router_core.combine import Answers, margins_of
+from router_core.ope import LoggedData, SequenceLog, available_propensities, numbered, one_reward_per_row, with_shadows
+from router_core.policies import propensity_without
+from router_core.records import TIE, Event
 from service.errors import ConfigurationError
 from service.lab.eventlog.export import read_events, read_header
 from service.lab.eventlog.record import Header, LoggedEvent
-from service.usecases.decisions import event_from
+from service.usecases.decisions import StoredDecision, event_from
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +79,10 @@ def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
         _matrix([decision.propensities for decision in decisions], k),
         _matrix([decision.means for decision in decisions], k),
         _matrix([decision.sds for decision in decisions], k),
+        _matrix([decision.floors or [0.0] * k for decision in decisions], k),
         available,
     )
-    # Single responses are never shadowed: there, only being asked puts a reward into the log.
-    compared = np.array([decision.n > 1 for decision in decisions], dtype=np.bool_)
-    asked[compared] = with_shadows(asked[compared], arm[compared], available[compared], rewards[compared])
+    asked = with_shadows(asked, arm, available, rewards)
     contexts = np.frombuffer(b"".join([decision.x for decision in decisions]), "<f4")
     return LoggedData(
         log.header.pool,
@@ -92,6 +93,61 @@ def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
         rewards,
         numbered(decision.sticky or row for row, decision in enumerate(decisions)),
     )
+
+
+def complete(decision: StoredDecision) -> bool:
+    """Return True if every arm that could be asked has answered, whatever the policy believed: it was shadowed, or asks
+    everyone.
+    """
+    there = set(range(len(decision.offsets))) - set(_closed(decision.attempts))
+    chosen = decision.shadows is not None or asks_everyone(decision)
+    return chosen and there <= {answer.arm for answer in decision.heard}
+
+
+def asks_everyone(decision: StoredDecision) -> bool:
+    """Return True if the policy asked every arm, whatever it believed."""
+    return decision.arm is None and not decision.multiplier
+
+
+def sequence_log(log: EventLog) -> tuple[SequenceLog, NDArray[np.int64]]:
+    """The decisions of the log as sequences of arms, without its logging policy; and which events they are.
+
+    Left out are single responses, ties, and decisions at which an arm that was asked before the reply did not answer.
+
+    Args:
+        log: of a run with preferences.
+    """
+    K = len(log.header.pool)
+    kept = [index for index, event in enumerate(log.events) if _tells_sequences(event)]
+    decisions = [log.events[index].decision for index in kept]
+    N, n = len(kept), max((decision.n for decision in decisions), default=2)
+    verdicts, answered = np.full((N, K), TIE, np.int64), np.zeros((N, K), np.bool_)
+    scores, there = np.full((N, K, n), np.nan), np.ones((N, K), np.bool_)
+    arms, chances = np.full((N, K), -1, np.int64), np.ones((N, K))
+    for row, decision in enumerate(decisions):
+        there[row, _closed(decision.attempts)] = False
+        asked = [attempt.arm for attempt in answers(decision.attempts)]
+        arms[row, : len(asked)] = asked
+        chances[row, : len(asked)] = [attempt.chance for attempt in answers(decision.attempts)]
+        chances[row, 0] = _first_chance(decision)
+        for answer in decision.heard:
+            verdicts[row, answer.arm], answered[row, answer.arm] = answer.verdict, True
+            scores[row, answer.arm, : decision.n] = answer.rewards
+    whole = np.array([complete(decision) for decision in decisions], dtype=np.bool_)
+    everyone = np.array([asks_everyone(decision) for decision in decisions], dtype=np.bool_)
+    share = float(whole[~everyone].mean()) if (~everyone).any() else 0.0
+    numbers = np.array([decision.n for decision in decisions], dtype=np.int64)
+    found = SequenceLog(
+        Answers(verdicts, answered, margins_of(scores), numbers),
+        np.array([int(log.events[index].feedback.value) for index in kept], dtype=np.int64),
+        arms,
+        chances,
+        there,
+        whole,
+        np.where(everyone, 1.0, share),
+        None,
+    )
+    return found, np.array(kept, dtype=np.int64)
 
 
 def fold_events(log: EventLog, rows: slice = slice(None)) -> list[Event]:
@@ -126,6 +182,28 @@ def _untold(attempts: Sequence[Attempt], shadows: Sequence[Attempt]) -> list[int
     """Return the arms that the first one was chosen among, and that left before anybody asked them."""
     left = [attempt for attempt in attempts if attempt.turn > 0] + [*shadows]
     return [attempt.arm for attempt in left if attempt.outcome in (Outcome.AWAY, Outcome.ABSENT)]
+
+
+def _tells_sequences(event: LoggedEvent) -> bool:
+    decision = event.decision
+    told = [attempt for attempt in decision.attempts if attempt.outcome in ASKED]
+    return decision.n > 1 and event.feedback.value >= 0 and all(one.outcome is Outcome.ANSWERED for one in told)
+
+
+def _first_chance(decision: StoredDecision) -> float:
+    """Probability of the arm that was asked first, among those that could be."""
+    if asks_everyone(decision):
+        return 1.0
+    gone, arm = excluded(decision.attempts, 0), _first_arm(decision.attempts)
+    if not gone:
+        return decision.propensities[arm]
+    floors = np.array(decision.floors or [0.0] * len(decision.means))
+    return propensity_without(np.array(decision.means), np.array(decision.sds), floors, gone, arm)
+
+
+def _closed(attempts: Sequence[Attempt]) -> list[int]:
+    """Return the arms that could not be asked at some turn."""
+    return [attempt.arm for attempt in attempts if attempt.outcome in (Outcome.AWAY, Outcome.ABSENT)]
 
 
 def _matrix(rows: Sequence[Sequence[float]], k: int) -> NDArray[np.float64]:

@@ -71,6 +71,7 @@ def arrow_schema(header: Header) -> Any:
         pa.field("propensities", doubles, nullable=False),
         pa.field("means", doubles, nullable=False),
         pa.field("sds", doubles, nullable=False),
+        pa.field("floors", doubles, nullable=False),
         pa.field("attempts", pa.list_(_ATTEMPT), nullable=False),
         pa.field("shadows", pa.list_(_ATTEMPT)),
         pa.field("sticky", pa.string(), nullable=False),

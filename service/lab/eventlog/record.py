@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 from router_core.attempts import Attempt, Outcome, answers
@@ -102,7 +103,7 @@ class LoggedEvent:
         decision: all that was stored of it.
         feedback: kind and raw value.
         learned: (arm, reward) of every scorer that the fold learns about from this event. Empty while a loss signal
-            warms up, and where it cannot be told (`Header.exact_rewards`).
+            warms up, for a preference about a single response, and where it cannot be told (`Header.exact_rewards`).
     """
 
     event_id: str
@@ -165,10 +166,10 @@ class RewardFollower:
     def learned(self, decision_id: str, decision: StoredDecision, feedback: Feedback) -> tuple[tuple[int, float], ...]:
         """Return (arm, reward) of what the fold learns, in its order; the statistics move on."""
         event = event_from(decision_id, decision, feedback)
-        told = [(event.arm, event.offset, event.verdict)] if event.arm != NO_ARM else []
+        told = [(event.arm, event.offset, event.credit)] if event.arm != NO_ARM else []
         out = []
-        for arm, offset, verdict in [*told, *sorted(event.shadows)]:
-            reward = self._signal.observe(arm, feedback, verdict=verdict, offset=offset)
+        for arm, offset, credit in [*told, *sorted(event.shadows, key=itemgetter(0))]:
+            reward = self._signal.observe(arm, feedback, credit=credit, offset=offset)
             if reward is not None and self._header.exact_rewards:
                 out.append((arm, reward))
         return tuple(out)

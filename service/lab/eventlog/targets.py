@@ -5,22 +5,35 @@ Knows the log, its run's checkpoint and policies. Called by the command `ope`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from router_core.attempts import ASKED
 from router_core.checkpoint import Checkpoint
+from router_core.combine import STACKED, Combination, budget_of, relative_prices, surcharges
 from router_core.errors import UnknownPolicyError
-from router_core.ope import LoggedData, fixed_policy, softmax_policy
-from router_core.policies import BayesianPolicy, OfflinePolicy, make_policy
+from router_core.ope import (
+    LoggedData,
+    SequenceLog,
+    Sequencer,
+    available_propensities,
+    fixed_policy,
+    softmax_policy,
+)
+from router_core.policies import BayesianPolicy, CombinedPolicy, OfflinePolicy, make_policy
 from router_core.posterior import FoldSettings, Posterior, fold, start
 from router_core.prior import Prior, PriorForm, no_prior
+from router_core.records import Signal
 from service.errors import ConfigurationError
-from service.lab.eventlog.load import EventLog, fold_events
+from service.lab.eventlog.load import EventLog, fold_events, sequence_log
 from service.lab.eventlog.record import Header
 from service.priors import build_prior
 from service.settings import Settings
+from service.usecases.decisions import StoredDecision
 
 Array = NDArray[np.float64]
 
@@ -56,11 +69,43 @@ class Targets:
         part = slice(first, None)
         return first, fixed_policy(policy, whole.x[part], whole.available[part], posterior)
 
+    def sequences(self, name: str) -> tuple[SequenceLog, Sequencer]:
+        """The log as sequences of arms, and what `stacked` or `cascade:B` would ask there.
+
+        A cascade is judged as it is at the start of a run: its posterior is the offline stage's, its multiplier the one
+        that training pairs set for the budget, at the prices in the log.
+
+        Raises:
+            ConfigurationError: no checkpoint, one without learned votes, or feedback that says nothing of verdicts.
+        """
+        if self._log.header.signal is not Signal.PREFERENCE:
+            raise ConfigurationError(
+                f"policy {name!r} with signal {self._log.header.signal.value!r}: only a preference says whether a "
+                "verdict is right that nobody gave; evaluate policies of one call, or log preferences"
+            )
+        posterior = self._offline(name, PriorForm.CALIBRATED)
+        assert self._checkpoint is not None
+        if self._checkpoint.combination is None:
+            raise ConfigurationError(f"policy {name!r}: the checkpoint holds no learned votes; train with more pairs")
+        combination = self._checkpoint.combination.priced(logged_prices(self._log))
+        log, kept = sequence_log(self._log)
+        if not len(log):
+            raise ConfigurationError(f"policy {name!r}: no decision of the log tells what a sequence of calls earns")
+        decisions = [self._log.events[index].decision for index in kept]
+        log = replace(log, logger=_logger(decisions, log, combination))
+        x = np.frombuffer(b"".join([decision.x for decision in decisions]), "<f4").reshape(len(log), -1)
+        offsets = posterior.prior.offsets(x)
+        if name == STACKED:
+            return log, Sequencer(combination, offsets, np.zeros_like(offsets), np.zeros(len(log)), everyone=True)
+        multiplier = combination.multiplier(budget_of(name))
+        policy = CombinedPolicy(name, combination).at(multiplier)
+        first = fixed_policy(policy, x, log.there, posterior)
+        return log, Sequencer(combination, offsets, first, np.full(len(log), multiplier))
+
     def _start(self, name: str, form: PriorForm | None) -> Posterior:
         """The posterior at the beginning of a run with that prior form, or with the run's own."""
-        fingerprint = self._log.header.fingerprint
-        block, refresh, tolerance = fingerprint["fold"]
-        return start(self._prior(name, form or self._log.header.form), FoldSettings(block, refresh, tolerance))
+        settings = FoldSettings(*self._log.header.fingerprint["fold"])
+        return start(self._prior(name, form or self._log.header.form), settings)
 
     def _offline(self, name: str, form: PriorForm | None) -> Posterior:
         """What the offline stage knew. A run that started from nothing may still have had a checkpoint's encoder."""
@@ -81,12 +126,48 @@ class Targets:
         given: dict[str, object] = {"signal": header.signal}
         if form is header.form and form is not PriorForm.LINUCB:
             given |= dict(zip(("lambda0", "sigma2", "gamma", "adapt"), header.fingerprint["hyper"], strict=False))
-            given["lambda_novel"] = header.fingerprint.get("lambda_novel", 0.0)
+            given |= {name: header.fingerprint.get(name, 0.0) for name in ("lambda_novel", "alarm_rate")}
         if form in _OFFLINE_FORMS and self._checkpoint is None:
             raise ConfigurationError(
                 f"policy {name!r} starts from the prior {form.value!r}, which a checkpoint holds: give --checkpoint"
             )
         return build_prior(Settings.model_validate(given), self._checkpoint, len(header.pool), header.dim, form)
+
+
+def logged_prices(log: EventLog) -> Array:
+    """(K,) prices in units of the cheapest, as the attempts say; 1 for an arm that was never asked."""
+    prices = dict.fromkeys(range(len(log.header.pool)), 1.0)
+    for event in log.events:
+        for attempt in (*event.decision.attempts, *(event.decision.shadows or ())):
+            if attempt.price > 0.0:
+                prices[attempt.arm] = attempt.price
+    return relative_prices(list(prices.values()))
+
+
+def _logger(decisions: Sequence[StoredDecision], log: SequenceLog, combination: Combination) -> Sequencer | None:
+    """The logging policies as they believed at each decision; None where two arms were asked at once."""
+    if any(_at_once(decision) for decision in decisions):
+        return None
+    K = combination.votes.n_arms
+    means, sds, propensities = (
+        np.array([getattr(decision, field) for decision in decisions], dtype=np.float64).reshape(len(log), K)
+        for field in ("means", "sds", "propensities")
+    )
+    floors = np.array([decision.floors or [0.0] * K for decision in decisions]).reshape(len(log), K)
+    multipliers = np.array([decision.multiplier or np.inf for decision in decisions])
+    paid = np.where(np.isfinite(multipliers), multipliers, 0.0)[:, None]
+    return Sequencer(
+        combination,
+        means + paid * surcharges(combination.costs, 1.0),
+        available_propensities(propensities, means, sds, floors, log.there),
+        multipliers,
+        max_calls=max(len(decision.attempts) for decision in decisions),
+    )
+
+
+def _at_once(decision: StoredDecision) -> bool:
+    turns = [attempt.turn for attempt in decision.attempts if attempt.outcome in ASKED]
+    return bool(decision.multiplier) and len(set(turns)) < len(turns)
 
 
 def load_checkpoint(directory: Path | None, header: Header) -> Checkpoint | None:

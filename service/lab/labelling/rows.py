@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from router_core.records import TIE, Instance, verdict_of
+from router_core.records import TIE, Instance, correctness, verdict_of
 from router_core.rows import Row, judgement
 from service.lab.labelling.ask import reason_kind
 from service.lab.labelling.journal import Answer, content_key
@@ -113,7 +113,7 @@ def _summary(known: Known, model: str) -> dict[str, Any]:
         if verdict is not None:
             scored += 1
             if row.label is not None and row.label != TIE:
-                right.append(0.5 if verdict == TIE else float(verdict == row.label))
+                right.append(correctness(verdict, scores, len(row.instance.responses), row.label))
         elif answer is not None and answer.reason is not None:
             reasons[reason_kind(answer.reason)] += 1
     return {"scored": scored, "missing": dict(reasons), "accuracy": sum(right) / len(right) if right else None}

@@ -151,7 +151,7 @@ class JudgeScorer:
         limits = RequestLimits(
             config.name, "judge", config.attempt_timeout_seconds, config.max_attempts, config.requests_per_minute
         )
-        self._requester = Requester(limits, self.replicas)
+        self._requester = Requester(limits, self.replicas, clock)
         self.style = Style.BRACKETS if config.verdict == "text" else Style.LETTER
         self.secret = secret if secret is not None else secrets.token_bytes(32)
         self.tally = Tally()
@@ -334,7 +334,7 @@ class JudgeScorer:
         while True:
             try:
                 async with slots:
-                    return await self._requester.ask(self.dialogue, body, 1, deadline, alone=True)
+                    return await self._requester.ask(self.dialogue, body, [body], deadline, alone=True)
             except WorkerUnavailableError:
                 rest = min((one.rest_seconds for one in self.replicas if one.breaker.allows), default=0.0)
                 if not 0.0 < rest < deadline - loop.time():

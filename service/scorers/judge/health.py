@@ -21,8 +21,9 @@ from service.scorers.judge.verdicts import VerdictError
 from service.scorers.judge.wire import CHAT_PATH
 from service.scorers.requests import AnswerError
 from service.scorers.transport.breaker import BreakerState
+from service.scorers.transport.exchange import RETRIED_STATUSES
 from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
-from service.scorers.transport.replica import RETRIED_STATUSES, Replica
+from service.scorers.transport.replica import Replica
 from service.scorers.wire import MODELS_PATH, ModelList, error_message
 
 KNOWN: Final = Instance(

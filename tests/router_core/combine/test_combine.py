@@ -67,10 +67,10 @@ def test_independent_arms_add_their_log_odds() -> None:
 
 
 def test_an_arm_that_guesses_among_three_says_nothing() -> None:
-    p = naive(1).probabilities(np.array([[1 / 3]]), answers([[2]], n=3))
+    p = naive(1).probabilities(np.array([[1 / 2]]), answers([[2]], n=3))
     assert p[0] == pytest.approx([1 / 3, 1 / 3, 1 / 3], abs=1e-3)
     p = naive(1).probabilities(np.array([[0.8]]), answers([[2]], n=3))
-    assert p[0] == pytest.approx([0.1, 0.1, 0.8])
+    assert p[0] == pytest.approx([1 / 6, 1 / 6, 4 / 6])  # odds 4 against each other response
 
 
 def test_ties_and_abstentions_have_no_vote() -> None:

@@ -180,9 +180,13 @@ def test_an_arm_that_was_not_available_is_not_asked_of_the_target() -> None:
 def test_propensities_of_partial_pools_are_those_among_the_arms_that_were_left() -> None:
     means, sds = np.zeros((2, 3)), np.ones((2, 3))
     logged = np.array([[0.5, 0.3, 0.2], [1 / 3, 1 / 3, 1 / 3]])
-    left = available_propensities(logged, means, sds, np.array([[True] * 3, [True, False, True]]))
+    available = np.array([[True] * 3, [True, False, True]])
+    left = available_propensities(logged, means, sds, np.zeros((2, 3)), available)
     assert left[0].tolist() == logged[0].tolist()
     assert left[1] == pytest.approx([0.5, 0.0, 0.5])
+    floors = np.array([[0.03, 0.06, 0.01]] * 2)
+    left = available_propensities(logged, means, sds, floors, available)
+    assert left[1] == pytest.approx([0.9 * 0.5 + 0.1 * 0.75, 0.0, 0.9 * 0.5 + 0.1 * 0.25])
 
 
 def test_shadowed_instances_give_a_deterministic_log_support() -> None:

@@ -32,7 +32,7 @@ def test_without_its_best_arm_offline_takes_the_next_and_a_single_has_none() -> 
 
 
 def test_a_posterior_gives_the_probabilities_of_its_draws() -> None:
-    event = Event(0, X[0].tobytes(), 0.9, 1, Feedback(Signal.PREFERENCE, 0.0))
+    event = Event(0, X[0].tobytes(), 0.9, 0.0, Feedback(Signal.PREFERENCE, 0.0))
     learned = fold(POSTERIOR, [event] * 3)
     policy = make_policy("bayesian", POOL)
     pi = fixed_policy(policy, X[:1], ALL[:1], learned)

@@ -99,9 +99,12 @@ def test_first_choice_is_the_head_of_draws_ranking_ties_included() -> None:
     means = rng.integers(0, 3, size=(500, 4)).astype(float)
     means[::7, 1] = -np.inf
     sds = np.where(rng.random((500, 4)) < 0.5, 0.0, 0.3)
-    noise = np.random.default_rng(9).standard_normal(means.shape)
-    beliefs = Beliefs(means, sds)
-    assert first_choice(beliefs, noise).tolist() == draw(beliefs, np.random.default_rng(9)).ranking[:, 0].tolist()
+    rng = np.random.default_rng(9)
+    noise, uniforms = rng.standard_normal(means.shape), rng.random((500, 5))
+    for floors in (None, np.full(means.shape, 0.1)):
+        beliefs = Beliefs(means, sds, floors)
+        drawn = draw(beliefs, np.random.default_rng(9)).ranking[:, 0]
+        assert first_choice(beliefs, noise, uniforms).tolist() == drawn.tolist()
 
 
 @pytest.mark.parametrize("name", ["random", "offline", "single:b"])
@@ -126,9 +129,10 @@ def by_hand(table: Table, x: np.ndarray, scenario: Scenario, seed: int) -> list[
             state = fold(state, [event])
         waiting = [entry for entry in waiting if entry[0] >= step]
         beliefs = policy.beliefs(x[i : i + 1], offsets[i : i + 1], state)
-        arm = int(first_choice(beliefs, plan.noise[step : step + 1])[0])
+        at = slice(step, step + 1)
+        arm = int(first_choice(beliefs, plan.noise[at], plan.uniforms[at])[0])
         feedback = Feedback(Signal.PREFERENCE, float(table.labels[i]))
-        event = Event(arm, x[i].tobytes(), float(offsets[i, arm]), int(table.verdicts[i, arm]), feedback)
+        event = Event(arm, x[i].tobytes(), float(offsets[i, arm]), float(table.credit[i, arm]), feedback)
         waiting.append((int(plan.due[step]), step, event))
         asked.append(arm)
     return asked

@@ -196,3 +196,29 @@ def test_the_rows_that_are_named_are_shown_and_others_refused(files: tuple[Path,
     refused = CliRunner().invoke(app, ["evaluate", "--train", str(files[0]), "--policies", "cascade:0.5"])
     assert refused.exit_code != 0
     assert "at least 1" in str(refused.exception)
+
+
+def test_prices_count_in_every_row_and_change_whom_a_cascade_asks(files: tuple[Path, Path]) -> None:
+    wanted = ("--train", files[0], "--test", files[1], "--no-ablations")
+    equal, dear = document(*wanted)["policies"], document(*wanted, "--price", "coder=4")["policies"]
+    assert (dear["single:coder"]["price_per_instance"], dear["majority"]["price_per_instance"]) == (4.0, 5.0)
+    assert dear["random"]["price_per_instance"] == 2.5
+    assert dear["stacked"]["price_per_instance"] == 5.0
+    assert dear["stacked"]["accuracy"] == equal["stacked"]["accuracy"]
+    # Routing asks as ever, and pays; a cascade keeps to its budget.
+    assert dear["offline"]["accuracy"] == equal["offline"]["accuracy"]
+    assert dear["offline"]["price_per_instance"] > 2.0
+    assert dear["cascade:1.5"]["price_per_instance"] < 2.0
+    result = evaluate(*wanted, "--price", "nobody=2")
+    assert result.exit_code == 2
+    assert "NAME=PRICE" in result.output
+
+
+def test_a_replay_paces_its_budget_in_price(files: tuple[Path, Path]) -> None:
+    words = ["replay", str(files[1]), "--train", str(files[0]), "--encoder", "surface", "--seeds", "1", "--json", "-"]
+    result = CliRunner().invoke(app, [*words, "--policies", "cascade:2,single:coder,majority", "--price", "coder=4"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    rows = json.loads(result.stdout)["policies"]
+    assert rows["single:coder"]["price_per_instance"] == 4.0
+    assert rows["majority"]["price_per_instance"] == 5.0
+    assert rows["cascade:2"]["price_per_instance"] < 3.0

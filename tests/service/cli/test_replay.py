@@ -62,7 +62,7 @@ def test_the_document_has_todays_keys_and_the_new_ones(data: Path, checkpoint: P
         "bayesian:paper", "bayesian",
     }  # fmt: skip
     for row in found["policies"].values():
-        assert set(row) == {"accuracy", "ci95", "calls_per_instance", "regret"}
+        assert set(row) == {"accuracy", "ci95", "calls_per_instance", "price_per_instance", "regret"}
         assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
         assert row["regret"] == pytest.approx(found["oracle"] - row["accuracy"])
     assert set(found["best_single"]) == {"model", "accuracy"}
@@ -237,7 +237,13 @@ class FakeGateway:
             return {}
         items = body["items"] if path == "/reward/batch" else [body]
         replies = [
-            {"decision_id": item["prompt"], "model": POOL[0], "preferred": 0 if i % 2 else None}
+            {
+                "decision_id": item["prompt"],
+                "model": POOL[0],
+                "preferred": 0 if i % 2 else None,
+                "attempts": [{"outcome": "answered"}],
+                "price": 1.0,
+            }
             for i, item in enumerate(items)
         ]
         return {"results": replies} if path == "/reward/batch" else replies[0]

@@ -14,6 +14,7 @@ from router_core.combine import Answers
 from service.cli.ope import evaluate_log
 from service.lab.eventlog.export import export_log
 from service.lab.eventlog.load import load_log, logged_data
+from service.lab.eventlog.targets import load_checkpoint
 from service.stores.redis import RedisStore
 from tests.support.gateway import Gateway, open_gateway, pair
 from tests.support.votes import MODELS, OFFSETS, VOTES, checkpoint
@@ -166,12 +167,17 @@ async def test_a_log_of_cascades_says_what_each_rm_would_have_earned_alone(
     valkey_server: ValkeyProcess, tmp_path: Path
 ) -> None:
     path, encoder = checkpoint(tmp_path, VOTES)
+    right: list[float] = []
+    calls: list[int] = []
     async with open_gateway(
         valkey_server.url, models=MODELS, encoder=encoder, checkpoint=path, run="logged-cascades", seed=0
     ) as gateway:
         gateway.arm("rm-c").score_of = lambda _, response: -float(len(response))
         for index in range(80):
             reply = await asked(gateway, index, policy="cascade:2" if index % 2 else "stacked")
+            if index % 2:
+                right.append(float(reply["preferred"] == 1))
+                calls.append(len(reply["attempts"]))
             await gateway.client.ok("/feedback", {"decision_id": reply["decision_id"], "preferred": 1})
         store = RedisStore(valkey_server.url, window_seconds=60)
         await export_log(store, gateway.run, tmp_path / "log.parquet")
@@ -184,6 +190,13 @@ async def test_a_log_of_cascades_says_what_each_rm_would_have_earned_alone(
     values = evaluate_log(log, ["single:rm-a", "random"], None)["policies"]
     low, high = values["single:rm-a"]["snips"]["ci95"]
     assert low <= 1.0 <= high + 1e-9
+    # What the cascades were, at the start.
+    values = evaluate_log(log, ["cascade:2", "stacked"], load_checkpoint(path, log.header))["policies"]
+    low, high = values["cascade:2"]["snips"]["ci95"]
+    assert low <= np.mean(right) <= high
+    assert values["cascade:2"]["calls"] == pytest.approx(np.mean(calls), abs=0.4)
+    # Of asking everyone the cascades' decisions, half of the log, say nothing.
+    assert values["stacked"]["problem"].startswith("50.0% of what the target would have asked")
 
 
 async def test_an_opinion_that_comes_too_late_costs_nobody_the_first_answer(

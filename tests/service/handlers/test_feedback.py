@@ -38,9 +38,25 @@ async def test_a_feedback_is_in_the_log_once_it_is_acknowledged(gateway: Gateway
     reply = await gateway.client.ok("/feedback", {"decision_id": decision_id, "preferred": 1})
     assert (reply["decision_id"], reply["duplicate"]) == (decision_id, False)
     (event,) = gateway.events()
-    assert (event.decision_id, event.feedback.value, event.verdict) == (decision_id, 1.0, 1)
+    assert (event.decision_id, event.feedback.value, event.credit) == (decision_id, 1.0, 1.0)
     learned = await gateway.learned(1)
     assert learned["last_event_id"] == reply["event_id"]
+
+
+async def test_a_constant_rm_earns_half_among_four(gateway: Gateway) -> None:
+    gateway.arm("rm-a").score_of = lambda _, response: 1.0
+    for name in ("rm-a", "rm-b"):
+        body = {"prompt": "p", "responses": ["a", "bbb", "cc", "dddd"], "policy": f"single:{name}"}
+        decision_id = (await gateway.client.ok("/reward", body))["decision_id"]
+        await gateway.client.ok("/feedback", {"decision_id": decision_id, "preferred": 1})
+    assert [event.credit for event in gateway.events()] == pytest.approx([0.5, 2 / 3])
+
+
+async def test_a_preference_about_one_response_teaches_nothing(gateway: Gateway) -> None:
+    reply = await gateway.client.ok("/reward", {"prompt": "p", "responses": ["a"]})
+    await gateway.client.ok("/feedback", {"decision_id": reply["decision_id"], "preferred": 0})
+    learned = await gateway.learned(1)
+    assert all(model["mean_norm"] == 0 and model["mean_reward"] is None for model in learned["models"])
 
 
 async def test_the_same_feedback_again_is_a_duplicate_that_changes_nothing(gateway: Gateway) -> None:

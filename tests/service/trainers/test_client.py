@@ -486,10 +486,10 @@ def test_the_key_is_not_printed() -> None:
     ("prompt", "responses", "words"),
     [
         (None, ("a",), "prompt is None: give its text"),
-        ([{"role": "user", "content": "p"}], ("a",), r"prompt is \[.*prompt_text makes one"),
+        ([{"content": "p"}], ("a",), r"prompt\[0\] has no role"),
         ("p", ("a", None), r"responses\[1\] is None: give its text"),
     ],
 )
-def test_an_instance_is_text(prompt: Any, responses: Any, words: str) -> None:
+def test_an_instance_is_texts_or_messages(prompt: Any, responses: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         RewardItem(prompt, responses)

@@ -17,7 +17,7 @@ import redis
 from router_core.attempts import Attempt, Outcome
 from router_core.posterior import FoldSettings, Posterior
 from router_core.prior import NONE_HYPERPARAMETERS, Prior, no_prior
-from router_core.records import Event, Feedback, Signal
+from router_core.records import Event, Feedback, Signal, credit
 from service.errors import NotReadyError
 from service.stores.ids import new_decision_id
 from service.stores.protocol import DecisionRecord, FeedbackRecord, LogEntry, RunIdentity
@@ -90,7 +90,7 @@ class Stage:
 
     def answer(self, arm: int) -> Attempt:
         """An RM's answer with any verdict."""
-        return Attempt(arm, 0, Outcome.ANSWERED, rewards=[0.0, 0.0], verdict=int(self.rng.integers(-1, 2)))
+        return Attempt(arm, 0, Outcome.ANSWERED, rewards=self.rng.integers(2, size=2).astype(float).tolist())
 
     async def append(self, number: int) -> None:
         """So many events at the end of the log."""
@@ -111,16 +111,18 @@ class Stage:
             decisions.append(DecisionRecord(decision_id, encode_decision(stored)))
             given = Feedback(self.signal, value)
             feedback.append(FeedbackRecord(encode_feedback(given), decision_id=decision_id))
-            told = [(it.arm, stored.offsets[it.arm], it.verdict) for it in stored.heard if it.arm != arm]
+            compared = self.signal is Signal.PREFERENCE
+            heard = {it.arm: credit(it.rewards, int(value)) for it in stored.heard} if compared else {}
+            told = [(it, stored.offsets[it], heard[it]) for it in heard if it != arm]
             self.appended.append(
                 Event(
                     arm,
                     stored.x,
                     0.0 if arm < 0 else stored.offsets[arm],
-                    stored.verdict,
+                    heard.get(arm),
                     given,
                     decision_id,
-                    tuple(told) if self.signal is Signal.PREFERENCE else (),
+                    tuple(told),
                 )
             )
         await self.store.save_decisions(self.run, decisions)
