@@ -6,6 +6,7 @@ from typing import Final
 
 import numpy as np
 
+from service.errors import ConfigurationError
 from service.scorers.health import HealthPolicy, ReplicaMonitor
 from service.scorers.judge.client import JudgeConfig, JudgeScorer
 from service.scorers.judge.dialogue import ChatOptions
@@ -22,8 +23,13 @@ def build_judge(entry: JudgeEntry, settings: Settings) -> JudgeScorer:
     """Return the client of a judge's servers. The caller closes it.
 
     Raises:
-        ConfigurationError: the rubric, a URL or the key cannot be used.
+        ConfigurationError: no `urls`, or the rubric, a URL or the key cannot be used.
     """
+    if not entry.urls:
+        raise ConfigurationError(
+            f"judge {entry.name!r} has no `urls` in the pool file: say where it is served, or let `reward-router up` "
+            "start it"
+        )
     timeout = entry.timeout_seconds or TIMEOUT_SECONDS
     # Each has a seed of its own, so that the scorers of a pool are not checked all at once.
     seed = None if settings.seed is None else [settings.seed, *entry.name.encode()]
@@ -33,7 +39,7 @@ def build_judge(entry: JudgeEntry, settings: Settings) -> JudgeScorer:
             name=entry.name,
             urls=entry.urls,
             options=ChatOptions(
-                entry.model, entry.max_tokens, entry.temperature, entry.label_mass, entry.extra_body or None
+                entry.served, entry.max_tokens, entry.temperature, entry.label_mass, entry.extra_body or None
             ),
             rubric=load_rubric(entry.rubric),
             mode=entry.mode,

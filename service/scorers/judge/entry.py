@@ -24,10 +24,14 @@ RESERVED_FIELDS = {
 
 
 class JudgeEntry(ScorerEntry):
-    """A judge; docs/judges.md describes it."""
+    """A judge; docs/judges.md describes it.
+
+    `path` is a directory that `up` serves on the CPU; with `urls` the judge is served elsewhere, as `model`.
+    """
 
     kind: Literal["judge"]
-    model: str = Field(min_length=1)
+    model: str | None = Field(default=None, min_length=1)
+    path: Path | None = None
     rubric: str = Field(default="helpfulness", min_length=1)
     mode: Mode = Mode.PAIRWISE
     verdict: Literal["auto", "logprobs", "text"] = "auto"
@@ -37,6 +41,11 @@ class JudgeEntry(ScorerEntry):
     label_mass: float = Field(default=LABEL_MASS, gt=0.0, le=1.0)
     extra_body: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def served(self) -> str:
+        """The servers' name for the model."""
+        return self.model or self.name
+
     @field_validator("urls")
     @classmethod
     def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -45,11 +54,13 @@ class JudgeEntry(ScorerEntry):
 
     @model_validator(mode="after")
     def _askable(self) -> JudgeEntry:
-        if not self.urls:
+        if not self.urls and self.path is None:
             raise ValueError(
-                f"judge {self.name!r} has no `urls`: say where an OpenAI-compatible server has its model, for example "
-                "http://127.0.0.1:8000"
+                f"judge {self.name!r} has no `urls` and no `path`: say where an OpenAI-compatible server has it, "
+                "for example http://127.0.0.1:8000, or name the directory of a small one, which `up` serves on the CPU"
             )
+        if self.urls and self.model is None and self.path is None:
+            raise ValueError(f"judge {self.name!r} has no `model`: give the server's name for it (GET /v1/models)")
         for field in self.extra_body:
             if field in RESERVED_FIELDS:
                 raise ValueError(f"judge {self.name!r}: extra_body holds {field}; use {RESERVED_FIELDS[field]}")
@@ -57,8 +68,10 @@ class JudgeEntry(ScorerEntry):
 
     @classmethod
     def resolved(cls, fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-        """Make the path of a rubric absolute; see `ScorerEntry.resolved`."""
+        """Make the paths of a rubric and of a model absolute; see `ScorerEntry.resolved`."""
         out = dict(fields)
+        if isinstance(out.get("path"), str):
+            out["path"] = os.path.normpath((folder / out["path"]).absolute())
         rubric = out.get("rubric")
         if isinstance(rubric, str) and rubric not in BUILT_IN:
             out["rubric"] = os.path.normpath((folder / rubric).absolute())

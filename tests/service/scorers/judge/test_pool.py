@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from service.cli.launch import plan_workers
 from service.errors import ConfigurationError
 from service.pool import PoolFile, dump_pool, load_pool
 from service.scorers.judge.client import JudgeScorer
@@ -65,8 +66,8 @@ async def test_an_own_rubric_is_found_beside_the_pool_file(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ("model: m", "judge 'j' has no `urls`"),
-        ("urls: ['http://h:1']", "models.0.judge.model"),
+        ("model: m", "judge 'j' has no `urls` and no `path`"),
+        ("urls: ['http://h:1']", "judge 'j' has no `model`"),
         ("urls: ['http://h:1'], model: m, mode: listwise", "'pairwise' or 'pointwise'"),
         ("urls: ['http://h:1'], model: m, extra_body: {logprobs: false}", "extra_body holds logprobs; use `verdict`"),
         ("urls: ['http://h:1'], model: m, label_mass: 2", "less than or equal to 1"),
@@ -76,6 +77,20 @@ def test_what_cannot_be_is_one_sentence(tmp_path: Path, fields: str, sentence: s
     with pytest.raises(ConfigurationError) as raised:
         load(tmp_path, fields)
     assert sentence in str(raised.value)
+
+
+async def test_a_judge_of_a_directory_is_started_by_up(tmp_path: Path) -> None:
+    pool = load(tmp_path, "path: models/tiny")
+    (start,) = plan_workers(pool, iter(range(8120, 8130)).__next__)
+    words = f"worker --judge {tmp_path / 'models/tiny'} --name j --port 8120"
+    assert " ".join(start.command).endswith(words)
+    with pytest.raises(ConfigurationError, match="let `reward-router up` start it"):
+        build_scorer(pool.models[0], Settings(), pool)
+    placed = pool.model_copy(update={"models": (pool.models[0].served_at([start.url]),)})
+    judge = build_scorer(placed.models[0], Settings(), placed)
+    assert isinstance(judge, JudgeScorer)
+    assert judge.config.options.model == "j"
+    await judge.close()
 
 
 async def test_a_rubric_that_is_not_there_is_said_at_the_start(tmp_path: Path) -> None:
