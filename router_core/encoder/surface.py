@@ -1,4 +1,5 @@
-"""What a text looks like, in a dozen counts: length, lines, digits, code punctuation, repetition.
+"""What a text looks like, in a dozen counts: length, lines, digits, code punctuation, repetition; and of a response how
+it is laid out.
 
 Knows characters and nothing of meaning; numpy only. On recorded verdicts of real reward models these counts of prompt
 and response say as much about which of them is right as a sentence embedding does (docs/experiments.md), for some
@@ -7,6 +8,7 @@ tens of microseconds. Loaded by `encoder.registry` as `surface`, and as a part o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,6 +38,22 @@ FEATURES: tuple[str, ...] = (
     "distinct words per word",
 )
 """The columns for one text, in order; a conversation has them for the prompt, then for the response."""
+LAYOUT: tuple[str, ...] = (
+    "log list items",
+    "log bold marks",
+    "log words per sentence",
+    "first person per word",
+    "declines or apologises",
+    "has a code block",
+)
+"""Further columns for the response: how it is laid out and whom it speaks of."""
+OPENING_CHARACTERS = 300
+"""Where a response that declines says so."""
+
+_LIST_ITEM = re.compile(r"\n[ \t]*(?:[-*•]|\d+[.)])\s")
+_SENTENCE_ENDS = (". ", ".\n", "! ", "!\n", "? ", "?\n")
+_FIRST_PERSON = ("I", "my", "me", "I'm", "I've")
+_DECLINES = ("as an ai", "sorry", "cannot", "can't", "unable to")
 
 
 def _class_matrix() -> NDArray[np.float32]:
@@ -47,7 +65,7 @@ def _class_matrix() -> NDArray[np.float32]:
 
 
 class SurfaceBackbone:
-    """Surface counts of prompt and response: (N, 22). Holds only constants, so any thread may call it."""
+    """Surface counts of prompt and response: (N, 28). Holds only constants, so any thread may call it."""
 
     def __init__(self) -> None:
         self._classes = _class_matrix()
@@ -59,8 +77,8 @@ class SurfaceBackbone:
 
     @property
     def dim(self) -> int:
-        """Twice the number of features of one text."""
-        return 2 * len(FEATURES)
+        """Twice the number of features of one text, and the layout's."""
+        return 2 * len(FEATURES) + len(LAYOUT)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -68,16 +86,17 @@ class SurfaceBackbone:
         return (Block(self.dim, dense=False),)
 
     def embed(self, conversations: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
-        """Features of the prompt, then of the response; each distinct prompt is measured once."""
+        """Features of the prompt, of the response, and its layout; each distinct prompt is measured once."""
         width = len(FEATURES)
-        out = np.empty((len(conversations), 2 * width), dtype=np.float32)
+        out = np.empty((len(conversations), self.dim), dtype=np.float32)
         prompts: dict[str, NDArray[np.float32]] = {}
         for row, (prompt, response) in zip(out, conversations, strict=True):
             seen = prompts.get(prompt)
             if seen is None:
                 seen = prompts[prompt] = self.measure(prompt)
             row[:width] = seen
-            row[width:] = self.measure(response)
+            row[width : 2 * width] = self.measure(response)
+            row[2 * width :] = layout(response)
         return out
 
     def measure(self, text: str) -> NDArray[np.float32]:
@@ -92,3 +111,18 @@ class SurfaceBackbone:
         out[9] = float(text.isascii())
         out[10] = len(set(words)) / max(len(words), 1)
         return out
+
+
+def layout(text: str) -> NDArray[np.float32]:
+    """The layout of one response, (len(LAYOUT),) float32; all zero where it has no word."""
+    words = text.split()
+    out = np.zeros(len(LAYOUT), dtype=np.float32)
+    if words:
+        sentences = 1 + sum(map(text.count, _SENTENCE_ENDS))
+        items = len(_LIST_ITEM.findall("\n" + text))
+        opening = text[:OPENING_CHARACTERS].lower()
+        out[:3] = np.log1p((items, text.count("**"), len(words) / sentences))
+        out[3] = sum(map(words.count, _FIRST_PERSON)) / len(words)
+        out[4] = float(any(phrase in opening for phrase in _DECLINES))
+        out[5] = float("```" in text)
+    return out

@@ -1,5 +1,9 @@
 """Several small networks side by side on frozen encodings: how they are fitted, and how they become a fuse with heads.
 
+Half of them read the directions of the encodings, the others read the kinds of texts (`offline.kinds`) alone. The first
+find what is peculiar to the pool, the second what all RMs of the data say, with few weights; their mean is better than
+either (docs/experiments.md).
+
 Knows encodings and targets of one set of pairs; which pairs those are, when to stop and what comes of the predictions
 is the business of `offline.train`, which is the only caller besides `offline.finetune`.
 """
@@ -20,6 +24,7 @@ from router_core.encoder.base import Block
 from router_core.encoder.fuse import Fuse
 from router_core.errors import DatasetError
 from router_core.offline.calibrate import LEVEL
+from router_core.offline.kinds import fit_kinds
 from router_core.offline.losses import balanced_couples, bradley_terry, correctness_bce
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, Hyperparameters
 
@@ -41,6 +46,9 @@ class TrainConfig:
         d: directions kept of the members' outputs beside those that the heads read.
         context: directions of the low-rank context that the online stage learns over; small, because it explores them.
         members: independent fits side by side; their mean logits route.
+        kind_members: how many of them read kinds of texts instead of directions; 0 fits no kinds.
+        kinds: how many kinds at most.
+        kind_components: as `components`, for what the kinds are made of.
         member_dim: length of one member's unit vector.
         hidden: width of a member's hidden layer.
         components: leading directions kept of each dense block of the backbone, per branch.
@@ -60,6 +68,9 @@ class TrainConfig:
     d: int = 8
     context: int = 8
     members: int = 6
+    kind_members: int = 3
+    kinds: int = 2
+    kind_components: int = 8
     member_dim: int = 16
     hidden: int = 32
     components: int = 4
@@ -83,14 +94,20 @@ class TrainConfig:
 class _Network(nn.Module):
     """The trainable part of M members side by side: the fuse's two layers and both heads, M leading in every tensor."""
 
-    def __init__(self, p: int, base_rates: Tensor, config: TrainConfig, generator: torch.Generator) -> None:
+    reads: Tensor
+
+    def __init__(self, reads: Tensor, base_rates: Tensor, config: TrainConfig, generator: torch.Generator) -> None:
+        """`reads` (M, p, 1) is 1 where a member reads an input column, and 0 elsewhere."""
         super().__init__()
         M, K = config.members, len(base_rates)
+        self.register_buffer("reads", reads)
 
         def gaussian(rows: int, columns: int) -> nn.Parameter:
             return nn.Parameter(torch.randn(M, rows, columns, generator=generator) / rows**0.5)
 
-        self.w1, self.b1 = gaussian(p, config.hidden), nn.Parameter(torch.zeros(M, 1, config.hidden))
+        first = torch.randn(M, reads.shape[1], config.hidden, generator=generator) * reads
+        self.w1 = nn.Parameter(first / reads.sum(1, keepdim=True) ** 0.5)
+        self.b1 = nn.Parameter(torch.zeros(M, 1, config.hidden))
         self.w2, self.b2 = (
             gaussian(config.hidden, config.member_dim),
             nn.Parameter(torch.zeros(M, 1, config.member_dim)),
@@ -102,7 +119,7 @@ class _Network(nn.Module):
 
     def forward(self, u: Tensor, dropped: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """u (M, B, p) to Bradley-Terry scores (M, B, K) and correctness logits (M, B, K)."""
-        h = torch.tanh(_drop(u, dropped, generator) @ self.w1 + self.b1)
+        h = torch.tanh(_drop(u, dropped, generator) @ (self.w1 * self.reads) + self.b1)
         x = normalize(_drop(h, dropped, generator) @ self.w2 + self.b2, dim=2)
         return SCORE_SCALE * x @ normalize(self.arms, dim=1), SCORE_SCALE * x @ self.cls_weight + self.cls_bias
 
@@ -127,16 +144,30 @@ class MembersFit:
         blocks: Sequence[Block],
         config: TrainConfig,
         seed: int,
+        columns: NDArray[np.float64] | None = None,
     ) -> None:
+        """Start a fit.
+
+        Args:
+            z: (N, 2 * dim) of `two_branch`.
+            targets: (N, K) of the pool.
+            blocks: of the backbone.
+            config: of the fit.
+            seed: of weights, orders and dropout.
+            columns: (N, C) targets of every RM that the kinds are learned from; those of the pool if None.
+        """
         self._config = config
-        self._shift, self._projection = input_projection(z, blocks, config.components)
+        self._shift, directions = input_projection(z, blocks, config.components)
+        kinds = self._kinds(z, blocks, targets if columns is None else columns)
+        self._directions = directions.shape[1]
+        self._projection = np.hstack([directions, kinds])
         self._generator = torch.Generator().manual_seed(seed)
         self._u = self._inputs(z)
         self._y = torch.as_tensor(targets, dtype=torch.float32)
         self._couples = balanced_couples(self._y) if config.balanced else None
         asked = torch.isfinite(self._y).sum(0)
         base_rates = (torch.nan_to_num(self._y).sum(0) + 0.5) / (asked + 1)
-        self._network = _Network(self._u.shape[1], base_rates, config, self._generator)
+        self._network = _Network(self._reads(), base_rates, config, self._generator)
         self._average = {name: value.detach().clone() for name, value in self._network.named_parameters()}
         heads = ("arms", "cls_weight", "cls_bias", "b1", "b2")
         named = dict(self._network.named_parameters())
@@ -149,6 +180,25 @@ class MembersFit:
         )
         self._steps = 0
         self._batches = self._shuffled_batches()
+
+    def _kinds(
+        self, z: NDArray[np.float32], blocks: Sequence[Block], columns: NDArray[np.float64]
+    ) -> NDArray[np.float32]:
+        """Projection (2 * dim, r) on the kinds of texts."""
+        if not self._config.kind_members:
+            return np.zeros((z.shape[1], 0), dtype=np.float32)
+        shift, projection = input_projection(z, blocks, self._config.kind_components)
+        u = np.clip((z - shift) @ projection, -LIMIT, LIMIT)
+        return (projection @ fit_kinds(u, columns, self._config.kinds)).astype(np.float32)
+
+    def _reads(self) -> Tensor:
+        """(M, p, 1): which inputs each member reads; the directions, and the kinds for the last members."""
+        reads = torch.zeros(self._config.members, self._projection.shape[1], 1)
+        reads[:, : self._directions] = 1.0
+        if self._projection.shape[1] > self._directions and self._config.kind_members:
+            last = slice(self._config.members - self._config.kind_members, None)
+            reads[last] = 1.0 - reads[last]
+        return reads
 
     def _inputs(self, z: NDArray[np.float32]) -> Tensor:
         return torch.as_tensor(np.clip((z - self._shift) @ self._projection, -LIMIT, LIMIT))
@@ -195,6 +245,7 @@ class MembersFit:
         part stays), so that features keep their norm.
         """
         c, average = self._config, {name: value.numpy().copy() for name, value in self._average.items()}
+        average["w1"] *= self._network.reads.numpy()
         fuse = Fuse(
             shift=self._shift,
             projection=self._projection,
@@ -215,7 +266,9 @@ class MembersFit:
             "cls_weight": np.ascontiguousarray(SCORE_SCALE * (rotation.T @ weights).T, dtype=np.float32),
             "cls_bias": average["cls_bias"].mean(axis=(0, 1)),
         }
-        return replace(fuse, rotation=rotation.astype(np.float32), context=whitening(u, c.context)), heads
+        context = whitening(u[:, : self._directions], c.context)
+        context = np.pad(context, ((0, u.shape[1] - self._directions), (0, 0)))
+        return replace(fuse, rotation=rotation.astype(np.float32), context=context), heads
 
 
 def spanning(rows: NDArray[np.float64], wanted: NDArray[np.floating], more: int) -> NDArray[np.float64]:

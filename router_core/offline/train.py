@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from router_core.checkpoint import Checkpoint
 from router_core.combine import Multipliers, Practice, Votes
-from router_core.dataset import credit_matrix, grouped_folds, pairs_digest
+from router_core.dataset import credit_matrix, grouped_folds, pairs_digest, pool_names
 from router_core.encoder.base import Backbone
 from router_core.encoder.fuse import Fuse, two_branch
 from router_core.errors import DatasetError
@@ -102,9 +102,15 @@ def fit(
         raise DatasetError("pairs: there are none; training needs labelled pairs")
     correctness = credit_matrix(pairs, pool)
     z = pair_features(pairs, backbone) if features is None else features
-    targets = soft_targets(correctness, score_margins(pairs, pool), config.soft_share, config.soft_width)
+    targets = _targets(pairs, pool, config)
+    columns = _targets(pairs, pool_names(pairs), config)
     with torch_threads(1):
-        return _fit_checkpoint(pairs, pool, backbone, config, correctness, targets, z)
+        return _fit_checkpoint(pairs, pool, backbone, config, correctness, targets, columns, z)
+
+
+def _targets(pairs: Sequence[LabelledPair], names: Sequence[str], config: TrainConfig) -> NDArray[np.float64]:
+    correctness = credit_matrix(pairs, names)
+    return soft_targets(correctness, score_margins(pairs, names), config.soft_share, config.soft_width)
 
 
 def _fit_checkpoint(
@@ -114,6 +120,7 @@ def _fit_checkpoint(
     config: TrainConfig,
     correctness: NDArray[np.float64],
     targets: NDArray[np.float64],
+    columns: NDArray[np.float64],
     z: NDArray[np.float32],
 ) -> tuple[Checkpoint, HeldOut]:
     """Cross-fit to choose the epochs and to calibrate, then fit on everything."""
@@ -122,7 +129,9 @@ def _fit_checkpoint(
     folds = grouped_folds(pairs, config.folds, rng)
     steps = math.ceil(min(len(inside) for inside, _ in folds) / config.batch_size)
     for fold, (inside, outside) in enumerate(folds):
-        model = MembersFit(z[inside], targets[inside], backbone.blocks, config, seed=config.seed * 1000 + fold + 1)
+        model = MembersFit(
+            z[inside], targets[inside], backbone.blocks, config, config.seed * 1000 + fold + 1, columns[inside]
+        )
         for epoch in range(config.max_epochs):
             model.advance(steps)
             predicted[epoch][:, outside] = model.predict(z[outside])
@@ -130,7 +139,7 @@ def _fit_checkpoint(
     bt_scores, logits = predicted[epochs - 1]
     blend = config.blend if config.lambda_bt > 0 and config.lambda_cls > 0 else 0.0
     logits = _blended(bt_scores, logits, blend)
-    final = MembersFit(z, targets, backbone.blocks, config, seed=config.seed * 1000)
+    final = MembersFit(z, targets, backbone.blocks, config, config.seed * 1000, columns)
     final.advance(epochs * steps)
     fuse, heads = final.export(z)
     embeddings = heads["bt_embeddings"]

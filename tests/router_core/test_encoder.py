@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from router_core.encoder.base import Backbone, Block, ConcatBackbone
 from router_core.encoder.fuse import Fuse, PairEncoder, two_branch
 from router_core.encoder.registry import load_backbone
-from router_core.encoder.surface import FEATURES, SurfaceBackbone
+from router_core.encoder.relation import RelationBackbone
+from router_core.encoder.surface import FEATURES, LAYOUT, SurfaceBackbone, layout
 from router_core.errors import EncoderError, ShapeMismatchError
 from router_core.records import Instance
 
@@ -232,7 +233,7 @@ def test_like_texts_are_nearer_than_unlike_ones(static: Backbone) -> None:
 def test_blocks_cover_the_columns(static: Backbone) -> None:
     assert sum(block.width for block in static.blocks) == static.dim == static.embed([("p", "r")]).shape[1]
     assert static.embed([]).shape == (0, static.dim)
-    assert Block(22, dense=False) in static.blocks
+    assert Block(28, dense=False) in static.blocks
 
 
 def test_specs_can_be_joined() -> None:
@@ -246,7 +247,7 @@ def test_specs_can_be_joined() -> None:
 
 @pytest.mark.parametrize("spec", ["", "bert", "static+nope", "torch"])
 def test_an_unknown_spec_lists_the_choices(spec: str) -> None:
-    with pytest.raises(EncoderError, match="choose one of static, surface, words, minilm"):
+    with pytest.raises(EncoderError, match="choose one of static, surface, relation, words, minilm"):
         load_backbone(spec)
 
 
@@ -265,3 +266,22 @@ def test_the_static_encoder_loads_neither_torch_nor_the_wordllama_package(static
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
     assert done.stderr.strip() in ("", "[]"), done.stderr
+
+
+def test_relation_by_hand() -> None:
+    rows = RelationBackbone().embed(
+        [("Name two big rivers", "Two BIG rivers: Rhine, Rhine"), ("", "word"), ("word", "")]
+    )
+    # Content words: name, rivers | rivers, rhine. Pairs: name two, two big, big rivers.
+    np.testing.assert_allclose(rows[0], [1 / 2, 1 / 2, 2 / 3])
+    assert not rows[1:].any()
+
+
+def test_layout_by_hand() -> None:
+    text = "Sorry, I cannot. My list:\n\n- **one**\n2) two me\n```\n"
+    named = dict(zip(LAYOUT, layout(text), strict=True))
+    assert named["log list items"] == pytest.approx(np.log(3))
+    assert named["log bold marks"] == pytest.approx(np.log(3))
+    assert named["first person per word"] == pytest.approx(2 / 11)
+    assert (named["declines or apologises"], named["has a code block"]) == (1.0, 1.0)
+    assert not layout("  ").any()

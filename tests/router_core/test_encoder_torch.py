@@ -58,7 +58,7 @@ def test_the_loaded_spec_names_the_directory(tmp_path: Path) -> None:
     assert load_backbone(spec).spec == spec
     joined = load_backbone(f"surface+{spec}")
     assert joined.spec == f"surface+{spec}"
-    assert joined.dim == 22 + 16
+    assert joined.dim == 28 + 16
 
 
 def test_a_missing_or_broken_directory_is_named(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_an_export_of_another_fine_tuning_is_refused(exported: Exported, tmp_pat
 
 
 def test_only_a_spec_with_one_transformer_can_be_split() -> None:
-    assert split_spec("static+smollm2-135m@bf16") == (("surface", "words"), "smollm2-135m@bf16", ())
+    assert split_spec("static+smollm2-135m@bf16") == (("surface", "relation", "words"), "smollm2-135m@bf16", ())
     assert split_spec("minilm+surface") == ((), "minilm", ("surface",))
     with pytest.raises(EncoderError, match="names several"):
         split_spec("minilm+smollm2-135m")
