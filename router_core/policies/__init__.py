@@ -6,6 +6,9 @@
 | `random` | `random` | 1 | the run's |
 | `majority` | `majority` | K | the run's |
 | `uwo` | `uwo` | K | the run's |
+| `sum`, `sum:A=2,B=0.5` | `several` | those named, or K | the run's |
+| `min`, `min:A,B` | `several` | those named, or K | the run's |
+| `gate:RULE,RM`, `within:RULE,RM` | `several` | 2 | the run's |
 | `laser` | `laser` | 1 | `linucb` |
 | `bayesian` | `bayesian` | 1 | the run's |
 | `bayesian:paper`, `bayesian:calibrated`, `bayesian:none` | `bayesian` | 1 | as named |
@@ -19,6 +22,7 @@ To add one: a file with a frozen dataclass that keeps `base.Policy`, a line in `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -44,6 +48,7 @@ from router_core.policies.majority import MajorityPolicy, majority_verdict, vote
 from router_core.policies.plan import AskRest, Given, Plan, ScaleOf, View
 from router_core.policies.random import RandomPolicy
 from router_core.policies.scale import RunningScale, ScoreScale
+from router_core.policies.several import GatePolicy, MinPolicy, SumPolicy, WithinPolicy
 from router_core.policies.single import SinglePolicy
 from router_core.policies.uwo import UWO_CHOICE_LAMBDA, UWO_REWARD_LAMBDA, UwoPolicy
 from router_core.prior import PriorForm
@@ -68,6 +73,9 @@ _BY_NAME: Mapping[str, Callable[[], Policy]] = MappingProxyType(
 )
 
 
+_SEVERAL = ("sum", "min", "gate", "within")
+
+
 def make_policy(name: str, pool: Sequence[str], combination: Combination | None = None) -> Policy:
     """The policy of that name.
 
@@ -86,6 +94,8 @@ def make_policy(name: str, pool: Sequence[str], combination: Combination | None 
                 f"policy {name!r}: no model {model!r} in the pool; choose one of {', '.join(pool)}"
             )
         return SinglePolicy(name, list(pool).index(model))
+    if name.partition(":")[0] in _SEVERAL:
+        return _several(name, list(pool))
     if is_combined(name):
         if combination is None:
             raise UnknownPolicyError(
@@ -98,6 +108,41 @@ def make_policy(name: str, pool: Sequence[str], combination: Combination | None 
         known = ", ".join([*_BY_NAME, *(f"{_SINGLE}{model}" for model in pool)])
         raise UnknownPolicyError(f"policy {name!r} is unknown: choose one of {known}")
     return _BY_NAME[name]()
+
+
+def _several(name: str, pool: Sequence[str]) -> Policy:
+    kind, _, words = name.partition(":")
+    named = [word.strip() for word in words.split(",")] if words else [] if kind in ("gate", "within") else [*pool]
+    weights = [1.0] * len(named)
+    if kind == "sum":
+        pairs = [word.rpartition("=") for word in named]
+        named = [left if equals else right for left, equals, right in pairs]
+        weights = [_weight(name, right) if equals else 1.0 for _, equals, right in pairs]
+    unknown = [model for model in named if model not in pool]
+    if unknown or len(set(named)) != len(named):
+        raise UnknownPolicyError(
+            f"policy {name!r}: no model {unknown[0]!r} in the pool; choose of {', '.join(pool)}"
+            if unknown
+            else f"policy {name!r} names a model twice: name each once"
+        )
+    arms = tuple(pool.index(model) for model in named)
+    if kind == "sum":
+        return SumPolicy(name, arms, tuple(weights))
+    if kind == "min":
+        return MinPolicy(name, arms)
+    if len(arms) != 2:
+        raise UnknownPolicyError(f"policy {name!r} names {len(arms)} models: use {kind}:RULE,RM, two of the pool")
+    return GatePolicy(name, arms) if kind == "gate" else WithinPolicy(name, arms)
+
+
+def _weight(name: str, word: str) -> float:
+    try:
+        weight = float(word)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise UnknownPolicyError(f"policy {name!r}: {word!r} is no weight; use a number, as in sum:A=0.7,B=0.3")
+    return weight
 
 
 __all__ = [

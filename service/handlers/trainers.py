@@ -219,6 +219,15 @@ class TrainerRoutes:
 
     def _scored(self, reply: RewardReply) -> ScoredSample | NoRewardError:
         (reward,) = reply.rewards
+        if (
+            reward is None
+            and not isinstance(reply.failure, msgspec.UnsetType)
+            and reply.failure != [NoRewardError.code]
+        ):
+            return NoRewardError(
+                f"{reply.model!r} gives no reward to this response ({reply.failure[0]})",
+                details={"model": reply.model, "failure": reply.failure[0]},
+            )
         if reward is None:
             return NoRewardError(
                 f"RM {reply.model!r} has given too few scores to know its scale: ask again in a moment, or without "

@@ -233,10 +233,11 @@ def _told_rewards(rewards: Sequence[float | None]) -> list[float | None]:
 def _failures(rewards: Sequence[float | None], raw: Sequence[float], attempts: Sequence[Attempt]) -> list[str | None]:
     """Return per response why it has no reward; None where it has one. With a raw one, its scale is not known yet."""
     told = [answer.failures for answer in answers(attempts) if answer.failures]
+    lost = [attempt.reason for attempt in attempts if attempt.outcome in (Outcome.FAILED, Outcome.AWAY)]
 
     def why(index: int) -> str:
         codes = [failures[index] for failures in told if failures[index]]
-        return NoRewardError.code if raw[index] == raw[index] else next(iter(codes), FAILED)
+        return NoRewardError.code if raw[index] == raw[index] else next(iter([*codes, *lost]), FAILED)
 
     return [None if reward is not None else why(index) for index, reward in enumerate(rewards)]
 

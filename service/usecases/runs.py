@@ -48,6 +48,9 @@ NAME_POLL_SECONDS = 0.5
 RECENT_INSTANCES = 64
 """Instances that the metrics of the posterior are means over: enough to be steady, 150 kB for each run at d = 576."""
 
+MAX_POLICIES = 256
+"""Policies that requests may name while a gateway runs: weights and budgets make any number of names."""
+
 
 class RunTemplate:
     """What all runs of a gateway share: the pool, the encoder, the priors by form, the signal.
@@ -130,6 +133,12 @@ class RunTemplate:
             NotFoundError: there is none.
         """
         if name not in self._policies:
+            if len(self._policies) >= MAX_POLICIES:
+                raise NotFoundError(
+                    f"policy {name!r}: requests have named {MAX_POLICIES} policies since it started, and each "
+                    "is a label of its metrics; use one of those, or set it as the gateway's policy",
+                    details={"policy": name},
+                )
             try:
                 self._policies[name] = make_policy(name, self.pool, self.combination)
             except UnknownPolicyError as error:

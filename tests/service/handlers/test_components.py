@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from service.lab.eventlog.export import export_log, read_events
-from service.scorers.protocol import Scored
+from service.scorers.protocol import Scored, WorkerTimeoutError
 from service.stores.redis import RedisStore
 from tests.conftest import ValkeyProcess
 from tests.support.arms import ScriptedArm
@@ -88,3 +88,33 @@ async def test_the_log_keeps_parts_and_gaps(valkey_server: ValkeyProcess, tmp_pa
             # NaN equals nothing: compared as text.
             assert repr(event.decision) == repr(stored)
         await store.close()
+
+
+async def test_a_gate_is_final_and_a_missing_part_is_no_reward(valkey_server: ValkeyProcess) -> None:
+    gate, rm = ScriptedArm("gate", lambda _, response: float("13" not in response)), ScriptedArm("rm")
+    async with open_gateway(valkey_server.url, arms=[gate, rm]) as gateway:
+        reply = await gateway.client.ok("/reward", {**THREE, "policy": "gate:gate,rm"})
+        first, second, third = reply["rewards"]
+        assert second == 0.0
+        assert 0.5 < first == third < 1.0
+        assert reply["model"] == "gate:gate,rm"
+        assert (reply["propensity"], reply["price"]) == (1.0, 2.0)
+        assert reply["components"] == {"gate": [1.0, 0.0, 1.0], "rm": [2.0, 8.0, 2.0]}
+        gate.error = WorkerTimeoutError("late")
+        reply = await gateway.client.ok("/reward", {**THREE, "policy": "sum:gate=10,rm=1"})
+        assert reply["rewards"] == [None] * 3
+        assert reply["failure"] == ["worker_timeout"] * 3
+        assert reply["preferred"] is None
+        assert reply["components"] == {"rm": [2.0, 8.0, 2.0]}
+        status = (await gateway.client.post("/reward", {**THREE, "policy": "gate:rm"})).status
+        assert status == 404
+
+
+async def test_a_preference_for_a_response_without_reward_teaches_nothing(valkey_server: ValkeyProcess) -> None:
+    async with open_gateway(valkey_server.url, arms=arms()) as gateway:
+        for preferred in (2, 1):
+            reply = await gateway.client.ok("/reward", {**THREE, "policy": "single:rule"})
+            await gateway.client.ok("/feedback", {"decision_id": reply["decision_id"], "preferred": preferred})
+        assert [event.credit for event in gateway.events()] == [None, 1.0]
+        learned = await gateway.learned(2)
+        assert learned["version"] == 2
