@@ -320,7 +320,9 @@ class JudgeScorer:
         except (RubricError, UnicodeEncodeError) as error:
             return WorkerRejectedError(f"judge {self.name!r}: {error}", details=details)
         try:
-            choice = await self._exchange(body, deadline, slots)
+            # Both orders of a pair are one input.
+            single = [instance.prompt, *sorted(instance.responses[index] for index in shown)]
+            choice = await self._exchange(body, single, deadline, slots)
         except WorkerError as error:
             return error
         try:
@@ -328,13 +330,13 @@ class JudgeScorer:
         except VerdictError as error:
             return UnreadableVerdictError(f"judge {self.name!r}: no verdict: {error}", details=details)
 
-    async def _exchange(self, body: bytes, deadline: float, slots: asyncio.Semaphore) -> Choice:
+    async def _exchange(self, body: bytes, single: Sequence[str], deadline: float, slots: asyncio.Semaphore) -> Choice:
         """Make a request; while all servers ask for patience that fits the deadline, wait and make it again."""
         loop = asyncio.get_running_loop()
         while True:
             try:
                 async with slots:
-                    return await self._requester.ask(self.dialogue, body, [body], deadline, alone=True)
+                    return await self._requester.ask(self.dialogue, body, 1, deadline, single=single)
             except WorkerUnavailableError:
                 rest = min((one.rest_seconds for one in self.replicas if one.breaker.allows), default=0.0)
                 if not 0.0 < rest < deadline - loop.time():

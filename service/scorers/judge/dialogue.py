@@ -21,7 +21,7 @@ from service.scorers.judge.verdicts import (
 )
 from service.scorers.judge.wire import CHAT_PATH, TOP_LOGPROBS, ChatCompletion, Choice
 from service.scorers.protocol import WorkerRejectedError, WorkerTooLongError
-from service.scorers.requests import AnswerError, AnswerShapeError
+from service.scorers.transport.exchange import AnswerError, AnswerShapeError
 from service.scorers.wire import PROBE_PROMPT, says_too_long
 
 LETTER_TOKENS: Final = 1

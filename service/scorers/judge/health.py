@@ -19,9 +19,8 @@ from service.scorers.judge.client import JudgeScorer
 from service.scorers.judge.rubrics import Mode, RubricError, Style, load_rubric
 from service.scorers.judge.verdicts import VerdictError
 from service.scorers.judge.wire import CHAT_PATH
-from service.scorers.requests import AnswerError
 from service.scorers.transport.breaker import BreakerState
-from service.scorers.transport.exchange import RETRIED_STATUSES
+from service.scorers.transport.exchange import RETRIED_STATUSES, AnswerError
 from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
 from service.scorers.transport.replica import Replica
 from service.scorers.wire import MODELS_PATH, ModelList, error_message
