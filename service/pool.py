@@ -57,6 +57,7 @@ from router_core.records import MAX_ABS_SCORE
 from service.errors import ConfigurationError
 from service.scorers.entry import ScorerEntry
 from service.scorers.http.entry import HttpEntry
+from service.scorers.judge.entry import JudgeEntry
 from service.scorers.protocol import OverLong
 from service.scorers.rule.entry import RuleEntry
 
@@ -205,7 +206,10 @@ def _kind_of(entry: object) -> str:
 
 
 Entry = Annotated[
-    Annotated[ModelEntry, Tag("rm")] | Annotated[RuleEntry, Tag("rule")] | Annotated[HttpEntry, Tag("http")],
+    Annotated[ModelEntry, Tag("rm")]
+    | Annotated[JudgeEntry, Tag("judge")]
+    | Annotated[RuleEntry, Tag("rule")]
+    | Annotated[HttpEntry, Tag("http")],
     Discriminator(_kind_of),
 ]
 """One scorer of the pool file, by its kind."""

@@ -200,6 +200,24 @@ class Telemetry:
         self.worker_latency = Gauge(
             "worker_latency_seconds", "Smoothed time of a request to the replica.", ["model", "url"], **common
         )
+        self.judge_comparisons = Gauge(
+            "judge_comparisons",
+            "Pairs that the judge compared, each in both orders, since the start.",
+            ["model"],
+            **common,
+        )
+        self.judge_position_bias = Gauge(
+            "judge_position_bias",
+            "Mean probability that the judge gives to the response shown first, less one half; 0 is no bias.",
+            ["model"],
+            **common,
+        )
+        self.judge_consistency = Gauge(
+            "judge_consistency",
+            "Share of the judge's comparisons in which both orders prefer the same response.",
+            ["model"],
+            **common,
+        )
         self.learner_waiting = Gauge(
             "learner_waiting", "1 while the learner cannot read its log, and waits for the store.", ["run"], **common
         )

@@ -32,6 +32,7 @@ from service.cli.vllm_serve import (
 )
 from service.errors import ConfigurationError
 from service.pool import ModelEntry, PoolFile
+from service.scorers.judge.entry import JudgeEntry
 from service.scorers.rule.entry import RuleEntry
 
 HOST: Final = "127.0.0.1"
@@ -141,6 +142,9 @@ def plan_workers(
         starts.append(_recorded_start(recorded, group, next_port()))
     starts += [
         _rule_start(entry, next_port()) for entry in pool.models if isinstance(entry, RuleEntry) and not entry.urls
+    ]
+    starts += [
+        _judge_start(entry, next_port()) for entry in pool.models if isinstance(entry, JudgeEntry) and not entry.urls
     ]
     return tuple(starts)
 
@@ -292,6 +296,17 @@ def _recorded_start(recorded: Path, group: Sequence[ModelEntry], port: int) -> W
         environment={},
         url=f"http://{HOST}:{port}",
         kind="recorded",
+    )
+
+
+def _judge_start(entry: JudgeEntry, port: int) -> WorkerStart:
+    return WorkerStart(
+        name=f"worker-{_safe(entry.name)}",
+        models=(entry.name,),
+        command=(*own_command(), "worker", "--judge", str(entry.path), "--name", entry.served, "--port", str(port)),
+        environment={},
+        url=f"http://{HOST}:{port}",
+        kind="CPU judge",
     )
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from service.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from service.workers.server import App
 
 
 def worker(
@@ -26,6 +29,10 @@ def worker(
         str | None,
         typer.Option(help="Score by a Python function, FILE.py:NAME, or a built-in rule (docs/scorers.md)."),
     ] = None,
+    judge: Annotated[
+        Path | None,
+        typer.Option(help="A Hugging Face directory of a generative model, served for judges (docs/judges.md)."),
+    ] = None,
     options: Annotated[str | None, typer.Option(help="With --rule: options of a built-in rule, as JSON.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="With --rule: responses that are scored at once.")] = 1,
     rule_seconds: Annotated[
@@ -40,11 +47,11 @@ def worker(
     threads: Annotated[int, typer.Option(help="Threads of one forward pass.")] = 1,
     delay_ms: Annotated[float, typer.Option(help="Recorded worker: pretend that scoring takes this long.")] = 0.0,
 ) -> None:
-    """Serve scorers without a GPU: reward models on the CPU (transformers), recorded ones from a table, or a rule.
+    """Serve scorers without a GPU: reward models or a judge on the CPU (transformers), recorded scores, or a rule.
 
     A recorded worker needs no weights: the whole service can be run against the recorded behaviour of real RMs.
     """
-    from service.workers.server import App, run_worker
+    from service.workers.server import run_worker
 
     app: App
     if rule is not None:
@@ -61,8 +68,12 @@ def worker(
             memory_mb=memory_mb,
         )
         app = RuleApp(config, name=(name or [rule.rpartition(":")[2]])[0])
+    elif judge is not None:
+        if model or recorded is not None:
+            raise ConfigurationError("--judge stands alone: leave --model and --recorded out, or start two workers")
+        app = _judge(judge, (name or [judge.name])[0], threads)
     elif not model:
-        raise ConfigurationError("nothing to serve: give --model, or --rule")
+        raise ConfigurationError("nothing to serve: give --model, --judge, or --rule")
     elif recorded is not None:
         from router_core.dataset import load_rows
         from service.workers.recorded import recorded_app
@@ -82,6 +93,16 @@ def worker(
             )
         app = cpu_app({n: Path(m) for n, m in zip(names, model, strict=True)}, threads=threads)
     run_worker(app, host=host, port=port)
+
+
+def _judge(directory: Path, name: str, threads: int) -> App:
+    try:
+        from service.workers.generating import GeneratingApp, load_generating_model
+    except ImportError as error:
+        raise ConfigurationError(
+            f"a judge on the CPU needs torch and transformers ({error}): pip install 'reward-router[train]'"
+        ) from error
+    return GeneratingApp(load_generating_model(name, directory), threads=threads)
 
 
 def _options(text: str | None) -> dict[str, object]:

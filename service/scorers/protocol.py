@@ -146,6 +146,12 @@ class WorkerInputError(WorkerRejectedError):
     """The RM fails on this input alone: a status 5xx, a reward that cannot be used, or a dropped connection, twice."""
 
 
+class UnreadableVerdictError(WorkerRejectedError):
+    """A judge answered, and its answer holds no verdict."""
+
+    code = "verdict_unreadable"
+
+
 class WorkerProtocolError(WorkerError):
     """The worker's answer is not what `/classify` promises."""
 

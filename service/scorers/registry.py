@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from service.pool import Entry, PoolFile
 from service.scorers.http.build import build_http_scorer
+from service.scorers.judge.build import build_judge
 from service.scorers.protocol import Scorer
 from service.scorers.rm.build import build_reward_model
 from service.settings import Settings
@@ -19,6 +20,7 @@ Builder = Callable[[Any, Settings, PoolFile], Scorer]
 
 KINDS: Final[Mapping[str, Builder]] = {
     "rm": lambda entry, settings, pool: build_reward_model(entry, settings, pool.over_long),
+    "judge": lambda entry, settings, pool: build_judge(entry, settings),
     "rule": lambda entry, settings, pool: build_http_scorer(entry, settings),
     "http": lambda entry, settings, pool: build_http_scorer(entry, settings),
 }

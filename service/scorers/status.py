@@ -19,6 +19,21 @@ class ReplicaStatus(BaseModel):
     )
 
 
+class JudgingStatus(BaseModel):
+    """How a judge judges, seen by this gateway since its start."""
+
+    rubric: str = Field(description="Name or path of its rubric.")
+    verdict: str = Field(description="What its verdicts are read from: logprobs or text.")
+    comparisons: int = Field(description="Pairs of responses that it compared, each in both orders.")
+    position_bias: float | None = Field(
+        description="Mean probability that it gives to the response shown first, less one half: 0 is no bias, 0.5 says "
+        "that it always prefers the first one. Null before the first comparison."
+    )
+    consistency: float | None = Field(
+        description="Share of comparisons in which both orders prefer the same response; null before the first one."
+    )
+
+
 class ScorerStatus(BaseModel):
     """One scorer of the pool."""
 
@@ -36,3 +51,4 @@ class ScorerStatus(BaseModel):
         description="What becomes of an instance with more: skip, refuse or cut_prompt; null where nobody counts.",
     )
     replicas: list[ReplicaStatus]
+    judging: JudgingStatus | None = Field(default=None, description="Of a judge; null for other kinds.")

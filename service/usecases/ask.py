@@ -24,6 +24,7 @@ from service.scorers.protocol import (
     AbstainedError,
     Scored,
     Scorer,
+    UnreadableVerdictError,
     WorkerError,
     WorkerRejectedError,
     WorkerTimeoutError,
@@ -262,7 +263,7 @@ def _nothing_left(inquiry: Inquiry, arms: Sequence[Scorer]) -> ServiceError:
             return WorkerTooLongError(
                 f"too long for every reward model: {inquiry.refusal.message}", details=details, final=True
             )
-        if reasons <= {WorkerTooLongError.code, WorkerRejectedError.code}:
+        if reasons <= {WorkerTooLongError.code, WorkerRejectedError.code, UnreadableVerdictError.code}:
             return WorkerRejectedError(
                 f"every reward model refused this input: {inquiry.refusal.message}", details=details
             )

@@ -118,6 +118,7 @@ class StatusService:
                 self._telemetry.worker_in_flight.labels(arm.name, replica.url).set(replica.in_flight)
                 if replica.latency_ms is not None:
                     self._telemetry.worker_latency.labels(arm.name, replica.url).set(replica.latency_ms / 1e3)
+            self._tell_judging(arm)
         for server in self._encoder.servers() if self._encoder is not None else ():
             self._telemetry.encoder_up.labels(server.url).set(server.up)
         for run in runs:
@@ -126,6 +127,16 @@ class StatusService:
         self._telemetry.store_refused.set(self._store_refused())
         self._telemetry.health_check_errors.set(self._health_check_errors())
         return self._telemetry.render()
+
+    def _tell_judging(self, arm: ScorerStatus) -> None:
+        judging = arm.judging
+        if judging is None:
+            return
+        self._telemetry.judge_comparisons.labels(arm.name).set(judging.comparisons)
+        if judging.position_bias is not None:
+            self._telemetry.judge_position_bias.labels(arm.name).set(judging.position_bias)
+        if judging.consistency is not None:
+            self._telemetry.judge_consistency.labels(arm.name).set(judging.consistency)
 
     async def _measure_lags(self, runs: Sequence[Run]) -> bool:
         """Set the gauge of every run's lag; whether the store answered."""

@@ -3,7 +3,7 @@
 For laptops and CI; `vllm serve` is for the rest. One thread runs the model: whatever has arrived while it was busy is
 batched together, shortest first. Rewards are transformers' own logits, pooling included, so they differ from vLLM's
 for a text that ends in pad tokens (transformers skips those). Over-long input is refused, never truncated.
-`reward-router worker` runs it. The only module of `service` that imports torch.
+`reward-router worker` runs it. With `generating` beside it, the only module of `service` that imports torch.
 """
 
 from __future__ import annotations

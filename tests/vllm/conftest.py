@@ -29,6 +29,12 @@ SERVED = "rm-a"
 MAX_LENGTH = 256
 """Tokens; less than the model could read, so that the limit is known to be the server's."""
 
+JUDGE_LENGTH = 2048
+"""Tokens that a judge reads: a rubric and two responses."""
+
+KEY = "sk-judge"
+"""Of a server of chat completions."""
+
 ROOT = Path(__file__).parents[2]
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
@@ -132,13 +138,22 @@ class OneServer:
         self._current: tuple[Path, str, VllmServer] | None = None
 
     def serve(self, directory: Path, convert: str = "classify") -> VllmServer:
-        """A healthy server of that directory; the one that runs, if it is of it."""
+        """A healthy server of that directory; the one that runs, if it is of it.
+
+        Args:
+            directory: of the model.
+            convert: `classify`, `embed`, or `generate` for chat completions behind `KEY`.
+        """
         if self._current is None or self._current[:2] != (directory, convert):
             self.stop()
             port = free_port()
-            model = ModelEntry(name=SERVED, path=directory, max_model_len=MAX_LENGTH, env=OFFLINE)
+            length = JUDGE_LENGTH if convert == "generate" else MAX_LENGTH
+            model = ModelEntry(name=SERVED, path=directory, max_model_len=length, env=OFFLINE)
             words = serve_words(model, "cpu", host="127.0.0.1", port=port)
             words = tuple(convert if word == "classify" else word for word in words)
+            if convert == "generate":
+                where = words.index("--runner")
+                words = (*words[:where], "--runner", "generate", *words[where + 4 :], "--api-key", KEY)
             environment = serve_environment(model, "cpu", ())
             server = VllmServer((*self._command, *words), environment, port, self._folder)
             self._current = (directory, convert, server)

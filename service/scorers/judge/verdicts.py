@@ -21,7 +21,7 @@ GRADES: Final = tuple("123456789")
 """One digit is one token in every vocabulary; `10` is two in most."""
 
 LABEL_MASS: Final = 0.1
-"""Probability that the labels must have together at the verdict's token: with less, the judge says something else."""
+"""Least probability of all labels together at the verdict's token: with less, the judge says something else."""
 
 TEXT_PROBABILITY: Final = 0.9
 """Probability that a verdict in words is taken to give to what it prefers; words do not say how sure they are."""
@@ -39,27 +39,35 @@ class VerdictError(Exception):
     """No verdict can be read from an answer; the message says why, without the judge's words."""
 
 
-def preference_of_logprobs(choice: Choice) -> float:
+def preference_of_logprobs(choice: Choice, label_mass: float = LABEL_MASS) -> float:
     """Return the probability that the response shown first is better.
 
     A label that is not among the alternatives is given the smallest probability listed, which is a bound of its own.
 
+    Args:
+        choice: the answer.
+        label_mass: see `LABEL_MASS`.
+
     Raises:
         VerdictError: see the module.
     """
-    token, found = _label_logprobs(choice, LETTERS)
+    token, found = _label_logprobs(choice, LETTERS, label_mass)
     least = min(one.logprob for one in token.top_logprobs)
     first, second = (found.get(label, least) for label in LETTERS)
     return _bounded(sigmoid(first - second))
 
 
-def grade_of_logprobs(choice: Choice) -> float:
+def grade_of_logprobs(choice: Choice, label_mass: float = LABEL_MASS) -> float:
     """Return the expected grade under the labels' probabilities, in [1, 9].
+
+    Args:
+        choice: the answer.
+        label_mass: see `LABEL_MASS`.
 
     Raises:
         VerdictError: see the module.
     """
-    _, found = _label_logprobs(choice, GRADES)
+    _, found = _label_logprobs(choice, GRADES, label_mass)
     weights = {label: math.exp(logprob) for label, logprob in found.items()}
     return sum(int(label) * weight for label, weight in weights.items()) / sum(weights.values())
 
@@ -87,7 +95,9 @@ def _bounded(probability: float) -> float:
     return min(max(probability, SMALLEST_PROBABILITY), 1.0 - SMALLEST_PROBABILITY)
 
 
-def _label_logprobs(choice: Choice, labels: Iterable[str]) -> tuple[TokenLogprob, Mapping[str, float]]:
+def _label_logprobs(
+    choice: Choice, labels: Iterable[str], label_mass: float
+) -> tuple[TokenLogprob, Mapping[str, float]]:
     """Return the verdict's token, and the log-probability of each label among its alternatives."""
     tokens = choice.logprobs.content if choice.logprobs is not None else None
     if not tokens:
@@ -97,8 +107,10 @@ def _label_logprobs(choice: Choice, labels: Iterable[str]) -> tuple[TokenLogprob
         raise VerdictError("the answer holds no alternatives (`top_logprobs`)")
     found = _by_label(token.top_logprobs, frozenset(labels))
     mass = sum(math.exp(logprob) for logprob in found.values())
-    if mass < LABEL_MASS:
-        raise VerdictError(f"the labels have a probability of {mass:.2g} together; at least {LABEL_MASS:g} is needed")
+    if mass < label_mass or not found:
+        raise VerdictError(
+            f"the labels have a probability of {mass:.2g} together; at least {label_mass:g} (`label_mass`) is needed"
+        )
     return token, found
 
 

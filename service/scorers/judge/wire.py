@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
+
+from service.scorers.wire import Message, Usage
 
 CHAT_PATH: Final = "/v1/chat/completions"
 
@@ -12,23 +14,18 @@ TOP_LOGPROBS: Final = 20
 """Alternatives per token that are asked for: the most that servers give by default."""
 
 
-class ChatMessage(msgspec.Struct):
-    """One turn of what is sent."""
+class ChatRequest(msgspec.Struct):
+    """What our own worker reads of a request."""
 
-    role: str
-    content: str
-
-
-class ChatRequest(msgspec.Struct, omit_defaults=True):
-    """What is sent. `max_tokens` is understood by every server; hosted ones may want `max_completion_tokens`."""
-
-    model: str
-    messages: list[ChatMessage]
+    messages: list[Message]
+    model: str | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     temperature: float | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    stream: bool | None = None
+    n: int | None = None
 
 
 class TopToken(msgspec.Struct):
@@ -56,6 +53,7 @@ class Answer(msgspec.Struct):
     """What the model said; its thinking apart where the server takes it apart."""
 
     content: str | None = None
+    role: str = "assistant"
     reasoning_content: str | None = None
     reasoning: str | None = None
 
@@ -64,12 +62,17 @@ class Choice(msgspec.Struct):
     """One completion."""
 
     message: Answer
+    index: int = 0
     finish_reason: str | None = None
     logprobs: ChoiceLogprobs | None = None
 
 
 class ChatCompletion(msgspec.Struct):
-    """The part of a reply that is read."""
+    """The part of a reply that is read, and that our own worker writes."""
 
     choices: list[Choice]
-    object: Literal["chat.completion"] | None = None
+    id: str = ""
+    object: str = "chat.completion"
+    created: int = 0
+    model: str = ""
+    usage: Usage | None = None
