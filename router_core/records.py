@@ -186,8 +186,8 @@ def credit(rewards: Sequence[float], preferred: int) -> float | None:
 
     A preference for response i of n implies n − 1 pairs, i before each other one, and this is the RM's mean
     correctness over them (docs/math/router.md, "Several responses"). An RM that knows nothing earns 1/2 on average,
-    whatever n is. Responses without a reward (NaN) are left out. None where nothing is compared: a preference says
-    nothing of a single response, or of one that the RM gave no reward.
+    whatever n is. A response without a reward (NaN) is compared with nothing. None where nothing is compared with the
+    preferred response, as for a single one: a preference says nothing there.
 
     Args:
         rewards: (n,) the RM's.
@@ -195,9 +195,9 @@ def credit(rewards: Sequence[float], preferred: int) -> float | None:
 
     >>> credit([0.1, 0.7], 1), credit([0.5, 0.5], 0), credit([3.0, 2.0, 1.0, 2.0], 1), credit([1.0], 0)
     (1.0, 0.5, 0.5, None)
+    >>> credit([math.nan, 0.7, 0.1], 1), credit([math.nan, 0.7], 0), credit([math.nan, 0.7], 1)
+    (1.0, None, None)
     """
-    if len(rewards) < 2:
-        return None
     mine = rewards[preferred]
     others = [reward for i, reward in enumerate(rewards) if i != preferred and reward == reward]
     if mine != mine or not others:

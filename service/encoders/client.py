@@ -33,8 +33,8 @@ from service.scorers.transport.exchange import (
     RefusedError,
     attempt,
 )
-from service.scorers.transport.http import CONNECT_TIMEOUT_SECONDS, IDLE_SECONDS, HttpError, HttpPool
-from service.scorers.transport.replica import Replica
+from service.scorers.transport.http import HttpError
+from service.scorers.transport.replica import Replica, open_replica
 
 MAX_RESPONSE_BYTES: Final = 64 << 20
 """Largest answer: 64 vectors of 4,096 columns are 1.4 MB, and as decimal numbers six times that."""
@@ -275,25 +275,16 @@ def _unavailable(reason: str) -> EncoderUnavailableError:
 
 
 def _build_replica(config: EncoderConfig, url: str, clock: Callable[[], float]) -> Replica:
-    def pool(max_connections: int, idle_seconds: float) -> HttpPool:
-        return HttpPool(
-            url,
-            max_connections=max_connections,
-            idle_seconds=idle_seconds,
-            connect_timeout_seconds=CONNECT_TIMEOUT_SECONDS,
-            max_response_bytes=MAX_RESPONSE_BYTES,
-            api_key=config.api_key,
-        )
-
     try:
-        return Replica(
-            pool(config.max_in_flight, IDLE_SECONDS),
-            pool(2, 0.0),
-            model="encoder",
+        return open_replica(
+            url,
+            name="encoder",
+            api_key=config.api_key,
             max_in_flight=config.max_in_flight,
             attempt_timeout_seconds=config.timeout_seconds,
-            policy=config.breaker,
             clock=clock,
+            breaker=config.breaker,
+            max_response_bytes=MAX_RESPONSE_BYTES,
         )
     except ValueError as error:
         raise ConfigurationError(f"encoder: {error}") from error

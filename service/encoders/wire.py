@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from service.scorers.transport.exchange import UnusableAnswerError
+from service.scorers.transport.exchange import AnswerError
 from service.scorers.wire import Usage
 
 EMBEDDINGS_PATH: Final = "/v1/embeddings"
@@ -59,7 +59,7 @@ class EmbeddingsReply(msgspec.Struct):
     usage: Usage
 
 
-class WireError(UnusableAnswerError):
+class WireError(AnswerError):
     """An answer is not what `/v1/embeddings` promises; the message says how."""
 
 

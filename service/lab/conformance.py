@@ -22,7 +22,7 @@ from service.scorers.http.wire import (
     read_results,
     value_problem,
 )
-from service.scorers.requests import AnswerError
+from service.scorers.transport.exchange import AnswerError
 from service.scorers.transport.http import HttpError, HttpPool, Response
 from service.scorers.wire import error_message
 

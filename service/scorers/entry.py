@@ -24,9 +24,9 @@ class ScorerEntry(BaseModel):
     api_key: str | None = Field(default=None, repr=False)
     api_key_env: str | None = Field(default=None, min_length=1)
     max_in_flight: int | None = Field(default=None, ge=1)
+    price: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     timeout_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     requests_per_minute: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    price: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     applies: dict[str, Fact | tuple[Fact, ...]] = Field(default_factory=dict)
 
     def key(self, environment: Mapping[str, str] = os.environ) -> str | None:

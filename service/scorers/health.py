@@ -8,8 +8,8 @@ also asked how busy it is (vLLM's `/metrics`), for the choice among them.
     ProbeError            the replica answered, and not what was asked for
     └── UnreachableError      it did not answer, or said that it cannot now: away, loading, overloaded
 
-Its owner awaits `check_all` before the first traffic, starts the monitor, and stops it when the service drains. Each
-kind says what is asked (`Checks`). Knows replicas; nothing of runs or posteriors.
+Each kind says what is asked (`Checks`). Its owner awaits `check_all` before the first traffic, starts the monitor, and
+stops it when the service drains. Knows replicas; nothing of runs or posteriors.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""One request to a scorer: which replica is asked, which one next, and if the worker or the input caused a failure.
+"""Requests to a scorer: which replica is asked, which one next, and if the worker or the input caused a failure.
 
 A failure that the input may have caused is examined (`Replica.examine`). If the replica is well, a request about
-several instances ends with `SuspectError`, and `in_halves` divides it; one about a single instance is asked once more,
-elsewhere if possible, and then the failure is that instance's error. If the replica is not well, the breaker counts and
-the next replica is asked. The instances of a request that a worker ended with are asked once more, each alone and none
-beside another, so that an instance with which a second worker ends is known to be the cause. Such instances are
-remembered for a while (`Culprits`), and neither searched for again nor sent to further workers.
-
+several instances is divided until the culprit stands alone; one about a single instance is asked once more, elsewhere
+if possible, and then the failure is that instance's error. If the replica is not well, the breaker counts and the next
+replica is asked. The instances of a request that a worker ended with are asked once more, each alone and none beside
+another, so that an instance with which a second worker ends is known to be the cause. Such instances are remembered for
+a while (`Culprits`), and neither searched for again nor sent to further workers.
 What is said and understood is a `Dialogue`, one per kind. Called by the kinds' clients; knows no kind.
 """
 
@@ -36,7 +35,6 @@ from service.scorers.transport.exchange import (
     CONFIRMATIONS,
     FailedError,
     RefusedError,
-    UnusableAnswerError,
     attempt,
 )
 from service.scorers.transport.http import HttpError
@@ -52,16 +50,6 @@ Answered = TypeVar("Answered")
 AnsweredCo = TypeVar("AnsweredCo", covariant=True)
 Asked = TypeVar("Asked")
 Made = TypeVar("Made")
-
-
-class AnswerError(UnusableAnswerError):
-    """The body does not hold what was asked for; the message says why, without addresses."""
-
-
-class AnswerShapeError(AnswerError):
-    """The answer has another shape than was asked for: no input makes a scorer do that."""
-
-    replicas_fault = True
 
 
 class Monitor(Protocol):
@@ -180,113 +168,186 @@ class Requester:
         self._crash_lane = asyncio.Lock()
         """Held by the one request under way that a replica has ended with."""
 
-    def known(self, content: Sequence[object]) -> WorkerInputError | None:
-        """Return the error of an instance that the scorer failed on a while ago, and which is not asked again yet."""
-        sentence = self._culprits.sentence(digest_of(content)) if self._culprits else None
-        return None if sentence is None else self._input_error(sentence)
-
-    def doubted(self, content: Sequence[object]) -> bool:
-        """Return True if a replica has ended with this content, so that it had better be asked alone."""
-        return bool(self._culprits) and self._culprits.doubted(digest_of(content))
-
-    def doubt(self, content: Sequence[object]) -> None:
-        """Note that a replica has ended with this content of one instance, and others'."""
-        self._culprits.doubt(digest_of(content))
-
     @property
     def has_room(self) -> bool:
         """True if a request may be sent now by `requests_per_minute`."""
         return self._limiter is None or self._limiter.has_capacity()
 
-    async def ask(
+    async def ask_all(
         self,
-        dialogue: Dialogue[Answered],
-        body: bytes,
-        content: Sequence[object],
-        deadline: float,
+        asked: Sequence[Asked],
         *,
-        alone: bool,
+        content: Callable[[Asked], object],
+        cut: Callable[[Sequence[Asked]], list[list[int]]],
+        ask: Callable[[Sequence[Asked]], Awaitable[Sequence[Made | WorkerError]]],
+    ) -> list[Made | WorkerError]:
+        """Ask about many instances, in requests that hold several of them and are divided where they fail.
+
+        The culprits stand alone in the end: about 2·log2(n) more requests for one of the n of a request, at most 2·n
+        for any number. Instances that a replica has ended with are asked each alone, one after another.
+
+        Args:
+            asked: the instances.
+            content: returns what `ask` gives to `Requester.ask` as the `single` of an instance.
+            cut: returns the positions of those that share a request.
+            ask: makes one request by `Requester.ask`.
+
+        Returns:
+            Per instance what was made of it, or its error. Several may share one error.
+        """
+        outcomes: dict[int, Made | WorkerError] = {}
+        usual: list[int] = []
+        doubted: list[int] = []
+        for index, one in enumerate(asked):
+            key = digest_of(content(one)) if self._culprits else None
+            if key is None:
+                usual.append(index)
+            elif (known := self._known(key)) is not None:
+                outcomes[index] = known
+            else:
+                (doubted if self._culprits.doubted(key) else usual).append(index)
+        chunks = [[usual[place] for place in places] for places in cut([asked[index] for index in usual])]
+        chunks += [[index] for index in doubted]
+        parts = [[asked[index] for index in chunk] for chunk in chunks]
+        if len(parts) == 1:
+            answers = [await self._divided(parts[0], content, ask)]
+        else:
+            async with asyncio.TaskGroup() as tasks:
+                under_way = [tasks.create_task(self._divided(part, content, ask)) for part in parts]
+            answers = [task.result() for task in under_way]
+        for chunk, answer in zip(chunks, answers, strict=True):
+            outcomes.update(zip(chunk, answer, strict=True))
+        return [outcomes[index] for index in range(len(asked))]
+
+    async def _divided(
+        self,
+        chunk: Sequence[Asked],
+        content: Callable[[Asked], object],
+        ask: Callable[[Sequence[Asked]], Awaitable[Sequence[Made | WorkerError]]],
+    ) -> list[Made | WorkerError]:
+        """Ask about a chunk; in halves if it is refused or one of it is suspect, singly if a replica ended with it."""
+        try:
+            return [*await ask(chunk)]
+        except SuspectError as error:
+            if error.crashed:
+                for one in chunk:
+                    self._culprits.doubt(digest_of(content(one)))
+                return [made for one in chunk for made in await self._divided([one], content, ask)]
+        except WorkerRejectedError as error:
+            if len(chunk) == 1 or error.details.get("worker_status") in WHOLESALE_STATUSES:
+                return [error] * len(chunk)
+        except WorkerError as error:
+            return [error] * len(chunk)
+        middle = len(chunk) // 2
+        async with asyncio.TaskGroup() as tasks:
+            halves = [tasks.create_task(self._divided(half, content, ask)) for half in (chunk[:middle], chunk[middle:])]
+        return [made for half in halves for made in half.result()]
+
+    async def ask(
+        self, dialogue: Dialogue[Answered], body: bytes, count: int, deadline: float, *, single: object | None
     ) -> Answered:
         """Return the answer to one request.
 
         Args:
             dialogue: reads it.
             body: the request's.
-            content: what is asked about, item by item.
+            count: items in the body.
             deadline: absolute `loop.time()`.
-            alone: all items are of one instance.
+            single: what the instance is remembered by (see `digest_of`), if all items are of one; None if they are of
+                several. Equal for each request about it, as the body may not be.
 
         Raises:
-            SuspectError: not `alone`, and an instance may have caused the failure.
+            SuspectError: not `single`, and an instance may have caused the failure.
             WorkerError: see `Scorer.score`.
         """
         loop = asyncio.get_running_loop()
         history = _History()
+        key = None if single is None or not self._culprits else digest_of(single)
+        if key is not None:
+            if (known := self._known(key)) is not None:
+                raise known
+            history.crashes = int(self._culprits.doubted(key))
         if loop.time() >= deadline:
             raise self._no_answer(True, history)
-        if alone and self._culprits:
-            if (known := self.known(content)) is not None:
-                raise known
-            history.crashes = int(self.doubted(content))
         try:
             while not history.over:
                 if history.crashes:
                     async with asyncio.timeout_at(deadline), self._crash_lane:
-                        told = await self._once(dialogue, body, len(content), history, deadline)
+                        answers = await self._once(dialogue, body, count, history, deadline)
                 else:
-                    told = await self._once(dialogue, body, len(content), history, deadline)
-                if told is not None:
-                    if alone and history.crashes:
-                        self._culprits.clear(digest_of(content))
-                    return told
-                self._judge(history, content, alone=alone)
+                    answers = await self._once(dialogue, body, count, history, deadline)
+                if answers:
+                    if single is not None and history.crashes:
+                        self._culprits.clear(digest_of(single))
+                    return answers[0]
+                self._judge(history, single)
         except TimeoutError:
             raise self._no_answer(True, history) from None
         raise self._no_answer(loop.time() >= deadline - CLOCK_SLACK_SECONDS, history)
 
     async def _once(
         self, dialogue: Dialogue[Answered], body: bytes, count: int, history: _History, deadline: float
-    ) -> Answered | None:
-        """Ask the next replica. Returns None after a failure, which stands in the history then.
+    ) -> tuple[Answered] | None:
+        """Ask the next replica. Return its answer; None after a failure, which stands in the history then.
 
         Raises:
             WorkerRejectedError: a final refusal.
         """
         loop = asyncio.get_running_loop()
-        picked = self._next(history) if await self._admitted(deadline) else None
+        picked = None
+        if self._candidates(history) and await self._admitted(deadline):
+            picked = self._next(history)
         if picked is None:
             history.over = True
             return None
         replica, permit = picked
         history.tried.append(replica)
-        until = self._attempt_deadline(loop.time(), deadline, last=self._is_last(history.tried))
         try:
-            return await self._attempt(replica, permit, dialogue, body, count, until)
+            answer = await attempt(
+                replica,
+                permit,
+                dialogue.path,
+                body,
+                items=count,
+                until=self._attempt_deadline(loop.time(), deadline, last=self._is_last(history.tried)),
+                read=lambda answered: dialogue.read(answered, count),
+                probe=lambda: self._probe(replica, dialogue),
+                model=self._limits.name,
+            )
+        except RefusedError as error:
+            raise self._rejection(dialogue, replica, error.status, error.body) from error
         except FailedError as failure:
             history.reasons.append(self._where(replica, str(failure)))
             history.unreadable += failure.unreadable
             history.crashes += failure.crashed
             history.suspicions += not failure.blamed
+        else:
+            return (answer,)
         history.over = loop.time() >= deadline - CLOCK_SLACK_SECONDS
         return None
 
-    def _judge(self, history: _History, content: Sequence[object], *, alone: bool) -> None:
+    def _judge(self, history: _History, single: object | None) -> None:
         """Charge the failures so far to the input, if they are its fault, or may be.
 
         Raises:
             SuspectError, WorkerInputError: they are.
         """
-        if alone:
+        if single is not None:
             if max(history.suspicions, history.crashes) >= CONFIRMATIONS:
                 sentence = "; ".join(dict.fromkeys(history.reasons))
-                self._culprits.convict(digest_of(content), sentence)
+                self._culprits.convict(digest_of(single), sentence)
                 raise self._input_error(sentence)
             if history.crashes and history.over:
-                self.doubt(content)
+                self._culprits.doubt(digest_of(single))
         elif history.suspicions:
             raise SuspectError
         elif history.crashes:
             raise SuspectError(crashed=True)
+
+    def _known(self, key: bytes) -> WorkerInputError | None:
+        """Return the error of an instance that the scorer failed on a while ago, and which is not asked again yet."""
+        sentence = self._culprits.sentence(key)
+        return None if sentence is None else self._input_error(sentence)
 
     async def _admitted(self, deadline: float) -> bool:
         """Wait for a place among the minute's requests; return False if there is none before the deadline."""
@@ -298,30 +359,6 @@ class Requester:
         except TimeoutError:
             return False
         return True
-
-    async def _attempt(
-        self, replica: Replica, permit: int, dialogue: Dialogue[Answered], body: bytes, count: int, until: float
-    ) -> Answered:
-        """One exchange.
-
-        Raises:
-            WorkerRejectedError: a final refusal.
-            FailedError: no answer, for any other reason.
-        """
-        try:
-            return await attempt(
-                replica,
-                permit,
-                dialogue.path,
-                body,
-                items=count,
-                until=until,
-                read=lambda answer: dialogue.read(answer, count),
-                probe=lambda: self._probe(replica, dialogue),
-                model=self._limits.name,
-            )
-        except RefusedError as error:
-            raise self._rejection(dialogue, replica, error.status, error.body) from error
 
     async def _probe(self, replica: Replica, dialogue: Dialogue[Answered]) -> bool:
         """Return True if the replica answers what is known to be good now, on a connection of its own."""
@@ -335,17 +372,25 @@ class Requester:
             return False
         return response.status == 200 and dialogue.answers_probe(response.body)
 
-    def _next(self, history: _History) -> tuple[Replica, int] | None:
-        """The replica to ask and its permit, or None.
-
-        A full one is taken only when all are: its connections then queue. One that was tried is taken again only to
-        confirm a failure of the input.
+    def _candidates(self, history: _History) -> list[Replica]:
+        """The replicas that may be asked next. One that was tried is asked again only to confirm a failure of the
+        input.
         """
+        if len(history.tried) >= self._limits.max_attempts + history.suspicions:
+            return []
         allowed = [replica for replica in self._replicas if replica.allows]
         candidates = [replica for replica in allowed if replica not in history.tried]
         if history.suspicions and not candidates:
             candidates = [replica for replica in allowed if replica is history.tried[-1]]
-        if not candidates or len(history.tried) >= self._limits.max_attempts + history.suspicions:
+        return candidates
+
+    def _next(self, history: _History) -> tuple[Replica, int] | None:
+        """The replica to ask and its permit, or None.
+
+        A full one is taken only when all are: its connections then queue.
+        """
+        candidates = self._candidates(history)
+        if not candidates:
             return None
         turn = self._turn
         self._turn = turn + 1
@@ -404,39 +449,3 @@ class Requester:
         message = f"{title}: no replica could answer: {tail or 'all are out'}"
         rest = min((replica.rest_seconds for replica in self._replicas), default=0.0)
         return WorkerUnavailableError(message, details=details, retry_after_seconds=max(1, math.ceil(rest)))
-
-
-async def in_halves(
-    chunk: Sequence[Asked],
-    ask: Callable[[Sequence[Asked]], Awaitable[Sequence[Made | WorkerError]]],
-    doubt: Callable[[Asked], None],
-) -> list[Made | WorkerError]:
-    """Ask about many instances; while they are refused, or one of them is suspect, ask in halves.
-
-    The culprits stand alone in the end: about 2·log2(n) more requests for one of them, at most 2·n for any number.
-    Where replicas have ended with the request, each instance is asked alone, one after the other.
-
-    Args:
-        chunk: the instances.
-        ask: makes one request; raises `SuspectError` or a `WorkerError`.
-        doubt: notes that replicas have ended with an instance, and others.
-
-    Returns:
-        Per instance what was made of it, or its error. Several may share one error.
-    """
-    try:
-        return [*await ask(chunk)]
-    except SuspectError as error:
-        if error.crashed:
-            for one in chunk:
-                doubt(one)
-            return [outcome for one in chunk for outcome in await in_halves([one], ask, doubt)]
-    except WorkerRejectedError as error:
-        if len(chunk) == 1 or error.details.get("worker_status") in WHOLESALE_STATUSES:
-            return [error] * len(chunk)
-    except WorkerError as error:
-        return [error] * len(chunk)
-    middle = len(chunk) // 2
-    async with asyncio.TaskGroup() as tasks:
-        halves = [tasks.create_task(in_halves(half, ask, doubt)) for half in (chunk[:middle], chunk[middle:])]
-    return [outcome for half in halves for outcome in half.result()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -43,10 +43,10 @@ from service.scorers.protocol import (
     WorkerTimeoutError,
     WorkerUnavailableError,
 )
-from service.scorers.requests import AnswerError, Monitor, Requester, RequestLimits, in_halves
+from service.scorers.requests import Monitor, Requester, RequestLimits
 from service.scorers.status import ScorerStatus
 from service.scorers.transport.breaker import BreakerPolicy
-from service.scorers.transport.exchange import ATTEMPT_SHARE, RETRIED_STATUSES
+from service.scorers.transport.exchange import ATTEMPT_SHARE, RETRIED_STATUSES, AnswerError
 from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
 from service.scorers.transport.replica import Replica, open_replica
 from service.scorers.wire import error_message
@@ -224,19 +224,10 @@ class HttpScorer:
             return [self._out()] * len(instances)
         slots = ticket.slots if ticket is not None and shared else self.slots()
 
-        async def ask(part: Sequence[Instance]) -> list[Scored | WorkerError]:
-            async with slots:
-                return await self._ask(part, deadline)
-
-        def doubt(one: Instance) -> None:
-            self._requester.doubt([_content(one)])
-
-        chunks = [*self._chunks(instances)]
-        if len(chunks) == 1:
-            return _flat([await in_halves(chunks[0], ask, doubt)])
-        async with asyncio.TaskGroup() as tasks:
-            asked = [tasks.create_task(in_halves(chunk, ask, doubt)) for chunk in chunks]
-        return _flat([task.result() for task in asked])
+        items = [_item(one) for one in instances]
+        return await self._requester.ask_all(
+            items, content=lambda item: item, cut=self._chunks, ask=lambda part: self._ask(part, deadline, slots)
+        )
 
     def status(self) -> ScorerStatus:
         """See `Scorer.status`."""
@@ -291,25 +282,29 @@ class HttpScorer:
         else:
             replica.admit()
 
-    def _chunks(self, instances: Sequence[Instance]) -> Iterator[Sequence[Instance]]:
-        begin = responses = 0
-        for index, instance in enumerate(instances):
-            if index > begin and responses + len(instance.responses) > self.config.responses_per_request:
-                yield instances[begin:index]
-                begin, responses = index, 0
-            responses += len(instance.responses)
-        yield instances[begin:]
+    def _chunks(self, items: Sequence[Item]) -> list[list[int]]:
+        """Positions, in order, cut where the next item would overfill the request."""
+        chunks: list[list[int]] = []
+        room = 0
+        for index, item in enumerate(items):
+            if not chunks or len(item.responses) > room:
+                chunks.append([])
+                room = self.config.responses_per_request
+            chunks[-1].append(index)
+            room -= len(item.responses)
+        return chunks
 
-    async def _ask(self, part: Sequence[Instance], deadline: float) -> list[Scored | WorkerError]:
-        left = deadline - asyncio.get_running_loop().time()
-        share = 1.0 if len(self.replicas) == 1 else ATTEMPT_SHARE
-        budget = REPLY_SHARE * min(self.config.attempt_timeout_seconds, share * left)
-        items = [_item(one) for one in part]
-        body = msgspec.json.encode(ScoreRequest(items, budget if budget > 0 else None))
-        dialogue = ScoreDialogue([len(one.responses) for one in part])
-        results = await self._requester.ask(
-            dialogue, body, [_content(one) for one in part], deadline, alone=len(part) == 1
-        )
+    async def _ask(
+        self, items: Sequence[Item], deadline: float, slots: asyncio.Semaphore
+    ) -> list[Scored | WorkerError]:
+        dialogue = ScoreDialogue([len(item.responses) for item in items])
+        single = items[0] if len(items) == 1 else None
+        async with slots:
+            left = deadline - asyncio.get_running_loop().time()
+            share = 1.0 if len(self.replicas) == 1 else ATTEMPT_SHARE
+            budget = REPLY_SHARE * min(self.config.attempt_timeout_seconds, share * left)
+            body = msgspec.json.encode(ScoreRequest([*items], budget if budget > 0 else None))
+            results = await self._requester.ask(dialogue, body, len(items), deadline, single=single)
         return [self._read(result) for result in results]
 
     def _read(self, result: Result) -> Scored | WorkerError:
@@ -350,16 +345,6 @@ def _item(instance: Instance) -> Item:
     else:
         item.messages = [Turn(turn.role, words_of(turn)) for turn in instance.turns]
     return item
-
-
-def _content(instance: Instance) -> list[object]:
-    """Return what tells an instance from others."""
-    facts = sorted(instance.metadata.items())
-    return [instance.prompt, instance.turns, instance.responses, instance.reference, facts]
-
-
-def _flat(parts: Sequence[Sequence[Scored | WorkerError]]) -> list[Scored | WorkerError]:
-    return [outcome for part in parts for outcome in part]
 
 
 async def _exchange(replica: Replica, method: str, path: str, body: bytes, deadline: float) -> bytes:

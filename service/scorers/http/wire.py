@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from router_core.records import MAX_ABS_SCORE, Fact
-from service.scorers.requests import AnswerError, AnswerShapeError
+from service.scorers.transport.exchange import AnswerError, AnswerShapeError
 from service.scorers.wire import PROBE_PROMPT, PROBE_RESPONSE
 
 SCORE_PATH: Final = "/score"

@@ -1,6 +1,6 @@
 """What counts as an answer of `/classify`: one usable reward per item.
 
-Pure: bytes in, numbers out. `service.scorers.rm.client` reads workers' answers with it.
+Pure: bytes in, numbers out. `service.scorers.rm.dialogue` reads workers' answers with it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from router_core.records import MAX_ABS_SCORE
-from service.scorers.requests import AnswerError, AnswerShapeError
+from service.scorers.transport.exchange import AnswerError, AnswerShapeError
 from service.scorers.wire import ClassifyAnswer
 
 LEARNED_FROM: Final = 64

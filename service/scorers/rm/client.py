@@ -1,7 +1,6 @@
 """`VllmArm`: one reward model behind any number of equal replicas that speak vLLM's `/classify`.
 
-Renders instances, cuts batches into requests, and halves requests that are refused, or fail at a worker that is well,
-until the culprit stands alone. `service.scorers.requests` makes each request.
+Renders instances and cuts batches into requests, which `service.scorers.requests` makes and divides where they fail.
 `service.scorers.rm.build` makes one per RM of the pool; use cases see it as `service.scorers.protocol.Scorer`. Knows no
 routing policy and no store.
 """
@@ -11,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Final
@@ -27,7 +26,7 @@ from service.scorers.protocol import (
     WorkerTooLongError,
     WorkerUnavailableError,
 )
-from service.scorers.requests import Monitor, Requester, RequestLimits, in_halves
+from service.scorers.requests import Monitor, Requester, RequestLimits
 from service.scorers.rm.answers import Heads, RewardBound, Rewards
 from service.scorers.rm.dialogue import ClassifyDialogue
 from service.scorers.rm.render import Content, Item, MessagesRendering, Prepared, RenderError, Rendering, TooLongError
@@ -273,35 +272,20 @@ class VllmArm:
             return [self._out()] * len(groups)
         distinct = [list(dict.fromkeys(group)) for group in groups]
         prepared = await self._prepare(distinct)
-        outcomes: dict[int, Scored | WorkerError] = {}
-        ready: dict[int, Prepared] = {}
-        alone: dict[int, Prepared] = {}
-        for index, one in enumerate(prepared):
-            if not isinstance(one, Prepared):
-                outcomes[index] = self._unsent(one)
-            elif (known := self._requester.known(one.contents)) is not None:
-                outcomes[index] = known
-            elif self._requester.doubted(one.contents):
-                alone[index] = one
-            else:
-                ready[index] = one
-        slots = slots or self.slots()
-        chunks = [*self._chunks_of(ready), *([index] for index in alone)]
-        ready |= alone
-        if len(chunks) == 1:
-            answers = [await self._ask_groups([ready[index] for index in chunks[0]], deadline, slots)]
-        else:
-            async with asyncio.TaskGroup() as tasks:
-                asked = [
-                    tasks.create_task(self._ask_groups([ready[index] for index in chunk], deadline, slots))
-                    for chunk in chunks
-                ]
-            answers = [task.result() for task in asked]
-        for chunk, answer in zip(chunks, answers, strict=True):
-            outcomes.update(zip(chunk, answer, strict=True))
+        ready = [one for one in prepared if isinstance(one, Prepared)]
+        permits = slots or self.slots()
+        answers = iter(
+            await self._requester.ask_all(
+                ready,
+                content=lambda one: one.contents,
+                cut=self._chunks_of,
+                ask=lambda chunk: self._ask_chunk(chunk, deadline, permits),
+            )
+        )
+        outcomes = [next(answers) if isinstance(one, Prepared) else self._unsent(one) for one in prepared]
         return [
-            outcome if isinstance(outcome := outcomes[index], WorkerError) else _spread(outcome, distinct[index], group)
-            for index, group in enumerate(groups)
+            outcome if isinstance(outcome, WorkerError) else _spread(outcome, once, group)
+            for outcome, once, group in zip(outcomes, distinct, groups, strict=True)
         ]
 
     def status(self) -> ScorerStatus:
@@ -359,15 +343,15 @@ class VllmArm:
             return await asyncio.to_thread(rendering.prepare, groups, limit=limit, cut_prompt=cut)
         return rendering.prepare(groups, limit=limit, cut_prompt=cut)
 
-    def _chunks_of(self, ready: Mapping[int, Prepared]) -> list[list[int]]:
-        """The keys, cut where the next one would overfill the request; longest first, unless one is enough."""
-        items = sum([len(one.contents) for one in ready.values()])
-        size = sum([one.size for one in ready.values()])
+    def _chunks_of(self, ready: Sequence[Prepared]) -> list[list[int]]:
+        """Positions, cut where the next one would overfill the request; longest first, unless one is enough."""
+        items = sum([len(one.contents) for one in ready])
+        size = sum([one.size for one in ready])
         if items <= self._chunk and size <= self._chunk_size:
-            return [list(ready)] if ready else []
+            return [[*range(len(ready))]] if ready else []
         chunks: list[list[int]] = []
         room, left = 0, 0.0
-        for index in sorted(ready, key=lambda index: -ready[index].size / len(ready[index].contents)):
+        for index in sorted(range(len(ready)), key=lambda index: -ready[index].size / len(ready[index].contents)):
             one = ready[index]
             if len(one.contents) > room or one.size > left:
                 chunks.append([])
@@ -376,15 +360,6 @@ class VllmArm:
             room -= len(one.contents)
             left -= one.size
         return chunks
-
-    async def _ask_groups(
-        self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore
-    ) -> list[Scored | WorkerError]:
-        return await in_halves(
-            chunk,
-            lambda part: self._ask_chunk(part, deadline, slots),
-            lambda one: self._requester.doubt(one.contents),
-        )
 
     async def _ask_chunk(self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore) -> list[Scored]:
         items = [content for one in chunk for content in one.contents]
@@ -439,7 +414,8 @@ class VllmArm:
     async def _ask(self, items: Sequence[Content], deadline: float, *, alone: bool) -> Rewards:
         try:
             body = self._rendering.body(self.config.served_model, items)
-            return await self._requester.ask(self._dialogue, body, items, deadline, alone=alone)
+            single = items if alone else None
+            return await self._requester.ask(self._dialogue, body, len(items), deadline, single=single)
         except RenderError as error:
             raise self._unsent(error) from error
 

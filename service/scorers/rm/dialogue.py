@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from service.scorers.protocol import OverLong, WorkerRejectedError, WorkerTooLongError
-from service.scorers.requests import AnswerError
 from service.scorers.rm.answers import RewardBound, Rewards, read_rewards
 from service.scorers.rm.render import RenderError, Rendering, encode
+from service.scorers.transport.exchange import AnswerError
 from service.scorers.wire import CLASSIFY_PATH, PROBE_PROMPT, PROBE_RESPONSE, says_too_long
 
 if TYPE_CHECKING:

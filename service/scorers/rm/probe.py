@@ -15,11 +15,10 @@ from typing import Final
 import msgspec
 
 from service.scorers.health import ProbeError, UnreachableError
-from service.scorers.requests import AnswerError
 from service.scorers.rm.answers import read_rewards
 from service.scorers.rm.client import VllmArm
 from service.scorers.rm.render import MessagesRendering, RenderError, Rendering, encode
-from service.scorers.transport.exchange import RETRIED_STATUSES
+from service.scorers.transport.exchange import RETRIED_STATUSES, AnswerError
 from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
 from service.scorers.transport.replica import Replica
 from service.scorers.wire import (

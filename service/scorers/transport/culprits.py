@@ -22,7 +22,7 @@ REMEMBERED_INPUTS: Final = 4096
 
 
 def digest_of(content: Any) -> bytes:
-    """Return the key of something that is sent: texts, token ids, or lists of them."""
+    """Return the key of something that is sent: a body, texts, token ids, or what is made of them."""
     return hashlib.blake2b(msgspec.msgpack.encode(content), digest_size=16).digest()
 
 

@@ -1,7 +1,9 @@
 """One attempt at one replica: send, read, and find out if the replica or the input caused a failure.
 
-    FailedError   no usable answer; says whose fault it was, as far as that is known
-    RefusedError  a status that another replica would answer too
+    AnswerError           a body that is no answer; what reads bodies raises it
+    └── AnswerShapeError      one that no input explains
+    FailedError           no usable answer; says whose fault it was, as far as that is known
+    RefusedError          a status that another replica would answer too
 
 `service.scorers.requests` and `service.encoders.client` decide what follows: another replica, a division of what was
 asked, or an error of the input.
@@ -12,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import ClassVar, Final, TypeVar
+from typing import Final, TypeVar
 
 from service.scorers.transport.http import (
     ConnectError,
@@ -41,11 +43,12 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
-class UnusableAnswerError(Exception):
-    """A body with status 200 is no answer; the message says why, without addresses."""
+class AnswerError(Exception):
+    """The body does not hold what was asked for; the message says why, without addresses."""
 
-    replicas_fault: ClassVar[bool] = False
-    """No input makes a server answer so."""
+
+class AnswerShapeError(AnswerError):
+    """The answer has another shape than was asked for: no input makes a server do that."""
 
 
 class FailedError(Exception):
@@ -94,7 +97,7 @@ async def attempt(
         body: JSON.
         items: in the body.
         until: absolute `loop.time()`.
-        read: raises `UnusableAnswerError`.
+        read: raises `AnswerError`.
         probe: returns True if the replica answers what is known to be good; see `Replica.examine`.
         model: for the log.
 
@@ -118,10 +121,10 @@ async def attempt(
         if response.status == 200:
             try:
                 answer = read(response.body)
-            except UnusableAnswerError as error:
-                if error.replicas_fault:
-                    replica.blame(permit, str(error))
-                    raise FailedError(str(error), blamed=True, unreadable=True) from error
+            except AnswerShapeError as error:
+                replica.blame(permit, str(error))
+                raise FailedError(str(error), blamed=True, unreadable=True) from error
+            except AnswerError as error:
                 reason = detail = str(error)
                 unreadable = True
             else:

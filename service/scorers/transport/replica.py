@@ -38,7 +38,7 @@ LONGEST_REST_SECONDS: Final = 120.0
 
 FAIR_SHARE: Final = 0.5
 """An attempt that ran out of time is the replica's fault if the replica had this share of `attempt_timeout_seconds`;
-with less, the haste was ours. Below `ATTEMPT_SHARE`: an attempt that leaves time for another must count.
+with less, the haste was ours. Below `exchange.ATTEMPT_SHARE`: an attempt that leaves time for another must count.
 """
 
 _log = logging.getLogger(__name__)

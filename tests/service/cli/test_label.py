@@ -281,7 +281,7 @@ def test_a_worker_that_fails_for_a_while_is_waited_for(tmp_path: Path, place: Pl
     [
         (ScriptedWorker("other"), "serves other, not 'rm'"),
         ("unauthorised", "401"),
-        ("two labels", "one finite reward"),
+        ("two labels", "2 classes"),
     ],
 )
 def test_a_worker_that_cannot_be_used_is_said_at_once(tmp_path: Path, place: Place, worker: Any, words: str) -> None:

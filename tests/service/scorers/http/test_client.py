@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from router_core.records import Instance
+from router_core.records import Instance, Message
 from service.errors import ConfigurationError
 from service.pool import PoolFile
 from service.scorers.health import HealthPolicy, ReplicaMonitor
@@ -245,3 +245,18 @@ async def test_the_pool_file_says_limits_and_key(service: Service, url: str, mon
     assert service.keys == ["Bearer secret"]
     assert service.requests[0]["timeout_seconds"] <= 0.8 * 3
     await scorer.close()
+
+
+async def test_a_conversation_is_sent_as_messages() -> None:
+    service = Service()
+    worker = RunningWorker(service)
+    scorer = HttpScorer(HttpConfig(name="service", kind="http", urls=(worker.url,)))
+    turns = (Message("system", "Be brief."), Message("user", "Why?"))
+    (outcome,) = await scorer.score([Instance("as text", ("a", "b"), turns=turns)], deadline=soon())
+    assert isinstance(outcome, Scored)
+    (item,) = service.requests[0]["items"]
+    assert item["messages"] == [{"role": turn.role, "content": turn.text} for turn in turns]
+    assert "prompt" not in item
+    await scorer.close()
+    worker.stop()
+    worker.join()
