@@ -170,6 +170,13 @@ class Gateway:
         )
 
 
+def default_policy(settings: Settings, pool: PoolFile) -> str:
+    """Return the policy of requests that name none: the setting where it is given, else the pool's `combine`."""
+    if "policy" in settings.model_fields_set or pool.combine in (None, "route"):
+        return settings.policy
+    return str(pool.combine)
+
+
 def build_gateway(
     settings: Settings,
     pool: PoolFile,
@@ -215,7 +222,7 @@ def build_gateway(
         max_rounds=settings.max_rounds_per_instance,
         fold_settings=FoldSettings(settings.block_size, settings.refresh_events),
         signal=settings.signal,
-        policy=settings.policy,
+        policy=default_policy(settings, pool),
         origin=origin,
         blas_threads=settings.blas_threads,
         seed=settings.seed,

@@ -5,6 +5,7 @@
     worker: auto                             # auto (default): vLLM where there is one, else the CPU worker; vllm; cpu
     device: cuda                             # where vLLM runs: cuda (default) or cpu
     vllm_command: ../.venv-vllm/bin/vllm     # a vLLM that is installed elsewhere
+    combine: gate:sums,skywork               # several scorers make one reward: docs/scorers.md
     models:
       - name: sums                           # another kind than `rm`: docs/scorers.md
         kind: rule
@@ -225,6 +226,7 @@ class PoolFile(BaseModel):
     worker: Literal["auto", "vllm", "cpu"] = "auto"
     device: Literal["cuda", "cpu"] = "cuda"
     vllm_command: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
+    combine: str | None = Field(default=None, pattern=r"^(route|(sum|min)(:.+)?|(gate|within):.+)$")
     models: tuple[Entry, ...] = Field(min_length=1)
 
     @property

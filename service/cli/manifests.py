@@ -156,11 +156,12 @@ def gateway_pool(pool: PoolFile) -> Manifest:
         urls = list(model.urls) or replica_urls(model)
         given = model.model_dump(mode="json", exclude_defaults=True, include=set(GATEWAY_FIELDS))
         if tokenizes:
-            own = {"model": model.model, "revision": model.revision}
-            named = own if model.tokenizer is None else {"tokenizer": model.tokenizer}
+            source = {"model": model.model, "revision": model.revision}
+            named = source if model.tokenizer is None else {"tokenizer": model.tokenizer}
             given |= {field: value for field, value in named.items() if value is not None}
         models.append({"name": model.name, "urls": urls} | given)
-    return pool.model_dump(mode="json", exclude_defaults=True, include={"name", "over_long"}) | {"models": models}
+    own = pool.model_dump(mode="json", exclude_defaults=True, include={"name", "over_long", "combine"})
+    return {**own, "models": models}
 
 
 def _elsewhere(entry: ScorerEntry) -> Manifest:

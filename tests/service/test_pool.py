@@ -8,6 +8,7 @@ import pytest
 
 from router_core.records import Fact, Instance
 from service.errors import ConfigurationError
+from service.gateway import default_policy
 from service.pool import RESERVED_ARGUMENTS, PoolFile, dump_pool, load_pool
 from service.scorers.rm.build import build_reward_model
 from service.settings import Settings
@@ -125,3 +126,14 @@ def test_kinds_are_read_back_as_written(tmp_path: Path) -> None:
     assert [entry.name for entry in pool.reward_models] == ["rm"]
     assert pool.models[1].model_dump()["file"] == f"{tmp_path / 'rules.py'}:sums"
     assert pool.models[1].served_at(["http://b:1"]).urls == ("http://b:1",)
+
+
+def test_combine_is_the_policy_of_requests_that_name_none(tmp_path: Path) -> None:
+    models = "models: [{name: rule, kind: rule, builtin: math}, {name: rm, path: rm}]"
+    pool = load(tmp_path, f"combine: 'gate:rule,rm'\n{models}")
+    assert default_policy(Settings(), pool) == "gate:rule,rm"
+    assert default_policy(Settings(policy="random"), pool) == "random"
+    assert default_policy(Settings(), load(tmp_path, f"combine: route\n{models}")) == Settings().policy
+    assert default_policy(Settings(), load(tmp_path, models)) == Settings().policy
+    with pytest.raises(ConfigurationError, match="combine"):
+        load(tmp_path, f"combine: average\n{models}")
