@@ -32,7 +32,7 @@ def checkpoint(folder: Path, votes: Votes | None) -> tuple[Path, PairEncoder]:
         calibration_shift=np.zeros(3, dtype=np.float32),
         metrics={},
         votes=votes,
-        multipliers=None if votes is None else Multipliers(np.array([1.0, 2.0, 3.0]), np.array([0.1, 0.01, 0.001])),
+        multipliers=None if votes is None else Multipliers(np.array([1.0, 2.0, 3.0]), np.array([1.0, 0.01, 0.001])),
     )
     made.save(folder / "checkpoint")
     return folder / "checkpoint", PairEncoder(backbone, made.fuse)
