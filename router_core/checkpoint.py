@@ -50,7 +50,7 @@ _OPTIONAL_FUSE_TENSORS = ("rotation", "context")
 _SCORE_TENSORS = ("score_shift", "score_scale")
 _LANDMARKS = "landmark_positions"
 _LEVEL = "calibration_level"
-_VOTES = ("votes_weights", "votes_deviations", "votes_margins")
+_VOTES = ("votes_weights", "votes_deviations", "votes_margins", "votes_level")
 _MULTIPLIERS = ("votes_budgets", "votes_multipliers")
 _PRACTICE = ("practice_offsets", "practice_verdicts", "practice_margins", "practice_responses")
 
@@ -339,7 +339,7 @@ class Checkpoint:
         named[_LEVEL] = self.calibration_level
         named[_LANDMARKS] = None if self.landmarks is None else self.landmarks.positions
         if self.votes is not None:
-            arrays = (self.votes.weights, self.votes.deviations, self.votes.margins)
+            arrays = self.votes.arrays
             named.update(zip(_VOTES, (array.astype(np.float32) for array in arrays), strict=True))
         if self.multipliers is not None:
             arrays_of_two = (self.multipliers.budgets, self.multipliers.values)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,18 +35,22 @@ class Votes:
         w_k = c_k + ln(V)·g_k,   c_k = α_k + β_k ℓ_k + γ_k m_k + δ_k ℓ_k m_k,   g_k the same with weights of its own,
 
     ℓ_k = logit o_k(x), which is 0 for an arm that guesses, and m_k = ln(1 + 2·margin/deviation_k).
-    The second part takes back what arms that err together say twice.
+    The second part takes back what arms that err together say twice. With a level ℓ̄, the mean logit of all arms on the
+    pairs of the fit, ℓ_k is taken relative to this instance's mean: logit o_k − mean_j logit o_j + ℓ̄. What all arms
+    share, how hard the text is, says nothing of whom to believe.
 
     Attributes:
         weights: (2, 4, K): [c or g][α, β, γ, δ][arm].
         deviations: (K,) positive, root mean square of the arm's margins; 1 where it gives no scores.
         margins: (Q, K), equally likely values of m_k, rising; all 0 for an arm without scores. An unknown margin of an
             arm that had some is taken to be their mean.
+        level: (1,), ℓ̄; (0,) where logits are taken as they are.
     """
 
     weights: Array
     deviations: Array
     margins: Array
+    level: Array = field(default_factory=lambda: np.zeros(0))
 
     def __post_init__(self) -> None:
         K = len(self.deviations)
@@ -55,8 +59,10 @@ class Votes:
                 f"votes: weights {self.weights.shape}, margins {self.margins.shape} and deviations "
                 f"{self.deviations.shape} must be (2, {FEATURES}, K), (Q, K) and (K,); train again"
             )
-        if not all(np.isfinite(array).all() for array in (self.weights, self.margins, self.deviations)):
+        if not all(np.isfinite(array).all() for array in (self.weights, self.margins, self.deviations, self.level)):
             raise NotFiniteError("votes hold NaN or infinity; train again")
+        if self.level.ndim != 1 or len(self.level) > 1:
+            raise ShapeMismatchError(f"votes: level {self.level.shape} must be (0,) or (1,); train again")
         if not (self.deviations > 0).all():
             raise NotFiniteError(f"votes: deviations {self.deviations.tolist()} must be positive; train again")
 
@@ -67,12 +73,17 @@ class Votes:
 
     def rounded(self) -> Votes:
         """The same numbers as a checkpoint's float32 tensors hold them."""
-        return Votes(*(a.astype(np.float32).astype(np.float64) for a in (self.weights, self.deviations, self.margins)))
+        return Votes(*(array.astype(np.float32).astype(np.float64) for array in self.arrays))
+
+    @property
+    def arrays(self) -> tuple[Array, Array, Array, Array]:
+        """The numbers, in the order of the fields."""
+        return self.weights, self.deviations, self.margins, self.level
 
     def select(self, arms: Sequence[int]) -> Votes:
         """The weights of these arms, in this order: they were fitted on random subsets."""
         index = list(arms)
-        return Votes(self.weights[:, :, index], self.deviations[index], self.margins[:, index])
+        return Votes(self.weights[:, :, index], self.deviations[index], self.margins[:, index], self.level)
 
     def strengths(self, offsets: Array, margins: Array) -> tuple[Array, Array]:
         """c_k and g_k of what each arm would say: offsets and margins (B, K) to (B, K) and (B, K)."""
@@ -103,19 +114,22 @@ class Votes:
         constant, growth = self.strengths(offsets, answers.margins)
         return softmax(log_odds(constant, growth, answers), answers.responses)
 
-    def alone(self, arm: int, offset: float, margin: float, n: int) -> float:
+    def alone(self, arm: int, offsets: Array, margin: float, n: int) -> float:
         """Return the probability that one arm's verdict is right when nobody else was asked.
 
         The same as `probabilities` with that answer alone, without arrays: every reply holds it.
 
         Args:
             arm: who answered.
-            offset: o_k(x) of that arm.
+            offsets: (K,), o_k(x).
             margin: of its answer, in its own scores; NaN where it gives none.
             n: number of responses, at least 2.
         """
-        p = min(max(offset, _SURE), 1.0 - _SURE)
-        logit = math.log(p) - math.log1p(-p)
+        if len(self.level):
+            logit = float(informed_logits(offsets, self.level)[arm])
+        else:
+            p = min(max(float(offsets[arm]), _SURE), 1.0 - _SURE)
+            logit = math.log(p) - math.log1p(-p)
         if math.isfinite(margin):
             m = math.log1p(2.0 * margin / float(self.deviations[arm]))
         else:
@@ -125,7 +139,7 @@ class Votes:
         return 1.0 / (1.0 + (n - 1) * math.exp(-weight))
 
     def _strengths(self, offsets: Array, m: Array) -> tuple[Array, Array]:
-        logits = informed_logits(offsets)
+        logits = informed_logits(offsets, self.level)
         w = self.weights[:, :, None, :]
         both = w[:, 0] + w[:, 1] * logits + (w[:, 2] + w[:, 3] * logits) * m
         return both[0], both[1]
@@ -156,11 +170,17 @@ def verdicts_of(probabilities: Array) -> Verdicts:
     return Verdicts(np.where(tied, TIE, probabilities.argmax(axis=1)), best)
 
 
-def informed_logits(offsets: Array) -> Array:
-    """ℓ = logit o: what a verdict says about one response against each other one, (B, K)."""
+def logits_of(offsets: Array) -> Array:
+    """Return logit o, (…, K)."""
     p = np.clip(offsets, _SURE, 1.0 - _SURE)
     logits: Array = np.log(p) - np.log1p(-p)
     return logits
+
+
+def informed_logits(offsets: Array, level: Array) -> Array:
+    """ℓ: what a verdict says about one response against each other one, (…, K); see `Votes`."""
+    logits = logits_of(offsets)
+    return logits - logits.mean(axis=-1, keepdims=True) + level[0] if len(level) else logits
 
 
 def voters_log(voters: NDArray[np.integer]) -> Array:

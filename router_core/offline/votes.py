@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from router_core.combine.answers import Answers, margins_of
 from router_core.combine.cascade import Multipliers, Practice
-from router_core.combine.votes import FEATURES, Votes, informed_logits, log_odds, voters_log
+from router_core.combine.votes import FEATURES, Votes, informed_logits, log_odds, logits_of, voters_log
 from router_core.intervals import group_index
 from router_core.records import TIE, LabelledPair
 
@@ -95,7 +95,8 @@ def fit_votes(data: Judged, rng: np.random.Generator) -> tuple[Votes, Multiplier
     if len(useful) < _FEWEST or len(set(index)) < FOLDS:
         return None
     deviations = _deviations(data.answers)
-    blank = Votes(np.zeros((2, FEATURES, data.offsets.shape[1])), deviations, np.zeros((1, len(deviations))))
+    level = np.array([logits_of(data.offsets).mean()])
+    blank = Votes(np.zeros((2, FEATURES, data.offsets.shape[1])), deviations, np.zeros((1, len(deviations))), level)
     blank = replace(blank, margins=_typical(data.answers, blank))
     subsets = _subsets(data, rng)
     weights = _fit(blank, data, subsets)
@@ -144,7 +145,7 @@ def _design(votes: Votes, data: Judged, asked: NDArray[np.bool_]) -> Array:
     """
     answers = data.answers.only(asked)
     voted = answers.votes
-    logits, m = informed_logits(data.offsets), votes.scaled(answers.margins)
+    logits, m = informed_logits(data.offsets, votes.level), votes.scaled(answers.margins)
     features = np.stack([np.ones_like(logits), logits, m, m * logits], axis=1) * voted[:, None, :]
     features = np.concatenate([features, voters_log(voted.sum(axis=1))[:, None, None] * features], axis=1)
     features = np.concatenate([features, features.sum(axis=2, keepdims=True)], axis=2)

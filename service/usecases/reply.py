@@ -82,7 +82,7 @@ class Job(Inquiry):
         offsets = self.chosen.offsets[self.row]
         if given.arm is not None:
             best, second = sorted([reward for reward in given.rewards if reward == reward])[:-3:-1]
-            return combination.votes.alone(given.arm, float(offsets[given.arm]), best - second, n)
+            return combination.votes.alone(given.arm, offsets, best - second, n)
         told = answers_of(self.attempts, combination.votes.n_arms, n)
         return float(combination.votes.probabilities(offsets[None], told)[0, given.verdict])
 

@@ -203,7 +203,9 @@ def test_landmarks_that_do_not_fit_the_fuse_are_refused() -> None:
 
 def with_votes(K: int = 3) -> Checkpoint:
     rng = np.random.default_rng(5)
-    votes = Votes(rng.normal(size=(2, 4, K)), rng.uniform(0.5, 2.0, K), rng.uniform(0.0, 2.0, (3, K)))
+    votes = Votes(
+        rng.normal(size=(2, 4, K)), rng.uniform(0.5, 2.0, K), rng.uniform(0.0, 2.0, (3, K)), rng.normal(size=1)
+    )
     multipliers = Multipliers(np.array([1.0, 1.5, 2.0]), np.array([1.0, 0.02, 0.001]))
     return replace(make(K), votes=votes.rounded(), multipliers=multipliers.rounded())
 
@@ -218,6 +220,7 @@ def test_learned_votes_survive_the_disk_bit_for_bit(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.votes.weights, saved.votes.weights)
     np.testing.assert_array_equal(loaded.votes.deviations, saved.votes.deviations)
     np.testing.assert_array_equal(loaded.votes.margins, saved.votes.margins)
+    np.testing.assert_array_equal(loaded.votes.level, saved.votes.level)
     assert loaded.multipliers is not None
     assert loaded.multipliers.at(1.5) == pytest.approx(0.02)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,6 +87,18 @@ def test_one_vote_alone_is_never_turned_round() -> None:
     p = naive(1).probabilities(np.array([[0.2]]), answers([[1]]))
     assert verdicts_of(p).preferred.tolist() == [1]
     assert 0.5 < p[0, 1] < 0.51
+
+
+def test_what_all_arms_share_does_not_change_whom_to_believe() -> None:
+    votes = replace(naive(3), level=np.array([1.0]))
+    said = answers([[0, 1, 1]])
+    logits = np.array([[2.0, 0.5, 1.0]])
+    one, harder = (1.0 / (1.0 + np.exp(-(logits - shift))) for shift in (0.0, 0.7))
+    assert votes.probabilities(one, said) == pytest.approx(votes.probabilities(harder, said))
+    relative = logits[0] - logits.mean() + 1.0
+    expected = 1.0 / (1.0 + np.exp(-(relative[0] - relative[1] - relative[2])))
+    assert votes.probabilities(one, said)[0, 0] == pytest.approx(expected)
+    assert votes.alone(0, one[0], np.nan, 2) == pytest.approx(1.0 / (1.0 + np.exp(-relative[0])))
 
 
 def test_a_wider_margin_counts_more_and_an_unknown_one_as_the_mean() -> None:

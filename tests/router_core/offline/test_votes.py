@@ -54,7 +54,8 @@ def test_an_arm_heard_twice_counts_about_once() -> None:
     offsets, both = np.array([[0.9, 0.75, 0.75, 0.9]]), np.array([[False, True, True, False]])
     said = Answers(np.array([[0, 1, 1, 0]]), both, np.full((1, 4), np.nan), np.array([2]))
     claimed = float(fitted[0].probabilities(offsets, said)[0, 1])
-    assert 0.72 < claimed < 0.85  # Independent arms would make .90 of it.
+    # Independent arms would make .90 of it. Less than .75, because the other two arms are said to be better here.
+    assert 0.62 < claimed < 0.85
 
 
 def test_margins_help_where_they_tell_right_from_wrong() -> None:
