@@ -205,8 +205,8 @@ def test_prices_count_in_every_row_and_change_whom_a_cascade_asks(files: tuple[P
     assert dear["random"]["price_per_instance"] == 2.5
     assert dear["stacked"]["price_per_instance"] == 5.0
     assert dear["stacked"]["accuracy"] == equal["stacked"]["accuracy"]
-    # Routing asks as ever, and pays; a cascade asks cheaper arms. Its multiplier is that of the training pairs: few pairs
-    # of two kinds of text do not keep to a budget exactly.
+    # Routing asks as ever, and pays; a cascade asks cheaper arms. Its multiplier is that of the training pairs, and few
+    # pairs of two kinds of text do not keep to a budget exactly.
     assert dear["offline"]["accuracy"] == equal["offline"]["accuracy"]
     assert dear["offline"]["price_per_instance"] > 2.0
     assert dear["cascade:1.5"]["price_per_instance"] < dear["offline"]["price_per_instance"]
