@@ -120,7 +120,14 @@ async def test_readiness_answers_at_once_while_the_log_is_replayed(valkey_server
 
 async def test_the_pool_is_shown_in_arm_order(gateway: Gateway) -> None:
     gateway.arms[1].available = False
-    no_workers = {"kind": "rm", "rendering": None, "max_model_len": None, "over_long": None, "replicas": [], "judging": None}
+    no_workers = {
+        "kind": "rm",
+        "rendering": None,
+        "max_model_len": None,
+        "over_long": None,
+        "replicas": [],
+        "judging": None,
+    }
     assert (await gateway.client.get("/models")).json == [
         {"name": "rm-a", "available": True, **no_workers},
         {"name": "rm-b", "available": False, **no_workers},
