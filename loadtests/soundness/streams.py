@@ -62,10 +62,9 @@ def asked(run: Simulated, seed: int) -> tuple[NDArray[np.int64], Posterior]:
         at = slice(step, step + 1)
         arm = arms[step] = int(draw(policy.beliefs(x[at], offsets, state), rng).ranking[0, 0])
         others = [k for k in range(K) if k != arm] if everybody[step] else []
-        # The label is 0, and an arm that is right says so.
-        shadows = tuple(Shadow(k, run.said[k], int(not right[step, k])) for k in others)
-        feedback, verdict = Feedback(Signal.PREFERENCE, 0.0), int(not right[step, arm])
-        event = Event(arm, x[step].tobytes(), run.said[arm], verdict, feedback, shadows=shadows)
+        shadows = tuple(Shadow(k, run.said[k], float(right[step, k])) for k in others)
+        feedback, credit = Feedback(Signal.PREFERENCE, 0.0), float(right[step, arm])
+        event = Event(arm, x[step].tobytes(), run.said[arm], credit, feedback, shadows=shadows)
         state = fold(state, [event])
     return arms, state
 

@@ -31,7 +31,7 @@ def falling(n: int, at: int) -> list[Event]:
     rows = unit_contexts(rng, n, 3) * np.float32([0, 0.5, 0.5]) + np.float32([0.8, 0, 0])
     for step, x in enumerate(rows):
         right = rng.random() < 0.9 and not (step % 2 == 0 and step >= at)
-        events.append(Event(step % 2, x.tobytes(), 0.9, int(not right), Feedback(Signal.PREFERENCE, 0.0)))
+        events.append(Event(step % 2, x.tobytes(), 0.9, float(right), Feedback(Signal.PREFERENCE, 0.0)))
     return events
 
 
