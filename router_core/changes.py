@@ -47,7 +47,7 @@ class Watch(NamedTuple):
     alarms: float = 0.0
 
     def after(self, predicted: float, reward: float, rate: float) -> Watch:
-        """One event more. An alarm begins anew, with `alarms` one higher.
+        """Return the watch after one more event. After an alarm all sums start at 0 again, and `alarms` is one higher.
 
         Args:
             predicted: what the posterior expected, before it learned of the reward.

@@ -30,7 +30,7 @@ Array = NDArray[np.float64]
 Truth = Callable[[np.random.Generator], Array]
 
 PREDICTED = 0.8
-"""Of the arm that is watched alone."""
+"""Probability that the arm is right which is watched alone."""
 
 STREAMS: dict[str, Truth] = {
     "right": lambda rng: np.full(EVENTS, PREDICTED),

@@ -155,7 +155,7 @@ Values = list[list[Array]]
 
 
 def _accuracies(kinds: Kinds, seeds: Sequence[int]) -> dict[str, Values]:
-    """Of every candidate by its title; the default's under ""."""
+    """One entry per candidate, by its title; "" for the default."""
     found = {title: _replayed(kinds, seeds, changes) for title, changes in {"": {}, **CANDIDATES}.items()}
     return {**found, PAPER: _replayed(kinds, seeds, None)}
 

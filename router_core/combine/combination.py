@@ -41,7 +41,7 @@ class Combination:
         return np.ones(self.votes.n_arms) if self.prices is None else self.prices
 
     def priced(self, prices: Array | None = None) -> Combination:
-        """Return the same at other prices, its multipliers found anew unless they are known to hold.
+        """Return the same at other prices, with multipliers found anew unless the prices are those they were found at.
 
         Args:
             prices: (K,) in units of the cheapest; None: equal.

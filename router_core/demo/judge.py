@@ -9,7 +9,7 @@ The next token is the verdict. It learns from labelled pairs in both orders, wit
 response the second layer also predicts its reward (Bradley–Terry, by a head that is thrown away), so that the verdict
 is the letter after the response with the larger one. It gives no grades and no reasons.
 
-Knows the generators; nothing of the service. Called by tests and by whoever wants a judge without a GPU.
+Knows the generators; nothing of the service. Called by tests; gives a judge that needs no GPU.
 """
 
 from __future__ import annotations

@@ -10,14 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
 
 from router_core.records import Instance
 from router_core.turns import words_of
-from service.errors import ConfigurationError
 from service.scorers.admission import Ticket
 from service.scorers.health import ProbeError, UnreachableError
 from service.scorers.http.wire import (
@@ -43,12 +42,12 @@ from service.scorers.protocol import (
     WorkerTimeoutError,
     WorkerUnavailableError,
 )
-from service.scorers.requests import Monitor, Requester, RequestLimits
+from service.scorers.requests import Monitor
+from service.scorers.served import ServedConfig, ServedScorer
 from service.scorers.status import ScorerStatus
-from service.scorers.transport.breaker import BreakerPolicy
 from service.scorers.transport.exchange import ATTEMPT_SHARE, RETRIED_STATUSES, AnswerError
 from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
-from service.scorers.transport.replica import Replica, open_replica
+from service.scorers.transport.replica import Replica
 from service.scorers.wire import error_message
 
 REPLY_SHARE: Final = 0.8
@@ -56,42 +55,16 @@ REPLY_SHARE: Final = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HttpConfig:
-    """One scorer of the pool file.
+class HttpConfig(ServedConfig):
+    """One scorer of the pool file; see `ServedConfig`.
 
     Attributes:
-        name: the scorer's name in the pool.
         kind: `http` or `rule`.
-        urls: one origin per replica.
-        max_in_flight: requests at once per replica; also its connections.
         responses_per_request: responses per request; an instance with more goes alone.
-        parallel_requests: requests of one call in flight at once.
-        attempt_timeout_seconds: one replica's time for one request.
-        timeout_seconds: see `Scorer.timeout_seconds`.
-        max_attempts: replicas asked for one request, the first included.
-        requests_per_minute: bound on this gateway's requests; None for none.
-        breaker: when a replica is taken out.
-        api_key: sent as a bearer token.
-        applies: says which instances the scorer is asked about; None for all.
     """
 
-    name: str
     kind: str
-    urls: tuple[str, ...]
-    max_in_flight: int = 64
     responses_per_request: int = 32
-    parallel_requests: int = 8
-    attempt_timeout_seconds: float = 10.0
-    timeout_seconds: float | None = None
-    max_attempts: int = 3
-    requests_per_minute: float | None = None
-    breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
-    api_key: str | None = field(default=None, repr=False)
-    applies: Callable[[Instance], bool] | None = None
-
-    def __post_init__(self) -> None:
-        if len(set(self.urls)) != len(self.urls):
-            raise ConfigurationError(f"scorer {self.name!r} names a URL twice: {', '.join(self.urls)}")
 
 
 class ScoreDialogue:
@@ -127,7 +100,7 @@ class ScoreDialogue:
         return WorkerRejectedError(message, details=details)
 
 
-class HttpScorer:
+class HttpScorer(ServedScorer):
     """One scorer behind equal servers; implements `service.scorers.protocol.Scorer` and `health.Checks`.
 
     Not thread-safe; one event loop. The owner calls `close`.
@@ -148,72 +121,9 @@ class HttpScorer:
         clock: Callable[[], float] = time.monotonic,
         monitor: Callable[[HttpScorer], Monitor] | None = None,
     ) -> None:
+        super().__init__(config, config.kind, config.kind, clock)
         self.config = config
-        try:
-            self.replicas = tuple(
-                open_replica(
-                    url,
-                    name=config.name,
-                    api_key=config.api_key,
-                    max_in_flight=config.max_in_flight,
-                    attempt_timeout_seconds=config.attempt_timeout_seconds,
-                    clock=clock,
-                    breaker=config.breaker,
-                )
-                for url in config.urls
-            )
-        except ValueError as error:
-            raise ConfigurationError(f"scorer {config.name!r}: {error}") from error
-        self._requester = Requester(
-            RequestLimits(
-                config.name,
-                config.kind,
-                config.attempt_timeout_seconds,
-                config.max_attempts,
-                config.requests_per_minute,
-            ),
-            self.replicas,
-            clock,
-        )
         self._monitor = None if monitor is None else monitor(self)
-
-    @property
-    def name(self) -> str:
-        """The scorer's name in the pool."""
-        return self.config.name
-
-    @property
-    def kind(self) -> str:
-        """Its kind."""
-        return self.config.kind
-
-    @property
-    def available(self) -> bool:
-        """True if some replica may be sent a request now."""
-        return self._requester.has_room and any(replica.allows and not replica.full for replica in self.replicas)
-
-    @property
-    def reachable(self) -> bool:
-        """True if some replica's breaker allows a request."""
-        return any(replica.allows for replica in self.replicas)
-
-    @property
-    def timeout_seconds(self) -> float | None:
-        """See `Scorer.timeout_seconds`."""
-        return self.config.timeout_seconds
-
-    def slots(self) -> asyncio.Semaphore:
-        """See `Admission.slots`."""
-        return asyncio.Semaphore(min(self.config.parallel_requests, self.config.max_in_flight * len(self.replicas)))
-
-    @property
-    def choosy(self) -> bool:
-        """True if the pool file says `applies`."""
-        return self.config.applies is not None
-
-    def applies(self, instance: Instance) -> bool:
-        """Return True unless the pool file bars the instance."""
-        return self.config.applies is None or self.config.applies(instance)
 
     async def score(
         self, instances: Sequence[Instance], *, deadline: float, ticket: Ticket | None = None
@@ -240,28 +150,6 @@ class HttpScorer:
             over_long=None,
             replicas=[replica.snapshot().status() for replica in self.replicas],
         )
-
-    @property
-    def unexpected_errors(self) -> int:
-        """See `Scorer.unexpected_errors`."""
-        return self._monitor.unexpected_errors if self._monitor is not None else 0
-
-    async def check(self) -> None:
-        """See `Scorer.check`."""
-        if self._monitor is not None:
-            await self._monitor.check_all()
-
-    def start(self) -> None:
-        """See `Scorer.start`."""
-        if self._monitor is not None:
-            self._monitor.start()
-
-    async def close(self) -> None:
-        """See `Scorer.close`."""
-        if self._monitor is not None:
-            await self._monitor.stop()
-        for replica in self.replicas:
-            await replica.close()
 
     async def ready(self, replica: Replica, deadline: float) -> None:
         """Ask `GET /health`; see `service.scorers.health.Checks.ready`."""

@@ -14,14 +14,13 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
 
 from router_core.records import Instance
 from router_core.tournament import choose_pairs, connects
-from service.errors import ConfigurationError
 from service.scorers.admission import Ticket
 from service.scorers.judge.dialogue import ChatDialogue, ChatOptions
 from service.scorers.judge.ranking import Comparison, components_of, rewards_of
@@ -36,56 +35,35 @@ from service.scorers.protocol import (
     WorkerRejectedError,
     WorkerUnavailableError,
 )
-from service.scorers.requests import Monitor, Requester, RequestLimits
+from service.scorers.requests import Monitor
+from service.scorers.served import ServedConfig, ServedScorer
 from service.scorers.status import JudgingStatus, ScorerStatus
-from service.scorers.transport.breaker import BreakerPolicy
-from service.scorers.transport.replica import open_replica
 
 THREADED_RESPONSES: Final = 16
 """Responses of an instance from which their strengths are computed off the event loop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JudgeConfig:
-    """One judge of the pool file.
+class JudgeConfig(ServedConfig):
+    """One judge of the pool file; see `ServedConfig`.
 
     Attributes:
-        name: the judge's name in the pool.
-        urls: one origin per replica; all serve the same model.
         options: what requests hold.
         rubric: what is asked.
         mode: of instances with several responses; a single one is graded.
         verdict: how verdicts are read; `auto` for log-probabilities where the servers give readable ones, else text.
         comparisons: pairs compared per instance at most; see `router_core.tournament.choose_pairs`.
-        max_in_flight: requests at once per replica; also its connections.
-        attempt_timeout_seconds: one replica's time for one request.
         answer_seconds: time in which a server says what it serves, and that `check` waits; verdicts may come later.
-        max_attempts: replicas asked for one request, the first included.
-        requests_per_minute: bound on this gateway's requests; None for none.
-        breaker: when a replica is taken out.
-        api_key: sent as a bearer token.
-        applies: says which instances the judge is asked about; None for all.
     """
 
-    name: str
-    urls: tuple[str, ...]
     options: ChatOptions
     rubric: Rubric
     mode: Mode = Mode.PAIRWISE
     verdict: Literal["auto", "logprobs", "text"] = "auto"
     comparisons: int = 16
-    max_in_flight: int = 64
+    parallel_requests: int = 64
     attempt_timeout_seconds: float = 60.0
     answer_seconds: float = 10.0
-    max_attempts: int = 3
-    requests_per_minute: float | None = None
-    breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
-    api_key: str | None = field(default=None, repr=False)
-    applies: Callable[[Instance], bool] | None = None
-
-    def __post_init__(self) -> None:
-        if len(set(self.urls)) != len(self.urls):
-            raise ConfigurationError(f"judge {self.name!r} names a URL twice: {', '.join(self.urls)}")
 
 
 @dataclass(slots=True)
@@ -108,7 +86,7 @@ class Tally:
         return self.first_excess / self.comparisons if self.comparisons else None
 
 
-class JudgeScorer:
+class JudgeScorer(ServedScorer):
     """One judge behind equal servers; implements `service.scorers.protocol.Scorer`.
 
     Not thread-safe; one event loop. The owner calls `close`.
@@ -131,70 +109,20 @@ class JudgeScorer:
         monitor: Callable[[JudgeScorer], Monitor] | None = None,
         secret: bytes | None = None,
     ) -> None:
+        super().__init__(config, "judge", "judge", clock)
         self.config = config
-        try:
-            self.replicas = tuple(
-                open_replica(
-                    url,
-                    name=config.name,
-                    api_key=config.api_key,
-                    max_in_flight=config.max_in_flight,
-                    attempt_timeout_seconds=config.attempt_timeout_seconds,
-                    clock=clock,
-                    breaker=config.breaker,
-                )
-                for url in config.urls
-            )
-        except ValueError as error:
-            raise ConfigurationError(f"judge {config.name!r}: {error}") from error
+        self.choosy = config.applies is not None or bool(config.rubric.requires)
+        self.timeout_seconds = config.attempt_timeout_seconds
         self.dialogue = ChatDialogue(config.options)
-        limits = RequestLimits(
-            config.name, "judge", config.attempt_timeout_seconds, config.max_attempts, config.requests_per_minute
-        )
-        self._requester = Requester(limits, self.replicas, clock)
         self.style = Style.BRACKETS if config.verdict == "text" else Style.LETTER
         self.secret = secret if secret is not None else secrets.token_bytes(32)
         self.tally = Tally()
         self._monitor = None if monitor is None else monitor(self)
         self._checking: asyncio.Task[None] | None = None
 
-    @property
-    def name(self) -> str:
-        """The judge's name in the pool."""
-        return self.config.name
-
-    @property
-    def kind(self) -> str:
-        """Return `judge`."""
-        return "judge"
-
-    @property
-    def available(self) -> bool:
-        """True if some replica may be sent a request now."""
-        return self._requester.has_room and any(replica.allows and not replica.full for replica in self.replicas)
-
-    @property
-    def reachable(self) -> bool:
-        """True if some replica's breaker allows a request."""
-        return any(replica.allows for replica in self.replicas)
-
-    @property
-    def timeout_seconds(self) -> float | None:
-        """See `Scorer.timeout_seconds`."""
-        return self.config.attempt_timeout_seconds
-
-    def slots(self) -> asyncio.Semaphore:
-        """See `Admission.slots`."""
-        return asyncio.Semaphore(self.config.max_in_flight * len(self.replicas))
-
-    @property
-    def choosy(self) -> bool:
-        """True if the pool file says `applies`, or the rubric requires something."""
-        return self.config.applies is not None or bool(self.config.rubric.requires)
-
     def applies(self, instance: Instance) -> bool:
         """Return False if the pool file bars the instance, or it lacks what the rubric requires."""
-        return self.config.rubric.covers(instance) and (self.config.applies is None or self.config.applies(instance))
+        return self.config.rubric.covers(instance) and super().applies(instance)
 
     async def score(
         self, instances: Sequence[Instance], *, deadline: float, ticket: Ticket | None = None
@@ -226,11 +154,6 @@ class JudgeScorer:
             ),
         )
 
-    @property
-    def unexpected_errors(self) -> int:
-        """See `Scorer.unexpected_errors`."""
-        return self._monitor.unexpected_errors if self._monitor is not None else 0
-
     async def check(self) -> None:
         """Probe every server, but wait for that no longer than `answer_seconds`: a judge may take long to answer."""
         if self._monitor is not None:
@@ -239,20 +162,12 @@ class JudgeScorer:
             for task in done:
                 task.result()
 
-    def start(self) -> None:
-        """See `Scorer.start`."""
-        if self._monitor is not None:
-            self._monitor.start()
-
     async def close(self) -> None:
         """See `Scorer.close`."""
         if self._checking is not None:
             self._checking.cancel()
             await asyncio.gather(self._checking, return_exceptions=True)
-        if self._monitor is not None:
-            await self._monitor.stop()
-        for replica in self.replicas:
-            await replica.close()
+        await super().close()
 
     async def _judge(self, instance: Instance, deadline: float, slots: asyncio.Semaphore) -> Scored | WorkerError:
         """Return what the judge makes of one instance, or its error."""

@@ -26,14 +26,13 @@ from service.scorers.protocol import (
     WorkerTooLongError,
     WorkerUnavailableError,
 )
-from service.scorers.requests import Monitor, Requester, RequestLimits
+from service.scorers.requests import Monitor
 from service.scorers.rm.answers import Heads, RewardBound, Rewards
 from service.scorers.rm.dialogue import ClassifyDialogue
 from service.scorers.rm.render import Content, Item, MessagesRendering, Prepared, RenderError, Rendering, TooLongError
+from service.scorers.served import ServedConfig, ServedScorer
 from service.scorers.status import ScorerStatus
-from service.scorers.transport.breaker import BreakerPolicy
-from service.scorers.transport.http import CONNECT_TIMEOUT_SECONDS, MAX_RESPONSE_BYTES
-from service.scorers.transport.replica import Replica, ReplicaSnapshot, open_replica
+from service.scorers.transport.replica import ReplicaSnapshot
 
 TOKENS_PER_REQUEST: Final = 32_768
 """Bound on one request whose lengths are known: 64 items of 500 tokens; more than that would make one request of long
@@ -41,68 +40,39 @@ texts last several times as long as one of short ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ArmConfig:
-    """One RM of the pool file.
+class ArmConfig(ServedConfig):
+    """One RM of the pool file; see `ServedConfig`.
 
     Attributes:
-        name: the RM's name in the pool.
-        urls: one origin per replica; all serve the same weights.
         model: the name under which the workers serve it; the arm's name when None.
         rendering: what a request holds; see `service.scorers.rm.render`.
         fallback: a rendering for an RM whose workers read another text than `rendering` writes; see `fall_back`.
-        max_in_flight: requests at once per replica; also its connections.
         items_per_request: (prompt, response) items per request where the rendering allows several; 64 = 32 pairs.
         tokens_per_request: tokens per request, where the rendering counts them; a single instance may have more.
-        parallel_requests: requests of one call in flight at once.
         max_model_len: tokens that the RM reads at most; None for what the workers say.
         over_long: what becomes of an instance with more. A prompt can be cut only where tokens are counted.
-        attempt_timeout_seconds: one replica's time for one request; set it below the callers' deadlines.
-        connect_timeout_seconds: of that, for connecting.
-        max_attempts: replicas asked for one request, the first included.
-        breaker: when a replica is taken out.
-        max_response_bytes: bound on one answer.
-        api_key: sent as a bearer token. vLLM itself does not check it on `/classify`; a proxy before it may.
         score_scale: finite, not 0; see `score_shift`.
         score_shift: the arm's rewards are score_scale * logit + score_shift.
         reward_limit: largest size of a raw reward that is taken for one; None to learn it, see `RewardBound`.
-        applies: says which instances the RM is asked about; None for all.
-        requests_per_minute: bound on this gateway's requests to the RM; None for none.
-        timeout_seconds: see `Scorer.timeout_seconds`.
         heads: what makes the reward of several labels; None for an RM with one.
     """
 
-    name: str
-    urls: tuple[str, ...]
     model: str | None = None
     rendering: Rendering = field(default_factory=MessagesRendering)
     fallback: Rendering | None = None
-    max_in_flight: int = 64
     items_per_request: int = 64
     tokens_per_request: int = TOKENS_PER_REQUEST
-    parallel_requests: int = 8
     max_model_len: int | None = None
     over_long: OverLong = OverLong.SKIP
-    attempt_timeout_seconds: float = 10.0
-    connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS
-    max_attempts: int = 3
-    breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
-    max_response_bytes: int = MAX_RESPONSE_BYTES
-    api_key: str | None = field(default=None, repr=False)
     score_scale: float = 1.0
     score_shift: float = 0.0
     reward_limit: float | None = None
-    applies: Callable[[Instance], bool] | None = None
-    requests_per_minute: float | None = None
     heads: Heads | None = None
-    timeout_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.name or not self.urls:
-            raise ConfigurationError(f"RM {self.name!r} needs a name and at least one worker URL")
-        if len(set(self.urls)) != len(self.urls):
-            raise ConfigurationError(f"RM {self.name!r} names a worker URL twice: {', '.join(self.urls)}")
+        ServedConfig.__post_init__(self)
         for option in (
-            *("max_in_flight", "items_per_request", "tokens_per_request", "parallel_requests", "max_attempts"),
+            *("items_per_request", "tokens_per_request"),
             *(("max_model_len",) if self.max_model_len is not None else ()),
         ):
             if getattr(self, option) < 1:
@@ -116,9 +86,6 @@ class ArmConfig:
             raise ConfigurationError(
                 f"RM {self.name!r}: reward_limit is {self.reward_limit}; use a number in (0, {MAX_ABS_SCORE:g}]"
             )
-        for option in ("attempt_timeout_seconds", "connect_timeout_seconds"):
-            if not 0 < getattr(self, option) < math.inf:
-                raise ConfigurationError(f"RM {self.name!r}: {option} is {getattr(self, option)}; use a positive time")
 
     @property
     def served_model(self) -> str:
@@ -126,7 +93,7 @@ class ArmConfig:
         return self.model or self.name
 
 
-class VllmArm:
+class VllmArm(ServedScorer):
     """One reward model behind equal replicas; implements `service.scorers.protocol.Scorer`.
 
     The request goes to the replica with the fewest items to score among those whose breaker allows it, ties in turn:
@@ -149,47 +116,11 @@ class VllmArm:
         clock: Callable[[], float] = time.monotonic,
         monitor: Callable[[VllmArm], Monitor] | None = None,
     ) -> None:
+        super().__init__(config, "rm", "RM", clock)
         self.config = config
-        self.replicas = tuple(_build_replica(config, url, clock) for url in config.urls)
-        self._requester = Requester(
-            RequestLimits(
-                config.name, "RM", config.attempt_timeout_seconds, config.max_attempts, config.requests_per_minute
-            ),
-            self.replicas,
-            clock,
-        )
         self._bound = RewardBound(config.reward_limit)
         self._render_by(config.rendering)
         self._monitor = None if monitor is None else monitor(self)
-
-    @property
-    def name(self) -> str:
-        """The RM's name in the pool."""
-        return self.config.name
-
-    @property
-    def kind(self) -> str:
-        """Return `rm`."""
-        return "rm"
-
-    @property
-    def available(self) -> bool:
-        """True if some replica's breaker allows a request and is below its limit in flight."""
-        # A loop, since this is asked several times a request and a generator costs more than the question.
-        for replica in self.replicas:
-            if replica.allows and not replica.full:
-                return self._requester.has_room
-        return False
-
-    @property
-    def reachable(self) -> bool:
-        """True if some replica's breaker allows a request."""
-        return any(replica.allows for replica in self.replicas)
-
-    @property
-    def timeout_seconds(self) -> float | None:
-        """See `Scorer.timeout_seconds`."""
-        return self.config.timeout_seconds
 
     @property
     def rendering(self) -> Rendering:
@@ -214,15 +145,6 @@ class VllmArm:
         """The replicas' states, in the order of `config.urls`."""
         return tuple(replica.snapshot() for replica in self.replicas)
 
-    @property
-    def choosy(self) -> bool:
-        """True if the pool file says `applies`."""
-        return self.config.applies is not None
-
-    def applies(self, instance: Instance) -> bool:
-        """Return True unless the pool file bars the instance."""
-        return self.config.applies is None or self.config.applies(instance)
-
     async def score(
         self, instances: Sequence[Instance], *, deadline: float, ticket: Ticket | None = None
     ) -> list[Scored | WorkerError]:
@@ -230,11 +152,6 @@ class VllmArm:
         groups = [instance.items() for instance in instances]
         slots = ticket.slots if ticket is not None and ticket.shared else None
         return await self.score_groups(groups, deadline=deadline, slots=slots)
-
-    def slots(self) -> asyncio.Semaphore:
-        """See `Admission.slots`."""
-        # More than the replicas take would wait for a connection, on the time of an attempt.
-        return asyncio.Semaphore(min(self.config.parallel_requests, self.config.max_in_flight * len(self.replicas)))
 
     async def score_groups(
         self,
@@ -299,28 +216,6 @@ class VllmArm:
             over_long=self.config.over_long.value,
             replicas=[replica.snapshot().status() for replica in self.replicas],
         )
-
-    @property
-    def unexpected_errors(self) -> int:
-        """See `Scorer.unexpected_errors`."""
-        return self._monitor.unexpected_errors if self._monitor is not None else 0
-
-    async def check(self) -> None:
-        """See `Scorer.check`."""
-        if self._monitor is not None:
-            await self._monitor.check_all()
-
-    def start(self) -> None:
-        """See `Scorer.start`."""
-        if self._monitor is not None:
-            self._monitor.start()
-
-    async def close(self) -> None:
-        """See `Scorer.close`."""
-        if self._monitor is not None:
-            await self._monitor.stop()
-        for replica in self.replicas:
-            await replica.close()
 
     @property
     def max_model_len(self) -> int | None:
@@ -445,20 +340,3 @@ def _spread(scored: Scored, distinct: Sequence[Item], items: Sequence[Item]) -> 
     order = [place[item] for item in items]
     components = {name: [part[index] for index in order] for name, part in scored.components.items()}
     return Scored([scored.rewards[index] for index in order], scored.prompt_tokens_cut, components)
-
-
-def _build_replica(config: ArmConfig, url: str, clock: Callable[[], float]) -> Replica:
-    try:
-        return open_replica(
-            url,
-            name=config.name,
-            api_key=config.api_key,
-            max_in_flight=config.max_in_flight,
-            attempt_timeout_seconds=config.attempt_timeout_seconds,
-            clock=clock,
-            breaker=config.breaker,
-            connect_timeout_seconds=config.connect_timeout_seconds,
-            max_response_bytes=config.max_response_bytes,
-        )
-    except ValueError as error:
-        raise ConfigurationError(f"RM {config.name!r}: {error}") from error
