@@ -65,13 +65,19 @@ class Stage:
 
 def audit_probabilities(stage: Stage, plan: Plan) -> Array | None:
     """Each step's probability of being audited, (T,); None where there is feedback instead."""
-    audits, prior = stage.scenario.audits, stage.prior
+    audits, landmarks = stage.scenario.audits, stage.prior.landmarks
     if audits is None:
         return None
-    novel = None
-    if prior.landmarks is not None:
-        novel = np.array([prior.landmarks.is_novel(row) for row in stage.x])[plan.order]
+    novel = None if landmarks is None else np.array([landmarks.is_novel(row) for row in stage.x])[plan.order]
     return audits.probabilities(novel, len(plan))
+
+
+def audit_calls(stage: Stage, plan: Plan) -> float:
+    """RM calls per instance that audits add to one call: K − 1 of each audited step, if all are asked."""
+    chances = audit_probabilities(stage, plan)
+    if chances is None or stage.scenario.audits is None or not stage.scenario.audits.ask_all:
+        return 0.0
+    return float((plan.audit_uniforms[:, 0] < chances).mean()) * (len(stage.table.pool) - 1)
 
 
 def learns(policy: Policy) -> bool:
