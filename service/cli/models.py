@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from service.cli.http import GatewayClient
+from service.lab.client import GatewayClient
 
 
 def models(

@@ -35,13 +35,12 @@ from router_core.replay import (
 from router_core.replay import replay as replay_in_process
 from router_core.replay.plot import plot_curves
 from service.cli.cache import encodings_directory
-from service.cli.data import DataReader, SkipBadRows
+from service.cli.data import DataReader, SkipBadRows, parse_pool
 from service.cli.prices import Price, parse_prices
-from service.cli.replay_http import replay_over_http
 from service.cli.replay_output import curves_json, describe, gaps_sentence, headline, publish
-from service.cli.replay_parts import Options, Part, choose_parts, streamed
-from service.cli.train import parse_pool
 from service.errors import ConfigurationError
+from service.lab.replaying.over_http import replay_over_http
+from service.lab.replaying.parts import Options, Part, choose_parts, streamed
 
 DEFAULT_POLICIES = "bayesian,offline,random,majority"
 

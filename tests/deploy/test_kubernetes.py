@@ -15,10 +15,9 @@ import pytest
 import yaml
 
 from service.cli.manifests import WORKER_PORT
-from service.cli.serve import read_settings
 from service.cli.vllm_serve import serve_words
 from service.pool import load_pool
-from service.settings import Settings
+from service.settings import Settings, read_settings
 from service.telemetry import Telemetry
 from tests.support.kubernetes import (
     FOLDER,
