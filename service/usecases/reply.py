@@ -173,14 +173,12 @@ def reply_of(
         store_seconds: time of saving.
         started: `time.perf_counter()` at the beginning of the request.
     """
-    pool, raw, normalised = job.run.template.pool, decision.rewards, job.normalised
+    pool, raw, normalised, attempts = job.run.template.pool, decision.rewards, job.normalised, job.attempts
     rewards = _told_rewards(raw if normalised is None else normalised)
     valid = [reward is not None for reward in rewards]
-    ordered = sorted((reward for reward in rewards if reward is not None), reverse=True)
-    fallbacks = (
-        [] if len(job.attempts) == 1 else [Fallback(pool[it.arm], it.reason) for it in passed_over(job.attempts)]
-    )
-    cut = max([attempt.prompt_tokens_cut for attempt in job.attempts])
+    ordered = sorted([reward for reward in rewards if reward is not None], reverse=True)
+    fallbacks = [] if len(attempts) == 1 else [Fallback(pool[it.arm], it.reason) for it in passed_over(attempts)]
+    cut = max([attempt.prompt_tokens_cut for attempt in attempts])
     return RewardReply(
         decision_id=job.decision_id,
         run=job.run.name,
@@ -190,7 +188,7 @@ def reply_of(
         margin=ordered[0] - ordered[1] if len(ordered) > 1 else None,
         propensity=decision.propensity,
         p_right=decision.p_right,
-        price=sum([attempt.price for attempt in job.attempts]),
+        price=sum([attempt.price for attempt in attempts]),
         policy=decision.policy,
         posterior_version=decision.version,
         fallback=bool(fallbacks),
@@ -198,14 +196,14 @@ def reply_of(
         timings=Timings(
             encode_ms=round(job.chosen.encode_seconds * 1e3, 4),
             draw_ms=round(job.chosen.draw_seconds * 1e3, 4),
-            worker_ms=round(waited_seconds(job.attempts) * 1e3, 4),
+            worker_ms=round(waited_seconds(attempts) * 1e3, 4),
             store_ms=round(store_seconds * 1e3, 4),
             total_ms=round((time.perf_counter() - started) * 1e3, 4),
         ),
-        components=components_of(job.attempts, pool),
+        components=components_of(attempts, pool),
         valid=valid,
-        failure=msgspec.UNSET if all(valid) else _failures(rewards, raw, job.attempts),
-        attempts=[_told(attempt, pool) for attempt in job.attempts if attempt.outcome is not Outcome.ABSENT],
+        failure=msgspec.UNSET if all(valid) else _failures(rewards, raw, attempts),
+        attempts=[_told(attempt, pool) for attempt in attempts if attempt.outcome is not Outcome.ABSENT],
         fallbacks=fallbacks,
         truncated=Truncated(cut) if cut else msgspec.UNSET,
         sticky=msgspec.UNSET if job.followed is None else True,

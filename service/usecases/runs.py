@@ -332,6 +332,20 @@ class RunRegistry:
         """The open runs by name."""
         return self._runs
 
+    def opened(self, name: str | None, form: PriorForm | None = None) -> Run | None:
+        """Return the run if it is open and its posterior loaded; None if it must be waited for.
+
+        Args:
+            name: see `get`.
+            form: see `get`.
+
+        Raises:
+            RunConflictError: the name was used with another prior.
+        """
+        name, form = self._named(name, form)
+        run = self._runs.get(name)
+        return self._used(run, form) if run is not None and run.ready.is_set() else None
+
     async def get(self, name: str | None, form: PriorForm | None = None) -> Run:
         """The run of that name, opened if need be, with its posterior loaded.
 
@@ -365,15 +379,21 @@ class RunRegistry:
 
     async def open(self, name: str | None, form: PriorForm | None = None) -> Run:
         """As `get`, without waiting for its posterior or its name."""
+        name, form = self._named(name, form)
+        return self._used(self._runs.get(name) or await self._open_once(name, form), form)
+
+    def _named(self, name: str | None, form: PriorForm | None) -> tuple[str, PriorForm | None]:
+        """Return the run's name and the prior form that is insisted on, with the defaults in their places."""
         name = name or self.default
-        if form is None and name == self.default:
-            form = self._default_form
-        run = self._runs.get(name) or await self._open_once(name, form)
+        return name, self._default_form if form is None and name == self.default else form
+
+    def _used(self, run: Run, form: PriorForm | None) -> Run:
+        """Return the run, which is in use now, if it has that form."""
         if form is not None and form is not run.prior.form:
             raise RunConflictError(
-                f"run {name!r} was opened with the prior {run.prior.form.value!r}, and the policy of this request, or "
-                f"the gateway's setting, insists on {form.value!r}: use a new run name for it",
-                details={"run": name, "changed": {"prior": {"run": run.prior.form.value, "gateway": form.value}}},
+                f"run {run.name!r} was opened with the prior {run.prior.form.value!r}, and the policy of this request, "
+                f"or the gateway's setting, insists on {form.value!r}: use a new run name for it",
+                details={"run": run.name, "changed": {"prior": {"run": run.prior.form.value, "gateway": form.value}}},
             )
         run.last_used = time.monotonic()
         return run
