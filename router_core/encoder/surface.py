@@ -88,6 +88,8 @@ class SurfaceBackbone:
 
     def embed(self, conversations: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
         """Features of the prompt, of the response, and its layout; each distinct prompt is measured once."""
+        if not conversations:
+            return np.empty((0, self.dim), dtype=np.float32)
         prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys([prompt for prompt, _ in conversations]))}
         responses = [response for _, response in conversations]
         words = [text.split() for text in (*prompts, *responses)]
