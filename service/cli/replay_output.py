@@ -18,7 +18,7 @@ from service.cli.prices import cost_of
 from service.lab.replaying.parts import Options
 
 _WIDTH = 120
-"""Of a table that is written to a file or a pipe."""
+"""Columns of a table that is written to a file or a pipe."""
 
 
 def describe(options: Options, scenario: Scenario, signal: Signal) -> dict[str, Any]:

@@ -79,7 +79,6 @@ class ConfiguredReward:
         self.options = options
 
     def __call__(self, prompt: str, completions: str, *_: Any, **columns: Any) -> float:
-        """See `reward_fn`."""
         return score(client_of(self.options, os.getpid()), prompt, completions, columns.get("messages"))
 
 
