@@ -15,7 +15,8 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from router_core.attempts import passed_over, waited_seconds
+from router_core.attempts import answers, passed_over, waited_seconds
+from router_core.moments import ScoreScales
 from router_core.policies import AllCalls, OneCall
 from router_core.records import Instance
 from service.encoders.protocol import EncoderInputError
@@ -344,8 +345,18 @@ class RewardService:
     async def _ask(self, jobs: Sequence[Job], tickets: Tickets, deadline: float) -> None:
         """Carry out the plans: every job has its reward or its error afterwards."""
         await self._asker.ask(jobs, tickets, deadline)
+        scaled = [job for job in jobs if job.plan.needs_scale]
+        scales = await self._observed(scaled) if scaled and self._runs.template.score_scale is None else {}
         for job in jobs:
-            job.conclude()
+            job.conclude(scales.get(job.run.name))
+
+    async def _observed(self, jobs: Sequence[Job]) -> dict[str, ScoreScales]:
+        """Return what the score logs of the jobs' runs tell, by run, once these answers are in them."""
+        scored: dict[str, list[tuple[int, Sequence[float]]]] = {}
+        for job in jobs:
+            scored.setdefault(job.run.name, []).extend([(it.arm, it.rewards) for it in answers(job.attempts)])
+        runs = {job.run.name: job.run for job in jobs}
+        return {name: await self._normaliser.observe(runs[name], told) for name, told in scored.items() if told}
 
     async def _stick(self, jobs: Sequence[Job]) -> None:
         """Singles whose prompt was asked about before take that draw; all of one run and policy."""
