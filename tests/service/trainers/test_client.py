@@ -397,6 +397,8 @@ def test_a_null_reward_stays_null() -> None:
     "answer",
     [
         httpx.Response(200, text="<html>login</html>"),
+        httpx.Response(200, text="[" * 100_000),
+        httpx.Response(200, content=b'{"results": "\xe9"}'),
         httpx.Response(200, json={"results": []}),
         httpx.Response(200, json=["x"]),
         httpx.Response(200, json={"results": [{"rewards": [1.0]}]}),
