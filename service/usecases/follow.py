@@ -217,7 +217,7 @@ class Learner:
 
     @property
     def _pause_seconds(self) -> float:
-        return min(RETRY_FIRST_SECONDS * 2**self._failures, RETRY_LAST_SECONDS)
+        return min(RETRY_FIRST_SECONDS * float(2**self._failures), RETRY_LAST_SECONDS)
 
     async def _pause(self) -> None:
         pause = self._pause_seconds
