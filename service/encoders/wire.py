@@ -111,7 +111,9 @@ def to_base64(vector: NDArray[np.float32]) -> str:
 
 def _vector(given: str | list[float]) -> NDArray[np.float32]:
     if not isinstance(given, str):
-        return np.asarray(given, dtype=np.float32)
+        # What float32 cannot hold becomes infinity, which users of the states refuse.
+        with np.errstate(over="ignore"):
+            return np.asarray(given, dtype=np.float32)
     try:
         return np.frombuffer(base64.b64decode(given, validate=True), dtype="<f4")
     except (binascii.Error, ValueError) as error:
