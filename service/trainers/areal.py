@@ -10,8 +10,8 @@ needs no pool: its samples await the gateway, many in one request, and one witho
 
 AReaL hands over the prompt as the policy's chat template made it. The messages are taken from the data set's column
 `messages` where there is one; else the usual templates are taken apart (`templated`). Options come from the environment
-(`REWARD_ROUTER_CLIENT_URL`, `REWARD_ROUTER_CLIENT_RUN`, …). Knows AReaL 1.0's calls; imports nothing of it. Called by AReaL, and by
-`areal_workflow`.
+(`REWARD_ROUTER_CLIENT_URL`, `REWARD_ROUTER_CLIENT_RUN`, …). Knows AReaL 1.0's calls; imports nothing of it. Called by
+AReaL, and by `areal_workflow`.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class ClientOptions:
 
 
 def from_environment(environment: Mapping[str, str], **overrides: Any) -> ClientOptions:
-    """Options from `REWARD_ROUTER_CLIENT_URL`, `REWARD_ROUTER_CLIENT_RUN` and so on (`VARIABLES`), and whatever the caller adds.
+    """Options from `REWARD_ROUTER_CLIENT_URL` and so on (`VARIABLES`), and whatever the caller adds.
 
     Args:
         environment: usually `os.environ`.
