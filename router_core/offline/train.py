@@ -31,6 +31,8 @@ from router_core.offline.calibrate import (
     cross_calibrated,
     expected_calibration_error,
     fit_calibration,
+    handicap,
+    handicapped,
     negative_log_likelihood,
 )
 from router_core.offline.losses import bradley_terry, correctness_bce
@@ -149,7 +151,8 @@ def _fit_checkpoint(
     c = contexts[:, fuse.features :]
     calibration = fit_calibration(logits, correctness, c, config.level)
     probabilities = cross_calibrated(logits, correctness, c, folds, config.level)
-    held_out = HeldOut(probabilities, bt_scores, correctness)
+    given_up = handicap(probabilities, correctness, [pair.group for pair in pairs])
+    held_out = HeldOut(handicapped(probabilities, given_up), bt_scores, correctness)
     scale = score_scale(pairs, pool)
     landmarks = context_landmarks(pairs, contexts, fuse, np.random.default_rng(config.seed))
     learned = learned_votes(pairs, pool, held_out.probabilities, config.seed)
@@ -161,7 +164,7 @@ def _fit_checkpoint(
         cls_weight=heads["cls_weight"],
         cls_bias=heads["cls_bias"],
         calibration_scale=calibration.scale.astype(np.float32),
-        calibration_shift=calibration.shift.astype(np.float32),
+        calibration_shift=(calibration.shift + given_up).astype(np.float32),
         calibration_level=None if calibration.level is None else calibration.level.astype(np.float32),
         prior_form=PriorForm.CALIBRATED if config.lambda_cls > 0 else PriorForm.PAPER,
         hyperparameters=config.hyperparameters,
