@@ -110,7 +110,8 @@ def handicap(probabilities: Array, correctness: Array, groups: Sequence[str]) ->
 
     The highest of many uncertain probabilities is too high, the more so the more RMs there are. Where routing by
     held-out probabilities is not better than the best RM by more than a standard error, the handicap of `HANDICAPS`
-    under which it earns most is taken, the smallest of equals; elsewhere 0.
+    under which it earns most is taken, the smallest of equals, if that earns more by more than a standard error. With
+    few pairs nothing is sure, and the handicap is 0.
 
     Args:
         probabilities: (N, K) of fits that had not seen a pair's group.
@@ -130,11 +131,16 @@ def handicap(probabilities: Array, correctness: Array, groups: Sequence[str]) ->
         right: Array = known[np.arange(len(known)), (logits - h * others).argmax(axis=1)]
         return right
 
-    gain = earned(0.0) - known[:, best]
-    if gain.mean() > np.sqrt(mean_spread(gain[None], names)[0]):
+    routed = earned(0.0)
+    if _surely_positive(routed - known[:, best], names):
         return np.zeros(len(others))
     chosen = max(HANDICAPS, key=lambda h: (float(earned(h).mean()), -h))
-    return np.where(others, -chosen, 0.0)
+    return np.where(others & _surely_positive(earned(chosen) - routed, names), -chosen, 0.0)
+
+
+def _surely_positive(gains: Array, groups: Sequence[str]) -> bool:
+    """Return True if the mean gain (N,) is above its standard error over the groups."""
+    return bool(gains.mean() > np.sqrt(mean_spread(gains[None], groups)[0]))
 
 
 def handicapped(probabilities: Array, shift: Array) -> Array:
