@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from service.cli.first_request import askable_lines
 from service.lab.client import GatewayClient
 
 
@@ -39,7 +40,10 @@ def models(
             "–" if mean is None else f"{mean:.3f}",
             f"{learned['sd']:.4f}",
         )
-    Console().print(table)
+    console = Console()
+    for line in askable_lines(pool):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(table)
 
 
 async def _ask(url: str, run: str | None, api_key: str | None) -> tuple[list[dict], dict]:  # type: ignore[type-arg]
