@@ -25,7 +25,7 @@ from service.cli.store_option import STORE_VARIABLE, store_option
 from service.cli.supervise import Supervisor
 from service.cli.vllm_serve import share_lines
 from service.pool import ModelEntry, PoolFile, dump_pool, load_pool
-from service.settings import EMBEDDED, read_settings
+from service.settings import EMBEDDED, read_settings, store_directory
 from service.stores.embedded import EmbeddedStore
 
 __all__ = ["WORKER_SECONDS", "Stack", "running_stack", "up", "wait_for_signal"]
@@ -188,13 +188,13 @@ def running_stack(
         ConfigurationError: something did not start; with the end of its log.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
-    embedded = EmbeddedStore(data_dir / "store") if store_url == EMBEDDED else None
+    embedded = EmbeddedStore(store_directory(data_dir)) if store_url == EMBEDDED else None
     try:
         if embedded is not None:
             with console.status("store"):
                 store_url = embedded.start()
             console.print(
-                "store     ready (Valkey, append-only file in", str(data_dir / "store") + ")", highlight=False
+                "store     ready (Valkey, append-only file in", str(store_directory(data_dir)) + ")", highlight=False
             )
         with ProcessGroup(data_dir / "logs") as processes:
             ports = port_sequence(worker_port)
