@@ -25,6 +25,7 @@ from service.cli import (
     ope,
     pin,
     replay,
+    runs,
     serve,
     train,
     up,
@@ -58,6 +59,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("frontier")(frontier.frontier)
 app.command("replay")(replay.replay)
 app.command("models")(models.models)
+app.command("runs")(runs.runs)
 app.command("export")(export.export)
 app.command("ope")(ope.ope)
 

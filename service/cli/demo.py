@@ -27,10 +27,10 @@ from rich.text import Text
 from router_core.checkpoint import Checkpoint
 from router_core.demo.recipes import RECIPES
 from router_core.records import LabelledPair
-from service.cli.http import GatewayClient
 from service.cli.processes import interruptible
 from service.cli.up import Stack, running_stack
 from service.errors import ConfigurationError
+from service.lab.client import GatewayClient
 from service.pool import ModelEntry, PoolFile, dump_pool
 from service.settings import EMBEDDED
 
@@ -144,7 +144,7 @@ def ensure_demo_pool(data_dir: Path, console: Console, checkpoint: Path | None) 
         ) from error
     folder = data_dir / "demo"
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
-        tasks = {recipe.name: progress.add_task(f"training {recipe.name}", total=1.0) for recipe in RECIPES}
+        tasks = {recipe.name: progress.add_task(f"demo pool: {recipe.name}", total=1.0) for recipe in RECIPES}
         models = make_demo_pool(
             folder / "models", progress=lambda name, share: progress.update(tasks[name], completed=share)
         )
