@@ -74,6 +74,13 @@ class Consensus:
         noise = np.sqrt(max(self.claimed * (1.0 - self.claimed), 0.01) / self.labelled)
         return bool(self.claimed - self.observed > _ALARM * noise)
 
+    def metrics(self) -> dict[str, float]:
+        """Return what a checkpoint keeps of it: rows with estimated answers, with labels, and what these said."""
+        counts = {"consensus_pairs": float(len(self.answers) - self.labelled), "consensus_labels": float(self.labelled)}
+        if not self.labelled:
+            return counts
+        return {**counts, "consensus_claimed": self.claimed, "consensus_observed": self.observed}
+
     def labels(self) -> Index:
         """Return the most probable answer of each pair, (N,)."""
         best: Index = self.answers.argmax(axis=1)
@@ -89,8 +96,9 @@ def estimate(
 ) -> Consensus:
     """Estimate answers and accuracies by expectation maximisation.
 
-    E: P(i) ∝ Π_k (a_k or (1 − a_k)/(n − 1))^τ, the first where RM k prefers i; a tie says nothing. M: a_kc = (right + s
-    a_k)/(pairs + s), a_k the same over all kinds under `PRIOR`. τ = `TEMPER`, s = `SHRINKAGE`.
+    E: P(i) ∝ Π_k (a_k or (1 − a_k)/(n − 1)), the first where RM k prefers i; a tie says nothing. M: a_kc = (right + s
+    a_k)/(pairs + s), a_k the same over all kinds under `PRIOR`, s = `SHRINKAGE`. The answers returned are P^τ, τ =
+    `TEMPER`; tempered on the way, little agreement would fade to none.
 
     Args:
         pairs: their labels are read only where `labelled` says so.
@@ -184,7 +192,7 @@ def _maximise(
     gold = np.eye(votes.shape[2])[np.where(known, labels, 0)]
     answers = np.where(real, 0.05 + said.sum(axis=1), 0.0)
     answers /= answers.sum(axis=1, keepdims=True)
-    accuracy = np.empty(0)
+    logits, accuracy = np.zeros(real.shape), np.empty(0)
     for _ in range(ITERATIONS):
         answers = np.where(known[:, None], gold, answers)
         right = np.einsum("nkr,nr->nk", said, answers)
@@ -192,11 +200,17 @@ def _maximise(
         accuracy = (of_kind @ right + SHRINKAGE * overall) / (of_kind @ spoke + SHRINKAGE)
         a = accuracy[kinds]
         odds = np.where(spoke, np.log(a * np.maximum(sizes - 1, 1)[:, None] / (1.0 - a)), 0.0)
-        logits = np.where(real, TEMPER * np.einsum("nk,nkr->nr", odds, said), -np.inf)
-        new = np.exp(logits - logits.max(axis=1, keepdims=True))
-        new /= new.sum(axis=1, keepdims=True)
+        logits = np.where(real, np.einsum("nk,nkr->nr", odds, said), -np.inf)
+        new = _softmax(logits)
         change = float(np.abs(new - answers)[~known].max(initial=0.0))
         answers = new
         if change < _CHANGE:
             break
-    return np.where(known[:, None], gold, answers), accuracy
+    return np.where(known[:, None], gold, _softmax(TEMPER * logits)), accuracy
+
+
+def _softmax(logits: Array) -> Array:
+    """Probabilities of each row."""
+    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities: Array = raised / raised.sum(axis=1, keepdims=True)
+    return probabilities

@@ -70,17 +70,11 @@ def train(
     backbone: Backbone,
     config: TrainConfig | None = None,
     features: NDArray[np.float32] | None = None,
-<<<<<<< HEAD
+    kinds: NDArray[np.floating] | None = None,
     answers: NDArray[np.float64] | None = None,
 ) -> Checkpoint:
     """The checkpoint of `fit`."""
-    return fit(pairs, pool, backbone, config, features, answers)[0]
-=======
-    kinds: NDArray[np.floating] | None = None,
-) -> Checkpoint:
-    """The checkpoint of `fit`."""
-    return fit(pairs, pool, backbone, config, features, kinds)[0]
->>>>>>> main
+    return fit(pairs, pool, backbone, config, features, kinds, answers)[0]
 
 
 def fit(
@@ -89,11 +83,8 @@ def fit(
     backbone: Backbone,
     config: TrainConfig | None = None,
     features: NDArray[np.float32] | None = None,
-<<<<<<< HEAD
-    answers: NDArray[np.float64] | None = None,
-=======
     kinds: NDArray[np.floating] | None = None,
->>>>>>> main
+    answers: NDArray[np.float64] | None = None,
 ) -> tuple[Checkpoint, HeldOut]:
     """Fit the offline stage on labelled pairs.
 
@@ -103,12 +94,9 @@ def fit(
         backbone: frozen encoder of (prompt, response).
         config: defaults if None.
         features: `pair_features(pairs, backbone)` if at hand already.
-<<<<<<< HEAD
+        kinds: (2 * dim, r) kinds of texts learned elsewhere (`members.kinds_of`); None: those of these pairs.
         answers: (N, n) probability that each response is the best, where labels are estimates
             (`consensus`); an RM's correctness is then an expectation. None: the labels are right.
-=======
-        kinds: (2 * dim, r) kinds of texts learned elsewhere (`members.kinds_of`); None: those of these pairs.
->>>>>>> main
 
     Returns:
         The checkpoint, with held-out `metrics` from the cross-fitting: routing accuracy of both heads, negative
