@@ -152,6 +152,26 @@ class Telemetry:
             **common,
         )
         self.shadows_in_flight = Gauge("shadows_in_flight", "Instances being shadowed.", **common)
+        self.audits = Counter(
+            "audits_total",
+            "Decisions that were chosen for an audit: recorded, abstained (no referee applies), away (asked again "
+            "later), late (another gateway came first), dropped (too many or too long waiting), unreadable.",
+            ["run", "outcome"],
+            **common,
+        )
+        self.audit_calls = Counter(
+            "audit_calls_total",
+            "Instances that a scorer was asked about in an audit, not counted as worker calls.",
+            ["model", "outcome"],
+            **common,
+        )
+        self.audit_price = Counter(
+            "audit_price_total", "Price of the audits, in units of the cheapest RM.", ["run"], **common
+        )
+        self.audits_waiting = Gauge(
+            "audits_waiting", "Decisions that are chosen for an audit and not refereed.", ["run"], **common
+        )
+        self.audit_errors = Counter("audit_errors_total", "Failures of the background auditor.", **common)
         self.feedback = Counter("feedback_total", "Feedbacks by what became of them.", ["run", "outcome"], **common)
         self.sticky = Counter(
             "sticky_choices_total",
@@ -252,6 +272,9 @@ class Telemetry:
             self.price,
             self.draws,
             self.shadows,
+            self.audits,
+            self.audit_price,
+            self.audits_waiting,
             self.sticky,
             self.trainer_texts,
             self.feedback,

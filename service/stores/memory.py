@@ -141,14 +141,14 @@ class MemoryStore:
                 state.aliases[decision.content_key] = (decision.decision_id, now + 2 * self._window_ms)
 
     async def save_audited(
-        self, run: str, decisions: Sequence[DecisionRecord], tasks: Sequence[AuditTask], *, seconds: float
+        self, run: str, decisions: Sequence[DecisionRecord], tasks: Sequence[AuditTask], *, counted: int, seconds: float
     ) -> AuditProgress:
         """Save decisions, count them, and queue those that were chosen."""
         await self.save_decisions(run, decisions)
         state = self._run(run)
         for task in tasks:
             state.waiting[task.decision_id] = _Task(task.task, self._now_ms() + seconds * 1000)
-        state.progress = AuditProgress(state.progress.count + len(decisions), state.progress.start)
+        state.progress = AuditProgress(state.progress.count + counted, state.progress.start)
         return state.progress
 
     async def audit_progress(self, run: str) -> AuditProgress:

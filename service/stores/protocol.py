@@ -274,7 +274,7 @@ class Store(Protocol):
         """Save all of them, each for the feedback window; returns when the server has acknowledged them."""
 
     async def save_audited(
-        self, run: str, decisions: Sequence[DecisionRecord], tasks: Sequence[AuditTask], *, seconds: float
+        self, run: str, decisions: Sequence[DecisionRecord], tasks: Sequence[AuditTask], *, counted: int, seconds: float
     ) -> AuditProgress:
         """Save decisions as `save_decisions` does, and queue those of them that were chosen for an audit.
 
@@ -282,6 +282,7 @@ class Store(Protocol):
             run: whose.
             decisions: to be saved.
             tasks: of those of them that were chosen.
+            counted: how many of the decisions the schedule counts.
             seconds: how long a task is kept; then its decision is dropped.
 
         Returns:

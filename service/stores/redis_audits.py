@@ -51,7 +51,7 @@ class RedisAudits:
     _judge: Script
 
     async def save_audited(
-        self, run: str, decisions: Sequence[DecisionRecord], tasks: Sequence[AuditTask], *, seconds: float
+        self, run: str, decisions: Sequence[DecisionRecord], tasks: Sequence[AuditTask], *, counted: int, seconds: float
     ) -> AuditProgress:
         """Save decisions, count them, and queue those that were chosen, in one write."""
         self._check_safe()
@@ -60,7 +60,7 @@ class RedisAudits:
         for task in tasks:
             commands.append(("SET", f"{prefix}t:{task.decision_id}", task.task, "PX", milliseconds))
             commands.append(("ZADD", prefix + "waiting", "NX", 0, task.decision_id))
-        commands.append(("HINCRBY", prefix + "schedule", "count", len(decisions)))
+        commands.append(("HINCRBY", prefix + "schedule", "count", counted))
         commands.append(("HGET", prefix + "schedule", "start"))
         *_, count, start = [self._hot.checked(reply) for reply in await self._hot.pipeline(commands)]
         return AuditProgress(int(count), int(start or 0))
@@ -100,8 +100,8 @@ class RedisAudits:
         """
         self._check_safe()
         prefix, expected = run_prefix(run), identity_value(identity)
-        keys = (5, *(prefix + name for name in ("log", "meta", "waiting", "spent", "audited")))
-        words = [
+        keys: tuple[Arg, ...] = (5, *(prefix + name for name in ("log", "meta", "waiting", "spent", "audited")))
+        words: list[tuple[Arg, ...]] = [
             (*keys, prefix, it.decision_id, it.payload, it.value, expected, repr(it.price), it.shown, keep, _n(it))
             for it in verdicts
         ]

@@ -62,6 +62,7 @@ class StatusService:
         store: asked whether it answers.
         telemetry: rendered.
         models: describes the pool's workers.
+        referees: describes the workers of scorers that are asked about audits only.
         executor: where digests are computed.
         health_check_errors: health checks that failed by a fault of ours, so far.
         answers_without_store: whether `/reward` answers while the store is away.
@@ -85,11 +86,13 @@ class StatusService:
         encoder: AwaitedEncoder | None = None,
         store_findings: Callable[[], Sequence[str]] = tuple,
         store_refused: Callable[[], bool] = lambda: False,
+        referees: Callable[[], list[ScorerStatus]] = list,
     ) -> None:
         self._runs = runs
         self._store = store
         self._telemetry = telemetry
         self.models = models
+        self.referees = referees
         self._executor = executor
         self._health_check_errors = health_check_errors
         self._answers_without_store = answers_without_store
@@ -112,7 +115,7 @@ class StatusService:
             for model, mean, sd in zip(run.template.pool, means, sds, strict=True):
                 self._telemetry.posterior_mean.labels(run.name, model).set(mean)
                 self._telemetry.posterior_sd.labels(run.name, model).set(sd)
-        for arm in self.models():
+        for arm in [*self.models(), *self.referees()]:
             for replica in arm.replicas:
                 self._telemetry.worker_up.labels(arm.name, replica.url).set(replica.state == "closed")
                 self._telemetry.worker_in_flight.labels(arm.name, replica.url).set(replica.in_flight)

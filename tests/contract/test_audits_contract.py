@@ -29,7 +29,7 @@ async def queued(store: Store, run: str, count: int, *, seconds: float = 3600.0)
     """Save so many decisions, all of them chosen."""
     records = [decision() for _ in range(count)]
     tasks = [AuditTask(record.decision_id, AWKWARD + record.decision_id.encode()) for record in records]
-    await store.save_audited(run, records, tasks, seconds=seconds)
+    await store.save_audited(run, records, tasks, counted=count, seconds=seconds)
     return tasks
 
 
@@ -48,8 +48,8 @@ async def finish(
 async def test_decisions_are_saved_counted_and_queued_with_their_tasks(store: Store, run: str) -> None:
     records = [decision(), decision()]
     task = AuditTask(records[1].decision_id, AWKWARD)
-    assert await store.save_audited(run, records, [task], seconds=60) == AuditProgress(2)
-    assert await store.save_audited(run, [decision()], [], seconds=60) == AuditProgress(3)
+    assert await store.save_audited(run, records, [task], counted=2, seconds=60) == AuditProgress(2)
+    assert await store.save_audited(run, [decision()], [], counted=1, seconds=60) == AuditProgress(3)
     found = await store.claim_audits(run, count=10, lease_seconds=LEASE, keep=100)
     assert (found.tasks, found.waiting, found.dropped) == ([task], 1, 0)
     assert (await apply_one(store, run, by_id(records[0]))).status is FeedbackStatus.APPLIED
@@ -99,7 +99,7 @@ async def test_an_audit_without_verdict_leaves_no_event(store: Store, run: str) 
 
 async def test_feedback_and_an_audit_of_one_decision_are_both_kept(store: Store, run: str) -> None:
     identity, record = await store.open_run(run, b"f"), decision()
-    await store.save_audited(run, [record], [AuditTask(record.decision_id, b"t")], seconds=60)
+    await store.save_audited(run, [record], [AuditTask(record.decision_id, b"t")], counted=1, seconds=60)
     await claim(store, run)
     await apply_one(store, run, by_id(record, b"gold"))
     await finish(store, run, identity, record.decision_id)
@@ -112,7 +112,7 @@ async def test_feedback_and_an_audit_of_one_decision_are_both_kept(store: Store,
 
 async def test_feedback_after_an_audit_carries_what_the_referee_said(store: Store, run: str) -> None:
     identity, record = await store.open_run(run, b"f"), decision(3, content_key="content")
-    await store.save_audited(run, [record], [AuditTask(record.decision_id, b"t")], seconds=60)
+    await store.save_audited(run, [record], [AuditTask(record.decision_id, b"t")], counted=1, seconds=60)
     await finish(store, run, identity, record.decision_id)
     feedback = FeedbackRecord(b"gold", content_key="content", preferred=1)
     assert (await apply_one(store, run, feedback)).status is FeedbackStatus.APPLIED

@@ -6,6 +6,8 @@ import asyncio
 import os
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
@@ -21,8 +23,12 @@ from service.stores.protocol import (
     LogStatus,
     Store,
 )
+from service.stores.redis import RedisStore
 from tests.contract.conftest import WINDOW_SECONDS
 from tests.support.clock import Clock
+
+if TYPE_CHECKING:
+    from tests.conftest import ValkeyProcess
 
 AWKWARD = b"\x00\r\n$5 \xff\x00 value "
 """Bytes that a text protocol, a C string or a separator would trip over."""

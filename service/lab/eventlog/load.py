@@ -152,7 +152,7 @@ def sequence_log(log: EventLog) -> tuple[SequenceLog, NDArray[np.int64]]:
 
 def fold_events(log: EventLog, rows: slice = slice(None)) -> list[Event]:
     """A part of the log as the fold takes it."""
-    return [event_from(event.decision_id, event.decision, event.feedback) for event in log.events[rows]]
+    return [event_from(event.decision_id, event.decision, event.told) for event in log.events[rows]]
 
 
 def _tell_shadows(event: LoggedEvent, available: NDArray[np.bool_], rewards: NDArray[np.float64]) -> None:
