@@ -46,6 +46,7 @@ from service.usecases.follow import Learner
 from service.usecases.hold import NameHolder
 from service.usecases.learn import FeedbackService
 from service.usecases.normalise import Normaliser
+from service.usecases.people import PeopleService
 from service.usecases.runs import NAME_POLL_SECONDS, Run, RunRegistry, RunTemplate
 from service.usecases.score import RewardService, limits_of
 from service.usecases.shadow import Shadower
@@ -66,6 +67,7 @@ class Gateway:
     scorer: RewardService
     feedback: FeedbackService
     status: StatusService
+    people: PeopleService
     shadower: Shadower
     auditor: Auditor | None
     """Lets referees look at chosen decisions; None where the pool file has no `audit`."""
@@ -170,6 +172,7 @@ class Gateway:
         return HotRoutes(
             scorer=self.scorer,
             feedback=self.feedback,
+            people=self.people,
             telemetry=self.telemetry,
             keys=ApiKeys(settings.api_keys),
             limits=HotLimits(settings.max_body_bytes, settings.max_in_flight),
@@ -355,6 +358,7 @@ def build_gateway(
             store_findings=lambda: watch.findings,
             store_refused=lambda: bool(watch.verdict.refusals),
         ),
+        people=PeopleService(runs, store, telemetry),
         shadower=shadower,
         auditor=auditor,
         audits=audits,

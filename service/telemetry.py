@@ -172,6 +172,12 @@ class Telemetry:
             "audits_waiting", "Decisions that are chosen for an audit and not refereed.", ["run"], **common
         )
         self.audit_errors = Counter("audit_errors_total", "Failures of the background auditor.", **common)
+        self.judgements = Counter(
+            "judgements_total",
+            "Audited decisions that people judged, by what became of it.",
+            ["run", "outcome"],
+            **common,
+        )
         self.feedback = Counter("feedback_total", "Feedbacks by what became of them.", ["run", "outcome"], **common)
         self.sticky = Counter(
             "sticky_choices_total",
@@ -274,6 +280,7 @@ class Telemetry:
             self.shadows,
             self.audits,
             self.audit_price,
+            self.judgements,
             self.audits_waiting,
             self.sticky,
             self.trainer_texts,

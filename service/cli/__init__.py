@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from router_core.errors import RouterCoreError
 from service.cli import (
+    audit,
     check_scorer,
     convert,
     demo,
@@ -58,6 +59,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("frontier")(frontier.frontier)
 app.command("replay")(replay.replay)
 app.command("models")(models.models)
+app.command("audit")(audit.audit)
 app.command("export")(export.export)
 app.command("ope")(ope.ope)
 

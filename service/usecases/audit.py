@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from router_core.attempts import Attempt, Outcome
+from router_core.audits.signs import SIGNS, signs_of, words_of
 from router_core.policies import AskRest, answers_of
 from router_core.records import Instance, verdict_of
 from service.errors import ServiceError
@@ -295,10 +296,19 @@ class Auditor:
 
     def _verdict(self, case: Case, attempts: Sequence[Attempt], opinion: Opinion) -> AuditVerdict:
         price = _price(attempts) + opinion.price
+        signs = zip(*map(signs_of, case.instance.responses), strict=True)
         decision = msgspec.structs.replace(
             case.decision,
             shadows=[*attempts] if self.plan.ask_all else case.decision.shadows,
-            audit=StoredAudit(opinion.referee, verdict_of(opinion.rewards), self.plan.trust, opinion.rewards, price),
+            audit=StoredAudit(
+                opinion.referee,
+                verdict_of(opinion.rewards),
+                self.plan.trust,
+                opinion.rewards,
+                price,
+                signs={name: [*counts] for name, counts in zip(SIGNS, signs, strict=True)},
+                words=words_of(case.instance.prompt),
+            ),
         )
         shown = msgspec.msgpack.encode(case.instance) if self.plan.keep else b""
         return AuditVerdict(case.decision_id, price, encode_decision(decision), AUDITED, shown)
