@@ -8,10 +8,11 @@ equals fold(s, a + b) wherever the log is cut, because floating-point sums are g
 * an arm's waiting events, its tail, are applied one by one on top of the block, as rank-one corrections kept beside Σ;
 * an event that holds verdicts of other RMs (`Event.shadows`) moves the asked arm first, then those, by arm; it counts
   as one event of the log;
-* with `Hyperparameters.adapt`, λ₀ is chosen anew at the events 8, 16, 32 and every `block_size`-th one of the log, for
-  all arms at once: the value of `evidence.LAMBDA_GRID` that makes what was observed most probable; O(K d³). While the
-  log's contexts are unlike the prior's landmarks it is drawn down to `lambda_novel` (`router_core.novelty`). An arm
-  whose own data say that it is better or worse than promised gets a smaller precision of its first weight, its level;
+* with `Hyperparameters.adapt`, λ₀ is chosen anew at the events 8, 16, 32 and every `block_size`-th one of the log, and
+  at every audit, for all arms at once: the value of `evidence.LAMBDA_GRID` that makes what was observed most probable;
+  O(K d³). While the log's contexts are unlike the prior's landmarks it is drawn down to `lambda_novel`
+  (`router_core.novelty`). An arm whose own data say that it is better or worse than promised gets a smaller precision
+  of its first weight, its level;
 * with `Hyperparameters.alarm_rate`, an event after which an arm's rewards contradict the posterior too much resets the
   arm to its prior, with the λ₀ that the run started from (`router_core.changes`);
 * a discount γ < 1 falls at every `block_size`-th event of the log, for all arms at once, and inverts each Λ: O(K d³);
@@ -39,7 +40,7 @@ from router_core.errors import AuditError, FeedbackError, NotFiniteError, ShapeM
 from router_core.evidence import level_precisions, most_probable_precision
 from router_core.feedback import SignalAccumulator, SignalStatistics
 from router_core.linalg import inverse_probe, inverse_residual, inverse_spd
-from router_core.novelty import Tally, loosened
+from router_core.novelty import AUDITED_NOISE, AUDITED_PRECISION, NOISE, Tally, loosened
 from router_core.prior import Prior
 from router_core.records import TIE, Audit, Event, Feedback, Signal, Source
 
@@ -133,6 +134,7 @@ class Posterior:
         tally: contexts met and how many of them were novel; empty unless `Prior.watches_novelty`.
         watches: (K,) what tells that an arm has changed; as at the start unless `Hyperparameters.alarm_rate`.
         referees: what gold has said of each referee, by name; those of whom it has said anything.
+        spoken: events, and how many of them spoke of the asked arm alone or of some; the rest are audits of all arms.
     """
 
     prior: Prior
@@ -145,6 +147,7 @@ class Posterior:
     tally: Tally = field(default_factory=Tally)
     watches: tuple[Watch, ...] = ()
     referees: Mapping[str, Standing] = field(default_factory=dict)
+    spoken: Tally = field(default_factory=Tally)
     _means: list[Array] = field(default_factory=list, repr=False, compare=False)
     _events: list[Array] = field(default_factory=list, repr=False, compare=False)
 
@@ -184,6 +187,11 @@ class Posterior:
             self._events.append(np.maximum(self.prior.hyper.sigma2 * grams, 0.0) + tails)
         return self._events[0]
 
+    @property
+    def partial(self) -> float:
+        """Share of the events that spoke of some arms only, in [0, 1]: how much there is to explore."""
+        return 1.0 if self.spoken.share is None else self.spoken.share
+
     def digest(self) -> str:
         """sha256 over every number that the fold carries on: equal digests mean equal posteriors, bit for bit."""
         # The tally only where it is kept: other runs' digests are what they always were.
@@ -193,6 +201,7 @@ class Posterior:
         )
         h = hashlib.sha256(np.int64(self.count).tobytes() + np.array(scalars).tobytes())
         h.update(np.array(self.watches).tobytes())
+        h.update(np.array([self.spoken.met, self.spoken.novel]).tobytes())
         for name in sorted(self.referees):
             h.update(name.encode() + np.array(self.referees[name]).tobytes())
         for arm in self.arms:
@@ -248,6 +257,7 @@ def restore(
     tally: Tally,
     watches: Sequence[Watch],
     referees: Mapping[str, Standing],
+    spoken: Tally,
 ) -> Posterior:
     """The posterior at a refresh position, from what a snapshot holds; bit for bit what the fold had there.
 
@@ -263,6 +273,7 @@ def restore(
         tally: of novel contexts up to there.
         watches: (K,) as they were there.
         referees: as they were there.
+        spoken: as it was there.
 
     Raises:
         ShapeMismatchError: `count` is no refresh position, or the arrays do not fit the prior.
@@ -280,7 +291,7 @@ def restore(
         covariance = inverse_spd(lam)
         arms.append(_arm(lam, b.copy(), covariance, covariance @ b))
     return Posterior(
-        prior, settings, count, tuple(arms), statistics, precisions, drift, tally, tuple(watches), referees
+        prior, settings, count, tuple(arms), statistics, precisions, drift, tally, tuple(watches), referees, spoken
     )
 
 
@@ -346,6 +357,7 @@ class _Folding:
         self._tally = state.tally
         self._watches = [*state.watches]
         self._referees = dict(state.referees)
+        self._spoken = state.spoken
         self._landmarks = state.prior.landmarks if state.prior.watches_novelty else None
         self._signal = SignalAccumulator(state.statistics, state.prior.loss_scale)
         self._touched: dict[int, _ArmFolding] = {}
@@ -365,10 +377,13 @@ class _Folding:
             self._learn(arm, x, offset, credit, event, lesson)
         if event.audit is not None:
             self._judge(event, event.audit)
+        full = event.source is Source.AUDIT and (event.arm != NO_ARM) + len(event.shadows) == self._state.n_arms
+        self._spoken = self._spoken.add(not full)
         self._count += 1
         if self._count % settings.block_size == 0:
+            self._spoken = self._spoken.faded()
             self._discount()
-        if settings.adapts_at(self._count):
+        if event.source is Source.AUDIT or settings.adapts_at(self._count):
             self._adapt()
         if self._count % settings.refresh_events == 0:
             self._drift = max(self._arm(k).refresh() for k in range(self._state.n_arms))
@@ -388,7 +403,12 @@ class _Folding:
             chosen = most_probable_precision(grams, informations)
             if self._landmarks is not None:
                 self._tally = self._tally.faded()
-                chosen = loosened(chosen, self._tally.excess(), hyper.lambda_novel)
+                # Between the two settings in proportion to the events that spoke of some arms only.
+                partial = self._spoken.novel / self._spoken.met
+                deviations = partial * NOISE + (1.0 - partial) * AUDITED_NOISE
+                audited = min(AUDITED_PRECISION, hyper.lambda_novel)
+                precision = hyper.lambda_novel**partial * audited ** (1.0 - partial)
+                chosen = loosened(chosen, self._tally.excess(deviations), precision)
             precisions = np.full(self._precisions.shape, chosen)
             precisions[:, 0] = level_precisions(grams, informations, chosen)
             for k in np.flatnonzero((precisions != self._precisions).any(axis=1)).tolist():
@@ -516,6 +536,7 @@ class _Folding:
             tally=self._tally,
             watches=tuple(self._watches),
             referees=self._referees,
+            spoken=self._spoken,
             _means=[],
             _events=[],
         )

@@ -68,6 +68,7 @@ def dump(snapshot: Snapshot, fingerprint: str) -> bytes:
         "drift": posterior.drift.hex(),
         # Only where it is kept, so that snapshots of other runs are what they always were.
         **({"tally": [tally.met.hex(), tally.novel.hex()]} if posterior.prior.watches_novelty else {}),
+        "spoken": [posterior.spoken.met.hex(), posterior.spoken.novel.hex()],
         "referees": {
             name: [number.hex() for number in posterior.referees[name]] for name in sorted(posterior.referees)
         },
@@ -119,6 +120,7 @@ def parse(data: bytes, fingerprint: str, prior: Prior, settings: FoldSettings) -
         drift=float.fromhex(header["drift"]),
         tally=Tally(*map(float.fromhex, header.get("tally", ()))),
         watches=[Watch(*row) for row in tensors["watches"].tolist()],
+        spoken=Tally(*map(float.fromhex, header["spoken"])),
         referees={name: Standing(*map(float.fromhex, row)) for name, row in header["referees"].items()},
     )
     return Snapshot(posterior, header["last_event_id"])
