@@ -74,6 +74,7 @@ def _operators_app(gateway: Gateway) -> ASGIApp:
     )
     app.state.status = gateway.status
     app.state.people = gateway.people
+    app.state.reporter = gateway.reporter
     app.include_router(system_router())
     app.include_router(audits_router())
     app.add_exception_handler(ServiceError, render)

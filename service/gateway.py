@@ -47,6 +47,7 @@ from service.usecases.hold import NameHolder
 from service.usecases.learn import FeedbackService
 from service.usecases.normalise import Normaliser
 from service.usecases.people import PeopleService
+from service.usecases.report import Reporter
 from service.usecases.runs import NAME_POLL_SECONDS, Run, RunRegistry, RunTemplate
 from service.usecases.score import RewardService, limits_of
 from service.usecases.shadow import Shadower
@@ -68,6 +69,7 @@ class Gateway:
     feedback: FeedbackService
     status: StatusService
     people: PeopleService
+    reporter: Reporter
     shadower: Shadower
     auditor: Auditor | None
     """Lets referees look at chosen decisions; None where the pool file has no `audit`."""
@@ -146,6 +148,7 @@ class Gateway:
             task.cancel()
             self.telemetry.forget_run(run.name)
             self.normaliser.forget(run.name)
+            self.reporter.forget(run.name)
             if self.audits is not None:
                 self.audits.forget(run.name)
 
@@ -321,6 +324,7 @@ def build_gateway(
             timeout_seconds=settings.worker_timeout_seconds,
             idle=idle,
         )
+    reporter = Reporter(runs, store, telemetry)
     required = settings.on_store_unavailable is OnStoreUnavailable.REFUSE
     sticky = StickyChoices(store, telemetry, seconds=settings.sticky_seconds, required=required)
     normaliser = Normaliser(store, telemetry, required=required)
@@ -350,6 +354,7 @@ def build_gateway(
             telemetry,
             models=lambda: [scorer.status() for scorer in built],
             referees=lambda: [scorer.status() for scorer in referees],
+            tell_audits=None if auditor is None else reporter.tell,
             executor=learner_thread,
             health_check_errors=lambda: sum(scorer.unexpected_errors for scorer in (*built, *referees)),
             answers_without_store=settings.on_store_unavailable is OnStoreUnavailable.ANSWER,
@@ -359,6 +364,7 @@ def build_gateway(
             store_refused=lambda: bool(watch.verdict.refusals),
         ),
         people=PeopleService(runs, store, telemetry),
+        reporter=reporter,
         shadower=shadower,
         auditor=auditor,
         audits=audits,

@@ -172,6 +172,34 @@ class Telemetry:
             "audits_waiting", "Decisions that are chosen for an audit and not refereed.", ["run"], **common
         )
         self.audit_errors = Counter("audit_errors_total", "Failures of the background auditor.", **common)
+        self.audited_accuracy = Gauge(
+            "audited_accuracy",
+            "How often a scorer is right, by the referee's verdicts on random audits.",
+            ["run", "model"],
+            **common,
+        )
+        self.accuracy_fall = Gauge(
+            "accuracy_fall",
+            "Evidence that a scorer's audited accuracy has fallen; 1 or more is an alarm.",
+            ["run", "model"],
+            **common,
+        )
+        self.length_excess = Gauge(
+            "length_excess",
+            "By how much a scorer's rewards follow the length of responses more than the referee's do, at least: lower "
+            "bound of the difference of the correlations.",
+            ["run", "model"],
+            **common,
+        )
+        self.referee_accuracy = Gauge(
+            "referee_accuracy", "How often a referee is right, by gold.", ["run", "referee"], **common
+        )
+        self.referee_shortfall = Gauge(
+            "referee_shortfall",
+            "By how much a referee is less often right than `audit.trust` says, at least; above 0 it is.",
+            ["run", "referee"],
+            **common,
+        )
         self.judgements = Counter(
             "judgements_total",
             "Audited decisions that people judged, by what became of it.",
@@ -280,6 +308,11 @@ class Telemetry:
             self.shadows,
             self.audits,
             self.audit_price,
+            self.audited_accuracy,
+            self.accuracy_fall,
+            self.length_excess,
+            self.referee_accuracy,
+            self.referee_shortfall,
             self.judgements,
             self.audits_waiting,
             self.sticky,

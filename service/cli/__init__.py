@@ -26,6 +26,7 @@ from service.cli import (
     ope,
     pin,
     replay,
+    report,
     serve,
     train,
     up,
@@ -60,6 +61,7 @@ app.command("frontier")(frontier.frontier)
 app.command("replay")(replay.replay)
 app.command("models")(models.models)
 app.command("audit")(audit.audit)
+app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("ope")(ope.ope)
 

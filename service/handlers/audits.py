@@ -1,4 +1,4 @@
-"""The route that shows audits with their texts; `handlers.hot` takes what people say of them."""
+"""The routes that show audits, with their texts or as a report; `handlers.hot` takes what people say of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 
 from service.usecases.people import MAX_SHOWN, AuditShown, PeopleService
+from service.usecases.report import Reporter, RunReport
 
 
 def _people(request: Request) -> PeopleService:
@@ -26,5 +27,19 @@ def audits_router() -> APIRouter:
     ) -> list[AuditShown]:
         """Newest first. The store keeps as many as the pool file's `audit.keep` says."""
         return await _people(request).newest(run, count)
+
+    @router.get(
+        "/report",
+        summary="What the audits of a run say",
+        responses={404: {"description": "No such run is open."}},
+    )
+    async def report(
+        request: Request, run: Annotated[str | None, Query(description="The run; by default the gateway's.")] = None
+    ) -> RunReport:
+        """How often each scorer is right, per kind of text and over time, with bounds that hold however often one
+        looks; the referees against gold; what rewards follow besides quality (docs/audits.md).
+        """
+        reporter: Reporter = request.app.state.reporter
+        return await reporter.report(run)
 
     return router
