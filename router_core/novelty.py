@@ -99,7 +99,7 @@ class Tally:
 
     @property
     def share(self) -> float | None:
-        """Of the contexts met, how many were novel; None before the first."""
+        """Share of the contexts met that were novel; None before the first."""
         return self.novel / self.met if self.met else None
 
     def faded(self) -> Tally:

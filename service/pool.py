@@ -127,7 +127,6 @@ class ModelEntry(ScorerEntry):
 
     @classmethod
     def resolved(cls, fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-        """See `ScorerEntry.resolved`."""
         out = dict(fields)
         for key in ("path", "recorded"):
             if isinstance(out.get(key), str):

@@ -262,7 +262,7 @@ class Telemetry:
         )
         self.judge_position_bias = Gauge(
             "judge_position_bias",
-            "Mean probability that the judge gives to the response shown first, less one half; 0 is no bias.",
+            "Mean probability that the judge gives to the response shown first, less one half; 0 means no bias.",
             ["model"],
             **common,
         )

@@ -23,7 +23,7 @@ Array = NDArray[np.float64]
 LEVEL = 2.0
 """Prior deviation of the level's weights. Held-out likelihood is flat from 1 to 3 (docs/experiments.md)."""
 _RIDGE = 1e-3
-"""Of temperature and biases."""
+"""Ridge penalty on temperature and biases."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -27,10 +27,10 @@ from rich.text import Text
 from router_core.checkpoint import Checkpoint
 from router_core.demo.recipes import RECIPES
 from router_core.records import LabelledPair
-from service.cli.http import GatewayClient
 from service.cli.processes import interruptible
 from service.cli.up import Stack, running_stack
 from service.errors import ConfigurationError
+from service.lab.client import GatewayClient
 from service.pool import ModelEntry, PoolFile, dump_pool
 from service.settings import EMBEDDED
 

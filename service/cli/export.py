@@ -13,11 +13,10 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
-from service.cli.serve import read_settings
 from service.cli.store_option import store_option
 from service.errors import ConfigurationError, StoreUnavailableError
 from service.lab.eventlog.export import Exported, export_log
-from service.settings import EMBEDDED, Settings
+from service.settings import EMBEDDED, Settings, read_settings
 from service.stores.embedded import EmbeddedStore
 from service.stores.redis import RedisStore
 

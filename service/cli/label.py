@@ -28,10 +28,8 @@ from rich.text import Text
 
 from router_core.records import Instance
 from router_core.rows import Row
-from service.cli.data import DataReader, SkipBadRows
+from service.cli.data import DataReader, SkipBadRows, parse_pool
 from service.cli.processes import interruptible
-from service.cli.serve import read_settings
-from service.cli.train import parse_pool
 from service.errors import ConfigurationError, ServiceError
 from service.lab.labelling.ask import AskPolicy, ModelAsker, is_failure
 from service.lab.labelling.journal import Answer, Journal, content_key, write_atomically
@@ -39,6 +37,7 @@ from service.lab.labelling.rows import Known, earlier_answers, labelled_lines, s
 from service.pool import Entry, PoolFile, load_pool
 from service.scorers.protocol import Scorer
 from service.scorers.registry import build_scorer
+from service.settings import read_settings
 
 FAILED_ROWS = 3
 """Exit status when all was asked, and an RM failed on some rows."""

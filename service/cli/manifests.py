@@ -23,7 +23,7 @@ from service.pool import Entry, ModelEntry, PoolFile, load_pool
 from service.scorers.entry import ScorerEntry
 
 WORKER_PORT = 8000
-"""Of every worker; the network policies of deploy/kubernetes/base name it."""
+"""Port of every worker; the network policies of deploy/kubernetes/base name it."""
 
 LONGEST_NAME = 52
 """Characters of a StatefulSet's name: Kubernetes adds a hash of eleven to make a label of 63 of it."""
@@ -34,7 +34,7 @@ GATEWAY_FIELDS = ("served_name", "rendering", "chat_template", "tokens_per_reque
 """What gateways read of a model, besides its name and where it is."""
 
 IMAGE = "vllm/vllm-openai:v0.26.0"
-"""Of the workers: the one of docker-compose.yml."""
+"""Image of the workers: the one of docker-compose.yml."""
 
 USER = {"runAsNonRoot": True, "runAsUser": 2000, "runAsGroup": 0}
 """The image's own user `vllm`; by default the image runs as root."""
@@ -46,7 +46,7 @@ CACHE_SIZE = "40Gi"
 """Weights of 8 billion parameters take 16 GB; while they are downloaded a file may be there twice."""
 
 LABELS = {"app.kubernetes.io/name": "reward-router", "app.kubernetes.io/component": "worker"}
-"""Of every worker's pods and Service: what the network policies select."""
+"""Labels of every worker's pods and Service: what the network policies select."""
 
 Manifest = dict[str, Any]
 
@@ -113,7 +113,7 @@ def slug(name: str) -> str:
 
 
 def service_name(model: ModelEntry) -> str:
-    """Of the StatefulSet and its Service. Names of Services begin with a letter."""
+    """Return the name of the StatefulSet and its Service. Names of Services begin with a letter."""
     return f"rm-{slug(model.name).removeprefix('rm-')}"
 
 

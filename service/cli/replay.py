@@ -38,13 +38,12 @@ from router_core.replay import (
 from router_core.replay import replay as replay_in_process
 from router_core.replay.plot import plot_curves
 from service.cli.cache import encodings_directory
-from service.cli.data import DataReader, SkipBadRows
+from service.cli.data import DataReader, SkipBadRows, parse_pool
 from service.cli.prices import Price, parse_prices
-from service.cli.replay_http import replay_over_http
 from service.cli.replay_output import curves_json, describe, gaps_sentence, headline, publish
-from service.cli.replay_parts import Options, Part, choose_parts, streamed
-from service.cli.train import parse_pool
 from service.errors import ConfigurationError
+from service.lab.replaying.over_http import replay_over_http
+from service.lab.replaying.parts import Options, Part, choose_parts, streamed
 
 DEFAULT_POLICIES = "bayesian,offline,random,majority"
 
@@ -129,7 +128,9 @@ def replay(
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="With --url: requests in flight.")] = 4,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many pairs.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="With --url: API key.", envvar="REWARD_ROUTER_API_KEY")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="With --url: API key.", envvar="REWARD_ROUTER_CLIENT_API_KEY")
+    ] = None,
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file; `-` for standard output.")
     ] = None,

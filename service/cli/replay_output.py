@@ -16,10 +16,10 @@ from rich.table import Table as RichTable
 from router_core.records import Signal
 from router_core.replay import Curve, Scenario
 from service.cli.prices import cost_of
-from service.cli.replay_parts import Options
+from service.lab.replaying.parts import Options
 
 _WIDTH = 120
-"""Of a table that is written to a file or a pipe."""
+"""Columns of a table that is written to a file or a pipe."""
 
 
 def describe(options: Options, scenario: Scenario, signal: Signal) -> dict[str, Any]:

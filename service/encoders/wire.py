@@ -19,7 +19,7 @@ from service.scorers.transport.exchange import AnswerError
 from service.scorers.wire import Usage
 
 EMBEDDINGS_PATH: Final = "/v1/embeddings"
-"""Of vLLM's two endpoints for vectors the one that its API key guards; `/pooling` stays open."""
+"""The one of vLLM's two endpoints for vectors that its API key guards; `/pooling` stays open."""
 
 
 class EmbeddingsRequest(msgspec.Struct, omit_defaults=True):

@@ -7,6 +7,7 @@ attempts) and `reply` (decision and reply); what was decided is saved before it 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections import deque
@@ -14,9 +15,8 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
-
-from router_core.attempts import passed_over, waited_seconds
+from router_core.attempts import answers, passed_over, waited_seconds
+from router_core.moments import ScoreScales
 from router_core.policies import AllCalls, OneCall
 from router_core.records import Instance
 from service.encoders.protocol import EncoderInputError
@@ -39,6 +39,9 @@ from service.usecases.shadow import Shadowable, Shadower
 from service.usecases.sticky import StickyChoices, sticky_key
 
 _Key = TypeVar("_Key", bound=Hashable)
+
+_NEVER = -math.inf
+"""Draw of an arm that is never asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +183,7 @@ class RewardService:
             )
         deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_seconds
         refused: dict[int, ServiceError] = {}
-        try:
-            async with asyncio.timeout_at(deadline):
-                wholes = await self._wholes(requests, run, policy, refused)
-        except TimeoutError as error:
-            raise too_late() from error
+        wholes = await self._wholes(requests, run, policy, deadline, refused)
         self._under_way += 1
         self._idle.clear()
         try:
@@ -217,9 +216,18 @@ class RewardService:
         return [refused[index] if index in refused else replies[index] for index in range(len(requests))]
 
     async def _wholes(
-        self, requests: Sequence[RewardRequest], run: str | None, policy: str | None, refused: dict[int, ServiceError]
+        self,
+        requests: Sequence[RewardRequest],
+        run: str | None,
+        policy: str | None,
+        deadline: float,
+        refused: dict[int, ServiceError],
     ) -> list[list[Piece]]:
-        """Return the instances by run and policy, each in pieces; those that cannot be scored go into `refused`."""
+        """Return the instances by run and policy, each in pieces; those that cannot be scored go into `refused`.
+
+        Raises:
+            DeadlineExceededError: a run was not open in time.
+        """
         groups: dict[tuple[str | None, str | None], list[int]] = {}
         read: dict[int, Instance] = {}
         for index, request in enumerate(requests):
@@ -234,7 +242,12 @@ class RewardService:
             try:
                 template = self._runs.template
                 chosen_policy = template.policy(policy_name) if policy_name else template.default_policy
-                found = await self._runs.get(run_name, chosen_policy.prior)
+                found = self._runs.opened(run_name, chosen_policy.prior)
+                if found is None:
+                    async with asyncio.timeout_at(deadline):
+                        found = await self._runs.get(run_name, chosen_policy.prior)
+            except TimeoutError as error:
+                raise too_late() from error
             except StoreUnavailableError:
                 raise
             except ServiceError as error:
@@ -331,12 +344,10 @@ class RewardService:
                 chosen = await self._chooser.choose(run, policy, piece.instances)
                 # Copies: a row of a batch would keep the whole batch.
                 run.recent.append((chosen.x[0].copy(), chosen.offsets[0].copy()))
-                rankings, draws = chosen.choices.ranking.tolist(), chosen.choices.draws
-                if not np.isfinite(draws).all():
-                    rankings = [
-                        [arm for arm in ranking if drawn[arm] != -float("inf")]
-                        for ranking, drawn in zip(rankings, draws.tolist(), strict=True)
-                    ]
+                rankings, draws = chosen.choices.ranking.tolist(), chosen.choices.draws.tolist()
+                for row, drawn in enumerate(draws):
+                    if _NEVER in drawn:
+                        rankings[row] = [arm for arm in rankings[row] if drawn[arm] != _NEVER]
                 means = chosen.choices.means.tolist()
                 jobs = []
                 for row, instance in enumerate(piece.instances):
@@ -365,8 +376,18 @@ class RewardService:
     async def _ask(self, jobs: Sequence[Job], tickets: Tickets, deadline: float) -> None:
         """Carry out the plans: every job has its reward or its error afterwards."""
         await self._asker.ask(jobs, tickets, deadline)
+        scaled = [job for job in jobs if job.plan.needs_scale]
+        scales = await self._observed(scaled) if scaled and self._runs.template.score_scale is None else {}
         for job in jobs:
-            job.conclude()
+            job.conclude(scales.get(job.run.name))
+
+    async def _observed(self, jobs: Sequence[Job]) -> dict[str, ScoreScales]:
+        """Return what the score logs of the jobs' runs tell, by run, once these answers are in them."""
+        scored: dict[str, list[tuple[int, Sequence[float]]]] = {}
+        for job in jobs:
+            scored.setdefault(job.run.name, []).extend([(it.arm, it.rewards) for it in answers(job.attempts)])
+        runs = {job.run.name: job.run for job in jobs}
+        return {name: await self._normaliser.observe(runs[name], told) for name, told in scored.items() if told}
 
     async def _stick(self, jobs: Sequence[Job]) -> None:
         """Singles whose prompt was asked about before take that draw; all of one run and policy."""

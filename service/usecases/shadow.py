@@ -43,7 +43,7 @@ class Shadowable(NamedTuple):
 
 
 def is_shadowed(decision_id: str, rate: float) -> bool:
-    """Whether the decision is among the fraction: by a hash of its id, so that it depends on nothing that was drawn.
+    """Return True if the decision is among the fraction: by a hash of its id, which depends on nothing that was drawn.
 
     >>> is_shadowed("d", 0.0), is_shadowed("d", 1.0)
     (False, True)

@@ -52,7 +52,6 @@ class EmbeddingBackend:
 
     @property
     def models(self) -> Sequence[ServedModel]:
-        """See `Backend.models`."""
         return (ServedModel(self.name, root=self.name, max_model_len=self.backbone.max_tokens),)
 
     async def start(self) -> None:
@@ -65,7 +64,6 @@ class EmbeddingBackend:
             self._executor.shutdown(wait=True)
 
     def raw_by_default(self, model: str) -> bool:
-        """See `Backend.raw_by_default`."""
         return False
 
     async def score(self, model: str, contents: Sequence[Content], *, add_special_tokens: bool) -> list[Scored]:

@@ -231,7 +231,7 @@ class GeneratingApp:
         )
 
     def _logprobs(self, written: Written, count: int) -> ChoiceLogprobs:
-        """Of every token, the end of the answer included: what else could have been said counts."""
+        """Return the log-probabilities of every token, the end of the answer included."""
         decode = self._loaded.tokenizer.decode
         tokens = []
         for token, row in zip(written.ids, written.logprobs, strict=True):

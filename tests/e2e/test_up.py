@@ -204,7 +204,7 @@ def test_up_serves_learns_ends_all_with_ctrl_c_and_goes_on_where_it_was(tmp_path
 
 
 def worker_pids(stack: Stack) -> set[int]:
-    """Of the processes that serve reward models."""
+    """Return the ids of the processes that serve reward models."""
     return {pid for pid, command in stack.descendants().items() if " service.cli worker " in command}
 
 

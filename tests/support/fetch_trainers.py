@@ -25,7 +25,7 @@ STAMP = ".fetched"
 """File beside a trainer's packages that says which they are."""
 
 IMPATIENT = ("--retries", "1", "--timeout", "20")
-"""Of pip, so that a registry that cannot be reached is given up within seconds."""
+"""Options of pip, so that a registry that cannot be reached is given up within seconds."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,7 +140,6 @@ class HttpScorer(ServedScorer):
         )
 
     def status(self) -> ScorerStatus:
-        """See `Scorer.status`."""
         return ScorerStatus(
             name=self.name,
             kind=self.kind,

@@ -1,4 +1,4 @@
-"""What a judge's servers are asked by the health monitor: whether they serve its model, and first a known comparison.
+"""What a judge's servers are asked by the health monitor: if they serve its model, and first a known comparison.
 
 No tokens are spent while all goes well: `GET /v1/models` is enough. After failures a server must also complete a token.
 A new one must give a verdict that can be read, which decides for `verdict: auto` how verdicts are read.
@@ -43,14 +43,12 @@ class JudgeChecks:
         self.replicas = judge.replicas
 
     async def ready(self, replica: Replica, deadline: float) -> None:
-        """See `Checks.ready`."""
         await self._serves(replica, deadline)
         breaker = replica.breaker
         if breaker.state is not BreakerState.CLOSED or breaker.consecutive_failures:
             await self._complete(replica, self._judge.dialogue.probe(), deadline)
 
     async def probe(self, replica: Replica, deadline: float) -> None:
-        """See `Checks.probe`."""
         try:
             await self._serves(replica, deadline)
             await self._give_verdict(replica, deadline)

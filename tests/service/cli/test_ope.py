@@ -20,8 +20,8 @@ from router_core.errors import UnknownPolicyError
 from router_core.posterior import fold, start
 from router_core.prior import Hyperparameters
 from service.cli import app
-from service.cli.ope import evaluate_log
 from service.errors import ConfigurationError
+from service.lab.estimates import evaluate_log
 from service.lab.eventlog.export import export_log
 from service.lab.eventlog.load import fold_events, load_log, logged_data
 from service.lab.eventlog.targets import Targets

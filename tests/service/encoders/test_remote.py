@@ -41,7 +41,7 @@ INSTANCES = [
 ]
 NAN = base64.b64encode(np.full(16, np.nan, "<f4").tobytes()).decode()
 TOLERANCE = 1e-5
-"""Of x between one process and another: only batch shapes differ, and float32 carries 24 bits."""
+"""Difference of x between one process and another: only batch shapes differ, and float32 carries 24 bits."""
 
 
 class Scripted:

@@ -42,7 +42,7 @@ class Answer:
 
     @property
     def code(self) -> str:
-        """Of the error."""
+        """Code of the error."""
         return str(json.loads(self.body)["error"]["code"])
 
 
