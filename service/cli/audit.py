@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 
-from service.cli.http import GatewayClient
+from service.lab.client import GatewayClient
 
 CHOICES = "1, 2, … the better response · t tie · s skip · q quit"
 """What may be answered."""

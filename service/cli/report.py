@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from service.cli.http import GatewayClient
 from service.errors import ConfigurationError
+from service.lab.client import GatewayClient
 from service.usecases.report import LENGTH, Estimate, RunReport, ScorerRecord
 
 
