@@ -1,7 +1,7 @@
 """Audit: let a referee look at the decisions that were chosen, after their replies, behind everything else.
 
 What was chosen and not yet refereed stands in the store. Gateways take a few decisions at a time, each for the length
-of a lease, ask every other RM (`ask: all`), then the referees in order until one does not abstain, and finish each
+of a lease, ask the referees in order until one does not abstain, and every other RM (`ask: all`), and finish each
 decision with one event in the run's log. A gateway that dies leaves its decisions to the next when the lease ends; one
 that comes too late changes nothing. Started by `service.gateway`; knows no policy.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,8 +43,9 @@ MAX_WAITING = 10_000
 POLL_SECONDS = 1.0
 """Pause between two looks at the store, for what other gateways have chosen or left behind."""
 
-YIELD_SECONDS = 5.0
-"""How long audits wait for requests that are being answered here; then a few are made all the same."""
+YIELD_SECONDS = 0.1
+"""How long audits wait for requests that are being answered here; then a few are made all the same, so that a gateway
+that is never idle makes up to `AT_ONCE` of them in this time."""
 
 RETRY_SECONDS = 30.0
 """Added to the time that the scorers may take: how long a decision is left alone after a referee was away."""
@@ -100,6 +101,32 @@ class Opinion(NamedTuple):
     referee: str
     rewards: list[float]
     price: float
+
+
+class _Rest:
+    """The other RMs' answers to some cases, each asked for once.
+
+    Args:
+        cases: all of them.
+        ask: asks about some.
+    """
+
+    def __init__(
+        self, cases: Sequence[Case], ask: Callable[[Sequence[Case]], Awaitable[list[Sequence[Attempt]]]]
+    ) -> None:
+        self.told: list[Sequence[Attempt]] = [()] * len(cases)
+        self._cases = cases
+        self._ask = ask
+        self._asked: set[int] = set()
+
+    async def ask(self, indices: Sequence[int]) -> None:
+        """Ask about those cases that were not asked about before."""
+        fresh = [i for i in indices if i not in self._asked]
+        if not fresh:
+            return
+        self._asked.update(fresh)
+        for i, attempts in zip(fresh, await self._ask([self._cases[i] for i in fresh]), strict=True):
+            self.told[i] = attempts
 
 
 class Auditor:
@@ -202,17 +229,20 @@ class Auditor:
 
     async def _audit(self, run: Run, tasks: Sequence[AuditTask]) -> None:
         """Ask about some decisions of one run, and finish those that somebody, or nobody for good, has judged."""
-        cases, verdicts, unreadable = [], [], 0
+        cases: list[Case] = []
+        verdicts: list[AuditVerdict] = []
+        unreadable = 0
         for task in tasks:
             try:
                 cases.append(Case(task.decision_id, *decode_task(task.task)))
             except msgspec.ValidationError:
                 unreadable += 1
                 verdicts.append(AuditVerdict(task.decision_id, 0.0))
-        told: list[Sequence[Attempt]] = [()] * len(cases)
-        if self.plan.ask_all:
-            told = await self._ask_rest(cases)
-        opinions = await self._refer(run, cases, told)
+        rest = _Rest(cases, self._ask_rest) if self.plan.ask_all else None
+        opinions = await self._refer(run, cases, rest)
+        if rest is not None:
+            await rest.ask([i for i, opinion in enumerate(opinions) if isinstance(opinion, Opinion)])
+        told = [()] * len(cases) if rest is None else rest.told
         away = 0
         for case, attempts, opinion in zip(cases, told, opinions, strict=True):
             if isinstance(opinion, Opinion):
@@ -240,14 +270,19 @@ class Auditor:
         await self._asker.ask(inquiries, Tickets(self._arms), deadline)
         return [inquiry.attempts for inquiry in inquiries]
 
-    async def _refer(self, run: Run, cases: Sequence[Case], told: Sequence[Sequence[Attempt]]) -> list[Opinion | bool]:
-        """Return each case's opinion; True where a referee that might have one is away, False where all abstain."""
+    async def _refer(self, run: Run, cases: Sequence[Case], rest: _Rest | None) -> list[Opinion | bool]:
+        """Return each case's opinion; True where a referee that might have one is away, False where all abstain.
+
+        The other RMs are asked before a referee that is one of them, or their vote; otherwise nobody is asked in vain.
+        """
         opinions: list[Opinion | bool] = [False] * len(cases)
         pending = list(range(len(cases)))
         for referee in self.plan.referees:
             if not pending:
                 break
-            attempts = [[*cases[i].decision.attempts, *told[i]] for i in pending]
+            if rest is not None and (referee.scorer is None or referee.arm is not None):
+                await rest.ask(pending)
+            attempts = [[*cases[i].decision.attempts, *(rest.told[i] if rest is not None else ())] for i in pending]
             found = await self._ask(referee, run, [cases[i] for i in pending], attempts)
             for i, opinion in zip(pending, found, strict=True):
                 opinions[i] = opinion

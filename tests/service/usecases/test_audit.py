@@ -207,6 +207,7 @@ async def test_where_all_abstain_nothing_is_learned(gateway: Gateway) -> None:
     await gateway.client.ok("/reward", pair())
     await counted(gateway, abstained=1.0)
     assert gateway.events() == []
+    assert sum(len(arm.calls) for arm in gateway.arms) == 1, "nobody else is asked in vain"
 
 
 async def test_a_tie_of_the_referee_teaches_nothing(gateway: Gateway) -> None:
