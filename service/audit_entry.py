@@ -5,6 +5,7 @@
                                              # abstain is heard
       rate: 0.05                             # share of the decisions
       schedule: front                        # front (default): most of them early; even
+      horizon: 2000                          # decisions over which `front` spends most; the run's length, if known
       ask: all                               # all (default): every other RM is asked too; drawn: nobody else
       budget: 500                            # price that the audits of an hour may have; by default no limit
       trust: 0.9                             # how often the referee is expected to be right, before gold says more
@@ -20,7 +21,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from router_core.audits.schedule import Schedule
+from router_core.audits.schedule import HORIZON, Schedule
 
 STACKED = "stacked"
 """Name of the referee that is the learned vote of all RMs."""
@@ -38,6 +39,7 @@ class AuditEntry(BaseModel):
     referee: Annotated[tuple[str, ...], BeforeValidator(_several)] = Field(min_length=1)
     rate: float = Field(default=0.05, ge=0, le=1, allow_inf_nan=False)
     schedule: Literal["front", "even"] = "front"
+    horizon: int = Field(default=HORIZON, ge=1)
     ask: Literal["all", "drawn"] = "all"
     budget: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     trust: float = Field(default=0.9, ge=0.5, le=1, allow_inf_nan=False)
@@ -46,7 +48,7 @@ class AuditEntry(BaseModel):
     @property
     def plan(self) -> Schedule:
         """How probable it is that a decision is audited."""
-        return Schedule(self.rate, self.schedule)
+        return Schedule(self.rate, self.schedule, self.horizon)
 
     def check(self, models: Collection[str], referees: Collection[str]) -> None:
         """Return if every referee can be asked.

@@ -43,6 +43,9 @@ OFFLINE_PAIRS = 400
 OFFLINE_WEIGHTS = {"arithmetic": 0.5, "safety": 0.44, "code": 0.03, "format": 0.03}
 """The offline data's domains; the stream has all four alike. What is rare here is learned online."""
 
+STREAM_PAIRS = 600
+"""Pairs of the stream, unless the command says otherwise; most audits are made early in so many."""
+
 EVALUATION_PAIRS = 240
 """Pairs the router is asked about before and after the stream, without a reference."""
 
@@ -95,7 +98,7 @@ class DemoResult:
 
 
 def demo(
-    pairs: Annotated[int, typer.Option(min=50, help="Pairs of the stream.")] = 600,
+    pairs: Annotated[int, typer.Option(min=50, help="Pairs of the stream.")] = STREAM_PAIRS,
     data_dir: Annotated[Path, typer.Option(help="Where the pool, the store and the logs lie.")] = Path(".data"),
     port: Annotated[int, typer.Option(help="Port of the gateway; another one if it is taken.")] = 8080,
     worker_port: Annotated[int, typer.Option(help="First port of the workers.")] = 8101,
@@ -166,8 +169,8 @@ def ensure_demo_pool(data_dir: Path, console: Console, checkpoint: Path | None) 
         for model in models
     )
     # With vLLM each of them would take minutes to start: deploy/models/demo.yaml is for that.
-    referee = RuleEntry(name=REFEREE, kind="rule", builtin="exact")
-    audit = AuditEntry(referee=(REFEREE,), rate=AUDIT_RATE, schedule="even")
+    referee = RuleEntry(name=REFEREE, kind="rule", builtin="exact", options={"case": True, "punctuation": True})
+    audit = AuditEntry(referee=(REFEREE,), rate=AUDIT_RATE, horizon=STREAM_PAIRS)
     pool = PoolFile(name="demo", worker="cpu", models=entries, referees=(referee,), audit=audit)
     dump_pool(pool, pool_file)
     if checkpoint is None:
@@ -204,7 +207,7 @@ async def _route(stack: Stack, n: int, seed: int, console: Console) -> DemoResul
     stream, held_out = generate_stream(n, rng), generate_stream(EVALUATION_PAIRS, rng)
     run = f"demo-{int(time.time())}"
     async with GatewayClient(stack.url, connections=CONCURRENCY) as client:
-        before = await _ask_batches(client, held_out, run, "bayesian")
+        before = await _ask_batches(client, held_out, f"{run}-before", "bayesian")
         asked = await _stream(client, stream, run, console)
         report = await _quiesce(client, run)
         after = await _ask_batches(client, held_out, run, "bayesian")

@@ -147,7 +147,7 @@ AUDITED = "models: [{name: rm, path: a}]\nreferees: [{name: sums, kind: rule, bu
     [
         ("referee: nobody", "referee 'nobody' is unknown: add it to `referees`, or name one of sums, rm, stacked"),
         ("referee: [sums, sums]", "name each once"),
-        ("referee: stacked, ask: drawn", "set it to 'all'"),
+        ("referee: stacked, ask: drawn", "set ask to 'all'"),
         ("referee: sums, rate: 1.5", "audit.rate"),
         ("referee: sums, schedule: late", "audit.schedule"),
         ("referee: sums, trust: 0.4", "audit.trust"),
