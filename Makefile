@@ -42,7 +42,7 @@ up: $(VENV)/.runtime  ## The same stack, kept serving until Ctrl-C
 	$(BIN)/reward-router up
 
 test: $(VENV)/.development trainer-wheels  ## All tests
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
 
 # An environment of its own: 3.5 GB, and vLLM pins its torch. The torchvision that it asks for does not match the CPU torch,
 # and its command line looks for a distribution of the name `vllm`: docs/models.md.

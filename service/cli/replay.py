@@ -108,7 +108,9 @@ def replay(
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="With --url: requests in flight.")] = 4,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many pairs.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="With --url: API key.", envvar="REWARD_ROUTER_API_KEY")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="With --url: API key.", envvar="REWARD_ROUTER_CLIENT_API_KEY")
+    ] = None,
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file; `-` for standard output.")
     ] = None,
