@@ -152,7 +152,8 @@ def up(
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         console.print(
             f"\nserving on [bold]{stack.url}[/]   run: {stack.run}   signal: {settings.signal.value}\n"
-            f"API: {stack.url}/docs   metrics: {stack.url}/metrics\npool with the scorers' addresses: {data_dir / 'pool.yaml'}\n\n"
+            f"API: {stack.url}/docs   metrics: {stack.url}/metrics\n"
+            f"pool with the scorers' addresses: {data_dir / 'pool.yaml'}\n\n"
             "Ctrl-C ends everything.",
             highlight=False,
             soft_wrap=True,
