@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from router_core.offline.card import Compared
     from router_core.offline.finetune import FinetuneConfig
     from router_core.offline.train import HeldOut, TrainConfig
 
@@ -147,11 +149,11 @@ def train(
     }
     if finetune is None:
         encodings = encodings_directory(cache, use=use_cache)
-        checkpoint = _fit_frozen(pairs, names, out, encoder, encodings, device, losses, notes)
+        checkpoint, compared = _fit_frozen(pairs, names, out, encoder, encodings, device, losses, notes)
     else:
         settings = {"mode": finetune.value, **losses, **given}
-        checkpoint = _fine_tune(pairs, names, out, encoder, device, settings, resume, notes)
-    _tell(checkpoint, len(pairs), out, time.perf_counter() - started, as_json)
+        checkpoint, compared = _fine_tune(pairs, names, out, encoder, device, settings, resume, notes)
+    _tell(checkpoint, compared, len(pairs), out, time.perf_counter() - started, as_json)
     reader.tell()
 
 
@@ -186,7 +188,7 @@ def _fit_frozen(
     device: str,
     losses: dict[str, Any],
     notes: Console,
-) -> Checkpoint:
+) -> tuple[Checkpoint, Compared]:
     try:
         import_module(_CARD)
         from router_core.offline.train import TrainConfig, fit
@@ -202,8 +204,7 @@ def _fit_frozen(
         config = TrainConfig(**losses)
         checkpoint, held_out = fit(pairs, names, backbone, config)
     checkpoint.save(out)
-    _describe(out, checkpoint, pairs, held_out, config)
-    return checkpoint
+    return checkpoint, _describe(out, checkpoint, pairs, held_out, config)
 
 
 def _fine_tune(
@@ -215,7 +216,7 @@ def _fine_tune(
     settings: dict[str, Any],
     resume: bool,
     notes: Console,
-) -> Checkpoint:
+) -> tuple[Checkpoint, Compared]:
     try:
         import_module(_CARD)
         from router_core.offline.finetune import FinetuneConfig, fine_tune, resumable
@@ -237,9 +238,9 @@ def _fine_tune(
         notes.print(f"stopped; what was learned is in {work}: the same command with --resume goes on", highlight=False)
         raise
     tuned.checkpoint.save(out)
-    _describe(out, tuned.checkpoint, pairs, tuned.held_out, config, tuned.validation)
+    compared = _describe(out, tuned.checkpoint, pairs, tuned.held_out, config, tuned.validation)
     shutil.rmtree(work)
-    return tuned.checkpoint
+    return tuned.checkpoint, compared
 
 
 def _load(encoder: str, encodings: Path | None, device: str, progress: Any) -> Backbone:
@@ -255,12 +256,12 @@ def _describe(
     held_out: HeldOut,
     config: TrainConfig | FinetuneConfig,
     rows: NDArray[np.int64] | None = None,
-) -> None:
+) -> Compared:
     from router_core.offline.card import write_card
 
     calibrated = checkpoint.prior_form is PriorForm.CALIBRATED
     scores = held_out.probabilities if calibrated else held_out.bt_scores
-    write_card(out, checkpoint, pairs, held_out.probabilities, held_out.correctness, config, rows, scores)
+    return write_card(out, checkpoint, pairs, held_out.probabilities, held_out.correctness, config, rows, scores)
 
 
 @contextmanager
@@ -271,15 +272,27 @@ def _bar(notes: Console) -> Iterator[Progress]:
         yield progress
 
 
-def _tell(checkpoint: Checkpoint, pairs: int, out: Path, seconds: float, as_json: bool) -> None:
+def _tell(checkpoint: Checkpoint, compared: Compared, pairs: int, out: Path, seconds: float, as_json: bool) -> None:
     digest = checkpoint.digest
     if as_json:
-        typer.echo(json.dumps({"out": str(out), "digest": digest, "seconds": seconds, **checkpoint.metrics}))
+        typer.echo(
+            json.dumps(
+                {
+                    "out": str(out),
+                    "digest": digest,
+                    "seconds": seconds,
+                    "compared": asdict(compared),
+                    **checkpoint.metrics,
+                }
+            )
+        )
         return
     head = "cls" if checkpoint.prior_form is PriorForm.CALIBRATED else "bt"
     Console().print(
         f"{pairs} pairs, {len(checkpoint.pool)} RMs: held-out routing accuracy "
-        f"[bold]{checkpoint.metrics[f'routing_accuracy_{head}']:.3f}[/] ({seconds:.1f} s). "
+        f"[bold]{checkpoint.metrics[f'routing_accuracy_{head}']:.3f}[/]; on the same {compared.n} pairs the best "
+        f"single RM ({compared.best_single}) has {compared.best_single_accuracy:.3f}, majority vote {compared.majority:.3f} "
+        f"({seconds:.1f} s). These pairs also chose when to stop: `evaluate` says what to expect of others. "
         f"Checkpoint in {out}, digest {digest[:12]}; README.md there says more",
         highlight=False,
     )

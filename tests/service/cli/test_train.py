@@ -128,3 +128,10 @@ def test_options_that_do_not_fit_are_refused_before_any_work(data: Path, tmp_pat
     (tmp_path / "thesis.tex").write_text("")
     assert "is not a checkpoint" in refused(data, "--out", tmp_path)
     assert not out.exists()
+
+
+def test_the_accuracy_is_told_beside_the_best_single_and_majority(data: Path, tmp_path: Path) -> None:
+    said = " ".join(invoke(data, "--out", tmp_path / "checkpoint").split())
+    # Each of the two RMs is right on half of the pairs, and they are never right together.
+    assert "on the same 40 pairs the best single RM (a) has 0.500, majority vote 0.500" in said
+    assert "![calibration of each RM](calibration.png)" in (tmp_path / "checkpoint" / "README.md").read_text()
