@@ -330,8 +330,7 @@ def explain_worse(result: DemoResult) -> list[str]:
                 f"within the noise of {len(before)} pairs (± {noise:.2f})"
                 if lost <= noise
                 else "more than noise; probably feedback of the other domains moved the posterior of an RM that "
-                "both ask, and more pairs of this one "
-                "move it back"
+                "both ask, and more pairs of this one move it back"
             )
             lines.append(f"{domain}: {lost:.2f} fewer right than before the stream: {reason}.")
     return lines

@@ -291,7 +291,8 @@ def _tell(checkpoint: Checkpoint, compared: Compared, pairs: int, out: Path, sec
     Console().print(
         f"{pairs} pairs, {len(checkpoint.pool)} RMs: held-out routing accuracy "
         f"[bold]{checkpoint.metrics[f'routing_accuracy_{head}']:.3f}[/]; on the same {compared.n} pairs the best "
-        f"single RM ({compared.best_single}) has {compared.best_single_accuracy:.3f}, majority vote {compared.majority:.3f} "
+        f"single RM ({compared.best_single}) has {compared.best_single_accuracy:.3f}, "
+        f"majority vote {compared.majority:.3f} "
         f"({seconds:.1f} s). These pairs also chose when to stop: `evaluate` says what to expect of others. "
         f"Checkpoint in {out}, digest {digest[:12]}; README.md there says more",
         highlight=False,
