@@ -17,7 +17,7 @@ from service.lab.client import GatewayClient
 def models(
     url: Annotated[str, typer.Option(help="The gateway.")] = "http://127.0.0.1:8080",
     run: Annotated[str | None, typer.Option(help="The run whose posterior is shown.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="API key.", envvar="REWARD_ROUTER_API_KEY")] = None,
+    api_key: Annotated[str | None, typer.Option(help="API key.", envvar="REWARD_ROUTER_CLIENT_API_KEY")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show each reward model of a running gateway: its workers, feedbacks so far, mean reward."""

@@ -36,7 +36,7 @@ LAST_LINES = 15
 """Lines of a failed child's log that are shown."""
 
 LAST_BYTES = 256 * 1024
-"""Of a log, that are looked at for them."""
+"""Bytes at the end of a log that are looked at for them."""
 
 _ERROR = re.compile(r"(?:^|[\s.])[A-Za-z]\w*(?:Error|Exception): \S")
 """A line that names an exception; in vLLM's logs the first one is the cause and the last one only says "see above"."""

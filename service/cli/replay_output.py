@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from service.cli.prices import cost_of
 from service.lab.replaying.parts import Options
 
 _WIDTH = 120
-"""Of a table that is written to a file or a pipe."""
+"""Columns of a table that is written to a file or a pipe."""
 
 
 def describe(options: Options, scenario: Scenario, signal: Signal) -> dict[str, Any]:
@@ -37,6 +38,7 @@ def describe(options: Options, scenario: Scenario, signal: Signal) -> dict[str, 
         "delay": str(scenario.delay),
         "missing": scenario.missing,
         "batch": scenario.batch,
+        "audits": None if scenario.audits is None else asdict(scenario.audits),
         "simulated_loss": None
         if signal is not Signal.LOSS
         else {

@@ -47,7 +47,7 @@ class Mode(StrEnum):
 
 
 class Precision(StrEnum):
-    """Of the passes of fine-tuning."""
+    """Number format of fine-tuning's passes."""
 
     FP32 = "fp32"
     BF16 = "bf16"

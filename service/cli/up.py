@@ -265,10 +265,11 @@ def _overridden(pool: PoolFile, worker: WorkerKind | None, device: Device | None
     given: dict[str, object] = {}
     if worker is not None:
         given["worker"] = worker.value
-        given["models"] = tuple(
-            model.model_copy(update={"worker": None}) if isinstance(model, ModelEntry) else model
-            for model in pool.models
-        )
+        for field in ("models", "referees"):
+            given[field] = tuple(
+                model.model_copy(update={"worker": None}) if isinstance(model, ModelEntry) else model
+                for model in getattr(pool, field)
+            )
     if device is not None:
         given["device"] = device.value
     if vllm_command is not None:
@@ -326,5 +327,8 @@ def _show(pool: PoolFile, encoder: EncoderPlan | None, next_port: Callable[[], i
 
 def _placed(pool: PoolFile, urls: Mapping[str, Sequence[str]]) -> PoolFile:
     """The pool with where its scorers are."""
-    models = tuple(model if model.urls else model.served_at(urls[model.name]) for model in pool.models)
-    return pool.model_copy(update={"models": models})
+    placed = {
+        field: tuple(model if model.urls else model.served_at(urls[model.name]) for model in getattr(pool, field))
+        for field in ("models", "referees")
+    }
+    return pool.model_copy(update=placed)

@@ -297,7 +297,7 @@ def _item_error(answer: Any) -> tuple[str | None, str]:
 def _read(answer: Answer) -> Any:
     try:
         document = json.loads(answer.body)
-    except ValueError as broken:
+    except (ValueError, RecursionError) as broken:
         if answer.status < 400:
             raise RouterProtocolError(f"the answer is not JSON ({broken}): is the URL that of a gateway?") from broken
         raise RouterRefusedError(answer.status, "", _describe(answer)) from broken

@@ -158,7 +158,6 @@ class AsyncRouterReward(_TrlReward):
         self.client = client if client is not None else AsyncRouterClient(options, **fields)
 
     async def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """See `RouterReward.__call__`."""
         planned = self._plan(prompts, completions, columns)
         results = await self.client.reward_many(planned.items())
         rewards, feedback = self._finish(planned, results, columns)
@@ -166,7 +165,6 @@ class AsyncRouterReward(_TrlReward):
         return rewards
 
     async def give(self, feedback: Sequence[Feedback]) -> list[FeedbackResult]:
-        """See `RouterReward.give`."""
         if not feedback:
             return []
         try:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from router_core.combine import Combination, Pacer, relative_prices
 from router_core.encoder.fuse import PairEncoder
 from router_core.errors import UnknownPolicyError
-from router_core.policies import Policy, RunningScale, ScoreScale, View, make_policy
+from router_core.policies import Policy, ScoreScale, View, make_policy
 from router_core.posterior import FoldSettings, Posterior, start
 from router_core.prior import Prior, PriorForm
 from router_core.records import Instance, Signal
@@ -71,7 +71,7 @@ class RunTemplate:
         signal: kind of feedback.
         policy: name of the policy of requests that name none.
         origin: what gives contexts and offsets: the checkpoint's digest, or the untrained encoder's name.
-        score_scale: of the RMs' raw rewards; None: each run learns it.
+        score_scale: of the RMs' raw rewards; None: each run's score log tells it.
         combination: what the checkpoint learned about votes; None: no policy combines by them.
         prices: of one asking, by arm, in units of the cheapest; None: equal.
         max_calls: scorers that one instance may be asked of, at most; None for no bound but the pool.
@@ -235,8 +235,6 @@ class Run:
         self.prior = template.prior(form or template.form)
         self.fingerprint = template.fingerprint(self.prior.form)
         self.posterior: Posterior = start(self.prior, template.fold_settings)
-        self.scores = RunningScale(len(template.arms))
-        """Scale of the raw rewards that were seen where every RM was asked; used where the template has none."""
         self.last_event_id = "0-0"
         self.ready = asyncio.Event()
         self.failure: str | None = None
@@ -276,24 +274,6 @@ class Run:
         pacer = self._pacers.get(policy.name)
         if pacer is not None:
             self._pacers[policy.name] = pacer.spent(price)
-
-    def scale_of(self, arms: Sequence[int], rewards: NDArray[np.float64]) -> ScoreScale | None:
-        """Return the scale of the RMs that answered: the checkpoint's, else what the run has seen before these.
-
-        Args:
-            arms: (K',) who answered.
-            rewards: (K', n) what they said.
-
-        Returns:
-            None for a single response while no RM has shown how its rewards spread.
-        """
-        known = self.template.score_scale
-        if known is not None:
-            return known.rows(arms)
-        lone = rewards.shape[1] == 1 and not self.scores.knows_any(arms)
-        scale = self.scores.rows(arms, rewards)
-        self.scores.observe(arms, rewards)
-        return None if lone else scale
 
 
 class RunRegistry:

@@ -35,7 +35,7 @@ MODELS = FOLDER.parents[1] / "deploy/models"
 WORKERS = ("published-1x80gb", "published-4x80gb")
 COMPONENTS = ("redis", "checkpoint", "monitoring", "offline")
 VERSIONS = ("1.31", "1.34", "1.37")
-"""Of Kubernetes: an older one, and the newest whose schemas the package carries."""
+"""Versions of Kubernetes: an older one, and the newest whose schemas the package carries."""
 
 EXTERNAL_SECRET = {"reward-router": {"api-keys", "store-url", "hf-token"}}
 """What docs/kubernetes.md lets an operator create by hand."""

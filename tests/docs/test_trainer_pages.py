@@ -145,7 +145,7 @@ def test_trls_judge_says_which_response_is_right() -> None:
 def test_verls_overrides_give_the_rewards(index: int, gateway: LiveGateway, tmp_path: Path) -> None:
     clients, policy = client_folder("verl"), save_policy(tmp_path / "policy")
     overrides = [word.replace(GATEWAY, gateway.url) for word in overrides_of(blocks("verl.md", "bash")[index])]
-    environment = {"REWARD_ROUTER_POLICY": "single:rm-long", "REWARD_ROUTER_URL": gateway.url}
+    environment = {"REWARD_ROUTER_CLIENT_POLICY": "single:rm-long", "REWARD_ROUTER_CLIENT_URL": gateway.url}
     words = ["--clients", clients, "--model", policy, *overrides]
     found = result_of(run_module("tests.support.verl_scoring", words, environment))
     assert [output["reward_score"] for output in found["outputs"]] == [3.0, 7.0, 1.0]

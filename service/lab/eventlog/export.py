@@ -179,7 +179,7 @@ def _keep(out: Path, writer: EventWriter, follower: RewardFollower) -> tuple[int
     kept, last = 0, None
     chunk: list[LoggedEvent] = []
     for event in read_events(out):
-        follower.learned(event.decision_id, event.decision, event.feedback)
+        follower.learned(event.decision_id, event.decision, event.told)
         chunk.append(event)
         kept, last = kept + 1, event.event_id
         if len(chunk) == CHUNK:
