@@ -149,3 +149,37 @@ def test_a_file_that_is_not_yaml_is_refused_by_name(tmp_path: Path, content: byt
     path.write_bytes(content)
     with pytest.raises(ConfigurationError, match=r"pool\.yaml is not YAML"):
         load_pool(path)
+
+
+AUDITED = "models: [{name: rm, path: a}]\nreferees: [{name: sums, kind: rule, builtin: math}]\naudit: {%s}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ("referee: nobody", "referee 'nobody' is unknown: add it to `referees`, or name one of sums, rm, stacked"),
+        ("referee: [sums, sums]", "name each once"),
+        ("referee: stacked, ask: drawn", "set ask to 'all'"),
+        ("referee: sums, rate: 1.5", "audit.rate"),
+        ("referee: sums, schedule: late", "audit.schedule"),
+        ("referee: sums, trust: 0.4", "audit.trust"),
+        ("referee: sums, budget: 0", "audit.budget"),
+        ("rate: 0.1", "audit.referee"),
+    ],
+)
+def test_an_audit_that_cannot_be_names_its_field(tmp_path: Path, fields: str, sentence: str) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        load(tmp_path, AUDITED % fields)
+    assert sentence in str(raised.value)
+
+
+def test_referees_are_scorers_of_their_own(tmp_path: Path) -> None:
+    pool = load(tmp_path, AUDITED % "referee: [sums, rm]")
+    assert [entry.name for entry in pool.scorers] == ["rm", "sums"]
+    assert (pool.audit.referee, pool.audit.plan.rate) == (("sums", "rm"), 0.05) if pool.audit else None
+    dump_pool(pool, tmp_path / "again.yaml")
+    assert load_pool(tmp_path / "again.yaml") == pool
+    with pytest.raises(ConfigurationError, match="no `audit` that asks them"):
+        load(tmp_path, AUDITED.split("audit")[0])
+    with pytest.raises(ConfigurationError, match="named twice"):
+        load(tmp_path, (AUDITED % "referee: rm").replace("sums", "rm"))
