@@ -27,6 +27,7 @@ from service.cli import (
     pin,
     replay,
     report,
+    runs,
     serve,
     train,
     up,
@@ -60,6 +61,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("frontier")(frontier.frontier)
 app.command("replay")(replay.replay)
 app.command("models")(models.models)
+app.command("runs")(runs.runs)
 app.command("audit")(audit.audit)
 app.command("report")(report.report)
 app.command("export")(export.export)

@@ -159,7 +159,7 @@ def ensure_demo_pool(data_dir: Path, console: Console, checkpoint: Path | None) 
         ) from error
     folder = data_dir / "demo"
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
-        tasks = {recipe.name: progress.add_task(f"training {recipe.name}", total=1.0) for recipe in RECIPES}
+        tasks = {recipe.name: progress.add_task(f"demo pool: {recipe.name}", total=1.0) for recipe in RECIPES}
         models = make_demo_pool(
             folder / "models", progress=lambda name, share: progress.update(tasks[name], completed=share)
         )

@@ -29,7 +29,7 @@ _ERRORS = {
 }
 
 _FEEDBACK_ERRORS = {
-    "404": "Unknown decision.",
+    "404": "Unknown run or decision.",
     "409": "The decision already has another feedback; the first one stands.",
     "410": "The decision is older than the feedback window.",
 }

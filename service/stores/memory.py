@@ -131,6 +131,10 @@ class MemoryStore:
         """Return True if `open_run` was ever called for the run, by any gateway."""
         return self._run(run).identity is not None
 
+    async def list_runs(self) -> list[str]:
+        """Names of the runs that have an identity, sorted."""
+        return sorted(name for name, state in self._runs.items() if state.identity is not None)
+
     async def save_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> None:
         """Save all of them, each for the feedback window."""
         state, now = self._run(run), self._now_ms()

@@ -270,6 +270,9 @@ class Store(Protocol):
     async def has_run(self, run: str) -> bool:
         """Return True if `open_run` was ever called for the run, by any gateway."""
 
+    async def list_runs(self) -> list[str]:
+        """Names of all runs that `open_run` was ever called for, sorted."""
+
     async def save_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> None:
         """Save all of them, each for the feedback window; returns when the server has acknowledged them."""
 

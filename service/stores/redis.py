@@ -60,6 +60,10 @@ REPLICATED_CONNECTIONS = 4
 """Connections for feedback that waits for replicas: each stands still for one round trip to them."""
 
 
+RUNS_KEY = "rr:runs"
+"""Set of the names of all runs; one that was refused or lost has a name here and nothing else."""
+
+
 def _is_noscript(reply: Reply) -> bool:
     return isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT")
 
@@ -168,6 +172,7 @@ class RedisStore(RedisAudits, RedisScores):
         commands += [] if free_seconds else [("SET", key, fresh, "NX")]
         *marked, standing = await self._hot.pipeline([*commands, ("GET", key)])
         standing = self._hot.checked(standing)
+        await self._hot.execute("SADD", RUNS_KEY, run)
         if standing is not None and (not shared or marked[0] == 1):
             return _identity(bytes(standing))
         words = (2, key, mark, fresh, round(free_seconds * 1000), milliseconds)
@@ -193,6 +198,11 @@ class RedisStore(RedisAudits, RedisScores):
     async def has_run(self, run: str) -> bool:
         """Return True if `open_run` was ever called for the run, by any gateway."""
         return bool(await self._hot.execute("EXISTS", _prefix(run) + "meta"))
+
+    async def list_runs(self) -> list[str]:
+        """Names of the runs that were opened and are still here, sorted."""
+        names = [bytes(name).decode() for name in await self._hot.execute("SMEMBERS", RUNS_KEY)]
+        return sorted([name for name in names if await self.has_run(name)])
 
     async def save_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> None:
         """Save all of them, each for the feedback window, in one write; returns when the server has acknowledged them.

@@ -16,7 +16,7 @@ from service.errors import NotFoundError, NotReadyError, RunConflictError, Servi
 from service.scorers.status import ScorerStatus
 from service.stores.protocol import Store
 from service.telemetry import Telemetry
-from service.usecases.runs import Run, RunRegistry, failure_of
+from service.usecases.runs import Run, RunRegistry, failure_of, known_runs
 
 
 class ArmLearned(BaseModel):
@@ -212,7 +212,9 @@ class StatusService:
         name = name or self._runs.default
         run = self._runs.runs.get(name)
         if run is None:
-            raise NotFoundError(f"run {name!r} is not open here: send it a request first", details={"run": name})
+            known = await self._store.list_runs()
+            remedy = "send it a request first" if name in known else known_runs(known)
+            raise NotFoundError(f"run {name!r} is not open here: {remedy}", details={"run": name})
         posterior, last_event_id = run.posterior, run.last_event_id
         status = await self._store.log_status(name)
         digest = await asyncio.get_running_loop().run_in_executor(self._executor, posterior.digest)

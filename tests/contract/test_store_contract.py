@@ -369,6 +369,8 @@ async def test_a_run_is_known_once_it_was_opened(store: Store, run: str) -> None
     await store.open_run(run, b"f")
     assert await store.has_run(run)
     assert not await store.has_run(run + "x")
+    assert run in await store.list_runs()
+    assert run + "x" not in await store.list_runs()
 
 
 # What only a store with a server can show.
