@@ -13,6 +13,7 @@ import pytest
 import redis
 
 from router_core.audits.schedule import is_chosen
+from router_core.audits.signs import signs_of
 from router_core.records import TIE, Source
 from service.errors import ConfigurationError
 from service.scorers.protocol import AbstainedError, WorkerUnavailableError
@@ -236,6 +237,20 @@ async def test_a_tie_of_the_referee_teaches_nothing(gateway: Gateway) -> None:
     assert event.audit is not None
     assert (event.audit.verdict, event.credit, event.shadows) == (TIE, None, ())
     assert (await gateway.learned(1))["digest"] == gateway.folded().digest()
+
+
+async def test_a_decision_that_fails_alone_is_given_up_and_the_others_are_not(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poisoned(response: str) -> tuple[float, ...]:
+        if "21" in response:
+            raise ZeroDivisionError(response)
+        return signs_of(response)
+
+    monkeypatch.setattr(audit, "signs_of", poisoned)
+    await gateway.client.ok("/reward/batch", {"items": [sum_of(index) for index in range(3)]})
+    await counted(gateway, recorded=2.0, failed=1.0)
+    assert len(gateway.events()) == 2
 
 
 async def test_single_responses_are_not_audited(gateway: Gateway) -> None:
