@@ -133,7 +133,7 @@ def _rewards(path: str, content: bytes) -> Sequence[Any]:
     [protocol] = [one for one in PROTOCOLS if one.path == path]
     if protocol.reply is None:
         return [msgspec.json.decode(content)]
-    reply = msgspec.json.decode(content, type=protocol.reply)
+    reply: Any = msgspec.json.decode(content, type=protocol.reply)
     found: Sequence[Any] = reply.scores
     return found
 

@@ -1,4 +1,4 @@
-"""ROLL's worker and NeMo RL's environment against a running gateway; the frameworks' bases, not on PyPI, are stand-ins."""
+"""ROLL's worker and NeMo RL's environment against a running gateway; the frameworks' bases are stand-ins."""
 
 from __future__ import annotations
 
