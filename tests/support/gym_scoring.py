@@ -83,7 +83,7 @@ async def verifiers() -> Any:
 
 
 async def skyrl() -> Any:
-    """`skyrl_gym.make` on our class by path, a single turn and two turns."""
+    """`skyrl_gym.make` on our class of `BaseTextEnv` by path, a single turn and two turns."""
     import skyrl_gym
     from skyrl_gym.envs.registration import make, register
 
@@ -152,7 +152,7 @@ async def atropos() -> Any:
 
 
 async def nemo_gym() -> Any:
-    """A resources server on a port, called by NeMo Gym's own client: singles, a cohort and `/compare`."""
+    """A `SimpleResourcesServer` of ours on a port, called by NeMo Gym's own client: singles, a cohort, `/compare`."""
     import nemo_gym.server_utils as http
     import uvicorn
     from omegaconf import OmegaConf
