@@ -92,7 +92,7 @@ gpu: $(VENV)/.development  ## Routed pairs/s on one GPU machine with vLLM, and w
 gpu-toy: $(VENV)/.development  ## The same with toy models on the CPU: proves that it works
 	$(BIN)/python -m loadtests.gpu --toy --device cpu
 
-tables: $(VENV)/.development  ## Every figure of the learning, offline and online, into docs/results.md (a quarter of an hour)
+tables: $(VENV)/.development  ## Every figure of the learning, offline and online, into docs/results.md (20 minutes on 2 cores)
 	$(BIN)/python -m loadtests.tables --write docs
 
 table1: $(VENV)/.development  ## Table 1 of the paper, small: online DPO for every row (40 minutes on 2 cores; docs/table1.md)

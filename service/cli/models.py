@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from service.cli.first_request import askable_lines
+from service.cli.fitting import fitting_table
 from service.lab.client import GatewayClient
 
 
@@ -24,22 +25,28 @@ def models(
     if as_json:
         typer.echo(json.dumps({"models": pool, "posterior": posterior}))
         return
-    table = Table(title=f"run {posterior['run']}: {posterior['version']} events learned, prior {posterior['prior']}")
-    for column in ("model", "available", "replicas", "sent", "reads", "feedbacks", "mean reward", "weight sd"):
-        table.add_column(column)
+    rows = []
     for arm, learned in zip(pool, posterior["models"], strict=True):
         mean = learned["mean_reward"]
-        table.add_row(
-            arm["name"],
-            "yes" if arm["available"] else "[red]no[/]",
-            ", ".join(f"{replica['url']} {replica['state']}" for replica in arm["replicas"]),
-            arm["rendering"] or "–",
-            "–" if arm["max_model_len"] is None else f"{arm['max_model_len']} tokens",
-            str(learned["feedbacks"]),
-            "–" if mean is None else f"{mean:.3f}",
-            f"{learned['sd']:.4f}",
+        rows.append(
+            (
+                arm["name"],
+                "yes" if arm["available"] else "[red]no[/]",
+                ", ".join(f"{replica['url']} {replica['state']}" for replica in arm["replicas"]),
+                arm["rendering"] or "–",
+                "–" if arm["max_model_len"] is None else f"{arm['max_model_len']} tokens",
+                str(learned["feedbacks"]),
+                "–" if mean is None else f"{mean:.3f}",
+                f"{learned['sd']:.4f}",
+            )
         )
-    Console().print(table)
+    console = Console()
+    for line in askable_lines(pool):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    columns = ("model", "available", "replicas", "sent", "reads", "feedbacks", "mean reward", "weight sd")
+    title = f"run {posterior['run']}: {posterior['version']} events learned, prior {posterior['prior']}"
+    drop = ("replicas", "sent", "reads", "weight sd", "mean reward")
+    console.print(fitting_table(console, columns, rows, drop=drop, title=title))
 
 
 async def _ask(url: str, run: str | None, api_key: str | None) -> tuple[list[dict], dict]:  # type: ignore[type-arg]

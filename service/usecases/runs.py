@@ -51,6 +51,9 @@ RECENT_INSTANCES = 64
 MAX_POLICIES = 256
 """Policies that requests may name while a gateway runs: weights and budgets make any number of names."""
 
+MAX_NAMED_RUNS = 20
+"""Runs that the error on an unknown one names."""
+
 
 class RunTemplate:
     """What all runs of a gateway share: the pool, the encoder, the priors by form, the signal.
@@ -386,9 +389,10 @@ class RunRegistry:
         """
         name = name or self.default
         if name not in self._runs and not await self._store.has_run(check_run(name)):
+            known = await self._store.list_runs()
             raise NotFoundError(
-                f"run {name!r} is unknown: send the run of the decision, as `/reward` answered it",
-                details={"run": name},
+                f"run {name!r} is unknown: send the run of the decision, as `/reward` answered it; {known_runs(known)}",
+                details={"run": name, "known": known[:MAX_NAMED_RUNS]},
             )
         return await self.open(name)
 
@@ -458,6 +462,14 @@ class RunRegistry:
             raise NotReadyError(
                 f"run {run.name!r} is still replaying its log: try again in a moment", retry_after_seconds=1
             ) from error
+
+
+def known_runs(names: Sequence[str]) -> str:
+    """The words on which runs a store knows."""
+    if not names:
+        return "the store knows no run yet"
+    shown = ", ".join(names[:MAX_NAMED_RUNS])
+    return f"known runs: {shown}" + (f" and {len(names) - MAX_NAMED_RUNS} more" if len(names) > MAX_NAMED_RUNS else "")
 
 
 def failure_of(run: Run) -> str:

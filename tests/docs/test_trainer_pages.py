@@ -139,7 +139,7 @@ def test_trls_judge_says_which_response_is_right() -> None:
     judge = execute(function, Judged=Judged, Feedback=Feedback)["judge"]
     result = Scored("d1", "r", "rm-a", (0.0, 1.0), 1, 1.0, 0.5, "bayesian", 0, False, True)
     columns = {"answer": ("12", "12")}
-    assert judge(Judged("p", ("it is 12", "it is 13"), columns, result)).preferred == 0
+    assert judge(Judged("p", ("it is 12", "it is 13"), columns, result)).reward == 0
     assert judge(Judged("p", ("it is 12", "12 it is"), columns, result)) is None
 
 
@@ -179,7 +179,7 @@ def test_ms_swifts_own_plugin_registers_a_judge(monkeypatch: pytest.MonkeyPatch)
     execute(example)
     function = rewards.orms["reward_router"](args=None)
     result = Scored("d1", "r", "rm-a", (0.0, 1.0), 1, 1.0, 0.5, "bayesian", 0, False, True)
-    assert function.judge(Judged("p", ("no", "yes"), {"solution": ("yes", "yes")}, result)).preferred == 1
+    assert function.judge(Judged("p", ("no", "yes"), {"solution": ("yes", "yes")}, result)).reward == 1
 
 
 def test_areals_workflow_is_the_one_that_areals_code_runs_in_our_tests() -> None:

@@ -397,6 +397,8 @@ def test_a_null_reward_stays_null() -> None:
     "answer",
     [
         httpx.Response(200, text="<html>login</html>"),
+        httpx.Response(200, text="[" * 100_000),
+        httpx.Response(200, content=b'{"results": "\xe9"}'),
         httpx.Response(200, json={"results": []}),
         httpx.Response(200, json=["x"]),
         httpx.Response(200, json={"results": [{"rewards": [1.0]}]}),
@@ -493,3 +495,15 @@ def test_the_key_is_not_printed() -> None:
 def test_an_instance_is_texts_or_messages(prompt: Any, responses: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         RewardItem(prompt, responses)
+
+
+def test_the_first_failed_try_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    away = httpx.Response(503, json={"error": {"code": "not_ready", "message": "loading"}})
+    good = httpx.Response(200, json={"version": 1})
+    script = Scripted(away, away, good)
+    with RouterClient(url="http://router:8080", deadline_seconds=60, transport=httpx.MockTransport(script)) as client:
+        client.posterior()
+    first, last = (record.getMessage() for record in caplog.records if record.name == "reward_router")
+    assert "http://router:8080 does not answer /posterior (HTTP 503" in first
+    assert "trying again for up to 60 s" in first
+    assert last == "the gateway at http://router:8080 answers again"
