@@ -69,6 +69,13 @@ def train(
     balanced: Annotated[
         bool, typer.Option("--balanced", help="Count every couple of RMs alike, however often one beats the other.")
     ] = False,
+    shipped_kinds: Annotated[
+        bool,
+        typer.Option(
+            "--shipped-kinds/--no-shipped-kinds",
+            help="With fewer than 256 pairs, start from the kinds of texts that come with the package.",
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option(min=0, help="Of every random choice.")] = 0,
     cache: Annotated[
         Path | None,
@@ -147,7 +154,7 @@ def train(
     }
     if finetune is None:
         encodings = encodings_directory(cache, use=use_cache)
-        checkpoint = _fit_frozen(pairs, names, out, encoder, encodings, device, losses, notes)
+        checkpoint = _fit_frozen(pairs, names, out, encoder, encodings, device, losses, shipped_kinds, notes)
     else:
         settings = {"mode": finetune.value, **losses, **given}
         checkpoint = _fine_tune(pairs, names, out, encoder, device, settings, resume, notes)
@@ -190,10 +197,13 @@ def _fit_frozen(
     encodings: Path | None,
     device: str,
     losses: dict[str, Any],
+    kinds_shipped: bool,
     notes: Console,
 ) -> Checkpoint:
     try:
         import_module(_CARD)
+        from router_core.dataset import pool_names
+        from router_core.offline.shipped import shipped_kinds
         from router_core.offline.train import TrainConfig, fit
     except ImportError as error:
         raise ConfigurationError(_NEEDS_TORCH.format(name=error.name)) from error
@@ -205,7 +215,12 @@ def _fit_frozen(
 
         backbone = _load(encoder, encodings, device, embedded)
         config = TrainConfig(**losses)
-        checkpoint, held_out = fit(pairs, names, backbone, config)
+        kinds = shipped_kinds(backbone, len(pairs), len(pool_names(pairs))) if kinds_shipped else None
+        checkpoint, held_out = fit(pairs, names, backbone, config, kinds=kinds)
+    if kinds is not None:
+        notes.print(
+            f"{len(pairs)} pairs are few: the kinds of texts are those that come with the package (docs/offline.md)"
+        )
     checkpoint.save(out)
     _describe(out, checkpoint, pairs, held_out, config)
     return checkpoint

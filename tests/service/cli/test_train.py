@@ -128,3 +128,11 @@ def test_options_that_do_not_fit_are_refused_before_any_work(data: Path, tmp_pat
     (tmp_path / "thesis.tex").write_text("")
     assert "is not a checkpoint" in refused(data, "--out", tmp_path)
     assert not out.exists()
+
+
+def test_few_pairs_start_from_the_shipped_kinds_unless_told_not_to(data: Path, tmp_path: Path) -> None:
+    digests = {
+        option: json.loads(invoke(data, "--out", tmp_path / option, "--json", f"--{option}"))["digest"]
+        for option in ("shipped-kinds", "no-shipped-kinds")
+    }
+    assert digests["shipped-kinds"] != digests["no-shipped-kinds"]
