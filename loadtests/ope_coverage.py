@@ -106,9 +106,9 @@ class Logger:
     shadow: float = 0.0
     """Share of the instances whose other RMs are asked too."""
     failing: bool = False
-    """Whether an RM fails on what is too long for it, and the next-best draw answers."""
+    """True if an RM fails on what is too long for it, and the next-best draw answers."""
     masked: bool = False
-    """Whether the log is read as if an RM that failed had been known to be away: biased, to show how much."""
+    """True if the log is read as if an RM that failed had been known to be away: biased, to show how much."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,12 +33,11 @@ from router_core.prior import PriorForm
 from router_core.records import TIE, LabelledPair, Signal
 from router_core.replay import complete_pairs, replay, score_scale, summarise, tabulate
 from service.cli.processes import ProcessGroup, free_port
-from service.cli.replay_http import replay_over_http
-from service.cli.serve import read_settings
 from service.cli.up import WORKER_SECONDS, running_stack
+from service.lab.replaying.over_http import replay_over_http
 from service.pool import ModelEntry, PoolFile
 from service.priors import build_prior
-from service.settings import EMBEDDED
+from service.settings import EMBEDDED, read_settings
 
 DEFAULT_DATA = os.environ.get("RB9_DEV", "../shared/data/rb9_dev.jsonl")
 POLICIES = (

@@ -6,9 +6,9 @@ farther:
 
     S ← max(0, S + r log(p₁/p₀) + (1 − r) log((1 − p₁)/(1 − p₀))).
 
-While the arm is no farther than `MARGIN` from the prediction, e^{increment} has a mean of at most 1 whatever the
-contexts, so that S passes log(2/α) no oftener than once in 2/α events of the arm (Lorden 1971; Shin, Ramdas & Rinaldo
-2022, arXiv 2203.03532): both sums together raise at most α false alarms per event.
+While the arm is within `MARGIN` of the prediction, e^{increment} has a mean of at most 1 whatever the contexts, so that
+S passes log(2/α) at most once in 2/α events of the arm (Lorden 1971; Shin, Ramdas & Rinaldo 2022, arXiv 2203.03532):
+both sums together raise at most α false alarms per event.
 
 Knows numbers; nothing of events or logs. Called by `posterior.fold`.
 """

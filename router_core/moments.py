@@ -52,7 +52,7 @@ class Moments:
 
     @classmethod
     def of(cls, scores: Sequence[float]) -> Moments:
-        """Of n >= 1 scores, with exactly rounded sums.
+        """Return the moments of n >= 1 scores, with exactly rounded sums.
 
         >>> Moments.of([1.0, 3.0])
         Moments(count=2.0, mean=2.0, squares=2.0)

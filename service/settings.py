@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from router_core.records import Signal
+from service.errors import ConfigurationError
 from service.stores.ids import RUN_PATTERN
 
 EMBEDDED = "embedded"
@@ -161,7 +162,10 @@ class Settings(BaseSettings):
         description="`embedded`, or redis://, rediss:// or unix:// of a Redis or Valkey server, or "
         "redis+cluster://HOST:PORT,HOST:PORT of a cluster.",
     )
-    data_dir: Path = Field(Path(".data/store"), description="Where the embedded store keeps its append-only file.")
+    data_dir: Path = Field(
+        Path(".data"),
+        description="Directory of everything that is kept here; the embedded store's is `store` in it.",
+    )
     store_fsync: Literal["everysec", "always"] = Field(
         "everysec",
         description="Embedded store: flush to disk each second (a power cut may lose it) or before each reply.",
@@ -273,3 +277,24 @@ class Settings(BaseSettings):
                 f"host is {self.host}: listening beyond loopback needs an API key (api_keys), or allow_unauthenticated"
             )
         return self
+
+
+def store_directory(data_dir: Path) -> Path:
+    """Return the directory of the embedded store: the same for every command with a `--data-dir`."""
+    return data_dir / "store"
+
+
+def read_settings(**given: Any) -> Settings:
+    """Settings from the environment, overridden by what was given on the command line.
+
+    Raises:
+        ConfigurationError: a value does not fit.
+    """
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except SettingsError as error:
+        raise ConfigurationError(f"{error}: lists are JSON, as in REWARD_ROUTER_API_KEYS='[\"KEY\"]'") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigurationError(f"setting {where or 'combination'}: {first['msg']}") from error

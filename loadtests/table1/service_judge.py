@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from loadtests.table1.judge import Pair, Verdict
-from service.cli.http import GatewayClient, GatewayError
+from service.lab.client import GatewayClient, GatewayError
 
 _POLL_SECONDS = 0.005
 _LEARN_SECONDS = 30.0

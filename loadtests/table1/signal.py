@@ -17,7 +17,7 @@ from router_core.feedback import LOSS_EMA_RATE, LOSS_WARM_UP, Z_CLIP
 
 @dataclass(frozen=True, slots=True)
 class SignalQuality:
-    """Of one row, over all its runs, per third of the training.
+    """The quality of one row's signal, over all its runs, per third of the training.
 
     Attributes:
         correlation: between z (higher is better) and whether the verdict was right.

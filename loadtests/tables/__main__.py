@@ -38,7 +38,7 @@ DEFAULT_FIELD = "../shared/data/rb85_dev.jsonl"
 ENCODERS = "static,minilm,smollm2-135m"
 COMMAND, QUICK_COMMAND = "make tables", "python -m loadtests.tables --quick"
 QUICK = TrainConfig(max_epochs=5, folds=2, members=2)
-"""Of `--quick`: a fit in a second."""
+"""Training of `--quick`: a fit in a second."""
 
 Bar = Callable[[str, int], Tell]
 """A progress bar of so many steps; what it gives is called after each."""

@@ -36,7 +36,7 @@ DRAWN = (
 OFFLINE = "offline.png"
 
 COLOURS = 128
-"""Of a picture's palette."""
+"""Size of a picture's palette."""
 
 
 def draw_curves(curves: Mapping[str, Mapping[str, Curve]], titles: Mapping[str, str], folder: Path) -> None:

@@ -28,8 +28,8 @@ from router_core.prior import Prior, PriorForm
 from router_core.records import LabelledPair, Signal
 from router_core.replay import Pass, Table, Trace, merge, replay, score_scale, tabulate
 from router_core.torch_threads import torch_threads
-from service.cli.serve import read_settings
 from service.priors import build_prior
+from service.settings import read_settings
 
 Array = NDArray[np.float64]
 Key = TypeVar("Key", bound=Hashable)

@@ -14,7 +14,7 @@ REFERENCES_FILE = "references.npy"
 """Beside an exported one: the states of the reference texts that stand in `READING_FILE`. No safetensors: vLLM takes
 every file of that kind for weights."""
 READING_VERSION = 1
-"""Of an exported `READING_FILE`; raised when an older gateway could misread a newer one."""
+"""Version of an exported `READING_FILE`; raised when an older gateway could misread a newer one."""
 SEPARATOR = "\n"
 """Between prompt and response where the model has no chat template."""
 

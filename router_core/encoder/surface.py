@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from math import log1p
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,42 +88,59 @@ class SurfaceBackbone:
 
     def embed(self, conversations: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
         """Features of the prompt, of the response, and its layout; each distinct prompt is measured once."""
-        width = len(FEATURES)
+        if not conversations:
+            return np.empty((0, self.dim), dtype=np.float32)
+        prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys([prompt for prompt, _ in conversations]))}
+        responses = [response for _, response in conversations]
+        words = [text.split() for text in (*prompts, *responses)]
+        measured = self._measure([*prompts, *responses], words)
         out = np.empty((len(conversations), self.dim), dtype=np.float32)
-        prompts: dict[str, NDArray[np.float32]] = {}
-        for row, (prompt, response) in zip(out, conversations, strict=True):
-            seen = prompts.get(prompt)
-            if seen is None:
-                seen = prompts[prompt] = self.measure(prompt)
-            row[:width] = seen
-            row[width : 2 * width] = self.measure(response)
-            row[2 * width :] = layout(response)
+        width = len(FEATURES)
+        out[:, :width] = measured[[prompts[prompt] for prompt, _ in conversations]]
+        out[:, width : 2 * width] = measured[len(prompts) :]
+        out[:, 2 * width :] = [
+            _layout(response, said) for response, said in zip(responses, words[len(prompts) :], strict=True)
+        ]
         return out
 
     def measure(self, text: str) -> NDArray[np.float32]:
         """The features of one text, (len(FEATURES),) float32; all zero but `is ASCII` for the empty text."""
-        words = text.split()
-        # Characters beyond Latin-1 become "?", which keeps the length; "is ASCII" tells them from real ones.
-        codes = np.frombuffer(text.encode("latin-1", "replace"), dtype=np.uint8)
-        shares = np.bincount(codes, minlength=256).astype(np.float32) @ self._classes / max(len(text), 1)
-        out = np.empty(len(FEATURES), dtype=np.float32)
-        out[:3] = np.log1p((len(text), len(words), text.count("\n")))
-        out[3:9] = shares
-        out[9] = float(text.isascii())
-        out[10] = len(set(words)) / max(len(words), 1)
+        measured: NDArray[np.float32] = self._measure([text], [text.split()])[0]
+        return measured
+
+    def _measure(self, texts: Sequence[str], words: Sequence[list[str]]) -> NDArray[np.float32]:
+        """The features of T texts and their words, (T, len(FEATURES))."""
+        counts = np.empty((len(texts), 256), dtype=np.float32)
+        for row, text in zip(counts, texts, strict=True):
+            # Characters beyond Latin-1 become "?", which keeps the length; "is ASCII" tells them from real ones.
+            row[:] = np.bincount(np.frombuffer(text.encode("latin-1", "replace"), dtype=np.uint8), minlength=256)
+        lengths = np.array([max(len(text), 1) for text in texts], dtype=np.float32)
+        out = np.empty((len(texts), len(FEATURES)), dtype=np.float32)
+        out[:, :3] = [
+            (log1p(len(text)), log1p(len(said)), log1p(text.count("\n")))
+            for text, said in zip(texts, words, strict=True)
+        ]
+        out[:, 3:9] = counts @ self._classes / lengths[:, None]
+        out[:, 9] = [text.isascii() for text in texts]
+        out[:, 10] = [len(set(said)) / max(len(said), 1) for said in words]
         return out
 
 
-def layout(text: str) -> NDArray[np.float32]:
-    """The layout of one response, (len(LAYOUT),) float32; all zero where it has no word."""
-    words = text.split()
-    out = np.zeros(len(LAYOUT), dtype=np.float32)
-    if words:
-        sentences = 1 + sum(map(text.count, _SENTENCE_ENDS))
-        items = len(_LIST_ITEM.findall("\n" + text))
-        opening = text[:OPENING_CHARACTERS].lower()
-        out[:3] = np.log1p((items, text.count("**"), len(words) / sentences))
-        out[3] = sum(map(words.count, _FIRST_PERSON)) / len(words)
-        out[4] = float(any(phrase in opening for phrase in _DECLINES))
-        out[5] = float("```" in text)
-    return out
+def layout(text: str) -> tuple[float, ...]:
+    """The layout of one response, as `LAYOUT` names it; all zero where it has no word."""
+    return _layout(text, text.split())
+
+
+def _layout(text: str, words: list[str]) -> tuple[float, ...]:
+    if not words:
+        return (0.0,) * len(LAYOUT)
+    sentences = 1 + sum([text.count(end) for end in _SENTENCE_ENDS])
+    opening = text[:OPENING_CHARACTERS].lower()
+    return (
+        log1p(len(_LIST_ITEM.findall("\n" + text))),
+        log1p(text.count("**")),
+        log1p(len(words) / sentences),
+        sum([words.count(word) for word in _FIRST_PERSON]) / len(words),
+        float(any(phrase in opening for phrase in _DECLINES)),
+        float("```" in text),
+    )

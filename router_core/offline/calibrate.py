@@ -26,7 +26,7 @@ LEVEL = 2.0
 HANDICAPS = (0.0, 0.25, 0.5, 1.0, 2.0)
 """In logits."""
 _RIDGE = 1e-3
-"""Of temperature and biases."""
+"""Ridge penalty on temperature and biases."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 RIDGE = 3.0
-"""Of the regression, in units of the features' mean variance per pair; 1 to 10 are alike (docs/experiments.md)."""
+"""The regression's ridge penalty, in units of the features' mean variance per pair; 1 to 10 are alike
+(docs/experiments.md)."""
 _NO_VARIANCE = 1e-6
 
 

@@ -3,8 +3,8 @@
 Each is a weighted mean of per-row scores, and its interval the normal one of that mean; rows that share a draw
 (`LoggedData.draws`) count as one there. Rows may have been collected by
 a policy that learned from the rows before: scores minus the value are then martingale differences, not independent, and
-the doubly robust estimator weighs rows so that the limit theorem holds all the same. Called by `service.cli.ope` and
-`loadtests.ope_coverage`.
+the doubly robust estimator weighs rows so that the limit theorem holds all the same. Called by
+`service.lab.estimates` and `loadtests.ope_coverage`.
 """
 
 from __future__ import annotations
@@ -180,6 +180,7 @@ def _estimate(seen: Weighted, value: float, interval: tuple[float, float]) -> Es
         interval,
         len(seen.data),
         seen.ess,
+        float(seen.weight.mean()),
         float(seen.weight.max()),
         seen.clipped,
         seen.lost,

@@ -1,7 +1,7 @@
 """An interval that needs no limit theorem: valid for every number of rows, however the log was collected.
 
 For rewards in [0, 1] only. Wide, and honest where the other intervals are not: few rows of the target's own, weights
-that one row decides, a target that the log hardly supports, contexts that drift. Called by `service.cli.ope` and
+that one row decides, a target that the log hardly supports, contexts that drift. Called by `service.lab.estimates` and
 `loadtests`.
 """
 

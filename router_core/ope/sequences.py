@@ -1,7 +1,7 @@
 """Off-policy evaluation of policies that ask several arms: a log as sequences of arms, and their importance weights.
 
 Knows cascades as probabilities of the next arm given the answers so far; no file and no posterior. Called by
-`service.cli.ope` and `loadtests.ope_coverage`. Equations: docs/off-policy.md, "Cascades and learned votes".
+`service.lab.estimates` and `loadtests.ope_coverage`. Equations: docs/off-policy.md, "Cascades and learned votes".
 """
 
 from __future__ import annotations

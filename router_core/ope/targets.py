@@ -1,7 +1,8 @@
 """Target policies as probabilities: what a fixed policy would ask at every logged context.
 
 A policy that learns has no fixed probabilities: what it asks depends on what it would have seen. Its posterior of one
-moment has, and that is what `fixed_policy` takes. Knows policies and posteriors, no file. Called by `service.cli.ope`.
+moment has, and that is what `fixed_policy` takes. Knows policies and posteriors, no file. Called by
+`service.lab.estimates`.
 """
 
 from __future__ import annotations

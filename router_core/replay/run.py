@@ -24,6 +24,7 @@ from router_core.replay.passes import (
     Stage,
     Steps,
     all_arms_pass,
+    audit_calls,
     combined_correctness,
     fixed_pass,
     learns,
@@ -124,11 +125,15 @@ def replay(
         prices: (K,) in units of the cheapest; None: equal.
 
     Raises:
-        FeedbackError: shadowing with a signal that says nothing of the other RMs.
+        FeedbackError: shadowing with a signal that says nothing of the other RMs; audits with such a signal.
         UnknownPolicyError: a policy that does not exist.
         DatasetError: drift without domains; `uwo` without scores; `stacked` or a cascade without a combination.
     """
     scenario = scenario or Scenario()
+    if scenario.audits is not None and signal is not Signal.PREFERENCE:
+        raise FeedbackError(
+            f"audits with signal {signal.value!r}: a referee speaks by preference; leave the signal out"
+        )
     selected = [select(name, table.pool) for name in policy_names]
     _require_attributable(selected, signal)
     plans = [make_plan(table, scenario, seed) for seed in seeds]
@@ -150,6 +155,7 @@ def replay(
             learned = [learner_pass(each.name, stage, plan, tell) for plan in plans]
             traces[each.name] = Trace(tuple(one for one, _ in learned), len(table), float(learned[0][1]))
             continue
+        audited = 0.0
         if isinstance(each.policy, AllCalls):
             correct = combined_correctness(table, each.policy, scale or _own_scale(table))
             passes = [all_arms_pass(correct, plan, tell) for plan in plans]
@@ -158,7 +164,9 @@ def replay(
             stage = Stage(table, x, prior.offsets(x), each.policy, prior, signal, scenario, each.shadow, settings)
             one_pass = online_pass if learns(each.policy) else fixed_pass
             passes = [one_pass(stage, plan, tell) for plan in plans]
-        calls = each.calls(plans, len(table.pool))
+            if learns(each.policy):
+                audited = float(np.mean([audit_calls(stage, plan) for plan in plans]))
+        calls = each.calls(plans, len(table.pool)) + audited
         traces[each.name] = Trace(tuple(passes), len(table), calls, _price(passes, calls, costs))
     return traces
 

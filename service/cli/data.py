@@ -88,3 +88,8 @@ def _remedy() -> Iterator[None]:
     except BadRowsError as error:
         rows = "1 bad row" if error.count == 1 else f"{error.count} bad rows"
         raise BadRowsError(f"{error}\n{rows}: correct, or leave out with --skip-bad-rows", error.count) from error
+
+
+def parse_pool(text: str | None) -> tuple[str, ...]:
+    """Names of a comma-separated list; empty for none."""
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())

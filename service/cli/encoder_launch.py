@@ -22,14 +22,14 @@ from service.errors import ConfigurationError
 from service.pool import ModelEntry, PoolFile
 
 NAME: Final = "encoder"
-"""Of the served model, and of its only process."""
+"""Name of the served model, and of its only process."""
 
 
 SERVED: Final = "served"
 """`--encoder` of `up` that starts a server for the checkpoint's transformer."""
 
 ENCODER_SHARE: Final = 0.1
-"""Of a GPU's memory, for the encoder that `up` starts there; 2.4 GB of 24."""
+"""Share of a GPU's memory for the encoder that `up` starts there; 2.4 GB of 24."""
 
 SHARE_REMEDY: Final = "give the encoder a smaller share or another GPU (--encoder-share, --encoder-gpu)"
 """What to do where a GPU cannot hold the encoder beside its models."""
@@ -158,7 +158,7 @@ def encoder_start(
 
 
 def ensure_exported(checkpoint: Path, directory: Path) -> bool:
-    """Export the checkpoint's transformer to the directory unless it lies there; whether it was exported now.
+    """Export the checkpoint's transformer to the directory unless it lies there. Return True if it was exported now.
 
     Raises:
         ConfigurationError: it cannot be written, or torch is missing.

@@ -22,10 +22,9 @@ from router_core.encoder.base import Backbone
 from router_core.encoder.registry import load_backbone, load_checkpoint_backbone
 from router_core.records import LabelledPair
 from service.cli.cache import encodings_directory
-from service.cli.data import DataReader, SkipBadRows
+from service.cli.data import DataReader, SkipBadRows, parse_pool
 from service.cli.evaluate_output import print_table
 from service.cli.prices import Price, parse_prices
-from service.cli.train import parse_pool
 from service.errors import ConfigurationError
 
 if TYPE_CHECKING:

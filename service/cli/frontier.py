@@ -18,9 +18,8 @@ from router_core.dataset import grouped_folds, pairs_digest, pool_names
 from router_core.encoder.registry import load_backbone
 from router_core.replay.table import complete_pairs
 from service.cli.cache import encodings_directory
-from service.cli.data import DataReader, SkipBadRows
+from service.cli.data import DataReader, SkipBadRows, parse_pool
 from service.cli.prices import Price, parse_prices
-from service.cli.train import parse_pool
 from service.errors import ConfigurationError
 from service.lab.eventlog.load import load_log
 from service.lab.eventlog.targets import load_checkpoint

@@ -7,6 +7,7 @@ flags that `reward-router up` gives it here. Writes files and talks to no cluste
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,11 +19,11 @@ from rich.console import Console
 from service.cli.pin import warn_moving
 from service.cli.vllm_serve import serve_environment, serve_words
 from service.errors import ConfigurationError
-from service.pool import ModelEntry, PoolFile, load_pool
+from service.pool import Entry, ModelEntry, PoolFile, load_pool
 from service.scorers.entry import ScorerEntry
 
 WORKER_PORT = 8000
-"""Of every worker; the network policies of deploy/kubernetes/base name it."""
+"""Port of every worker; the network policies of deploy/kubernetes/base name it."""
 
 LONGEST_NAME = 52
 """Characters of a StatefulSet's name: Kubernetes adds a hash of eleven to make a label of 63 of it."""
@@ -33,7 +34,7 @@ GATEWAY_FIELDS = ("served_name", "rendering", "chat_template", "tokens_per_reque
 """What gateways read of a model, besides its name and where it is."""
 
 IMAGE = "vllm/vllm-openai:v0.26.0"
-"""Of the workers: the one of docker-compose.yml."""
+"""Image of the workers: the one of docker-compose.yml."""
 
 USER = {"runAsNonRoot": True, "runAsUser": 2000, "runAsGroup": 0}
 """The image's own user `vllm`; by default the image runs as root."""
@@ -45,7 +46,7 @@ CACHE_SIZE = "40Gi"
 """Weights of 8 billion parameters take 16 GB; while they are downloaded a file may be there twice."""
 
 LABELS = {"app.kubernetes.io/name": "reward-router", "app.kubernetes.io/component": "worker"}
-"""Of every worker's pods and Service: what the network policies select."""
+"""Labels of every worker's pods and Service: what the network policies select."""
 
 Manifest = dict[str, Any]
 
@@ -112,7 +113,7 @@ def slug(name: str) -> str:
 
 
 def service_name(model: ModelEntry) -> str:
-    """Of the StatefulSet and its Service. Names of Services begin with a letter."""
+    """Return the name of the StatefulSet and its Service. Names of Services begin with a letter."""
     return f"rm-{slug(model.name).removeprefix('rm-')}"
 
 
@@ -138,8 +139,14 @@ def gateway_pool(pool: PoolFile) -> Manifest:
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ConfigurationError(f"models of the pool would share the Kubernetes name {twice[0]!r}: rename one")
-    models = []
-    for model in pool.models:
+    own = pool.model_dump(mode="json", exclude_defaults=True, include={"name", "over_long", "combine", "audit"})
+    referees = {"referees": _as_seen(pool.referees)} if pool.referees else {}
+    return {**own, "models": _as_seen(pool.models), **referees}
+
+
+def _as_seen(entries: Sequence[Entry]) -> list[Manifest]:
+    models: list[Manifest] = []
+    for model in entries:
         if not isinstance(model, ModelEntry):
             models.append(_elsewhere(model))
             continue
@@ -160,8 +167,7 @@ def gateway_pool(pool: PoolFile) -> Manifest:
             named = source if model.tokenizer is None else {"tokenizer": model.tokenizer}
             given |= {field: value for field, value in named.items() if value is not None}
         models.append({"name": model.name, "urls": urls} | given)
-    own = pool.model_dump(mode="json", exclude_defaults=True, include={"name", "over_long", "combine"})
-    return {**own, "models": models}
+    return models
 
 
 def _elsewhere(entry: ScorerEntry) -> Manifest:

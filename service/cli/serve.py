@@ -9,15 +9,13 @@ from typing import Annotated, Any
 
 import typer
 import uvicorn
-from pydantic import ValidationError
-from pydantic_settings import SettingsError
 from starlette.types import ASGIApp
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from service.cli.store_option import store_option
 from service.errors import ConfigurationError
 from service.memory import keep_freed_memory, leave_loaded_objects_alone
-from service.settings import Settings
+from service.settings import Settings, read_settings
 from service.telemetry import configure_logging
 
 
@@ -33,7 +31,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on (default: 127.0.0.1).")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on (default: 8080).")] = None,
     store: Annotated[str | None, store_option()] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Where the embedded store keeps its file.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where everything that is kept lies. (default: .data)")] = None,
     run: Annotated[str | None, typer.Option(help="Name of the default run.")] = None,
     policy: Annotated[
         str | None, typer.Option(help="bayesian, offline, laser, uwo, random, majority, single:MODEL.")
@@ -59,22 +57,6 @@ def serve(
         prior=prior,
     )
     run_gateway(settings)
-
-
-def read_settings(**given: Any) -> Settings:
-    """Settings from the environment, overridden by what was given on the command line.
-
-    Raises:
-        ConfigurationError: a value does not fit.
-    """
-    try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})
-    except SettingsError as error:
-        raise ConfigurationError(f"{error}: lists are JSON, as in REWARD_ROUTER_API_KEYS='[\"KEY\"]'") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigurationError(f"setting {where or 'combination'}: {first['msg']}") from error
 
 
 def run_gateway(settings: Settings) -> None:

@@ -21,7 +21,7 @@ from router_core.encoder.base import Backbone
 from router_core.prior import PriorForm
 from router_core.records import LabelledPair
 from service.cli.cache import encodings_directory
-from service.cli.data import DataReader, SkipBadRows
+from service.cli.data import DataReader, SkipBadRows, parse_pool
 from service.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Mode(StrEnum):
 
 
 class Precision(StrEnum):
-    """Of the passes of fine-tuning."""
+    """Number format of fine-tuning's passes."""
 
     FP32 = "fp32"
     BF16 = "bf16"
@@ -160,11 +160,6 @@ def train(
         checkpoint = _fine_tune(pairs, names, out, encoder, device, settings, resume, notes)
     _tell(checkpoint, len(pairs), out, time.perf_counter() - started, as_json)
     reader.tell()
-
-
-def parse_pool(text: str | None) -> tuple[str, ...]:
-    """Names of a comma-separated list; empty for none."""
-    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
 def _check_options(

@@ -20,7 +20,7 @@ from service.errors import ConfigurationError
 from service.pool import ModelEntry, PoolFile
 
 DEFAULT_SHARE: Final = 0.9
-"""Of a GPU's memory, for a model that names no `gpu_share`; vLLM's own default."""
+"""Share of a GPU's memory for a model that names no `gpu_share`; vLLM's own default."""
 
 LARGEST_SHARE: Final = 0.95
 """All that the processes on one GPU may claim together. The rest is for CUDA contexts, which no share counts."""

@@ -32,7 +32,7 @@ READING_FOLDER: Final = "reading"
 
 @dataclass(frozen=True, slots=True)
 class RemoteOptions:
-    """Of the connection to the servers; see `Settings`."""
+    """Options of the connection to the servers; see `Settings`."""
 
     timeout_seconds: float
     health_interval_seconds: float

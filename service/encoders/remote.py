@@ -77,31 +77,25 @@ class RemoteEncoder(AwaitedEncoder):
 
     @property
     def spec(self) -> str:
-        """See `AwaitedEncoder.spec`."""
         return self._split.spec
 
     @property
     def dim(self) -> int:
-        """See `AwaitedEncoder.dim`."""
         return self._split.dim
 
     @property
     def available(self) -> bool:
-        """See `AwaitedEncoder.available`."""
         return self._client.available
 
     def servers(self) -> list[ServerStatus]:
-        """See `AwaitedEncoder.servers`."""
         snapshots = [replica.snapshot() for replica in self._client.replicas]
         return [ServerStatus(one.url, one.state is BreakerState.CLOSED, one.problem) for one in snapshots]
 
     async def start(self) -> None:
-        """See `AwaitedEncoder.start`."""
         if self._monitor is not None:
             await self._monitor.start()
 
     async def close(self) -> None:
-        """See `AwaitedEncoder.close`."""
         if self._monitor is not None:
             await self._monitor.stop()
         for task in list(self._tasks):
@@ -111,7 +105,6 @@ class RemoteEncoder(AwaitedEncoder):
         self._executor.shutdown(wait=True)
 
     async def encode(self, instances: Sequence[Instance]) -> Encoded:
-        """See `AwaitedEncoder.encode`."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         future: asyncio.Future[NDArray[np.float32]] = loop.create_future()

@@ -74,7 +74,7 @@ class Dialogue(Protocol[AnsweredCo]):
 
     @property
     def path(self) -> str:
-        """Of every request."""
+        """Path of every request."""
 
     def read(self, body: bytes, count: int) -> AnsweredCo:
         """Return what the body of a 200 says.
@@ -405,7 +405,7 @@ class Requester:
         return None if permit is None else (replica, permit)
 
     def _is_last(self, tried: Sequence[Replica]) -> bool:
-        """Whether no other replica could be asked after those tried, so that this attempt may take all the time."""
+        """Return True if no replica could be asked after those tried: this attempt may take all the time."""
         if len(tried) >= self._limits.max_attempts:
             return True
         return not any(replica.allows for replica in self._replicas if replica not in tried)

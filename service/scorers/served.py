@@ -114,7 +114,6 @@ class ServedScorer:
         return any(replica.allows for replica in self.replicas)
 
     def slots(self) -> asyncio.Semaphore:
-        """See `Admission.slots`."""
         # More than the replicas take would wait for a connection, on the time of an attempt.
         return asyncio.Semaphore(self._parallel)
 
@@ -124,21 +123,17 @@ class ServedScorer:
 
     @property
     def unexpected_errors(self) -> int:
-        """See `Scorer.unexpected_errors`."""
         return self._monitor.unexpected_errors if self._monitor is not None else 0
 
     async def check(self) -> None:
-        """See `Scorer.check`."""
         if self._monitor is not None:
             await self._monitor.check_all()
 
     def start(self) -> None:
-        """See `Scorer.start`."""
         if self._monitor is not None:
             self._monitor.start()
 
     async def close(self) -> None:
-        """See `Scorer.close`."""
         if self._monitor is not None:
             await self._monitor.stop()
         for replica in self.replicas:

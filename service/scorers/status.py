@@ -26,7 +26,7 @@ class JudgingStatus(BaseModel):
     verdict: str = Field(description="What its verdicts are read from: logprobs or text.")
     comparisons: int = Field(description="Pairs of responses that it compared, each in both orders.")
     position_bias: float | None = Field(
-        description="Mean probability that it gives to the response shown first, less one half: 0 is no bias, 0.5 says "
+        description="Mean probability that it gives to the response shown first, less one half: 0 means no bias, 0.5 "
         "that it always prefers the first one. Null before the first comparison."
     )
     consistency: float | None = Field(

@@ -141,7 +141,7 @@ class RouterClient(Calls):
                     time.sleep(effect.seconds)
                     effect = exchange.send(None)
                 else:
-                    effect = exchange.send(self._send(client, effect))
+                    effect = exchange.send(self._heard(effect, self._send(client, effect)))
         except StopIteration as stop:
             result: T = stop.value
             return result
@@ -196,28 +196,23 @@ class AsyncRouterClient(Calls):
             await client.aclose()
 
     async def reward(self, prompt: Said, responses: Sequence[Said], *, deadline_seconds: float | None = None) -> Scored:
-        """See `RouterClient.reward`."""
         item = RewardItem(prompt, tuple(responses))
         return await self._run(self._one_reward(item, self._patience(deadline_seconds)))
 
     async def reward_many(
         self, items: Sequence[RewardItem], *, deadline_seconds: float | None = None
     ) -> list[RewardResult]:
-        """See `RouterClient.reward_many`."""
         return await self._all(self._reward_exchanges(items, self._patience(deadline_seconds)))
 
     async def feedback(self, item: Feedback, *, deadline_seconds: float | None = None) -> Accepted:
-        """See `RouterClient.feedback`."""
         return await self._run(self._one_feedback(item, self._patience(deadline_seconds)))
 
     async def feedback_many(
         self, items: Sequence[Feedback], *, deadline_seconds: float | None = None
     ) -> list[FeedbackResult]:
-        """See `RouterClient.feedback_many`."""
         return await self._all(self._feedback_exchanges(items, self._patience(deadline_seconds)))
 
     async def posterior(self, run: str | None = None, *, deadline_seconds: float | None = None) -> dict[str, Any]:
-        """See `RouterClient.posterior`."""
         return await self._run(self._posterior(run, self._patience(deadline_seconds)))
 
     def _client(self) -> httpx.AsyncClient:
@@ -238,7 +233,7 @@ class AsyncRouterClient(Calls):
                     await asyncio.sleep(effect.seconds)
                     effect = exchange.send(None)
                 else:
-                    effect = exchange.send(await self._send(client, effect))
+                    effect = exchange.send(self._heard(effect, await self._send(client, effect)))
         except StopIteration as stop:
             result: T = stop.value
             return result

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from router_core.attempts import Attempt, Outcome, answers, excluded, first_choice, passed_over, waited_seconds
 from router_core.errors import UnknownScaleError
-from router_core.policies import AllCalls, Given, Policy, answers_of, propensity_without
+from router_core.moments import ScoreScales
+from router_core.policies import AllCalls, Given, Policy, ScoreScale, answers_of, propensity_without
 from router_core.prior import PriorForm
 from router_core.records import TIE
 from service.errors import NoRewardError
@@ -61,11 +63,22 @@ class Job(Inquiry):
     decision_id: str = ""
     decision: StoredDecision | None = None
 
-    def conclude(self) -> None:
-        """Make the reward of the answers, unless there is an error; the run's budget is told what it cost."""
+    def conclude(self, scales: ScoreScales | None = None) -> None:
+        """Make the reward of the answers, unless there is an error; the run's budget is told what it cost.
+
+        Args:
+            scales: what the run's score log tells of its RMs; needed only by plans with `needs_scale`.
+        """
+        known = self.run.template.score_scale
+
+        def scale_of(arms: Sequence[int], rewards: NDArray[np.float64]) -> ScoreScale | None:
+            if known is not None:
+                return known.rows(arms)
+            return None if scales is None else ScoreScale.of_moments([scales.arms[arm] for arm in arms], rewards)
+
         if self.error is None:
             try:
-                given = self.plan.conclude(self.attempts, self.run.scale_of)
+                given = self.plan.conclude(self.attempts, scale_of)
             except UnknownScaleError as error:
                 self.error = NoRewardError(f"run {self.run.name!r}: {error}", retry_after_seconds=1)
                 return
@@ -173,14 +186,12 @@ def reply_of(
         store_seconds: time of saving.
         started: `time.perf_counter()` at the beginning of the request.
     """
-    pool, raw, normalised = job.run.template.pool, decision.rewards, job.normalised
+    pool, raw, normalised, attempts = job.run.template.pool, decision.rewards, job.normalised, job.attempts
     rewards = _told_rewards(raw if normalised is None else normalised)
     valid = [reward is not None for reward in rewards]
-    ordered = sorted((reward for reward in rewards if reward is not None), reverse=True)
-    fallbacks = (
-        [] if len(job.attempts) == 1 else [Fallback(pool[it.arm], it.reason) for it in passed_over(job.attempts)]
-    )
-    cut = max([attempt.prompt_tokens_cut for attempt in job.attempts])
+    ordered = sorted([reward for reward in rewards if reward is not None], reverse=True)
+    fallbacks = [] if len(attempts) == 1 else [Fallback(pool[it.arm], it.reason) for it in passed_over(attempts)]
+    cut = max([attempt.prompt_tokens_cut for attempt in attempts])
     return RewardReply(
         decision_id=job.decision_id,
         run=job.run.name,
@@ -190,7 +201,7 @@ def reply_of(
         margin=ordered[0] - ordered[1] if len(ordered) > 1 else None,
         propensity=decision.propensity,
         p_right=decision.p_right,
-        price=sum([attempt.price for attempt in job.attempts]),
+        price=sum([attempt.price for attempt in attempts]),
         policy=decision.policy,
         posterior_version=decision.version,
         fallback=bool(fallbacks),
@@ -198,14 +209,14 @@ def reply_of(
         timings=Timings(
             encode_ms=round(job.chosen.encode_seconds * 1e3, 4),
             draw_ms=round(job.chosen.draw_seconds * 1e3, 4),
-            worker_ms=round(waited_seconds(job.attempts) * 1e3, 4),
+            worker_ms=round(waited_seconds(attempts) * 1e3, 4),
             store_ms=round(store_seconds * 1e3, 4),
             total_ms=round((time.perf_counter() - started) * 1e3, 4),
         ),
-        components=components_of(job.attempts, pool),
+        components=components_of(attempts, pool),
         valid=valid,
-        failure=msgspec.UNSET if all(valid) else _failures(rewards, raw, job.attempts),
-        attempts=[_told(attempt, pool) for attempt in job.attempts if attempt.outcome is not Outcome.ABSENT],
+        failure=msgspec.UNSET if all(valid) else _failures(rewards, raw, attempts),
+        attempts=[_told(attempt, pool) for attempt in attempts if attempt.outcome is not Outcome.ABSENT],
         fallbacks=fallbacks,
         truncated=Truncated(cut) if cut else msgspec.UNSET,
         sticky=msgspec.UNSET if job.followed is None else True,

@@ -134,7 +134,6 @@ class CpuBackend:
 
     @property
     def models(self) -> Sequence[ServedModel]:
-        """See `Backend.models`."""
         return self._models
 
     async def start(self) -> None:
@@ -153,11 +152,9 @@ class CpuBackend:
             self._tokenizing.shutdown()
 
     def raw_by_default(self, model: str) -> bool:
-        """See `Backend.raw_by_default`."""
         return self._loaded[model].raw_by_default
 
     async def score(self, model: str, contents: Sequence[Content], *, add_special_tokens: bool) -> list[Scored]:
-        """See `Backend.score`."""
         loaded = self._loaded[model]
         loop = asyncio.get_running_loop()
         rows = await loop.run_in_executor(self._tokenizing, tokenize, loaded, contents, add_special_tokens)
@@ -173,7 +170,6 @@ class CpuBackend:
     async def tokenize(
         self, model: str, content: Content, *, add_generation_prompt: bool, add_special_tokens: bool
     ) -> list[int]:
-        """See `TokenizingBackend.tokenize`."""
         return await asyncio.get_running_loop().run_in_executor(
             self._tokenizing, _ids, self._loaded[model], content, add_special_tokens, add_generation_prompt
         )

@@ -37,7 +37,6 @@ class RecordedBackend:
 
     @property
     def models(self) -> Sequence[ServedModel]:
-        """See `Backend.models`."""
         return self._models
 
     async def start(self) -> None:

@@ -15,10 +15,9 @@ import pytest
 import yaml
 
 from service.cli.manifests import WORKER_PORT
-from service.cli.serve import read_settings
 from service.cli.vllm_serve import serve_words
 from service.pool import load_pool
-from service.settings import Settings
+from service.settings import Settings, read_settings
 from service.telemetry import Telemetry
 from tests.support.kubernetes import (
     FOLDER,
@@ -36,7 +35,7 @@ MODELS = FOLDER.parents[1] / "deploy/models"
 WORKERS = ("published-1x80gb", "published-4x80gb")
 COMPONENTS = ("redis", "checkpoint", "monitoring", "offline")
 VERSIONS = ("1.31", "1.34", "1.37")
-"""Of Kubernetes: an older one, and the newest whose schemas the package carries."""
+"""Versions of Kubernetes: an older one, and the newest whose schemas the package carries."""
 
 EXTERNAL_SECRET = {"reward-router": {"api-keys", "store-url", "hf-token"}}
 """What docs/kubernetes.md lets an operator create by hand."""

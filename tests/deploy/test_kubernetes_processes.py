@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 KEY = "a-key-of-this-test"
 PAIRS = 40
 DELAY_MS = 300
-"""Of a worker: long enough that a request is surely in flight when its gateway is told to go."""
+"""Time of a worker's answer: long enough that a request is surely in flight when its gateway is told to go."""
 
 
 @dataclass(slots=True)

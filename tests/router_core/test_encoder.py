@@ -284,4 +284,4 @@ def test_layout_by_hand() -> None:
     assert named["log bold marks"] == pytest.approx(np.log(3))
     assert named["first person per word"] == pytest.approx(2 / 11)
     assert (named["declines or apologises"], named["has a code block"]) == (1.0, 1.0)
-    assert not layout("  ").any()
+    assert not any(layout("  "))

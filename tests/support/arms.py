@@ -45,31 +45,25 @@ class ScriptedArm:
 
     @property
     def reachable(self) -> bool:
-        """See `Admission.reachable`."""
         return self.available
 
     @property
     def kind(self) -> str:
-        """See `Scorer.kind`."""
         return "rm"
 
     @property
     def unexpected_errors(self) -> int:
-        """See `Scorer.unexpected_errors`."""
         return 0
 
     @property
     def timeout_seconds(self) -> float | None:
-        """See `Scorer.timeout_seconds`."""
         return None
 
     @property
     def choosy(self) -> bool:
-        """See `Scorer.choosy`."""
         return self.only is not None
 
     def applies(self, instance: Instance) -> bool:
-        """See `Scorer.applies`."""
         return self.only is None or self.only(instance)
 
     def slots(self) -> asyncio.Semaphore:
@@ -77,7 +71,6 @@ class ScriptedArm:
         return asyncio.Semaphore(8)
 
     def status(self) -> ScorerStatus:
-        """See `Scorer.status`."""
         return ScorerStatus(
             name=self.name,
             kind=self.kind,

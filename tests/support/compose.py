@@ -457,6 +457,6 @@ def _networks(service: Config) -> set[str]:
 
 
 def _seconds(duration: str) -> float:
-    """Of a duration as Compose writes it, `1m30s`."""
+    """Return the seconds of a duration as Compose writes it, `1m30s`."""
     units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3}
     return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)(ms|h|m|s)", duration))

@@ -25,7 +25,7 @@ STAMP = ".fetched"
 """File beside a trainer's packages that says which they are."""
 
 IMPATIENT = ("--retries", "1", "--timeout", "20")
-"""Of pip, so that a registry that cannot be reached is given up within seconds."""
+"""Options of pip, so that a registry that cannot be reached is given up within seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,81 @@ TRAINERS = (
         ),
         False,
         300,
+    ),
+    Trainer("skyrl_gym", ("skyrl-gym==0.4.0", "omegaconf==2.4.0", "antlr4-python3-runtime==4.9.3"), True, 60),
+    Trainer(
+        "verifiers",
+        (
+            "verifiers==0.4.0",
+            "openai==2.54.0",
+            "anthropic==1.0.0",
+            "distro==1.9.0",
+            "docstring_parser==0.18.0",
+            "gepa==0.1.4",
+            "jiter==0.19.0",
+            "loguru==0.7.3",
+            "mcp==2.0.0",
+            "msgpack==1.2.4",
+            "prime-pydantic-config==0.4.3",
+            "pyzmq==27.3.0",
+            "renderers==0.1.12",
+            "sniffio==1.3.1",
+            "tenacity==9.2.1",
+            "tomli_w==1.2.0",
+            "tomlkit==0.15.2",
+            "tyro==1.0.17",
+        ),
+        False,
+        300,
+    ),
+    Trainer(
+        "atropos",
+        (
+            "atroposlib==0.4.0",
+            "distro==1.9.0",
+            "jiter==0.19.0",
+            "jsonlines==4.0.0",
+            "markdown==3.11.3",
+            "openai==3.57.0",
+            "platformdirs==4.14.8",
+            "protobuf==7.36.2",
+            "pydantic_cli==10.0.0",
+            "sniffio==1.3.1",
+            "tenacity==9.2.1",
+            "wandb==0.31.0",
+        ),
+        False,
+        300,
+    ),
+    Trainer(
+        "nemo_gym",
+        (
+            "nemo-gym==0.7.0",
+            "ray==2.60.0",
+            "antlr4-python3-runtime==4.9.3",
+            "cloudpickle==3.1.2",
+            "devtools==0.13.0",
+            "distro==1.9.0",
+            "executing==2.3.0",
+            "asttokens==3.0.2",
+            "hydra-core==1.3.8",
+            "itsdangerous==2.2.0",
+            "jiter==0.19.0",
+            "mlflow-skinny==3.17.2",
+            "msgpack==1.2.4",
+            "omegaconf==2.4.0",
+            "openai==2.44.0",
+            "orjson==3.13.0",
+            "platformdirs==4.14.8",
+            "protobuf==7.36.2",
+            "sniffio==1.3.1",
+            "wandb==0.31.0",
+            "yappi==1.7.6",
+        ),
+        False,
+        300,
+        # It asks for a Python newer than ours; what our tests run of it works on this one.
+        ("--ignore-requires-python",),
     ),
 )
 

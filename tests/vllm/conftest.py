@@ -33,7 +33,7 @@ JUDGE_LENGTH = 2048
 """Tokens that a judge reads: a rubric and two responses."""
 
 KEY = "sk-judge"
-"""Of a server of chat completions."""
+"""Key of a server of chat completions."""
 
 ROOT = Path(__file__).parents[2]
 

@@ -23,7 +23,7 @@ from tests.vllm.conftest import MAX_LENGTH, RM, OneServer
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-4
-"""Of a unit-norm context, by Euclidean distance, both sides in float32."""
+"""Difference of a unit-norm context, by Euclidean distance, both sides in float32."""
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ from tests.vllm.conftest import MAX_LENGTH, OneServer, VllmServer
 STATE_TOLERANCE = 1e-4
 """|state - transformers' state| / |transformers' state|, both in float32 on a CPU."""
 CONTEXT_TOLERANCE = 1e-4
-"""Of each coordinate of x, a vector of length 1."""
+"""Difference of each coordinate of x, a vector of length 1."""
 
 LONG = "The lighthouse kept watch over a quiet bay, and nobody knew for how long. " * 30
 INSTANCES = [

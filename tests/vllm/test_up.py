@@ -128,7 +128,7 @@ def test_an_up_that_is_interrupted_while_vllm_starts_leaves_nothing_behind(pool_
 
 
 def command(pid: int) -> str:
-    """Of a process; empty when it has ended."""
+    """Return the command line of a process; empty when it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
     except OSError:
@@ -143,7 +143,7 @@ def with_wrong_name(folder: Path, url: str) -> None:
 
 
 def state(pid: int) -> str:
-    """Of a process; Z is one that has ended and that nobody has asked about."""
+    """Return the state of a process; Z is one that has ended and that nobody has asked about."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

@@ -42,7 +42,7 @@ from router_core.torch_threads import torch_threads
 __all__ = ["FineTuned", "FinetuneConfig", "Look", "Mode", "fine_tune", "resumable"]
 
 FOLDER = "backbone"
-"""Of the trained transformer inside the checkpoint."""
+"""Folder of the trained transformer inside the checkpoint."""
 CALIBRATION_FOLDS = 4
 """Folds of the held-out pairs, so that each is reported by a calibration that has not seen its group."""
 _RUN_FILE = "run.json"

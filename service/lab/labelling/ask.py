@@ -41,7 +41,7 @@ FAILED: Final = "failed"
 """Kind of the reason of an instance on which an RM fails while it answers others."""
 
 MAX_REASON_CHARS: Final = 200
-"""Of a worker's words that are kept; they may quote the text."""
+"""Characters of a worker's words that are kept; they may quote the text."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from service.lab.labelling.ask import reason_kind
 from service.lab.labelling.journal import Answer, content_key
 
 MISSING_FIELD = "rm_missing"
-"""Of a written row: {RM: reason}, for the RMs that were asked and gave no score."""
+"""Field of a written row, {RM: reason}, for the RMs that were asked and gave no score."""
 
 Answers = Mapping[tuple[str, str], Answer]
 """By (content, model)."""

@@ -135,7 +135,6 @@ class JudgeScorer(ServedScorer):
         return await asyncio.gather(*(self._judge(instance, deadline, slots) for instance in instances))
 
     def status(self) -> ScorerStatus:
-        """See `Scorer.status`."""
         tally = self.tally
         return ScorerStatus(
             name=self.name,
@@ -163,7 +162,6 @@ class JudgeScorer(ServedScorer):
                 task.result()
 
     async def close(self) -> None:
-        """See `Scorer.close`."""
         if self._checking is not None:
             self._checking.cancel()
             await asyncio.gather(self._checking, return_exceptions=True)

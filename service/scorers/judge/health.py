@@ -1,4 +1,4 @@
-"""What a judge's servers are asked by the health monitor: whether they serve its model, and first a known comparison.
+"""What a judge's servers are asked by the health monitor: if they serve its model, and first a known comparison.
 
 No tokens are spent while all goes well: `GET /v1/models` is enough. After failures a server must also complete a token.
 A new one must give a verdict that can be read, which decides for `verdict: auto` how verdicts are read.
@@ -23,7 +23,7 @@ from service.scorers.transport.breaker import BreakerState
 from service.scorers.transport.exchange import RETRIED_STATUSES, AnswerError
 from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
 from service.scorers.transport.replica import Replica
-from service.scorers.wire import MODELS_PATH, ModelList, error_message
+from service.scorers.wire import MODELS_PATH, UNREADABLE, ModelList, error_message
 
 KNOWN: Final = Instance(
     "What is 2 + 2?", ("2 + 2 = 4.", "I like bananas."), reference="4", metadata={"task": "arithmetic"}
@@ -43,14 +43,12 @@ class JudgeChecks:
         self.replicas = judge.replicas
 
     async def ready(self, replica: Replica, deadline: float) -> None:
-        """See `Checks.ready`."""
         await self._serves(replica, deadline)
         breaker = replica.breaker
         if breaker.state is not BreakerState.CLOSED or breaker.consecutive_failures:
             await self._complete(replica, self._judge.dialogue.probe(), deadline)
 
     async def probe(self, replica: Replica, deadline: float) -> None:
-        """See `Checks.probe`."""
         try:
             await self._serves(replica, deadline)
             await self._give_verdict(replica, deadline)
@@ -70,7 +68,7 @@ class JudgeChecks:
         until = min(deadline, asyncio.get_running_loop().time() + self._judge.config.answer_seconds)
         try:
             listed = msgspec.json.decode(await _exchange(replica, "GET", MODELS_PATH, b"", until), type=ModelList)
-        except (msgspec.MsgspecError, _NotThereError):
+        except (*UNREADABLE, _NotThereError):
             return
         model = self._judge.config.options.model
         served = {one.id: one for one in listed.data}

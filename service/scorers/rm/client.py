@@ -133,7 +133,7 @@ class VllmArm(ServedScorer):
         return self.config.fallback is not None and not any(replica.admitted for replica in self.replicas)
 
     def fall_back(self) -> bool:
-        """Use the fallback from now on; whether it is used now.
+        """Use the fallback from now on. Return True if it is used now.
 
         Only while no replica was ever admitted, so that no call is under way whose requests are half rendered.
         """
@@ -206,7 +206,6 @@ class VllmArm(ServedScorer):
         ]
 
     def status(self) -> ScorerStatus:
-        """See `Scorer.status`."""
         return ScorerStatus(
             name=self.name,
             kind=self.kind,

@@ -43,11 +43,9 @@ class RewardModelChecks:
         self.replicas = arm.replicas
 
     async def ready(self, replica: Replica, deadline: float) -> None:
-        """See `Checks.ready`."""
         await readiness(self._arm, replica, deadline=deadline)
 
     async def probe(self, replica: Replica, deadline: float) -> None:
-        """See `Checks.probe`."""
         arm, report = self._arm, await self._probed(replica, deadline)
         if report.unavailable is None:
             replica.max_model_len = report.max_model_len

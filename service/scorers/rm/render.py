@@ -157,7 +157,6 @@ class PlainTemplate:
     """The built-in template `plain`."""
 
     def render(self, prompt: Said, response: Said) -> str:
-        """See `plain`."""
         if isinstance(prompt, str) and isinstance(response, str):
             return f"<|user|>\n{prompt}\n<|assistant|>\n{response}\n"
         return plain([(turn.role, words_of(turn)) for turn in conversation((prompt, response))])
@@ -197,7 +196,6 @@ class ChatTemplate:
         self.eos_token = eos_token
 
     def render(self, prompt: Said, response: Said) -> str:
-        """See `Template.render`."""
         if isinstance(prompt, str) and isinstance(response, str):
             return self.render_turns([("user", prompt), ("assistant", response)])
         return self._render([_for_template(turn) for turn in conversation((prompt, response))])
@@ -303,7 +301,6 @@ class MessagesRendering:
     def prepare(
         self, groups: Sequence[Sequence[Item]], *, limit: int | None = None, cut_prompt: bool = False
     ) -> list[Prepared | RenderError]:
-        """See `Rendering.prepare`."""
         return [Prepared(tuple(group), sum([length(p) + length(r) for p, r in group])) for group in groups]
 
     def body(self, model: str, contents: Sequence[Content], *, use_activation: bool | None = False) -> bytes:
@@ -343,11 +340,9 @@ class TemplateRendering:
     def prepare(
         self, groups: Sequence[Sequence[Item]], *, limit: int | None = None, cut_prompt: bool = False
     ) -> list[Prepared | RenderError]:
-        """See `Rendering.prepare`."""
         return [self._prepared(group) for group in groups]
 
     def body(self, model: str, contents: Sequence[Content], *, use_activation: bool | None = False) -> bytes:
-        """See `Rendering.body`."""
         texts: list[str | int | list[int]] = [content for content in contents if isinstance(content, str)]
         return to_json(
             ClassifyRequest(model=model, input=texts, use_activation=use_activation, add_special_tokens=False)

@@ -79,7 +79,6 @@ class TokenRendering:
         return True
 
     def lengthy(self, groups: Sequence[Sequence[Item]]) -> bool:
-        """See `Rendering.lengthy`."""
         characters = sum(length(prompt) + length(response) for group in groups for prompt, response in group)
         return characters > INLINE_CHARACTERS
 
@@ -103,7 +102,6 @@ class TokenRendering:
         return prepared
 
     def body(self, model: str, contents: Sequence[Content], *, use_activation: bool | None = False) -> bytes:
-        """See `Rendering.body`."""
         ids: list[str | int | list[int]] = [content for content in contents if isinstance(content, list)]
         return to_json(ClassifyRequest(model=model, input=ids, use_activation=use_activation))
 

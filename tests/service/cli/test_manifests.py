@@ -21,7 +21,7 @@ def entry(name: str = "rm-a", **fields: Any) -> ModelEntry:
 
 
 def container(model: ModelEntry, choices: Choices | None = None) -> dict[str, Any]:
-    """Of the first replica."""
+    """Return the container of the first replica."""
     (found,) = worker(model, choices or Choices())[0]["spec"]["template"]["spec"]["containers"]
     return dict(found)
 

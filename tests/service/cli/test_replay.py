@@ -22,9 +22,9 @@ from router_core.records import LabelledPair, Signal
 from router_core.replay import Delay, Scenario, make_plan, select, tabulate
 from service.cli import app
 from service.cli.replay import policy_names
-from service.cli.replay_http import _one_pass, _Stream
-from service.cli.replay_parts import Options, choose_parts
 from service.errors import ConfigurationError
+from service.lab.replaying.over_http import _one_pass, _Stream
+from service.lab.replaying.parts import Options, choose_parts
 from tests.support.offline import POOL, two_domains
 
 PAIRS, OTHERS = two_domains(80), two_domains(90, seed=1)

@@ -17,9 +17,9 @@ from router_core.encoder.fuse import PairEncoder
 from router_core.encoder.registry import load_checkpoint_backbone
 from router_core.records import Instance, LabelledPair
 from service.cli import app
-from service.cli.serve import read_settings
 from service.encoders.build import load_pair_encoder
 from service.errors import ConfigurationError
+from service.settings import read_settings
 from service.telemetry import Telemetry
 from tests.support.transformers_dirs import save_transformer
 

@@ -33,7 +33,7 @@ from tests.support.gateway import fresh_run, pair, read_decision, until
 
 ARMS = ("rm-a", "rm-b", "rm-c")
 CONTEXT_TOLERANCE = 1e-5
-"""Of x, between the two ways; see docs/encoders.md."""
+"""Difference of x between the two ways; see docs/encoders.md."""
 
 
 def checkpoint_of(spec: str, folder: Path, **fields: Any) -> Path:

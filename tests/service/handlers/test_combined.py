@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from router_core.combine import Answers
-from service.cli.ope import evaluate_log
+from service.lab.estimates import evaluate_log
 from service.lab.eventlog.export import export_log
 from service.lab.eventlog.load import load_log, logged_data
 from service.lab.eventlog.targets import load_checkpoint

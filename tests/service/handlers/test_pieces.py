@@ -53,7 +53,6 @@ class SteppedEncoder(AwaitedEncoder):
         """Nothing to do."""
 
     async def encode(self, instances: Sequence[Instance]) -> Encoded:
-        """See `AwaitedEncoder.encode`."""
         self.sizes.append(len(instances))
         await self._before(len(self.sizes) - 1)
         return Encoded(self._encoder.encode(instances), 0.0)
@@ -72,7 +71,6 @@ class SizedEncoder(PairEncoder):
         self.sizes: list[int] = []
 
     def encode(self, instances: Sequence[Instance]) -> NDArray[np.float32]:
-        """See `PairEncoder.encode`."""
         self.sizes.append(len(instances))
         return super().encode(instances)
 

@@ -22,7 +22,7 @@ from tests.support.gateway import until
 from tests.support.traffic import Traffic, check_log, decision
 
 TIMEOUT_SECONDS = 15.0
-"""Of the stores here: longer than a failover takes on a busy machine."""
+"""Timeout of the stores here: longer than a failover takes on a busy machine."""
 
 
 @pytest.fixture

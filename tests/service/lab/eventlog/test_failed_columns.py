@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from router_core.policies import propensity_without
-from service.cli.ope import evaluate_log, print_figures
+from service.cli.ope import print_figures
+from service.lab.estimates import evaluate_log
 from service.lab.eventlog.export import export_log
 from service.lab.eventlog.load import EventLog, load_log, logged_data
 from service.scorers.protocol import Scored

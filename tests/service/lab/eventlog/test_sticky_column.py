@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
-from service.cli.ope import evaluate_log, print_figures
+from service.cli.ope import print_figures
+from service.lab.estimates import evaluate_log
 from service.lab.eventlog.export import export_log, read_events
 from service.lab.eventlog.load import load_log, logged_data
 from service.stores.redis import RedisStore

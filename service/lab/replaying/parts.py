@@ -33,9 +33,9 @@ from router_core.replay import (
     with_share,
     without_groups,
 )
-from service.cli.serve import read_settings
 from service.errors import ConfigurationError
 from service.priors import build_prior
+from service.settings import read_settings
 
 Index = NDArray[np.int64]
 

@@ -19,7 +19,7 @@ from router_core.attempts import ASKED
 from router_core.errors import FeedbackError
 from router_core.records import LabelledPair, Signal
 from router_core.replay import ALL_ARMS, Pass, Plan, Scenario, Selected, Table, Trace, make_plan, select
-from service.cli.http import GatewayClient, GatewayError
+from service.lab.client import GatewayClient, GatewayError
 
 Advance = Callable[[int], None]
 Observe = Callable[[int, dict[str, Any]], None]
