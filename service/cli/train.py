@@ -79,6 +79,13 @@ def train(
             help="Rows need no label: answers are estimated from where the RMs agree; labels that there are count.",
         ),
     ] = False,
+    shipped_kinds: Annotated[
+        bool,
+        typer.Option(
+            "--shipped-kinds/--no-shipped-kinds",
+            help="With fewer than 256 pairs, start from the kinds of texts that come with the package.",
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option(min=0, help="Of every random choice.")] = 0,
     cache: Annotated[
         Path | None,
@@ -161,7 +168,7 @@ def train(
     }
     if finetune is None:
         encodings = encodings_directory(cache, use=use_cache)
-        checkpoint = _fit_frozen(pairs, names, out, encoder, encodings, device, losses, notes, known)
+        checkpoint = _fit_frozen(pairs, names, out, encoder, encodings, device, losses, shipped_kinds, notes, known)
     else:
         settings = {"mode": finetune.value, **losses, **given}
         checkpoint = _fine_tune(pairs, names, out, encoder, device, settings, resume, notes)
@@ -199,12 +206,15 @@ def _fit_frozen(
     encodings: Path | None,
     device: str,
     losses: dict[str, Any],
+    kinds_shipped: bool,
     notes: Console,
     known: NDArray[np.bool_] | None = None,
 ) -> Checkpoint:
     """Fit and save; `known` says which labels are, where answers are estimated, and is None where all are."""
     try:
         import_module(_CARD)
+        from router_core.dataset import pool_names
+        from router_core.offline.shipped import shipped_kinds
         from router_core.offline.train import TrainConfig, fit, pair_features
     except ImportError as error:
         raise ConfigurationError(_NEEDS_TORCH.format(name=error.name)) from error
@@ -221,11 +231,16 @@ def _fit_frozen(
         if known is not None:
             found = _agreement(pairs, features, known, config.seed, notes)
             pairs = with_answers(pairs, found)
+        kinds = shipped_kinds(backbone, len(pairs), len(pool_names(pairs))) if kinds_shipped else None
         checkpoint, held_out = fit(
-            pairs, names, backbone, config, features, answers=None if found is None else found.answers
+            pairs, names, backbone, config, features, answers=None if found is None else found.answers, kinds=kinds
         )
     if found is not None:
         checkpoint = replace(checkpoint, metrics={**checkpoint.metrics, **found.metrics()})
+    if kinds is not None:
+        notes.print(
+            f"{len(pairs)} pairs are few: the kinds of texts are those that come with the package (docs/offline.md)"
+        )
     checkpoint.save(out)
     _describe(out, checkpoint, pairs, held_out, config)
     return checkpoint
