@@ -146,8 +146,8 @@ def test_the_encoder_counts_among_those_that_share_a_gpu(
     assert isinstance(refused.exception, ConfigurationError)
     assert str(refused.exception) == (
         f"GPU 0: the shares of its memory sum to 1.00, more than 0.95 ({MODELS[0]} 0.9, encoder 0.1): lower "
-        "`gpu_share`, or spread the models with `gpus`, or give the encoder a smaller share or another GPU (--encoder-share, "
-        "--encoder-gpu)"
+        "`gpu_share`, or spread the models with `gpus`, or give the encoder a smaller share or another GPU "
+        "(--encoder-share, --encoder-gpu)"
     )
     assert not (tmp_path / "data").exists(), "refused before anything is exported"
     for words in (("--encoder-gpu", "2"), ("--encoder-share", "0.05"), ("--device", "cpu"), ("--worker", "cpu")):
