@@ -35,6 +35,12 @@ BINS = 10
 Array = NDArray[np.float64]
 
 
+_ESTIMATED = (
+    "**Answers of pairs without a label were estimated from the agreement of the RMs, and every figure below takes "
+    "them as true.** Where RMs err together the figures are too good.\n"
+)
+
+
 def write_card(
     directory: Path,
     checkpoint: Checkpoint,
@@ -101,6 +107,7 @@ def card(
         "## Labelled pairs\n",
         _table(("subset", "pairs"), _counts(pairs)),
         "## Held-out figures\n",
+        *([_ESTIMATED] if checkpoint.metrics.get("consensus_pairs") else []),
         f"{len(judged)} pairs, {whole}; the calibration of a pair's probabilities has not seen its group either. "
         "These pairs also chose when to stop, so expect a little less on others. A router is right if the RM that it "
         "asks is right; a tie counts one half. Intervals are 95 % (Wilson).\n",

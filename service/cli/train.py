@@ -7,17 +7,21 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from router_core.checkpoint import METADATA_FILE, Checkpoint
+from router_core.dataset import partly_labelled, pool_names
 from router_core.encoder.base import Backbone
+from router_core.offline.consensus import Consensus, estimate, with_answers
 from router_core.prior import PriorForm
 from router_core.records import LabelledPair
 from service.cli.cache import encodings_directory
@@ -25,7 +29,6 @@ from service.cli.data import DataReader, SkipBadRows, parse_pool
 from service.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from router_core.offline.finetune import FinetuneConfig
@@ -68,6 +71,13 @@ def train(
     ] = False,
     balanced: Annotated[
         bool, typer.Option("--balanced", help="Count every couple of RMs alike, however often one beats the other.")
+    ] = False,
+    consensus: Annotated[
+        bool,
+        typer.Option(
+            "--consensus",
+            help="Rows need no label: answers are estimated from where the RMs agree; labels that there are count.",
+        ),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of every random choice.")] = 0,
     cache: Annotated[
@@ -118,8 +128,6 @@ def train(
     With the static encoder this takes seconds on a CPU. A transformer is read once and its encodings are kept; with
     --finetune it is trained as well, and stored in the checkpoint.
     """
-    from router_core.dataset import pool_names
-
     tuning = {
         "epochs": epochs,
         "learning_rate": learning_rate,
@@ -137,7 +145,13 @@ def train(
     started = time.perf_counter()
     notes = Console(stderr=True)
     reader = DataReader(notes, skip_bad_rows)
-    pairs = reader.pairs(data)
+    known = None
+    if consensus:
+        if finetune is not None:
+            raise ConfigurationError("--consensus with --finetune: train on estimated answers without it, or label")
+        pairs, known = partly_labelled(reader.rows(data))
+    else:
+        pairs = reader.pairs(data)
     names = parse_pool(pool) or pool_names(pairs)
     losses: dict[str, Any] = {
         "lambda_bt": lambda_bt,
@@ -147,7 +161,7 @@ def train(
     }
     if finetune is None:
         encodings = encodings_directory(cache, use=use_cache)
-        checkpoint = _fit_frozen(pairs, names, out, encoder, encodings, device, losses, notes)
+        checkpoint = _fit_frozen(pairs, names, out, encoder, encodings, device, losses, notes, known)
     else:
         settings = {"mode": finetune.value, **losses, **given}
         checkpoint = _fine_tune(pairs, names, out, encoder, device, settings, resume, notes)
@@ -186,10 +200,12 @@ def _fit_frozen(
     device: str,
     losses: dict[str, Any],
     notes: Console,
+    known: NDArray[np.bool_] | None = None,
 ) -> Checkpoint:
+    """Fit and save; `known` says which labels are, where answers are estimated, and is None where all are."""
     try:
         import_module(_CARD)
-        from router_core.offline.train import TrainConfig, fit
+        from router_core.offline.train import TrainConfig, fit, pair_features
     except ImportError as error:
         raise ConfigurationError(_NEEDS_TORCH.format(name=error.name)) from error
     with _bar(notes) as progress:
@@ -200,10 +216,50 @@ def _fit_frozen(
 
         backbone = _load(encoder, encodings, device, embedded)
         config = TrainConfig(**losses)
-        checkpoint, held_out = fit(pairs, names, backbone, config)
+        features = pair_features(pairs, backbone)
+        found = None
+        if known is not None:
+            found = _agreement(pairs, features, known, config.seed, notes)
+            pairs = with_answers(pairs, found)
+        checkpoint, held_out = fit(
+            pairs, names, backbone, config, features, answers=None if found is None else found.answers
+        )
+    if found is not None:
+        checkpoint = replace(checkpoint, metrics={**checkpoint.metrics, **found.metrics()})
     checkpoint.save(out)
     _describe(out, checkpoint, pairs, held_out, config)
     return checkpoint
+
+
+def _agreement(
+    pairs: Sequence[LabelledPair],
+    features: NDArray[np.float32],
+    known: NDArray[np.bool_],
+    seed: int,
+    notes: Console,
+) -> Consensus:
+    """Estimate the answers from all RMs of the data, and say how far to trust them."""
+    witnesses = pool_names(pairs)
+    found = estimate(pairs, witnesses, features, np.random.default_rng(seed), known)
+    sure = float(found.answers[~known].max(axis=1).mean()) if (~known).any() else 1.0
+    notes.print(
+        f"{int((~known).sum())} answers estimated from the agreement of {len(witnesses)} RMs, on average with "
+        f"probability {sure:.3f}. All figures below take them as true.",
+        highlight=False,
+    )
+    if not found.labelled:
+        notes.print(
+            "[yellow]note[/] no row has a label: whether RMs err together cannot be told; label fifty rows drawn at "
+            "random, or audit the run (docs/audits.md)",
+            highlight=False,
+        )
+    elif found.overstated:
+        notes.print(
+            f"[yellow]note[/] the RMs err together: of {found.labelled} labelled rows agreement claims "
+            f"{found.claimed:.3f} and {found.observed:.3f} are right; audit the run, or label more (docs/audits.md)",
+            highlight=False,
+        )
+    return found
 
 
 def _fine_tune(

@@ -198,9 +198,10 @@ class StatusService:
                 details={"models": [arm.name for arm in models]},
             )
         if self._encoder is not None and not self._encoder.available:
-            servers = {server.url: server.problem for server in self._encoder.servers()}
-            reasons = "; ".join(f"{url}: {problem or 'no answer'}" for url, problem in servers.items())
-            raise NotReadyError(f"the encoder's servers cannot be asked: {reasons}", details={"encoder": servers})
+            # By number: readiness is told to everybody, and addresses are for the log and the metrics.
+            problems = [server.problem or "no answer" for server in self._encoder.servers()]
+            reasons = "; ".join(f"server {number}: {problem}" for number, problem in enumerate(problems, 1))
+            raise NotReadyError(f"the encoder's servers cannot be asked: {reasons}", details={"encoder": problems})
         return run.name, run.posterior.count
 
     async def posterior(self, name: str | None) -> PosteriorStatus:
