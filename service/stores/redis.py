@@ -29,7 +29,7 @@ from pathlib import Path
 import hiredis
 
 from service.errors import ConfigurationError, UnsafeStoreError
-from service.stores.cluster import Client, ClusterClient
+from service.stores.cluster import Client, ClusterClient, is_cluster_url
 from service.stores.ids import check_run
 from service.stores.protocol import (
     WATCH_SECONDS,
@@ -49,7 +49,6 @@ from service.stores.records import check_reference, is_expired, response_count, 
 from service.stores.redis_scores import RedisScores
 from service.stores.requirements import QUESTIONS, ServerFacts, read_facts
 from service.stores.resp import Arg, Reply, RespClient
-from service.stores.slots import Topology, is_cluster_url
 
 BULK_TIMEOUT_FACTOR = 10
 """Snapshots of tens of megabytes may take this many times longer than an ordinary call."""
@@ -113,7 +112,7 @@ class RedisStore(RedisScores):
         self._window_ms = round(window_seconds * 1000)
         self._timeout = timeout_seconds
         self._now_ms = now_ms
-        self._topology = Topology(url, timeout_seconds=timeout_seconds) if is_cluster_url(url) else None
+        self._cluster = ClusterClient(url, timeout_seconds=timeout_seconds) if is_cluster_url(url) else None
         self._replicas = replicas
         self._hot = self._client(connections)
         self._feedback = self._client(REPLICATED_CONNECTIONS) if replicas else self._hot
@@ -127,9 +126,7 @@ class RedisStore(RedisScores):
         self._open = _Script.load("open_run.lua")
 
     def _client(self, connections: int = 1) -> Client:
-        if self._topology is None:
-            return RespClient(self._url, timeout_seconds=self._timeout, connections=connections)
-        return ClusterClient(self._topology, timeout_seconds=self._timeout, connections=connections)
+        return self._cluster or RespClient(self._url, timeout_seconds=self._timeout, connections=connections)
 
     async def ping(self) -> None:
         """Return when the server answers; of a cluster, when it serves all slots that it wants to."""
@@ -147,7 +144,7 @@ class RedisStore(RedisScores):
             StoreUnavailableError: one does not answer.
         """
         found = [read_facts(replies) for replies in await self._hot.everywhere(QUESTIONS)]
-        if self._topology is not None:
+        if self._cluster is not None:
             # A primary of our map that has been demoted since: the map is learned again by the calls that it refuses.
             return [facts for facts in found if not facts.replica]
         if any(facts.replica for facts in found):
@@ -173,7 +170,7 @@ class RedisStore(RedisScores):
         key, milliseconds = _prefix(run) + "meta", round(WATCH_SECONDS * 1000)
         fresh = _identity_value(RunIdentity(secrets.token_hex(8), fingerprint))
         # All keys of a script lie on one node, so each run of a cluster has a mark of its own, for newcomers only.
-        shared = self._topology is None
+        shared = self._cluster is None
         mark = "rr:watched" if shared else _prefix(run) + "watched"
         commands: list[tuple[Arg, ...]] = [("PEXPIRE", mark, milliseconds)] if shared else []
         commands += [] if free_seconds else [("SET", key, fresh, "NX")]
@@ -375,8 +372,6 @@ class RedisStore(RedisScores):
         """Close connections; blocked readers fail with `StoreUnavailableError`."""
         for client in (self._hot, self._feedback, self._bulk, *self._readers):
             await client.close()
-        if self._topology is not None:
-            await self._topology.close()
 
 
 def _prefix(run: str) -> str:
