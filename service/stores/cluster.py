@@ -4,8 +4,8 @@ Knows which replies of a cluster are worth waiting for; knows no key of ours. `R
 has a `RespClient`.
 
 The commands of one call share a hash tag. A call is repeated until its timeout while a slot is being moved or a primary
-is being replaced, so what is sent must be safe to repeat, as in `resp`. A call with XADD is not repeated once it may have
-been carried out. redis-py's own client is not used: docs/decisions/016-redis-cluster-through-redis-py.md.
+is being replaced, so what is sent must be safe to repeat, as in `resp`. A call with XADD is not repeated once it may
+have been carried out. docs/decisions/016-redis-cluster-on-redis-py.md says why redis-py's own client is not used.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import hiredis
-from redis.asyncio.cluster import PRIMARY, ClusterNode, NodesManager, PipelineCommand
+from redis.asyncio.cluster import ClusterNode, NodesManager, PipelineCommand
 from redis.asyncio.connection import parse_url
+from redis.cluster import PRIMARY
 from redis.crc import key_slot
 from redis.exceptions import (
     AskError,
@@ -29,6 +30,7 @@ from redis.exceptions import (
     ReadOnlyError,
     RedisClusterException,
     RedisError,
+    ResponseError,
     TryAgainError,
 )
 
@@ -129,9 +131,7 @@ class ClusterClient:
         asking = {**self._words, "socket_timeout": question, "socket_connect_timeout": question}
         seeds = [ClusterNode(seed.host, seed.port, **asking) for seed in self._seeds]
         self._map = NodesManager(seeds, require_full_coverage=False, connection_kwargs=asking)
-        self._map_lock = asyncio.Lock()
-        self._map_version = 0
-        self._map_doubted = True
+        self._map_is_stale = True
         self._last_failed: str | None = None
         self._nodes: dict[str, ClusterNode] = {}
         self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CONNECTIONS))
@@ -155,7 +155,7 @@ class ClusterClient:
         if not ping:
             return reply
         if b"cluster_state:ok" not in reply:
-            self._map_doubted = True
+            self._map_is_stale = True
             raise StoreUnavailableError("the store says that the cluster is down; see CLUSTER INFO", where=self.shown)
         return b"PONG"
 
@@ -177,11 +177,10 @@ class ClusterClient:
         repeatable = all(command[0] not in _NOT_TWICE for command in commands)
         hops = 0
         while True:
-            seen = self._map_version
             node: ClusterNode | None = None
             moved = answered = False
             try:
-                async with asyncio.timeout_at(deadline + PAUSE_SECONDS):
+                async with asyncio.timeout_at(deadline):
                     node = await self._owner(slot)
                     words = [commands[index] for index in waiting]
                     got = await self._try(node, words, deadline - loop.time(), replicas)
@@ -198,7 +197,8 @@ class ClusterClient:
             except (StoreUnavailableError, RedisError, OSError, TimeoutError) as error:
                 if not answered:
                     failure = self._unavailable(error)
-                self._doubt(seen, node)
+                self._map_is_stale = True
+                self._last_failed = None if node is None else node.name
             hops += moved
             # Two nodes may send us to each other for a while; the first hop costs no time.
             pause = 0.0 if moved and hops == 1 else PAUSE_SECONDS
@@ -212,14 +212,13 @@ class ClusterClient:
         Raises:
             StoreUnavailableError: a primary does not answer.
         """
-        seen = self._map_version
         try:
             async with asyncio.timeout(self._timeout):
                 await self._owner(None)
                 primaries = self._map.get_nodes_by_server_type(PRIMARY)
                 found = await asyncio.gather(*(self._try(node, commands, self._timeout, 0) for node in primaries))
         except (StoreUnavailableError, RedisError, OSError, TimeoutError) as error:
-            self._doubt(seen, None)
+            self._map_is_stale = True
             raise self._unavailable(error) from error
         return [[_plain(reply) for reply in replies] for replies in found]
 
@@ -256,10 +255,14 @@ class ClusterClient:
         sent = [PipelineCommand(index, *command) for index, command in enumerate(words)]
         blocks = commands[0][0] == "XREAD"
         async with contextlib.nullcontext() if blocks else self._turns[node.name]:
-            await self._nodes[node.name].execute_pipeline(sent)
+            try:
+                await self._nodes[node.name].execute_pipeline(sent)
+            finally:
+                if self._closed:
+                    await self._nodes[node.name].disconnect()
         replies = [command.result for command in sent]
         for reply in replies:
-            if isinstance(reply, Exception) and getattr(reply, "status_code", None) is None and not _is_reply(reply):
+            if isinstance(reply, Exception) and not _is_reply(reply):
                 raise reply
         if replicas:
             check_replicated(replies, _plain(replies.pop()), replicas, self.shown)
@@ -271,41 +274,31 @@ class ClusterClient:
         Raises:
             StoreUnavailableError: no node answers, or none has the slot.
         """
-        if self._map_doubted:
-            await self._refresh(self._map_version)
+        if self._map_is_stale:
+            await self._refresh()
         nodes = self._map.get_nodes_by_server_type(PRIMARY) if slot is None else self._map.slots_cache.get(slot)
         if not nodes:
-            self._map_doubted = True
+            self._map_is_stale = True
             raise StoreUnavailableError(f"the store: no node serves slot {slot}; see CLUSTER SHARDS", where=self.shown)
         return nodes[0]
 
-    async def _refresh(self, seen: int) -> None:
-        """Ask the nodes for the map of slots. Concurrent callers with one stale version ask once.
+    async def _refresh(self) -> None:
+        """Ask the nodes for the map of slots. Concurrent callers ask once.
 
         Raises:
             StoreUnavailableError: no node answers.
         """
-        async with self._map_lock:
-            if self._map_version != seen:
-                return
-            for seed in self._seeds:
-                # redis-py forgets the seeds that the cluster does not list.
-                if (name := f"{seed.host}:{seed.port}") not in self._map.startup_nodes:
-                    self._map.startup_nodes[name] = ClusterNode(seed.host, seed.port, **self._map.connection_kwargs)
-            try:
-                await self._map.initialize(last_failed_node_name=self._last_failed)
-            except (RedisError, RedisClusterException, IndexError) as error:
-                # IndexError: redis-py found no primary.
-                raise self._unavailable(error.__cause__ or error) from error
-            self._map_version += 1
-            self._map_doubted = False
+        for seed in self._seeds:
+            # redis-py forgets the seeds that the cluster does not list.
+            if (name := f"{seed.host}:{seed.port}") not in self._map.startup_nodes:
+                self._map.startup_nodes[name] = ClusterNode(seed.host, seed.port, **self._map.connection_kwargs)
+        try:
+            await self._map.initialize(last_failed_node_name=self._last_failed)
+        except (RedisError, RedisClusterException, IndexError) as error:
+            # IndexError: redis-py found no primary.
+            raise self._unavailable(error.__cause__ or error) from error
+        self._map_is_stale = False
         await self._leave_replicas()
-
-    def _doubt(self, seen: int, node: ClusterNode | None) -> None:
-        """Ask for the map before the next call, and ask this node last, unless the map is newer than version `seen`."""
-        if self._map_version == seen:
-            self._map_doubted = True
-            self._last_failed = None if node is None else node.name
 
     async def _leave_replicas(self) -> None:
         """Close connections to nodes that are no primaries now, so that calls that wait there fail and are repeated."""
@@ -321,6 +314,7 @@ class ClusterClient:
             sentence = f"the store: commands of one call lie in the slots {slot} and {reply.slot_id}"
             raise ReplyError(sentence, where=self.shown)
         reply.host = reply.host or node.host
+        self._map.slots_cache.setdefault(reply.slot_id, [node])
         await self._map.move_slot(reply)
         await self._leave_replicas()
         return True
@@ -370,7 +364,8 @@ Client = RespClient | ClusterClient
 
 def _is_reply(error: BaseException) -> bool:
     """Return True if a server said this, and not a connection that failed."""
-    return isinstance(error, RedisError) and (error.status_code is not None or type(error).__name__ == "ResponseError")
+    # LOADING and NOAUTH are replies too, but redis-py counts them among the failures of a connection.
+    return isinstance(error, ResponseError) or getattr(error, "status_code", None) is not None
 
 
 def _is_later(reply: Reply) -> bool:

@@ -80,8 +80,8 @@ def _is_noscript(reply: Reply) -> bool:
 class RedisStore(RedisScores):
     """`Store` on one Redis >= 7.0 or Valkey server, or on a cluster of them.
 
-    Three kinds of connection: pipelined ones for the hot path, one for snapshots (large values would hold up the
-    others), and one per reader of a log that is blocked at the same time.
+    Three kinds of connection to a single server: pipelined ones for the hot path, one for snapshots (large values would
+    hold up the others), and one per reader of a log that is blocked at the same time. `ClusterClient` has its own.
 
     Args:
         url: `redis://`, `rediss://` or `unix://`, see `parse_endpoint`; of a cluster `redis+cluster://`, see

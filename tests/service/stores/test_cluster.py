@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import redis
 from redis.crc import key_slot
 
 from service.errors import ConfigurationError, StoreUnavailableError
@@ -15,6 +17,7 @@ from service.stores.cluster import ClusterClient, is_cluster_url, parse_seeds, s
 from service.stores.protocol import FeedbackRecord, FeedbackStatus
 from service.stores.redis import RedisStore
 from service.stores.resp import ReplyError
+from tests.conftest import ValkeyProcess, free_port
 from tests.support.cluster import Node, ValkeyCluster
 from tests.support.gateway import until
 from tests.support.traffic import Traffic, check_log, decision
@@ -98,6 +101,41 @@ async def test_a_cluster_node_asked_as_a_single_server_names_the_remedy(movable:
     await store.close()
 
 
+@pytest.fixture
+async def guarded(valkey_binary: Path, tmp_path: Path) -> AsyncIterator[ValkeyProcess]:
+    """A cluster of one node, whose account `ann` has the rights that docs/operations.md lists, and SET."""
+    server = ValkeyProcess(valkey_binary, tmp_path)
+    try:
+        server.start(cluster_enabled="yes", cluster_port=str(free_port()))
+        with redis.Redis(port=server.port) as admin:
+            ask = admin.execute_command
+            ask("ACL", "SETUSER", "ann", "on", ">p@ss", "~*", "+cluster|slots", "+cluster|info", "+set")
+            ask("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            await until(lambda: b"state:ok" in ask("CLUSTER", "INFO"), "the slots to be served", 60)
+            ask("CONFIG", "SET", "requirepass", "pw")
+        yield server
+    finally:
+        server.kill()
+
+
+async def test_an_account_needs_no_more_rights_than_documented(guarded: ValkeyProcess, run: str) -> None:
+    store = RedisStore(f"redis+cluster://ann:p%40ss@127.0.0.1:{guarded.port}", window_seconds=60, timeout_seconds=15)
+    await store.ping()
+    await store.save_decisions(run, [decision()])
+    await store.close()
+
+
+@pytest.mark.parametrize(("account", "word"), [("", "NOAUTH"), ("ann:secret@", "WRONGPASS"), (":secret@", "WRONGPASS")])
+async def test_a_refused_account_names_the_remedy_and_no_password(
+    guarded: ValkeyProcess, account: str, word: str
+) -> None:
+    store = RedisStore(f"redis+cluster://{account}127.0.0.1:{guarded.port}", window_seconds=60, timeout_seconds=0.5)
+    with pytest.raises(StoreUnavailableError, match=f"{word}.*store's URL") as refused:
+        await store.ping()
+    assert "secret" not in str(refused.value) + str(refused.value.where)
+    await store.close()
+
+
 # Data.
 
 
@@ -128,6 +166,26 @@ async def test_a_refused_command_is_not_repeated(store: RedisStore, movable: Val
     await store.save_decisions(run, [record])
     with pytest.raises(ReplyError, match="WRONGTYPE"):
         await store.apply_feedback(run, [FeedbackRecord(b"1", decision_id=record.decision_id)])
+
+
+async def test_only_a_call_without_xadd_is_repeated_when_its_connection_breaks(
+    store: RedisStore, movable: ValkeyCluster, run: str
+) -> None:
+    owner = movable.owner(run)
+
+    async def broken(command: str, call: Coroutine[Any, Any, Any]) -> Any:
+        """Break the call's connection when the server has the command and has not carried it out."""
+        owner.ask("CLIENT", "PAUSE", 60_000, "WRITE")
+        task = asyncio.create_task(call)
+        await until(lambda: f"cmd={command}".encode() in owner.ask("CLIENT", "LIST"), f"{command} to arrive", 60)
+        owner.ask("CLIENT", "KILL", "TYPE", "normal")
+        owner.ask("CLIENT", "UNPAUSE")
+        return await task
+
+    await broken("set", store.save_decisions(run, [decision()]))
+    with pytest.raises(StoreUnavailableError):
+        await broken("xadd", store.exchange_scores(run, [b"m"], after="0-0", count=10))
+    assert (await store.exchange_scores(run, [], after="0-0", count=10)).entries == []
 
 
 # Slots that move.
