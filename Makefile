@@ -42,7 +42,7 @@ up: $(VENV)/.runtime  ## The same stack, kept serving until Ctrl-C
 	$(BIN)/reward-router up
 
 test: $(VENV)/.development trainer-wheels  ## All tests
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
 
 # An environment of its own: 3.5 GB, and vLLM pins its torch. The torchvision that it asks for does not match the CPU torch,
 # and its command line looks for a distribution of the name `vllm`: docs/models.md.
@@ -59,10 +59,10 @@ $(VLLM_VENV)/.ready: | $(VENV)/.development
 FETCH_TRAINERS := $(BIN)/python -m tests.support.fetch_trainers
 SLIME ?= https://github.com/THUDM/slime
 
-trainer-wheels: $(VENV)/.development  ## Fetch OpenRLHF's, LLaMA-Factory's and AReaL's clients (12 MB); `make test` does it
+trainer-wheels: $(VENV)/.development  ## Fetch OpenRLHF's, LLaMA-Factory's, AReaL's and SkyRL's clients (12 MB); `make test` does it
 	@$(FETCH_TRAINERS) light --pip-args='$(PIP_ARGS)'
 
-trainer-clients: $(VENV)/.development  ## Those, slime, verl and ms-swift (290 MB), so that `make test` runs their code too
+trainer-clients: $(VENV)/.development  ## Those, slime, verl, ms-swift, verifiers, Atropos and NeMo Gym (700 MB), so that `make test` runs their code too
 	@$(FETCH_TRAINERS) all --pip-args='$(PIP_ARGS)' --slime='$(SLIME)'
 
 slime: $(VENV)/.development  ## Fetch slime's client from its repository, so that `make test` runs it
@@ -92,7 +92,7 @@ gpu: $(VENV)/.development  ## Routed pairs/s on one GPU machine with vLLM, and w
 gpu-toy: $(VENV)/.development  ## The same with toy models on the CPU: proves that it works
 	$(BIN)/python -m loadtests.gpu --toy --device cpu
 
-tables: $(VENV)/.development  ## Every figure of the learning, offline and online, into docs/results.md (a quarter of an hour)
+tables: $(VENV)/.development  ## Every figure of the learning, offline and online, into docs/results.md (20 minutes on 2 cores)
 	$(BIN)/python -m loadtests.tables --write docs
 
 table1: $(VENV)/.development  ## Table 1 of the paper, small: online DPO for every row (40 minutes on 2 cores; docs/table1.md)

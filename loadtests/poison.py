@@ -1,12 +1,13 @@
 """What one caller's bad texts cost the others: the share of innocent instances that lose their reward.
 
-    python -m loadtests.poison [--seconds S] [--share P] [--json OUT]
+    python -m loadtests.poison [--seconds S] [--share P] [--repeat] [--json OUT]
 
 One real gateway (`service.app.create_app` with a real embedded store) and four stub RMs of one worker each. A text that
 holds `MARK` makes every RM fail in its own way: status 500, a reward `null`, a reward NaN. Callers
 send single instances and batches, first without and then with a share of marked texts, and count which instances came
 back without a reward. Also printed: items that the workers scored per instance sent, so that the price of finding the
-culprits is seen. Loopback only; takes about a minute.
+culprits is seen. With `--repeat` the marked texts are few and come again and again, as from a caller that retries: the
+gateway then knows them (`service.scorers.transport.culprits`). Loopback only; takes about a minute.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ SINGLES_AT_ONCE, BATCHES_AT_ONCE = 8, 2
 
 GOAL = 0.01
 """Largest share of innocent instances that may lose their reward."""
+
+REPEATED_TEXTS = 4
+"""Different marked texts with `--repeat`."""
 
 SEED = 11
 
@@ -147,13 +151,15 @@ class Traffic:
         session: HTTP.
         url: of the gateway.
         share: of instances with `MARK`.
+        repeat: whether these hold few different texts.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, share: float) -> None:
+    def __init__(self, session: aiohttp.ClientSession, url: str, share: float, *, repeat: bool) -> None:
         self.singles, self.batches = Tally(), Tally()
         self._session = session
         self._url = url
         self._share = share
+        self._repeat = repeat
         self._rng = np.random.default_rng(SEED)
         self._numbers = count()
 
@@ -166,6 +172,8 @@ class Traffic:
     def _instance(self) -> tuple[bool, dict[str, Any]]:
         poisoned = bool(self._rng.random() < self._share)
         number = next(self._numbers)
+        if poisoned and self._repeat:
+            number %= REPEATED_TEXTS
         word = MARK if poisoned else "sum"
         return poisoned, {"prompt": f"What is {number} + 1?", "responses": [f"The {word} is {number + 1}.", "No idea."]}
 
@@ -186,7 +194,9 @@ class Traffic:
                 self.batches.note(poisoned, result["error"]["code"] if result.get("error") else "ok")
 
 
-async def measure(folder: Path, store_url: str, children: Children, seconds: float, share: float) -> dict[str, Any]:
+async def measure(
+    folder: Path, store_url: str, children: Children, seconds: float, share: float, *, repeat: bool
+) -> dict[str, Any]:
     """Both phases; the figures of each."""
     workers = [StubWorker(model, fault) for model, fault in zip(MODELS, FAULTS, strict=True)]
     urls = [await worker.start() for worker in workers]
@@ -200,7 +210,7 @@ async def measure(folder: Path, store_url: str, children: Children, seconds: flo
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         for name, phase_share in (("clean", 0.0), ("poisoned", share)):
             before = sum(worker.items for worker in workers)
-            traffic = Traffic(session, url, phase_share)
+            traffic = Traffic(session, url, phase_share, repeat=repeat)
             await traffic.run(seconds if phase_share else seconds / 3)
             sent = sum(t.innocent.total() + t.poisoned.total() for t in (traffic.singles, traffic.batches))
             items = sum(worker.items for worker in workers) - before
@@ -239,6 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m loadtests.poison", description=__doc__)
     parser.add_argument("--seconds", type=float, default=30.0, help="of poisoned traffic; a third of it clean before")
     parser.add_argument("--share", type=float, default=0.02, help="of instances that are poisoned")
+    parser.add_argument("--repeat", action="store_true", help=f"only {REPEATED_TEXTS} different poisoned texts")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     use_one_blas_thread()
@@ -248,12 +259,17 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loadtest-")))
         store = stack.enter_context(EmbeddedStore(folder / "store"))
         children = stack.enter_context(Children(folder, None))
-        phases = asyncio.run(measure(folder, store.url, children, options.seconds, options.share))
+        phases = asyncio.run(
+            measure(folder, store.url, children, options.seconds, options.share, repeat=options.repeat)
+        )
     columns = ("traffic", "innocent instances", "lost their reward", "poisoned instances", "items per response")
     table(
         f"{100 * options.share:g} % poisoned on every RM; goal: at most {100 * GOAL:g} % lost", columns, _rows(phases)
     )
-    write_json(options.json, {"machine": facts, "share": options.share, "phases": json.loads(json.dumps(phases))})
+    write_json(
+        options.json,
+        {"machine": facts, "share": options.share, "repeat": options.repeat, "phases": json.loads(json.dumps(phases))},
+    )
 
 
 if __name__ == "__main__":

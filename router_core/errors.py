@@ -48,6 +48,10 @@ class FeedbackError(RouterCoreError):
     """A feedback does not fit the run's signal or the decision."""
 
 
+class AuditError(RouterCoreError):
+    """An audit's rate, schedule, referee or verdict is outside its domain."""
+
+
 class UnknownPolicyError(RouterCoreError):
     """No policy of that name."""
 

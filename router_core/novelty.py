@@ -32,6 +32,12 @@ USUAL = 0.75
 NOISE = 3.0
 """Standard errors by which the share of novel contexts must exceed the usual one before it counts."""
 
+AUDITED_NOISE = 1.0
+"""The same where referees speak of all arms: no arm is overlooked there, so that doubting early costs less."""
+
+AUDITED_PRECISION = 10.0
+"""λ_n where referees speak of all arms, unless `lambda_novel` is smaller (docs/experiments.md, "Audits")."""
+
 MEMORY = 1024.0
 """Contexts that count in full; older ones fade, so that a stream that comes home is trusted again."""
 
@@ -100,10 +106,13 @@ class Tally:
         """Half of everything once there are `MEMORY`: exact in floating point."""
         return self if self.met < MEMORY else Tally(self.met / 2.0, self.novel / 2.0)
 
-    def excess(self) -> float:
+    def excess(self, deviations: float = NOISE) -> float:
         """e in [0, 1]: by how much the novel share exceeds the usual one and its noise; 1: everything is novel.
 
-        e = max(0, share − (1 − u) − 3·√(u(1 − u)/n))/u with u = `USUAL`.
+        e = max(0, share − (1 − u) − z·√(u(1 − u)/n))/u with u = `USUAL`.
+
+        Args:
+            deviations: z.
 
         >>> Tally(100.0, 25.0).excess(), round(Tally(1e9, 1e9).excess(), 3)
         (0.0, 1.0)
@@ -111,7 +120,7 @@ class Tally:
         share = self.share
         if share is None:
             return 0.0
-        noise = NOISE * math.sqrt(USUAL * (1.0 - USUAL) / self.met)
+        noise = deviations * math.sqrt(USUAL * (1.0 - USUAL) / self.met)
         return max(0.0, share - (1.0 - USUAL) - noise) / USUAL
 
 

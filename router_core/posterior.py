@@ -8,10 +8,11 @@ equals fold(s, a + b) wherever the log is cut, because floating-point sums are g
 * an arm's waiting events, its tail, are applied one by one on top of the block, as rank-one corrections kept beside Σ;
 * an event that holds verdicts of other RMs (`Event.shadows`) moves the asked arm first, then those, by arm; it counts
   as one event of the log;
-* with `Hyperparameters.adapt`, λ₀ is chosen anew at the events 8, 16, 32 and every `block_size`-th one of the log, for
-  all arms at once: the value of `evidence.LAMBDA_GRID` that makes what was observed most probable; O(K d³). While the
-  log's contexts are unlike the prior's landmarks it is drawn down to `lambda_novel` (`router_core.novelty`). An arm
-  whose own data say that it is better or worse than promised gets a smaller precision of its first weight, its level;
+* with `Hyperparameters.adapt`, λ₀ is chosen anew at the events 8, 16, 32 and every `block_size`-th one of the log, and
+  at every audit, for all arms at once: the value of `evidence.LAMBDA_GRID` that makes what was observed most probable;
+  O(K d³). While the log's contexts are unlike the prior's landmarks it is drawn down to `lambda_novel`
+  (`router_core.novelty`). An arm whose own data say that it is better or worse than promised gets a smaller precision
+  of its first weight, its level;
 * with `Hyperparameters.alarm_rate`, an event after which an arm's rewards contradict the posterior too much resets the
   arm to its prior, with the λ₀ that the run started from (`router_core.changes`);
 * a discount γ < 1 falls at every `block_size`-th event of the log, for all arms at once, and inverts each Λ: O(K d³);
@@ -25,21 +26,23 @@ share what did not change. Called by `service.usecases.learn` and `replay`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
+from router_core.audits.referee import Lesson, Standing
 from router_core.changes import Watch
-from router_core.errors import FeedbackError, NotFiniteError, ShapeMismatchError
+from router_core.errors import AuditError, FeedbackError, NotFiniteError, ShapeMismatchError
 from router_core.evidence import level_precisions, most_probable_precision
 from router_core.feedback import SignalAccumulator, SignalStatistics
 from router_core.linalg import inverse_probe, inverse_residual, inverse_spd
-from router_core.novelty import Tally, loosened
+from router_core.novelty import AUDITED_NOISE, AUDITED_PRECISION, NOISE, Tally, loosened
 from router_core.prior import Prior
-from router_core.records import Event, Feedback, Signal
+from router_core.records import TIE, Audit, Event, Feedback, Signal, Source
 
 Array = NDArray[np.float64]
 
@@ -130,6 +133,8 @@ class Posterior:
         precisions: (K, d) diagonal of each arm's prior precision now; `prior.hyper.lambda0` unless it adapts.
         tally: contexts met and how many of them were novel; empty unless `Prior.watches_novelty`.
         watches: (K,) what tells that an arm has changed; as at the start unless `Hyperparameters.alarm_rate`.
+        referees: what gold has said of each referee, by name; those of whom it has said anything.
+        spoken: events, and how many of them spoke of the asked arm alone or of some; the rest are audits of all arms.
     """
 
     prior: Prior
@@ -141,6 +146,8 @@ class Posterior:
     drift: float = 0.0
     tally: Tally = field(default_factory=Tally)
     watches: tuple[Watch, ...] = ()
+    referees: Mapping[str, Standing] = field(default_factory=dict)
+    spoken: Tally = field(default_factory=Tally)
     _means: list[Array] = field(default_factory=list, repr=False, compare=False)
     _events: list[Array] = field(default_factory=list, repr=False, compare=False)
 
@@ -176,9 +183,14 @@ class Posterior:
         """n_k: how much each arm's data weigh, in events (K,); a discount and a reset take from it. Computed once."""
         if not self._events:
             grams = np.array([np.trace(arm.precision) for arm in self.arms]) - self.precisions.sum(axis=1)
-            tails = [len(arm.targets) for arm in self.arms]
+            tails = [float(np.square(arm.contexts).sum()) for arm in self.arms]
             self._events.append(np.maximum(self.prior.hyper.sigma2 * grams, 0.0) + tails)
         return self._events[0]
+
+    @property
+    def partial(self) -> float:
+        """Share of the events that spoke of some arms only, in [0, 1]: how much there is to explore."""
+        return 1.0 if self.spoken.share is None else self.spoken.share
 
     def digest(self) -> str:
         """sha256 over every number that the fold carries on: equal digests mean equal posteriors, bit for bit."""
@@ -189,6 +201,9 @@ class Posterior:
         )
         h = hashlib.sha256(np.int64(self.count).tobytes() + np.array(scalars).tobytes())
         h.update(np.array(self.watches).tobytes())
+        h.update(np.array([self.spoken.met, self.spoken.novel]).tobytes())
+        for name in sorted(self.referees):
+            h.update(name.encode() + np.array(self.referees[name]).tobytes())
         for arm in self.arms:
             for array in (
                 arm.precision,
@@ -241,6 +256,8 @@ def restore(
     drift: float,
     tally: Tally,
     watches: Sequence[Watch],
+    referees: Mapping[str, Standing],
+    spoken: Tally,
 ) -> Posterior:
     """The posterior at a refresh position, from what a snapshot holds; bit for bit what the fold had there.
 
@@ -255,6 +272,8 @@ def restore(
         drift: as it was measured there.
         tally: of novel contexts up to there.
         watches: (K,) as they were there.
+        referees: as they were there.
+        spoken: as it was there.
 
     Raises:
         ShapeMismatchError: `count` is no refresh position, or the arrays do not fit the prior.
@@ -271,14 +290,17 @@ def restore(
     for lam, b in zip(precision, information, strict=True):
         covariance = inverse_spd(lam)
         arms.append(_arm(lam, b.copy(), covariance, covariance @ b))
-    return Posterior(prior, settings, count, tuple(arms), statistics, precisions, drift, tally, tuple(watches))
+    return Posterior(
+        prior, settings, count, tuple(arms), statistics, precisions, drift, tally, tuple(watches), referees, spoken
+    )
 
 
 def fold(state: Posterior, events: Sequence[Event]) -> Posterior:
     """Apply events in log order: Λ_k += x xᵀ/σ², b_k += (r − o)x/σ² for the asked arm k (arXiv 2510.02850, online
     stage).
 
-    The same for every arm in `event.shadows`, with its own credit and offset. One event costs one matrix-vector
+    The same for every arm in `event.shadows`, with its own credit and offset. A referee's verdict counts ω events with
+    the reward r' (`audits.referee`). One event costs one matrix-vector
     product per arm it moves, O(d²); a block of m events one rank-m update, O(m d²).
 
     Args:
@@ -292,6 +314,7 @@ def fold(state: Posterior, events: Sequence[Event]) -> Posterior:
         ShapeMismatchError: an event's context is not (d,), or its arm not in the pool.
         NotFiniteError: a context, offset or value is NaN or infinite.
         FeedbackError: verdicts of other RMs with a signal that says nothing of them.
+        AuditError: an audit without a referee, or numbers of one outside their domain.
     """
     if not events:
         return state
@@ -333,6 +356,8 @@ class _Folding:
         self._precisions = state.precisions
         self._tally = state.tally
         self._watches = [*state.watches]
+        self._referees = dict(state.referees)
+        self._spoken = state.spoken
         self._landmarks = state.prior.landmarks if state.prior.watches_novelty else None
         self._signal = SignalAccumulator(state.statistics, state.prior.loss_scale)
         self._touched: dict[int, _ArmFolding] = {}
@@ -344,15 +369,21 @@ class _Folding:
             self._tally = self._tally.add(self._landmarks.is_novel(x))
         x = self._state.prior.learned(x)
         settings = self._state.settings
+        lesson = None if event.audit is None else self._lesson(event.audit)
         if event.arm != NO_ARM:
-            self._learn(event.arm, x, event.offset, event.credit, event.feedback)
+            self._learn(event.arm, x, event.offset, event.credit, event, lesson)
         # By arm, however the log lists them: the order of sums must not depend on who answered first.
         for arm, offset, credit in sorted(event.shadows, key=itemgetter(0)):
-            self._learn(arm, x, offset, credit, event.feedback)
+            self._learn(arm, x, offset, credit, event, lesson)
+        if event.audit is not None:
+            self._judge(event, event.audit)
+        full = event.source is Source.AUDIT and (event.arm != NO_ARM) + len(event.shadows) == self._state.n_arms
+        self._spoken = self._spoken.add(not full)
         self._count += 1
         if self._count % settings.block_size == 0:
+            self._spoken = self._spoken.faded()
             self._discount()
-        if settings.adapts_at(self._count):
+        if event.source is Source.AUDIT or settings.adapts_at(self._count):
             self._adapt()
         if self._count % settings.refresh_events == 0:
             self._drift = max(self._arm(k).refresh() for k in range(self._state.n_arms))
@@ -372,19 +403,65 @@ class _Folding:
             chosen = most_probable_precision(grams, informations)
             if self._landmarks is not None:
                 self._tally = self._tally.faded()
-                chosen = loosened(chosen, self._tally.excess(), hyper.lambda_novel)
+                # Between the two settings in proportion to the events that spoke of some arms only.
+                partial = self._spoken.novel / self._spoken.met
+                deviations = partial * NOISE + (1.0 - partial) * AUDITED_NOISE
+                audited = min(AUDITED_PRECISION, hyper.lambda_novel)
+                precision = hyper.lambda_novel**partial * audited ** (1.0 - partial)
+                chosen = loosened(chosen, self._tally.excess(deviations), precision)
             precisions = np.full(self._precisions.shape, chosen)
             precisions[:, 0] = level_precisions(grams, informations, chosen)
             for k in np.flatnonzero((precisions != self._precisions).any(axis=1)).tolist():
                 self._arm(k).change_precision(precisions[k] - self._precisions[k])
             self._precisions = precisions
 
-    def _learn(self, arm: int, x: NDArray[np.float32], offset: float, credit: float | None, feedback: Feedback) -> None:
-        reward = self._signal.observe(arm, feedback, credit=credit, offset=offset)
-        if reward is not None:
-            if self._state.prior.hyper.alarm_rate:
-                self._watch(arm, offset + self._arm(arm).predicted(x), reward)
-            self._arm(arm).append(x, reward - offset)
+    def _learn(
+        self, arm: int, x: NDArray[np.float32], offset: float, credit: float | None, event: Event, lesson: Lesson | None
+    ) -> None:
+        """Apply what the event says of one arm."""
+        audit = event.audit
+        if audit is not None and lesson is not None:
+            if event.source is Source.AUDIT and not audit.after_gold:
+                self._learn_audited(arm, x, offset, credit, lesson)
+                return
+            taught = dict(audit.taught).get(arm)
+        else:
+            taught = None
+        reward = self._signal.observe(arm, event.feedback, credit=credit, offset=offset)
+        if reward is None:
+            return
+        if lesson is not None and lesson.weight and taught is not None:
+            weight, target = lesson.correction(reward, taught, offset)
+            self._arm(arm).append(x, target, weight)
+            return
+        if self._state.prior.hyper.alarm_rate:
+            self._watch(arm, offset + self._arm(arm).predicted(x), reward)
+        self._arm(arm).append(x, reward - offset)
+
+    def _learn_audited(
+        self, arm: int, x: NDArray[np.float32], offset: float, credit: float | None, lesson: Lesson
+    ) -> None:
+        if credit is None or not lesson.weight:
+            return
+        reward = lesson.reward(credit)
+        self._signal.observe(arm, Feedback(Signal.PREFERENCE, 0.0), credit=reward)
+        if self._state.prior.hyper.alarm_rate:
+            self._watch(arm, lesson.seen(offset + self._arm(arm).predicted(x)), credit)
+        self._arm(arm).append(x, reward - offset, lesson.weight)
+
+    def _lesson(self, audit: Audit) -> Lesson:
+        standing = self._referees.get(audit.referee, Standing())
+        return standing.lesson(audit.trust, self._state.prior.hyper.sigma2)
+
+    def _judge(self, event: Event, audit: Audit) -> None:
+        """Judge the referee where the event holds gold as well."""
+        gold = event.source is not Source.AUDIT or audit.after_gold
+        if not gold or event.feedback.signal is not Signal.PREFERENCE:
+            return
+        right = 0.5 if audit.verdict == TIE else float(audit.verdict == event.feedback.value)
+        earned = audit.earned if event.arm == NO_ARM else event.credit
+        standing = self._referees.get(audit.referee, Standing())
+        self._referees[audit.referee] = standing.after(right, right if earned is None else earned)
 
     def _watch(self, arm: int, predicted: float, reward: float) -> None:
         """Reset the arm if its rewards have contradicted the posterior too much."""
@@ -413,6 +490,8 @@ class _Folding:
             raise NotFiniteError(f"event {event.decision_id!r} holds NaN or infinity")
         if event.shadows:
             self._check_shadows(event)
+        if event.audit is not None or event.source is Source.AUDIT:
+            self._check_audit(event)
 
     def _check_shadows(self, event: Event) -> None:
         if event.feedback.signal is not Signal.PREFERENCE:
@@ -429,6 +508,20 @@ class _Folding:
         if not all(np.isfinite((offset, credit or 0.0)).all() for _, offset, credit in event.shadows):
             raise NotFiniteError(f"event {event.decision_id!r} holds NaN or infinity")
 
+    def _check_audit(self, event: Event) -> None:
+        audit = event.audit
+        if audit is None or not audit.referee:
+            raise AuditError(f"event {event.decision_id!r} is an audit without a referee: name who judged it")
+        if not (0.0 < audit.probability <= 1.0 and 0.5 <= audit.trust <= 1.0 and audit.verdict >= TIE):
+            raise AuditError(
+                f"event {event.decision_id!r}: audit by {audit.referee!r} with probability {audit.probability}, trust "
+                f"{audit.trust} and verdict {audit.verdict}: give (0, 1], [0.5, 1] and a response's index, or {TIE}"
+            )
+        if event.source is Source.AUDIT and event.feedback.signal is not Signal.PREFERENCE:
+            raise AuditError(f"event {event.decision_id!r}: an audit speaks by preference, not {event.feedback.signal}")
+        if not all(0 <= arm < self._state.n_arms and np.isfinite(credit or 0.0) for arm, credit in audit.taught):
+            raise AuditError(f"event {event.decision_id!r}: audit has taught arms {audit.taught}, which cannot be")
+
     def freeze(self) -> Posterior:
         arms = list(self._state.arms)
         for k, folding in self._touched.items():
@@ -442,6 +535,8 @@ class _Folding:
             precisions=self._precisions,
             tally=self._tally,
             watches=tuple(self._watches),
+            referees=self._referees,
+            spoken=self._spoken,
             _means=[],
             _events=[],
         )
@@ -467,9 +562,12 @@ class _ArmFolding:
         self._targets[: self._rows] = arm.targets
         self._corrections[: self._rows] = arm.corrections
 
-    def append(self, x: NDArray[np.float32], target: float) -> None:
+    def append(self, x: NDArray[np.float32], target: float, weight: float = 1.0) -> None:
+        """Add one observation; one with weight ω is a whole one with √ω x and √ω target."""
+        scale = math.sqrt(weight)
         self._contexts[self._rows] = x
-        self._targets[self._rows] = target
+        self._contexts[self._rows] *= scale
+        self._targets[self._rows] = target * scale
         self._rows += 1
         if self._rows == self._settings.block_size:
             self._absorb()

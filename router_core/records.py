@@ -161,15 +161,60 @@ class Shadow(NamedTuple):
     credit: float | None
 
 
+class Source(StrEnum):
+    """Who says which response is better."""
+
+    TRAINER = "trainer"
+    """The trainer's feedback. A preference is gold."""
+    PERSON = "person"
+    """A person who was shown the responses: gold."""
+    AUDIT = "audit"
+    """A referee, which may be wrong."""
+
+
+class Audit(NamedTuple):
+    """A referee's verdict on a decision that was chosen with known probability (docs/audits.md).
+
+    Attributes:
+        referee: its name.
+        verdict: the response that it prefers; TIE where it prefers none.
+        probability: with which the decision was chosen, in (0, 1].
+        trust: how often the operator expects the referee to be right, in [1/2, 1].
+        after_gold: True where gold was there first; then the event's feedback is gold, and teaches the arms that the
+            audit was the first to ask.
+        earned: credit against gold of the RM that was asked first, where the event has no arm; None: unknown.
+        taught: (arm, credit against `verdict`) of every arm that an earlier event of this audit has taught; only in the
+            event of gold that came later.
+    """
+
+    referee: str
+    verdict: int
+    probability: float
+    trust: float = 0.9
+    after_gold: bool = False
+    earned: float | None = None
+    taught: tuple[tuple[int, float | None], ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One accepted feedback as the run's log holds it.
+    """One accepted feedback, or audit, as the run's log holds it.
 
     `x` is the context as little-endian float32 bytes, exactly as it was when the RM was drawn; `offset` the calibrated
     probability o_k(x) of the asked arm at that time (0 for priors without offset). `credit` is what a preference says
     of the asked RM (`records.credit`); None where it says nothing, or where the signal is another. `shadows` holds
     (arm, offset, credit) of every other RM that was asked as well, each arm once; only a `preference` can be learned
     from for them.
+
+    An audit is an event with the preference of its referee. Gold and an audit of one decision are two events, and the
+    later one carries `audit`, so that the referee can be judged:
+
+    | event | source | feedback and credits | audit |
+    |---|---|---|---|
+    | feedback alone | trainer, person | gold's | None |
+    | audit alone | audit | the referee's | yes |
+    | audit after gold | audit | gold's; the arms that gold did not teach, or none | with `after_gold` |
+    | gold after audit | trainer, person | gold's | with `taught` |
     """
 
     arm: int
@@ -179,6 +224,8 @@ class Event:
     feedback: Feedback
     decision_id: str = ""
     shadows: tuple[tuple[int, float, float | None], ...] = ()
+    source: Source = Source.TRAINER
+    audit: Audit | None = None
 
 
 def credit(rewards: Sequence[float], preferred: int) -> float | None:

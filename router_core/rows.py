@@ -95,7 +95,7 @@ def encode_pair(pair: LabelledPair) -> bytes:
         "domain": pair.domain,
         "group": pair.group,
     }
-    prompt, *responses = (_written(said) for said in (instance.items()[0][0], *[r for _, r in instance.items()]))
+    prompt, *responses = (written(said) for said in (instance.items()[0][0], *[r for _, r in instance.items()]))
     row["prompt"] = prompt
     if lettered:
         row |= {"response_a": responses[0], "response_b": responses[1]}
@@ -113,8 +113,8 @@ def encode_pair(pair: LabelledPair) -> bytes:
     return msgspec.json.encode(row)
 
 
-def _written(said: Said) -> object:
-    """Return a text as it is, and messages as objects."""
+def written(said: Said) -> object:
+    """Return a text as it is, and messages as the objects of a row or request."""
     return said if isinstance(said, str) else [chat_message(turn) for turn in said]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from router_core.audits.referee import Standing
 from router_core.changes import Watch
 from router_core.errors import SnapshotError
 from router_core.feedback import SignalStatistics
@@ -21,7 +22,7 @@ from router_core.novelty import Tally
 from router_core.posterior import FoldSettings, Posterior, restore
 from router_core.prior import Prior
 
-FORMAT = "reward-router-snapshot/4"
+FORMAT = "reward-router-snapshot/5"
 """A run of another version has another fingerprint, too."""
 
 
@@ -67,6 +68,10 @@ def dump(snapshot: Snapshot, fingerprint: str) -> bytes:
         "drift": posterior.drift.hex(),
         # Only where it is kept, so that snapshots of other runs are what they always were.
         **({"tally": [tally.met.hex(), tally.novel.hex()]} if posterior.prior.watches_novelty else {}),
+        "spoken": [posterior.spoken.met.hex(), posterior.spoken.novel.hex()],
+        "referees": {
+            name: [number.hex() for number in posterior.referees[name]] for name in sorted(posterior.referees)
+        },
     }
     return save(
         {name: np.ascontiguousarray(t) for name, t in tensors.items()}, metadata={"reward_router": json.dumps(header)}
@@ -115,5 +120,7 @@ def parse(data: bytes, fingerprint: str, prior: Prior, settings: FoldSettings) -
         drift=float.fromhex(header["drift"]),
         tally=Tally(*map(float.fromhex, header.get("tally", ()))),
         watches=[Watch(*row) for row in tensors["watches"].tolist()],
+        spoken=Tally(*map(float.fromhex, header["spoken"])),
+        referees={name: Standing(*map(float.fromhex, row)) for name, row in header["referees"].items()},
     )
     return Snapshot(posterior, header["last_event_id"])

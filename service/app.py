@@ -17,6 +17,7 @@ from service.encoders.protocol import AwaitedEncoder
 from service.errors import ServiceError
 from service.gateway import Gateway, build_gateway
 from service.handlers import openapi
+from service.handlers.audits import audits_router
 from service.handlers.errors import render
 from service.handlers.hot import HotRoutes
 from service.handlers.keys import ApiKeys
@@ -72,7 +73,10 @@ def _operators_app(gateway: Gateway) -> ASGIApp:
         lifespan=lifespan,
     )
     app.state.status = gateway.status
+    app.state.people = gateway.people
+    app.state.reporter = gateway.reporter
     app.include_router(system_router())
+    app.include_router(audits_router())
     app.add_exception_handler(ServiceError, render)
     app.add_exception_handler(HTTPException, render)
     app.add_exception_handler(Exception, render)

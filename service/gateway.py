@@ -20,6 +20,8 @@ from starlette.types import ASGIApp
 from router_core.encoder.fuse import PairEncoder
 from router_core.policies import ScoreScale
 from router_core.posterior import FoldSettings
+from router_core.records import Signal
+from service.audit_entry import STACKED
 from service.encoders.build import load_pair_encoder
 from service.encoders.protocol import AwaitedEncoder
 from service.errors import ConfigurationError, RunConflictError, StoreUnavailableError
@@ -37,11 +39,15 @@ from service.stores.embedded import EmbeddedStore
 from service.stores.protocol import FeedbackStatus, NameNotFreeError, Store
 from service.stores.requirements import RequirementsWatch
 from service.telemetry import Telemetry
+from service.usecases.audit import Auditor, AuditPlan, Referee
+from service.usecases.audit_choice import AuditChooser
 from service.usecases.choose import Chooser
 from service.usecases.follow import Learner
 from service.usecases.hold import NameHolder
 from service.usecases.learn import FeedbackService
 from service.usecases.normalise import Normaliser
+from service.usecases.people import PeopleService
+from service.usecases.report import Reporter
 from service.usecases.runs import NAME_POLL_SECONDS, Run, RunRegistry, RunTemplate
 from service.usecases.score import RewardService, limits_of
 from service.usecases.shadow import Shadower
@@ -62,13 +68,20 @@ class Gateway:
     scorer: RewardService
     feedback: FeedbackService
     status: StatusService
+    people: PeopleService
+    reporter: Reporter
     shadower: Shadower
+    auditor: Auditor | None
+    """Lets referees look at chosen decisions; None where the pool file has no `audit`."""
+    audits: AuditChooser | None
     normaliser: Normaliser
     watch: RequirementsWatch
     encoder: AwaitedEncoder | None
     """The encoder over a network; None where contexts are computed here."""
     trainer_texts: TrainerTexts
     arms: tuple[Scorer, ...]
+    referees: tuple[Scorer, ...]
+    """Scorers that are asked about audits only."""
     chooser_thread: ThreadPoolExecutor
     learner_thread: ThreadPoolExecutor
     embedded: EmbeddedStore | None
@@ -78,13 +91,16 @@ class Gateway:
         """Probe the workers, begin health checks, and begin to load the default run. A wrong worker gets no traffic."""
         await self.watch.check()
         self._spawn(self.watch.run_forever())
-        await asyncio.gather(*(scorer.check() for scorer in self.arms))
-        for scorer in self.arms:
+        scorers = (*self.arms, *self.referees)
+        await asyncio.gather(*(scorer.check() for scorer in scorers))
+        for scorer in scorers:
             scorer.start()
         if self.encoder is not None:
             await self.encoder.start()
         self._spawn(self._open_default_run())
         self._spawn(NameHolder(self.runs.runs, self.store).run_forever())
+        if self.auditor is not None:
+            self._spawn(self.auditor.run_forever())
 
     async def _open_default_run(self) -> None:
         """Open it as soon as the store answers; readiness is false until then."""
@@ -132,6 +148,9 @@ class Gateway:
             task.cancel()
             self.telemetry.forget_run(run.name)
             self.normaliser.forget(run.name)
+            self.reporter.forget(run.name)
+            if self.audits is not None:
+                self.audits.forget(run.name)
 
         return close
 
@@ -141,7 +160,7 @@ class Gateway:
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
-        await asyncio.gather(*(scorer.close() for scorer in self.arms))
+        await asyncio.gather(*(scorer.close() for scorer in (*self.arms, *self.referees)))
         if self.encoder is not None:
             await self.encoder.close()
         await self.store.close()
@@ -156,6 +175,7 @@ class Gateway:
         return HotRoutes(
             scorer=self.scorer,
             feedback=self.feedback,
+            people=self.people,
             telemetry=self.telemetry,
             keys=ApiKeys(settings.api_keys),
             limits=HotLimits(settings.max_body_bytes, settings.max_in_flight),
@@ -175,6 +195,41 @@ def default_policy(settings: Settings, pool: PoolFile) -> str:
     if "policy" in settings.model_fields_set or pool.combine in (None, "route"):
         return settings.policy
     return str(pool.combine)
+
+
+def build_referees(
+    settings: Settings, pool: PoolFile, arms: Sequence[Scorer]
+) -> tuple[tuple[Scorer, ...], AuditPlan | None]:
+    """Return the scorers that are asked about audits only, and how decisions are audited.
+
+    Raises:
+        ConfigurationError: a referee cannot be used, or the runs' signal says nothing of a referee's verdicts.
+    """
+    audit = pool.audit
+    if audit is None:
+        return (), None
+    if settings.signal is not Signal.PREFERENCE:
+        raise ConfigurationError(
+            f"the pool file has an `audit`, and signal is {settings.signal.value!r}: a referee's verdict is a "
+            "preference; set the signal to 'preference', or leave `audit` out"
+        )
+    built = {entry.name: build_scorer(entry, settings, pool) for entry in pool.referees}
+    names = [arm.name for arm in arms]
+    cheapest = min(model.price for model in pool.models)
+    price = {entry.name: entry.price / cheapest for entry in pool.scorers}
+    referees = tuple(
+        Referee(name, None, None, 0.0)
+        if name == STACKED and name not in price
+        else Referee(
+            name,
+            built.get(name) or arms[names.index(name)],
+            names.index(name) if name in names else None,
+            price[name],
+        )
+        for name in audit.referee
+    )
+    plan = AuditPlan(referees, audit.ask == "all", audit.budget, audit.trust, audit.keep)
+    return tuple(built.values()), plan
 
 
 def build_gateway(
@@ -255,6 +310,21 @@ def build_gateway(
         rate=settings.shadow_rate,
         timeout_seconds=settings.worker_timeout_seconds,
     )
+    referees, audit_plan = build_referees(settings, pool, built)
+    audits = None if pool.audit is None or audit_plan is None else AuditChooser(store, pool.audit.plan)
+    auditor, idle = None, asyncio.Event()
+    if audit_plan is not None:
+        auditor = Auditor(
+            store,
+            lambda: runs.runs,
+            built,
+            template.prices,
+            audit_plan,
+            telemetry,
+            timeout_seconds=settings.worker_timeout_seconds,
+            idle=idle,
+        )
+    reporter = Reporter(runs, store, telemetry)
     required = settings.on_store_unavailable is OnStoreUnavailable.REFUSE
     sticky = StickyChoices(store, telemetry, seconds=settings.sticky_seconds, required=required)
     normaliser = Normaliser(store, telemetry, required=required)
@@ -273,6 +343,9 @@ def build_gateway(
             shadower,
             sticky,
             normaliser,
+            audits,
+            (lambda: None) if auditor is None else auditor.notify,
+            idle,
         ),
         feedback=FeedbackService(runs, store, telemetry, max_batch=settings.max_batch),
         status=StatusService(
@@ -280,20 +353,27 @@ def build_gateway(
             store,
             telemetry,
             models=lambda: [scorer.status() for scorer in built],
+            referees=lambda: [scorer.status() for scorer in referees],
+            tell_audits=None if auditor is None else reporter.tell,
             executor=learner_thread,
-            health_check_errors=lambda: sum(scorer.unexpected_errors for scorer in built),
+            health_check_errors=lambda: sum(scorer.unexpected_errors for scorer in (*built, *referees)),
             answers_without_store=settings.on_store_unavailable is OnStoreUnavailable.ANSWER,
             scales=normaliser.scales,
             encoder=awaited,
             store_findings=lambda: watch.findings,
             store_refused=lambda: bool(watch.verdict.refusals),
         ),
+        people=PeopleService(runs, store, telemetry),
+        reporter=reporter,
         shadower=shadower,
+        auditor=auditor,
+        audits=audits,
         normaliser=normaliser,
         watch=watch,
         encoder=awaited,
         trainer_texts=trainer_texts,
         arms=built,
+        referees=referees,
         chooser_thread=chooser_thread,
         learner_thread=learner_thread,
         embedded=embedded,

@@ -37,6 +37,8 @@
         tokens_per_request: 32768            # for `tokens`, `auto`: bound on one request
         vllm_args: [--max-num-batched-tokens, "8192"]
         env: {VLLM_LOGGING_LEVEL: WARNING}
+    referees: []                             # scorers that only look at audits; the same fields (docs/audits.md)
+    audit: {referee: sums, rate: 0.05}       # who looks at which share of the decisions; `service.audit_entry`
 
 Relative paths are relative to the file. docs/models.md says more, docs/workers.md of `rendering` and `over_long`;
 `service.cli.vllm_serve` makes commands of it. Knows no process and no network.
@@ -55,6 +57,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from router_core.records import MAX_ABS_SCORE
+from service.audit_entry import AuditEntry
 from service.errors import ConfigurationError
 from service.scorers.entry import ScorerEntry
 from service.scorers.http.entry import HttpEntry
@@ -227,17 +230,32 @@ class PoolFile(BaseModel):
     vllm_command: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
     combine: str | None = Field(default=None, pattern=r"^(route|(sum|min)(:.+)?|(gate|within):.+)$")
     models: tuple[Entry, ...] = Field(min_length=1)
+    referees: tuple[Entry, ...] = ()
+    audit: AuditEntry | None = None
+
+    @property
+    def scorers(self) -> tuple[Entry, ...]:
+        """Everybody who is asked: the models, then the referees."""
+        return (*self.models, *self.referees)
 
     @property
     def reward_models(self) -> tuple[ModelEntry, ...]:
-        """The scorers of kind `rm`, in order."""
-        return tuple([model for model in self.models if isinstance(model, ModelEntry)])
+        """The scorers of kind `rm`, in order, referees last."""
+        return tuple([model for model in self.scorers if isinstance(model, ModelEntry)])
 
     @model_validator(mode="after")
     def _distinct(self) -> PoolFile:
-        names = [model.name for model in self.models]
+        names = [model.name for model in self.scorers]
         if len(set(names)) != len(names):
             raise ValueError(f"models are named twice: {', '.join(sorted(names))}")
+        return self
+
+    @model_validator(mode="after")
+    def _audited(self) -> PoolFile:
+        if self.audit is not None:
+            self.audit.check([model.name for model in self.models], [model.name for model in self.referees])
+        elif self.referees:
+            raise ValueError("there are `referees` and no `audit` that asks them: add it, or leave them out")
         return self
 
 

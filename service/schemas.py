@@ -255,3 +255,19 @@ class FeedbackBatchReply(msgspec.Struct):
     """One reply or error per item, in order."""
 
     results: list[FeedbackReply | ErrorReply]
+
+
+class JudgementRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """What a person says of an audited decision."""
+
+    decision_id: str
+    preferred: Annotated[Index | None, Meta(description="Index of the better response; null for a tie.")]
+    run: str | None = None
+
+
+class JudgementReply(msgspec.Struct):
+    """A person's judgement: it is in the run's log, exactly once."""
+
+    decision_id: str
+    event_id: Annotated[str, Meta(description="Its id in the run's log.")]
+    duplicate: Annotated[bool, Meta(description="True if the same judgement was there before; nothing changed.")]

@@ -162,7 +162,10 @@ class Settings(BaseSettings):
         description="`embedded`, or redis://, rediss:// or unix:// of a Redis or Valkey server, or "
         "redis+cluster://HOST:PORT,HOST:PORT of a cluster.",
     )
-    data_dir: Path = Field(Path(".data/store"), description="Where the embedded store keeps its append-only file.")
+    data_dir: Path = Field(
+        Path(".data"),
+        description="Directory of everything that is kept here; the embedded store's is `store` in it.",
+    )
     store_fsync: Literal["everysec", "always"] = Field(
         "everysec",
         description="Embedded store: flush to disk each second (a power cut may lose it) or before each reply.",
@@ -274,6 +277,11 @@ class Settings(BaseSettings):
                 f"host is {self.host}: listening beyond loopback needs an API key (api_keys), or allow_unauthenticated"
             )
         return self
+
+
+def store_directory(data_dir: Path) -> Path:
+    """Return the directory of the embedded store: the same for every command with a `--data-dir`."""
+    return data_dir / "store"
 
 
 def read_settings(**given: Any) -> Settings:

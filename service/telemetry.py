@@ -152,6 +152,60 @@ class Telemetry:
             **common,
         )
         self.shadows_in_flight = Gauge("shadows_in_flight", "Instances being shadowed.", **common)
+        self.audits = Counter(
+            "audits_total",
+            "Decisions that were chosen for an audit: recorded, abstained (no referee applies), away (asked again "
+            "later), late (another gateway came first), dropped (too many or too long waiting), unreadable.",
+            ["run", "outcome"],
+            **common,
+        )
+        self.audit_calls = Counter(
+            "audit_calls_total",
+            "Instances that a scorer was asked about in an audit, not counted as worker calls.",
+            ["model", "outcome"],
+            **common,
+        )
+        self.audit_price = Counter(
+            "audit_price_total", "Price of the audits, in units of the cheapest RM.", ["run"], **common
+        )
+        self.audits_waiting = Gauge(
+            "audits_waiting", "Decisions that are chosen for an audit and not refereed.", ["run"], **common
+        )
+        self.audit_errors = Counter("audit_errors_total", "Failures of the background auditor.", **common)
+        self.audited_accuracy = Gauge(
+            "audited_accuracy",
+            "How often a scorer is right, by the referee's verdicts on random audits.",
+            ["run", "model"],
+            **common,
+        )
+        self.accuracy_fall = Gauge(
+            "accuracy_fall",
+            "Evidence that a scorer's audited accuracy has fallen; 1 or more is an alarm.",
+            ["run", "model"],
+            **common,
+        )
+        self.length_excess = Gauge(
+            "length_excess",
+            "By how much a scorer's rewards follow the length of responses more than the referee's do, at least: lower "
+            "bound of the difference of the correlations.",
+            ["run", "model"],
+            **common,
+        )
+        self.referee_accuracy = Gauge(
+            "referee_accuracy", "How often a referee is right, by gold.", ["run", "referee"], **common
+        )
+        self.referee_shortfall = Gauge(
+            "referee_shortfall",
+            "By how much a referee is less often right than `audit.trust` says, at least; above 0 it is.",
+            ["run", "referee"],
+            **common,
+        )
+        self.judgements = Counter(
+            "judgements_total",
+            "Audited decisions that people judged, by what became of it.",
+            ["run", "outcome"],
+            **common,
+        )
         self.feedback = Counter("feedback_total", "Feedbacks by what became of them.", ["run", "outcome"], **common)
         self.sticky = Counter(
             "sticky_choices_total",
@@ -252,6 +306,15 @@ class Telemetry:
             self.price,
             self.draws,
             self.shadows,
+            self.audits,
+            self.audit_price,
+            self.audited_accuracy,
+            self.accuracy_fall,
+            self.length_excess,
+            self.referee_accuracy,
+            self.referee_shortfall,
+            self.judgements,
+            self.audits_waiting,
             self.sticky,
             self.trainer_texts,
             self.feedback,

@@ -23,6 +23,50 @@ K4 = ("internlm2-1_8b-reward", "GRM-Gemma-2B-rewardmodel-ft", "FsfairX-LLaMA3-RM
 K6 = (*K4, "internlm2-7b-reward", "URM-LLaMa-3-8B")
 """Chosen in the same way."""
 
+S4 = (
+    "PKU-Alignment/beaver-7b-v2.0-cost",
+    "Ray2333/Gemma-2B-rewardmodel-ft",
+    "weqweasdas/RM-Gemma-7B",
+    "hendrydong/Mistral-RM-for-RAFT-GSHF-v0",
+)
+S6 = (*S4, "openbmb/UltraRM-13b", "Ray2333/Gemma-2B-rewardmodel-baseline")
+E5 = (
+    "openbmb/Eurus-RM-7b",
+    "Ray2333/Gemma-2B-rewardmodel-ft",
+    "weqweasdas/RM-Gemma-7B",
+    "OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5",
+    "IDEA-CCNL/Ziya-LLaMA-7B-Reward",
+)
+X4 = (
+    "OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5",
+    "Qwen/Qwen1.5-MoE-A2.7B-Chat",
+    "weqweasdas/RM-Gemma-7B",
+    "RLHFlow/LLaMA3-iterative-DPO-final",
+)
+N5 = (
+    "weqweasdas/RM-Mistral-7B",
+    "allenai/tulu-2-dpo-70b",
+    "mistralai/Mixtral-8x7B-Instruct-v0.1",
+    "NousResearch/Nous-Hermes-2-Mixtral-8x7B-DPO",
+    "HuggingFaceH4/zephyr-7b-beta",
+)
+T6 = (
+    "infly/INF-ORM-Llama3.1-70B",
+    "nicolinho/QRM-Gemma-2-27B",
+    "Skywork/Skywork-Reward-Gemma-2-27B-v0.2",
+    "Skywork/Skywork-Reward-Gemma-2-27B",
+    "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2",
+    "nicolinho/QRM-Llama3.1-8B-v2",
+)
+FIELD_POOLS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"S6": S6, "S4": S4, "E5": E5, "X4": X4, "N5": N5, "T6": T6}
+)
+"""Pools of the 85 RMs. S6, S4, E5 and X4 were chosen for room after seeing the accuracies; N5 (middling) and T6 (the
+best) by the overall scores that their leaderboard published, not by these pairs.
+"""
+CHOSEN_FOR_ROOM = ("K4", "K6", "S6", "S4", "E5", "X4")
+ALL = "all 85"
+
 OURS = "bayesian"
 SHADOWED = "bayesian+shadow=0.1"
 PAPER = "bayesian:paper"
@@ -37,14 +81,16 @@ earn on these pairs (`python -m loadtests.soundness published`): in the folds, u
 together, and in the folds alone.
 """
 POLICIES = (OURS, PAPER, *TUNED, "bayesian:none", "offline", "laser", "random", "majority", "uwo")
-FEW = (OURS, "bayesian:none", "offline", "laser", "random", "majority", "uwo")
+LEARNERS = ("neural", "neural:none", "dueling", "dueling:none")
+"""Of `router_core.replay.learners`; they take no losses."""
+FEW = (OURS, "bayesian:none", "neural", "dueling", "offline", "laser", "random", "majority", "uwo")
 """For the pools and domains that stand beside K4."""
+FIELD_ROWS = (OURS, "bayesian:paper", "bayesian:none", *LEARNERS, "offline", "laser", "random", "majority")
+"""For the pools of the 85 RMs, whose verdicts are recorded and no scores: no `uwo`."""
 
 ABLATION_SEEDS, ABLATION_SHIFTS = 3, 2
 """Passes and shifted dealings of an ablation: differences are paired, so fewer do."""
 
-STREAMED = 0.6
-"""Share of the pairs that is streamed where the number of labelled ones is varied."""
 
 SHIFT = Shift("code")
 """The offline stage sees 10 % code, the stream is 80 % code."""
@@ -52,20 +98,34 @@ SHIFT = Shift("code")
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """One offline stage: encoder's spec, pool, indices of the pairs that are learned from, settings with their seed."""
+    """One offline stage: encoder's spec, pool, indices of the pairs that are learned from, settings with their seed.
+
+    `late` is an RM of which only the verdicts on `asked`, some of the rows, are known.
+    """
 
     encoder: str
     pool: tuple[str, ...]
     rows: tuple[int, ...]
     config: TrainConfig
+    late: str = ""
+    asked: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """An offline stage, and the indices of the pairs that are streamed after it."""
+    """An offline stage, and the indices of the pairs that are streamed after it.
+
+    `joining` is an RM beside the fit's pool that was never seen: its offsets are the others' mean.
+    """
 
     fit: Fit
     rows: tuple[int, ...]
+    joining: str = ""
+
+    @property
+    def pool(self) -> tuple[str, ...]:
+        """The fit's pool, and who joins it."""
+        return (*self.fit.pool, self.joining) if self.joining else self.fit.pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +175,7 @@ class Job:
     @property
     def pool(self) -> tuple[str, ...]:
         """The streams' one pool."""
-        return self.streams[0].fit.pool
+        return self.streams[0].pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +238,7 @@ class Size:
         dealings: of the folds for the first encoder; the other encoders take the first.
         shifts: dealings of the shifted split, and of the one with few labelled pairs.
         labelled: how many pairs are labelled there.
+        streamed: share of the pairs that is streamed there.
         seeds: passes per stream.
         config: of all fits, but for their seeds.
     """
@@ -187,6 +248,7 @@ class Size:
     dealings: int = 2
     shifts: int = 3
     labelled: tuple[int, ...] = (64, 128, 256, 512)
+    streamed: float = 0.6
     seeds: int = 5
     config: TrainConfig = field(default_factory=TrainConfig)
 
@@ -235,7 +297,7 @@ class Plan:
         streams: dict[int, list[Stream]] = {}
         for dealing in range(self.size.shifts):
             rng = np.random.default_rng(dealing)
-            inside, outside = grouped_split(self._pairs, STREAMED, rng)
+            inside, outside = grouped_split(self._pairs, self.size.streamed, rng)
             groups: dict[str, list[int]] = {}
             for index in inside.tolist():
                 groups.setdefault(self._pairs[index].group or f"pair {index}", []).append(index)
@@ -250,7 +312,7 @@ class Plan:
     def online(self, pools: Mapping[str, tuple[str, ...]]) -> dict[str, Job]:
         """The streams of the online stage, by key; the first pool's in full, of the others the first."""
         (first, pool), *others = pools.items()
-        rows = (*POLICIES, SHADOWED)
+        rows = (*POLICIES, *LEARNERS, SHADOWED)
         long, shifted = self.folds(pool, self.size.long_folds, 0), self.shifted(pool)
 
         def job(title: str, streams: tuple[Stream, ...], **changes: Any) -> Job:

@@ -30,20 +30,40 @@ from router_core.checkpoint import Checkpoint
 from router_core.intervals import paired_difference
 from router_core.offline.figures import figures
 from router_core.offline.table import OFFLINE, Judged, Router, Split, fits, fold_splits, judge_fitted, routers
+from router_core.offline.train import TrainConfig
 from router_core.records import LabelledPair
 from router_core.replay import complete_pairs
 
 Array = NDArray[np.float64]
 Splits = Mapping[int, Sequence[Split]]
 
+PAPERS = "offline, the paper's"
+"""The paper's offline stage on our frozen encoder: one network, hard verdicts, both losses, routed by the Bradley-Terry
+head. Its own fine-tunes the encoder.
+"""
+
+
+def papers_config(config: TrainConfig) -> TrainConfig:
+    """The settings of `PAPERS`."""
+    return replace(config, members=1, kind_members=0, soft_share=0.0, blend=0.0, level=0.0)
+
 
 class TableTwo:
     """The rows of one pool: our router on all dealings; other fits (no-CLS, other encoders) on the first dealing."""
 
-    def __init__(self, pairs: Sequence[LabelledPair], pool: Sequence[str], encoders: Sequence[str], size: Size) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[LabelledPair],
+        pool: Sequence[str],
+        encoders: Sequence[str],
+        size: Size,
+        *,
+        ablations: bool = True,
+    ) -> None:
         self._pairs, self._pool = pairs, tuple(pool)
         self._splits: Splits = {seed: fold_splits(pairs, size.folds, seed) for seed in range(size.dealings)}
-        rows, main = routers(encoders, size.config), (encoders[0], size.config)
+        rows, main = routers(encoders, size.config, ablations=ablations), (encoders[0], size.config)
+        rows.append(Router(PAPERS, encoders[0], papers_config(size.config), "bt"))
         once = {0: self._splits[0]}
         self._parts: list[tuple[list[Router], Splits]] = [
             ([row for row in rows if (row.encoder, row.config) == main], self._splits),

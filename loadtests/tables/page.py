@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loadtests.tables.experiments import OURS, PRIMARY, TUNED, Contrast
+from loadtests.tables.experiments import CHOSEN_FOR_ROOM, OURS, PRIMARY, TUNED, Contrast
+from loadtests.tables.field_page import field_section
+from loadtests.tables.pictures import CALLS
 from loadtests.tables.prose import EQUALS, LOSES, against, against_zero, by_place, decided, listed, reached, standing
 from loadtests.tables.sections import (
     Document,
@@ -19,7 +21,7 @@ from loadtests.tables.sections import (
     row_of,
     transfer_section,
 )
-from loadtests.tables.sheets import Block, Heading, Sheet, accuracy, difference, interval
+from loadtests.tables.sheets import Block, Heading, Picture, Sheet, accuracy, difference, interval
 from loadtests.tables.work import (
     BEST_HINDSIGHT,
     BEST_LEARNED,
@@ -44,12 +46,16 @@ def page(document: Document) -> list[Block]:
     """All blocks, in order."""
     blocks = [
         Heading("Results", 1),
-        "Written by `make tables`; do not edit. All figures are of one run on recorded pairs: nine published reward "
-        "models (RMs) judged each pair once, so any routing can be judged without asking them again.",
+        Picture(f"figures/{CALLS}", "accuracy against RM calls per pair, all pools"),
+        "Written by `make tables`; do not edit. All figures are of one run on recorded pairs: published reward models "
+        "(RMs), nine of them in one file and 85 in another, judged each pair once, so any routing can be judged "
+        f"without asking them again. {listed(list(CHOSEN_FOR_ROOM))} are pools that were chosen after seeing the "
+        "accuracies, so that there is room to gain; K9, N5, T6 and all 85 are not.",
         *(["**A quick run: small fits and short plans. These figures mean little.**"] if document["quick"] else []),
         *_in_short(document),
         *_measured(document),
         *offline_section(document),
+        *field_section(document),
         *transfer_section(document),
         *labels_section(document),
         *online_section(document),

@@ -49,6 +49,47 @@ def draw_curves(curves: Mapping[str, Mapping[str, Curve]], titles: Mapping[str, 
             _shrink(folder / file)
 
 
+CALLS = "calls.png"
+
+_SHOWN = ("offline", "majority", "cascade:1.5", "cascade:2", "cascade:3", "stacked")
+"""Rows of the picture of accuracy against calls, beside the best single RM."""
+
+
+def draw_calls(document: Mapping[str, Any], folder: Path) -> None:
+    """Accuracy against RM calls, one line per pool: routed, cascades, all by learned votes; the others as points."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = {**document["offline"], **document["field"]["offline"]}
+    figure = Figure(figsize=(9.5, 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    for number, (pool, table) in enumerate(tables.items()):
+        colour = f"C{number}"
+        rows = {name: table["policies"][name] for name in _SHOWN if name in table["policies"]}
+        routed = [name for name in rows if name != "majority"]
+        points = sorted((rows[name]["calls_per_instance"], rows[name]["accuracy"]) for name in routed)
+        panel.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=pool)
+        if "majority" in rows:
+            panel.plot(
+                rows["majority"]["calls_per_instance"], rows["majority"]["accuracy"], "s", color=colour, mfc="none"
+            )
+        best = max(row["accuracy"] for name, row in table["policies"].items() if name.startswith("single:"))
+        panel.plot(1.0, best, "x", color=colour)
+    panel.set_xscale("log", base=2)
+    ticks = [1, 1.5, 2, 3, 6, 9, 20, 85]
+    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.set(
+        xlabel="RM calls per pair (line: offline, cascades, stacked; x: best single RM in hindsight; square: majority)",
+        ylabel="verdict is right",
+    )
+    panel.grid(alpha=0.3)
+    panel.legend(ncols=2, fontsize=8, loc="lower right")
+    figure.savefig(folder / CALLS, dpi=90)
+    _shrink(folder / CALLS)
+
+
 def draw_offline(tables: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
     """One panel per pool: every row's accuracy as a point with its 95 % interval, the best at the top."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -28,7 +28,7 @@ def offline_section(document: Document) -> list[Block]:
     ]
     for pool, table in document["offline"].items():
         blocks.append(
-            _policy_sheet(f"{pool}: {len(table['pool'])} RMs, {table['n']:,} pairs", table, "offline", seeds=False)
+            policy_sheet(f"{pool}: {len(table['pool'])} RMs, {table['n']:,} pairs", table, "offline", seeds=False)
         )
     blocks += [
         *_not_run(document),
@@ -163,9 +163,7 @@ def online_section(document: Document) -> list[Block]:
         title = key if key.startswith(("K6", "K9")) else f"K4, {key}"
         streams = "stream" if found["streams"] == 1 else "streams"
         length = " or ".join(f"{n:,}" for n in found["length"][-2:])
-        blocks.append(
-            _policy_sheet(f"{title}: {found['streams']} {streams} of {length} pairs", found, OURS, seeds=True)
-        )
+        blocks.append(policy_sheet(f"{title}: {found['streams']} {streams} of {length} pairs", found, OURS, seeds=True))
         if key in CURVES:
             blocks.append(Picture(f"figures/{CURVES[key]}", f"{title}: accuracy and regret along the stream"))
     return blocks
@@ -198,7 +196,7 @@ def ablation_section(document: Document) -> list[Block]:
     ]
 
 
-def _policy_sheet(title: str, found: Document, ours: str, *, seeds: bool) -> Sheet:
+def policy_sheet(title: str, found: Document, ours: str, *, seeds: bool) -> Sheet:
     """Rows by accuracy, the oracle below."""
     rows = []
     for name, row in sorted(found["policies"].items(), key=lambda item: -item[1]["accuracy"]):

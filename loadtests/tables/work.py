@@ -94,9 +94,23 @@ def fit_tasks(fits: Iterable[Fit], material: Material) -> dict[Fit, Callable[[],
     tasks: dict[Fit, Callable[[], Checkpoint]] = {}
     for fit in different:
         rows, encoded = list(fit.rows), material.encoded[fit.encoder]
-        pairs = [material.pairs[i] for i in rows]
+        pairs = _known(fit, material.pairs)
         tasks[fit] = partial(train, pairs, fit.pool, encoded.backbone, fit.config, encoded.features[rows])
     return tasks
+
+
+def _known(fit: Fit, pairs: Sequence[LabelledPair]) -> list[LabelledPair]:
+    """The fit's pairs; without the verdicts of the RM that joined late, but for those that it was asked about."""
+    asked = set(fit.asked)
+    return [_without(pairs[i], fit.late) if fit.late and i not in asked else pairs[i] for i in fit.rows]
+
+
+def _without(pair: LabelledPair, name: str) -> LabelledPair:
+    return replace(
+        pair,
+        verdicts={other: verdict for other, verdict in pair.verdicts.items() if other != name},
+        scores={other: scores for other, scores in pair.scores.items() if other != name},
+    )
 
 
 def looked_up(fitted: Mapping[Fit, Checkpoint], material: Material) -> Fitter:
@@ -189,12 +203,17 @@ def hindsight_arms(table: Table) -> NDArray[np.int64]:
 
 
 def priors_of(
-    checkpoint: Checkpoint, variant: Variant, signal: Signal, paper: Sequence[tuple[str, Any]] = ()
+    checkpoint: Checkpoint,
+    variant: Variant,
+    signal: Signal,
+    paper: Sequence[tuple[str, Any]] = (),
+    joining: bool = False,
 ) -> Callable[[str | None], Prior]:
     """The prior of a form as the service makes it for that signal; the default one changed as the variant says.
 
     Args:
         paper: fields of `Hyperparameters` that the form `paper` gets in the place of the published ones.
+        joining: one more arm, of which nothing is known: its offsets are the others' mean.
     """
 
     def prior(form: str | None) -> Prior:
@@ -205,6 +224,8 @@ def priors_of(
             published = named is not PriorForm.PAPER or not paper
             return built if published else replace(built, hyper=replace(built.hyper, **dict(paper)))
         changed = replace(built, hyper=replace(built.hyper, **dict(variant.hyper)))
+        if joining:
+            return _joined(changed)
         if not variant.features:
             return changed
         return replace(changed, means=np.zeros((K, checkpoint.fuse.features)), first=0, width=checkpoint.d)
@@ -212,22 +233,41 @@ def priors_of(
     return prior
 
 
+def _joined(prior: Prior) -> Prior:
+    """The prior with one more arm, as good as the others are on average."""
+
+    def offset(x: NDArray[np.float32]) -> Array:
+        known = prior.offsets(x)
+        return np.hstack([known, known.mean(axis=1, keepdims=True)])
+
+    return replace(prior, means=np.zeros((prior.n_arms + 1, prior.d)), offset=offset)
+
+
 def _prepared(
     stream: Stream, checkpoint: Checkpoint, material: Material
 ) -> tuple[Table, NDArray[np.float32], Checkpoint, ScoreScale]:
-    rows, pool = list(stream.rows), stream.fit.pool
+    rows, pool = list(stream.rows), stream.pool
     table = tabulate([material.pairs[i] for i in rows], pool)
     x = checkpoint.fuse.apply(material.encoded[stream.fit.encoder].features[rows])
-    return table, x, checkpoint, checkpoint.scores or score_scale([material.pairs[i] for i in stream.fit.rows], pool)
+    scale = checkpoint.scores or score_scale([material.pairs[i] for i in stream.fit.rows], stream.fit.pool)
+    return table, x, checkpoint, scale
 
 
 def _replay_stream(
     job: Job, table: Table, x: NDArray[np.float32], checkpoint: Checkpoint, scale: ScoreScale
 ) -> dict[str, Trace]:
     def played(policies: Sequence[str], paper: Sequence[tuple[str, Any]] = ()) -> dict[str, Trace]:
-        priors = priors_of(checkpoint, job.variant, job.signal, paper)
+        joining = len(table.pool) > len(checkpoint.pool)
         return replay(
-            table, x, policies, priors=priors, signal=job.signal, seeds=job.seeds, scenario=job.scenario, scale=scale
+            table,
+            x,
+            policies,
+            priors=priors_of(checkpoint, job.variant, job.signal, paper, joining),
+            signal=job.signal,
+            seeds=job.seeds,
+            scenario=job.scenario,
+            scale=scale,
+            combination=None if joining else checkpoint.combination,
         )
 
     with torch_threads(1):

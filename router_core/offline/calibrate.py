@@ -16,12 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from router_core.errors import ShapeMismatchError
+from router_core.intervals import mean_spread
 from router_core.offline.losses import correctness_bce
 
 Array = NDArray[np.float64]
 
 LEVEL = 2.0
 """Prior deviation of the level's weights. Held-out likelihood is flat from 1 to 3 (docs/experiments.md)."""
+HANDICAPS = (0.0, 0.25, 0.5, 1.0, 2.0)
+"""In logits."""
 _RIDGE = 1e-3
 """Ridge penalty on temperature and biases."""
 
@@ -100,6 +103,56 @@ def fit_calibration(
     _minimise([t, weights], loss)
     stretch = float(t.detach().exp())
     return Calibration(np.full(len(shift), stretch * scale), stretch * shift, _matrix(weights.detach().numpy()))
+
+
+def handicap(probabilities: Array, correctness: Array, groups: Sequence[str]) -> Array:
+    """What every RM but the best overall gives up, so that routing never pays less than asking that one: (K,) logits.
+
+    The highest of many uncertain probabilities is too high, the more so the more RMs there are. Where routing by
+    held-out probabilities is not better than the best RM by more than a standard error, the handicap of `HANDICAPS`
+    under which it earns most is taken, the smallest of equals, if that earns more by more than a standard error. With
+    few pairs nothing is sure, and the handicap is 0.
+
+    Args:
+        probabilities: (N, K) of fits that had not seen a pair's group.
+        correctness: (N, K), NaN where an RM was not asked.
+        groups: N names.
+
+    Returns:
+        0 for the best RM and −h for the others.
+    """
+    best = int(np.nanmean(correctness, axis=0).argmax())
+    rows = ~np.isnan(correctness[:, best])
+    known, names = correctness[rows], [name for name, kept in zip(groups, rows, strict=True) if kept]
+    logits = np.where(np.isnan(known), -np.inf, _logit(probabilities[rows]))
+    others = np.arange(correctness.shape[1]) != best
+
+    def earned(h: float) -> Array:
+        right: Array = known[np.arange(len(known)), (logits - h * others).argmax(axis=1)]
+        return right
+
+    routed = earned(0.0)
+    if _surely_positive(routed - known[:, best], names):
+        return np.zeros(len(others))
+    chosen = max(HANDICAPS, key=lambda h: (float(earned(h).mean()), -h))
+    return np.where(others & _surely_positive(earned(chosen) - routed, names), -chosen, 0.0)
+
+
+def _surely_positive(gains: Array, groups: Sequence[str]) -> bool:
+    """Return True if the mean gain (N,) is above its standard error over the groups."""
+    return bool(gains.mean() > np.sqrt(mean_spread(gains[None], groups)[0]))
+
+
+def handicapped(probabilities: Array, shift: Array) -> Array:
+    """Probabilities (N, K) whose logits are moved by `handicap`'s shift (K,)."""
+    moved: Array = 1 / (1 + np.exp(-(_logit(probabilities) + shift)))
+    return moved
+
+
+def _logit(probabilities: Array) -> Array:
+    p = np.clip(probabilities, 1e-12, 1 - 1e-12)
+    logits: Array = np.log(p) - np.log1p(-p)
+    return logits
 
 
 def _minimise(parameters: Sequence[Tensor], loss: Callable[[], Tensor]) -> None:

@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 
 from router_core.encoder.base import Block
 from router_core.encoder.fuse import Fuse
-from router_core.errors import DatasetError
+from router_core.errors import DatasetError, ShapeMismatchError
 from router_core.offline.calibrate import LEVEL
 from router_core.offline.kinds import fit_kinds
 from router_core.offline.losses import balanced_couples, bradley_terry, correctness_bce
@@ -145,6 +145,7 @@ class MembersFit:
         config: TrainConfig,
         seed: int,
         columns: NDArray[np.float64] | None = None,
+        kinds: NDArray[np.floating] | None = None,
     ) -> None:
         """Start a fit.
 
@@ -155,12 +156,13 @@ class MembersFit:
             config: of the fit.
             seed: of weights, orders and dropout.
             columns: (N, C) targets of every RM that the kinds are learned from; those of the pool if None.
+            kinds: (2 * dim, r) directions that were learned from other pairs, in the place of those.
         """
         self._config = config
         self._shift, directions = input_projection(z, blocks, config.components)
-        kinds = self._kinds(z, blocks, targets if columns is None else columns)
+        known = self._kinds(z, blocks, targets if columns is None else columns) if kinds is None else scaled(kinds, z)
         self._directions = directions.shape[1]
-        self._projection = np.hstack([directions, kinds])
+        self._projection = np.hstack([directions, known[:, : known.shape[1] if config.kind_members else 0]])
         self._generator = torch.Generator().manual_seed(seed)
         self._u = self._inputs(z)
         self._y = torch.as_tensor(targets, dtype=torch.float32)
@@ -187,9 +189,7 @@ class MembersFit:
         """Projection (2 * dim, r) on the kinds of texts."""
         if not self._config.kind_members:
             return np.zeros((z.shape[1], 0), dtype=np.float32)
-        shift, projection = input_projection(z, blocks, self._config.kind_components)
-        u = np.clip((z - shift) @ projection, -LIMIT, LIMIT)
-        return (projection @ fit_kinds(u, columns, self._config.kinds)).astype(np.float32)
+        return kinds_of(z, blocks, columns, self._config)
 
     def _reads(self) -> Tensor:
         """(M, p, 1): which inputs each member reads; the directions, and the kinds for the last members."""
@@ -269,6 +269,28 @@ class MembersFit:
         context = whitening(u[:, : self._directions], c.context)
         context = np.pad(context, ((0, u.shape[1] - self._directions), (0, 0)))
         return replace(fuse, rotation=rotation.astype(np.float32), context=context), heads
+
+
+def kinds_of(
+    z: NDArray[np.float32], blocks: Sequence[Block], columns: NDArray[np.float64], config: TrainConfig
+) -> NDArray[np.float32]:
+    """Directions (2 * dim, r) of encodings z (N, 2 * dim), from every RM's targets (N, C): `kinds.fit_kinds`."""
+    shift, projection = input_projection(z, blocks, config.kind_components)
+    u = np.clip((z - shift) @ projection, -LIMIT, LIMIT)
+    return (projection @ fit_kinds(u, columns, config.kinds)).astype(np.float32)
+
+
+def scaled(kinds: NDArray[np.floating], z: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The directions (2 * dim, r) along which these encodings (N, 2 * dim) vary, scaled to standard deviation 1.
+
+    Raises:
+        ShapeMismatchError: the directions are of another encoder.
+    """
+    if len(kinds) != z.shape[1]:
+        raise ShapeMismatchError(f"kinds: {len(kinds)} rows for encodings of {z.shape[1]}; give those of this encoder")
+    deviations = (z @ kinds).std(axis=0)
+    kept = deviations > _NO_VARIANCE
+    return np.asarray(kinds[:, kept] / deviations[kept], dtype=np.float32)
 
 
 def spanning(rows: NDArray[np.float64], wanted: NDArray[np.floating], more: int) -> NDArray[np.float64]:

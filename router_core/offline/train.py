@@ -31,6 +31,8 @@ from router_core.offline.calibrate import (
     cross_calibrated,
     expected_calibration_error,
     fit_calibration,
+    handicap,
+    handicapped,
     negative_log_likelihood,
 )
 from router_core.offline.losses import bradley_terry, correctness_bce
@@ -68,9 +70,10 @@ def train(
     backbone: Backbone,
     config: TrainConfig | None = None,
     features: NDArray[np.float32] | None = None,
+    kinds: NDArray[np.floating] | None = None,
 ) -> Checkpoint:
     """The checkpoint of `fit`."""
-    return fit(pairs, pool, backbone, config, features)[0]
+    return fit(pairs, pool, backbone, config, features, kinds)[0]
 
 
 def fit(
@@ -79,6 +82,7 @@ def fit(
     backbone: Backbone,
     config: TrainConfig | None = None,
     features: NDArray[np.float32] | None = None,
+    kinds: NDArray[np.floating] | None = None,
 ) -> tuple[Checkpoint, HeldOut]:
     """Fit the offline stage on labelled pairs.
 
@@ -88,6 +92,7 @@ def fit(
         backbone: frozen encoder of (prompt, response).
         config: defaults if None.
         features: `pair_features(pairs, backbone)` if at hand already.
+        kinds: (2 * dim, r) kinds of texts learned elsewhere (`members.kinds_of`); None: those of these pairs.
 
     Returns:
         The checkpoint, with held-out `metrics` from the cross-fitting: routing accuracy of both heads, negative
@@ -105,7 +110,7 @@ def fit(
     targets = _targets(pairs, pool, config)
     columns = _targets(pairs, pool_names(pairs), config)
     with torch_threads(1):
-        return _fit_checkpoint(pairs, pool, backbone, config, correctness, targets, columns, z)
+        return _fit_checkpoint(pairs, pool, backbone, config, correctness, targets, columns, z, kinds)
 
 
 def _targets(pairs: Sequence[LabelledPair], names: Sequence[str], config: TrainConfig) -> NDArray[np.float64]:
@@ -122,6 +127,7 @@ def _fit_checkpoint(
     targets: NDArray[np.float64],
     columns: NDArray[np.float64],
     z: NDArray[np.float32],
+    kinds: NDArray[np.floating] | None,
 ) -> tuple[Checkpoint, HeldOut]:
     """Cross-fit to choose the epochs and to calibrate, then fit on everything."""
     rng = np.random.default_rng(config.seed)
@@ -130,7 +136,7 @@ def _fit_checkpoint(
     steps = math.ceil(min(len(inside) for inside, _ in folds) / config.batch_size)
     for fold, (inside, outside) in enumerate(folds):
         model = MembersFit(
-            z[inside], targets[inside], backbone.blocks, config, config.seed * 1000 + fold + 1, columns[inside]
+            z[inside], targets[inside], backbone.blocks, config, config.seed * 1000 + fold + 1, columns[inside], kinds
         )
         for epoch in range(config.max_epochs):
             model.advance(steps)
@@ -139,7 +145,7 @@ def _fit_checkpoint(
     bt_scores, logits = predicted[epochs - 1]
     blend = config.blend if config.lambda_bt > 0 and config.lambda_cls > 0 else 0.0
     logits = _blended(bt_scores, logits, blend)
-    final = MembersFit(z, targets, backbone.blocks, config, config.seed * 1000, columns)
+    final = MembersFit(z, targets, backbone.blocks, config, config.seed * 1000, columns, kinds)
     final.advance(epochs * steps)
     fuse, heads = final.export(z)
     embeddings = heads["bt_embeddings"]
@@ -149,7 +155,8 @@ def _fit_checkpoint(
     c = contexts[:, fuse.features :]
     calibration = fit_calibration(logits, correctness, c, config.level)
     probabilities = cross_calibrated(logits, correctness, c, folds, config.level)
-    held_out = HeldOut(probabilities, bt_scores, correctness)
+    given_up = handicap(probabilities, correctness, [pair.group for pair in pairs])
+    held_out = HeldOut(handicapped(probabilities, given_up), bt_scores, correctness)
     scale = score_scale(pairs, pool)
     landmarks = context_landmarks(pairs, contexts, fuse, np.random.default_rng(config.seed))
     learned = learned_votes(pairs, pool, held_out.probabilities, config.seed)
@@ -161,7 +168,7 @@ def _fit_checkpoint(
         cls_weight=heads["cls_weight"],
         cls_bias=heads["cls_bias"],
         calibration_scale=calibration.scale.astype(np.float32),
-        calibration_shift=calibration.shift.astype(np.float32),
+        calibration_shift=(calibration.shift + given_up).astype(np.float32),
         calibration_level=None if calibration.level is None else calibration.level.astype(np.float32),
         prior_form=PriorForm.CALIBRATED if config.lambda_cls > 0 else PriorForm.PAPER,
         hyperparameters=config.hyperparameters,

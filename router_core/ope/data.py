@@ -172,6 +172,8 @@ class Estimate:
         ci95: interval that is meant to hold it 95 times in 100.
         n: rows that were used.
         ess: effective sample size (Σw)²/Σw² of the weights w: how many rows of the target's own this log is worth.
+        mean_weight: mean of the weights, whose expectation is 1 (less what was clipped or has no support). Far from it
+            the log's propensities are wrong, or a few rare rows that did not occur carry the difference.
         max_weight: largest weight after clipping.
         clipped: share of the rows whose weight was clipped.
         lost: mean probability that the target gives to arms whose propensity is below the floor; what the log cannot
@@ -183,6 +185,7 @@ class Estimate:
     ci95: tuple[float, float]
     n: int
     ess: float
+    mean_weight: float
     max_weight: float
     clipped: float
     lost: float

@@ -180,6 +180,7 @@ def _estimate(seen: Weighted, value: float, interval: tuple[float, float]) -> Es
         interval,
         len(seen.data),
         seen.ess,
+        float(seen.weight.mean()),
         float(seen.weight.max()),
         seen.clipped,
         seen.lost,

@@ -47,7 +47,7 @@ from router_core.policies.laser import LaserPolicy
 from router_core.policies.majority import MajorityPolicy, majority_verdict, vote_shares
 from router_core.policies.plan import AskRest, Given, Plan, ScaleOf, View
 from router_core.policies.random import RandomPolicy
-from router_core.policies.scale import RunningScale, ScoreScale
+from router_core.policies.scale import ScoreScale
 from router_core.policies.several import GatePolicy, MinPolicy, SumPolicy, WithinPolicy
 from router_core.policies.single import SinglePolicy
 from router_core.policies.uwo import UWO_CHOICE_LAMBDA, UWO_REWARD_LAMBDA, UwoPolicy
@@ -162,7 +162,6 @@ __all__ = [
     "Plan",
     "Policy",
     "RandomPolicy",
-    "RunningScale",
     "ScaleOf",
     "ScoreScale",
     "SinglePolicy",

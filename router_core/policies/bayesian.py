@@ -37,7 +37,10 @@ class BayesianPolicy(OneCall):
 
 
 def posterior_beliefs(x: NDArray[np.float32], offsets: Array, posterior: Posterior) -> Beliefs:
-    """Means o_k(x) + xᵀμ_k and standard deviations v·√(xᵀΣ_k x), (B, K).
+    """Means o_k(x) + xᵀμ_k and standard deviations u·v·√(xᵀΣ_k x), (B, K).
+
+    u is the share of the events that spoke of some arms only (`Posterior.partial`): where audits speak of all, nothing
+    is learned by asking, and u v and the floors u ε fall to 0.
 
     One GEMM per arm for the batch, (B, d) by (d, d); one matrix-vector product per arm for one instance.
     """
@@ -54,8 +57,9 @@ def posterior_beliefs(x: NDArray[np.float32], offsets: Array, posterior: Posteri
                 variances[:, k] -= np.square(precise @ arm.corrections.T).sum(axis=1)
         means = offsets + precise @ posterior.means.T
     hyper = posterior.prior.hyper
-    floors = floors_of(means, posterior.events, hyper.floor) if hyper.floor else None
-    return Beliefs(means, hyper.v * np.sqrt(np.maximum(variances, 0.0)), floors)
+    partial = posterior.partial
+    floors = floors_of(means, posterior.events, partial * hyper.floor) if hyper.floor else None
+    return Beliefs(means, partial * hyper.v * np.sqrt(np.maximum(variances, 0.0)), floors)
 
 
 def floors_of(means: Array, events: Array, floor: float) -> Array:

@@ -86,6 +86,11 @@ class VotePlan:
     view: View
     shares: Array | None = None
 
+    @property
+    def needs_scale(self) -> bool:
+        """False: learned votes read scores by their own offsets."""
+        return False
+
     def next_arms(self, order: Sequence[int], attempts: Sequence[Attempt]) -> Sequence[int]:
         """Return the draw first, the next best while nobody has answered, then the arm that is worth asking.
 

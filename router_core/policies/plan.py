@@ -67,6 +67,10 @@ class View:
 class Plan(Protocol):
     """Whom to ask, and what becomes of the answers. Stateless."""
 
+    @property
+    def needs_scale(self) -> bool:
+        """True if `conclude` asks for the scale of the scorers that answered."""
+
     def next_arms(self, order: Sequence[int], attempts: Sequence[Attempt]) -> Sequence[int]:
         """Return the arms to ask now, all at once; none when the answers are enough, or nobody is left.
 
@@ -92,14 +96,19 @@ class Plan(Protocol):
 
         Args:
             attempts: at least one of them answered.
-            scale_of: scale of the scorers that answered; asked only by plans that need one.
+            scale_of: scale of the scorers that answered; asked only by plans with `needs_scale`.
         """
 
 
 class Certain:
-    """The part of a plan that names arms without drawing."""
+    """The part of a plan that names arms without drawing, and combines nothing."""
 
     __slots__ = ()
+
+    @property
+    def needs_scale(self) -> bool:
+        """False: one scorer's answer is handed on as it is."""
+        return False
 
     def chance(self, arm: int, attempts: Sequence[Attempt]) -> float:
         """Return 1."""
@@ -139,7 +148,7 @@ class AskAll(Certain):
         """Combine the rewards of those that answered, on their scale."""
         told = answers(attempts)
         rewards = np.array([answer.rewards for answer in told])
-        scale = scale_of([answer.arm for answer in told], rewards)
+        scale = scale_of([answer.arm for answer in told], rewards) if self.needs_scale else None
         return Given(None, self.combine(rewards, scale).tolist(), verdict_of(self.preference(rewards, scale).tolist()))
 
     def combine(self, rewards: Array, scale: ScoreScale | None) -> Array:

@@ -1,7 +1,6 @@
-"""Scores of different RMs on one scale: (r − shift)/scale per RM, known beforehand or learned on the way.
+"""Scores of different RMs on one scale: (r − shift)/scale per RM, known beforehand or from a run's score log.
 
-Knows raw rewards only. `ScoreScale` is a value; `RunningScale` is the mutable thing that makes one from what was seen.
-Called by the policies that combine several RMs, by the score use case and by replay.
+Knows raw rewards only. Called by the policies that combine several RMs, by the score use case and by replay.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.errors import NotFiniteError, ShapeMismatchError
+from router_core.moments import Moments
 from router_core.records import MAX_ABS_SCORE
 
 Array = NDArray[np.float64]
@@ -72,53 +72,23 @@ class ScoreScale:
         spread = bounded.std(axis=1)
         return cls(bounded.mean(axis=1), np.where(spread > 0, spread, 1.0))
 
+    @classmethod
+    def of_moments(cls, moments: Sequence[Moments], rewards: Array) -> ScoreScale | None:
+        """The scale of RMs of whose scores these moments are known; None for one response while no RM shows a spread.
 
-class RunningScale:
-    """Mean and variance per RM of all rewards seen so far (Chan et al.'s parallel update). Mutable; one per run.
-
-    Args:
-        n_arms: K.
-    """
-
-    def __init__(self, n_arms: int) -> None:
-        self._count = np.zeros(n_arms)
-        self._mean = np.zeros(n_arms)
-        self._squares = np.zeros(n_arms)
-
-    def observe(self, arms: Sequence[int], rewards: Array) -> None:
-        """Count one group. A reward beyond `MAX_ABS_SCORE`, or NaN, is not counted.
+        An RM that has shown no spread is normalised inside the group.
 
         Args:
-            arms: the K' RMs that answered, each once.
-            rewards: (K', n) their raw rewards.
+            moments: (K',) of the RMs that answered.
+            rewards: (K', n) their rewards of the group that is to be normalised.
+
+        >>> ScoreScale.of_moments([Moments(2.0, 1.0, 8.0), Moments()], np.array([[0.0, 1.0], [2.0, 4.0]]))
+        ScoreScale(shift=array([1., 3.]), scale=array([2., 1.]))
         """
-        usable = np.abs(rewards) <= MAX_ABS_SCORE
-        counted = usable.any(axis=1)
-        index = np.asarray(arms)[counted]
-        usable, rewards = usable[counted], np.where(usable, rewards, 0.0)[counted]
-        n = usable.sum(axis=1)
-        mean = rewards.sum(axis=1) / n
-        delta, total = mean - self._mean[index], self._count[index] + n
-        inside = np.square(np.where(usable, rewards - mean[:, None], 0.0)).sum(axis=1)
-        self._squares[index] += inside + np.square(delta) * self._count[index] * n / total
-        self._mean[index] += delta * n / total
-        self._count[index] = total
-
-    def knows_any(self, arms: Sequence[int]) -> bool:
-        """Return True if some of these RMs have shown a spread, so that a single reward can be compared with it."""
-        return bool((self._squares[list(arms)] > 0).any())
-
-    def rows(self, arms: Sequence[int], rewards: Array) -> ScoreScale:
-        """The scale of these RMs; an RM that has shown no spread so far is normalised inside this group.
-
-        Args:
-            arms: the K' RMs that answered.
-            rewards: (K', n) their rewards of the group that is to be normalised; not counted.
-        """
-        index = list(arms)
-        known = self._squares[index] > 0
-        spread = np.sqrt(self._squares[index] / np.maximum(self._count[index], 1.0))
-        group = ScoreScale.of_group(rewards)
-        return ScoreScale(
-            np.where(known, self._mean[index], group.shift), np.where(known, np.where(known, spread, 1.0), group.scale)
-        )
+        if rewards.shape[1] == 1 and not any(seen.squares > 0 for seen in moments):
+            return None
+        group = cls.of_group(rewards)
+        known = np.array([seen.squares > 0 for seen in moments])
+        shift = np.array([seen.mean for seen in moments])
+        scale = np.array([seen.sd or 1.0 for seen in moments])
+        return cls(np.where(known, shift, group.shift), np.where(known, scale, group.scale))

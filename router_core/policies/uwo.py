@@ -27,6 +27,11 @@ class UwoPolicy(AllCalls):
 
     name: str = "uwo"
 
+    @property
+    def needs_scale(self) -> bool:
+        """True: a mean over RMs needs their scores on one scale."""
+        return True
+
     def combine(self, rewards: Array, scale: ScoreScale | None) -> Array:
         """The conservative reward with λ = 0.1; see `AskAll.combine`."""
         return uncertainty_weighted(rewards, scale, UWO_REWARD_LAMBDA)

@@ -6,6 +6,7 @@
 | `shift` | which pairs are learned from and which are streamed |
 | `stream` | order, drift, delays, missing feedback: a scenario, and its plan under a seed |
 | `loss` | the simulated DPO loss |
+| `audits` | a simulated referee, for streams without feedback |
 | `passes`, `combining`, `run` | one policy once through a stream, with further calls; all policies and seeds |
 | `trace`, `figures`, `curves`, `plot` | what was done, its figures, its curves, their picture |
 
@@ -15,6 +16,7 @@ No files (but the picture), no networks, no torch. Called by `service.cli.replay
 from __future__ import annotations
 
 from router_core.combine import Combination
+from router_core.replay.audits import Audits
 from router_core.replay.curves import Curve, curve
 from router_core.replay.figures import PolicySummary, best_per_subset, report, summarise
 from router_core.replay.loss import SimulatedLoss
@@ -26,6 +28,7 @@ from router_core.replay.trace import ALL_ARMS, Pass, Trace, merge
 
 __all__ = [
     "ALL_ARMS",
+    "Audits",
     "Combination",
     "Curve",
     "Delay",

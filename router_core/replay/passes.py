@@ -6,7 +6,7 @@ Knows policies, the posterior's `fold` and a `Plan`; no files, no summaries. Cal
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,8 @@ from router_core.policies import (
 )
 from router_core.posterior import FoldSettings, Posterior, fold, start
 from router_core.prior import Prior
-from router_core.records import Event, Feedback, Shadow, Signal, chance_of, leaders_of
+from router_core.records import Event, Feedback, Shadow, Signal, Source, chance_of, leaders_of
+from router_core.replay.audits import Audits, credits_against
 from router_core.replay.stream import Plan, Scenario
 from router_core.replay.table import Table
 from router_core.replay.trace import ALL_ARMS, Pass
@@ -60,6 +61,23 @@ class Stage:
     scenario: Scenario
     shadow: float = 0.0
     settings: FoldSettings | None = None
+
+
+def audit_probabilities(stage: Stage, plan: Plan) -> Array | None:
+    """Each step's probability of being audited, (T,); None where there is feedback instead."""
+    audits, landmarks = stage.scenario.audits, stage.prior.landmarks
+    if audits is None:
+        return None
+    novel = None if landmarks is None else np.array([landmarks.is_novel(row) for row in stage.x])[plan.order]
+    return audits.probabilities(novel, len(plan))
+
+
+def audit_calls(stage: Stage, plan: Plan) -> float:
+    """RM calls per instance that audits add to one call: K − 1 of each audited step, if all are asked."""
+    chances = audit_probabilities(stage, plan)
+    if chances is None or stage.scenario.audits is None or not stage.scenario.audits.ask_all:
+        return 0.0
+    return float((plan.audit_uniforms[:, 0] < chances).mean()) * (len(stage.table.pool) - 1)
 
 
 def learns(policy: Policy) -> bool:
@@ -135,7 +153,9 @@ class Loop:
     def __init__(self, stage: Stage, plan: Plan) -> None:
         self._stage, self._plan = stage, plan
         self._state = start(stage.prior, stage.settings)
-        self._arrivals = plan.arrivals().tolist()
+        self._chances = audit_probabilities(stage, plan)
+        audited = None if self._chances is None else plan.audit_uniforms[:, 0] < self._chances
+        self._arrivals = plan.arrivals(audited).tolist()
         self._due = plan.due.tolist()
         self._next = 0
         self._shadowed = plan.shadowed(stage.shadow)
@@ -190,15 +210,30 @@ class Loop:
         return self._stage.policy.beliefs(x, offsets, state)
 
     def _event(self, step: int) -> Event:
-        """The feedback of a step as the run's log would hold it."""
-        table, offsets = self._stage.table, self._stage.offsets
-        pair, arm = int(self._plan.order[step]), int(self.asked[step])
+        """The feedback of a step, or the audit, as the run's log would hold it."""
+        audits, chances = self._stage.scenario.audits, self._chances
+        if audits is not None and chances is not None:
+            return self._audit(step, audits, float(chances[step]))
+        pair = int(self._plan.order[step])
         feedback = Feedback(self._stage.signal, self._value(step, pair))
-        credit, offset = float(table.credit[pair, arm]), float(offsets[pair, arm])
-        shadows = tuple(
-            Shadow(k, float(offsets[pair, k]), float(table.credit[pair, k])) for k in self._heard(step) if k != arm
+        return self._told(step, feedback, self._stage.table.credit[pair], self._heard(step))
+
+    def _audit(self, step: int, audits: Audits, chance: float) -> Event:
+        table, pair = self._stage.table, int(self._plan.order[step])
+        uniform = float(self._plan.audit_uniforms[step, 1])
+        verdict = audits.verdict(int(table.labels[pair]), int(table.responses[pair]), uniform)
+        heard = range(len(table.pool)) if audits.ask_all else self._heard(step)
+        event = self._told(
+            step, Feedback(Signal.PREFERENCE, float(verdict)), credits_against(table, pair, verdict), heard
         )
-        return Event(arm, self._contexts[pair], offset, credit, feedback, str(step), shadows=shadows)
+        return replace(event, source=Source.AUDIT, audit=audits.record(verdict, chance))
+
+    def _told(self, step: int, feedback: Feedback, earned: Array, heard: Sequence[int]) -> Event:
+        pair, arm = int(self._plan.order[step]), int(self.asked[step])
+        offsets = self._stage.offsets[pair]
+        shadows = tuple(Shadow(k, float(offsets[k]), float(earned[k])) for k in heard if k != arm)
+        own = float(earned[arm])
+        return Event(arm, self._contexts[pair], float(offsets[arm]), own, feedback, str(step), shadows=shadows)
 
     def _value(self, step: int, pair: int) -> float:
         stage = self._stage

@@ -14,15 +14,17 @@ from numpy.typing import NDArray
 
 from router_core.combine import STACKED, Combination, budget_of, is_combined
 from router_core.errors import FeedbackError, UnknownPolicyError
-from router_core.policies import AllCalls, Policy, ScoreScale, make_policy
+from router_core.policies import AllCalls, BayesianPolicy, Policy, ScoreScale, make_policy
 from router_core.posterior import FoldSettings
 from router_core.prior import Prior
 from router_core.records import Signal
 from router_core.replay.combining import combining_pass
+from router_core.replay.learners import FORMS, is_learner, learner_pass
 from router_core.replay.passes import (
     Stage,
     Steps,
     all_arms_pass,
+    audit_calls,
     combined_correctness,
     fixed_pass,
     learns,
@@ -47,12 +49,14 @@ class Selected:
         policy: of `make_policy`; where answers are combined, the one that draws the first arm.
         shadow: share of the instances at which every RM is asked.
         combines: True for `stacked` and `cascade:B`.
+        own: True for a learner with a state of its own (`learners`); the policy says where it starts.
     """
 
     name: str
     policy: Policy
     shadow: float = 0.0
     combines: bool = False
+    own: bool = False
 
     def calls(self, plans: Sequence[Plan], n_arms: int) -> float:
         """RM calls per instance: K where all are asked, else 1 + (share shadowed)·(K − 1)."""
@@ -72,6 +76,8 @@ def select(name: str, pool: Sequence[str]) -> Selected:
         if name != STACKED:
             budget_of(name)
         return Selected(name, make_policy("bayesian:calibrated", pool), combines=True)
+    if is_learner(name):
+        return Selected(name, BayesianPolicy(name, FORMS[name.partition(":")[2]]), own=True)
     base, option, rate = name.rpartition(SHADOW)
     if not option:
         return Selected(name, make_policy(name, pool))
@@ -119,11 +125,15 @@ def replay(
         prices: (K,) in units of the cheapest; None: equal.
 
     Raises:
-        FeedbackError: shadowing with a signal that says nothing of the other RMs.
+        FeedbackError: shadowing with a signal that says nothing of the other RMs; audits with such a signal.
         UnknownPolicyError: a policy that does not exist.
         DatasetError: drift without domains; `uwo` without scores; `stacked` or a cascade without a combination.
     """
     scenario = scenario or Scenario()
+    if scenario.audits is not None and signal is not Signal.PREFERENCE:
+        raise FeedbackError(
+            f"audits with signal {signal.value!r}: a referee speaks by preference; leave the signal out"
+        )
     selected = [select(name, table.pool) for name in policy_names]
     _require_attributable(selected, signal)
     plans = [make_plan(table, scenario, seed) for seed in seeds]
@@ -139,6 +149,13 @@ def replay(
             calls, price = (float(np.mean([getattr(part, of) for part in played])) for of in ("calls", "price"))
             traces[each.name] = Trace(tuple(part.trace for part in played), len(table), calls, price)
             continue
+        if each.own:
+            prior = priors(each.policy.prior)
+            stage = Stage(table, x, prior.offsets(x), each.policy, prior, signal, scenario)
+            learned = [learner_pass(each.name, stage, plan, tell) for plan in plans]
+            traces[each.name] = Trace(tuple(one for one, _ in learned), len(table), float(learned[0][1]))
+            continue
+        audited = 0.0
         if isinstance(each.policy, AllCalls):
             correct = combined_correctness(table, each.policy, scale or _own_scale(table))
             passes = [all_arms_pass(correct, plan, tell) for plan in plans]
@@ -147,7 +164,9 @@ def replay(
             stage = Stage(table, x, prior.offsets(x), each.policy, prior, signal, scenario, each.shadow, settings)
             one_pass = online_pass if learns(each.policy) else fixed_pass
             passes = [one_pass(stage, plan, tell) for plan in plans]
-        calls = each.calls(plans, len(table.pool))
+            if learns(each.policy):
+                audited = float(np.mean([audit_calls(stage, plan) for plan in plans]))
+        calls = each.calls(plans, len(table.pool)) + audited
         traces[each.name] = Trace(tuple(passes), len(table), calls, _price(passes, calls, costs))
     return traces
 

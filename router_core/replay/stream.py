@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.errors import DatasetError, FeedbackError
+from router_core.replay.audits import Audits
 from router_core.replay.loss import SimulatedLoss
 from router_core.replay.table import Table
 
@@ -28,7 +29,7 @@ LASER_BATCH = 16
 (github.com/duykhuongnguyen/LASeR-MAB, scripts/config.yaml)."""
 
 # One generator per purpose, so that switching one on does not change what another gives.
-_ORDERS, _DELAYS, _MISSING, _LOSSES, _SHADOWS, _FLOORS = range(1, 7)
+_ORDERS, _DELAYS, _MISSING, _LOSSES, _SHADOWS, _FLOORS, _AUDITS = range(1, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class Scenario:
         missing: share of the steps whose feedback never does, in [0, 1].
         batch: pairs that share one RM under policies with one RM per batch.
         loss: the simulated loss, for the loss signal.
+        audits: of which steps a referee speaks; None: there is feedback instead.
     """
 
     repeat: int = 1
@@ -92,6 +94,7 @@ class Scenario:
     missing: float = 0.0
     batch: int = LASER_BATCH
     loss: SimulatedLoss = field(default_factory=SimulatedLoss)
+    audits: Audits | None = None
 
     def __post_init__(self) -> None:
         if self.repeat < 1 or self.batch < 1:
@@ -112,6 +115,8 @@ class Plan:
         loss_noise: (T,) standard normals of the simulated loss.
         shadow_rank: (T,) int64, a permutation: with rate ρ the steps of rank below ρT are shadowed.
         uniforms: (T, 1 + K) in [0, 1), of the choices that fall to the floors (`policies.floor_draws`).
+        audit_uniforms: (T, 2) in [0, 1): a step is audited where the first lies below its probability, and the referee
+            right where the second lies below its accuracy.
     """
 
     seed: int
@@ -121,6 +126,7 @@ class Plan:
     loss_noise: Array
     shadow_rank: NDArray[np.int64]
     uniforms: Array
+    audit_uniforms: Array
 
     def __len__(self) -> int:
         return len(self.order)
@@ -129,9 +135,13 @@ class Plan:
         """(T,) which steps every RM is asked about: exactly round(ρT), nested for growing rates."""
         return self.shadow_rank < round(rate * len(self))
 
-    def arrivals(self) -> NDArray[np.int64]:
-        """Steps whose feedback arrives at all, in the order in which it does; among equals the earlier step first."""
-        arriving = np.flatnonzero(self.due < len(self))
+    def arrivals(self, speaks: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+        """Steps whose feedback arrives at all, in the order in which it does; among equals the earlier step first.
+
+        Args:
+            speaks: (T,) steps that there is anything to say of; None: all.
+        """
+        arriving = np.flatnonzero((self.due < len(self)) & (True if speaks is None else speaks))
         order: NDArray[np.int64] = arriving[np.argsort(self.due[arriving], kind="stable")]
         return order
 
@@ -163,6 +173,7 @@ def make_plan(table: Table, scenario: Scenario, seed: int) -> Plan:
         _generator(seed, _LOSSES).standard_normal(length),
         _generator(seed, _SHADOWS).permutation(length),
         _generator(seed, _FLOORS).random((length, 1 + n_arms)),
+        _generator(seed, _AUDITS).random((length, 2)),
     )
 
 

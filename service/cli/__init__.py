@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from router_core.errors import RouterCoreError
 from service.cli import (
+    audit,
     check_scorer,
     convert,
     demo,
@@ -25,6 +26,8 @@ from service.cli import (
     ope,
     pin,
     replay,
+    report,
+    runs,
     serve,
     train,
     up,
@@ -58,6 +61,9 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("frontier")(frontier.frontier)
 app.command("replay")(replay.replay)
 app.command("models")(models.models)
+app.command("runs")(runs.runs)
+app.command("audit")(audit.audit)
+app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("ope")(ope.ope)
 

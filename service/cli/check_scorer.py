@@ -65,7 +65,7 @@ async def _check(url: str, api_key: str | None, sample: Sample, seconds: float) 
 def _read(file: Path) -> Sample:
     try:
         item = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"--item {file} is no JSON: {error}") from error
     asked = isinstance(item, dict) and ("prompt" in item) != ("messages" in item)
     responses = item.get("responses") if asked else None

@@ -1,9 +1,9 @@
-"""`reward-router demo`: make a pool, train a checkpoint, start everything, route a stream with feedback, show what was
-learned.
+"""`reward-router demo`: make a pool, train a checkpoint, start everything, route a stream, show what was learned.
 
 Nothing is simulated: the four reward models are real (small) transformers that the project trains once, served by real
 workers; the router is asked over HTTP. The checkpoint is trained on offline data of other domains than the stream's, so
-that there is something left to learn online.
+that there is something left to learn online. Nobody sends feedback: a rule that knows the right answers looks at a
+tenth of the decisions after their replies.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ from rich.text import Text
 from router_core.checkpoint import Checkpoint
 from router_core.demo.recipes import RECIPES
 from router_core.records import LabelledPair
+from service.audit_entry import AuditEntry
 from service.cli.processes import interruptible
 from service.cli.up import Stack, running_stack
 from service.errors import ConfigurationError
 from service.lab.client import GatewayClient
 from service.pool import ModelEntry, PoolFile, dump_pool
+from service.scorers.rule.entry import RuleEntry
 from service.settings import EMBEDDED
+from service.usecases.report import RunReport
 
 OFFLINE_PAIRS = 400
 """Labelled pairs that the checkpoint is trained on."""
@@ -40,11 +43,23 @@ OFFLINE_PAIRS = 400
 OFFLINE_WEIGHTS = {"arithmetic": 0.5, "safety": 0.44, "code": 0.03, "format": 0.03}
 """The offline data's domains; the stream has all four alike. What is rare here is learned online."""
 
+STREAM_PAIRS = 600
+"""Pairs of the stream, unless the command says otherwise; most audits are made early in so many."""
+
 EVALUATION_PAIRS = 240
-"""Pairs the router is asked about before and after the stream, without feedback."""
+"""Pairs the router is asked about before and after the stream, without a reference."""
 
 BATCH = 60
 """Instances per /reward/batch of the comparisons."""
+
+REFEREE = "checker"
+"""Name of the rule: it compares a response with the reference."""
+
+AUDIT_RATE = 0.1
+"""Share of the stream that the rule looks at."""
+
+AUDIT_SECONDS = 60.0
+"""Longest wait for the last audits."""
 
 CONCURRENCY = 4
 """Instances in flight while streaming."""
@@ -68,22 +83,22 @@ class DemoResult:
     """What the demo saw.
 
     Attributes:
-        before: the evaluation pairs, asked before any feedback.
+        before: the evaluation pairs, asked before any audit.
         stream: the stream, in order of completion.
         after: the evaluation pairs again.
         others: accuracy on the stream's pairs, RM calls per policy.
-        events: events that the posterior learned from.
+        report: what the audits said.
     """
 
     before: list[Asked]
     stream: list[Asked]
     after: list[Asked]
     others: dict[str, tuple[float, int]]
-    events: int
+    report: RunReport
 
 
 def demo(
-    pairs: Annotated[int, typer.Option(min=50, help="Pairs of the stream.")] = 600,
+    pairs: Annotated[int, typer.Option(min=50, help="Pairs of the stream.")] = STREAM_PAIRS,
     data_dir: Annotated[Path, typer.Option(help="Where the pool, the store and the logs lie.")] = Path(".data"),
     port: Annotated[int, typer.Option(help="Port of the gateway; another one if it is taken.")] = 8080,
     worker_port: Annotated[int, typer.Option(help="First port of the workers.")] = 8101,
@@ -93,8 +108,8 @@ def demo(
         bool, typer.Option("--make-only", help="Make the pool and its checkpoint, if they are not there, and stop.")
     ] = False,
 ) -> None:
-    """Make the demo pool, start everything, route a stream with feedback, and show what was learned. Some minutes
-    the first time.
+    """Make the demo pool, start everything, route a stream without feedback, and show what audits of a tenth of it
+    taught. Some minutes the first time.
     """
     interruptible()
     console = Console()
@@ -144,7 +159,7 @@ def ensure_demo_pool(data_dir: Path, console: Console, checkpoint: Path | None) 
         ) from error
     folder = data_dir / "demo"
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
-        tasks = {recipe.name: progress.add_task(f"training {recipe.name}", total=1.0) for recipe in RECIPES}
+        tasks = {recipe.name: progress.add_task(f"demo pool: {recipe.name}", total=1.0) for recipe in RECIPES}
         models = make_demo_pool(
             folder / "models", progress=lambda name, share: progress.update(tasks[name], completed=share)
         )
@@ -154,7 +169,10 @@ def ensure_demo_pool(data_dir: Path, console: Console, checkpoint: Path | None) 
         for model in models
     )
     # With vLLM each of them would take minutes to start: deploy/models/demo.yaml is for that.
-    dump_pool(PoolFile(name="demo", worker="cpu", models=entries), pool_file)
+    referee = RuleEntry(name=REFEREE, kind="rule", builtin="exact", options={"case": True, "punctuation": True})
+    audit = AuditEntry(referee=(REFEREE,), rate=AUDIT_RATE, horizon=STREAM_PAIRS)
+    pool = PoolFile(name="demo", worker="cpu", models=entries, referees=(referee,), audit=audit)
+    dump_pool(pool, pool_file)
     if checkpoint is None:
         checkpoint = folder / "checkpoint"
         fresh = any(not model.reused for model in models)
@@ -189,9 +207,9 @@ async def _route(stack: Stack, n: int, seed: int, console: Console) -> DemoResul
     stream, held_out = generate_stream(n, rng), generate_stream(EVALUATION_PAIRS, rng)
     run = f"demo-{int(time.time())}"
     async with GatewayClient(stack.url, connections=CONCURRENCY) as client:
-        before = await _ask_batches(client, held_out, run, "bayesian")
+        before = await _ask_batches(client, held_out, f"{run}-before", "bayesian")
         asked = await _stream(client, stream, run, console)
-        events = await _quiesce(client, run, len(stream))
+        report = await _quiesce(client, run)
         after = await _ask_batches(client, held_out, run, "bayesian")
         names = [model.name for model in stack.pool.models]
         others = {}
@@ -199,7 +217,7 @@ async def _route(stack: Stack, n: int, seed: int, console: Console) -> DemoResul
             for policy in ("random", "majority", "offline", *(f"single:{name}" for name in names)):
                 results = await _ask_batches(client, stream, run, policy)
                 others[policy] = (_accuracy(results), len(names) if policy == "majority" else 1)
-    return DemoResult(before, asked, after, others, events)
+    return DemoResult(before, asked, after, others, report)
 
 
 async def _ask_batches(client: GatewayClient, pairs: Sequence[LabelledPair], run: str, policy: str) -> list[Asked]:
@@ -217,11 +235,11 @@ async def _ask_batches(client: GatewayClient, pairs: Sequence[LabelledPair], run
 
 
 async def _stream(client: GatewayClient, pairs: Sequence[LabelledPair], run: str, console: Console) -> list[Asked]:
-    """POST /reward, then POST /feedback with the true label, pair by pair."""
+    """POST /reward, pair by pair, with the right answer as reference for the rule; no feedback."""
     out: list[Asked] = []
     waiting = iter(pairs)
     columns = (
-        TextColumn("routing with feedback"),
+        TextColumn("routing, no feedback"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[recent]}"),
@@ -231,28 +249,29 @@ async def _stream(client: GatewayClient, pairs: Sequence[LabelledPair], run: str
 
         async def drain() -> None:
             for pair in waiting:
-                instance = pair.instance
-                reply = await client.post(
-                    "/reward", {"prompt": instance.prompt, "responses": instance.responses, "run": run}
-                )
-                await client.post(
-                    "/feedback", {"decision_id": reply["decision_id"], "run": run, "preferred": pair.label}
-                )
-                out.append(_asked(pair, reply))
+                prompt, responses = pair.instance.prompt, pair.instance.responses
+                request = {"prompt": prompt, "responses": responses, "run": run, "reference": responses[pair.label]}
+                out.append(_asked(pair, await client.post("/reward", request)))
                 progress.update(task, advance=1, recent=f"right in the last 100: {_accuracy(out[-100:]):.2f}")
 
         await asyncio.gather(*(drain() for _ in range(CONCURRENCY)))
     return out
 
 
-async def _quiesce(client: GatewayClient, run: str, events: int) -> int:
-    """Wait until the posterior has learned from all feedback; it follows the log within milliseconds."""
-    for _ in range(200):
-        version = int((await client.get(f"/posterior?run={run}"))["version"])
-        if version >= events:
-            break
-        await asyncio.sleep(0.05)
-    return version
+async def _quiesce(client: GatewayClient, run: str) -> RunReport:
+    """Wait until every audit is made and learned from; returns the report.
+
+    Raises:
+        ConfigurationError: audits still wait after `AUDIT_SECONDS`.
+    """
+    deadline = time.monotonic() + AUDIT_SECONDS
+    while time.monotonic() < deadline:
+        report = RunReport.model_validate(await client.get(f"/report?run={run}"))
+        posterior = await client.get(f"/posterior?run={run}")
+        if not report.waiting and posterior["version"] >= report.audits:
+            return report
+        await asyncio.sleep(0.1)
+    raise ConfigurationError(f"{report.waiting} audits wait for the referee {REFEREE!r}: see the logs beside the pool")
 
 
 def _asked(pair: LabelledPair, reply: dict[str, Any]) -> Asked:
@@ -300,14 +319,26 @@ def _show(result: DemoResult, models: Sequence[str], console: Console) -> None:
     best = max(singles, key=lambda name: singles[name][0])
     rows.append((f"best single RM ({best.removeprefix('single:')})", *singles[best]))
     rows.append(("random router", *result.others["random"]))
-    rows.append(("offline prior alone, no feedback", *result.others["offline"]))
+    rows.append(("offline prior alone, no audits", *result.others["offline"]))
     rows.append(("majority vote", *result.others["majority"]))
-    scores = Table(title=f"{len(result.stream)} pairs routed over HTTP, {result.events} feedbacks learned")
+    title = f"{len(result.stream)} pairs routed over HTTP, no feedback, {result.report.audits} audits by the rule"
+    scores = Table(title=title)
     for column in ("policy", "accuracy", "RM calls per pair"):
         scores.add_column(column, justify="left" if column == "policy" else "right")
     for name, accuracy, calls in rows:
         scores.add_row(name, f"{accuracy:.3f}", str(calls))
     console.print(scores)
+    audited = Table(title="what the audits say: how often each is right, 95 % however often one looks")
+    for column in ("scorer", "audits", "right", "bounds", "right on the stream"):
+        audited.add_column(column, justify="left" if column == "scorer" else "right")
+    truth = {name.removeprefix("single:"): value for name, (value, _) in singles.items()}
+    for record in [*result.report.scorers, result.report.router]:
+        found = record.accuracy
+        if found is not None:
+            actual = truth.get(record.model, _accuracy(result.stream))
+            bounds = f"{found.low:.2f} – {found.high:.2f}"
+            audited.add_row(record.model, str(found.audits), f"{found.value:.3f}", bounds, f"{actual:.3f}")
+    console.print(audited)
     stages = Table(title="milliseconds per stage of POST /reward")
     for column in ("", "encode", "draw", "worker", "store", "total"):
         stages.add_column(column, justify="right")
@@ -340,7 +371,10 @@ def _latencies(asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
 def _figures(result: DemoResult, models: Sequence[str]) -> dict[str, object]:
     return {
         "pairs": len(result.stream),
-        "events": result.events,
+        "audits": result.report.audits,
+        "audited_accuracy": {
+            record.model: record.accuracy.value for record in result.report.scorers if record.accuracy is not None
+        },
         "router_accuracy": _accuracy(result.stream),
         "router_accuracy_last_third": _accuracy(result.stream[-len(result.stream) // 3 :]),
         "before": {"accuracy": _accuracy(result.before), "shares": _shares(result.before, models)},

@@ -16,7 +16,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from service.cli.store_option import store_option
 from service.errors import ConfigurationError, StoreUnavailableError
 from service.lab.eventlog.export import Exported, export_log
-from service.settings import EMBEDDED, Settings, read_settings
+from service.settings import EMBEDDED, Settings, read_settings, store_directory
 from service.stores.embedded import EmbeddedStore
 from service.stores.redis import RedisStore
 
@@ -25,7 +25,9 @@ def export(
     run: Annotated[str, typer.Argument(help="Name of the run.")],
     out: Annotated[Path, typer.Option(help="File to write: Parquet, or JSON Lines where it ends in .jsonl.")],
     store: Annotated[str | None, store_option()] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Where the embedded store keeps its file.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Directory of everything that is kept, as of `up` and `serve`. (default: .data)")
+    ] = None,
     since: Annotated[str | None, typer.Option(help="Only events after this event id.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the rows of OUT and add what came after.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a sentence.")] = False,
@@ -81,7 +83,7 @@ def running_store(settings: Settings) -> Iterator[str]:
     if settings.store_url != EMBEDDED:
         yield settings.store_url
         return
-    embedded = EmbeddedStore(settings.data_dir, fsync=settings.store_fsync)
+    embedded = EmbeddedStore(store_directory(settings.data_dir), fsync=settings.store_fsync)
     if not (embedded.data_dir / "appendonlydir").is_dir():
         raise ConfigurationError(
             f"there is no embedded store in {settings.data_dir}: give the gateway's --data-dir, or --store URL"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,18 +24,20 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
 from router_core.records import Instance
 from router_core.rows import Row
 from service.cli.data import DataReader, SkipBadRows, parse_pool
+from service.cli.fitting import fitting_table
 from service.cli.processes import interruptible
 from service.errors import ConfigurationError, ServiceError
+from service.lab.client import GatewayClient
 from service.lab.labelling.ask import AskPolicy, ModelAsker, is_failure
+from service.lab.labelling.gateway import GatewayScorer
 from service.lab.labelling.journal import Answer, Journal, content_key, write_atomically
 from service.lab.labelling.rows import Known, earlier_answers, labelled_lines, summarise
-from service.pool import Entry, PoolFile, load_pool
+from service.pool import PoolFile, load_pool
 from service.scorers.protocol import Scorer
 from service.scorers.registry import build_scorer
 from service.settings import read_settings
@@ -53,8 +56,14 @@ _log = logging.getLogger("service.workers")
 
 def label(
     data: Annotated[Path, typer.Argument(help="JSONL of pairs (docs/data.md); their `rm` may be absent or partial.")],
-    pool: Annotated[Path, typer.Option(help="Pool file (YAML) with the workers' URLs.")],
     out: Annotated[Path, typer.Option(help="File that is written when all have answered; DATA itself is allowed.")],
+    pool: Annotated[
+        Path | None, typer.Option(help="Pool file (YAML) with the workers' URLs, such as the one that `up` writes.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="A running gateway, whose pool is asked, instead of --pool.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="API key of that gateway.", envvar="REWARD_ROUTER_API_KEY")
+    ] = None,
     models: Annotated[str | None, typer.Option(help="Only these RMs of the pool, comma-separated.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Batches in flight per RM.")] = 4,
     batch: Annotated[int, typer.Option(min=1, help="Pairs per batch, where the rendering takes several.")] = 16,
@@ -77,13 +86,14 @@ def label(
     interruptible()
     console = Console(stderr=True)
     reader = DataReader(console, skip_bad_rows)
-    rows, entries = reader.rows(data), _chosen(pool, models)
+    makers = _chosen(pool, url, api_key, models, concurrency, timeout)
+    rows = reader.rows(data)
     _warn_of_unlabelled(rows, console)
     policy = AskPolicy(concurrency, batch, timeout, patience)
     with Journal(out.with_name(out.name + ".partial")) as journal:
         known = Known(rows, [content_key(row.instance) for row in rows], _earlier(rows, out, reader), journal.answers)
-        wanted = {entry.name: known.to_ask(entry.name, retry_missing=retry_missing, again=again) for entry in entries}
-        seconds = _ask_all([entry for entry in entries if wanted[entry.name]], wanted, policy, journal, console)
+        wanted = {name: known.to_ask(name, retry_missing=retry_missing, again=again) for name in makers}
+        seconds = _ask_all([makers[name] for name in makers if wanted[name]], wanted, policy, journal, console)
         write_atomically(out, labelled_lines(known, list(wanted)))
         journal.remove()
     summary = {"out": str(out), "seconds": seconds, **summarise(known, {name: len(wanted[name]) for name in wanted})}
@@ -114,15 +124,41 @@ def _failed(summary: Mapping[str, Any]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _chosen(pool: Path, models: str | None) -> list[Entry]:
-    entries = load_pool(pool).models
-    names = parse_pool(models)
-    unknown = [name for name in names if name not in {entry.name for entry in entries}]
-    if unknown:
+def _chosen(
+    pool: Path | None, url: str | None, api_key: str | None, models: str | None, concurrency: int, timeout: float
+) -> dict[str, Callable[[], Scorer]]:
+    """Return what makes each scorer that is to be asked, by name.
+
+    Raises:
+        ConfigurationError: not exactly one of `pool` and `url`, or an unknown name among `models`.
+        GatewayError: the gateway does not answer.
+    """
+    if (pool is None) == (url is None):
         raise ConfigurationError(
-            f"--models names {', '.join(unknown)}, the pool holds {', '.join(entry.name for entry in entries)}"
+            "give --url GATEWAY of a running gateway, or --pool FILE of a pool whose workers have `urls` (`up` writes "
+            "one: DATA_DIR/pool.yaml)"
         )
-    return [entry for entry in entries if not names or entry.name in names]
+    makers = {} if pool is None else _of_pool(load_pool(pool), timeout)
+    if url is not None:
+        makers = _of_gateway(url, api_key, concurrency)
+    names = parse_pool(models)
+    unknown = [name for name in names if name not in makers]
+    if unknown:
+        raise ConfigurationError(f"--models names {', '.join(unknown)}, the pool holds {', '.join(makers)}")
+    return {name: make for name, make in makers.items() if not names or name in names}
+
+
+def _of_pool(pool: PoolFile, timeout: float) -> dict[str, Callable[[], Scorer]]:
+    settings = read_settings(worker_timeout_seconds=timeout)
+    return {entry.name: partial(build_scorer, entry, settings, pool) for entry in pool.models}
+
+
+def _of_gateway(url: str, api_key: str | None, concurrency: int) -> dict[str, Callable[[], Scorer]]:
+    async def names() -> list[str]:
+        async with GatewayClient(url, api_key=api_key) as client:
+            return [model["name"] for model in await client.get("/models")]
+
+    return {name: partial(GatewayScorer, name, url, api_key, concurrency) for name in asyncio.run(names())}
 
 
 def _earlier(rows: Sequence[Row], out: Path, reader: DataReader) -> dict[tuple[str, str], Answer]:
@@ -150,18 +186,19 @@ def _warn_of_unlabelled(rows: Sequence[Row], console: Console) -> None:
         )
 
 
-def _ask_all(entries: Sequence[Entry], wanted: Wanted, policy: AskPolicy, journal: Journal, console: Console) -> float:
+def _ask_all(
+    makers: Sequence[Callable[[], Scorer]], wanted: Wanted, policy: AskPolicy, journal: Journal, console: Console
+) -> float:
     """Ask all RMs at once; returns the seconds that it took.
 
     Raises:
         typer.Exit: interrupted.
         ServiceError: an RM stayed away or refuses us; the others have been asked nevertheless.
     """
-    if not entries:
+    if not makers:
         return 0.0
     began = time.monotonic()
-    settings, pool = read_settings(worker_timeout_seconds=policy.timeout_seconds), PoolFile(models=tuple(entries))
-    arms = [build_scorer(entry, settings, pool) for entry in entries]
+    arms = [make() for make in makers]
     try:
         with _progress(console) as progress, _worker_notes(progress.console):
             failures = asyncio.run(_ask_pool(arms, wanted, policy, journal, progress))
@@ -279,12 +316,11 @@ def _worker_notes(console: Console) -> Iterator[None]:
 
 
 def _show(summary: Mapping[str, Any], console: Console) -> None:
-    table = Table(title=f"{summary['rows']} rows in {summary['out']}, {summary['seconds']:.0f} s")
-    table.add_column("RM", overflow="fold")
-    for column in ("asked now", "scored", "without score", "right"):
-        table.add_column(column, justify="right")
+    rows = []
     for name, row in summary["models"].items():
         missing = ", ".join(f"{count} {reason}" for reason, count in row["missing"].items())
         accuracy = "–" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
-        table.add_row(name, str(row["asked"]), str(row["scored"]), missing, accuracy)
-    console.print(table)
+        rows.append((name, str(row["asked"]), str(row["scored"]), accuracy, missing))
+    columns = ("RM", "asked now", "scored", "right", "without score")
+    title = f"{summary['rows']} rows in {summary['out']}, {summary['seconds']:.0f} s"
+    console.print(fitting_table(console, columns, rows, drop=("asked now",), title=title))

@@ -141,10 +141,10 @@ def plan_workers(
         group = [model for model in waiting if model.recorded == recorded]
         starts.append(_recorded_start(recorded, group, next_port()))
     starts += [
-        _rule_start(entry, next_port()) for entry in pool.models if isinstance(entry, RuleEntry) and not entry.urls
+        _rule_start(entry, next_port()) for entry in pool.scorers if isinstance(entry, RuleEntry) and not entry.urls
     ]
     starts += [
-        _judge_start(entry, next_port()) for entry in pool.models if isinstance(entry, JudgeEntry) and not entry.urls
+        _judge_start(entry, next_port()) for entry in pool.scorers if isinstance(entry, JudgeEntry) and not entry.urls
     ]
     return tuple(starts)
 

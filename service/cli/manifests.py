@@ -7,6 +7,7 @@ flags that `reward-router up` gives it here. Writes files and talks to no cluste
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ from rich.console import Console
 from service.cli.pin import warn_moving
 from service.cli.vllm_serve import serve_environment, serve_words
 from service.errors import ConfigurationError
-from service.pool import ModelEntry, PoolFile, load_pool
+from service.pool import Entry, ModelEntry, PoolFile, load_pool
 from service.scorers.entry import ScorerEntry
 
 WORKER_PORT = 8000
@@ -138,8 +139,14 @@ def gateway_pool(pool: PoolFile) -> Manifest:
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ConfigurationError(f"models of the pool would share the Kubernetes name {twice[0]!r}: rename one")
-    models = []
-    for model in pool.models:
+    own = pool.model_dump(mode="json", exclude_defaults=True, include={"name", "over_long", "combine", "audit"})
+    referees = {"referees": _as_seen(pool.referees)} if pool.referees else {}
+    return {**own, "models": _as_seen(pool.models), **referees}
+
+
+def _as_seen(entries: Sequence[Entry]) -> list[Manifest]:
+    models: list[Manifest] = []
+    for model in entries:
         if not isinstance(model, ModelEntry):
             models.append(_elsewhere(model))
             continue
@@ -160,8 +167,7 @@ def gateway_pool(pool: PoolFile) -> Manifest:
             named = source if model.tokenizer is None else {"tokenizer": model.tokenizer}
             given |= {field: value for field, value in named.items() if value is not None}
         models.append({"name": model.name, "urls": urls} | given)
-    own = pool.model_dump(mode="json", exclude_defaults=True, include={"name", "over_long", "combine"})
-    return {**own, "models": models}
+    return models
 
 
 def _elsewhere(entry: ScorerEntry) -> Manifest:

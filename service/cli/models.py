@@ -8,15 +8,16 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from service.cli.first_request import askable_lines
+from service.cli.fitting import fitting_table
 from service.lab.client import GatewayClient
 
 
 def models(
     url: Annotated[str, typer.Option(help="The gateway.")] = "http://127.0.0.1:8080",
     run: Annotated[str | None, typer.Option(help="The run whose posterior is shown.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="API key.", envvar="REWARD_ROUTER_API_KEY")] = None,
+    api_key: Annotated[str | None, typer.Option(help="API key.", envvar="REWARD_ROUTER_CLIENT_API_KEY")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show each reward model of a running gateway: its workers, feedbacks so far, mean reward."""
@@ -24,22 +25,28 @@ def models(
     if as_json:
         typer.echo(json.dumps({"models": pool, "posterior": posterior}))
         return
-    table = Table(title=f"run {posterior['run']}: {posterior['version']} events learned, prior {posterior['prior']}")
-    for column in ("model", "available", "replicas", "sent", "reads", "feedbacks", "mean reward", "weight sd"):
-        table.add_column(column)
+    rows = []
     for arm, learned in zip(pool, posterior["models"], strict=True):
         mean = learned["mean_reward"]
-        table.add_row(
-            arm["name"],
-            "yes" if arm["available"] else "[red]no[/]",
-            ", ".join(f"{replica['url']} {replica['state']}" for replica in arm["replicas"]),
-            arm["rendering"] or "–",
-            "–" if arm["max_model_len"] is None else f"{arm['max_model_len']} tokens",
-            str(learned["feedbacks"]),
-            "–" if mean is None else f"{mean:.3f}",
-            f"{learned['sd']:.4f}",
+        rows.append(
+            (
+                arm["name"],
+                "yes" if arm["available"] else "[red]no[/]",
+                ", ".join(f"{replica['url']} {replica['state']}" for replica in arm["replicas"]),
+                arm["rendering"] or "–",
+                "–" if arm["max_model_len"] is None else f"{arm['max_model_len']} tokens",
+                str(learned["feedbacks"]),
+                "–" if mean is None else f"{mean:.3f}",
+                f"{learned['sd']:.4f}",
+            )
         )
-    Console().print(table)
+    console = Console()
+    for line in askable_lines(pool):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    columns = ("model", "available", "replicas", "sent", "reads", "feedbacks", "mean reward", "weight sd")
+    title = f"run {posterior['run']}: {posterior['version']} events learned, prior {posterior['prior']}"
+    drop = ("replicas", "sent", "reads", "weight sd", "mean reward")
+    console.print(fitting_table(console, columns, rows, drop=drop, title=title))
 
 
 async def _ask(url: str, run: str | None, api_key: str | None) -> tuple[list[dict], dict]:  # type: ignore[type-arg]

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from router_core.combine import CASCADE, STACKED, budget_of
 from router_core.policies import make_policy
 from service.cli.data import parse_pool
+from service.cli.fitting import fitting_table
 from service.lab.estimates import ESTIMATORS, evaluate_log
 from service.lab.eventlog.load import load_log
 from service.lab.eventlog.targets import SOFTMAX, load_checkpoint, temperature_of
@@ -46,7 +46,7 @@ def ope(
 ) -> None:
     """Off-policy evaluation: mean reward that each policy would have had on the logged instances.
 
-    IPS, SNIPS and doubly robust with 95% intervals, and a safe interval that holds whatever the sample. A policy that
+    IPS, SNIPS and doubly robust with 95% intervals, which of them to use, and a safe interval. A policy that
     the log says too little about gets a reason, never a number. docs/off-policy.md explains all of it.
     """
     events = load_log(log)
@@ -66,21 +66,22 @@ def print_figures(figures: dict[str, Any], console: Console | None = None) -> No
     """The table that people read."""
     console = console or Console()
     logged = figures["logged"]
-    table = Table(title=f"{figures['n']} logged decisions of run {figures['run']}: mean reward (95% interval)")
-    table.add_column("policy")
-    for column in ("calls", *ESTIMATORS, "safe interval", "eff. rows"):
-        table.add_column(column, justify="right")
-    table.add_row("as logged", "", _cell(logged), "", "", "", str(figures["n"]))
-    table.add_section()
+    rows: list[Sequence[str] | None] = [("as logged", "", "", _cell(logged), "", "", "", "", str(figures["n"])), None]
     for name, row in figures["policies"].items():
         safe = "–" if row["safe95"] is None else _interval(row["safe95"])
-        cells = [_cell(row[how]) for how in ESTIMATORS]
+        weights = ("–", "–") if row["snips"] is None else _weights(row["snips"])
         calls = "–" if row["calls"] is None else f"{row['calls']:.2f}"
-        table.add_row(name, calls, *cells, safe, "–" if row["snips"] is None else f"{row['snips']['ess']:.0f}")
-    console.print(table)
+        cells = [_cell(row[how]) for how in ESTIMATORS]
+        rows.append((name, row["recommended"] or "none", calls, *cells, safe, *weights))
+    columns = ("policy", "use", "calls", *ESTIMATORS, "safe interval", "mean weight", "eff. rows")
+    title = f"{figures['n']} logged decisions of run {figures['run']}: mean reward (95% interval)"
+    drop = ("calls", "ips", "safe interval", "eff. rows", "mean weight")
+    console.print(fitting_table(console, columns, rows, drop=drop, title=title))
     for note in _notes(figures):
         console.print(note, highlight=False, soft_wrap=True)
     for name, row in figures["policies"].items():
+        if row["recommended"]:
+            console.print(f"{name}: use {row['recommended']}: {row['why']}", highlight=False, soft_wrap=True)
         for line in ([row["problem"]] if row["problem"] else []) + row["warnings"]:
             console.print(f"{name}: {line}", highlight=False, soft_wrap=True)
 
@@ -109,6 +110,10 @@ def _names(text: str, pool: Sequence[str]) -> list[str]:
         else:
             make_policy(name, pool)
     return names
+
+
+def _weights(row: dict[str, Any]) -> tuple[str, str]:
+    return f"{row['mean_weight']:.2f}", f"{row['ess']:.0f}"
 
 
 def _cell(row: dict[str, Any] | None) -> str:

@@ -26,6 +26,9 @@ from service.errors import ConfigurationError
 STOP_SECONDS = 15.0
 """How long children may drain after SIGTERM before they are killed."""
 
+USUAL_PORT = 8080
+"""Port of a gateway where none is given."""
+
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Asks our own children, for whom no proxy of the environment is meant."""
 
@@ -247,6 +250,27 @@ def free_port(wanted: int, host: str = "127.0.0.1") -> int:
                 continue
             return int(probe.getsockname()[1])
     raise ConfigurationError(f"no free port on {host}")
+
+
+def gateway_port(given: int | None, host: str) -> tuple[int, str | None]:
+    """Return the port that a gateway shall have, and a warning where it is not the usual one.
+
+    Args:
+        given: port that was asked for; 0 for any; None for the usual one, or another where that is taken.
+        host: address that it will listen on.
+
+    Raises:
+        ConfigurationError: the given port is taken.
+    """
+    wanted = USUAL_PORT if given is None else given
+    port = free_port(wanted, host)
+    if port == wanted or wanted == 0:
+        return port, None
+    if given is not None:
+        raise ConfigurationError(
+            f"--port {given}: something listens there already, perhaps an earlier gateway: end it, or give another port"
+        )
+    return port, f"port {wanted} is taken, perhaps by an earlier gateway: this one has port {port}"
 
 
 def _plain(line: str) -> str:

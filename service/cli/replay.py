@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,10 +16,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from router_core.audits.schedule import Schedule
 from router_core.checkpoint import Checkpoint
 from router_core.dataset import pairs_digest, pool_names
 from router_core.records import LabelledPair, Signal
 from router_core.replay import (
+    Audits,
     Delay,
     Scenario,
     Shift,
@@ -46,6 +49,13 @@ DEFAULT_POLICIES = "bayesian,offline,random,majority"
 
 TABLE_POLICIES = ("random", "majority", "uwo", "laser", "bayesian:none", "offline", "bayesian:paper", "bayesian")
 """What `all` adds to the single RMs: every row of the paper's tables."""
+
+
+class Ask(StrEnum):
+    """Which RMs an audit speaks of."""
+
+    ALL = "all"
+    DRAWN = "drawn"
 
 
 def replay(
@@ -94,6 +104,16 @@ def replay(
     delay: Annotated[
         str, typer.Option(help="Feedback arrives so many instances later: N, geometric:MEAN, or batch:SIZE.")
     ] = "0",
+    audit: Annotated[
+        str | None,
+        typer.Option(help="RATE[:SCHEDULE]: no feedback but a referee's verdict on so many; schedule front or even."),
+    ] = None,
+    referee_accuracy: Annotated[
+        float, typer.Option(min=0.5, max=1.0, help="With --audit: how often the referee is right.")
+    ] = 1.0,
+    audit_ask: Annotated[
+        Ask, typer.Option(help="With --audit: RMs that an audited instance teaches, all or the drawn one.")
+    ] = Ask.ALL,
     missing: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share that never gets feedback.")] = 0.0,
     batch: Annotated[int, typer.Option(min=1, help="Instances that share one RM under `laser`.")] = Scenario().batch,
     loss_separation: Annotated[
@@ -108,7 +128,9 @@ def replay(
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="With --url: requests in flight.")] = 4,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many pairs.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="With --url: API key.", envvar="REWARD_ROUTER_API_KEY")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="With --url: API key.", envvar="REWARD_ROUTER_CLIENT_API_KEY")
+    ] = None,
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file; `-` for standard output.")
     ] = None,
@@ -136,7 +158,8 @@ def replay(
         signal=signal,
     )
     options.check(over_http=url is not None)
-    scenario = Scenario(repeat, drift, Delay.parse(delay), missing, batch, SimulatedLoss(loss_separation))
+    audits = None if audit is None else _audits(audit, referee_accuracy, audit_ask, over_http=url is not None)
+    scenario = Scenario(repeat, drift, Delay.parse(delay), missing, batch, SimulatedLoss(loss_separation), audits)
     pairs = reader.pairs(data)[:limit]
     loaded = None if checkpoint is None else Checkpoint.load(checkpoint)
     names = parse_pool(pool) or (pool_names(pairs) if loaded is None else loaded.pool)
@@ -175,6 +198,14 @@ def replay(
         plot_curves(curves, curve_out, headline(figures))
     publish(figures, json_out)
     reader.tell()
+
+
+def _audits(text: str, accuracy: float, ask: Ask, *, over_http: bool) -> Audits:
+    """Read `--audit` and what belongs to it."""
+    if over_http:
+        raise ConfigurationError("--audit with --url: a gateway audits as its pool file says; leave one of them out")
+    schedule = Schedule.parse(text)
+    return Audits(schedule.rate, schedule.name, accuracy, ask is Ask.ALL)
 
 
 @dataclass(frozen=True, slots=True)

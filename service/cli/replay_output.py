@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from router_core.records import Signal
 from router_core.replay import Curve, Scenario
+from service.cli.fitting import fitting_table
 from service.cli.prices import cost_of
 from service.lab.replaying.parts import Options
 
@@ -37,6 +38,7 @@ def describe(options: Options, scenario: Scenario, signal: Signal) -> dict[str, 
         "delay": str(scenario.delay),
         "missing": scenario.missing,
         "batch": scenario.batch,
+        "audits": None if scenario.audits is None else asdict(scenario.audits),
         "simulated_loss": None
         if signal is not Signal.LOSS
         else {
@@ -93,28 +95,30 @@ def publish(figures: dict[str, Any], json_out: Path | None) -> None:
 
 def print_report(figures: Mapping[str, Any], console: Console | None = None) -> None:
     """The table that people read."""
-    table = RichTable(title=headline(figures))
-    table.add_column("policy", justify="left", overflow="fold")
-    for column in ("accuracy", "95% interval", "last third", "over best single", "calls", "regret"):
-        table.add_column(column, justify="right", no_wrap=column not in ("last third", "over best single"))
+    console = console or Console(width=None if sys.stdout.isatty() else _WIDTH)
+    rows: list[tuple[str, ...] | None] = []
     for name, row in sorted(figures["policies"].items(), key=lambda item: -item[1]["accuracy"]):
         low, high = row["ci95"]
         over = figures["paired"][name]["best_single"]
-        table.add_row(
-            name,
-            f"{row['accuracy']:.3f}",
-            f"{low:.3f} – {high:.3f}",
-            f"{figures['last_third'][name]:.3f}",
-            "{:+.3f} ({:+.3f} … {:+.3f})".format(over["difference"], *over["ci95"]),
-            cost_of(row),
-            f"{row['regret']:.3f}",
+        rows.append(
+            (
+                name,
+                f"{row['accuracy']:.3f}",
+                f"{low:.3f} – {high:.3f}",
+                f"{figures['last_third'][name]:.3f}",
+                "{:+.3f} ({:+.3f} … {:+.3f})".format(over["difference"], *over["ci95"]),
+                cost_of(row),
+                f"{row['regret']:.3f}",
+            )
         )
     best, oracle = figures["best_single"], figures["oracle"]
-    table.add_section()
+    rows.append(None)
     for name, accuracy in (
         (f"best single: {best['model']}", best["accuracy"]),
         ("best RM per subset, in hindsight", figures["best_per_subset"]),
         ("oracle", oracle),
     ):
-        table.add_row(name, f"{accuracy:.3f}", "", "", "", "1", f"{oracle - accuracy:.3f}")
-    (console or Console(width=None if sys.stdout.isatty() else _WIDTH)).print(table)
+        rows.append((name, f"{accuracy:.3f}", "", "", "", "1", f"{oracle - accuracy:.3f}"))
+    columns = ("policy", "accuracy", "95% interval", "last third", "over best single", "calls", "regret")
+    drop = ("last third", "over best single", "regret", "95% interval")
+    console.print(fitting_table(console, columns, rows, drop=drop, title=headline(figures)))

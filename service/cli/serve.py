@@ -31,7 +31,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on (default: 127.0.0.1).")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on (default: 8080).")] = None,
     store: Annotated[str | None, store_option()] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Where the embedded store keeps its file.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where everything that is kept lies. (default: .data)")] = None,
     run: Annotated[str | None, typer.Option(help="Name of the default run.")] = None,
     policy: Annotated[
         str | None, typer.Option(help="bayesian, offline, laser, uwo, random, majority, single:MODEL.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shlex
 import signal
 import threading
@@ -16,14 +17,15 @@ import typer
 from rich.console import Console
 
 from service.cli.encoder_launch import ENCODER_SHARE, SERVED, EncoderPlan, ensure_exported, plan_encoder
+from service.cli.first_request import ready_lines
 from service.cli.launch import WORKER_SECONDS, WorkerStart, plan_workers, shares_of, start_workers
 from service.cli.pin import warn_moving
-from service.cli.processes import Child, ProcessGroup, free_port, interruptible
+from service.cli.processes import Child, ProcessGroup, free_port, gateway_port, interruptible
 from service.cli.store_option import STORE_VARIABLE, store_option
 from service.cli.supervise import Supervisor
 from service.cli.vllm_serve import share_lines
 from service.pool import ModelEntry, PoolFile, dump_pool, load_pool
-from service.settings import EMBEDDED
+from service.settings import EMBEDDED, read_settings, store_directory
 from service.stores.embedded import EmbeddedStore
 
 __all__ = ["WORKER_SECONDS", "Stack", "running_stack", "up", "wait_for_signal"]
@@ -56,12 +58,14 @@ class Stack:
         pool: the pool with the workers' addresses.
         processes: the children.
         workers: those of them that serve reward models or the encoder.
+        run: name of the default run.
     """
 
     url: str
     pool: PoolFile
     processes: ProcessGroup
     workers: tuple[Child, ...]
+    run: str
 
 
 def up(
@@ -73,7 +77,9 @@ def up(
         Path | None, typer.Option(help="Checkpoint. (default: the demo pool's, with the demo pool)")
     ] = None,
     host: Annotated[str, typer.Option(help="Address of the gateway.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port of the gateway.")] = 8080,
+    port: Annotated[
+        int | None, typer.Option(help="Port of the gateway; 0 for any. (default: 8080, or another where it is taken)")
+    ] = None,
     worker_port: Annotated[int, typer.Option(help="First port of the workers that are started.")] = 8101,
     data_dir: Annotated[Path, typer.Option(help="Where everything that is kept lies.")] = Path(".data"),
     store: Annotated[str, store_option()] = EMBEDDED,
@@ -129,15 +135,22 @@ def up(
     if dry_run:
         _show(wanted, served, port_sequence(worker_port))
         return
+    chosen, warning = gateway_port(port, host)
+    if warning is not None:
+        console.print(f"[yellow]warning[/]   {warning}", highlight=False, soft_wrap=True)
     with running_stack(
-        wanted, checkpoint, data_dir=data_dir, host=host, port=port, worker_port=worker_port, store_url=store,
+        wanted, checkpoint, data_dir=data_dir, host=host, port=chosen, worker_port=worker_port, store_url=store,
         console=console, run=run, encoder=served or encoder,
     ) as stack:  # fmt: skip
+        keys = read_settings().api_keys
+        for line in asyncio.run(ready_lines(stack.url, stack.pool, data_dir, keys[0] if keys else None)):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         console.print(
-            f"\nserving on [bold]{stack.url}[/]   API: {stack.url}/docs   metrics: {stack.url}/metrics\n\n"
-            f"  curl -s {stack.url}/reward -H 'content-type: application/json' \\\n"
-            '    -d \'{"prompt": "What is 7 + 5?", "responses": ["12", "13"]}\'\n\nCtrl-C ends everything.',
+            f"\nserving on [bold]{stack.url}[/]   run: {stack.run}   API: {stack.url}/docs   metrics: "
+            f"{stack.url}/metrics\npool with the scorers' addresses: {data_dir / 'pool.yaml'}\n\n"
+            "Ctrl-C ends everything.",
             highlight=False,
+            soft_wrap=True,
         )
         wait_for_signal(stack.processes, Supervisor(stack.workers, console))
     console.print("stopped; what was learned is kept in", str(data_dir))
@@ -175,13 +188,13 @@ def running_stack(
         ConfigurationError: something did not start; with the end of its log.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
-    embedded = EmbeddedStore(data_dir / "store") if store_url == EMBEDDED else None
+    embedded = EmbeddedStore(store_directory(data_dir)) if store_url == EMBEDDED else None
     try:
         if embedded is not None:
             with console.status("store"):
                 store_url = embedded.start()
             console.print(
-                "store     ready (Valkey, append-only file in", str(data_dir / "store") + ")", highlight=False
+                "store     ready (Valkey, append-only file in", str(store_directory(data_dir)) + ")", highlight=False
             )
         with ProcessGroup(data_dir / "logs") as processes:
             ports = port_sequence(worker_port)
@@ -214,7 +227,7 @@ def running_stack(
             with console.status("gateway"):
                 processes.wait_until_ready(f"{url}/readyz", "gateway", GATEWAY_SECONDS, lambda: None)
             console.print(f"gateway   ready on {url}", highlight=False)
-            yield Stack(url, resolved, processes, workers)
+            yield Stack(url, resolved, processes, workers, run or read_settings().run)
     finally:
         if embedded is not None:
             embedded.stop()
@@ -242,10 +255,11 @@ def _overridden(pool: PoolFile, worker: WorkerKind | None, device: Device | None
     given: dict[str, object] = {}
     if worker is not None:
         given["worker"] = worker.value
-        given["models"] = tuple(
-            model.model_copy(update={"worker": None}) if isinstance(model, ModelEntry) else model
-            for model in pool.models
-        )
+        for field in ("models", "referees"):
+            given[field] = tuple(
+                model.model_copy(update={"worker": None}) if isinstance(model, ModelEntry) else model
+                for model in getattr(pool, field)
+            )
     if device is not None:
         given["device"] = device.value
     if vllm_command is not None:
@@ -303,5 +317,8 @@ def _show(pool: PoolFile, encoder: EncoderPlan | None, next_port: Callable[[], i
 
 def _placed(pool: PoolFile, urls: Mapping[str, Sequence[str]]) -> PoolFile:
     """The pool with where its scorers are."""
-    models = tuple(model if model.urls else model.served_at(urls[model.name]) for model in pool.models)
-    return pool.model_copy(update={"models": models})
+    placed = {
+        field: tuple(model if model.urls else model.served_at(urls[model.name]) for model in getattr(pool, field))
+        for field in ("models", "referees")
+    }
+    return pool.model_copy(update=placed)

@@ -36,6 +36,9 @@ from service.scorers.transport.exchange import (
 from service.scorers.transport.http import HttpError
 from service.scorers.transport.replica import Replica, open_replica
 
+MAX_STATE: Final = 1e9
+"""Largest size of a number in a state. Those of language models are below 1e6; sums over much larger ones overflow."""
+
 MAX_RESPONSE_BYTES: Final = 64 << 20
 """Largest answer: 64 vectors of 4,096 columns are 1.4 MB, and as decimal numbers six times that."""
 
@@ -160,11 +163,13 @@ class StateClient:
         """The states in an answer.
 
         Raises:
-            WireError: it is none, or one of them is not finite.
+            WireError: it is none, or one of them is not finite or beyond `MAX_STATE`.
         """
         states = decode_answer(body, count, self.config.dim, self._decoder)
         if not np.isfinite(states).all():
             raise WireError("a vector holds NaN or infinity")
+        if np.abs(states).max(initial=0.0) > MAX_STATE:
+            raise WireError(f"a vector holds a number beyond {MAX_STATE:g}")
         return states
 
     async def close(self) -> None:

@@ -18,7 +18,7 @@ from service.encoders.wire import EMBEDDINGS_PATH, WireError
 from service.scorers.transport.exchange import RETRIED_STATUSES
 from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
 from service.scorers.transport.replica import Replica
-from service.scorers.wire import MODELS_PATH, ModelList, error_message
+from service.scorers.wire import MODELS_PATH, UNREADABLE, ModelList, error_message
 
 RELATIVE_TOLERANCE: Final = 0.08
 """Largest |served − reference| / |reference| of a state. A server in float32 stays below 1e-5, one in bfloat16 below
@@ -111,7 +111,7 @@ async def _check_models(client: StateClient, reading: Reading, replica: Replica,
     body = await _exchange(replica, "GET", MODELS_PATH, b"", deadline)
     try:
         models = msgspec.json.decode(body, type=ModelList).data
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise ServerWrongError(f"{MODELS_PATH} does not list models: {error}") from error
     wanted = client.config.model
     found = next((model for model in models if wanted in (None, model.id)), None)

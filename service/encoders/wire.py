@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.scorers.transport.exchange import AnswerError
-from service.scorers.wire import Usage
+from service.scorers.wire import UNREADABLE, Usage
 
 EMBEDDINGS_PATH: Final = "/v1/embeddings"
 """The one of vLLM's two endpoints for vectors that its API key guards; `/pooling` stays open."""
@@ -87,7 +87,7 @@ def decode_answer(
     """
     try:
         rows = decoder.decode(body).data
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise WireError(f"the answer is not an embeddings reply: {error}") from error
     if len(rows) != count:
         raise WireError(f"{len(rows)} vectors for {count} texts")
@@ -111,7 +111,9 @@ def to_base64(vector: NDArray[np.float32]) -> str:
 
 def _vector(given: str | list[float]) -> NDArray[np.float32]:
     if not isinstance(given, str):
-        return np.asarray(given, dtype=np.float32)
+        # What float32 cannot hold becomes infinity, which users of the states refuse.
+        with np.errstate(over="ignore"):
+            return np.asarray(given, dtype=np.float32)
     try:
         return np.frombuffer(base64.b64decode(given, validate=True), dtype="<f4")
     except (binascii.Error, ValueError) as error:

@@ -23,6 +23,7 @@ from service.schemas import (
     FeedbackBatchReply,
     FeedbackBatchRequest,
     FeedbackRequest,
+    JudgementRequest,
     NoReward,
     RewardBatchReply,
     RewardBatchRequest,
@@ -31,6 +32,7 @@ from service.schemas import (
 )
 from service.telemetry import Telemetry
 from service.usecases.learn import FeedbackService
+from service.usecases.people import PeopleService
 from service.usecases.score import RewardService
 
 _ENCODER = msgspec.json.Encoder()
@@ -59,6 +61,7 @@ class HotRoutes:
     Args:
         scorer: use case of `/reward`.
         feedback: use case of `/feedback`.
+        people: use case of `/audits/judge`.
         telemetry: request counters.
         keys: who may call.
         limits: body size and requests in flight.
@@ -71,6 +74,7 @@ class HotRoutes:
         *,
         scorer: RewardService,
         feedback: FeedbackService,
+        people: PeopleService,
         telemetry: Telemetry,
         keys: ApiKeys,
         limits: HotLimits,
@@ -79,6 +83,7 @@ class HotRoutes:
     ) -> None:
         self._scorer = scorer
         self._feedback = feedback
+        self._people = people
         self._telemetry = telemetry
         self._keys = keys
         self._limits = limits
@@ -88,11 +93,13 @@ class HotRoutes:
         self._reward_batch = msgspec.json.Decoder(RewardBatchRequest)
         self._feedback_one = msgspec.json.Decoder(FeedbackRequest)
         self._feedback_batch = msgspec.json.Decoder(FeedbackBatchRequest)
+        self._judgement = msgspec.json.Decoder(JudgementRequest)
         self._routes: dict[str, Handler] = {
             "/reward": self._score,
             "/reward/batch": self._score_batch,
             "/feedback": self._accept,
             "/feedback/batch": self._accept_batch,
+            "/audits/judge": self._judge,
         }
         self._trainers = dict(trainers or {})
         self._ok = {path: telemetry.requests.labels(path, "200") for path in (*self._routes, *self._trainers)}
@@ -175,6 +182,9 @@ class HotRoutes:
         request = parse_body(self._feedback_batch, body)
         results = await self._feedback.accept_many(request.items, run=request.run)
         return FeedbackBatchReply([error_item(result) for result in results])
+
+    async def _judge(self, body: bytes) -> Any:
+        return await self._people.judge(parse_body(self._judgement, body))
 
 
 def error_item(result: Any) -> Any:

@@ -37,7 +37,10 @@ class ApiKeys:
             given = _authorization(value) if name == b"authorization" else value if name == b"x-api-key" else b""
             if given and any(hmac.compare_digest(given, key) for key in self._keys):
                 return
-        raise UnauthorizedError("API key missing or wrong: send `Authorization: Bearer KEY` or `X-API-Key: KEY`")
+        raise UnauthorizedError(
+            "API key missing or wrong: send `Authorization: Bearer KEY` or `X-API-Key: KEY`. The gateway's keys are "
+            "its REWARD_ROUTER_API_KEYS; commands and trainers' clients read theirs from REWARD_ROUTER_API_KEY"
+        )
 
 
 def _authorization(value: bytes) -> bytes:

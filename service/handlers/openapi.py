@@ -29,7 +29,7 @@ _ERRORS = {
 }
 
 _FEEDBACK_ERRORS = {
-    "404": "Unknown decision.",
+    "404": "Unknown run or decision.",
     "409": "The decision already has another feedback; the first one stands.",
     "410": "The decision is older than the feedback window.",
 }
@@ -49,6 +49,8 @@ def install(app: FastAPI) -> None:
                 schemas.FeedbackRequest,
                 schemas.FeedbackBatchRequest,
                 schemas.FeedbackReply,
+                schemas.JudgementRequest,
+                schemas.JudgementReply,
                 schemas.ErrorReply,
                 schemas.NoReward,
                 *TYPES,
@@ -160,5 +162,21 @@ def _paths() -> dict[str, Any]:
             reply="FeedbackBatchReply",
             example={"items": [{"decision_id": _EXAMPLE_ID, "preferred": 0}]},
             errors={**_ERRORS, "404": "Unknown run."},
+        ),
+        "/audits/judge": _post(
+            tag="audits",
+            summary="A person's judgement of an audited decision",
+            description=(
+                "Gold: it teaches the scorers, and the referee's accuracy is measured against it. When the reply is "
+                "200 it is in the run's log, exactly once; sending the same again answers `duplicate: true`."
+            ),
+            request="JudgementRequest",
+            reply="JudgementReply",
+            example={"decision_id": _EXAMPLE_ID, "preferred": 0},
+            errors={
+                **_ERRORS,
+                "404": "The audit is not kept any more, or never was.",
+                "409": "Another judgement of it stands.",
+            },
         ),
     }

@@ -65,9 +65,10 @@ def system_router() -> APIRouter:
     @router.get("/models", tags=["routing"], summary="The pool and its workers")
     async def models(request: Request) -> list[ScorerStatus]:
         """Each RM: what requests to it hold, how many tokens it reads, and its replicas: address, whether it is up,
-        requests in flight, smoothed latency, what the probe found.
+        requests in flight, smoothed latency, what the probe found. Scorers that are asked about audits only come last.
         """
-        return _status(request).models()
+        status = _status(request)
+        return [*status.models(), *status.referees()]
 
     @router.get(
         "/posterior",

@@ -39,6 +39,9 @@ Array = NDArray[np.float64]
 FEW_ROWS = 100
 """Effective sample size below which the normal intervals may hold the truth less often than they say."""
 
+WEIGHT_TOLERANCE = 0.1
+"""How far the mean weight may be from its expectation before the estimates by plain weights are warned of."""
+
 ESTIMATORS = ("ips", "snips", "dr")
 
 
@@ -145,9 +148,34 @@ def _followers(decisions: Sequence[StoredDecision]) -> int:
     return len(shared) - len(set(shared))
 
 
+def recommended(estimate: Estimate) -> tuple[str, str]:
+    """Return the name of the estimator to use, and why: docs/off-policy.md, "Which one".
+
+    Args:
+        estimate: any one of the policy; weights are the same in all.
+    """
+    if _off(estimate):
+        return "snips", (
+            f"the weights' mean is {estimate.mean_weight:.2f} where 1 is expected; `snips` divides by what it is"
+        )
+    if estimate.ess < FEW_ROWS:
+        return "snips", f"the log is worth {estimate.ess:.0f} rows: `snips` varies least on so few"
+    return "dr", "the weights are as expected: `dr` varies least, and its interval holds for a policy that learned"
+
+
+def _off(estimate: Estimate) -> bool:
+    """Return True if the mean weight is far from its expectation; where weights were clipped it is meant to be."""
+    return not estimate.clipped and abs(estimate.mean_weight + estimate.lost - 1.0) > WEIGHT_TOLERANCE
+
+
 def _warnings(estimate: Estimate, clip: float | None) -> list[str]:
     """What a reader of the figures should know."""
     out = []
+    if _off(estimate):
+        out.append(
+            f"mean weight {estimate.mean_weight:.2f} where 1 is expected: `ips` is off by about that factor, and `dr` "
+            "leans on its model"
+        )
     if estimate.ess < FEW_ROWS:
         out.append(
             f"the log is worth {estimate.ess:.0f} rows of this policy's own: rather use the safe interval, the others "
@@ -178,12 +206,16 @@ def _figures(verdict: Verdict, calls: float | None, name: str, header: Header) -
             "ci95": list(estimate.ci95),
             "ess": estimate.ess,
             "n": estimate.n,
+            "mean_weight": estimate.mean_weight,
             "max_weight": estimate.max_weight,
             "clipped": estimate.clipped,
             "lost": estimate.lost,
         }
+    name_of, why = recommended(verdict.estimates["snips"]) if verdict.estimates else (None, None)
     return {
         **figures,
+        "recommended": name_of,
+        "why": why,
         "calls": calls,
         "safe95": None if verdict.safe95 is None else list(verdict.safe95),
         "problem": verdict.problem,

@@ -18,6 +18,9 @@ HEALTH_PATH: Final = "/health"
 TOKENIZE_PATH: Final = "/tokenize"
 METRICS_PATH: Final = "/metrics"
 
+UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What `msgspec` raises for bytes that are not what was asked for: other fields or no JSON, no UTF-8, too deep."""
+
 PROBE_PROMPT: Final = "ping"
 PROBE_RESPONSE: Final = "pong"
 """The tiny conversation of readiness checks. Every worker can score it; a recorded worker answers it with 0.0."""
@@ -204,7 +207,7 @@ def _read_error(body: bytes) -> tuple[str | None, object, object]:
     """
     try:
         document: object = msgspec.json.decode(body)
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         return None, None, None
     for _ in range(3):
         if isinstance(document, list) and document:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from service.errors import ConfigurationError
-from service.settings import EMBEDDED, Settings
+from service.settings import EMBEDDED, Settings, store_directory
 from service.stores.embedded import EmbeddedStore
 from service.stores.protocol import Store
 from service.stores.redis import RedisStore
@@ -18,7 +18,7 @@ def open_store(settings: Settings) -> tuple[Store, EmbeddedStore | None]:
     embedded = None
     url = settings.store_url
     if url == EMBEDDED:
-        embedded = EmbeddedStore(settings.data_dir, fsync=settings.store_fsync)
+        embedded = EmbeddedStore(store_directory(settings.data_dir), fsync=settings.store_fsync)
         embedded.start()
         url = embedded.url
     try:

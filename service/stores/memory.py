@@ -12,6 +12,11 @@ from dataclasses import dataclass, field
 
 from service.stores.ids import check_run
 from service.stores.protocol import (
+    AuditedDecision,
+    AuditProgress,
+    AuditQueue,
+    AuditTask,
+    AuditVerdict,
     DecisionRecord,
     FeedbackRecord,
     FeedbackResult,
@@ -41,6 +46,13 @@ class _Decision:
 
 
 @dataclass(slots=True)
+class _Task:
+    task: bytes
+    dies_ms: float
+    leased_ms: float = 0.0
+
+
+@dataclass(slots=True)
 class _Run:
     """What the server's keys of one run hold."""
 
@@ -57,6 +69,17 @@ class _Run:
     scores: list[ScoreEntry] = field(default_factory=list)
     scores_appended: int = 0
     scale: tuple[int, bytes] | None = None
+    progress: AuditProgress = field(default_factory=lambda: AuditProgress(0))
+    waiting: dict[str, _Task] = field(default_factory=dict)
+    spent: tuple[float, int] = (0.0, 0)
+    audited: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
+    judged: dict[str, tuple[str, bytes]] = field(default_factory=dict)
+
+
+def _feedback_before(state: _Run, decision_id: str, now: int) -> bytes:
+    """Return a newline and the feedback that the decision has got; nothing where there is none."""
+    _, value, dies_ms = state.markers.get(decision_id, ("", b"", now))
+    return b"\n" + value if dies_ms > now else b""
 
 
 class MemoryStore:
@@ -108,6 +131,10 @@ class MemoryStore:
         """Return True if `open_run` was ever called for the run, by any gateway."""
         return self._run(run).identity is not None
 
+    async def list_runs(self) -> list[str]:
+        """Names of the runs that have an identity, sorted."""
+        return sorted(name for name, state in self._runs.items() if state.identity is not None)
+
     async def save_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> None:
         """Save all of them, each for the feedback window."""
         state, now = self._run(run), self._now_ms()
@@ -116,6 +143,106 @@ class MemoryStore:
             state.decisions[decision.decision_id] = _Decision(n, decision.payload, now + self._window_ms)
             if decision.content_key is not None:
                 state.aliases[decision.content_key] = (decision.decision_id, now + 2 * self._window_ms)
+
+    async def save_audited(
+        self, run: str, decisions: Sequence[DecisionRecord], tasks: Sequence[AuditTask], *, counted: int, seconds: float
+    ) -> AuditProgress:
+        """Save decisions, count them, and queue those that were chosen."""
+        await self.save_decisions(run, decisions)
+        state = self._run(run)
+        for task in tasks:
+            state.waiting[task.decision_id] = _Task(task.task, self._now_ms() + seconds * 1000)
+        state.progress = AuditProgress(state.progress.count + counted, state.progress.start)
+        return state.progress
+
+    async def audit_progress(self, run: str) -> AuditProgress:
+        """Return how far the run has come on its schedule."""
+        return self._run(run).progress
+
+    async def restart_audits(self, run: str, start: int) -> None:
+        """Let the schedule begin anew after so many decisions, unless it began later."""
+        state = self._run(run)
+        state.progress = AuditProgress(state.progress.count, max(start, state.progress.start))
+
+    async def claim_audits(
+        self, run: str, *, count: int, lease_seconds: float, keep: int, budget: float | None = None
+    ) -> AuditQueue:
+        """Take up to `count` of the queued decisions, oldest first; nobody else gets them for `lease_seconds`."""
+        state, now = self._run(run), self._now_ms()
+        order = sorted(state.waiting, key=lambda name: (state.waiting[name].leased_ms, name))
+        dropped = order[: max(len(order) - keep, 0)]
+        spent, dies_ms = state.spent
+        claimed: list[str] = []
+        if budget is None or (spent if dies_ms > now else 0.0) < budget:
+            free = [name for name in order[len(dropped) :] if state.waiting[name].leased_ms <= now][:count]
+            claimed = [name for name in free if state.waiting[name].dies_ms > now]
+            dropped += [name for name in free if name not in claimed]
+        for name in dropped:
+            del state.waiting[name]
+        for name in claimed:
+            state.waiting[name].leased_ms = now + lease_seconds * 1000
+        tasks = [AuditTask(name, state.waiting[name].task) for name in claimed]
+        return AuditQueue(tasks, len(state.waiting), len(dropped))
+
+    async def finish_audits(
+        self, run: str, verdicts: Sequence[AuditVerdict], *, identity: RunIdentity, keep: int
+    ) -> list[FeedbackResult]:
+        """Take decisions out of the queue, each with its event."""
+        state, now = self._run(run), self._now_ms()
+        if state.identity != identity:
+            raise lost_run(run)
+        results = []
+        for it in verdicts:
+            if state.waiting.pop(it.decision_id, None) is None:
+                results.append(FeedbackResult(FeedbackStatus.DUPLICATE, it.decision_id))
+                continue
+            spent, dies_ms = state.spent if state.spent[1] > now else (0.0, now + 3_600_000)
+            state.spent = (spent + it.price, dies_ms)
+            event_id = None
+            if it.value:
+                value = it.value + _feedback_before(state, it.decision_id, now)
+                event_id = self._append(state, it.decision_id, it.payload, value, now)
+                await self.update_decisions(run, [DecisionRecord(it.decision_id, it.payload)])
+            if it.value and it.shown:
+                state.audited[it.decision_id] = (it.payload, it.shown)
+                for old in list(state.audited)[: max(len(state.audited) - keep, 0)]:
+                    del state.audited[old]
+            results.append(FeedbackResult(FeedbackStatus.APPLIED, it.decision_id, event_id))
+        return results
+
+    async def audits_waiting(self, run: str) -> int:
+        """Return how many decisions are chosen and not refereed."""
+        return len(self._run(run).waiting)
+
+    async def newest_audits(self, run: str, count: int) -> list[AuditedDecision]:
+        """Return up to `count` of the audits that are kept for people, newest first."""
+        names = list(self._run(run).audited)[::-1][:count]
+        return [audit for name in names if (audit := await self.audited(run, name)) is not None]
+
+    async def audited(self, run: str, decision_id: str) -> AuditedDecision | None:
+        """Return one of the audits that are kept for people; None if it is not kept."""
+        state = self._run(run)
+        if decision_id not in state.audited:
+            return None
+        judged = state.judged.get(decision_id)
+        return AuditedDecision(decision_id, *state.audited[decision_id], None if judged is None else judged[1])
+
+    async def judge_audit(
+        self, run: str, record: DecisionRecord, value: bytes, *, identity: RunIdentity
+    ) -> FeedbackResult:
+        """Append what a person says of an audited decision, once."""
+        state, name, now = self._run(run), record.decision_id, self._now_ms()
+        if state.identity != identity:
+            raise lost_run(run)
+        if name in state.judged:
+            event_id, standing = state.judged[name]
+            if standing == value:
+                return FeedbackResult(FeedbackStatus.DUPLICATE, name, event_id)
+            return FeedbackResult(FeedbackStatus.CONFLICT, name, event_id, standing)
+        event_id = self._append(state, name, record.payload, value + _feedback_before(state, name, now), now)
+        state.judged[name] = (event_id, value)
+        await self.update_decisions(run, [record])
+        return FeedbackResult(FeedbackStatus.APPLIED, name, event_id)
 
     async def update_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> list[bool]:
         """Replace the payloads of those that still wait for feedback; which they were."""

@@ -125,6 +125,74 @@ class RunCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditTask:
+    """A decision that was chosen for an audit, and what its referee must know: any bytes."""
+
+    decision_id: str
+    task: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AuditQueue:
+    """Tasks that were claimed, and what was found in the queue.
+
+    Attributes:
+        tasks: claimed; nobody else gets them while the lease lasts.
+        waiting: decisions that are chosen and not refereed, the claimed ones included.
+        dropped: decisions that this claim dropped: too many waited, or their texts have expired.
+    """
+
+    tasks: list[AuditTask]
+    waiting: int
+    dropped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AuditVerdict:
+    """What a referee made of one claimed decision.
+
+    Attributes:
+        decision_id: of the decision.
+        price: what it cost, in units of the cheapest scorer.
+        payload: of the decision, with every answer that the audit has added; it also replaces that of a decision that
+            still waits for feedback.
+        value: of the event; b"" for none: no referee has said anything. Where feedback came first, a newline and its
+            value are added.
+        shown: what people need to judge it too, kept with the newest audits; b"" for nothing.
+    """
+
+    decision_id: str
+    price: float
+    payload: bytes = b""
+    value: bytes = b""
+    shown: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class AuditProgress:
+    """How far a run has come on its schedule of audits.
+
+    Attributes:
+        count: decisions saved while audits were on.
+        start: of them, those before the schedule last began anew.
+    """
+
+    count: int
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AuditedDecision:
+    """One of the newest audits: `AuditVerdict.payload` and `AuditVerdict.shown`, and the value that people have given
+    it, None for none."""
+
+    decision_id: str
+    payload: bytes
+    shown: bytes
+    judged: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreEntry:
     """One entry of a run's score log, verbatim."""
 
@@ -202,8 +270,83 @@ class Store(Protocol):
     async def has_run(self, run: str) -> bool:
         """Return True if `open_run` was ever called for the run, by any gateway."""
 
+    async def list_runs(self) -> list[str]:
+        """Names of all runs that `open_run` was ever called for, sorted."""
+
     async def save_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> None:
         """Save all of them, each for the feedback window; returns when the server has acknowledged them."""
+
+    async def save_audited(
+        self, run: str, decisions: Sequence[DecisionRecord], tasks: Sequence[AuditTask], *, counted: int, seconds: float
+    ) -> AuditProgress:
+        """Save decisions as `save_decisions` does, and queue those of them that were chosen for an audit.
+
+        Args:
+            run: whose.
+            decisions: to be saved.
+            tasks: of those of them that were chosen.
+            counted: how many of the decisions the schedule counts.
+            seconds: how long a task is kept; then its decision is dropped.
+
+        Returns:
+            The progress, these decisions included.
+        """
+
+    async def audit_progress(self, run: str) -> AuditProgress:
+        """Return how far the run has come on its schedule."""
+
+    async def restart_audits(self, run: str, start: int) -> None:
+        """Let the schedule begin anew after so many decisions, unless it began later."""
+
+    async def claim_audits(
+        self, run: str, *, count: int, lease_seconds: float, keep: int, budget: float | None = None
+    ) -> AuditQueue:
+        """Take up to `count` of the queued decisions, oldest first; nobody else gets them for `lease_seconds`.
+
+        Args:
+            run: whose.
+            count: decisions at most.
+            lease_seconds: after which a decision that is not finished may be claimed again.
+            keep: decisions that may wait; the oldest ones beyond are dropped.
+            budget: price that the audits of an hour may have; none is claimed once it is spent. None: no limit.
+        """
+
+    async def finish_audits(
+        self, run: str, verdicts: Sequence[AuditVerdict], *, identity: RunIdentity, keep: int
+    ) -> list[FeedbackResult]:
+        """Take decisions out of the queue, each with its event, atomically: `APPLIED`, with the event's id where there
+        is one, or `DUPLICATE` for a decision that is not in the queue any more.
+
+        Args:
+            run: whose.
+            verdicts: of decisions that were claimed.
+            identity: of the run.
+            keep: how many of the newest audits are kept for people.
+
+        Raises:
+            NotReadyError: the store has lost the run.
+        """
+
+    async def audits_waiting(self, run: str) -> int:
+        """Return how many decisions are chosen and not refereed."""
+
+    async def newest_audits(self, run: str, count: int) -> list[AuditedDecision]:
+        """Return up to `count` of the audits that are kept for people, newest first."""
+
+    async def audited(self, run: str, decision_id: str) -> AuditedDecision | None:
+        """Return one of the audits that are kept for people; None if it is not kept."""
+
+    async def judge_audit(
+        self, run: str, record: DecisionRecord, value: bytes, *, identity: RunIdentity
+    ) -> FeedbackResult:
+        """Append what a person says of an audited decision, once: `APPLIED`, `DUPLICATE` or `CONFLICT`.
+
+        The record's payload is the event's, and that of a decision that still waits for feedback. Where feedback came
+        first, a newline and its value are added to the value.
+
+        Raises:
+            NotReadyError: the store has lost the run.
+        """
 
     async def update_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> list[bool]:
         """Replace the payloads of those that still wait for feedback, each for the rest of its window; which they were.

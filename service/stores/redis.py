@@ -15,16 +15,13 @@ Keys of a run R. All share the hash tag {R}, so a run lives on one node of a clu
     rr:watched        since when gateways have watched this server, ms      some seconds after the last look; in a
                       cluster rr:{R}:watched                                 cluster the run's own
 
-and those of `service.stores.redis_scores`.
+and those of `service.stores.redis_scores` and `service.stores.redis_audits`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import hiredis
 
@@ -46,9 +43,11 @@ from service.stores.protocol import (
     name_not_free,
 )
 from service.stores.records import check_reference, is_expired, response_count, system_ms
+from service.stores.redis_audits import RedisAudits
 from service.stores.redis_scores import RedisScores
 from service.stores.requirements import QUESTIONS, ServerFacts, read_facts
 from service.stores.resp import Arg, Reply, RespClient
+from service.stores.scripts import Script, identity_value
 
 BULK_TIMEOUT_FACTOR = 10
 """Snapshots of tens of megabytes may take this many times longer than an ordinary call."""
@@ -60,24 +59,15 @@ REPLICATED_CONNECTIONS = 4
 """Connections for feedback that waits for replicas: each stands still for one round trip to them."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Script:
-    """A Lua script and the name under which the server caches it."""
-
-    text: str
-    sha1: str
-
-    @classmethod
-    def load(cls, name: str) -> _Script:
-        text = Path(__file__).with_name(name).read_text(encoding="utf-8")
-        return cls(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+RUNS_KEY = "rr:runs"
+"""Set of the names of all runs; one that was refused or lost has a name here and nothing else."""
 
 
 def _is_noscript(reply: Reply) -> bool:
     return isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT")
 
 
-class RedisStore(RedisScores):
+class RedisStore(RedisAudits, RedisScores):
     """`Store` on one Redis >= 7.0 or Valkey server, or on a cluster of them.
 
     Three kinds of connection to a single server: pipelined ones for the hot path, one for snapshots (large values would
@@ -121,9 +111,12 @@ class RedisStore(RedisScores):
         self._refusal: str | None = None
         self._idle_readers: list[Client] = []
         self._readers: list[Client] = []
-        self._apply = _Script.load("apply_feedback.lua")
-        self._save_snapshot = _Script.load("save_snapshot.lua")
-        self._open = _Script.load("open_run.lua")
+        self._apply = Script.load("apply_feedback.lua")
+        self._save_snapshot = Script.load("save_snapshot.lua")
+        self._open = Script.load("open_run.lua")
+        self._claim = Script.load("claim_audits.lua")
+        self._finish = Script.load("finish_audit.lua")
+        self._judge = Script.load("judge_audit.lua")
 
     def _client(self, connections: int = 1) -> Client:
         return self._cluster or RespClient(self._url, timeout_seconds=self._timeout, connections=connections)
@@ -168,7 +161,7 @@ class RedisStore(RedisScores):
             NameNotFreeError: it has none, and the store has not been watched for `free_seconds`.
         """
         key, milliseconds = _prefix(run) + "meta", round(WATCH_SECONDS * 1000)
-        fresh = _identity_value(RunIdentity(secrets.token_hex(8), fingerprint))
+        fresh = identity_value(RunIdentity(secrets.token_hex(8), fingerprint))
         # All keys of a script lie on one node, so each run of a cluster has a mark of its own, for newcomers only.
         shared = self._cluster is None
         mark = "rr:watched" if shared else _prefix(run) + "watched"
@@ -176,6 +169,7 @@ class RedisStore(RedisScores):
         commands += [] if free_seconds else [("SET", key, fresh, "NX")]
         *marked, standing = await self._hot.pipeline([*commands, ("GET", key)])
         standing = self._hot.checked(standing)
+        await self._hot.execute("SADD", RUNS_KEY, run)
         if standing is not None and (not shared or marked[0] == 1):
             return _identity(bytes(standing))
         words = (2, key, mark, fresh, round(free_seconds * 1000), milliseconds)
@@ -202,6 +196,11 @@ class RedisStore(RedisScores):
         """Return True if `open_run` was ever called for the run, by any gateway."""
         return bool(await self._hot.execute("EXISTS", _prefix(run) + "meta"))
 
+    async def list_runs(self) -> list[str]:
+        """Names of the runs that were opened and are still here, sorted."""
+        names = [bytes(name).decode() for name in await self._hot.execute("SMEMBERS", RUNS_KEY)]
+        return sorted([name for name in names if await self.has_run(name)])
+
     async def save_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> None:
         """Save all of them, each for the feedback window, in one write; returns when the server has acknowledged them.
 
@@ -209,6 +208,10 @@ class RedisStore(RedisScores):
             ValueError: a payload without `n`; nothing was sent.
         """
         self._check_safe()
+        for reply in await self._hot.pipeline(self._save_commands(run, decisions)):
+            self._hot.checked(reply)
+
+    def _save_commands(self, run: str, decisions: Sequence[DecisionRecord]) -> list[tuple[Arg, ...]]:
         prefix = _prefix(run)
         window, alias_window = self._window_ms, 2 * self._window_ms
         commands: list[tuple[Arg, ...]] = []
@@ -218,8 +221,7 @@ class RedisStore(RedisScores):
             if decision.content_key is not None:
                 key = f"{prefix}c:{decision.content_key}"
                 commands.append(("SET", key, decision.decision_id, "PX", alias_window))
-        for reply in await self._hot.pipeline(commands):
-            self._hot.checked(reply)
+        return commands
 
     async def update_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> list[bool]:
         """Replace the payloads of those that still wait for feedback, each for the rest of its window; which they were.
@@ -248,7 +250,7 @@ class RedisStore(RedisScores):
         """
         self._check_safe()
         prefix = _prefix(run)
-        expected = b"" if identity is None else _identity_value(identity)
+        expected = b"" if identity is None else identity_value(identity)
         words = [self._feedback_words(prefix, item, expected) for item in feedback]
         replies = await self._run_script(self._feedback, self._apply, words, self._timeout, self._replicas)
         if any(reply[0] == b"lost" for reply in replies):
@@ -280,7 +282,7 @@ class RedisStore(RedisScores):
     async def _run_script(
         self,
         client: Client,
-        script: _Script,
+        script: Script,
         calls: Sequence[tuple[Arg, ...]],
         timeout_seconds: float,
         replicas: int = 0,
@@ -376,10 +378,6 @@ class RedisStore(RedisScores):
 
 def _prefix(run: str) -> str:
     return f"rr:{{{check_run(run)}}}:"
-
-
-def _identity_value(identity: RunIdentity) -> bytes:
-    return identity.born.encode() + b" " + identity.fingerprint
 
 
 def _identity(value: bytes) -> RunIdentity:

@@ -10,8 +10,8 @@ needs no pool: its samples await the gateway, many in one request, and one witho
 
 AReaL hands over the prompt as the policy's chat template made it. The messages are taken from the data set's column
 `messages` where there is one; else the usual templates are taken apart (`templated`). Options come from the environment
-(`REWARD_ROUTER_URL`, `REWARD_ROUTER_RUN`, …). Knows AReaL 1.0's calls; imports nothing of it. Called by AReaL, and by
-`areal_workflow`.
+(`REWARD_ROUTER_CLIENT_URL`, `REWARD_ROUTER_CLIENT_RUN`, …). Knows AReaL 1.0's calls; imports nothing of it. Called by
+AReaL, and by `areal_workflow`.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class RouterRewards:
     Stands before the workflow among the bases, and takes the place of its reward function.
 
     Args:
-        reward_options: of `ClientOptions`; they win over the environment's `REWARD_ROUTER_…`.
+        reward_options: of `ClientOptions`; they win over the environment's `REWARD_ROUTER_CLIENT_…`.
         workflow: the workflow's own arguments, by name.
 
     Raises:
@@ -168,7 +168,7 @@ class AwaitedReward:
 
 
 def _options() -> ClientOptions:
-    chosen = None if os.environ.get("REWARD_ROUTER_DEADLINE_SECONDS") else DEADLINE_SECONDS
+    chosen = None if os.environ.get("REWARD_ROUTER_CLIENT_DEADLINE_SECONDS") else DEADLINE_SECONDS
     return from_environment(os.environ, deadline_seconds=chosen)
 
 

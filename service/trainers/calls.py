@@ -5,6 +5,7 @@ Knows options and exchanges; opens no connection. `client` derives both clients 
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Sequence
@@ -14,7 +15,19 @@ from urllib.parse import quote
 import httpx2 as httpx
 
 from service.trainers.conversation import said_length
-from service.trainers.exchange import Exchange, Patience, Words, call, chunks, feedback_chunk, reward_chunk
+from service.trainers.exchange import (
+    Answer,
+    Broken,
+    Exchange,
+    Patience,
+    Send,
+    Words,
+    call,
+    chunks,
+    feedback_chunk,
+    reward_chunk,
+    why_again,
+)
 from service.trainers.options import ClientOptions
 from service.trainers.values import (
     Accepted,
@@ -27,6 +40,8 @@ from service.trainers.values import (
     scored_from,
 )
 
+logger = logging.getLogger("reward_router")
+
 KEEP_ALIVE_SECONDS = 3.0
 """Idle connections are kept for less than the 5 s after which uvicorn closes them."""
 
@@ -38,10 +53,28 @@ class Calls:
         self.options = options if options is not None else ClientOptions(**fields)
         if options is not None and fields:
             raise ValueError(f"options and {sorted(fields)} were given: put the latter into the options")
+        self._failing = False
 
     def __reduce__(self) -> tuple[type[Self], tuple[ClientOptions]]:
         """Options alone: connections do not travel."""
         return type(self), (self.options,)
+
+    def _heard(self, send: Send, answer: Answer | Broken) -> Answer | Broken:
+        """Return the answer; warn of the first of several tries that fail, and say when one succeeds again."""
+        failure = why_again(answer)
+        if failure is not None and not self._failing:
+            left = max(send.deadline - time.monotonic(), 0.0)
+            logger.warning(
+                "the gateway at %s does not answer %s (%s): trying again for up to %.0f s",
+                self.options.url,
+                send.path,
+                failure,
+                left,
+            )
+        elif failure is None and self._failing:
+            logger.warning("the gateway at %s answers again", self.options.url)
+        self._failing = failure is not None
+        return answer
 
     def _patience(self, deadline_seconds: float | None) -> Patience:
         seconds = self.options.deadline_seconds if deadline_seconds is None else deadline_seconds

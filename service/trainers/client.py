@@ -141,7 +141,7 @@ class RouterClient(Calls):
                     time.sleep(effect.seconds)
                     effect = exchange.send(None)
                 else:
-                    effect = exchange.send(self._send(client, effect))
+                    effect = exchange.send(self._heard(effect, self._send(client, effect)))
         except StopIteration as stop:
             result: T = stop.value
             return result
@@ -233,7 +233,7 @@ class AsyncRouterClient(Calls):
                     await asyncio.sleep(effect.seconds)
                     effect = exchange.send(None)
                 else:
-                    effect = exchange.send(await self._send(client, effect))
+                    effect = exchange.send(self._heard(effect, await self._send(client, effect)))
         except StopIteration as stop:
             result: T = stop.value
             return result

@@ -42,11 +42,16 @@ LONGEST_PAUSE_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """POST (or GET, without a body) this, and wait for the answer no longer than that."""
+    """POST (or GET, without a body) this, and wait for the answer no longer than that.
+
+    Attributes:
+        deadline: until when the call goes on trying, by the monotonic clock.
+    """
 
     path: str
     body: bytes | None
     timeout_seconds: float
+    deadline: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +137,13 @@ def call(path: str, document: object | None, patience: Patience) -> Exchange[Any
     body = None if document is None else json.dumps(document, allow_nan=False).encode()
     attempt, reason = 0, "the deadline was over before the first try"
     while patience.left > 0:
-        answer = yield Send(path, body, min(patience.attempt_seconds, patience.left))
-        if isinstance(answer, Answer) and answer.status not in RETRIED_STATUSES:
-            return _read(answer)
+        answer = yield Send(path, body, min(patience.attempt_seconds, patience.left), patience.deadline)
         assert answer is not None
-        reason = answer.reason if isinstance(answer, Broken) else _describe(answer)
+        failure = why_again(answer)
+        if failure is None:
+            assert isinstance(answer, Answer)
+            return _read(answer)
+        reason = failure
         pause = patience.pause(attempt, answer.retry_after if isinstance(answer, Answer) else None)
         attempt += 1
         if pause >= patience.left:
@@ -146,6 +153,13 @@ def call(path: str, document: object | None, patience: Patience) -> Exchange[Any
         f"{path} gave nothing after {attempt} tries; the last: {reason}. Is the gateway running and reachable "
         "(GET /readyz)? A longer deadline waits for it"
     )
+
+
+def why_again(answer: Answer | Broken) -> str | None:
+    """Return why the same must be tried again; None for an answer that is final."""
+    if isinstance(answer, Broken):
+        return answer.reason
+    return _describe(answer) if answer.status in RETRIED_STATUSES else None
 
 
 def reward_chunk(items: Sequence[RewardItem], words: Words, patience: Patience) -> Exchange[list[RewardResult]]:
@@ -283,7 +297,7 @@ def _item_error(answer: Any) -> tuple[str | None, str]:
 def _read(answer: Answer) -> Any:
     try:
         document = json.loads(answer.body)
-    except ValueError as broken:
+    except (ValueError, RecursionError) as broken:
         if answer.status < 400:
             raise RouterProtocolError(f"the answer is not JSON ({broken}): is the URL that of a gateway?") from broken
         raise RouterRefusedError(answer.status, "", _describe(answer)) from broken

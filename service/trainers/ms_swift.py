@@ -2,10 +2,10 @@
 
     swift rlhf --rlhf_type grpo --external_plugins "$(python -m service.trainers.ms_swift)" --reward_funcs reward_router
 
-Options come from the environment (`REWARD_ROUTER_URL`, `REWARD_ROUTER_RUN`, …), because ms-swift hands a plugin nothing
-of its own. Knows ms-swift 4's call, `await f(completions, messages=…, **columns) -> list[float | None]`; imports
-nothing of it until `register` is called. ms-swift leaves None out of a row's mean; where no function has a reward for a
-whole group, all its rows weigh the same and teach nothing.
+Options come from the environment (`REWARD_ROUTER_CLIENT_URL`, `REWARD_ROUTER_CLIENT_RUN`, …), because ms-swift hands a
+plugin nothing of its own. Knows ms-swift 4's call, `await f(completions, messages=…, **columns) -> list[float | None]`;
+imports nothing of it until `register` is called. ms-swift leaves None out of a row's mean; where no function has a
+reward for a whole group, all its rows weigh the same and teach nothing.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-PREFIX = "REWARD_ROUTER_"
+PREFIX = "REWARD_ROUTER_CLIENT_"
 
 VARIABLES = ("url", "run", "policy", "api_key", "deadline_seconds", "attempt_seconds", "normalize")
-"""Options that `from_environment` reads, each from `REWARD_ROUTER_` and its name in capitals."""
+"""Options that `from_environment` reads, each from `REWARD_ROUTER_CLIENT_` and its name in capitals."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class ClientOptions:
 
 
 def from_environment(environment: Mapping[str, str], **overrides: Any) -> ClientOptions:
-    """Options from `REWARD_ROUTER_URL`, `REWARD_ROUTER_RUN` and so on (`VARIABLES`), and whatever the caller adds.
+    """Options from `REWARD_ROUTER_CLIENT_URL` and so on (`VARIABLES`), and whatever the caller adds.
 
     Args:
         environment: usually `os.environ`.
@@ -73,7 +73,7 @@ def from_environment(environment: Mapping[str, str], **overrides: Any) -> Client
     Raises:
         ValueError: an unknown option, or a variable that is no number or no truth value; names it.
 
-    >>> from_environment({"REWARD_ROUTER_URL": "http://router:8080"}, run="r1").url
+    >>> from_environment({"REWARD_ROUTER_CLIENT_URL": "http://router:8080"}, run="r1").url
     'http://router:8080'
     """
     unknown = sorted(set(overrides) - {f.name for f in fields(ClientOptions)})

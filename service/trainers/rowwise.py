@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -29,6 +29,10 @@ from service.trainers.values import (
 )
 
 logger = logging.getLogger("reward_router")
+
+
+SILENT_STEPS = 10
+"""Steps without a word of the judge after which that is warned of."""
 
 
 class OnMissing(StrEnum):
@@ -64,6 +68,23 @@ class Judged:
     responses: tuple[str, ...]
     columns: Mapping[str, tuple[Any, ...]]
     result: Scored
+
+    def right_over_wrong(self, right: Collection[int]) -> Feedback | None:
+        """Return what is known where some responses are right and the others wrong; None where all are alike.
+
+        The feedback is a `reward`, for a run of that signal: the share of (right, wrong) pairs that the asked reward
+        model put in that order, half for a tie. A `preferred` would say more than is known: it names one response that
+        is better than each of the others.
+
+        Args:
+            right: indices of the right responses.
+        """
+        known = [(reward, index in right) for index, reward in enumerate(self.result.rewards) if reward is not None]
+        pairs = [(good, bad) for good, is_right in known if is_right for bad, is_too in known if not is_too]
+        if not pairs:
+            return None
+        ordered = sum(0.5 if good == bad else float(good > bad) for good, bad in pairs)
+        return Feedback(reward=ordered / len(pairs))
 
 
 Judge = Callable[[Judged], Feedback | None]
@@ -203,6 +224,26 @@ def metrics(results: Sequence[RewardResult]) -> dict[str, float]:
         for model, count in sorted(Counter(result.model for result in scored).items()):
             found[f"reward_router/share/{model}"] = count / len(scored)
     return found
+
+
+class Silence:
+    """Counts what a judge says, and warns when it has said nothing for `SILENT_STEPS` steps."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+
+    def metrics(self, results: Sequence[RewardResult], feedback: Sequence[Feedback]) -> dict[str, float]:
+        """Return what is logged of one step: feedbacks, and the share of scored groups without one."""
+        scored = sum(isinstance(result, Scored) and result.recorded for result in results)
+        self._steps = 0 if feedback or not scored else self._steps + 1
+        if self._steps == SILENT_STEPS:
+            logger.warning(
+                "the judge has said nothing about any group for %d steps: no feedback was sent, and the router learns "
+                "nothing. Does it find its columns, and does it return a Feedback?",
+                SILENT_STEPS,
+            )
+        silent = 1.0 - len(feedback) / scored if scored else 0.0
+        return {"reward_router/feedbacks_sent": float(len(feedback)), "reward_router/judge_silent": silent}
 
 
 def report_feedback(results: Sequence[FeedbackResult]) -> None:

@@ -22,6 +22,7 @@ from service.trainers.rowwise import (
     Plan,
     RowOptions,
     Rows,
+    Silence,
     logger,
     metrics,
     plan,
@@ -42,6 +43,7 @@ class _TrlReward:
     def __init__(self, judge: Judge | None, row_options: RowOptions | None) -> None:
         self.judge = judge
         self.row_options = row_options
+        self._silence = Silence()
         self.last: tuple[tuple[Group, RewardResult], ...] = ()
 
     def _plan(self, prompts: Sequence[Any], completions: Sequence[Any], given: Mapping[str, Any]) -> Plan:
@@ -58,15 +60,19 @@ class _TrlReward:
     ) -> tuple[list[float | None], list[Feedback]]:
         rewards = planned.finish(results)
         self.last = tuple(zip(planned.groups, results, strict=True))
+        columns = {name: values for name, values in given.items() if name not in NOT_COLUMNS}
+        feedback = planned.judged(results, self.judge, columns)
+        found = metrics(results)
+        if self.judge is not None:
+            found |= self._silence.metrics(results, feedback)
         log_metric: Callable[[str, float], None] | None = given.get("log_metric")
         if log_metric is not None:
-            for name, value in metrics(results).items():
+            for name, value in found.items():
                 log_metric(name, value)
         log_extra: Callable[[str, list[Any]], None] | None = given.get("log_extra")
         if log_extra is not None:
             log_extra("reward_model", planned.models(results))
-        columns = {name: values for name, values in given.items() if name not in NOT_COLUMNS}
-        return rewards, planned.judged(results, self.judge, columns)
+        return rewards, feedback
 
 
 class RouterReward(_TrlReward):

@@ -65,7 +65,7 @@ def compute_score(
         ground_truth: not used.
         extra_info: holds `prompt`.
         options: `reward_kwargs` of verl's configuration: `url`, `run`, `api_key`, `deadline_seconds`, …; they win over
-            the environment's `REWARD_ROUTER_…`.
+            the environment's `REWARD_ROUTER_CLIENT_…`.
 
     Returns:
         `{"score": reward, "reward_model": …, "propensity": …, "decision_id": …}`; verl logs what is a number.
@@ -212,7 +212,7 @@ _VERLS_OWN = frozenset({"reward_router_address", "reward_model_tokenizer"})
 
 
 def _default_deadline() -> float | None:
-    return None if os.environ.get("REWARD_ROUTER_DEADLINE_SECONDS") else DEADLINE_SECONDS
+    return None if os.environ.get("REWARD_ROUTER_CLIENT_DEADLINE_SECONDS") else DEADLINE_SECONDS
 
 
 def _given(solution: str | None) -> str:

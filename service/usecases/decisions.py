@@ -1,12 +1,14 @@
-"""The decision as it is stored, and what of it comes back as an event when feedback arrives.
+"""The decision as it is stored, and the events that feedback, audits and people make of it.
 
-msgpack on the wire; the numbers a fold needs are exact (float64, float32 bytes). Called by `score` and `learn`.
+msgpack on the wire; the numbers a fold needs are exact (float64, float32 bytes). Called by `score`, `learn`, `audit`
+and `follow`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from typing import NamedTuple
 
 import msgspec
 
@@ -14,7 +16,36 @@ from router_core.attempts import Attempt, answers
 from router_core.errors import FeedbackError
 from router_core.feedback import validate
 from router_core.posterior import NO_ARM
-from router_core.records import Event, Fact, Feedback, Instance, Said, Shadow, Signal, credit
+from router_core.records import TIE, Audit, Event, Fact, Feedback, Instance, Said, Shadow, Signal, Source, credit
+
+AUDITED = b"audit"
+"""Value of an audit's event: the payload holds what the referee said."""
+
+_PERSON = b"person:"
+
+
+class StoredAudit(msgspec.Struct, omit_defaults=True):
+    """What a referee made of a decision.
+
+    Attributes:
+        referee: its name.
+        verdict: the response that it prefers; TIE where it prefers none.
+        trust: how often the operator expects it to be right.
+        rewards: its rewards (n,).
+        price: what the audit cost, in units of the cheapest scorer.
+        judged: True once a person has judged the decision as well.
+        signs: by name, what can be counted in each response (n,), for example its length.
+        words: typical words of the prompt, by which kinds of text are named.
+    """
+
+    referee: str
+    verdict: int
+    trust: float
+    rewards: list[float]
+    price: float = 0.0
+    judged: bool = False
+    signs: dict[str, list[float]] = {}
+    words: list[str] = []
 
 
 class StoredDecision(msgspec.Struct, omit_defaults=True):
@@ -46,6 +77,8 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
             chosen for that.
         reference: of the instance, as it was sent.
         metadata: of the instance, as it was sent.
+        inclusion: probability with which it was chosen for an audit; None where audits were off.
+        audit: what a referee made of it; None until one has.
     """
 
     n: int
@@ -69,6 +102,8 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
     shadows: list[Attempt] | None = None
     reference: str | None = None
     metadata: dict[str, Fact] = {}
+    inclusion: float | None = None
+    audit: StoredAudit | None = None
 
     @property
     def heard(self) -> list[Attempt]:
@@ -116,34 +151,107 @@ def decode_feedback(value: bytes) -> Feedback:
         raise FeedbackError(f"log holds the feedback value {value!r}, which this version cannot read") from error
 
 
+class Told(NamedTuple):
+    """What an entry of the log says of its decision.
+
+    Attributes:
+        source: who says it.
+        feedback: gold where there is any, else the referee's preference.
+        after_gold: True if gold was there before: the feedback of a trainer, for a referee or a person who came later.
+    """
+
+    source: Source
+    feedback: Feedback
+    after_gold: bool = False
+
+
+def encode_person(preferred: int) -> bytes:
+    """Return the value of a person's event.
+
+    Args:
+        preferred: index of the response, or TIE.
+    """
+    return b"%bpreference:%d" % (_PERSON, preferred)
+
+
+def told_by(decision: StoredDecision, value: bytes) -> Told:
+    """Return what an entry of the log says.
+
+    Args:
+        decision: of its payload.
+        value: of the entry.
+
+    Raises:
+        FeedbackError: it cannot be read.
+    """
+    head, _, before = value.partition(b"\n")
+    if head == AUDITED and decision.audit is not None:
+        if before:
+            return Told(Source.AUDIT, decode_feedback(before), after_gold=True)
+        return Told(Source.AUDIT, Feedback(Signal.PREFERENCE, float(decision.audit.verdict)))
+    if head.startswith(_PERSON):
+        preferred = head.rpartition(b":")[2]
+        if preferred.removeprefix(b"-").isdigit() and TIE <= int(preferred) < decision.n:
+            return Told(Source.PERSON, Feedback(Signal.PREFERENCE, float(int(preferred))), after_gold=bool(before))
+    return Told(Source.TRAINER, decode_feedback(value))
+
+
 def event_of(decision_id: str, payload: bytes, value: bytes) -> Event:
     """Return the event that a log entry stands for.
 
     A preference teaches every scorer that answered, and nothing where there is one response; a loss or a reward speaks
-    of the answer that the caller got.
+    of the answer that the caller got. Of the trainer and a person only the first teaches.
     """
-    return event_from(decision_id, decode_decision(payload), decode_feedback(value))
+    decision = decode_decision(payload)
+    return event_from(decision_id, decision, told_by(decision, value))
 
 
-def event_from(decision_id: str, decision: StoredDecision, feedback: Feedback) -> Event:
-    """Return the event of a decision and its feedback; see `event_of`."""
+def event_from(decision_id: str, decision: StoredDecision, told: Told) -> Event:
+    """Return the event of a decision and what was said of it; see `event_of` and `router_core.records.Event`."""
+    source, feedback, after_gold = told
+    audit = decision.audit
+    twice = (after_gold and source is Source.PERSON) or (
+        source is Source.TRAINER and audit is not None and audit.judged
+    )
+    if twice or (source is Source.PERSON and feedback.value == TIE):
+        return Event(NO_ARM, decision.x, 0.0, None, feedback, decision_id, (), source)
     earned = _credits(decision, int(feedback.value)) if feedback.signal is Signal.PREFERENCE else {}
     arm = NO_ARM if decision.arm is None else decision.arm
+    first = earned.get(answers(decision.attempts)[0].arm)
+    if after_gold:
+        # Gold has taught those who were asked before the reply.
+        asked, arm = {answer.arm for answer in answers(decision.shadows or ())}, NO_ARM
+        earned = {other: credit for other, credit in earned.items() if other in asked}
     own = earned.pop(arm, None)
     return Event(
         arm,
         decision.x,
-        0.0 if decision.arm is None else decision.offsets[decision.arm],
+        0.0 if arm == NO_ARM else decision.offsets[arm],
         own,
         feedback,
         decision_id,
         tuple([Shadow(other, decision.offsets[other], value) for other, value in earned.items()]),
+        source,
+        None if audit is None else _audit(decision, audit, told, first),
+    )
+
+
+def _audit(decision: StoredDecision, audit: StoredAudit, told: Told, first: float | None) -> Audit:
+    later = told.source is not Source.AUDIT
+    return Audit(
+        audit.referee,
+        audit.verdict,
+        1.0 if decision.inclusion is None else decision.inclusion,
+        audit.trust,
+        told.after_gold,
+        first if later or told.after_gold else None,
+        tuple(_credits(decision, audit.verdict).items()) if later else (),
     )
 
 
 def _credits(decision: StoredDecision, preferred: int) -> dict[int, float]:
-    """Return what a preference says of every scorer that answered, by arm; nothing for a single response."""
-    if decision.n < 2:
+    """Return what a preference says of every scorer that answered, by arm; nothing for a single response or a tie."""
+    if decision.n < 2 or preferred == TIE:
         return {}
     earned = {answer.arm: credit(answer.rewards, preferred) for answer in decision.heard}
     return {arm: value for arm, value in earned.items() if value is not None}

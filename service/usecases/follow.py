@@ -202,7 +202,7 @@ class Learner:
         self._telemetry.store_errors.labels("read_log").inc()
         if self._failures + 1 >= STALLED_AFTER:
             self._run.stalled = error.message
-        fields = {"run": self._run.name, "error": str(error)}
+        fields = {"run": self._run.name, "error": str(error), "seconds": self._pause_seconds}
         logger.warning("store away, learner waits", extra={"fields": fields})
         await self._pause()
 
@@ -215,8 +215,12 @@ class Learner:
             logger.error("learner stopped", extra={"fields": {"run": run.name, "error": str(error)}})
         await self._pause()
 
+    @property
+    def _pause_seconds(self) -> float:
+        return min(RETRY_FIRST_SECONDS * float(2**self._failures), RETRY_LAST_SECONDS)
+
     async def _pause(self) -> None:
-        pause = min(RETRY_FIRST_SECONDS * 2**self._failures, RETRY_LAST_SECONDS)
+        pause = self._pause_seconds
         self._failures = min(self._failures + 1, 30)
         await asyncio.sleep(pause)
 

@@ -1,10 +1,11 @@
 """Normalise: rewards on their RM's scale, the same on every gateway (docs/decisions/009-scores-have-their-own-log.md).
 
-Each request that asks for it appends the moments of its raw scores to the run's score log and folds what the log holds
-by then, its own entry included. So a reward is a function of (raw score, RM, version of the scale), and a version means
-the same numbers everywhere. Requests that come together share one exchange with the store. Called by `score`; the
-mathematics is `router_core.moments`. Absurd numbers heal: a score beyond `MAX_ABS_SCORE` is not folded and answered
-null; an entry's moments that no other scores have are skipped; an RM whose snapshot has such moments starts again.
+A request that asks for it, or that combines RMs whose scale no checkpoint tells, appends the moments of its raw scores
+to the run's score log and folds what the log holds by then, its own entry included. So a reward is a function of (raw
+score, RM, version of the scale), and a version means the same numbers everywhere. Requests that come together share one
+exchange with the store. Called by `score`; the mathematics is `router_core.moments`. Absurd numbers heal: a score
+beyond `MAX_ABS_SCORE` is not folded and answered null; an entry's moments that no other scores have are skipped; an RM
+whose snapshot has such moments starts again.
 """
 
 from __future__ import annotations
@@ -93,6 +94,15 @@ class Normaliser:
         Raises:
             StoreUnavailableError: the store is away, and rewards are refused then.
         """
+        scales = await self.observe(run, scored)
+        return Normalised([scales.arms[arm].normalise(scores) for arm, scores in scored], scales.count)
+
+    async def observe(self, run: Run, scored: Sequence[Scored]) -> ScoreScales:
+        """Append these scores to the run's score log. Return what the log tells then, these included.
+
+        Raises:
+            StoreUnavailableError: the store is away, and rewards are refused then.
+        """
         followed = self._runs.get(run.name)
         if followed is None:
             followed = self._runs[run.name] = _Followed(first_scales(len(run.template.arms), run.template.score_scale))
@@ -104,7 +114,7 @@ class Normaliser:
             if self._required:
                 raise
             scales = followed.scales.observe(followed.scales.last_id, seen)
-        return Normalised([scales.arms[arm].normalise(scores) for arm, scores in scored], scales.count)
+        return scales
 
     async def _exchange(self, run: Run, followed: _Followed, entry: bytes) -> ScoreScales:
         """Append the entry and fold the log to its end, together with whoever else asks meanwhile."""

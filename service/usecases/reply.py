@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from router_core.attempts import Attempt, Outcome, answers, excluded, first_choice, passed_over, waited_seconds
 from router_core.errors import UnknownScaleError
-from router_core.policies import AllCalls, Given, Policy, answers_of, propensity_without
+from router_core.moments import ScoreScales
+from router_core.policies import AllCalls, Given, Policy, ScoreScale, answers_of, propensity_without
 from router_core.prior import PriorForm
 from router_core.records import TIE
 from service.errors import NoRewardError
@@ -61,11 +63,22 @@ class Job(Inquiry):
     decision_id: str = ""
     decision: StoredDecision | None = None
 
-    def conclude(self) -> None:
-        """Make the reward of the answers, unless there is an error; the run's budget is told what it cost."""
+    def conclude(self, scales: ScoreScales | None = None) -> None:
+        """Make the reward of the answers, unless there is an error; the run's budget is told what it cost.
+
+        Args:
+            scales: what the run's score log tells of its RMs; needed only by plans with `needs_scale`.
+        """
+        known = self.run.template.score_scale
+
+        def scale_of(arms: Sequence[int], rewards: NDArray[np.float64]) -> ScoreScale | None:
+            if known is not None:
+                return known.rows(arms)
+            return None if scales is None else ScoreScale.of_moments([scales.arms[arm] for arm in arms], rewards)
+
         if self.error is None:
             try:
-                given = self.plan.conclude(self.attempts, self.run.scale_of)
+                given = self.plan.conclude(self.attempts, scale_of)
             except UnknownScaleError as error:
                 self.error = NoRewardError(f"run {self.run.name!r}: {error}", retry_after_seconds=1)
                 return

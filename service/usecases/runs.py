@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from router_core.combine import Combination, Pacer, relative_prices
 from router_core.encoder.fuse import PairEncoder
 from router_core.errors import UnknownPolicyError
-from router_core.policies import Policy, RunningScale, ScoreScale, View, make_policy
+from router_core.policies import Policy, ScoreScale, View, make_policy
 from router_core.posterior import FoldSettings, Posterior, start
 from router_core.prior import Prior, PriorForm
 from router_core.records import Instance, Signal
@@ -51,6 +51,9 @@ RECENT_INSTANCES = 64
 MAX_POLICIES = 256
 """Policies that requests may name while a gateway runs: weights and budgets make any number of names."""
 
+MAX_NAMED_RUNS = 20
+"""Runs that the error on an unknown one names."""
+
 
 class RunTemplate:
     """What all runs of a gateway share: the pool, the encoder, the priors by form, the signal.
@@ -64,7 +67,7 @@ class RunTemplate:
         signal: kind of feedback.
         policy: name of the policy of requests that name none.
         origin: what gives contexts and offsets: the checkpoint's digest, or the untrained encoder's name.
-        score_scale: of the RMs' raw rewards; None: each run learns it.
+        score_scale: of the RMs' raw rewards; None: each run's score log tells it.
         combination: what the checkpoint learned about votes; None: no policy combines by them.
         prices: of one asking, by arm, in units of the cheapest; None: equal.
         max_calls: scorers that one instance may be asked of, at most; None for no bound but the pool.
@@ -228,8 +231,6 @@ class Run:
         self.prior = template.prior(form or template.form)
         self.fingerprint = template.fingerprint(self.prior.form)
         self.posterior: Posterior = start(self.prior, template.fold_settings)
-        self.scores = RunningScale(len(template.arms))
-        """Scale of the raw rewards that were seen where every RM was asked; used where the template has none."""
         self.last_event_id = "0-0"
         self.ready = asyncio.Event()
         self.failure: str | None = None
@@ -269,24 +270,6 @@ class Run:
         pacer = self._pacers.get(policy.name)
         if pacer is not None:
             self._pacers[policy.name] = pacer.spent(price)
-
-    def scale_of(self, arms: Sequence[int], rewards: NDArray[np.float64]) -> ScoreScale | None:
-        """Return the scale of the RMs that answered: the checkpoint's, else what the run has seen before these.
-
-        Args:
-            arms: (K',) who answered.
-            rewards: (K', n) what they said.
-
-        Returns:
-            None for a single response while no RM has shown how its rewards spread.
-        """
-        known = self.template.score_scale
-        if known is not None:
-            return known.rows(arms)
-        lone = rewards.shape[1] == 1 and not self.scores.knows_any(arms)
-        scale = self.scores.rows(arms, rewards)
-        self.scores.observe(arms, rewards)
-        return None if lone else scale
 
 
 class RunRegistry:
@@ -406,9 +389,10 @@ class RunRegistry:
         """
         name = name or self.default
         if name not in self._runs and not await self._store.has_run(check_run(name)):
+            known = await self._store.list_runs()
             raise NotFoundError(
-                f"run {name!r} is unknown: send the run of the decision, as `/reward` answered it",
-                details={"run": name},
+                f"run {name!r} is unknown: send the run of the decision, as `/reward` answered it; {known_runs(known)}",
+                details={"run": name, "known": known[:MAX_NAMED_RUNS]},
             )
         return await self.open(name)
 
@@ -478,6 +462,14 @@ class RunRegistry:
             raise NotReadyError(
                 f"run {run.name!r} is still replaying its log: try again in a moment", retry_after_seconds=1
             ) from error
+
+
+def known_runs(names: Sequence[str]) -> str:
+    """The words on which runs a store knows."""
+    if not names:
+        return "the store knows no run yet"
+    shown = ", ".join(names[:MAX_NAMED_RUNS])
+    return f"known runs: {shown}" + (f" and {len(names) - MAX_NAMED_RUNS} more" if len(names) > MAX_NAMED_RUNS else "")
 
 
 def failure_of(run: Run) -> str:

@@ -11,11 +11,12 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from router_core.attempts import passed_over, waited_seconds
+from router_core.attempts import answers, passed_over, waited_seconds
+from router_core.moments import ScoreScales
 from router_core.policies import AllCalls, OneCall
 from router_core.records import Instance
 from service.encoders.protocol import EncoderInputError
@@ -26,6 +27,7 @@ from service.stores.ids import RANDOM_BYTES, new_decision_id
 from service.stores.protocol import DecisionRecord, Store
 from service.telemetry import Telemetry
 from service.usecases.ask import Asker, Tickets, too_late
+from service.usecases.audit_choice import AuditChooser, ChosenAudits
 from service.usecases.choose import Chooser
 from service.usecases.converse import instance_of
 from service.usecases.decisions import content_key, encode_decision
@@ -103,6 +105,9 @@ class RewardService:
         shadower: asks the other RMs about some instances, after the reply.
         sticky: keeps singles of one prompt with one RM.
         normaliser: gives rewards on the scale of their RM.
+        audits: chooses decisions for audits; None where there are none.
+        on_chosen: called when a decision was chosen.
+        idle: set while no call is being answered.
     """
 
     def __init__(
@@ -115,6 +120,9 @@ class RewardService:
         shadower: Shadower,
         sticky: StickyChoices,
         normaliser: Normaliser,
+        audits: AuditChooser | None = None,
+        on_chosen: Callable[[], None] = lambda: None,
+        idle: asyncio.Event | None = None,
     ) -> None:
         self._runs = runs
         self._chooser = chooser
@@ -124,6 +132,11 @@ class RewardService:
         self._shadower = shadower
         self._sticky = sticky
         self._normaliser = normaliser
+        self._audits = audits
+        self._on_chosen = on_chosen
+        self._under_way = 0
+        self._idle = idle or asyncio.Event()
+        self._idle.set()
         self._asker = Asker(telemetry.called, runs.template.prices, timeout_seconds=limits.worker_timeout_seconds)
         self._entropy = _Entropy()
 
@@ -171,6 +184,25 @@ class RewardService:
         deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_seconds
         refused: dict[int, ServiceError] = {}
         wholes = await self._wholes(requests, run, policy, deadline, refused)
+        self._under_way += 1
+        self._idle.clear()
+        try:
+            return await self._answer(requests, wholes, deadline, refused, normalize, started)
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+
+    async def _answer(
+        self,
+        requests: Sequence[RewardRequest],
+        wholes: Sequence[Sequence[Piece]],
+        deadline: float,
+        refused: dict[int, ServiceError],
+        normalize: bool | None,
+        started: float,
+    ) -> list[RewardReply | ServiceError]:
+        """Route, normalise, save and reply."""
         jobs = await self._route(wholes, deadline, refused)
         normalize = self._limits.normalize if normalize is None else normalize
         wanted = [
@@ -344,8 +376,18 @@ class RewardService:
     async def _ask(self, jobs: Sequence[Job], tickets: Tickets, deadline: float) -> None:
         """Carry out the plans: every job has its reward or its error afterwards."""
         await self._asker.ask(jobs, tickets, deadline)
+        scaled = [job for job in jobs if job.plan.needs_scale]
+        scales = await self._observed(scaled) if scaled and self._runs.template.score_scale is None else {}
         for job in jobs:
-            job.conclude()
+            job.conclude(scales.get(job.run.name))
+
+    async def _observed(self, jobs: Sequence[Job]) -> dict[str, ScoreScales]:
+        """Return what the score logs of the jobs' runs tell, by run, once these answers are in them."""
+        scored: dict[str, list[tuple[int, Sequence[float]]]] = {}
+        for job in jobs:
+            scored.setdefault(job.run.name, []).extend([(it.arm, it.rewards) for it in answers(job.attempts)])
+        runs = {job.run.name: job.run for job in jobs}
+        return {name: await self._normaliser.observe(runs[name], told) for name, told in scored.items() if told}
 
     async def _stick(self, jobs: Sequence[Job]) -> None:
         """Singles whose prompt was asked about before take that draw; all of one run and policy."""
@@ -423,15 +465,19 @@ class RewardService:
         for index, (job, given) in enumerate(answered):
             job.decision_id = new_decision_id(now_ms, entropy[index * RANDOM_BYTES : (index + 1) * RANDOM_BYTES])
             job.decision = decision_of(job, given, now_ms)
-            key = content_key(job.run.name, job.instance) if self._limits.content_keys else None
-            record = DecisionRecord(job.decision_id, encode_decision(job.decision), key)
-            by_run.setdefault(job.run.name, []).append(record)
             decided.append(Shadowable(job.run, job.decision_id, job.decision, job.instance))
+        tasks = {} if self._audits is None else await self._audits.choose(decided)
+        for one in decided:
+            key = content_key(one.run.name, one.instance) if self._limits.content_keys else None
+            record = DecisionRecord(one.decision_id, encode_decision(one.stored), key)
+            by_run.setdefault(one.run.name, []).append(record)
         store_started = time.perf_counter()
-        unsaved = await self._save(by_run)
+        unsaved = await self._save(by_run, tasks)
         store_seconds = time.perf_counter() - store_started
         if by_run:
             self._telemetry.stage["store"].observe(store_seconds)
+        if any(chosen.tasks for chosen in tasks.values()):
+            self._on_chosen()
         if self._shadower.rate:
             self._shadower.offer([one for one in decided if one.run.name not in unsaved])
         self._count(jobs)
@@ -463,7 +509,7 @@ class RewardService:
         for (run, policy), count in given.items():
             telemetry.decided(run, policy).inc(count)
 
-    async def _save(self, by_run: dict[str, list[DecisionRecord]]) -> frozenset[str]:
+    async def _save(self, by_run: dict[str, list[DecisionRecord]], tasks: Mapping[str, ChosenAudits]) -> frozenset[str]:
         """Save the decisions; the runs whose decisions could not be saved, where rewards are answered all the same.
 
         Raises:
@@ -471,15 +517,22 @@ class RewardService:
         """
         if len(by_run) == 1:
             [(run, records)] = by_run.items()
-            failed = [run] if await self._save_run(run, records) is not None else []
+            failed = [run] if await self._save_run(run, records, tasks.get(run)) is not None else []
         else:
-            errors = await asyncio.gather(*(self._save_run(run, records) for run, records in by_run.items()))
+            errors = await asyncio.gather(
+                *(self._save_run(run, records, tasks.get(run)) for run, records in by_run.items())
+            )
             failed = [run for run, error in zip(by_run, errors, strict=True) if error is not None]
         return frozenset(failed)
 
-    async def _save_run(self, run: str, records: list[DecisionRecord]) -> StoreUnavailableError | None:
+    async def _save_run(
+        self, run: str, records: list[DecisionRecord], chosen: ChosenAudits | None
+    ) -> StoreUnavailableError | None:
         try:
-            await self._store.save_decisions(run, records)
+            if self._audits is None or chosen is None:
+                await self._store.save_decisions(run, records)
+            else:
+                await self._audits.save(run, records, chosen)
         except StoreUnavailableError as error:
             self._telemetry.store_errors.labels("save_decisions").inc()
             if self._limits.on_store_unavailable is OnStoreUnavailable.REFUSE:

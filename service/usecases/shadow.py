@@ -23,6 +23,7 @@ from service.errors import StoreUnavailableError
 from service.stores.protocol import DecisionRecord, Store
 from service.telemetry import Telemetry
 from service.usecases.ask import PATIENT_INSTANCES, Asker, Inquiry, Tickets
+from service.usecases.audit_choice import is_audited
 from service.usecases.decisions import StoredDecision, encode_decision
 from service.usecases.runs import Run
 
@@ -87,6 +88,7 @@ class Shadower:
         """Shadow those that the rate selects and for which there is room; returns at once.
 
         A single response has no verdict to learn from and is never shadowed, nor is what a policy asks every RM about.
+        An audit adds to the decision itself.
         """
         chosen = [
             item
@@ -94,6 +96,7 @@ class Shadower:
             if item.stored.n > 1
             and (item.stored.arm is not None or item.stored.multiplier)
             and is_shadowed(item.decision_id, self.rate)
+            and not is_audited(item.decision_id, item.stored)
         ]
         room = max(self._max_instances - self._in_flight, 0)
         for item in chosen[room:]:

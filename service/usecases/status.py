@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 
 import numpy as np
@@ -16,7 +16,7 @@ from service.errors import NotFoundError, NotReadyError, RunConflictError, Servi
 from service.scorers.status import ScorerStatus
 from service.stores.protocol import Store
 from service.telemetry import Telemetry
-from service.usecases.runs import Run, RunRegistry, failure_of
+from service.usecases.runs import Run, RunRegistry, failure_of, known_runs
 
 
 class ArmLearned(BaseModel):
@@ -62,6 +62,8 @@ class StatusService:
         store: asked whether it answers.
         telemetry: rendered.
         models: describes the pool's workers.
+        referees: describes the workers of scorers that are asked about audits only.
+        tell_audits: sets the gauges of a run's audits; None where there are none.
         executor: where digests are computed.
         health_check_errors: health checks that failed by a fault of ours, so far.
         answers_without_store: whether `/reward` answers while the store is away.
@@ -85,11 +87,15 @@ class StatusService:
         encoder: AwaitedEncoder | None = None,
         store_findings: Callable[[], Sequence[str]] = tuple,
         store_refused: Callable[[], bool] = lambda: False,
+        referees: Callable[[], list[ScorerStatus]] = list,
+        tell_audits: Callable[[Run], Awaitable[None]] | None = None,
     ) -> None:
         self._runs = runs
         self._store = store
         self._telemetry = telemetry
         self.models = models
+        self.referees = referees
+        self._tell_audits = tell_audits
         self._executor = executor
         self._health_check_errors = health_check_errors
         self._answers_without_store = answers_without_store
@@ -105,6 +111,12 @@ class StatusService:
         """
         runs = list(self._runs.runs.values())
         self._telemetry.store_up.set(await self._measure_lags(runs))
+        if self._tell_audits is not None:
+            for run in runs:
+                try:
+                    await self._tell_audits(run)
+                except ServiceError:
+                    self._telemetry.store_errors.labels("report").inc()
         expected = await asyncio.get_running_loop().run_in_executor(self._executor, _expectations, runs)
         for run, means, sds in expected:
             if run.name not in self._runs.runs:
@@ -112,7 +124,7 @@ class StatusService:
             for model, mean, sd in zip(run.template.pool, means, sds, strict=True):
                 self._telemetry.posterior_mean.labels(run.name, model).set(mean)
                 self._telemetry.posterior_sd.labels(run.name, model).set(sd)
-        for arm in self.models():
+        for arm in [*self.models(), *self.referees()]:
             for replica in arm.replicas:
                 self._telemetry.worker_up.labels(arm.name, replica.url).set(replica.state == "closed")
                 self._telemetry.worker_in_flight.labels(arm.name, replica.url).set(replica.in_flight)
@@ -200,7 +212,9 @@ class StatusService:
         name = name or self._runs.default
         run = self._runs.runs.get(name)
         if run is None:
-            raise NotFoundError(f"run {name!r} is not open here: send it a request first", details={"run": name})
+            known = await self._store.list_runs()
+            remedy = "send it a request first" if name in known else known_runs(known)
+            raise NotFoundError(f"run {name!r} is not open here: {remedy}", details={"run": name})
         posterior, last_event_id = run.posterior, run.last_event_id
         status = await self._store.log_status(name)
         digest = await asyncio.get_running_loop().run_in_executor(self._executor, posterior.digest)

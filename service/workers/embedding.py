@@ -24,7 +24,7 @@ from router_core.errors import EncoderError
 from service.encoders.wire import EMBEDDINGS_PATH, EmbeddingsReply, EmbeddingsRequest, to_base64
 from service.encoders.wire import Embedding as Vector
 from service.errors import ConfigurationError
-from service.scorers.wire import ServedModel, Usage
+from service.scorers.wire import UNREADABLE, ServedModel, Usage
 from service.workers.server import (
     ApiError,
     Content,
@@ -112,7 +112,7 @@ class EmbeddingApp(WorkerApp):
         request_id = check_headers(scope["headers"])
         try:
             request = self._decode.decode(await read_body(receive))
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise ApiError(f"The body is not an embeddings request: {error}") from error
         model = self._model(request.model)
         rows = _rows(request.input)

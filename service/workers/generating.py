@@ -34,7 +34,7 @@ from service.scorers.judge.wire import (
     TokenLogprob,
     TopToken,
 )
-from service.scorers.wire import MODELS_PATH, ErrorBody, ErrorReply, Message, ModelList, ServedModel, Usage
+from service.scorers.wire import MODELS_PATH, UNREADABLE, ErrorBody, ErrorReply, Message, ModelList, ServedModel, Usage
 from service.workers.cpu import batches
 from service.workers.server import ApiError, Receive, Scope, Send, check_headers, expect, read_body
 
@@ -165,7 +165,7 @@ class GeneratingApp:
         check_headers(scope["headers"])
         try:
             request = self._decoder.decode(await read_body(receive))
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             raise ApiError(f"The body is not a chat completion request: {error}") from error
         self._check(request)
         loop = asyncio.get_running_loop()

@@ -24,6 +24,7 @@ from service.scorers.wire import (
     METRICS_PATH,
     MODELS_PATH,
     TOKENIZE_PATH,
+    UNREADABLE,
     ClassifiedReply,
     ClassifyReply,
     ClassifyRequest,
@@ -180,10 +181,8 @@ class WorkerApp:
         request_id = check_headers(scope["headers"])
         try:
             request = self._requests.decode(await read_body(receive))
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise ApiError(f"The body is not a classify request: {error}") from error
-        except UnicodeDecodeError as error:
-            raise ApiError("The body is not UTF-8.") from error
         model = self._model(request.model)
         if request.truncate_prompt_tokens is not None:
             raise ApiError("This worker never truncates; shorten the input.", param="truncate_prompt_tokens")
@@ -213,7 +212,7 @@ class WorkerApp:
         check_headers(scope["headers"])
         try:
             request = msgspec.json.decode(await read_body(receive), type=TokenizeRequest)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             raise ApiError(f"The body is not a tokenize request with messages: {error}") from error
         model = self._model(request.model)
         (content,) = _contents(ClassifyRequest(messages=request.messages))

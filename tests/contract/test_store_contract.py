@@ -6,8 +6,7 @@ import asyncio
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from itertools import count
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -15,7 +14,6 @@ import pytest
 
 from service.errors import StoreUnavailableError, ValidationError
 from service.stores.ids import new_decision_id
-from service.stores.memory import MemoryStore
 from service.stores.protocol import (
     DecisionRecord,
     FeedbackRecord,
@@ -26,14 +24,12 @@ from service.stores.protocol import (
     Store,
 )
 from service.stores.redis import RedisStore
+from tests.contract.conftest import WINDOW_SECONDS
 from tests.support.clock import Clock
 
 if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
-    from tests.support.cluster import ValkeyCluster
 
-_RUNS = count()
-WINDOW_SECONDS = 3600.0
 AWKWARD = b"\x00\r\n$5 \xff\x00 value "
 """Bytes that a text protocol, a C string or a separator would trip over."""
 
@@ -61,59 +57,6 @@ async def apply_one(store: Store, run: str, feedback: FeedbackRecord) -> Feedbac
 
 async def whole_log(store: Store, run: str) -> list[LogEntry]:
     return await store.read_log(run, "0-0", count=100_000, block_ms=0)
-
-
-Open = Callable[[float], Store]
-
-
-@pytest.fixture
-def clock(request: pytest.FixtureRequest, kind: str) -> Clock:
-    """The clock of the stores that `open_store` opens."""
-    if kind == "memory":
-        return Clock()
-    if kind == "redis":
-        server: ValkeyProcess = request.getfixturevalue("valkey_server")
-        return Clock(lambda run: server.url)
-    cluster: ValkeyCluster = request.getfixturevalue("valkey_cluster")
-    return Clock(lambda run: f"redis://{cluster.owner(run).address}/0")
-
-
-@pytest.fixture(params=["memory", "redis", "cluster"])
-def kind(request: pytest.FixtureRequest) -> str:
-    """Which store."""
-    return str(request.param)
-
-
-@pytest.fixture
-async def open_store(request: pytest.FixtureRequest, kind: str, clock: Clock) -> AsyncIterator[Open]:
-    """Opens stores of one kind with a given feedback window, and closes them."""
-    opened: list[Store] = []
-
-    def open_(window_seconds: float) -> Store:
-        store: Store
-        if kind == "memory":
-            store = MemoryStore(window_seconds=window_seconds, now_ms=clock.now_ms)
-        else:
-            name = "valkey_server" if kind == "redis" else "valkey_cluster"
-            server: ValkeyProcess | ValkeyCluster = request.getfixturevalue(name)
-            store = RedisStore(server.url, window_seconds=window_seconds, timeout_seconds=10, now_ms=clock.now_ms)
-        opened.append(store)
-        return store
-
-    yield open_
-    for store in opened:
-        await store.close()
-
-
-@pytest.fixture
-def store(open_store: Open) -> Store:
-    return open_store(WINDOW_SECONDS)
-
-
-@pytest.fixture
-def run() -> str:
-    """A run of this test's own: the server is shared and may hold other sessions' keys."""
-    return f"run-{next(_RUNS)}-{os.urandom(4).hex()}"
 
 
 async def test_a_store_answers_a_ping(store: Store) -> None:
@@ -426,6 +369,8 @@ async def test_a_run_is_known_once_it_was_opened(store: Store, run: str) -> None
     await store.open_run(run, b"f")
     assert await store.has_run(run)
     assert not await store.has_run(run + "x")
+    assert run in await store.list_runs()
+    assert run + "x" not in await store.list_runs()
 
 
 # What only a store with a server can show.

@@ -136,7 +136,7 @@ def test_trls_judge_says_which_response_is_right() -> None:
     judge = execute(function, Judged=Judged, Feedback=Feedback)["judge"]
     result = Scored("d1", "r", "rm-a", (0.0, 1.0), 1, 1.0, 0.5, "bayesian", 0, False, True)
     columns = {"answer": ("12", "12")}
-    assert judge(Judged("p", ("it is 12", "it is 13"), columns, result)).preferred == 0
+    assert judge(Judged("p", ("it is 12", "it is 13"), columns, result)).reward == 0
     assert judge(Judged("p", ("it is 12", "12 it is"), columns, result)) is None
 
 
@@ -145,7 +145,7 @@ def test_trls_judge_says_which_response_is_right() -> None:
 def test_verls_overrides_give_the_rewards(index: int, gateway: LiveGateway, tmp_path: Path) -> None:
     clients, policy = client_folder("verl"), save_policy(tmp_path / "policy")
     overrides = [word.replace(GATEWAY, gateway.url) for word in overrides_of(blocks("verl.md", "bash")[index])]
-    environment = {"REWARD_ROUTER_POLICY": "single:rm-long", "REWARD_ROUTER_URL": gateway.url}
+    environment = {"REWARD_ROUTER_CLIENT_POLICY": "single:rm-long", "REWARD_ROUTER_CLIENT_URL": gateway.url}
     words = ["--clients", clients, "--model", policy, *overrides]
     found = result_of(run_module("tests.support.verl_scoring", words, environment))
     assert [output["reward_score"] for output in found["outputs"]] == [3.0, 7.0, 1.0]
@@ -176,7 +176,7 @@ def test_ms_swifts_own_plugin_registers_a_judge(monkeypatch: pytest.MonkeyPatch)
     execute(example)
     function = rewards.orms["reward_router"](args=None)
     result = Scored("d1", "r", "rm-a", (0.0, 1.0), 1, 1.0, 0.5, "bayesian", 0, False, True)
-    assert function.judge(Judged("p", ("no", "yes"), {"solution": ("yes", "yes")}, result)).preferred == 1
+    assert function.judge(Judged("p", ("no", "yes"), {"solution": ("yes", "yes")}, result)).reward == 1
 
 
 def test_areals_workflow_is_the_one_that_areals_code_runs_in_our_tests() -> None:

@@ -336,3 +336,45 @@ def test_a_run_of_another_checkpoint_ends_the_start_at_once_with_the_remedy(tmp_
         with pytest.raises(ConfigurationError, match="--run NAME"):
             group.wait_until_ready(url, "gateway", 600.0, lambda: None)
         server.shutdown()
+
+
+def test_a_rule_audits_what_nobody_gives_feedback_on(tmp_path: Path) -> None:
+    """`up` starts the referee too; a gateway that is killed amid its audits leaves them to the next one."""
+    pairs = write_pool(tmp_path, 40)
+    pool = yaml.safe_load((tmp_path / "pool.yaml").read_text())
+    pool["referees"] = [{"name": "checker", "kind": "rule", "builtin": "exact"}]
+    pool["audit"] = {"referee": "checker", "rate": 1.0, "schedule": "even"}
+    (tmp_path / "pool.yaml").write_text(yaml.safe_dump(pool))
+
+    def items(part: list[LabelledPair]) -> list[dict[str, Any]]:
+        return [
+            {
+                "prompt": pair.instance.prompt,
+                "responses": pair.instance.responses,
+                "reference": pair.instance.responses[pair.label],
+            }
+            for pair in part
+        ]
+
+    async def ask(url: str, part: list[LabelledPair]) -> list[str]:
+        caller = Caller(url)
+        status, reply = await caller.post("/reward/batch", {"items": items(part)})
+        await caller.close()
+        assert status == 200, reply
+        return [result["decision_id"] for result in reply["results"]]
+
+    with running_up(tmp_path, free_port(), status=2) as stack:
+        asyncio.run(ask(stack.url, pairs[:20]))
+        learned(stack.url, 1)
+        gateway = next(pid for pid, command in stack.descendants().items() if " serve " in command)
+        os.kill(gateway, signal.SIGKILL)
+        stack.process.wait(60)
+    with running_up(tmp_path, free_port()) as stack:
+        asyncio.run(ask(stack.url, pairs[20:]))
+        done = learned(stack.url, 20)
+        report = fetch(stack.url + "/report")[1]
+    assert done["log_appended"] >= 20
+    assert [one["referee"] for one in report["referees"]] == ["checker"]
+    right = {name: sum(pair.verdicts[name] == pair.label for pair in pairs) / 40 for name in MODELS}
+    for record in report["scorers"]:
+        assert record["accuracy"]["low"] <= right[record["model"]] <= record["accuracy"]["high"]

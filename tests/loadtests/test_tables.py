@@ -367,6 +367,7 @@ def test_the_whole_command_writes_page_pictures_and_figures(tmp_path: Path) -> N
     write_pairs(tmp_path / "pairs.jsonl", rows)
     out = tmp_path / "figures.json"
     command = [sys.executable, "-m", "loadtests.tables", str(tmp_path / "pairs.jsonl"), "--quick"]
+    command += ["--field", str(tmp_path / "pairs.jsonl")]
     command += ["--encoders", "surface,static", "--write", str(tmp_path), "--json", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from loadtests.tables.experiments import PRIMARY, TUNED, VARIANTS
+from loadtests.tables.experiments import ALL, FIELD_POOLS, LEARNERS, PRIMARY, TUNED, VARIANTS
 from loadtests.tables.page import page
 from loadtests.tables.prose import against, against_zero, by_place, decided, listed, reached, standing
 from loadtests.tables.sheets import Heading, Picture, Sheet, accuracy, difference, markdown, show, signed
@@ -45,6 +45,23 @@ def document(lead: float = 0.05) -> dict[str, Any]:
     table = rows_of("offline", lead) | {"pool": ["a", "b"], "calibration": {"code": fit, "": fit}}
     part = {"n": 50, "policies": table["policies"], "best_single": {"model": "a", "accuracy": 0.9}, "oracle": 0.97}
     stream = rows_of("bayesian", lead) | {"streams": 2, "length": [50]}
+    learned = (*ROWS, *LEARNERS, "cascade:2", "stacked")
+    wide = rows_of("offline", lead, learned) | {"pool": ["a", "b"], "calibration": {"code": fit, "": fit}}
+    met = rows_of("bayesian", lead, learned) | {"streams": 2, "length": [50]}
+    apart = rows_of("bayesian", lead, (*learned, DOMAINS_HINDSIGHT))
+    field = {
+        "data": {"digest": "e" * 64, "pairs": 1498, "groups": 900, "domains": {"chat": 273}, "subsets": 2},
+        "folds": 3,
+        "dealings": 2,
+        "seeds": 2,
+        "not_run": {},
+        "offline": dict.fromkeys((*FIELD_POOLS, ALL), wide),
+        "online": dict.fromkeys(FIELD_POOLS, met),
+        "counts": {"2": {"offline": wide, "online": met, "draw_milliseconds": 0.4}},
+        "transfer": {"S6": {"code": apart, "": apart}},
+        "labels": {"32": met},
+        "joins": {"0": met, "16": met},
+    }
     unseen = rows_of("bayesian", lead, (*ROWS, DOMAINS_HINDSIGHT)) | {"offline_lead": gap(-0.1)}
     keys = ("in distribution", "long", "shift", "drift", "shift, loss", "K6, in distribution", "K9, in distribution")
     ablated = {name: {"accuracy": 0.88, "lost": gap(lead)} for name in ("offline", "bayesian")}
@@ -65,6 +82,7 @@ def document(lead: float = 0.05) -> dict[str, Any]:
         "encoders": ["static"],
         "not_run": {"smollm2-135m": 240.0},
         "hyperparameters": {"lambda0": 100.0},
+        "field": field,
         "offline": {name: table | {"subsets": {"go": part}} for name in ("K4", "K6", "K9")},
         "online": dict.fromkeys(keys, stream),
         "transfer": {pool: {"code": unseen, "": unseen} for pool in ("K4", "K9")},
@@ -167,6 +185,18 @@ def test_what_the_evidence_leaves_out_is_said() -> None:
     assert "Rows of papers have published scalars" in text
     assert all(name in text for name in TUNED)
     assert "| K9 | code | 50 | .900 | .800 | .050 | .400 | .020 |" in text
+
+
+def test_the_85_come_with_how_their_pools_were_chosen_and_their_targets() -> None:
+    blocks = page(document(-0.05))
+    assert [type(block) for block in blocks[:2]] == [Heading, Picture]
+    text = " ".join(markdown(blocks).split())
+    assert "S6, S4, E5 and X4 were chosen for room after seeing the accuracies" in text
+    targets = next(block for block in blocks if isinstance(block, Sheet) and block.title == "Targets, 85 RMs")
+    verdicts = {row[0]: row[-1] for row in targets.rows}
+    assert verdicts["S6, offline, `offline`: .885"] == "yes"
+    assert verdicts["all 85, offline: not below the best RM by more than .003"] == "no"
+    assert verdicts["N5, offline: not below the best RM"] == "no"
 
 
 def test_a_quick_run_says_so() -> None:

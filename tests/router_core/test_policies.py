@@ -7,6 +7,7 @@ import pytest
 
 from router_core.attempts import Attempt, Outcome
 from router_core.errors import NotFiniteError, ShapeMismatchError, UnknownPolicyError, UnknownScaleError
+from router_core.moments import Moments
 from router_core.policies import (
     UWO_CHOICE_LAMBDA,
     UWO_REWARD_LAMBDA,
@@ -14,7 +15,6 @@ from router_core.policies import (
     BayesianPolicy,
     Beliefs,
     Given,
-    RunningScale,
     ScoreScale,
     combined_verdict,
     draw,
@@ -289,43 +289,21 @@ def test_a_shadow_asks_everyone_who_was_neither_asked_nor_known_to_be_away() -> 
     assert list(plan.next_arms(range(5), [Attempt(2, 0, Outcome.FAILED)])) == []
 
 
-def test_a_running_scale_is_the_mean_and_deviation_of_all_that_was_seen() -> None:
+def test_moments_tell_the_scale_of_the_rms_that_answered() -> None:
     rng = np.random.default_rng(0)
-    running = RunningScale(3)
-    groups = [rng.normal([[5.0], [-3.0], [0.0]], [[2.0], [0.1], [1.0]], (3, n)) for n in (2, 1, 4, 2, 2)]
-    for group in groups:
-        running.observe([0, 1, 2], group)
-    seen = np.concatenate(groups, axis=1)
-    scale = running.rows([2, 0], groups[0][[2, 0]])
-    np.testing.assert_allclose(scale.shift, seen.mean(axis=1)[[2, 0]])
-    np.testing.assert_allclose(scale.scale, seen.std(axis=1)[[2, 0]])
+    seen = rng.normal([[5.0], [-3.0]], [[2.0], [0.1]], (2, 11))
+    scale = ScoreScale.of_moments([Moments.of(row.tolist()) for row in seen], seen[:, :2])
+    assert scale is not None
+    np.testing.assert_allclose(scale.shift, seen.mean(axis=1))
+    np.testing.assert_allclose(scale.scale, seen.std(axis=1))
 
 
-def test_an_rm_without_statistics_is_normalised_inside_the_group() -> None:
-    running = RunningScale(2)
+def test_an_rm_without_spread_is_normalised_inside_the_group() -> None:
     group = np.array([[1.0, 3.0], [10.0, 20.0]])
-    first = running.rows([0, 1], group)
-    assert (first.shift.tolist(), first.scale.tolist()) == ([2.0, 15.0], [1.0, 5.0])
-    running.observe([0], np.array([[7.0, 9.0]]))
-    # Arm 1 has not answered so far, or has shown no spread.
-    running.observe([1], np.array([[4.0, 4.0]]))
-    second = running.rows([0, 1], group)
-    assert (second.shift.tolist(), second.scale.tolist()) == ([8.0, 15.0], [1.0, 5.0])
-
-
-@pytest.mark.parametrize("absurd", [1e300, -1e7, np.inf, np.nan])
-def test_an_absurd_reward_is_not_counted_by_a_running_scale(absurd: float) -> None:
-    running, clean = RunningScale(2), RunningScale(2)
-    group = np.array([[1.0, 3.0, 5.0], [10.0, 20.0, 60.0]])
-    for scale in (running, clean):
-        scale.observe([0, 1], group)
-    running.observe([0, 1], np.array([[absurd, absurd], [absurd, 4.0]]))
-    clean.observe([1], np.array([[4.0]]))
-    found, wanted = running.rows([0, 1], group), clean.rows([0, 1], group)
-    np.testing.assert_array_equal(found.shift, wanted.shift)
-    np.testing.assert_array_equal(found.scale, wanted.scale)
-    first = RunningScale(1).rows([0], np.array([[absurd, 1.0]]))
-    assert np.isfinite(first.scale).all()
+    scale = ScoreScale.of_moments([Moments.of([7.0, 9.0]), Moments.of([4.0] * 9)], group)
+    assert scale is not None
+    assert (scale.shift.tolist(), scale.scale.tolist()) == ([8.0, 15.0], [1.0, 5.0])
+    assert ScoreScale.of_moments([Moments(), Moments.of([4.0])], group[:, :1]) is None
 
 
 def test_scales_that_cannot_be_are_refused() -> None:

@@ -137,3 +137,37 @@ def test_combine_is_the_policy_of_requests_that_name_none(tmp_path: Path) -> Non
     assert default_policy(Settings(), load(tmp_path, models)) == Settings().policy
     with pytest.raises(ConfigurationError, match="combine"):
         load(tmp_path, f"combine: average\n{models}")
+
+
+AUDITED = "models: [{name: rm, path: a}]\nreferees: [{name: sums, kind: rule, builtin: math}]\naudit: {%s}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ("referee: nobody", "referee 'nobody' is unknown: add it to `referees`, or name one of sums, rm, stacked"),
+        ("referee: [sums, sums]", "name each once"),
+        ("referee: stacked, ask: drawn", "set ask to 'all'"),
+        ("referee: sums, rate: 1.5", "audit.rate"),
+        ("referee: sums, schedule: late", "audit.schedule"),
+        ("referee: sums, trust: 0.4", "audit.trust"),
+        ("referee: sums, budget: 0", "audit.budget"),
+        ("rate: 0.1", "audit.referee"),
+    ],
+)
+def test_an_audit_that_cannot_be_names_its_field(tmp_path: Path, fields: str, sentence: str) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        load(tmp_path, AUDITED % fields)
+    assert sentence in str(raised.value)
+
+
+def test_referees_are_scorers_of_their_own(tmp_path: Path) -> None:
+    pool = load(tmp_path, AUDITED % "referee: [sums, rm]")
+    assert [entry.name for entry in pool.scorers] == ["rm", "sums"]
+    assert (pool.audit.referee, pool.audit.plan.rate) == (("sums", "rm"), 0.05) if pool.audit else None
+    dump_pool(pool, tmp_path / "again.yaml")
+    assert load_pool(tmp_path / "again.yaml") == pool
+    with pytest.raises(ConfigurationError, match="no `audit` that asks them"):
+        load(tmp_path, AUDITED.split("audit")[0])
+    with pytest.raises(ConfigurationError, match="named twice"):
+        load(tmp_path, (AUDITED % "referee: rm").replace("sums", "rm"))

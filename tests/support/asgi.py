@@ -58,6 +58,7 @@ class AsgiClient:
         *,
         headers: Mapping[str, str] | None = None,
         disconnect: bool = False,
+        last_chunk: asyncio.Event | None = None,
     ) -> Response:
         """One request.
 
@@ -67,6 +68,7 @@ class AsgiClient:
             body: the body, or its chunks.
             headers: more headers.
             disconnect: the caller goes away where its last chunk should come.
+            last_chunk: the last chunk comes when this is set; None for at once.
         """
         route, _, query = path.partition("?")
         chunks = [body] if isinstance(body, bytes) else list(body)
@@ -78,6 +80,8 @@ class AsgiClient:
         forever = asyncio.Event()
 
         async def receive() -> Message:
+            if len(incoming) == 1 and last_chunk is not None:
+                await last_chunk.wait()
             if incoming:
                 return incoming.pop(0)
             if not disconnect:

@@ -19,7 +19,7 @@ from router_core.posterior import FoldSettings, Posterior, fold, start
 from router_core.prior import Prior, no_prior
 from router_core.records import Event
 from service.app import create_app
-from service.pool import ModelEntry, PoolFile
+from service.pool import PoolFile
 from service.settings import Settings
 from service.stores.protocol import Store
 from service.usecases.decisions import StoredDecision, event_of
@@ -137,6 +137,8 @@ async def open_gateway(
     score_scale: ScoreScale | None = None,
     wait: bool = True,
     prices: Sequence[float] | None = None,
+    audit: dict[str, Any] | None = None,
+    referees: Sequence[dict[str, Any]] = (),
     **settings: Any,
 ) -> AsyncIterator[Gateway]:
     """The application in its lifespan.
@@ -149,13 +151,14 @@ async def open_gateway(
         encoder: instead of the small one.
         score_scale: of the RMs' raw rewards.
         wait: until /readyz answers 200.
+        audit: of the pool file.
+        referees: of the pool file.
         settings: of the gateway; a new run's name is taken at once unless they say otherwise.
     """
     scripted = list(arms) if arms is not None else [ScriptedArm(name) for name in models]
     costs = [1.0] * len(scripted) if prices is None else prices
-    pool = PoolFile(
-        models=tuple(ModelEntry(name=arm.name, price=price) for arm, price in zip(scripted, costs, strict=True))
-    )
+    entries = [{"name": arm.name, "price": price} for arm, price in zip(scripted, costs, strict=True)]
+    pool = PoolFile.model_validate({"models": entries, "referees": referees, "audit": audit})
     chosen = Settings(**{"store_url": server_url, "run": fresh_run(), "seed": 0, "new_run_wait_seconds": 0, **settings})
     app = create_app(
         chosen, pool, encoder=encoder or small_encoder(), arms=scripted, store=store, score_scale=score_scale

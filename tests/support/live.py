@@ -17,7 +17,7 @@ import uvloop
 
 from service.app import create_app
 from service.cli.serve import server_options
-from service.pool import ModelEntry, PoolFile
+from service.pool import PoolFile
 from service.settings import Settings
 from tests.conftest import free_port
 from tests.support.arms import ScriptedArm
@@ -55,6 +55,8 @@ def live_gateway(
     *,
     models: Sequence[str] = ("rm-a", "rm-b", "rm-c"),
     arms: Sequence[ScriptedArm] | None = None,
+    pool: PoolFile | None = None,
+    audit: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Iterator[LiveGateway]:
     """The application on a free port of loopback.
@@ -63,12 +65,13 @@ def live_gateway(
         server_url: the Valkey process.
         models: names of the scripted RMs.
         arms: the scripted RMs themselves.
+        pool: of servers that run, instead of scripted RMs.
         settings: of the gateway.
     """
     scripted = list(arms) if arms is not None else [ScriptedArm(name) for name in models]
     chosen = Settings(**{"store_url": server_url, "run": fresh_run(), "seed": 0, "port": free_port(), **settings})
-    pool = PoolFile(models=tuple(ModelEntry(name=arm.name) for arm in scripted))
-    app = create_app(chosen, pool, encoder=small_encoder(), arms=scripted)
+    entries = pool or PoolFile.model_validate({"models": [{"name": arm.name} for arm in scripted], "audit": audit})
+    app = create_app(chosen, entries, encoder=small_encoder(), arms=None if pool is not None else scripted)
     server = uvicorn.Server(uvicorn.Config(app, **server_options(chosen, app.count_refusal)))
     thread = threading.Thread(target=lambda: uvloop.run(server.serve()), daemon=True)
     thread.start()

@@ -19,6 +19,7 @@ from service.errors import ConfigurationError, NotFoundError
 from service.lab.eventlog.jsonl import JsonlWriter, read_jsonl, read_jsonl_header
 from service.lab.eventlog.record import Header, LoggedEvent, RewardFollower, new_header, require_same_run
 from service.stores.protocol import LogEntry, LogStatus, Store
+from service.usecases.runs import known_runs
 
 CHUNK = 4096
 """Events in memory at once, and rows per row group."""
@@ -82,8 +83,10 @@ async def export_log(
         _order(since)
     check = await store.check_run(run, ())
     if check.identity is None:
+        known = known_runs(await store.list_runs())
         raise NotFoundError(
-            f"run {run!r} is unknown in this store: check the name, --store and --data-dir", details={"run": run}
+            f"run {run!r} is unknown in this store ({known}): check the name, --store and --data-dir",
+            details={"run": run},
         )
     fingerprint, status = check.identity.fingerprint, check.status
     old = _standing_header(out) if resume else None
@@ -176,7 +179,7 @@ def _keep(out: Path, writer: EventWriter, follower: RewardFollower) -> tuple[int
     kept, last = 0, None
     chunk: list[LoggedEvent] = []
     for event in read_events(out):
-        follower.learned(event.decision_id, event.decision, event.feedback)
+        follower.learned(event.decision_id, event.decision, event.told)
         chunk.append(event)
         kept, last = kept + 1, event.event_id
         if len(chunk) == CHUNK:

@@ -91,6 +91,8 @@ def _row(event: LoggedEvent, header: Header) -> dict[str, Any]:
     row["attempts"] = [attempt._asdict() for attempt in decision.attempts]
     row["shadows"] = None if decision.shadows is None else [attempt._asdict() for attempt in decision.shadows]
     row["learned"] = [{"arm": arm, "reward": reward} for arm, reward in event.learned]
+    row["audit"] = None if decision.audit is None else msgspec.structs.asdict(decision.audit)
+    row.update(source=event.source.value, after_gold=event.after_gold)
     row.update(signal=event.feedback.signal.value, value=event.feedback.value, reward=event.reward)
     return row
 

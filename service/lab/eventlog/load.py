@@ -16,7 +16,7 @@ from router_core.attempts import ASKED, Attempt, Outcome, answers, excluded, fir
 from router_core.combine import Answers, margins_of
 from router_core.ope import LoggedData, SequenceLog, available_propensities, numbered, one_reward_per_row, with_shadows
 from router_core.policies import propensity_without
-from router_core.records import TIE, Event
+from router_core.records import TIE, Event, Source
 from service.errors import ConfigurationError
 from service.lab.eventlog.export import read_events, read_header
 from service.lab.eventlog.record import Header, LoggedEvent
@@ -37,9 +37,21 @@ class EventLog:
 
     @property
     def usable(self) -> NDArray[np.bool_]:
-        """(N,) whether the event has a first choice, and a reward of it."""
+        """(N,) True where the event has a first choice and a reward of it, and stands for its decision."""
         usable = [event.first_reward is not None for event in self.events]
-        return np.array(usable, dtype=np.bool_)
+        return np.array(usable, dtype=np.bool_) & self.telling
+
+    @property
+    def telling(self) -> NDArray[np.bool_]:
+        """(N,) True for one event of each decision: the first gold, else the audit."""
+        best: dict[str, int] = {}
+        for index, event in enumerate(self.events):
+            standing = best.get(event.decision_id)
+            if standing is None or (event.source is not Source.AUDIT and self.events[standing].source is Source.AUDIT):
+                best[event.decision_id] = index
+        telling = np.zeros(len(self.events), dtype=np.bool_)
+        telling[list(best.values())] = True
+        return telling
 
 
 def load_log(path: Path) -> EventLog:
@@ -118,7 +130,8 @@ def sequence_log(log: EventLog) -> tuple[SequenceLog, NDArray[np.int64]]:
         log: of a run with preferences.
     """
     K = len(log.header.pool)
-    kept = [index for index, event in enumerate(log.events) if _tells_sequences(event)]
+    telling = log.telling
+    kept = [index for index, event in enumerate(log.events) if telling[index] and _tells_sequences(event)]
     decisions = [log.events[index].decision for index in kept]
     N, n = len(kept), max((decision.n for decision in decisions), default=2)
     verdicts, answered = np.full((N, K), TIE, np.int64), np.zeros((N, K), np.bool_)
@@ -152,7 +165,7 @@ def sequence_log(log: EventLog) -> tuple[SequenceLog, NDArray[np.int64]]:
 
 def fold_events(log: EventLog, rows: slice = slice(None)) -> list[Event]:
     """A part of the log as the fold takes it."""
-    return [event_from(event.decision_id, event.decision, event.feedback) for event in log.events[rows]]
+    return [event_from(event.decision_id, event.decision, event.told) for event in log.events[rows]]
 
 
 def _tell_shadows(event: LoggedEvent, available: NDArray[np.bool_], rewards: NDArray[np.float64]) -> None:

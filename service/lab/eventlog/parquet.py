@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +26,7 @@ METADATA_KEY = b"reward_router"
 READ_ROWS = 8192
 """Rows held at once when a file is read."""
 
-_MADE = ("x", "attempts", "shadows", "metadata")
+_MADE = ("x", "attempts", "shadows", "metadata", "audit")
 _PLAIN = tuple(name for name in StoredDecision.__struct_fields__ if name not in _MADE)
 """Columns that are the decision's fields as they stand."""
 
@@ -43,6 +44,19 @@ _ATTEMPT = pa.struct(
         ("chance", pa.float64()),
         ("components", pa.map_(pa.string(), pa.list_(pa.float64()))),
         ("failures", pa.list_(pa.string())),
+    ]
+)
+
+_AUDIT = pa.struct(
+    [
+        ("referee", pa.string()),
+        ("verdict", pa.int32()),
+        ("trust", pa.float64()),
+        ("rewards", pa.list_(pa.float64())),
+        ("price", pa.float64()),
+        ("judged", pa.bool_()),
+        ("signs", pa.map_(pa.string(), pa.list_(pa.float64()))),
+        ("words", pa.list_(pa.string())),
     ]
 )
 
@@ -79,6 +93,10 @@ def arrow_schema(header: Header) -> Any:
         pa.field("p_right", pa.float64()),
         pa.field("reference", pa.string()),
         pa.field("metadata", pa.string(), nullable=False),
+        pa.field("inclusion", pa.float64()),
+        pa.field("audit", _AUDIT),
+        pa.field("source", name, nullable=False),
+        pa.field("after_gold", pa.bool_(), nullable=False),
         pa.field("signal", name, nullable=False),
         pa.field("value", pa.float64(), nullable=False),
         pa.field("reward", pa.float64()),
@@ -131,6 +149,9 @@ def record_batch(events: Sequence[LoggedEvent], header: Header) -> Any:
         "x": pa.FixedSizeListArray.from_arrays(pa.array(contexts), header.dim),
         "attempts": [_rows(event.decision.attempts) for event in events],
         "shadows": [None if event.decision.shadows is None else _rows(event.decision.shadows) for event in events],
+        "audit": [None if it is None else msgspec.structs.asdict(it) for it in (e.decision.audit for e in events)],
+        "source": [event.source.value for event in events],
+        "after_gold": [event.after_gold for event in events],
         "learned": [[{"arm": arm, "reward": reward} for arm, reward in event.learned] for event in events],
         "metadata": [json.dumps(event.decision.metadata, ensure_ascii=False) for event in events],
         "signal": [event.feedback.signal.value for event in events],

@@ -18,12 +18,12 @@ from router_core.attempts import Attempt, Outcome, answers
 from router_core.feedback import SignalAccumulator, SignalStatistics
 from router_core.posterior import NO_ARM
 from router_core.prior import LOSS_SCALES, PriorForm
-from router_core.records import Feedback, Signal
+from router_core.records import Feedback, Signal, Source
 from service.errors import ConfigurationError
 from service.stores.protocol import LogEntry
-from service.usecases.decisions import StoredDecision, decode_decision, decode_feedback, event_from
+from service.usecases.decisions import StoredAudit, StoredDecision, Told, decode_decision, event_from, told_by
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of the exported files' schema."""
 
 
@@ -104,6 +104,9 @@ class LoggedEvent:
         feedback: kind and raw value.
         learned: (arm, reward) of every scorer that the fold learns about from this event. Empty while a loss signal
             warms up, for a preference about a single response, and where it cannot be told (`Header.exact_rewards`).
+        source: who says it: trainer, person, or audit.
+        after_gold: True for an audit or a person that came after the trainer's feedback, which `feedback` is for an
+            audit.
     """
 
     event_id: str
@@ -111,6 +114,13 @@ class LoggedEvent:
     decision: StoredDecision
     feedback: Feedback
     learned: tuple[tuple[int, float], ...] = ()
+    source: Source = Source.TRAINER
+    after_gold: bool = False
+
+    @property
+    def told(self) -> Told:
+        """What the entry of the log says."""
+        return Told(self.source, self.feedback, self.after_gold)
 
     @property
     def reward(self) -> float | None:
@@ -153,22 +163,31 @@ class RewardFollower:
         """
         try:
             decision = decode_decision(entry.payload)
-            feedback = decode_feedback(entry.value)
+            told = told_by(decision, entry.value)
         except ValueError as error:
             raise ConfigurationError(
                 f"event {entry.event_id} of run {self._header.run!r} cannot be read ({error}): export with the version "
                 "of the gateway that wrote it"
             ) from error
         return LoggedEvent(
-            entry.event_id, entry.decision_id, decision, feedback, self.learned(entry.decision_id, decision, feedback)
+            entry.event_id,
+            entry.decision_id,
+            decision,
+            told.feedback,
+            self.learned(entry.decision_id, decision, told),
+            told.source,
+            told.after_gold,
         )
 
-    def learned(self, decision_id: str, decision: StoredDecision, feedback: Feedback) -> tuple[tuple[int, float], ...]:
-        """Return (arm, reward) of what the fold learns, in its order; the statistics move on."""
-        event = event_from(decision_id, decision, feedback)
-        told = [(event.arm, event.offset, event.credit)] if event.arm != NO_ARM else []
+    def learned(self, decision_id: str, decision: StoredDecision, told: Told) -> tuple[tuple[int, float], ...]:
+        """Return (arm, reward) of what the fold learns, in its order; the statistics move on.
+
+        A referee's verdict stands for what it teaches, which also depends on how far the referee is right.
+        """
+        event, feedback = event_from(decision_id, decision, told), told.feedback
+        own = [(event.arm, event.offset, event.credit)] if event.arm != NO_ARM else []
         out = []
-        for arm, offset, credit in [*told, *sorted(event.shadows, key=itemgetter(0))]:
+        for arm, offset, credit in [*own, *sorted(event.shadows, key=itemgetter(0))]:
             reward = self._signal.observe(arm, feedback, credit=credit, offset=offset)
             if reward is not None and self._header.exact_rewards:
                 out.append((arm, reward))
@@ -224,7 +243,7 @@ def event_of_row(row: Mapping[str, Any], x: bytes) -> LoggedEvent:
     Raises:
         KeyError: a column is missing.
     """
-    made = ("x", "rewards", "attempts", "shadows")
+    made = ("x", "rewards", "attempts", "shadows", "audit")
     fields = {name: row[name] for name in StoredDecision.__struct_fields__ if name not in made}
     shadows = row["shadows"]
     fields |= {
@@ -232,6 +251,7 @@ def event_of_row(row: Mapping[str, Any], x: bytes) -> LoggedEvent:
         "rewards": _numbers(row["rewards"]),
         "attempts": [_attempt(one) for one in row["attempts"]],
         "shadows": None if shadows is None else [_attempt(one) for one in shadows],
+        "audit": None if row["audit"] is None else _audit(row["audit"]),
     }
     return LoggedEvent(
         row["event_id"],
@@ -239,7 +259,14 @@ def event_of_row(row: Mapping[str, Any], x: bytes) -> LoggedEvent:
         StoredDecision(**fields),
         Feedback(Signal(row["signal"]), float(row["value"])),
         tuple((one["arm"], one["reward"]) for one in row["learned"]),
+        Source(row["source"]),
+        row["after_gold"],
     )
+
+
+def _audit(row: Mapping[str, Any]) -> StoredAudit:
+    signs = {name: [*values] for name, values in dict(row["signs"]).items()}
+    return StoredAudit(**{**row, "rewards": _numbers(row["rewards"]), "signs": signs})
 
 
 def _attempt(row: Mapping[str, Any]) -> Attempt:

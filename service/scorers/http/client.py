@@ -8,6 +8,7 @@ each request. What is wrong with one instance is a result of its own, so that it
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -192,7 +193,11 @@ class HttpScorer(ServedScorer):
             budget = REPLY_SHARE * min(self.config.attempt_timeout_seconds, share * left)
             body = msgspec.json.encode(ScoreRequest([*items], budget if budget > 0 else None))
             results = await self._requester.ask(dialogue, body, len(items), deadline, single=single)
-        return [self._read(result) for result in results]
+        outcomes = [self._read(result) for result in results]
+        return [
+            outcome if isinstance(outcome, WorkerError) else _equal_alike(outcome, item.responses)
+            for outcome, item in zip(outcomes, items, strict=True)
+        ]
 
     def _read(self, result: Result) -> Scored | WorkerError:
         title, details = f"{self.kind} {self.name!r}", {"model": self.name}
@@ -223,6 +228,25 @@ class HttpScorer(ServedScorer):
             details={"model": self.name},
             retry_after_seconds=1,
         )
+
+
+def _equal_alike(scored: Scored, responses: Sequence[str]) -> Scored:
+    """Return what the service said, where each response has what the first equal one with a reward has.
+
+    The service sees all of them, since it may count them; that equal ones earn the same is not left to it.
+    """
+    if len(set(responses)) == len(responses):
+        return scored
+    place: dict[str, int] = {}
+    for index, text in enumerate(responses):
+        if text not in place or math.isnan(scored.rewards[place[text]]):
+            place[text] = index
+    order = [place[text] for text in responses]
+    return Scored(
+        [scored.rewards[index] for index in order],
+        components={name: [part[index] for index in order] for name, part in scored.components.items()},
+        failures=[scored.failures[index] for index in order] if scored.failures else (),
+    )
 
 
 def _item(instance: Instance) -> Item:

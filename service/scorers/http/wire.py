@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from router_core.records import MAX_ABS_SCORE, Fact
 from service.scorers.transport.exchange import AnswerError, AnswerShapeError
-from service.scorers.wire import PROBE_PROMPT, PROBE_RESPONSE
+from service.scorers.wire import PROBE_PROMPT, PROBE_RESPONSE, UNREADABLE
 
 SCORE_PATH: Final = "/score"
 HEALTH_PATH: Final = "/health"
@@ -122,7 +122,7 @@ def read_results(body: bytes, sizes: Sequence[int]) -> list[Result]:
     """
     try:
         results = _DECODER.decode(body).results
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise AnswerError(f"the answer is not a /score reply: {error}") from error
     if len(results) != len(sizes):
         raise AnswerShapeError(f"{len(results)} results to {len(sizes)} items")

@@ -22,7 +22,7 @@ from service.scorers.judge.verdicts import (
 from service.scorers.judge.wire import CHAT_PATH, TOP_LOGPROBS, ChatCompletion, Choice
 from service.scorers.protocol import WorkerRejectedError, WorkerTooLongError
 from service.scorers.transport.exchange import AnswerError, AnswerShapeError
-from service.scorers.wire import PROBE_PROMPT, says_too_long
+from service.scorers.wire import PROBE_PROMPT, UNREADABLE, says_too_long
 
 LETTER_TOKENS: Final = 1
 TEXT_TOKENS: Final = 1024
@@ -77,10 +77,8 @@ class ChatDialogue:
         """Return the only completion; what it says is another question."""
         try:
             choices = _DECODER.decode(body).choices
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise AnswerError(f"the answer is not a chat completion: {error}") from error
-        except UnicodeDecodeError as error:
-            raise AnswerError("the answer is not UTF-8") from error
         if len(choices) != count:
             raise AnswerShapeError(f"{len(choices)} choices where {count} was asked for")
         return choices[0]

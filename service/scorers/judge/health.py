@@ -23,7 +23,7 @@ from service.scorers.transport.breaker import BreakerState
 from service.scorers.transport.exchange import RETRIED_STATUSES, AnswerError
 from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
 from service.scorers.transport.replica import Replica
-from service.scorers.wire import MODELS_PATH, ModelList, error_message
+from service.scorers.wire import MODELS_PATH, UNREADABLE, ModelList, error_message
 
 KNOWN: Final = Instance(
     "What is 2 + 2?", ("2 + 2 = 4.", "I like bananas."), reference="4", metadata={"task": "arithmetic"}
@@ -68,7 +68,7 @@ class JudgeChecks:
         until = min(deadline, asyncio.get_running_loop().time() + self._judge.config.answer_seconds)
         try:
             listed = msgspec.json.decode(await _exchange(replica, "GET", MODELS_PATH, b"", until), type=ModelList)
-        except (msgspec.MsgspecError, _NotThereError):
+        except (*UNREADABLE, _NotThereError):
             return
         model = self._judge.config.options.model
         served = {one.id: one for one in listed.data}

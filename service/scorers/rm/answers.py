@@ -14,7 +14,7 @@ import msgspec
 
 from router_core.records import MAX_ABS_SCORE
 from service.scorers.transport.exchange import AnswerError, AnswerShapeError
-from service.scorers.wire import ClassifyAnswer
+from service.scorers.wire import UNREADABLE, ClassifyAnswer
 
 LEARNED_FROM: Final = 64
 """Rewards from which an RM's usual size is learned."""
@@ -151,7 +151,7 @@ def read_rewards(body: bytes, count: int, heads: Heads | None = None) -> Rewards
     """
     try:
         rows = _DECODER.decode(body).data
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise AnswerError(f"the answer is not a /classify reply: {error}") from error
     if len(rows) != count:
         raise AnswerShapeError(f"{len(rows)} answers to {count} items")

@@ -27,6 +27,7 @@ from service.scorers.wire import (
     PROBE_PROMPT,
     PROBE_RESPONSE,
     TOKENIZE_PATH,
+    UNREADABLE,
     Message,
     ModelList,
     ServedModel,
@@ -213,7 +214,7 @@ async def _compare_ids(
         theirs = msgspec.json.decode(body, type=TokenizeReply).tokens
     except UnreachableError:
         raise
-    except (ProbeError, msgspec.MsgspecError):
+    except (ProbeError, *UNREADABLE):
         return
     (ours,) = own.contents
     if ours != theirs:
@@ -232,7 +233,7 @@ async def _served_models(replica: Replica, deadline: float) -> tuple[list[Served
         return msgspec.json.decode(body, type=ModelList).data, None
     except UnreachableError:
         raise
-    except (ProbeError, msgspec.MsgspecError) as error:
+    except (ProbeError, *UNREADABLE) as error:
         return [], f"the served models cannot be listed: {error}"
 
 

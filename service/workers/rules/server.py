@@ -23,7 +23,7 @@ from service.scorers.http.wire import (
     ScoreReply,
     ScoreRequest,
 )
-from service.scorers.wire import ErrorBody, ErrorReply
+from service.scorers.wire import UNREADABLE, ErrorBody, ErrorReply
 from service.workers.rules.child import ABSTAINED, REWARD, Outcome, Question
 from service.workers.rules.processes import RuleConfig, RulePool
 from service.workers.server import ApiError, Receive, Scope, Send, check_headers, expect, own_version, read_body
@@ -92,7 +92,7 @@ class RuleApp:
     async def _score(self, body: bytes) -> bytes:
         try:
             request = self._requests.decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             raise ApiError(f"The body is not a score request: {error}") from error
         for index, item in enumerate(request.items):
             if (item.prompt is None) == (item.messages is None):

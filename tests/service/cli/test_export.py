@@ -52,8 +52,8 @@ def test_a_run_of_a_server_is_exported_and_said(valkey_server: ValkeyProcess, tm
 
 @pytest.mark.usefixtures("valkey_binary")
 def test_an_embedded_store_is_exported_while_its_gateway_runs_and_after(tmp_path: Path) -> None:
-    run, data = fresh_run(), tmp_path / "store"
-    with EmbeddedStore(data) as store:
+    run, data = fresh_run(), tmp_path
+    with EmbeddedStore(data / "store") as store:
         asyncio.run(fill(store.url, run, 2))
         during = export(run, "--data-dir", data, "--out", tmp_path / "during.jsonl")
         assert during.exit_code == 0, during.output
@@ -75,3 +75,15 @@ def test_since_and_resume_exclude_each_other(tmp_path: Path) -> None:
     done = export("any", "--out", tmp_path / "log.jsonl", "--since", "1-0", "--resume")
     assert isinstance(done.exception, ConfigurationError)
     assert "exclude each other" in str(done.exception)
+
+
+@pytest.mark.usefixtures("valkey_binary")
+def test_runs_are_listed_and_an_unknown_one_is_answered_with_them(tmp_path: Path) -> None:
+    run = fresh_run()
+    with EmbeddedStore(tmp_path / "store") as store:
+        asyncio.run(fill(store.url, run, 2))
+        (listed,) = json.loads(CliRunner().invoke(app, ["runs", "--data-dir", str(tmp_path), "--json"]).stdout)
+        assert (listed["run"], listed["events"], listed["signal"]) == (run, 2, "preference")
+        assert run in CliRunner().invoke(app, ["runs", "--data-dir", str(tmp_path)]).output
+        unknown = export("other", "--data-dir", tmp_path, "--out", tmp_path / "out.jsonl")
+    assert f"known runs: {run}" in str(unknown.exception)

@@ -22,9 +22,11 @@ from router_core.records import Instance, LabelledPair
 from service.cli import app
 from service.cli.label import FAILED_ROWS
 from service.errors import ConfigurationError, NoWorkerError
+from service.pool import ModelEntry, PoolFile
 from service.workers.recorded import recorded_app
 from tests.conftest import free_port
 from tests.service.scorers.worker_servers import RunningWorker, ScriptedWorker, error, is_probe, reply
+from tests.support.live import live_gateway
 from tests.support.offline import POOL, two_domains
 
 Place = Callable[..., str]
@@ -347,3 +349,24 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, place: Place, s
     asked = prompts_asked(worker)
     assert len(asked) == 2 * n
     assert sum(asked.values()) <= 2 * n + 2 * concurrency
+
+
+def test_a_gateways_pool_is_asked_through_the_gateway(tmp_path: Path, place: Place, valkey_url: str) -> None:
+    url = place(recorded_app(two_domains(11), POOL))
+    models = tuple(ModelEntry(name=name, urls=(url,)) for name in POOL)
+    out, data = tmp_path / "out.jsonl", bare(tmp_path, two_domains(12))
+    with live_gateway(valkey_url, pool=PoolFile(models=models), api_keys=("secret",)) as gateway:
+        words = ["label", str(data), "--url", gateway.url, "--out", str(out), "--json", "-"]
+        refused = CliRunner().invoke(app, words)
+        assert "API key missing or wrong" in str(refused.exception)
+        done = CliRunner().invoke(app, [*words, "--api-key", "secret"])
+    assert done.exit_code == 0, done.output
+    rows = load_rows(out)
+    assert [row.scores for row in rows[:11]] == [pair.scores for pair in two_domains(12)[:11]]
+    assert rows[11].fields["rm_missing"]["coder"].startswith("refused")
+
+
+def test_label_needs_one_of_pool_and_gateway(tmp_path: Path) -> None:
+    data = bare(tmp_path, two_domains(2))
+    done = CliRunner().invoke(app, ["label", str(data), "--out", str(tmp_path / "out.jsonl")])
+    assert "give --url GATEWAY of a running gateway, or --pool FILE" in str(done.exception)

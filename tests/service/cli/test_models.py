@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 pytest.importorskip("tokenizers")
 
 from service.cli import app
+from service.cli.first_request import askable_lines
 from service.scorers.rm.client import ArmConfig, VllmArm
 from tests.service.scorers.rm.test_tokens import byte_rendering
 from tests.service.scorers.transport.test_load import steady
@@ -35,3 +36,14 @@ def test_the_table_says_how_each_model_is_asked_and_how_much_it_reads(serve: Ser
         ]
         printed = json.loads(CliRunner().invoke(app, [*words, "--json"]).output)
         assert [model["rendering"] for model in printed["models"]] == [None, "tokens"]
+
+
+def test_scorers_that_cannot_be_asked_are_named_with_the_reason() -> None:
+    away = {"name": "away", "available": False, "replicas": [{"url": "http://a", "problem": None}]}
+    silly = {"name": "silly", "available": False, "replicas": [{"url": "http://b", "problem": "gives sigmoids"}]}
+    fine = {"name": "fine", "available": True, "replicas": []}
+    assert askable_lines([away, fine, silly]) == [
+        "1 of 3 scorers can be asked",
+        "away: http://a does not answer",
+        "silly: http://b gives sigmoids",
+    ]

@@ -17,11 +17,12 @@ from router_core.checkpoint import Checkpoint
 from router_core.encoder.fuse import Fuse
 from router_core.encoder.surface import SurfaceBackbone
 from router_core.errors import UnknownPolicyError
+from router_core.ope import LoggedData
 from router_core.posterior import fold, start
 from router_core.prior import Hyperparameters
 from service.cli import app
 from service.errors import ConfigurationError
-from service.lab.estimates import evaluate_log
+from service.lab.estimates import evaluate_log, judge, recommended
 from service.lab.eventlog.export import export_log
 from service.lab.eventlog.load import fold_events, load_log, logged_data
 from service.lab.eventlog.targets import Targets
@@ -109,6 +110,8 @@ def test_values_of_the_singles_from_a_random_log(random_file: Path) -> None:
             assert row[how]["ci95"][0] - 0.02 <= value <= row[how]["ci95"][1] + 0.02, (name, how)
             assert row[how]["ess"] > 30
         assert row["safe95"][0] <= value <= row["safe95"][1]
+        assert row["recommended"] == ("dr" if row["dr"]["ess"] >= 100 else "snips")
+    assert figures["policies"]["random"]["dr"]["mean_weight"] == pytest.approx(1.0, abs=1e-6)
     assert figures["policies"]["random"]["ips"]["value"] == pytest.approx(data.reward.mean(), abs=1e-6)
     assert figures["logged"]["value"] == pytest.approx(data.reward.mean())
     learned = figures["policies"]["bayesian"]
@@ -186,3 +189,21 @@ def test_clipping_is_reported(random_file: Path) -> None:
     assert row["ips"]["max_weight"] == 2.0
     assert 0.2 < row["ips"]["clipped"] < 0.5
     assert any("clipped at 2" in warning for warning in row["warnings"])
+
+
+def test_weights_that_are_off_are_warned_of_and_snips_is_recommended() -> None:
+    n = 400
+    propensities = np.tile([0.5, 0.5], (n, 1))
+    first = np.arange(n) % 3 == 0
+    data = LoggedData(
+        ("a", "b"),
+        np.zeros((n, 1), np.float32),
+        np.where(first, 0, 1),
+        propensities,
+        np.ones((n, 2), bool),
+        np.where(np.stack([first, ~first], axis=1), 1.0, np.nan),
+    )
+    verdict = judge(data, np.tile([1.0, 0.0], (n, 1)), np.full((n, 2), 0.5), None)
+    assert verdict.estimates["ips"].mean_weight == pytest.approx(2 * first.mean())
+    assert "mean weight 0.67 where 1 is expected" in verdict.warnings[0]
+    assert recommended(verdict.estimates["snips"])[0] == "snips"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import socketserver
 import threading
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from service.cli.processes import answers
+from service.cli.processes import USUAL_PORT, answers, gateway_port
+from service.errors import ConfigurationError
 
 
 @contextmanager
@@ -47,3 +49,22 @@ def test_our_own_children_are_asked_past_any_proxy(monkeypatch: pytest.MonkeyPat
 def test_another_answer_is_not_yet(words: bytes) -> None:
     with speaking(words) as url:
         assert not answers(url)
+
+
+def test_a_given_port_that_is_taken_is_an_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        with pytest.raises(ConfigurationError, match=f"--port {taken}: something listens there already"):
+            gateway_port(taken, "127.0.0.1")
+    assert gateway_port(taken, "127.0.0.1") == (taken, None)
+
+
+def test_the_usual_port_where_it_is_taken_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        monkeypatch.setattr("service.cli.processes.USUAL_PORT", taken)
+        port, warning = gateway_port(None, "127.0.0.1")
+    assert port not in (taken, USUAL_PORT)
+    assert warning is not None
+    assert f"port {taken} is taken" in warning
+    assert str(port) in warning

@@ -290,6 +290,31 @@ async def test_decimal_numbers_are_read_as_well_and_nan_for_all_is_the_servers_f
             await encoder.encode(INSTANCES)
 
 
+@pytest.mark.parametrize("value", [3e38, -1e12, 1e300])
+async def test_absurd_numbers_of_one_text_cost_its_caller_alone(exported: Exported, serve: Serve, value: float) -> None:
+    server = Scripted(exported.app())
+    wanted: list[list[int]] = []
+
+    def answer(request: EmbeddingsRequest, document: Any) -> tuple[int, Any]:
+        for ids, row in zip(request.input, document["data"], strict=True):
+            if ids == wanted[0]:
+                row.update(embedding=[value] * 16)
+        return 200, document
+
+    async with remote(exported, serve(server), monitored=False) as encoder:
+        clean = (await encoder.encode(INSTANCES[1:])).x
+        asked = len(server.requests)
+        await encoder.encode(INSTANCES[:1])
+        wanted.append(list(server.requests[asked].input[0]))
+        server.answer = answer
+        poisoned, others = await asyncio.gather(
+            encoder.encode(INSTANCES[:1]), encoder.encode(INSTANCES[1:]), return_exceptions=True
+        )
+    assert isinstance(poisoned, EncoderInputError), poisoned
+    assert isinstance(others, Encoded), others
+    np.testing.assert_allclose(others.x, clean, atol=TOLERANCE)
+
+
 async def problem_of(exported: Exported, url: str, **options: Any) -> str:
     """What the probe finds wrong with a server."""
     async with remote(exported, url, **options) as encoder:

@@ -42,6 +42,17 @@ async def understood(gateway: Gateway, path: str, body: bytes, headers: dict[str
     return response.status in (200, 404)
 
 
+@pytest.mark.parametrize("path", [path for path in PATHS if "feedback" in path])
+async def test_feedback_for_an_unknown_run_is_404_as_documented(gateway: Gateway, path: str) -> None:
+    unknown = gateway.run + "-typo"
+    where, named = (path, {"run": unknown}) if path.startswith("/feedback") else (f"{path}?run={unknown}", {})
+    response = await gateway.client.post(where, {**BODIES[path], **named})
+    assert (response.status, response.error["code"]) == (404, "not_found")
+    assert unknown in response.error["message"]
+    document = (await gateway.client.get("/openapi.json")).json
+    assert "Unknown run" in document["paths"][path]["post"]["responses"]["404"]["description"]
+
+
 # Content types -------------------------------------------------------------------------------------------------------
 
 

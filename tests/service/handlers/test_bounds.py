@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError as SettingsError
 
 from service.settings import Settings
+from service.usecases.runs import IDLE_SECONDS
 from tests.support.gateway import Gateway, open_gateway, pair, until
 
 if TYPE_CHECKING:
@@ -216,12 +217,30 @@ async def test_a_request_over_capacity_is_429_with_retry_after_and_probes_still_
         await gateway.client.ok("/reward", pair())
 
 
+async def test_a_body_that_is_whole_when_all_places_are_taken_is_429(valkey_server: ValkeyProcess) -> None:
+    async with open_gateway(valkey_server.url, max_in_flight=1) as gateway:
+        whole, body = asyncio.Event(), json.dumps(pair()).encode()
+        slow = asyncio.create_task(gateway.client.request("POST", "/reward", [body[:10], body[10:]], last_chunk=whole))
+        await asyncio.sleep(0)
+        for arm in gateway.arms:
+            arm.gate = asyncio.Event()
+        busy = asyncio.create_task(gateway.client.ok("/reward", pair(1)))
+        await until(lambda: sum(len(arm.calls) for arm in gateway.arms) == 1, "at the workers")
+        whole.set()
+        assert (await slow).error["code"] == "over_capacity"
+        for arm in gateway.arms:
+            assert arm.gate is not None
+            arm.gate.set()
+        await busy
+
+
 async def test_a_further_run_than_the_limit_is_429(valkey_server: ValkeyProcess) -> None:
     async with open_gateway(valkey_server.url, max_runs=2) as gateway:
         await gateway.client.ok("/reward", {**pair(), "run": gateway.run + "-b"})
         response = await gateway.client.post("/reward", {**pair(), "run": gateway.run + "-c"})
         assert (response.status, response.error["code"]) == (429, "over_capacity")
         assert "max_runs" in response.error["message"]
+        assert 1 <= int(response.headers["retry-after"]) <= IDLE_SECONDS
         await gateway.client.ok("/reward", {**pair(), "run": gateway.run + "-b"})
 
 

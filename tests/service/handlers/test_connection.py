@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from service.handlers import connection as handlers_connection
 from service.handlers.connection import MAX_HEAD_BYTES, MAX_HEADERS
+from tests.support import live
 from tests.support.gateway import WAIT_SECONDS, pair
 from tests.support.live import LiveGateway, live_gateway
 from tests.support.processes import fetch
@@ -78,6 +80,13 @@ def post(*headers: str, body: bytes = BODY, path: str = "/reward", length: int |
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
+def send_on(connection: socket.socket) -> None:
+    """Send more and more, for as long as tests wait."""
+    for _ in range(int(WAIT_SECONDS / 0.02)):
+        connection.sendall(b"more")
+        threading.Event().wait(0.02)
+
+
 def refusals(gateway: LiveGateway, code: str) -> float:
     with closing(http.client.HTTPConnection("127.0.0.1", port_of(gateway), timeout=WAIT_SECONDS)) as client:
         client.request("GET", "/metrics")
@@ -113,6 +122,11 @@ TOO_LARGE: dict[str, bytes] = {
     "many headers": b"GET /healthz HTTP/1.1\r\n" + b"X-A: b\r\n" * (MAX_HEADERS + 1) + b"\r\n",
     "many headers of some size": b"GET /healthz HTTP/1.1\r\n" + (b"X-A: " + b"b" * 400 + b"\r\n") * 50,
     "empty lines without end": b"\r\n" * len(LONG) * 4,
+    "many trailers": post("X-API-Key: right").replace(
+        b"Content-Length: ", b"Transfer-Encoding: chunked\r\nX-Not-Length: "
+    )[: -len(BODY)]
+    + b"%x\r\n%b\r\n0\r\n" % (len(BODY), BODY)
+    + b"X-A: b\r\n" * (MAX_HEADERS + 1),
     "trailers": post("X-API-Key: right").replace(b"Content-Length: ", b"Transfer-Encoding: chunked\r\nX-Not-Length: ")[
         : -len(BODY)
     ]
@@ -277,6 +291,27 @@ def test_places_are_for_requests_whose_body_is_there(valkey_server: ValkeyProces
         for connection in slow:
             connection.sendall(BODY[10:])
             assert read_to_end(connection)[0].status == 200
+
+
+def test_a_connection_on_which_nothing_comes_is_closed(
+    valkey_server: ValkeyProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = live.server_options
+    monkeypatch.setattr(live, "server_options", lambda *given: {**usual(*given), "timeout_keep_alive": 0.05})
+    with live_gateway(valkey_server.url) as gateway, connected(gateway) as connection:
+        assert read_to_end(connection) == []
+
+
+def test_a_refused_connection_is_closed_though_the_client_stays(
+    gateway: LiveGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handlers_connection, "LINGER_SECONDS", 0.05)
+    with connected(gateway) as connection:
+        connection.sendall(TOO_LARGE["one long value"])
+        (answer,) = read_to_end(connection)
+        assert answer.status == 431
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            send_on(connection)
 
 
 # Connections of one address ------------------------------------------------------------------------------------------

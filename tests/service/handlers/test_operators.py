@@ -25,6 +25,9 @@ PATHS = {
     "/reward/batch": "post",
     "/feedback": "post",
     "/feedback/batch": "post",
+    "/audits/judge": "post",
+    "/audits": "get",
+    "/report": "get",
     "/get_reward": "post",
     "/get_reward/feedback": "post",
     "/v1/score/evaluation": "post",
@@ -307,7 +310,7 @@ async def test_the_examples_fit_their_schemas_and_the_structs_that_parse_them(ga
         struct = getattr(schemas, name, None) or next(found for found in TYPES if found.__name__ == name)
         msgspec.json.decode(msgspec.json.encode(content["example"]), type=struct)
         seen += 1
-    assert seen == 10
+    assert seen == 11
 
 
 async def test_the_reward_example_can_be_sent_and_every_reply_fits_its_schema(gateway: Gateway) -> None:

@@ -144,17 +144,25 @@ async def test_uwo_learns_the_scales_of_a_run_from_the_rewards_it_has_seen(gatew
         body = {"prompt": "p", "responses": responses, "policy": "uwo", "run": run}
         reply = await gateway.client.ok("/reward", body)
         # All three are linear in the length, so that on the right scale they agree and nothing is taken off.
-        known = seen or list(pair_of)
-        z = (np.array(pair_of) - np.mean(known)) / np.std(known)
-        assert reply["rewards"] == pytest.approx(z.tolist())
         seen.extend(pair_of)
+        z = (np.array(pair_of) - np.mean(seen)) / np.std(seen)
+        assert reply["rewards"] == pytest.approx(z.tolist())
     fresh = {"prompt": "p", "responses": ["one"], "policy": "uwo", "run": run + "-2"}
-    for text in ("x" * 3, "x" * 5):
-        refused = await gateway.client.post("/reward", {**fresh, "responses": [text]})
-        assert (refused.status, refused.error["code"]) == (503, "no_reward")
+    refused = await gateway.client.post("/reward", {**fresh, "responses": ["xxx"]})
+    assert (refused.status, refused.error["code"]) == (503, "no_reward")
     # Two rewards are a spread, of mean 4 and deviation 1 in units of a character.
-    reply = await gateway.client.ok("/reward", {**fresh, "responses": ["x" * 7]})
-    assert reply["rewards"] == pytest.approx([3.0])
+    reply = await gateway.client.ok("/reward", {**fresh, "responses": ["xxxxx"]})
+    assert reply["rewards"] == pytest.approx([1.0])
+
+
+async def test_uwo_has_one_scale_on_every_gateway(valkey_server: ValkeyProcess) -> None:
+    arms = [ScriptedArm(name, lambda _, text: float(len(text))) for name in ("rm-a", "rm-b")]
+    run = fresh_run("uwo")
+    async with open_gateway(valkey_server.url, arms=arms) as one, open_gateway(valkey_server.url, arms=arms) as other:
+        body = {"prompt": "p", "responses": ["x", "xxx"], "policy": "uwo", "run": run}
+        assert (await one.client.ok("/reward", body))["rewards"] == pytest.approx([-1.0, 1.0])
+        reply = await other.client.ok("/reward", {**body, "responses": ["xxxxx", "xxxxxxx"]})
+        assert reply["rewards"] == pytest.approx([1 / 5**0.5, 3 / 5**0.5])
 
 
 async def test_laser_asks_one_rm_per_batch_and_requests_at_once_draw_apart(gateway: Gateway) -> None:

@@ -113,3 +113,30 @@ async def test_a_gateway_whose_store_is_full_is_not_ready_and_is_again_once_ther
 
         await until(ready, "there is room again")
         await gateway.client.ok("/reward", pair())
+
+
+async def test_a_gateway_that_may_not_read_its_log_is_not_ready_until_it_may(own_valkey_server: ValkeyProcess) -> None:
+    own_valkey_server.ask(b"ACL SETUSER reader on >word ~* &* +@all\r\n")
+    url = own_valkey_server.url.replace("redis://", "redis://reader:word@")
+    async with open_gateway(url, store_timeout_seconds=5) as gateway:
+        own_valkey_server.ask(b"ACL SETUSER reader -xread\r\n")
+
+        async def refused() -> bool:
+            return (await gateway.client.get("/readyz")).status == 503
+
+        await until(refused, "not ready")
+        error = (await gateway.client.get("/readyz")).error
+        assert error["code"] == "not_ready"
+        assert f"the log of run {gateway.run!r} cannot be read" in error["message"]
+        assert "xread" in error["message"]
+        metrics = (await gateway.client.get("/metrics")).body.decode()
+        assert f'reward_router_learner_waiting{{run="{gateway.run}"}} 1.0' in metrics
+        own_valkey_server.ask(b"ACL SETUSER reader +xread\r\n")
+
+        async def ready() -> bool:
+            return (await gateway.client.get("/readyz")).status == 200
+
+        await until(ready, "ready again")
+        reply = await gateway.client.ok("/reward", pair())
+        await gateway.client.ok("/feedback", {"decision_id": reply["decision_id"], "preferred": 0})
+        await gateway.learned(1)

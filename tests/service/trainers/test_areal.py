@@ -54,9 +54,9 @@ def seen(gateway: LiveGateway) -> tuple[str, str]:
 def test_options_come_from_the_environment_and_templates_are_taken_off(
     gateway: LiveGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("REWARD_ROUTER_URL", gateway.url)
-    monkeypatch.setenv("REWARD_ROUTER_RUN", fresh_run())
-    monkeypatch.setenv("REWARD_ROUTER_POLICY", "single:rm-long")
+    monkeypatch.setenv("REWARD_ROUTER_CLIENT_URL", gateway.url)
+    monkeypatch.setenv("REWARD_ROUTER_CLIENT_RUN", fresh_run())
+    monkeypatch.setenv("REWARD_ROUTER_CLIENT_POLICY", "single:rm-long")
     assert reward_fn(PROMPT, "twelve<|im_end|>", [1], [2], answer="12") == 6.0
     close(from_environment(os.environ, deadline_seconds=DEADLINE_SECONDS))
     assert seen(gateway) == ("What is 7 + 5?", "twelve")
@@ -86,15 +86,15 @@ def test_what_cannot_be_had_is_an_exception_before_areal_takes_a_zero() -> None:
         function(PROMPT, "12", [1], [2])
 
 
-AWAY = {"REWARD_ROUTER_DEADLINE_SECONDS": "0.8"}
+AWAY = {"REWARD_ROUTER_CLIENT_DEADLINE_SECONDS": "0.8"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "column"), [("function", "messages"), ("function", "chat"), ("workflow", "chat")])
 def test_areals_own_workflow_gets_the_rewards(way: str, column: str, gateway: LiveGateway, tmp_path: Path) -> None:
     words = ["--clients", client_folder("areal"), "--way", way, "--column", column]
-    environment = {"REWARD_ROUTER_URL": gateway.url, "REWARD_ROUTER_RUN": fresh_run()}
-    environment["REWARD_ROUTER_POLICY"] = "single:rm-long"
+    environment = {"REWARD_ROUTER_CLIENT_URL": gateway.url, "REWARD_ROUTER_CLIENT_RUN": fresh_run()}
+    environment["REWARD_ROUTER_CLIENT_POLICY"] = "single:rm-long"
     asked = len(gateway.arms[0].calls)
     found = areal([*words, "--model", save_chatml_tokenizer(tmp_path)], environment)
     assert found["rewards"] == [3.0, 7.0, 1.0]  # the lengths of "a b", "c d e f" and "g"
@@ -109,7 +109,7 @@ def test_areals_own_workflow_gets_the_rewards(way: str, column: str, gateway: Li
 @pytest.mark.slow
 def test_areals_workflow_rejects_every_trajectory_while_the_gateway_is_away(tmp_path: Path) -> None:
     words = ["--clients", client_folder("areal"), "--way", "workflow", "--model", save_chatml_tokenizer(tmp_path)]
-    found = areal(words, {"REWARD_ROUTER_URL": f"http://127.0.0.1:{free_port()}", **AWAY})
+    found = areal(words, {"REWARD_ROUTER_CLIENT_URL": f"http://127.0.0.1:{free_port()}", **AWAY})
     assert found == {"rewards": ["RouterUnavailableError"] * 3, "logged": {}}
 
 
@@ -117,7 +117,7 @@ def test_areals_workflow_rejects_every_trajectory_while_the_gateway_is_away(tmp_
 def test_areals_pool_takes_a_zero_for_what_waits_in_its_queue() -> None:
     """Why docs/trainers/areal.md prefers the workflow: the first sample fails, the others wait for it too long."""
     words = ["--clients", client_folder("areal"), "--way", "queue"]
-    found = areal(words, {"REWARD_ROUTER_URL": f"http://127.0.0.1:{free_port()}", **AWAY})
+    found = areal(words, {"REWARD_ROUTER_CLIENT_URL": f"http://127.0.0.1:{free_port()}", **AWAY})
     assert 0 in found["rewards"]
 
 

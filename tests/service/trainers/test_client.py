@@ -397,6 +397,8 @@ def test_a_null_reward_stays_null() -> None:
     "answer",
     [
         httpx.Response(200, text="<html>login</html>"),
+        httpx.Response(200, text="[" * 100_000),
+        httpx.Response(200, content=b'{"results": "\xe9"}'),
         httpx.Response(200, json={"results": []}),
         httpx.Response(200, json=["x"]),
         httpx.Response(200, json={"results": [{"rewards": [1.0]}]}),
@@ -445,11 +447,11 @@ def test_an_empty_list_costs_no_request() -> None:
 
 def test_options_come_from_the_environment_and_arguments_win() -> None:
     environment = {
-        "REWARD_ROUTER_URL": "http://router:9",
-        "REWARD_ROUTER_RUN": "r",
-        "REWARD_ROUTER_DEADLINE_SECONDS": "7.5",
-        "REWARD_ROUTER_NORMALIZE": "true",
-        "REWARD_ROUTER_API_KEY": "",
+        "REWARD_ROUTER_CLIENT_URL": "http://router:9",
+        "REWARD_ROUTER_CLIENT_RUN": "r",
+        "REWARD_ROUTER_CLIENT_DEADLINE_SECONDS": "7.5",
+        "REWARD_ROUTER_CLIENT_NORMALIZE": "true",
+        "REWARD_ROUTER_CLIENT_API_KEY": "",
     }
     found = from_environment(environment, run="other", policy=None)
     assert (found.url, found.run, found.deadline_seconds, found.normalize, found.api_key) == (
@@ -464,9 +466,9 @@ def test_options_come_from_the_environment_and_arguments_win() -> None:
 @pytest.mark.parametrize(
     ("environment", "overrides", "said"),
     [
-        ({"REWARD_ROUTER_DEADLINE_SECONDS": "soon"}, {}, "REWARD_ROUTER_DEADLINE_SECONDS is 'soon'"),
-        ({"REWARD_ROUTER_NORMALIZE": "maybe"}, {}, "REWARD_ROUTER_NORMALIZE is 'maybe'"),
-        ({"REWARD_ROUTER_URL": "router:8080"}, {}, "url is 'router:8080'"),
+        ({"REWARD_ROUTER_CLIENT_DEADLINE_SECONDS": "soon"}, {}, "REWARD_ROUTER_CLIENT_DEADLINE_SECONDS is 'soon'"),
+        ({"REWARD_ROUTER_CLIENT_NORMALIZE": "maybe"}, {}, "REWARD_ROUTER_CLIENT_NORMALIZE is 'maybe'"),
+        ({"REWARD_ROUTER_CLIENT_URL": "router:8080"}, {}, "url is 'router:8080'"),
         ({}, {"uri": "x"}, "uri: no such option"),
         ({}, {"deadline_seconds": 0}, "deadline_seconds is 0"),
     ],
@@ -493,3 +495,15 @@ def test_the_key_is_not_printed() -> None:
 def test_an_instance_is_texts_or_messages(prompt: Any, responses: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         RewardItem(prompt, responses)
+
+
+def test_the_first_failed_try_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    away = httpx.Response(503, json={"error": {"code": "not_ready", "message": "loading"}})
+    good = httpx.Response(200, json={"version": 1})
+    script = Scripted(away, away, good)
+    with RouterClient(url="http://router:8080", deadline_seconds=60, transport=httpx.MockTransport(script)) as client:
+        client.posterior()
+    first, last = (record.getMessage() for record in caplog.records if record.name == "reward_router")
+    assert "http://router:8080 does not answer /posterior (HTTP 503" in first
+    assert "trying again for up to 60 s" in first
+    assert last == "the gateway at http://router:8080 answers again"

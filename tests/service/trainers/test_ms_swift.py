@@ -86,7 +86,7 @@ def test_the_plugin_lies_where_it_hides_no_package() -> None:
 @pytest.mark.slow
 def test_ms_swifts_own_reward_computation_gets_the_rewards(gateway: LiveGateway) -> None:
     folder = client_folder("swift")
-    environment = {"REWARD_ROUTER_URL": gateway.url, "REWARD_ROUTER_RUN": fresh_run()}
-    environment["REWARD_ROUTER_POLICY"] = "single:rm-long"
+    environment = {"REWARD_ROUTER_CLIENT_URL": gateway.url, "REWARD_ROUTER_CLIENT_RUN": fresh_run()}
+    environment["REWARD_ROUTER_CLIENT_POLICY"] = "single:rm-long"
     found = result_of(run_module("tests.support.swift_scoring", ["--clients", folder], environment))
     assert found == [[3.0, 7.0, 1.0, 5.0]] * 2

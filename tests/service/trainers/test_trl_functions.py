@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from service.trainers.groups import by_prompt, in_pairs
 from service.trainers.options import ClientOptions
-from service.trainers.rowwise import Judged, OnMissing, RowOptions, Rows, metrics, plan
+from service.trainers.rowwise import SILENT_STEPS, Judged, OnMissing, RowOptions, Rows, metrics, plan
 from service.trainers.trl import AsyncRouterReward, RouterReward
 from service.trainers.values import (
     Feedback,
@@ -169,3 +169,25 @@ def test_columns_reach_the_judge_by_row() -> None:
 def test_rows_without_completions_are_refused() -> None:
     with pytest.raises(ValueError, match="2 prompts and 1 completions"):
         plan(["p", "q"], ["a"], RowOptions())
+
+
+def test_several_right_responses_are_sent_over_the_wrong_ones() -> None:
+    judged = Judged("p", ("a", "b", "c", "d"), {}, scored(3.0, 1.0, 1.0, None))
+    # (right, wrong) pairs: 0 over 2 is right, 1 beside 2 is a tie; the fourth response has no reward.
+    assert judged.right_over_wrong([0, 1]) == Feedback(reward=0.75)
+    assert judged.right_over_wrong([0, 1, 2]) is None
+    assert judged.right_over_wrong([]) is None
+
+
+def test_a_silent_judge_shows_in_the_log(options: ClientOptions, caplog: pytest.LogCaptureFixture) -> None:
+    logged: dict[str, float] = {}
+    reward = RouterReward(options, judge=prefer_the_first)
+    with reward.client:
+        reward(PROMPTS, TEXTS, log_metric=logged.__setitem__)
+        assert (logged["reward_router/feedbacks_sent"], logged["reward_router/judge_silent"]) == (1, 0.5)
+        reward.judge = lambda _: None
+        for _ in range(SILENT_STEPS):
+            assert "the judge has said nothing" not in caplog.text
+            reward(PROMPTS, TEXTS, log_metric=logged.__setitem__)
+    assert (logged["reward_router/feedbacks_sent"], logged["reward_router/judge_silent"]) == (0, 1)
+    assert "the judge has said nothing about any group for 10 steps" in caplog.text

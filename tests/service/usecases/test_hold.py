@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -97,6 +98,22 @@ async def test_a_holder_that_came_too_late_folds_and_acknowledges_nothing(
             # The name stays whose it is now: what the newcomer acknowledged since is not lost too.
             assert b'"rm-c"' not in (identity(server, run) or b"")
             assert (await newcomer.learned(1, run))["version"] == 1
+
+
+async def test_names_are_held_on_after_the_store_was_away(own_valkey_server: ValkeyProcess) -> None:
+    server, run = own_valkey_server, fresh_run()
+    async with open_gateway(server.url, run=run, store_timeout_seconds=0.5) as gateway:
+        await teach(gateway, run)
+        server.kill()
+
+        async def noticed() -> bool:
+            return (await gateway.client.get("/readyz")).status == 503
+
+        await until(noticed, "the store is away")
+        await asyncio.sleep(hold.HOLD_SECONDS + 0.2)
+        server.start()
+        lose_everything(server)
+        await until(lambda: identity(server, run), "the name is held again")
 
 
 async def test_a_watched_store_gives_new_names_at_once(own_valkey_server: ValkeyProcess) -> None:

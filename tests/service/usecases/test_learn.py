@@ -23,6 +23,7 @@ from service.stores.ids import new_decision_id
 from service.stores.protocol import DecisionRecord, FeedbackRecord, LogEntry, RunIdentity
 from service.stores.redis import RedisStore
 from service.telemetry import Telemetry
+from service.usecases import follow
 from service.usecases.decisions import StoredDecision, encode_decision, encode_feedback
 from service.usecases.follow import Learner
 from service.usecases.runs import Run, RunTemplate
@@ -136,12 +137,13 @@ class Stage:
         store: RedisStore | None = None,
         template: RunTemplate | None = None,
         identity: RunIdentity | None = None,
+        telemetry: Telemetry | None = None,
     ) -> AsyncIterator[Run]:
         """A learner that follows the log, until the end of the block."""
         template = template or self.template()
         identity = identity or await self.store.open_run(self.run, template.fingerprint(template.form).encode())
         run = Run(self.run, template, identity)
-        learner = Learner(run, store or self.store, self.executor, Telemetry(), keep_events=keep_events)
+        learner = Learner(run, store or self.store, self.executor, telemetry or Telemetry(), keep_events=keep_events)
         task = asyncio.create_task(learner.run_forever())
         try:
             yield run
@@ -354,12 +356,44 @@ async def test_a_run_that_lost_an_event_fails_and_goes_on_once_the_store_holds_i
         assert (await stage.caught_up(run, 12)).digest() == stage.folded()
 
 
+@pytest.mark.parametrize("folded", [5, 20])
+async def test_a_run_that_lost_an_event_before_it_was_read_fails(stage: Stage, open_stage: Open, folded: int) -> None:
+    paused = open_stage().store
+    assert isinstance(paused, PausableStore)
+    async with stage.replica(store=paused) as run:
+        await stage.append(folded)
+        await stage.caught_up(run, folded)
+        await stage.snapshot_at(folded - folded % 16)
+        paused.readable.clear()
+        await stage.append(5)
+        deleted = stage.server().xrange(stage.key("log"))[folded + 2][0]
+        stage.server().xdel(stage.key("log"), deleted)
+        paused.readable.set()
+        await until(lambda: run.failure, "the loss noticed")
+        assert "restore the store from a backup" in (run.failure or "")
+
+
+async def test_a_replica_may_fall_behind_many_times_in_its_life(stage: Stage, open_stage: Open) -> None:
+    paused = open_stage().store
+    assert isinstance(paused, PausableStore)
+    async with stage.replica(keep_events=0) as one, stage.replica(keep_events=0, store=paused) as two:
+        for turn in range(1, follow.MAX_RELOADS + 3):
+            paused.readable.clear()
+            await stage.append(33)
+            await stage.caught_up(one, 33 * turn)
+            await until(lambda: stage.server().xlen(stage.key("log")) < 33, "trimmed")
+            paused.readable.set()
+            await stage.caught_up(two, 33 * turn)
+        assert two.posterior.digest() == stage.folded()
+
+
 async def test_a_young_run_that_the_store_lost_fails_and_takes_no_feedback(stage: Stage) -> None:
     async with stage.replica() as run:
         await stage.append(3)
         await stage.caught_up(run, 3)
         stage.server().delete(stage.key("log"), stage.key("meta"))
         await until(lambda: run.failure, "the loss noticed")
+        assert (run.failure or "").startswith(f"the store has lost run {stage.run!r}: restore the store from a backup")
         with pytest.raises(NotReadyError, match="has lost run"):
             await stage.store.apply_feedback(
                 stage.run, [FeedbackRecord(b"preference:1.0", decision_id="d")], identity=run.identity
@@ -433,4 +467,38 @@ async def test_the_learner_waits_for_a_store_that_is_away(own_valkey_server: Val
             await until(appended, "the store is back")
             await stage.append(20)
             assert (await stage.caught_up(run, 40)).digest() == stage.folded()
+        await store.close()
+
+
+async def test_a_waiting_learner_counts_logs_and_pauses_longer_each_time(
+    own_valkey_server: ValkeyProcess, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "RETRY_FIRST_SECONDS", 0.01)
+    monkeypatch.setattr(follow, "RETRY_LAST_SECONDS", 0.05)
+    telemetry = Telemetry()
+    store = RedisStore(own_valkey_server.url, window_seconds=3600, timeout_seconds=0.5)
+
+    def told() -> list[dict[str, Any]]:
+        return [record.fields for record in caplog.records if "learner waits" in record.message]  # type: ignore[attr-defined]
+
+    with ThreadPoolExecutor(1) as executor:
+        stage = Stage(own_valkey_server.url, fresh_run(), store, executor, np.random.default_rng(5))
+        async with stage.replica(telemetry=telemetry) as run:
+            await stage.append(1)
+            await stage.caught_up(run, 1)
+            own_valkey_server.kill()
+            await until(lambda: run.stalled, "readiness told")
+            assert [one["seconds"] for one in told()[:4]] == [0.01, 0.02, 0.04, 0.05]
+            counted = telemetry.registry.get_sample_value("reward_router_store_errors_total", {"operation": "read_log"})
+            assert (counted or 0) >= follow.STALLED_AFTER
+            assert run.failure is None, "what may heal ends no learner"
+            own_valkey_server.start()
+            await until(lambda: run.stalled is None, "readiness told of the end")
+            caplog.clear()
+            own_valkey_server.kill()
+            await until(told, "the next failure")
+            assert told()[0]["seconds"] == 0.01, "pauses begin short again"
+            own_valkey_server.start()
+            await stage.append(1)
+            await stage.caught_up(run, 2)
         await store.close()

@@ -121,13 +121,20 @@ async def test_a_run_opened_by_many_requests_at_once_is_opened_once(valkey_serve
         assert {reply["run"] for reply in replies} == {name}
 
 
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"d": "d", "p": b"garbage", "s": b"preference:1.0"}, "cannot be read"),
+        ({"of": "another program"}, "ForeignEntryError"),
+    ],
+)
 async def test_a_run_whose_learner_stopped_makes_the_gateway_not_ready_and_says_why(
-    valkey_server: ValkeyProcess,
+    valkey_server: ValkeyProcess, entry: dict[Any, Any], words: str
 ) -> None:
-
     async with open_gateway(valkey_server.url) as gateway:
+        decided = await gateway.client.ok("/reward", pair())
         with redis.Redis.from_url(valkey_server.url) as server:
-            server.xadd(f"rr:{{{gateway.run}}}:log", {"d": "d", "p": b"garbage", "s": b"preference:1.0"})
+            server.xadd(f"rr:{{{gateway.run}}}:log", entry)
 
         async def stopped() -> bool:
             return (await gateway.client.get("/readyz")).status == 503
@@ -136,10 +143,13 @@ async def test_a_run_whose_learner_stopped_makes_the_gateway_not_ready_and_says_
         error = (await gateway.client.get("/readyz")).error
         assert error["code"] == "not_ready"
         assert gateway.run in error["message"]
-        assert "cannot be read" in error["message"]
+        assert words in error["message"]
         metrics = (await gateway.client.get("/metrics")).body.decode()
         assert f'reward_router_learner_errors_total{{run="{gateway.run}"}} 1.0' in metrics
         await gateway.client.ok("/reward", pair())
+        feedback = {"decision_id": decided["decision_id"], "preferred": 0}
+        response = await gateway.client.post("/feedback", feedback)
+        assert (response.status, response.error["code"]) == (503, "not_ready")
 
 
 async def test_a_run_that_cannot_be_replayed_refuses_requests_at_once(valkey_server: ValkeyProcess) -> None:

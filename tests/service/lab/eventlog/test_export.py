@@ -17,7 +17,7 @@ from router_core.records import Event
 from service.errors import ConfigurationError, NotFoundError, StoreUnavailableError
 from service.lab.eventlog import export as exporting
 from service.lab.eventlog.export import Exported, export_log, read_events, read_header
-from service.lab.eventlog.load import EventLog, fold_events, load_log, logged_data
+from service.lab.eventlog.load import EventLog, fold_events, load_log, logged_data, sequence_log
 from service.lab.eventlog.record import LoggedEvent
 from service.stores.redis import RedisStore
 from service.usecases.decisions import event_from
@@ -57,7 +57,7 @@ async def teach(gateway: Gateway, count: int, **more: Any) -> list[str]:
 
 def as_event(row: LoggedEvent) -> Event:
     """The event that the row stands for."""
-    return event_from(row.decision_id, row.decision, row.feedback)
+    return event_from(row.decision_id, row.decision, row.told)
 
 
 @pytest.mark.parametrize("name", ["log.parquet", "log.jsonl"])
@@ -198,7 +198,7 @@ async def test_a_store_that_fails_in_the_middle_leaves_the_old_file(
 
 async def test_what_cannot_be_exported_is_said(gateway: Gateway, store: RedisStore, tmp_path: Path) -> None:
     unknown = fresh_run("nobody")
-    with pytest.raises(NotFoundError, match="is unknown in this store: check the name, --store and --data-dir"):
+    with pytest.raises(NotFoundError, match=r"is unknown in this store .*: check the name, --store and --data-dir"):
         await export_log(store, unknown, tmp_path / "log.parquet")
     assert not await store.has_run(unknown)
     with pytest.raises(ConfigurationError, match="event id is 'yesterday'"):
@@ -265,6 +265,33 @@ async def test_shadowed_verdicts_are_rewards_of_the_other_arms(
     assert data.propensities == pytest.approx(np.ones((4, 3)))
     await export_log(store, gateway.run, tmp_path / "log.jsonl")
     assert tuple(read_events(tmp_path / "log.jsonl")) == log.events
+
+
+@pytest.mark.parametrize("name", ["log.parquet", "log.jsonl"])
+async def test_audits_and_gold_of_one_decision_are_rows_and_count_once(
+    valkey_server: ValkeyProcess, store: RedisStore, tmp_path: Path, name: str
+) -> None:
+    audit = {"referee": "rm-c", "rate": 1.0, "schedule": "even"}
+    async with open_gateway(valkey_server.url, audit=audit) as gateway:
+        gateway.arm("rm-b").score_of = lambda _, response: -float(len(response))
+        first = await gateway.client.ok("/reward", {**pair(0), "policy": "single:rm-a"})
+        await gateway.client.ok("/reward", {**pair(1), "policy": "single:rm-a"})
+        await gateway.learned(2)
+        await gateway.client.ok("/feedback", {"decision_id": first["decision_id"], "preferred": 0})
+        await gateway.learned(3)
+    await export_log(store, gateway.run, tmp_path / name)
+    log = load_log(tmp_path / name)
+    assert [(row.source, row.decision.inclusion) for row in log.events] == [
+        ("audit", 1.0),
+        ("audit", 1.0),
+        ("trainer", 1.0),
+    ]
+    assert [row.decision.audit.referee for row in log.events if row.decision.audit is not None] == ["rm-c"] * 3
+    assert fold_events(log) == gateway.events()
+    assert log.usable.tolist() == [False, True, True], "gold stands for the decision that has both"
+    data = logged_data(log)
+    assert data.rewards.tolist() == [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
+    assert len(sequence_log(log)[1]) == 2
 
 
 async def exported(gateway: Gateway, store: RedisStore, tmp_path: Path) -> EventLog:

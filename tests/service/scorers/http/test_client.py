@@ -142,6 +142,20 @@ async def test_each_result_is_the_outcome_of_its_item(service: Service, url: str
     assert len(service.requests) == 1
 
 
+async def test_equal_responses_have_one_reward_whatever_the_service_says(service: Service, url: str) -> None:
+    said: dict[str, Json] = {
+        "x": {"rewards": [1.0, 5.0, 2.0, 3.0], "components": {"style": [0.1, 0.5, 0.2, 0.3]}},
+        "y": {"rewards": [None, 5.0, 2.0], "failures": ["rule_timeout", None, None]},
+    }
+    service.say = lambda item: said[item["responses"][0]]
+    told = await scored(url, one("x", "other", "x", "x"), one("y", "other", "y"))
+    assert told == [
+        Scored([1.0, 5.0, 1.0, 1.0], components={"style": [0.1, 0.5, 0.1, 0.1]}),
+        Scored([2.0, 5.0, 2.0], failures=["", "", ""]),
+    ]
+    assert service.asked == [["x", "other", "x", "x", "y", "other", "y"]], "the service may count them"
+
+
 async def test_a_refused_input_is_found_by_halving(service: Service, url: str) -> None:
     service.answer = lambda request: (
         (422, {"error": {"message": "not this"}}, {}) if "bad" in json.dumps(request) else None

@@ -247,6 +247,26 @@ async def test_an_input_that_breaks_the_server_is_charged_alone(serve: Serve) ->
     assert judge.replicas[0].snapshot().state == "closed"
 
 
+async def test_a_comparison_that_broke_the_server_is_not_asked_again(serve: Serve) -> None:
+    server, asked = ScriptedJudge(), 0
+
+    def answer(request: Json) -> tuple[int, Json]:
+        nonlocal asked
+        asked += "poison" in responses_of(request)
+        return (500, {"error": {"message": "boom"}}) if "poison" in responses_of(request) else server.verdict(request)
+
+    server.answer = answer
+    judge = judge_for(serve(server))
+    poisoned = [Instance("p", ("poison", "a"))]
+    (first,) = await judge.score(poisoned, deadline=soon())
+    needed = asked
+    (again,) = await judge.score(poisoned, deadline=soon())
+    await judge.close()
+    assert isinstance(first, WorkerInputError)
+    assert isinstance(again, WorkerInputError)
+    assert (asked, needed > 0) == (needed, True)
+
+
 async def test_garbage_is_a_protocol_error(serve: Serve) -> None:
     server = ScriptedJudge()
     server.answer = lambda request: (200, b"<html>")

@@ -128,6 +128,22 @@ async def test_a_worker_that_ends_by_itself_costs_nobody_the_reward() -> None:
             assert len(await score_items(arm, [("p", f"fine {number}")], deadline=soon())) == 1
 
 
+async def test_an_input_that_was_answered_since_is_no_culprit() -> None:
+    async with pool(1) as (arm, [worker]):
+        for _ in range(3):
+            # The worker ends by itself each time, with the same text in its hands.
+            worker.hold = asyncio.Event()
+            before = len(worker.asked)
+            asking = asyncio.create_task(score_items(arm, [("p", "fine")], deadline=soon(20)))
+            await until(lambda: len(worker.asked) > before)  # noqa: B023 - read at once
+            worker.end()
+            worker.hold = None
+            with pytest.raises(WorkerUnavailableError):
+                await asking
+            await back(arm, worker)
+            assert len(await score_items(arm, [("p", "fine")], deadline=soon())) == 1
+
+
 def test_culprits_are_forgotten_after_a_while_and_bounded() -> None:
     now = 0.0
     culprits = Culprits(lambda: now)

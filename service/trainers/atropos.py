@@ -1,0 +1,56 @@
+"""Atropos: scores for the groups of an environment.
+
+    scored = await score_group(scored_group, reference=answer)
+
+Called in an environment's `collect_trajectories`, once a group has its tokens, masks and messages. A group that has no
+reward for one of its members is dropped whole: Atropos takes None for "not this group", and would take a 0 for a bad
+response. Its `RewardFunction` turns every exception into zeros, which is why there is none here. Imports nothing of
+Atropos; called by environments of users.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import MutableMapping
+from typing import Any
+
+from service.trainers.samples import Sample, scorer_from_environment, split_turns
+
+logger = logging.getLogger("reward_router")
+
+
+async def score_group(
+    group: MutableMapping[str, Any], reference: str | None = None, **options: Any
+) -> MutableMapping[str, Any] | None:
+    """Return the group with its scores; None where a reward is missing.
+
+    Args:
+        group: Atropos' `ScoredDataGroup`; `messages` holds a conversation per member, all with the same prompt.
+        reference: what a right answer looks like.
+        options: of the client; they win over the environment's `REWARD_ROUTER_…`.
+
+    Raises:
+        RouterRefusedError: a final refusal.
+        ValueError: there are no messages, or the members begin with different prompts.
+    """
+    samples = await samples_of_group(group, reference, **options)
+    missing = [sample for sample in samples if sample.reward is None]
+    if missing:
+        logger.warning("a group of %d is dropped: %s", len(samples), missing[0].message)
+        return None
+    group["scores"] = [sample.require() for sample in samples]
+    return group
+
+
+async def samples_of_group(
+    group: MutableMapping[str, Any], reference: str | None = None, **options: Any
+) -> list[Sample]:
+    """Return a sample per member, with its components; the arguments and errors are those of `score_group`."""
+    conversations = group.get("messages")
+    if not conversations:
+        raise ValueError("the group holds no messages: give every member's conversation, prompt included")
+    turns = [split_turns(messages) for messages in conversations]
+    prompt = turns[0][0]
+    if any(other != prompt for other, _ in turns):
+        raise ValueError("members of the group begin with different prompts: give the responses to one")
+    return await scorer_from_environment(**options).group(prompt, [response for _, response in turns], reference)

@@ -1,0 +1,221 @@
+"""verifiers, SkyRL, Atropos and NeMo Gym, each with its own code, against a running gateway, in a process of its own.
+
+`python -m tests.support.gym_scoring --clients DIR verifiers|skyrl|atropos|nemo_gym` prints one JSON line of what the
+framework got; the gateway is named by the environment, as for the helpers. DIR is filled by `make trainer-clients`.
+What generates is scripted. Packages that verifiers imports for remote sandboxes only are stubs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.abc
+import importlib.machinery
+import json
+import socket
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+RESPONSES = ["a b", "c d e f", "g"]
+PROMPT = [{"role": "user", "content": "Say something."}]
+REMOTE = frozenset({"prime_runs", "prime_sandboxes", "prime_tunnel"})
+
+
+class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds packages for remote sandboxes, with every name that is asked of them."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        """Return a package for the names of `REMOTE`."""
+        if name.split(".")[0] in REMOTE:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        """Return a module whose every name is an exception."""
+
+        class Stub(ModuleType):
+            def __getattr__(self, name: str) -> Any:
+                if name.startswith("__"):
+                    raise AttributeError(name)
+                return type(name, (Exception,), {})
+
+        return Stub(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Do nothing."""
+
+
+async def verifiers() -> Any:
+    """`Task.score` with the plugged function, and a group in the `finalize` of an environment."""
+    sys.meta_path.insert(0, Stubs())
+    import verifiers.v1 as vf
+    from verifiers.v1.graph import MessageNode
+
+    from service.trainers.verifiers import score_group
+
+    class Question(vf.TaskData):
+        answer: str = "c d e f"
+
+    config = vf.TaskConfig(rewards={"router": {"fn": "service.trainers.verifiers:reward", "weight": 0.5}})
+    task = vf.Task(Question(idx=0, prompt="Say something."), config)
+
+    def trace(response: str) -> Any:
+        said = [vf.UserMessage(content="Say something."), vf.AssistantMessage(content=response)]
+        nodes = [MessageNode(message=one, parent=index - 1 if index else None) for index, one in enumerate(said)]
+        seat = vf.AgentInfo(config=vf.AgentConfig())
+        return vf.Trace(task=vf.TraceTask(type="Task", data=task.data), agent=seat, nodes=nodes)
+
+    singles = [trace(response) for response in RESPONSES]
+    try:
+        await asyncio.gather(*(task.score(one) for one in singles))
+    except vf.TaskError as error:
+        return {"error": repr(error), "rewards": [{k: v for k, v in one.rewards.items()} for one in singles]}
+    group = [trace(response) for response in RESPONSES]
+    await score_group(task.data, group)
+    return {
+        "rewards": [one.reward for one in singles],
+        "metrics": [one.metrics for one in singles],
+        "group": [one.rewards["router"].score for one in group],
+        "decisions": [one.info["reward_router"]["decision_id"] for one in group],
+    }
+
+
+async def skyrl() -> Any:
+    """`skyrl_gym.make` on our class by path, a single turn and two turns."""
+    import skyrl_gym
+    from skyrl_gym.envs.registration import make, register
+
+    from service.trainers.skyrl_env import RouterEnv
+
+    class Asking(RouterEnv):
+        def observe(self, action: str) -> list[dict[str, str]]:
+            return [{"role": "user", "content": "And?"}]
+
+    register(id="reward_router", entry_point="service.trainers.skyrl_env:RouterEnv")
+    register(id="asking", entry_point=Asking)
+
+    def episode(name: str, turns: Sequence[str]) -> tuple[list[Any], Any]:
+        env = make(name, extras={"reward_spec": {"ground_truth": "c d e f"}, "max_turns": len(turns)})
+        assert isinstance(env, skyrl_gym.Env)
+        env.init(PROMPT)
+        return [env.step(turn) for turn in turns], env.get_metrics()
+
+    found = [await asyncio.to_thread(episode, "reward_router", [response]) for response in RESPONSES]
+    turns, _ = await asyncio.to_thread(episode, "asking", ["a b", "c"])
+    return {
+        "rewards": [steps[-1]["reward"] for steps, _ in found],
+        "metrics": [metrics for _, metrics in found],
+        "turns": [[step["reward"], step["done"]] for step in turns],
+    }
+
+
+async def atropos() -> Any:
+    """`BaseEnv.handle_env` with an environment that scores its group through us."""
+    from atroposlib.envs.base import BaseEnv, ScoredDataGroup
+
+    from service.trainers.atropos import score_group
+
+    class Environment(BaseEnv):  # type: ignore[misc, unused-ignore]
+        sent: list[Any] = []  # noqa: RUF012
+
+        async def collect_trajectories(self, item: Any) -> Any:
+            group = ScoredDataGroup(tokens=[], masks=[], scores=[], messages=[])
+            for index, response in enumerate(RESPONSES):
+                group["tokens"].append([index, 1])
+                group["masks"].append([-100, 1])
+                group["messages"].append([*PROMPT, {"role": "assistant", "content": response}])
+            return await score_group(group, reference=item), []
+
+    environment = Environment.__new__(Environment)
+    scored, backlog = await environment.collect_trajectories("c d e f")
+    return {"scores": None if scored is None else scored["scores"], "backlog": backlog}
+
+
+async def nemo_gym() -> Any:
+    """A resources server on a port, called by NeMo Gym's own client: singles, a cohort and `/compare`."""
+    import nemo_gym.server_utils as http
+    import uvicorn
+    from omegaconf import OmegaConf
+
+    from service.trainers.nemo_gym_server import RouterConfig, RouterResourcesServer
+
+    def body(response: str, **words: Any) -> dict[str, Any]:
+        message = {
+            "id": "m",
+            "type": "message",
+            "role": "assistant",
+            "status": "completed",
+            "content": [{"type": "output_text", "text": response, "annotations": []}],
+        }
+        answer = {"id": "r", "created_at": 0, "model": "policy", "object": "response", "output": [message]}
+        more = {"parallel_tool_calls": False, "tool_choice": "auto", "tools": []}
+        return {"responses_create_params": {"input": PROMPT}, "response": {**answer, **more}, **words}
+
+    async def serve(size: int, seconds: float) -> tuple[Any, Any, Any]:
+        sock = socket.socket()
+        sock.bind(("127.0.0.1", 0))
+        host, port = sock.getsockname()
+        names = {"router": {"resources_servers": {"router": {"host": host, "port": port}}}}
+        client = http.ServerClient.model_construct(global_config_dict=OmegaConf.create(names))
+        config = RouterConfig(
+            host=host,
+            port=port,
+            entrypoint="app.py",
+            name="router",
+            num_rollouts_per_prompt=size,
+            cohort_seconds=seconds,
+        )
+        instance = RouterResourcesServer(config=config, server_client=client)
+        app = instance.setup_webserver()
+        instance.setup_exception_middleware(app)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+        task = asyncio.create_task(server.serve(sockets=[sock]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        return client, server, task
+
+    async def ask(client: Any, path: str, document: Any) -> Any:
+        response = await client.post(server_name="router", url_path=path, json=document)
+        return await response.json()
+
+    keys = ("reward", "reward_components", "mask_sample", "failure_kind", "failure_reason", "decision_id")
+
+    async def verify(client: Any, bodies: list[Any]) -> list[Any]:
+        found = await asyncio.gather(*(ask(client, "/verify", one) for one in bodies))
+        return [{key: one.get(key) for key in keys} for one in found]
+
+    http.set_global_aiohttp_client(http.GlobalAIOHTTPAsyncClientConfig())
+    single, first, one = await serve(1, 10)
+    cohort, second, two = await serve(3, 0.5)
+    answers = [body(response, expected_answer="c d e f") for response in RESPONSES]
+    group = [body(text, _ng_task_index=7, _ng_rollout_index=index) for index, text in enumerate(RESPONSES)]
+    lonely = [body("a b", _ng_task_index=8, _ng_rollout_index=0)]
+    compared = {"conversation_history": PROMPT, "response_objs": [one["response"] for one in answers]}
+    found = {
+        "single": await verify(single, answers),
+        "cohort": await verify(cohort, group),
+        "incomplete": await verify(cohort, lonely),
+        "compare": await ask(single, "/compare", compared),
+    }
+    first.should_exit = second.should_exit = True
+    await asyncio.gather(one, two)
+    return found
+
+
+FRAMEWORKS = {"verifiers": verifiers, "skyrl": skyrl, "atropos": atropos, "nemo_gym": nemo_gym}
+
+
+def main() -> None:
+    """Run one framework, and print what it got."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--clients", required=True)
+    parser.add_argument("framework", choices=sorted(FRAMEWORKS))
+    given = parser.parse_args()
+    sys.path.append(given.clients)
+    sys.stdout.write("RESULT " + json.dumps(asyncio.run(FRAMEWORKS[given.framework]()), default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
