@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -130,8 +131,15 @@ class ClusterClient:
         question = timeout_seconds / QUESTIONS_PER_TIMEOUT
         asking = {**self._words, "socket_timeout": question, "socket_connect_timeout": question}
         seeds = [ClusterNode(seed.host, seed.port, **asking) for seed in self._seeds]
-        self._map = NodesManager(seeds, require_full_coverage=False, connection_kwargs=asking)
+        # A cluster may announce ports only: the host is then the one that clients know.
+        self._map = NodesManager(
+            seeds,
+            require_full_coverage=False,
+            connection_kwargs=asking,
+            address_remap=lambda address: (address[0] or self._seeds[0].host, address[1]),
+        )
         self._map_is_stale = True
+        self._map_learned_at = -math.inf
         self._last_failed: str | None = None
         self._nodes: dict[str, ClusterNode] = {}
         self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CONNECTIONS))
@@ -283,11 +291,14 @@ class ClusterClient:
         return nodes[0]
 
     async def _refresh(self) -> None:
-        """Ask the nodes for the map of slots. Concurrent callers ask once.
+        """Ask the nodes for the map of slots. Concurrent callers ask once, and not again within `PAUSE_SECONDS`.
 
         Raises:
             StoreUnavailableError: no node answers.
         """
+        now = asyncio.get_running_loop().time()
+        if now < self._map_learned_at + PAUSE_SECONDS:
+            return
         for seed in self._seeds:
             # redis-py forgets the seeds that the cluster does not list.
             if (name := f"{seed.host}:{seed.port}") not in self._map.startup_nodes:
@@ -298,6 +309,7 @@ class ClusterClient:
             # IndexError: redis-py found no primary.
             raise self._unavailable(error.__cause__ or error) from error
         self._map_is_stale = False
+        self._map_learned_at = now
         await self._leave_replicas()
 
     async def _leave_replicas(self) -> None:

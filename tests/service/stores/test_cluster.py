@@ -103,10 +103,14 @@ async def test_a_cluster_node_asked_as_a_single_server_names_the_remedy(movable:
 
 @pytest.fixture
 async def guarded(valkey_binary: Path, tmp_path: Path) -> AsyncIterator[ValkeyProcess]:
-    """A cluster of one node, whose account `ann` has the rights that docs/operations.md lists, and SET."""
+    """A cluster of one node that tells no address; `ann` has the rights that docs/operations.md lists, and SET."""
     server = ValkeyProcess(valkey_binary, tmp_path)
     try:
-        server.start(cluster_enabled="yes", cluster_port=str(free_port()))
+        server.start(
+            cluster_enabled="yes",
+            cluster_port=str(free_port()),
+            cluster_preferred_endpoint_type="unknown-endpoint",
+        )
         with redis.Redis(port=server.port) as admin:
             ask = admin.execute_command
             ask("ACL", "SETUSER", "ann", "on", ">p@ss", "~*", "+cluster|slots", "+cluster|info", "+set")
