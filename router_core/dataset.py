@@ -270,6 +270,22 @@ def _labelled(row: Row, label: int) -> LabelledPair:
     )
 
 
+def partly_labelled(rows: Sequence[Row]) -> tuple[list[LabelledPair], NDArray[np.bool_]]:
+    """Return the rows that an RM was asked about as pairs, and which labels are known, (N,); the others are 0.
+
+    A row that is labelled a tie counts as not labelled.
+
+    Raises:
+        DatasetError: no RM was asked about any row.
+    """
+    asked = [row for row in rows if row.verdicts]
+    if not asked:
+        raise DatasetError(f"none of the {len(rows)} rows holds a score of an RM: run `reward-router label` first")
+    known = np.array([row.label is not None and row.label != TIE for row in asked])
+    labels = [0 if row.label is None or row.label == TIE else row.label for row in asked]
+    return [_labelled(row, label) for row, label in zip(asked, labels, strict=True)], known
+
+
 def _members(pairs: Sequence[LabelledPair]) -> list[list[int]]:
     groups: dict[str, list[int]] = {}
     for index, pair in enumerate(pairs):

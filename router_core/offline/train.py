@@ -13,8 +13,8 @@ for weights that have grown for so long, and would make a model that was trained
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -71,9 +71,10 @@ def train(
     config: TrainConfig | None = None,
     features: NDArray[np.float32] | None = None,
     kinds: NDArray[np.floating] | None = None,
+    answers: NDArray[np.float64] | None = None,
 ) -> Checkpoint:
     """The checkpoint of `fit`."""
-    return fit(pairs, pool, backbone, config, features, kinds)[0]
+    return fit(pairs, pool, backbone, config, features, kinds, answers)[0]
 
 
 def fit(
@@ -83,6 +84,7 @@ def fit(
     config: TrainConfig | None = None,
     features: NDArray[np.float32] | None = None,
     kinds: NDArray[np.floating] | None = None,
+    answers: NDArray[np.float64] | None = None,
 ) -> tuple[Checkpoint, HeldOut]:
     """Fit the offline stage on labelled pairs.
 
@@ -93,6 +95,8 @@ def fit(
         config: defaults if None.
         features: `pair_features(pairs, backbone)` if at hand already.
         kinds: (2 * dim, r) kinds of texts learned elsewhere (`members.kinds_of`); None: those of these pairs.
+        answers: (N, n) probability that each response is the best, where labels are estimates
+            (`consensus`); an RM's correctness is then an expectation. None: the labels are right.
 
     Returns:
         The checkpoint, with held-out `metrics` from the cross-fitting: routing accuracy of both heads, negative
@@ -105,12 +109,28 @@ def fit(
     config = config or TrainConfig()
     if not pairs:
         raise DatasetError("pairs: there are none; training needs labelled pairs")
-    correctness = credit_matrix(pairs, pool)
+    correctness = _expected(pairs, answers, lambda labelled: credit_matrix(labelled, pool))
     z = pair_features(pairs, backbone) if features is None else features
-    targets = _targets(pairs, pool, config)
-    columns = _targets(pairs, pool_names(pairs), config)
+    targets = _expected(pairs, answers, lambda labelled: _targets(labelled, pool, config))
+    columns = _expected(pairs, answers, lambda labelled: _targets(labelled, pool_names(pairs), config))
     with torch_threads(1):
         return _fit_checkpoint(pairs, pool, backbone, config, correctness, targets, columns, z, kinds)
+
+
+def _expected(
+    pairs: Sequence[LabelledPair],
+    answers: NDArray[np.float64] | None,
+    value: Callable[[Sequence[LabelledPair]], NDArray[np.float64]],
+) -> NDArray[np.float64]:
+    """Return Σ_i P(i is best) value(pairs, labelled i), (N, K)."""
+    if answers is None:
+        return value(pairs)
+    last = [len(pair.instance.responses) - 1 for pair in pairs]
+    total = np.zeros(())
+    for i in range(answers.shape[1]):
+        as_if = value([replace(pair, label=min(i, end)) for pair, end in zip(pairs, last, strict=True)])
+        total = total + answers[:, i, None] * as_if
+    return total
 
 
 def _targets(pairs: Sequence[LabelledPair], names: Sequence[str], config: TrainConfig) -> NDArray[np.float64]:

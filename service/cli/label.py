@@ -181,7 +181,7 @@ def _warn_of_unlabelled(rows: Sequence[Row], console: Console) -> None:
     if unlabelled:
         console.print(
             f"[yellow]note[/] {unlabelled} of {len(rows)} rows have no label: they are scored and passed on; `train` "
-            "needs one",
+            "needs one, `train --consensus` does without",
             highlight=False,
         )
 

@@ -7,17 +7,21 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from router_core.checkpoint import METADATA_FILE, Checkpoint
+from router_core.dataset import partly_labelled, pool_names
 from router_core.encoder.base import Backbone
+from router_core.offline.consensus import Consensus, estimate, with_answers
 from router_core.prior import PriorForm
 from router_core.records import LabelledPair
 from service.cli.cache import encodings_directory
@@ -25,9 +29,9 @@ from service.cli.data import DataReader, SkipBadRows, parse_pool
 from service.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
+    from router_core.offline.card import Compared
     from router_core.offline.finetune import FinetuneConfig
     from router_core.offline.train import HeldOut, TrainConfig
 
@@ -69,6 +73,20 @@ def train(
     balanced: Annotated[
         bool, typer.Option("--balanced", help="Count every couple of RMs alike, however often one beats the other.")
     ] = False,
+    consensus: Annotated[
+        bool,
+        typer.Option(
+            "--consensus",
+            help="Rows need no label: answers are estimated from where the RMs agree; labels that there are count.",
+        ),
+    ] = False,
+    shipped_kinds: Annotated[
+        bool,
+        typer.Option(
+            "--shipped-kinds/--no-shipped-kinds",
+            help="With fewer than 256 pairs, start from the kinds of texts that come with the package.",
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option(min=0, help="Of every random choice.")] = 0,
     cache: Annotated[
         Path | None,
@@ -118,8 +136,6 @@ def train(
     With the static encoder this takes seconds on a CPU. A transformer is read once and its encodings are kept; with
     --finetune it is trained as well, and stored in the checkpoint.
     """
-    from router_core.dataset import pool_names
-
     tuning = {
         "epochs": epochs,
         "learning_rate": learning_rate,
@@ -137,7 +153,13 @@ def train(
     started = time.perf_counter()
     notes = Console(stderr=True)
     reader = DataReader(notes, skip_bad_rows)
-    pairs = reader.pairs(data)
+    known = None
+    if consensus:
+        if finetune is not None:
+            raise ConfigurationError("--consensus with --finetune: train on estimated answers without it, or label")
+        pairs, known = partly_labelled(reader.rows(data))
+    else:
+        pairs = reader.pairs(data)
     names = parse_pool(pool) or pool_names(pairs)
     losses: dict[str, Any] = {
         "lambda_bt": lambda_bt,
@@ -147,11 +169,13 @@ def train(
     }
     if finetune is None:
         encodings = encodings_directory(cache, use=use_cache)
-        checkpoint = _fit_frozen(pairs, names, out, encoder, encodings, device, losses, notes)
+        checkpoint, compared = _fit_frozen(
+            pairs, names, out, encoder, encodings, device, losses, shipped_kinds, notes, known
+        )
     else:
         settings = {"mode": finetune.value, **losses, **given}
-        checkpoint = _fine_tune(pairs, names, out, encoder, device, settings, resume, notes)
-    _tell(checkpoint, len(pairs), out, time.perf_counter() - started, as_json)
+        checkpoint, compared = _fine_tune(pairs, names, out, encoder, device, settings, resume, notes)
+    _tell(checkpoint, compared, len(pairs), out, time.perf_counter() - started, as_json)
     reader.tell()
 
 
@@ -185,11 +209,16 @@ def _fit_frozen(
     encodings: Path | None,
     device: str,
     losses: dict[str, Any],
+    kinds_shipped: bool,
     notes: Console,
-) -> Checkpoint:
+    known: NDArray[np.bool_] | None = None,
+) -> tuple[Checkpoint, Compared]:
+    """Fit and save; `known` says which labels are, where answers are estimated, and is None where all are."""
     try:
         import_module(_CARD)
-        from router_core.offline.train import TrainConfig, fit
+        from router_core.dataset import pool_names
+        from router_core.offline.shipped import shipped_kinds
+        from router_core.offline.train import TrainConfig, fit, pair_features
     except ImportError as error:
         raise ConfigurationError(_NEEDS_TORCH.format(name=error.name)) from error
     with _bar(notes) as progress:
@@ -200,10 +229,54 @@ def _fit_frozen(
 
         backbone = _load(encoder, encodings, device, embedded)
         config = TrainConfig(**losses)
-        checkpoint, held_out = fit(pairs, names, backbone, config)
+        features = pair_features(pairs, backbone)
+        found = None
+        if known is not None:
+            found = _agreement(pairs, features, known, config.seed, notes)
+            pairs = with_answers(pairs, found)
+        kinds = shipped_kinds(backbone, len(pairs), len(pool_names(pairs))) if kinds_shipped else None
+        checkpoint, held_out = fit(
+            pairs, names, backbone, config, features, answers=None if found is None else found.answers, kinds=kinds
+        )
+    if found is not None:
+        checkpoint = replace(checkpoint, metrics={**checkpoint.metrics, **found.metrics()})
+    if kinds is not None:
+        notes.print(
+            f"{len(pairs)} pairs are few: the kinds of texts are those that come with the package (docs/offline.md)"
+        )
     checkpoint.save(out)
-    _describe(out, checkpoint, pairs, held_out, config)
-    return checkpoint
+    return checkpoint, _describe(out, checkpoint, pairs, held_out, config)
+
+
+def _agreement(
+    pairs: Sequence[LabelledPair],
+    features: NDArray[np.float32],
+    known: NDArray[np.bool_],
+    seed: int,
+    notes: Console,
+) -> Consensus:
+    """Estimate the answers from all RMs of the data, and say how far to trust them."""
+    witnesses = pool_names(pairs)
+    found = estimate(pairs, witnesses, features, np.random.default_rng(seed), known)
+    sure = float(found.answers[~known].max(axis=1).mean()) if (~known).any() else 1.0
+    notes.print(
+        f"{int((~known).sum())} answers estimated from the agreement of {len(witnesses)} RMs, on average with "
+        f"probability {sure:.3f}. All figures below take them as true.",
+        highlight=False,
+    )
+    if not found.labelled:
+        notes.print(
+            "[yellow]note[/] no row has a label: whether RMs err together cannot be told; label fifty rows drawn at "
+            "random, or audit the run (docs/audits.md)",
+            highlight=False,
+        )
+    elif found.overstated:
+        notes.print(
+            f"[yellow]note[/] the RMs err together: of {found.labelled} labelled rows agreement claims "
+            f"{found.claimed:.3f} and {found.observed:.3f} are right; audit the run, or label more (docs/audits.md)",
+            highlight=False,
+        )
+    return found
 
 
 def _fine_tune(
@@ -215,7 +288,7 @@ def _fine_tune(
     settings: dict[str, Any],
     resume: bool,
     notes: Console,
-) -> Checkpoint:
+) -> tuple[Checkpoint, Compared]:
     try:
         import_module(_CARD)
         from router_core.offline.finetune import FinetuneConfig, fine_tune, resumable
@@ -237,9 +310,9 @@ def _fine_tune(
         notes.print(f"stopped; what was learned is in {work}: the same command with --resume goes on", highlight=False)
         raise
     tuned.checkpoint.save(out)
-    _describe(out, tuned.checkpoint, pairs, tuned.held_out, config, tuned.validation)
+    compared = _describe(out, tuned.checkpoint, pairs, tuned.held_out, config, tuned.validation)
     shutil.rmtree(work)
-    return tuned.checkpoint
+    return tuned.checkpoint, compared
 
 
 def _load(encoder: str, encodings: Path | None, device: str, progress: Any) -> Backbone:
@@ -255,12 +328,12 @@ def _describe(
     held_out: HeldOut,
     config: TrainConfig | FinetuneConfig,
     rows: NDArray[np.int64] | None = None,
-) -> None:
+) -> Compared:
     from router_core.offline.card import write_card
 
     calibrated = checkpoint.prior_form is PriorForm.CALIBRATED
     scores = held_out.probabilities if calibrated else held_out.bt_scores
-    write_card(out, checkpoint, pairs, held_out.probabilities, held_out.correctness, config, rows, scores)
+    return write_card(out, checkpoint, pairs, held_out.probabilities, held_out.correctness, config, rows, scores)
 
 
 @contextmanager
@@ -271,15 +344,28 @@ def _bar(notes: Console) -> Iterator[Progress]:
         yield progress
 
 
-def _tell(checkpoint: Checkpoint, pairs: int, out: Path, seconds: float, as_json: bool) -> None:
+def _tell(checkpoint: Checkpoint, compared: Compared, pairs: int, out: Path, seconds: float, as_json: bool) -> None:
     digest = checkpoint.digest
     if as_json:
-        typer.echo(json.dumps({"out": str(out), "digest": digest, "seconds": seconds, **checkpoint.metrics}))
+        typer.echo(
+            json.dumps(
+                {
+                    "out": str(out),
+                    "digest": digest,
+                    "seconds": seconds,
+                    "compared": asdict(compared),
+                    **checkpoint.metrics,
+                }
+            )
+        )
         return
     head = "cls" if checkpoint.prior_form is PriorForm.CALIBRATED else "bt"
     Console().print(
         f"{pairs} pairs, {len(checkpoint.pool)} RMs: held-out routing accuracy "
-        f"[bold]{checkpoint.metrics[f'routing_accuracy_{head}']:.3f}[/] ({seconds:.1f} s). "
+        f"[bold]{checkpoint.metrics[f'routing_accuracy_{head}']:.3f}[/]; on the same {compared.n} pairs the best "
+        f"single RM ({compared.best_single}) has {compared.best_single_accuracy:.3f}, "
+        f"majority vote {compared.majority:.3f} "
+        f"({seconds:.1f} s). These pairs also chose when to stop: `evaluate` says what to expect of others. "
         f"Checkpoint in {out}, digest {digest[:12]}; README.md there says more",
         highlight=False,
     )

@@ -128,3 +128,41 @@ def test_options_that_do_not_fit_are_refused_before_any_work(data: Path, tmp_pat
     (tmp_path / "thesis.tex").write_text("")
     assert "is not a checkpoint" in refused(data, "--out", tmp_path)
     assert not out.exists()
+
+
+def test_consensus_needs_no_label(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(80):
+        label = int(rng.integers(2))
+        said = [label if rng.random() < accuracy else 1 - label for accuracy in (0.95, 0.9, 0.7)]
+        rm = {name: {"verdict": "ab"[verdict]} for name, verdict in zip("xyz", said, strict=True)}
+        words = [" ".join(rng.choice(list("abcdefgh"), int(rng.integers(2, 9)))) for _ in range(3)]
+        texts = dict(zip(("prompt", "response_a", "response_b"), words, strict=True))
+        shown = {"label": "ab"[label]} if i < 20 else {}
+        lines.append(json.dumps({"id": str(i), **texts, "rm": rm, **shown}))
+    for name, rows in (("some.jsonl", lines), ("none.jsonl", lines[20:])):
+        (tmp_path / name).write_text("\n".join(rows))
+    words = ("--out", tmp_path / "c", "--consensus", "--json")
+    some = json.loads(invoke(tmp_path / "some.jsonl", *words))
+    assert (some["consensus_pairs"], some["consensus_labels"]) == (60, 20)
+    assert some["consensus_observed"] > 0.8
+    none = json.loads(invoke(tmp_path / "none.jsonl", *words))
+    assert none["consensus_pairs"] == 60
+    assert "estimated from the agreement" in (tmp_path / "c" / "README.md").read_text()
+    assert "--finetune" in refused(tmp_path / "none.jsonl", *words, "--finetune", "full")
+
+
+def test_few_pairs_start_from_the_shipped_kinds_unless_told_not_to(data: Path, tmp_path: Path) -> None:
+    digests = {
+        option: json.loads(invoke(data, "--out", tmp_path / option, "--json", f"--{option}"))["digest"]
+        for option in ("shipped-kinds", "no-shipped-kinds")
+    }
+    assert digests["shipped-kinds"] != digests["no-shipped-kinds"]
+
+
+def test_the_accuracy_is_told_beside_the_best_single_and_majority(data: Path, tmp_path: Path) -> None:
+    said = " ".join(invoke(data, "--out", tmp_path / "checkpoint").split())
+    # Each of the two RMs is right on half of the pairs, and they are never right together.
+    assert "on the same 40 pairs the best single RM (a) has 0.500, majority vote 0.500" in said
+    assert "![calibration of each RM](calibration.png)" in (tmp_path / "checkpoint" / "README.md").read_text()
