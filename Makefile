@@ -62,7 +62,7 @@ SLIME ?= https://github.com/THUDM/slime
 trainer-wheels: $(VENV)/.development  ## Fetch OpenRLHF's, LLaMA-Factory's, AReaL's and SkyRL's clients (12 MB); `make test` does it
 	@$(FETCH_TRAINERS) light --pip-args='$(PIP_ARGS)'
 
-trainer-clients: $(VENV)/.development  ## Those, slime, verl, ms-swift, verifiers, Atropos and NeMo Gym (700 MB), so that `make test` runs their code too
+trainer-clients: $(VENV)/.development  ## Those, slime, verl, ms-swift, verifiers, Atropos and NeMo Gym (800 MB), so that `make test` runs their code too
 	@$(FETCH_TRAINERS) all --pip-args='$(PIP_ARGS)' --slime='$(SLIME)'
 
 slime: $(VENV)/.development  ## Fetch slime's client from its repository, so that `make test` runs it

@@ -1,5 +1,6 @@
 """What do verdicts of other RMs teach about texts? Pools of RMs that the kinds of texts were learned without.
 
+    python -m loadtests.kinds FILE --ship router_core/offline/kinds-static.npz
     python -m loadtests.kinds FILE [--others 60] [--pool 6] [--pools 3] [--names A,B] [--verdicts 32,64] [--folds 3]
 
 FILE holds pairs with the verdicts of many RMs, rb85_dev.jsonl say. `--others` of them, drawn by a seed, are asked about
@@ -24,6 +25,7 @@ from router_core.dataset import grouped_folds, load_pairs, pool_matrix, pool_nam
 from router_core.encoder.registry import load_backbone
 from router_core.offline.evaluate import default_head, route
 from router_core.offline.members import kinds_of
+from router_core.offline.shipped import write_kinds
 from router_core.offline.train import TrainConfig, pair_features, train
 from router_core.records import LabelledPair
 
@@ -58,11 +60,15 @@ def main() -> None:
     parser.add_argument("--verdicts", default="32,64,128")
     parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated")
     parser.add_argument("--folds", type=int, default=3)
+    parser.add_argument("--ship", type=Path, metavar="OUT", help="no measuring: write the kinds of all RMs and pairs")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     pairs = load_pairs(options.file)
     names, backbone = pool_names(pairs), load_backbone("static")
     z = pair_features(pairs, backbone)
+    if options.ship is not None:
+        write_kinds(options.ship, kinds_of(z, backbone.blocks, pool_matrix(pairs, names), TrainConfig()), backbone)
+        return
     sizes = [int(size) for size in options.verdicts.split(",")]
     rows = ("single", *(row.strip() for row in options.rows.split(",")))
     right = {(size, row): list[float]() for size in sizes for row in rows}

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from loadtests.report import use_one_blas_thread
 from router_core.encoder.fuse import PairEncoder
 from router_core.records import Instance
+from service.cli.serve import serve_app
 from service.encoders.protocol import AwaitedEncoder, Encoded, ServerStatus
 from service.pool import load_pool
 from service.scorers.wire import (
@@ -44,7 +45,7 @@ from service.scorers.wire import (
     ServedModel,
     Usage,
 )
-from service.settings import Settings, read_settings, serve_app
+from service.settings import Settings, read_settings
 from service.telemetry import configure_logging
 
 MODELS = ("rm-a", "rm-b", "rm-c", "rm-d")

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import HTMLResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from router_core.encoder.fuse import PairEncoder
@@ -18,6 +19,7 @@ from service.errors import ServiceError
 from service.gateway import Gateway, build_gateway
 from service.handlers import openapi
 from service.handlers.audits import audits_router
+from service.handlers.docs_page import docs_page
 from service.handlers.errors import render
 from service.handlers.hot import HotRoutes
 from service.handlers.keys import ApiKeys
@@ -71,7 +73,15 @@ def _operators_app(gateway: Gateway) -> ASGIApp:
         version=package_version(),
         summary="Draws one reward model per instance, and learns from feedback which one.",
         lifespan=lifespan,
+        # FastAPI's own pages load scripts from a CDN.
+        docs_url=None,
+        redoc_url=None,
     )
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(docs_page(app.openapi()))
+
     app.state.status = gateway.status
     app.state.people = gateway.people
     app.state.reporter = gateway.reporter

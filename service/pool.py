@@ -269,7 +269,7 @@ def load_pool(path: Path) -> PoolFile:
         content = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigurationError(f"pool file {path}: {error.strerror}; give --pool an existing file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigurationError(f"pool file {path} is not YAML: {error}") from error
     if isinstance(content, dict):
         content["models"] = content.get("models") or []

@@ -453,6 +453,37 @@ SHADOW = Row(
     collapsed=True,
 )
 
+_AUDITS_ONLY = "there is no series without `audit` in the pool file"
+
+AUDITS = Row(
+    "Audits",
+    (
+        Panel(
+            "Audits per second",
+            "By outcome: recorded taught something, abstained found no referee. Waiting: chosen and not refereed.",
+            "short",
+            (
+                Query(rate("audits_total", "outcome", RUN), "{{outcome}}"),
+                Query(f"max(reward_router_audits_waiting{RUN})", "waiting"),
+            ),
+            optional=_AUDITS_ONLY,
+            width=12,
+            empty="no audits",
+        ),
+        Panel(
+            "Audited accuracy",
+            "How often each reward model is right, by the referee. `reward-router report RUN` has bounds, kinds of "
+            "text and what rewards follow.",
+            "percentunit",
+            (Query(f"max by (run, model) (reward_router_audited_accuracy{RUN_MODEL})", "{{run}} {{model}}"),),
+            optional=_AUDITS_ONLY,
+            width=12,
+            empty="no audits",
+        ),
+    ),
+    collapsed=True,
+)
+
 _VLLM_ONLY = "vLLM exports it, and our own CPU and recorded workers do not; the job `vllm` has to have targets"
 
 VLLM_SERVERS = Row(
@@ -492,7 +523,7 @@ VLLM_SERVERS = Row(
     collapsed=True,
 )
 
-ROWS = (OVERVIEW, ROUTING, TRAFFIC, LATENCY, WORKERS, LEARNING, STORE, SHADOW, VLLM_SERVERS)
+ROWS = (OVERVIEW, ROUTING, TRAFFIC, LATENCY, WORKERS, LEARNING, STORE, SHADOW, AUDITS, VLLM_SERVERS)
 """The dashboard from top to bottom."""
 
 OPTIONAL = {panel.title: panel.optional for row in ROWS for panel in row.panels if panel.optional}

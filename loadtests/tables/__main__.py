@@ -96,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             document |= PARTS[name](options)
         document |= {
             "command": _command(options),
+            "kept": [name for name in PARTS if name not in options.parts],
             "quick": options.quick,
             "machine": machine(),
             "minutes": (time.perf_counter() - began) / 60 + (document.get("minutes", 0.0) if options.saved else 0.0),
@@ -191,7 +192,10 @@ def _command(options: argparse.Namespace) -> str:
     """What a reader must say to get the same page."""
     if options.quick:
         return QUICK_COMMAND
-    return COMMAND if options.encoders == ENCODERS else f"python -m loadtests.tables --encoders {options.encoders}"
+    parts = "" if len(options.parts) == len(PARTS) else f" --parts {','.join(options.parts)} --from EARLIER"
+    if options.encoders == ENCODERS and not parts:
+        return COMMAND
+    return f"python -m loadtests.tables --encoders {options.encoders}{parts}"
 
 
 def _encoded(

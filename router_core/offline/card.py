@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,23 @@ _ESTIMATED = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What a checkpoint's held-out accuracy is to be compared with, on the same pairs.
+
+    Attributes:
+        n: pairs.
+        best_single: name of the RM that is right most often.
+        best_single_accuracy: share of the pairs on which that one is right.
+        majority: share of the pairs on which majority vote is right.
+    """
+
+    n: int
+    best_single: str
+    best_single_accuracy: float
+    majority: float
+
+
 def write_card(
     directory: Path,
     checkpoint: Checkpoint,
@@ -50,7 +67,7 @@ def write_card(
     config: Any,
     rows: Sequence[int] | NDArray[np.int64] | None = None,
     scores: Array | None = None,
-) -> None:
+) -> Compared:
     """Write `README.md` and `calibration.png` into the checkpoint's directory.
 
     Args:
@@ -62,6 +79,9 @@ def write_card(
         config: the settings, a dataclass.
         rows: which of `pairs` the N rows are; None for all of them, in order.
         scores: (N, K) by which the checkpoint routes, if not by the probabilities.
+
+    Returns:
+        What the best single RM and majority vote have on the N pairs.
 
     Raises:
         ShapeMismatchError: rows, probabilities and correctness do not belong together.
@@ -80,6 +100,10 @@ def write_card(
     reliability_figure(checkpoint.pool, probabilities, correctness).savefig(
         directory / FIGURE_FILE, dpi=110, metadata={"Software": None}
     )
+    means = _column_means(correctness)
+    best = int(np.nanargmax(means))
+    majority = float(majority_correctness(judged, checkpoint.pool).mean())
+    return Compared(len(judged), checkpoint.pool[best], float(means[best]), majority)
 
 
 def card(
@@ -115,7 +139,8 @@ def card(
                _accuracies(checkpoint.pool, judged, scores, correctness)),
         "## Calibration\n",
         "How often each RM was right, how often it was expected to be, and the expected calibration error (ECE) of "
-        f"these probabilities; `{FIGURE_FILE}` shows them in {BINS} groups of equal size.\n",
+        f"these probabilities; the picture shows them in {BINS} groups of equal size.\n",
+        f"![calibration of each RM]({FIGURE_FILE})\n",
         _table(("RM", "asked", "right", "expected", "ECE", "log-likelihood"),
                _calibration(checkpoint.pool, probabilities, correctness)),
         "Per domain: what was promised of the RM that is routed to (said) and how often it was right; the gap between "

@@ -14,6 +14,7 @@ from router_core.errors import RouterCoreError
 from service.cli import (
     audit,
     check_scorer,
+    check_trainer,
     convert,
     demo,
     encoder,
@@ -51,6 +52,7 @@ app.command("up")(up.up)
 app.command("serve")(serve.serve)
 app.command("worker")(worker.worker)
 app.command("check-scorer")(check_scorer.check_scorer)
+app.command("check-trainer")(check_trainer.check_trainer)
 app.command("manifests")(manifests.manifests)
 app.command("pin")(pin.pin)
 app.add_typer(encoder.app, name="encoder")

@@ -311,6 +311,8 @@ def _show(result: DemoResult, models: Sequence[str], console: Console) -> None:
                 domain if label == "before" else "", label, _bar(shares[domain], models), f"{_accuracy(mine):.2f}"
             )
     console.print(table)
+    for line in explain_worse(result):
+        console.print(line, highlight=False, soft_wrap=True)
     console.print()
     rows = [("router, whole stream (learning)", _accuracy(result.stream), 1)]
     last = result.stream[-len(result.stream) // 3 :]
@@ -345,6 +347,24 @@ def _show(result: DemoResult, models: Sequence[str], console: Console) -> None:
     for label, q in (("median", 50), ("95 %", 95)):
         stages.add_row(label, *(f"{value[str(q)]:.2f}" for value in _latencies(result.stream).values()))
     console.print(stages)
+
+
+def explain_worse(result: DemoResult) -> list[str]:
+    """A sentence for each domain in which fewer pairs are right after the stream than before, and why that may be."""
+    lines = []
+    for domain in sorted({item.domain for item in result.before}):
+        before, after = ([one for one in part if one.domain == domain] for part in (result.before, result.after))
+        lost = _accuracy(before) - _accuracy(after)
+        if lost > 0:
+            noise = 2.0 * float(np.sqrt(0.5 / len(before)))
+            reason = (
+                f"within the noise of {len(before)} pairs (± {noise:.2f})"
+                if lost <= noise
+                else "more than noise; probably feedback of the other domains moved the posterior of an RM that "
+                "both ask, and more pairs of this one move it back"
+            )
+            lines.append(f"{domain}: {lost:.2f} fewer right than before the stream: {reason}.")
+    return lines
 
 
 def _letter(model: str) -> str:

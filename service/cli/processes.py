@@ -278,11 +278,11 @@ def _plain(line: str) -> str:
 
 
 def _raise_if_final(body: str) -> None:
-    """Waiting does not help where the run's name is another pool's or checkpoint's: the answer lists what changed."""
+    """Waiting does not help where the run's name is another pool's or checkpoint's: the answer says what changed."""
     try:
         error = json.loads(body)["error"]
         changed = error["details"].get("changed")
     except (ValueError, KeyError, TypeError, AttributeError):
         return
     if changed:
-        raise ConfigurationError(f"{error['message']} (--run NAME); changed: {', '.join(changed)}")
+        raise ConfigurationError(f"{error['message']} (--run NAME)")

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
@@ -31,6 +31,7 @@ from service.errors import ConfigurationError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from router_core.offline.card import Compared
     from router_core.offline.finetune import FinetuneConfig
     from router_core.offline.train import HeldOut, TrainConfig
 
@@ -79,6 +80,13 @@ def train(
             help="Rows need no label: answers are estimated from where the RMs agree; labels that there are count.",
         ),
     ] = False,
+    shipped_kinds: Annotated[
+        bool,
+        typer.Option(
+            "--shipped-kinds/--no-shipped-kinds",
+            help="With fewer than 256 pairs, start from the kinds of texts that come with the package.",
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option(min=0, help="Of every random choice.")] = 0,
     cache: Annotated[
         Path | None,
@@ -161,11 +169,13 @@ def train(
     }
     if finetune is None:
         encodings = encodings_directory(cache, use=use_cache)
-        checkpoint = _fit_frozen(pairs, names, out, encoder, encodings, device, losses, notes, known)
+        checkpoint, compared = _fit_frozen(
+            pairs, names, out, encoder, encodings, device, losses, shipped_kinds, notes, known
+        )
     else:
         settings = {"mode": finetune.value, **losses, **given}
-        checkpoint = _fine_tune(pairs, names, out, encoder, device, settings, resume, notes)
-    _tell(checkpoint, len(pairs), out, time.perf_counter() - started, as_json)
+        checkpoint, compared = _fine_tune(pairs, names, out, encoder, device, settings, resume, notes)
+    _tell(checkpoint, compared, len(pairs), out, time.perf_counter() - started, as_json)
     reader.tell()
 
 
@@ -199,12 +209,15 @@ def _fit_frozen(
     encodings: Path | None,
     device: str,
     losses: dict[str, Any],
+    kinds_shipped: bool,
     notes: Console,
     known: NDArray[np.bool_] | None = None,
-) -> Checkpoint:
+) -> tuple[Checkpoint, Compared]:
     """Fit and save; `known` says which labels are, where answers are estimated, and is None where all are."""
     try:
         import_module(_CARD)
+        from router_core.dataset import pool_names
+        from router_core.offline.shipped import shipped_kinds
         from router_core.offline.train import TrainConfig, fit, pair_features
     except ImportError as error:
         raise ConfigurationError(_NEEDS_TORCH.format(name=error.name)) from error
@@ -221,14 +234,18 @@ def _fit_frozen(
         if known is not None:
             found = _agreement(pairs, features, known, config.seed, notes)
             pairs = with_answers(pairs, found)
+        kinds = shipped_kinds(backbone, len(pairs), len(pool_names(pairs))) if kinds_shipped else None
         checkpoint, held_out = fit(
-            pairs, names, backbone, config, features, answers=None if found is None else found.answers
+            pairs, names, backbone, config, features, answers=None if found is None else found.answers, kinds=kinds
         )
     if found is not None:
         checkpoint = replace(checkpoint, metrics={**checkpoint.metrics, **found.metrics()})
+    if kinds is not None:
+        notes.print(
+            f"{len(pairs)} pairs are few: the kinds of texts are those that come with the package (docs/offline.md)"
+        )
     checkpoint.save(out)
-    _describe(out, checkpoint, pairs, held_out, config)
-    return checkpoint
+    return checkpoint, _describe(out, checkpoint, pairs, held_out, config)
 
 
 def _agreement(
@@ -271,7 +288,7 @@ def _fine_tune(
     settings: dict[str, Any],
     resume: bool,
     notes: Console,
-) -> Checkpoint:
+) -> tuple[Checkpoint, Compared]:
     try:
         import_module(_CARD)
         from router_core.offline.finetune import FinetuneConfig, fine_tune, resumable
@@ -293,9 +310,9 @@ def _fine_tune(
         notes.print(f"stopped; what was learned is in {work}: the same command with --resume goes on", highlight=False)
         raise
     tuned.checkpoint.save(out)
-    _describe(out, tuned.checkpoint, pairs, tuned.held_out, config, tuned.validation)
+    compared = _describe(out, tuned.checkpoint, pairs, tuned.held_out, config, tuned.validation)
     shutil.rmtree(work)
-    return tuned.checkpoint
+    return tuned.checkpoint, compared
 
 
 def _load(encoder: str, encodings: Path | None, device: str, progress: Any) -> Backbone:
@@ -311,12 +328,12 @@ def _describe(
     held_out: HeldOut,
     config: TrainConfig | FinetuneConfig,
     rows: NDArray[np.int64] | None = None,
-) -> None:
+) -> Compared:
     from router_core.offline.card import write_card
 
     calibrated = checkpoint.prior_form is PriorForm.CALIBRATED
     scores = held_out.probabilities if calibrated else held_out.bt_scores
-    write_card(out, checkpoint, pairs, held_out.probabilities, held_out.correctness, config, rows, scores)
+    return write_card(out, checkpoint, pairs, held_out.probabilities, held_out.correctness, config, rows, scores)
 
 
 @contextmanager
@@ -327,15 +344,28 @@ def _bar(notes: Console) -> Iterator[Progress]:
         yield progress
 
 
-def _tell(checkpoint: Checkpoint, pairs: int, out: Path, seconds: float, as_json: bool) -> None:
+def _tell(checkpoint: Checkpoint, compared: Compared, pairs: int, out: Path, seconds: float, as_json: bool) -> None:
     digest = checkpoint.digest
     if as_json:
-        typer.echo(json.dumps({"out": str(out), "digest": digest, "seconds": seconds, **checkpoint.metrics}))
+        typer.echo(
+            json.dumps(
+                {
+                    "out": str(out),
+                    "digest": digest,
+                    "seconds": seconds,
+                    "compared": asdict(compared),
+                    **checkpoint.metrics,
+                }
+            )
+        )
         return
     head = "cls" if checkpoint.prior_form is PriorForm.CALIBRATED else "bt"
     Console().print(
         f"{pairs} pairs, {len(checkpoint.pool)} RMs: held-out routing accuracy "
-        f"[bold]{checkpoint.metrics[f'routing_accuracy_{head}']:.3f}[/] ({seconds:.1f} s). "
+        f"[bold]{checkpoint.metrics[f'routing_accuracy_{head}']:.3f}[/]; on the same {compared.n} pairs the best "
+        f"single RM ({compared.best_single}) has {compared.best_single_accuracy:.3f}, "
+        f"majority vote {compared.majority:.3f} "
+        f"({seconds:.1f} s). These pairs also chose when to stop: `evaluate` says what to expect of others. "
         f"Checkpoint in {out}, digest {digest[:12]}; README.md there says more",
         highlight=False,
     )

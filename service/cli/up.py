@@ -20,6 +20,7 @@ from service.cli.encoder_launch import ENCODER_SHARE, SERVED, EncoderPlan, ensur
 from service.cli.first_request import ready_lines
 from service.cli.launch import WORKER_SECONDS, WorkerStart, plan_workers, shares_of, start_workers
 from service.cli.pin import warn_moving
+from service.cli.preflight import check_start
 from service.cli.processes import Child, ProcessGroup, free_port, gateway_port, interruptible
 from service.cli.store_option import STORE_VARIABLE, store_option
 from service.cli.supervise import Supervisor
@@ -87,6 +88,9 @@ def up(
         str | None,
         typer.Option(help="Name of the default run. (default: default; with the demo pool, one a checkpoint)"),
     ] = None,
+    signal: Annotated[
+        str | None, typer.Option(help="Kind of feedback: preference, reward or loss. (default: preference)")
+    ] = None,
     encoder: Annotated[
         str | None,
         typer.Option(
@@ -128,6 +132,7 @@ def up(
         pool, checkpoint = ensure_demo_pool(data_dir, console, checkpoint)
         run = run or demo_run(checkpoint)
     wanted = _overridden(load_pool(pool), worker, device, vllm_command)
+    settings = check_start(wanted, checkpoint, run, signal)
     warn_moving(wanted, given)
     served = None
     if encoder == SERVED:
@@ -140,14 +145,15 @@ def up(
         console.print(f"[yellow]warning[/]   {warning}", highlight=False, soft_wrap=True)
     with running_stack(
         wanted, checkpoint, data_dir=data_dir, host=host, port=chosen, worker_port=worker_port, store_url=store,
-        console=console, run=run, encoder=served or encoder,
+        console=console, run=settings.run, signal=settings.signal.value, encoder=served or encoder,
     ) as stack:  # fmt: skip
-        keys = read_settings().api_keys
-        for line in asyncio.run(ready_lines(stack.url, stack.pool, data_dir, keys[0] if keys else None)):
+        key = next(iter(settings.api_keys), None)
+        for line in asyncio.run(ready_lines(stack.url, stack.pool, data_dir, key)):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         console.print(
-            f"\nserving on [bold]{stack.url}[/]   run: {stack.run}   API: {stack.url}/docs   metrics: "
-            f"{stack.url}/metrics\npool with the scorers' addresses: {data_dir / 'pool.yaml'}\n\n"
+            f"\nserving on [bold]{stack.url}[/]   run: {stack.run}   signal: {settings.signal.value}\n"
+            f"API: {stack.url}/docs   metrics: {stack.url}/metrics\n"
+            f"pool with the scorers' addresses: {data_dir / 'pool.yaml'}\n\n"
             "Ctrl-C ends everything.",
             highlight=False,
             soft_wrap=True,
@@ -168,6 +174,7 @@ def running_stack(
     store_url: str,
     console: Console,
     run: str | None = None,
+    signal: str | None = None,
     encoder: str | EncoderPlan | None = None,
 ) -> Iterator[Stack]:
     """Store, workers and gateway for the length of the block.
@@ -182,6 +189,7 @@ def running_stack(
         store_url: `embedded`, or the URL of a running server.
         console: where progress is shown.
         run: name of the default run.
+        signal: kind of feedback of the runs.
         encoder: the gateway's `--encoder`, or the server to be started for it.
 
     Raises:
@@ -218,6 +226,8 @@ def running_stack(
                 arguments += ["--checkpoint", str(checkpoint)]
             if encoder is not None:
                 arguments += ["--encoder", encoder]
+            if signal is not None:
+                arguments += ["--signal", signal]
             processes.start(
                 "gateway",
                 arguments,

@@ -244,6 +244,7 @@ class TrainerRoutes:
             propensity=reply.propensity,
             fallback=reply.fallback,
             decision_id=reply.decision_id,
+            components={name: value for name, (value,) in reply.components.items() if value is not None},
         )
 
     async def _accept(self, samples: Sequence[Sample], values: _Values, options: ShimOptions) -> FeedbackBatchReply:

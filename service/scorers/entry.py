@@ -27,6 +27,7 @@ class ScorerEntry(BaseModel):
     price: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     timeout_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     requests_per_minute: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    tokens_per_minute: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     applies: dict[str, Fact | tuple[Fact, ...]] = Field(default_factory=dict)
 
     def key(self, environment: Mapping[str, str] = os.environ) -> str | None:

@@ -18,8 +18,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeVar
 
-from aiolimiter import AsyncLimiter
-
 from service.scorers.protocol import (
     WorkerError,
     WorkerInputError,
@@ -28,6 +26,7 @@ from service.scorers.protocol import (
     WorkerTimeoutError,
     WorkerUnavailableError,
 )
+from service.scorers.rate import Rate
 from service.scorers.transport.culprits import Culprits, digest_of
 from service.scorers.transport.exchange import (
     ATTEMPT_SHARE,
@@ -43,6 +42,9 @@ from service.scorers.wire import error_message
 
 WHOLESALE_STATUSES: Final = frozenset({401, 403, 405, 501})
 """Refusals of whoever asks or of the endpoint, not of an input: asking in halves would only repeat them."""
+
+BYTES_PER_TOKEN: Final = 4.0
+"""Bytes of a request's body per token that it is taken to have: English has four to five characters per token."""
 
 _log = logging.getLogger(__name__)
 
@@ -114,6 +116,7 @@ class RequestLimits:
         attempt_timeout_seconds: one replica's time for one request.
         max_attempts: replicas asked for one request, the first included.
         requests_per_minute: bound on requests of this process; None for none.
+        tokens_per_minute: bound on their tokens, as estimated; None for none.
     """
 
     name: str
@@ -121,6 +124,7 @@ class RequestLimits:
     attempt_timeout_seconds: float
     max_attempts: int = 3
     requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
 
 
 class SuspectError(Exception):
@@ -159,10 +163,9 @@ class Requester:
     def __init__(self, limits: RequestLimits, replicas: Sequence[Replica], clock: Callable[[], float]) -> None:
         self._limits = limits
         self._replicas = tuple(replicas)
-        rate = limits.requests_per_minute
-        # A tenth of a minute's requests may come at once, so that a minute never has more than a tenth too many.
-        burst = 1.0 if rate is None else max(rate / 10.0, 1.0)
-        self._limiter = None if rate is None else AsyncLimiter(burst, 60.0 * burst / rate)
+        self._requests = Rate(limits.requests_per_minute)
+        self._tokens = Rate(limits.tokens_per_minute)
+        self._unbounded = limits.requests_per_minute is None and limits.tokens_per_minute is None
         self._turn = 0
         self._culprits = Culprits(clock)
         self._crash_lane = asyncio.Lock()
@@ -170,8 +173,8 @@ class Requester:
 
     @property
     def has_room(self) -> bool:
-        """True if a request may be sent now by `requests_per_minute`."""
-        return self._limiter is None or self._limiter.has_capacity()
+        """True if a request of the last one's size may be sent now, by both bounds per minute."""
+        return self._requests.has_room and self._tokens.has_room
 
     async def ask_all(
         self,
@@ -244,7 +247,14 @@ class Requester:
         return [made for half in halves for made in half.result()]
 
     async def ask(
-        self, dialogue: Dialogue[Answered], body: bytes, count: int, deadline: float, *, single: object | None
+        self,
+        dialogue: Dialogue[Answered],
+        body: bytes,
+        count: int,
+        deadline: float,
+        *,
+        single: object | None,
+        answer_tokens: int = 0,
     ) -> Answered:
         """Return the answer to one request.
 
@@ -255,6 +265,7 @@ class Requester:
             deadline: absolute `loop.time()`.
             single: what the instance is remembered by (see `digest_of`), if all items are of one; None if they are of
                 several. Equal for each request about it, as the body may not be.
+            answer_tokens: most that the server writes; they count by `tokens_per_minute` with those that it reads.
 
         Raises:
             SuspectError: not `single`, and an instance may have caused the failure.
@@ -262,6 +273,7 @@ class Requester:
         """
         loop = asyncio.get_running_loop()
         history = _History()
+        tokens = len(body) / BYTES_PER_TOKEN + answer_tokens
         key = None if single is None or not self._culprits else digest_of(single)
         if key is not None:
             if (known := self._known(key)) is not None:
@@ -273,9 +285,9 @@ class Requester:
             while not history.over:
                 if history.crashes:
                     async with asyncio.timeout_at(deadline), self._crash_lane:
-                        answers = await self._once(dialogue, body, count, history, deadline)
+                        answers = await self._once(dialogue, body, count, history, deadline, tokens)
                 else:
-                    answers = await self._once(dialogue, body, count, history, deadline)
+                    answers = await self._once(dialogue, body, count, history, deadline, tokens)
                 if answers:
                     if single is not None and history.crashes:
                         self._culprits.clear(digest_of(single))
@@ -286,7 +298,13 @@ class Requester:
         raise self._no_answer(loop.time() >= deadline - CLOCK_SLACK_SECONDS, history)
 
     async def _once(
-        self, dialogue: Dialogue[Answered], body: bytes, count: int, history: _History, deadline: float
+        self,
+        dialogue: Dialogue[Answered],
+        body: bytes,
+        count: int,
+        history: _History,
+        deadline: float,
+        tokens: float,
     ) -> tuple[Answered] | None:
         """Ask the next replica. Return its answer; None after a failure, which stands in the history then.
 
@@ -295,7 +313,7 @@ class Requester:
         """
         loop = asyncio.get_running_loop()
         picked = None
-        if self._candidates(history) and await self._admitted(deadline):
+        if self._candidates(history) and await self._admitted(tokens, deadline):
             picked = self._next(history)
         if picked is None:
             history.over = True
@@ -349,13 +367,14 @@ class Requester:
         sentence = self._culprits.sentence(key)
         return None if sentence is None else self._input_error(sentence)
 
-    async def _admitted(self, deadline: float) -> bool:
-        """Wait for a place among the minute's requests; return False if there is none before the deadline."""
-        if self._limiter is None:
+    async def _admitted(self, tokens: float, deadline: float) -> bool:
+        """Wait for a place among the minute's requests and tokens; return False if there is none in time."""
+        if self._unbounded:
             return True
         try:
             async with asyncio.timeout_at(deadline):
-                await self._limiter.acquire()
+                await self._requests.take(1.0)
+                await self._tokens.take(tokens)
         except TimeoutError:
             return False
         return True

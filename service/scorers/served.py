@@ -32,6 +32,7 @@ class ServedConfig:
         timeout_seconds: see `Scorer.timeout_seconds`.
         max_attempts: replicas asked for one request, the first included.
         requests_per_minute: bound on this gateway's requests; None for none.
+        tokens_per_minute: bound on their tokens, as estimated; None for none.
         breaker: when a replica is taken out.
         max_response_bytes: bound on one answer.
         api_key: sent as a bearer token. vLLM itself does not check it on `/classify`; a proxy before it may.
@@ -47,6 +48,7 @@ class ServedConfig:
     timeout_seconds: float | None = None
     max_attempts: int = 3
     requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
     breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
     max_response_bytes: int = MAX_RESPONSE_BYTES
     api_key: str | None = field(default=None, repr=False)
@@ -92,7 +94,12 @@ class ServedScorer:
         except ValueError as error:
             raise ConfigurationError(f"{word} {config.name!r}: {error}") from error
         limits = RequestLimits(
-            config.name, word, config.attempt_timeout_seconds, config.max_attempts, config.requests_per_minute
+            config.name,
+            word,
+            config.attempt_timeout_seconds,
+            config.max_attempts,
+            config.requests_per_minute,
+            config.tokens_per_minute,
         )
         self._requester = Requester(limits, self.replicas, clock)
         self._monitor: Monitor | None = None

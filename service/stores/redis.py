@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 import hiredis
 
 from service.errors import ConfigurationError, UnsafeStoreError
-from service.stores.cluster import Client, ClusterClient
+from service.stores.cluster import Client, ClusterClient, is_cluster_url
 from service.stores.ids import check_run
 from service.stores.protocol import (
     WATCH_SECONDS,
@@ -48,7 +48,6 @@ from service.stores.redis_scores import RedisScores
 from service.stores.requirements import QUESTIONS, ServerFacts, read_facts
 from service.stores.resp import Arg, Reply, RespClient
 from service.stores.scripts import Script, identity_value
-from service.stores.slots import Topology, is_cluster_url
 
 BULK_TIMEOUT_FACTOR = 10
 """Snapshots of tens of megabytes may take this many times longer than an ordinary call."""
@@ -71,8 +70,8 @@ def _is_noscript(reply: Reply) -> bool:
 class RedisStore(RedisAudits, RedisScores):
     """`Store` on one Redis >= 7.0 or Valkey server, or on a cluster of them.
 
-    Three kinds of connection: pipelined ones for the hot path, one for snapshots (large values would hold up the
-    others), and one per reader of a log that is blocked at the same time.
+    Three kinds of connection to a single server: pipelined ones for the hot path, one for snapshots (large values would
+    hold up the others), and one per reader of a log that is blocked at the same time. `ClusterClient` has its own.
 
     Args:
         url: `redis://`, `rediss://` or `unix://`, see `parse_endpoint`; of a cluster `redis+cluster://`, see
@@ -103,7 +102,7 @@ class RedisStore(RedisAudits, RedisScores):
         self._window_ms = round(window_seconds * 1000)
         self._timeout = timeout_seconds
         self._now_ms = now_ms
-        self._topology = Topology(url, timeout_seconds=timeout_seconds) if is_cluster_url(url) else None
+        self._cluster = ClusterClient(url, timeout_seconds=timeout_seconds) if is_cluster_url(url) else None
         self._replicas = replicas
         self._hot = self._client(connections)
         self._feedback = self._client(REPLICATED_CONNECTIONS) if replicas else self._hot
@@ -120,9 +119,7 @@ class RedisStore(RedisAudits, RedisScores):
         self._judge = Script.load("judge_audit.lua")
 
     def _client(self, connections: int = 1) -> Client:
-        if self._topology is None:
-            return RespClient(self._url, timeout_seconds=self._timeout, connections=connections)
-        return ClusterClient(self._topology, timeout_seconds=self._timeout, connections=connections)
+        return self._cluster or RespClient(self._url, timeout_seconds=self._timeout, connections=connections)
 
     async def ping(self) -> None:
         """Return when the server answers; of a cluster, when it serves all slots that it wants to."""
@@ -140,7 +137,7 @@ class RedisStore(RedisAudits, RedisScores):
             StoreUnavailableError: one does not answer.
         """
         found = [read_facts(replies) for replies in await self._hot.everywhere(QUESTIONS)]
-        if self._topology is not None:
+        if self._cluster is not None:
             # A primary of our map that has been demoted since: the map is learned again by the calls that it refuses.
             return [facts for facts in found if not facts.replica]
         if any(facts.replica for facts in found):
@@ -166,7 +163,7 @@ class RedisStore(RedisAudits, RedisScores):
         key, milliseconds = _prefix(run) + "meta", round(WATCH_SECONDS * 1000)
         fresh = identity_value(RunIdentity(secrets.token_hex(8), fingerprint))
         # All keys of a script lie on one node, so each run of a cluster has a mark of its own, for newcomers only.
-        shared = self._topology is None
+        shared = self._cluster is None
         mark = "rr:watched" if shared else _prefix(run) + "watched"
         commands: list[tuple[Arg, ...]] = [("PEXPIRE", mark, milliseconds)] if shared else []
         commands += [] if free_seconds else [("SET", key, fresh, "NX")]
@@ -377,8 +374,6 @@ class RedisStore(RedisAudits, RedisScores):
         """Close connections; blocked readers fail with `StoreUnavailableError`."""
         for client in (self._hot, self._feedback, self._bulk, *self._readers):
             await client.close()
-        if self._topology is not None:
-            await self._topology.close()
 
 
 def _prefix(run: str) -> str:

@@ -105,6 +105,30 @@ def reply_error(reply: hiredis.ReplyError, where: str) -> StoreUnavailableError:
     return error(f"the store answered {word}: see the gateway's log for its sentence", where=f"{where}: {sentence}")
 
 
+def wait_command(replicas: int, seconds: float) -> tuple[Arg, ...]:
+    """Return the command that waits for replicas within a call of so many seconds."""
+    # WAIT counts milliseconds; it must end before the call does, or the connection would look dead.
+    return ("WAIT", replicas, max(1, int(seconds * 900)))
+
+
+def check_replicated(replies: Sequence[Reply], confirmed: Reply, replicas: int, where: str) -> None:
+    """Return if `confirmed`, the reply to WAIT after commands with these replies, is enough replicas.
+
+    Raises:
+        StoreUnavailableError: the server refused to wait. NotReplicatedError: too few replicas.
+    """
+    if isinstance(confirmed, hiredis.ReplyError):
+        if not all(isinstance(reply, Exception) for reply in replies):
+            raise StoreUnavailableError(f"the store answered {confirmed}; repeat the call", where=where)
+        # A server that is a replica by now has refused the commands too: that is the reply that matters.
+    elif confirmed < replicas:
+        raise NotReplicatedError(
+            f"the store: {confirmed} of {replicas} replicas confirmed; it may be stored all the same: "
+            "repeat the call, and see INFO replication",
+            where=where,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where a server listens and how to log in. `shown` never holds the password."""
@@ -365,20 +389,9 @@ class RespClient:
         return [await self.pipeline(commands)]
 
     async def _replicated(self, commands: Sequence[tuple[Arg, ...]], seconds: float, replicas: int) -> list[Reply]:
-        # WAIT counts milliseconds; it must end before the call does, or the connection would look dead.
-        words = [*commands, ("WAIT", replicas, max(1, int(seconds * 900)))]
+        words = [*commands, wait_command(replicas, seconds)]
         replies = await self._send(b"".join([_pack(command) for command in words]), len(words), seconds)
-        confirmed = replies.pop()
-        if isinstance(confirmed, hiredis.ReplyError):
-            if not all(isinstance(reply, hiredis.ReplyError) for reply in replies):
-                raise StoreUnavailableError(f"the store answered {confirmed}; repeat the call", where=self.shown)
-            # A server that is a replica by now has refused the commands too: that is the reply that matters.
-        elif confirmed < replicas:
-            raise NotReplicatedError(
-                f"the store: {confirmed} of {replicas} replicas confirmed; it may be stored all the same: "
-                "repeat the call, and see INFO replication",
-                where=self.shown,
-            )
+        check_replicated(replies, replies.pop(), replicas, self.shown)
         return replies
 
     def checked(self, reply: Reply) -> Reply:

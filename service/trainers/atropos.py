@@ -27,7 +27,7 @@ async def score_group(
     Args:
         group: Atropos' `ScoredDataGroup`; `messages` holds a conversation per member, all with the same prompt.
         reference: what a right answer looks like.
-        options: of the client; they win over the environment's `REWARD_ROUTER_…`.
+        options: of the client; they win over the environment's `REWARD_ROUTER_CLIENT_…`.
 
     Raises:
         RouterRefusedError: a final refusal.

@@ -23,7 +23,7 @@ from service.trainers.samples import Sample, SampleScorer, reference_text, score
 
 
 class RouterConfig(BaseResourcesServerConfig):  # type: ignore[misc, unused-ignore]
-    """Configuration of the server; `url` and `run` win over the environment's `REWARD_ROUTER_…`."""
+    """Configuration of the server; `url` and `run` win over the environment's `REWARD_ROUTER_CLIENT_…`."""
 
     url: str | None = None
     run: str | None = None
@@ -83,7 +83,8 @@ class RouterResourcesServer(SimpleResourcesServer):  # type: ignore[misc, unused
         """Return the rollout's verdict; see `verdict_of`."""
         document = body.model_dump(mode="json", by_alias=True)
         verdict = verdict_of(await self._sample(body, document))
-        return RouterVerifyResponse.model_validate({**document, **verdict})
+        found: RouterVerifyResponse = RouterVerifyResponse.model_validate({**document, **verdict})
+        return found
 
     async def _sample(self, body: RouterVerifyRequest, document: dict[str, Any]) -> Sample:
         prompt = input_messages(document["responses_create_params"]["input"])

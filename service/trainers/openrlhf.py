@@ -34,7 +34,8 @@ class OpenRlhfReply(msgspec.Struct):
     extra_logs: Annotated[
         dict[str, list[float]],
         Meta(
-            description="`rm_index`, `rm_propensity`, `rm_fallback`, `rm_raw_reward`; per RM `rm_asked/NAME`, 0 or 1."
+            description="`rm_index`, `rm_propensity`, `rm_fallback`, `rm_raw_reward`; per scorer `rm_asked/NAME`, 0 or "
+            "1, `rm_answered/NAME`, 0 or 1, and `rm_component/NAME`, what it said; 0 where it was not asked."
         ),
     ]
 
@@ -74,7 +75,11 @@ def _sample(query: str, prompt: str | None, reference: str | None, text: str, te
 
 
 def write(scored: Sequence[ScoredSample], pool: Sequence[str], options: ShimOptions) -> OpenRlhfReply:
-    """Return the reply. Means of the `rm_asked/…` columns over a step are the shares of the RMs."""
+    """Return the reply, with the same names of logs for every sample, which OpenRLHF needs.
+
+    Means of the `rm_asked/…` columns over a step are the shares of the RMs; the mean of `rm_component/…` over that of
+    `rm_answered/…` is the mean of what a scorer said.
+    """
     rewards = [sample.reward for sample in scored]
     if not scored:
         return OpenRlhfReply([], [], {})
@@ -84,6 +89,8 @@ def write(scored: Sequence[ScoredSample], pool: Sequence[str], options: ShimOpti
         "rm_fallback": [float(sample.fallback) for sample in scored],
         "rm_raw_reward": [sample.raw_reward for sample in scored],
         **{f"rm_asked/{name}": [float(sample.index == k) for sample in scored] for k, name in enumerate(pool)},
+        **{f"rm_answered/{name}": [float(name in sample.components) for sample in scored] for name in pool},
+        **{f"rm_component/{name}": [sample.components.get(name, 0.0) for sample in scored] for name in pool},
     }
     return OpenRlhfReply(rewards, rewards, logs)
 

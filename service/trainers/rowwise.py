@@ -215,7 +215,7 @@ def plan(prompts: Sequence[Any], completions: Sequence[Any], options: RowOptions
 
 
 def metrics(results: Sequence[RewardResult]) -> dict[str, float]:
-    """What is worth a curve: share of instances without reward, of fallbacks, and of each reward model."""
+    """Return what is worth a curve: shares of missing rewards, fallbacks and models, and the mean of what each said."""
     scored = [result for result in results if isinstance(result, Scored)]
     found = {"reward_router/missing": (len(results) - len(scored)) / max(len(results), 1)}
     if scored:
@@ -223,6 +223,11 @@ def metrics(results: Sequence[RewardResult]) -> dict[str, float]:
         found["reward_router/propensity"] = sum(result.propensity for result in scored) / len(scored)
         for model, count in sorted(Counter(result.model for result in scored).items()):
             found[f"reward_router/share/{model}"] = count / len(scored)
+        said: dict[str, list[float]] = {}
+        for result in scored:
+            for name, values in (result.extra.get("components") or {}).items():
+                said.setdefault(name, []).extend(value for value in values if value is not None)
+        found |= {f"reward_router/component/{name}": sum(v) / len(v) for name, v in sorted(said.items()) if v}
     return found
 
 

@@ -146,7 +146,7 @@ class SampleScorer:
 
 
 def scorer_from_environment(**options: Any) -> SampleScorer:
-    """Return this process's scorer for these options; they win over the environment's `REWARD_ROUTER_…`."""
+    """Return this process's scorer for these options; they win over the environment's `REWARD_ROUTER_CLIENT_…`."""
     return _scorer(from_environment(os.environ, **options), os.getpid())
 
 

@@ -95,6 +95,7 @@ class ScoredSample:
         propensity: probability that this RM would be asked.
         fallback: whether another RM had been drawn and gave nothing.
         decision_id: for feedback.
+        components: what each scorer said of the sample, by name.
     """
 
     reward: float
@@ -104,6 +105,7 @@ class ScoredSample:
     propensity: float
     fallback: bool
     decision_id: str
+    components: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@
     environment.env_class=reward_router
 
 SkyRL has no word for "no reward", so a missing one raises; it is never a 0. Options come from the environment's
-`REWARD_ROUTER_…`, or from its configuration. Imports nothing of SkyRL; called by `skyrl_env` and by environments of
-users.
+`REWARD_ROUTER_CLIENT_…`, or from its configuration. Imports nothing of SkyRL; called by `skyrl_env` and by
+environments of users.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 verifiers plugs the function into any task beside its own rewards; what each scorer said becomes metrics of the trace.
 `score_group` is for an environment's `finalize`, where one episode holds several attempts that are judged together.
 Where no reward can be had they raise, so that verifiers marks the trace as failed: never a 0. Options come from the
-environment (`REWARD_ROUTER_URL`, …). Imports nothing of verifiers; called by it.
+environment (`REWARD_ROUTER_CLIENT_URL`, …). Imports nothing of verifiers; called by it.
 """
 
 from __future__ import annotations

@@ -23,9 +23,10 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -193,12 +194,14 @@ def score_of(result: RewardResult) -> dict[str, Any]:
     [reward] = result.rewards
     if reward is None:
         raise RouterUnavailableError(f"{result.model} gave no reward for this sample")
+    parts: Mapping[str, Sequence[float | None]] = result.extra.get("components") or {}
     return {
         "score": reward,
         "propensity": result.propensity,
         "fallback": float(result.fallback),
         "reward_model": result.model,
         "decision_id": result.decision_id,
+        "components": json.dumps({name: values[0] for name, values in parts.items()}),
     }
 
 

@@ -219,8 +219,29 @@ class Auditor:
                 self._count(run, "dropped", queue.dropped)
             if queue.tasks:
                 worked = True
-                await self._audit(run, queue.tasks)
+                await self._audit_apart(run, queue.tasks)
         return worked
+
+    async def _audit_apart(self, run: Run, tasks: Sequence[AuditTask]) -> None:
+        """Audit; where that fails unexpectedly, one by one, so that only a decision that fails alone is given up.
+
+        Raises:
+            ServiceError: the store does not answer, or has lost the run.
+        """
+        try:
+            await self._audit(run, tasks)
+        except ServiceError:
+            raise
+        except Exception:
+            self._telemetry.audit_errors.inc()
+            logger.exception("audit failed")
+            if len(tasks) > 1:
+                for task in tasks:
+                    await self._audit_apart(run, [task])
+                return
+            given_up = [AuditVerdict(task.decision_id, 0.0) for task in tasks]
+            await self._store.finish_audits(run.name, given_up, identity=run.identity, keep=self.plan.keep)
+            self._count(run, "failed", len(tasks))
 
     async def _wait_for_requests(self) -> None:
         with contextlib.suppress(TimeoutError):

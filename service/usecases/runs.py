@@ -15,6 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,9 @@ RECENT_INSTANCES = 64
 
 MAX_POLICIES = 256
 """Policies that requests may name while a gateway runs: weights and budgets make any number of names."""
+
+FOLD_WORDS = {"hyper": "list of hyper-parameters", "fold": "fold setting", "blas_threads": "number of BLAS threads"}
+"""Parts of a fingerprint whose names are not words."""
 
 MAX_NAMED_RUNS = 20
 """Runs that the error on an unknown one names."""
@@ -423,10 +427,11 @@ class RunRegistry:
             with contextlib.suppress(ConfigurationError):
                 fingerprint = self.template.fingerprint(form)
         if standing != fingerprint:
+            changed = differences(standing, fingerprint)
             raise RunConflictError(
-                f"run {name!r} was started with another pool, prior, checkpoint or fold setting: use a new run name, "
-                "or start the gateway with what the run was started with",
-                details={"run": name, "changed": differences(standing, fingerprint)},
+                f"run {name!r} was started otherwise: {changed_words(changed)}. Use a new run name, or start the "
+                "gateway with what the run was started with",
+                details={"run": name, "changed": changed},
             )
         run = Run(name, self.template, identity, form)
         self._runs[name] = run
@@ -477,10 +482,30 @@ def failure_of(run: Run) -> str:
     return f"the learner of run {run.name!r} stopped: {run.failure}"
 
 
-def differences(standing: str, wanted: str) -> dict[str, object]:
+def differences(standing: str, wanted: str) -> dict[str, dict[str, Any]]:
     """What differs between two fingerprints, by field: the run's value and the gateway's."""
     old, new = json.loads(standing), json.loads(wanted)
     return {key: {"run": old.get(key), "gateway": new[key]} for key in new if old.get(key) != new[key]}
+
+
+def changed_words(changed: Mapping[str, Any]) -> str:
+    """Return what differs between a run and a gateway as a sentence's part: names and kinds, no digests.
+
+    >>> changed_words({"signal": {"run": "loss", "gateway": "preference"}, "means": {"run": "1f", "gateway": "2e"}})
+    'its signal is loss, the gateway has preference; its checkpoint is another one'
+    """
+    words = []
+    for key, values in changed.items():
+        old, new = values["run"], values["gateway"]
+        if key == "pool":
+            words.append(f"its scorers are {', '.join(old or ())}, the gateway has {', '.join(new or ())}")
+        elif key in ("origin", "means", "d", "columns"):
+            words.append("its checkpoint is another one")
+        elif key in ("signal", "prior"):
+            words.append(f"its {key} is {old}, the gateway has {new}")
+        else:
+            words.append(f"its {FOLD_WORDS.get(key, key)} is {old}, the gateway has {new}")
+    return "; ".join(dict.fromkeys(words))
 
 
 def _standing_form(fingerprint: str) -> PriorForm | None:

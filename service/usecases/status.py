@@ -22,8 +22,8 @@ from service.usecases.runs import Run, RunRegistry, failure_of, known_runs
 class ArmLearned(BaseModel):
     """What a run knows of one RM."""
 
-    model: str
-    feedbacks: int
+    model: str = Field(description="Name of the RM.")
+    feedbacks: int = Field(description="Feedbacks that taught of it.")
     mean_reward: float | None = Field(description="Mean learned reward; null without feedback.")
     score_mean: float | None = Field(description="Running mean of its raw scores; null where none was normalised here.")
     score_sd: float | None = Field(description="Running sd of its raw scores; null where it is not known.")
@@ -35,14 +35,14 @@ class ArmLearned(BaseModel):
 class PosteriorStatus(BaseModel):
     """One run's posterior."""
 
-    run: str
+    run: str = Field(description="Name of the run.")
     version: int = Field(description="Events it has learned from.")
-    last_event_id: str
+    last_event_id: str = Field(description="Id of the last of them in the run's log.")
     digest: str = Field(description="sha256 over every number of it.")
-    prior: str
-    policy: str
-    signal: str
-    dim: int
+    prior: str = Field(description="Form of the prior: calibrated, paper, none or linucb.")
+    policy: str = Field(description="Policy of requests that name none.")
+    signal: str = Field(description="Kind of feedback that it learns from: preference, loss or reward.")
+    dim: int = Field(description="Length d of a context.")
     drift: float = Field(description="Largest entry of ΛΣ − I at the last refresh.")
     lambda0: float = Field(description="Prior precision λ₀ now: how far the offline stage is trusted.")
     novel_share: float | None = Field(
@@ -51,7 +51,7 @@ class PosteriorStatus(BaseModel):
     )
     log_appended: int = Field(description="Events ever appended to the run's log.")
     scale_version: int | None = Field(description="Entries of the score log folded here; null without `normalize`.")
-    models: list[ArmLearned]
+    models: list[ArmLearned] = Field(description="What is known of each RM, in the order of the pool.")
 
 
 class StatusService:
@@ -198,9 +198,10 @@ class StatusService:
                 details={"models": [arm.name for arm in models]},
             )
         if self._encoder is not None and not self._encoder.available:
-            servers = {server.url: server.problem for server in self._encoder.servers()}
-            reasons = "; ".join(f"{url}: {problem or 'no answer'}" for url, problem in servers.items())
-            raise NotReadyError(f"the encoder's servers cannot be asked: {reasons}", details={"encoder": servers})
+            # By number: readiness is told to everybody, and addresses are for the log and the metrics.
+            problems = [server.problem or "no answer" for server in self._encoder.servers()]
+            reasons = "; ".join(f"server {number}: {problem}" for number, problem in enumerate(problems, 1))
+            raise NotReadyError(f"the encoder's servers cannot be asked: {reasons}", details={"encoder": problems})
         return run.name, run.posterior.count
 
     async def posterior(self, name: str | None) -> PosteriorStatus:

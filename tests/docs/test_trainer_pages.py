@@ -15,6 +15,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from service.trainers.areal import client_of
 from service.trainers.options import PREFIX, VARIABLES, ClientOptions, from_environment
@@ -72,7 +73,9 @@ def execute(source: str, **names: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", ["trl", "verl", "ms-swift", "areal"])
+@pytest.mark.parametrize(
+    "name", ["trl", "verl", "ms-swift", "areal", "verifiers", "skyrl", "atropos", "nemo-gym", "roll"]
+)
 def test_each_page_has_what_one_looks_for(name: str) -> None:
     text = (PAGES / f"{name}.md").read_text("utf-8")
     headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
@@ -209,3 +212,60 @@ def test_areals_functions_give_a_reward(gateway: LiveGateway, capsys: pytest.Cap
     found = execute(own.replace(GATEWAY, gateway.url))
     client_of(found["reward_fn"].options, os.getpid()).close()
     assert isinstance(float(capsys.readouterr().out), float)
+
+
+LOADED = {
+    "verifiers": """
+from verifiers.v1.utils.loaders import load_plugged_fn
+load_plugged_fn("router", config.rewards["router"], "reward")
+assert issubclass(BestOf, vf.Env)
+""",
+    "skyrl": """
+from skyrl_gym.envs.registration import make
+env = make("reward_router", extras={})
+env.init("Why?")
+assert env.step("So.")["done"]
+assert Doubting(extras={"max_turns": 2}).observe("So.")
+""",
+    "atropos": """
+import asyncio
+said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+assert len(asyncio.run(scored({"messages": [said, said]}, "So."))["scores"]) == 2
+""",
+    "nemo-gym": """
+import yaml
+[inner] = yaml.safe_load(CONFIG)["router"]["resources_servers"].values()
+from service.trainers.nemo_gym_server import RouterConfig
+config = RouterConfig(host="127.0.0.1", port=1, name="router", **inner)
+assert (config.run, config.num_rollouts_per_prompt) == ("nemo-1", 8)
+""",
+}
+"""What shows that the blocks of a page did what it says."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "folder"), [(name, name.replace("-", "_")) for name in LOADED])
+def test_the_frameworks_snippets_run(page: str, folder: str, gateway: LiveGateway) -> None:
+    clients = client_folder({"skyrl": "skyrl_gym"}.get(folder, folder))
+    config = "".join(blocks(f"{page}.md", "yaml"))
+    lines = [
+        "import sys",
+        "from tests.support.gym_scoring import Stubs",
+        "sys.meta_path.insert(0, Stubs())",
+        f"sys.path.append({str(clients)!r})",
+        f"CONFIG = {config!r}",
+        "__name__ = 'page'",
+        *blocks(f"{page}.md", "python"),
+        LOADED[page],
+    ]
+    environment = {PREFIX + "URL": gateway.url, "PYTHONPATH": str(ROOT)}
+    done = run_python(["-c", "\n".join(lines).replace(GATEWAY, gateway.url)], environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_rolls_configuration_names_the_worker() -> None:
+    for block in blocks("roll.md", "yaml"):
+        [worker] = yaml.safe_load(block)["rewards"].values()
+        module, _, name = worker["worker_cls"].rpartition(".")
+        source = (ROOT / (module.replace(".", "/") + ".py")).read_text("utf-8")
+        assert f"class {name}(" in source

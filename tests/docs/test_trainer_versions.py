@@ -21,7 +21,13 @@ FETCHED = {
     "AReaL": "areal",
     "verl": "verl",
     "ms-swift": "swift",
+    "SkyRL": "skyrl_gym",
+    "verifiers": "verifiers",
+    "Atropos": "atropos",
+    "NeMo Gym": "nemo_gym",
 }
+READ = {"ROLL": "0af0fad"}
+"""Commits that were read, of what cannot be run."""
 SOURCES = {
     "TRL": [TESTS / "test_trl_trainers.py", SUPPORT / "trl_training.py"],
     "OpenRLHF": [TESTS / "test_real_clients.py", DOCS],
@@ -30,6 +36,11 @@ SOURCES = {
     "AReaL": [SUPPORT / "areal_scoring.py"],
     "verl": [SUPPORT / "verl_scoring.py"],
     "ms-swift": [SUPPORT / "swift_scoring.py"],
+    "SkyRL": [SUPPORT / "gym_scoring.py"],
+    "verifiers": [SUPPORT / "gym_scoring.py"],
+    "Atropos": [SUPPORT / "gym_scoring.py"],
+    "NeMo Gym": [SUPPORT / "gym_scoring.py"],
+    "ROLL": [TESTS / "test_batch_workers.py"],
 }
 """Where a trainer's own names are called."""
 
@@ -49,17 +60,24 @@ def version_of(name: str) -> str:
         return str(version)
     if name == "slime":
         return SLIME.commit[:7]
+    if name in READ:
+        return READ[name]
     return trainer_named(FETCHED[name]).version
+
+
+def stem_of(name: str) -> str:
+    """The name of the trainer's page."""
+    return name.lower().replace(" ", "-")
 
 
 def page_of(name: str) -> str:
     """The trainer's page, without its line breaks."""
-    return " ".join((PAGES / f"{name.lower()}.md").read_text("utf-8").split())
+    return " ".join((PAGES / f"{stem_of(name)}.md").read_text("utf-8").split())
 
 
 def test_the_table_names_every_trainer_that_has_a_page() -> None:
     pages = {path.stem for path in PAGES.glob("*.md")} - {"index"}
-    assert {name.lower() for name in rows()} == pages
+    assert {stem_of(name) for name in rows()} == pages
     assert set(SOURCES) == set(rows())
     assert sorted(FETCHED.values()) == sorted(trainer.name for trainer in TRAINERS)
 
@@ -69,7 +87,7 @@ def test_the_versions_are_the_tested_ones(name: str) -> None:
     version = version_of(name)
     assert rows()[name][0] == version
     short = version.rpartition(".")[0] if name == "TRL" else version
-    assert f"{'commit' if name == 'slime' else name} {short}" in page_of(name)
+    assert f"{'commit' if name in ('slime', *READ) else name} {short}" in page_of(name)
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -32,7 +32,7 @@ from loadtests.tables.experiments import (
     Variant,
     domains_of,
 )
-from loadtests.tables.offline import TableTwo, minus, offline_figures
+from loadtests.tables.offline import PAPERS, TableTwo, minus, offline_figures
 from loadtests.tables.online import ablation_figures, domain_figures, stream_figures
 from loadtests.tables.work import (
     BEST_HINDSIGHT,
@@ -155,7 +155,7 @@ def test_an_incomplete_pair_is_learned_from_and_not_streamed() -> None:
 
 def test_the_streams_in_distribution_take_the_fits_of_table_two(plan: Plan, pairs: list[LabelledPair]) -> None:
     needed = TableTwo(pairs, POOL, ["surface"], SIZE).needed()
-    assert len(needed) == 9  # two dealings of our router, one of no-CLS, three folds each
+    assert len(needed) == 12  # two dealings of our router, one of no-CLS and of the paper's, three folds each
     assert {stream.fit for stream in plan.in_distribution(POOL)} <= set(needed)
 
 
@@ -184,7 +184,7 @@ def test_table_two_holds_every_row_and_agrees_with_the_fits(
     judged = table.judged(fitted, material)
     assert set(judged.rows) == {
         "single:coder", "single:talker", "random", "majority", "uwo", "offline", "offline:bt", "offline:cls",
-        "offline:no-cls", BEST_LEARNED, BEST_HINDSIGHT, SUBSETS_LEARNED, SUBSETS_HINDSIGHT, *COMBINED,
+        "offline:no-cls", BEST_LEARNED, BEST_HINDSIGHT, SUBSETS_LEARNED, SUBSETS_HINDSIGHT, *COMBINED, PAPERS,
     }  # fmt: skip
     fit = table.needed()[0]
     outside = np.setdiff1d(np.arange(len(pairs)), fit.rows)

@@ -139,6 +139,18 @@ def test_combine_is_the_policy_of_requests_that_name_none(tmp_path: Path) -> Non
         load(tmp_path, f"combine: average\n{models}")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe\x00", bytes(range(256)), b"models: *nobody", b"[" * 3000, b"models: " + b"[" * 3000 + b"]" * 3000],
+    ids=["utf-16", "bytes", "alias", "open brackets", "brackets"],
+)
+def test_a_file_that_is_not_yaml_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "pool.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigurationError, match=r"pool\.yaml is not YAML"):
+        load_pool(path)
+
+
 AUDITED = "models: [{name: rm, path: a}]\nreferees: [{name: sums, kind: rule, builtin: math}]\naudit: {%s}"
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import redis
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS as SLOTS
+from redis.crc import key_slot
 
-from service.stores.slots import SLOTS, hash_slot
 from tests.conftest import free_port
 
 FORM_SECONDS = 60.0
@@ -179,7 +180,7 @@ class ValkeyCluster:
 
     def owner(self, run: str) -> Node:
         """The primary that has the run now, as the nodes that live say."""
-        slot = hash_slot(run)
+        slot = key_slot(run.encode())
         for node in self.nodes:
             if node.process is None:
                 continue
@@ -194,14 +195,14 @@ class ValkeyCluster:
 
     def begin_move(self, run: str, target: Node) -> Node:
         """Open the run's slot for moving from its owner to the target: MIGRATING here, IMPORTING there."""
-        slot, source = hash_slot(run), self.owner(run)
+        slot, source = key_slot(run.encode()), self.owner(run)
         target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source.id())
         source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", target.id())
         return source
 
     def move_keys(self, run: str, source: Node, target: Node, count: int = 10_000) -> int:
         """Move so many keys of the slot, in one step each; how many there were."""
-        keys = source.ask("CLUSTER", "GETKEYSINSLOT", hash_slot(run), count)
+        keys = source.ask("CLUSTER", "GETKEYSINSLOT", key_slot(run.encode()), count)
         for key in keys:
             source.ask("MIGRATE", "127.0.0.1", target.port, key, 0, 5000)
         return len(keys)
@@ -209,7 +210,7 @@ class ValkeyCluster:
     def end_move(self, run: str, source: Node, target: Node) -> None:
         """Give the slot to the target, which must have all keys."""
         for node in (target, source):
-            node.ask("CLUSTER", "SETSLOT", hash_slot(run), "NODE", target.id())
+            node.ask("CLUSTER", "SETSLOT", key_slot(run.encode()), "NODE", target.id())
 
 
 def _lines(answer: bytes) -> list[tuple[str, str]]:

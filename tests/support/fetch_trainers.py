@@ -184,6 +184,8 @@ TRAINERS = (
             "platformdirs==4.14.8",
             "protobuf==7.36.2",
             "sniffio==1.3.1",
+            "pydot==4.0.1",
+            "python-multipart==0.0.34",
             "wandb==0.31.0",
             "yappi==1.7.6",
         ),

@@ -71,7 +71,7 @@ async def verifiers() -> Any:
     try:
         await asyncio.gather(*(task.score(one) for one in singles))
     except vf.TaskError as error:
-        return {"error": repr(error), "rewards": [{k: v for k, v in one.rewards.items()} for one in singles]}
+        return {"error": repr(error), "rewards": [dict(one.rewards) for one in singles]}
     group = [trace(response) for response in RESPONSES]
     await score_group(task.data, group)
     return {
@@ -83,7 +83,7 @@ async def verifiers() -> Any:
 
 
 async def skyrl() -> Any:
-    """`skyrl_gym.make` on our class by path, a single turn and two turns."""
+    """`skyrl_gym.make` on our class of `BaseTextEnv` by path, a single turn and two turns."""
     import skyrl_gym
     from skyrl_gym.envs.registration import make, register
 
@@ -112,14 +112,15 @@ async def skyrl() -> Any:
 
 
 async def atropos() -> Any:
-    """`BaseEnv.handle_env` with an environment that scores its group through us."""
+    """`BaseEnv.handle_env`, of an environment that scores its group through us; what it would send to the trainer."""
+    from collections import deque
+    from types import SimpleNamespace
+
     from atroposlib.envs.base import BaseEnv, ScoredDataGroup
 
     from service.trainers.atropos import score_group
 
     class Environment(BaseEnv):  # type: ignore[misc, unused-ignore]
-        sent: list[Any] = []  # noqa: RUF012
-
         async def collect_trajectories(self, item: Any) -> Any:
             group = ScoredDataGroup(tokens=[], masks=[], scores=[], messages=[])
             for index, response in enumerate(RESPONSES):
@@ -128,13 +129,30 @@ async def atropos() -> Any:
                 group["messages"].append([*PROMPT, {"role": "assistant", "content": response}])
             return await score_group(group, reference=item), []
 
+        async def get_next_item(self) -> Any:
+            return None
+
+        async def evaluate(self, *_: Any, **__: Any) -> None:
+            return None
+
+        async def handle_send_to_api(self, scored_data: Any, item: Any = None, **_: Any) -> None:
+            self.sent.append(scored_data)
+
+        async def cleanup(self) -> None:
+            return None
+
     environment = Environment.__new__(Environment)
-    scored, backlog = await environment.collect_trajectories("c d e f")
-    return {"scores": None if scored is None else scored["scores"], "backlog": backlog}
+    environment.sent = []
+    environment.running_items = {"u": {"item": "c d e f"}}
+    environment.backlog, environment.config = [], SimpleNamespace(group_size=len(RESPONSES))
+    for name in ("task_duration", "succeeded_task_duration", "failed_task_duration", "task_successful"):
+        setattr(environment, name, deque())
+    await environment.handle_env("u")
+    return {"scores": [group["scores"] for group in environment.sent], "successful": list(environment.task_successful)}
 
 
 async def nemo_gym() -> Any:
-    """A resources server on a port, called by NeMo Gym's own client: singles, a cohort and `/compare`."""
+    """A `SimpleResourcesServer` of ours on a port, called by NeMo Gym's own client: singles, a cohort, `/compare`."""
     import nemo_gym.server_utils as http
     import uvicorn
     from omegaconf import OmegaConf
@@ -172,7 +190,7 @@ async def nemo_gym() -> Any:
         instance.setup_exception_middleware(app)
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
         task = asyncio.create_task(server.serve(sockets=[sock]))
-        while not server.started:
+        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.01)
         return client, server, task
 

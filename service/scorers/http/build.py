@@ -38,6 +38,7 @@ def build_http_scorer(entry: ScorerEntry, settings: Settings) -> HttpScorer:
             attempt_timeout_seconds=timeout,
             timeout_seconds=entry.timeout_seconds,
             requests_per_minute=entry.requests_per_minute,
+            tokens_per_minute=entry.tokens_per_minute,
             api_key=entry.key(),
             applies=entry.admits if entry.choosy else None,
         ),

@@ -224,7 +224,8 @@ class HttpScorer(ServedScorer):
 
     def _out(self) -> WorkerUnavailableError:
         return WorkerUnavailableError(
-            f"{self.kind} {self.name!r}: every server is out or at a limit (`max_in_flight`, `requests_per_minute`)",
+            f"{self.kind} {self.name!r}: every server is out or at a limit (`max_in_flight`, "
+            "`requests_per_minute`, `tokens_per_minute`)",
             details={"model": self.name},
             retry_after_seconds=1,
         )

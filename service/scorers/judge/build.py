@@ -49,6 +49,7 @@ def build_judge(entry: JudgeEntry, settings: Settings) -> JudgeScorer:
             attempt_timeout_seconds=timeout,
             answer_seconds=settings.worker_timeout_seconds,
             requests_per_minute=entry.requests_per_minute,
+            tokens_per_minute=entry.tokens_per_minute,
             api_key=entry.key(),
             applies=entry.admits if entry.choosy else None,
         ),

@@ -235,7 +235,7 @@ class JudgeScorer(ServedScorer):
         try:
             # Both orders of a pair are one input.
             single = [instance.prompt, *sorted(instance.responses[index] for index in shown)]
-            choice = await self._exchange(body, single, deadline, slots)
+            choice = await self._exchange(body, self.dialogue.answer_tokens(style), single, deadline, slots)
         except WorkerError as error:
             return error
         try:
@@ -243,13 +243,17 @@ class JudgeScorer(ServedScorer):
         except VerdictError as error:
             return UnreadableVerdictError(f"judge {self.name!r}: no verdict: {error}", details=details)
 
-    async def _exchange(self, body: bytes, single: Sequence[str], deadline: float, slots: asyncio.Semaphore) -> Choice:
+    async def _exchange(
+        self, body: bytes, answer_tokens: int, single: Sequence[str], deadline: float, slots: asyncio.Semaphore
+    ) -> Choice:
         """Make a request; while all servers ask for patience that fits the deadline, wait and make it again."""
         loop = asyncio.get_running_loop()
         while True:
             try:
                 async with slots:
-                    return await self._requester.ask(self.dialogue, body, 1, deadline, single=single)
+                    return await self._requester.ask(
+                        self.dialogue, body, 1, deadline, single=single, answer_tokens=answer_tokens
+                    )
             except WorkerUnavailableError:
                 rest = min((one.rest_seconds for one in self.replicas if one.breaker.allows), default=0.0)
                 if not 0.0 < rest < deadline - loop.time():
@@ -258,7 +262,8 @@ class JudgeScorer(ServedScorer):
 
     def _out(self) -> WorkerUnavailableError:
         return WorkerUnavailableError(
-            f"judge {self.name!r}: every server is out or at a limit (`max_in_flight`, `requests_per_minute`)",
+            f"judge {self.name!r}: every server is out or at a limit (`max_in_flight`, "
+            "`requests_per_minute`, `tokens_per_minute`)",
             details={"model": self.name},
             retry_after_seconds=1,
         )

@@ -64,14 +64,18 @@ class ChatDialogue:
         Raises:
             UnicodeEncodeError: the message holds half of a surrogate pair.
         """
-        options = self._options
-        wanted: dict[str, object] = {"temperature": options.temperature}
+        wanted: dict[str, object] = {"temperature": self._options.temperature, "max_tokens": self._max_tokens(style)}
         if style is Style.LETTER:
-            wanted |= {"max_tokens": options.max_tokens or LETTER_TOKENS}
             wanted |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
-        else:
-            wanted |= {"max_tokens": options.max_tokens or TEXT_TOKENS}
         return self._encoded(message, wanted)
+
+    def answer_tokens(self, style: Style) -> int:
+        """Return how many tokens an answer of a style has at most, by the name that the request gives the bound."""
+        extra = self._options.extra_body or {}
+        return extra.get("max_completion_tokens") or extra.get("max_tokens") or self._max_tokens(style)
+
+    def _max_tokens(self, style: Style) -> int:
+        return self._options.max_tokens or (LETTER_TOKENS if style is Style.LETTER else TEXT_TOKENS)
 
     def read(self, body: bytes, count: int) -> Choice:
         """Return the only completion; what it says is another question."""

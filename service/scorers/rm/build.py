@@ -56,6 +56,7 @@ def build_reward_model(
             attempt_timeout_seconds=model.timeout_seconds or settings.worker_timeout_seconds,
             api_key=model.key(),
             requests_per_minute=model.requests_per_minute,
+            tokens_per_minute=model.tokens_per_minute,
             timeout_seconds=model.timeout_seconds,
             score_scale=model.score_scale,
             score_shift=model.score_shift,

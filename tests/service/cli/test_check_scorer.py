@@ -152,7 +152,15 @@ def test_a_service_that_ignores_its_key_fails(serve: Serve) -> None:
     assert "without the key it answered 200" in done.output
 
 
-def test_an_item_that_cannot_be_used_is_named(tmp_path: Path) -> None:
-    (tmp_path / "item.json").write_text('{"prompt": "p", "responses": ["one"]}')
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        (b'{"prompt": "p", "responses": ["one"]}', "at least two texts in `responses`"),
+        (b"[" * 100_000, "item.json is no JSON"),
+        (b'{"prompt": "\xe9"}', "item.json is no JSON"),
+    ],
+)
+def test_an_item_that_cannot_be_used_is_named(tmp_path: Path, item: bytes, words: str) -> None:
+    (tmp_path / "item.json").write_bytes(item)
     done = check("http://127.0.0.1:1", "--item", str(tmp_path / "item.json"))
-    assert "at least two texts in `responses`" in str(done.exception)
+    assert words in str(done.exception)

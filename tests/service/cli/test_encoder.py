@@ -132,7 +132,7 @@ def fake_vllm(folder: Path) -> str:
 
 def planned(folder: Path, checkpoint: Path, share: float, *words: str) -> Result:
     """`up --encoder served --dry-run` of a pool with one RM on each of two GPUs, vLLM for all."""
-    models = [{"name": name, "path": "m", "gpu_share": share, "gpus": [gpu]} for gpu, name in enumerate("ab")]
+    models = [{"name": name, "path": "m", "gpu_share": share, "gpus": [gpu]} for gpu, name in enumerate(MODELS[:2])]
     (folder / "pool.yaml").write_text(yaml.safe_dump({"models": models, "vllm_command": fake_vllm(folder)}))
     given = ["--pool", str(folder / "pool.yaml"), "--checkpoint", str(checkpoint), "--data-dir", str(folder / "data")]
     return runner.invoke(app, ["up", *given, "--encoder", "served", "--dry-run", *words])
@@ -145,9 +145,9 @@ def test_the_encoder_counts_among_those_that_share_a_gpu(
     refused = planned(tmp_path, checkpoint, 0.9)
     assert isinstance(refused.exception, ConfigurationError)
     assert str(refused.exception) == (
-        "GPU 0: the shares of its memory sum to 1.00, more than 0.95 (a 0.9, encoder 0.1): lower `gpu_share`, or "
-        "spread the models with `gpus`, or give the encoder a smaller share or another GPU (--encoder-share, "
-        "--encoder-gpu)"
+        f"GPU 0: the shares of its memory sum to 1.00, more than 0.95 ({MODELS[0]} 0.9, encoder 0.1): lower "
+        "`gpu_share`, or spread the models with `gpus`, or give the encoder a smaller share or another GPU "
+        "(--encoder-share, --encoder-gpu)"
     )
     assert not (tmp_path / "data").exists(), "refused before anything is exported"
     for words in (("--encoder-gpu", "2"), ("--encoder-share", "0.05"), ("--device", "cpu"), ("--worker", "cpu")):
@@ -168,8 +168,8 @@ def test_a_dry_run_shows_the_encoder_its_export_and_who_shares_each_gpu(
     assert f" serve {folder} " in encoder
     assert encoder.endswith("--max-model-len 64 --gpu-memory-utilization 0.2")
     assert comments == [
-        "# GPU 0: a 0.5 of its memory",
-        "# GPU 1: b 0.5 + encoder 0.2 = 0.7 of its memory, at most 0.95",
+        f"# GPU 0: {MODELS[0]} 0.5 of its memory",
+        f"# GPU 1: {MODELS[1]} 0.5 + encoder 0.2 = 0.7 of its memory, at most 0.95",
     ]
     assert not folder.exists(), "a dry run writes nothing"
     ensure_exported(checkpoint, folder)

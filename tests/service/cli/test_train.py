@@ -151,3 +151,18 @@ def test_consensus_needs_no_label(tmp_path: Path) -> None:
     assert none["consensus_pairs"] == 60
     assert "estimated from the agreement" in (tmp_path / "c" / "README.md").read_text()
     assert "--finetune" in refused(tmp_path / "none.jsonl", *words, "--finetune", "full")
+
+
+def test_few_pairs_start_from_the_shipped_kinds_unless_told_not_to(data: Path, tmp_path: Path) -> None:
+    digests = {
+        option: json.loads(invoke(data, "--out", tmp_path / option, "--json", f"--{option}"))["digest"]
+        for option in ("shipped-kinds", "no-shipped-kinds")
+    }
+    assert digests["shipped-kinds"] != digests["no-shipped-kinds"]
+
+
+def test_the_accuracy_is_told_beside_the_best_single_and_majority(data: Path, tmp_path: Path) -> None:
+    said = " ".join(invoke(data, "--out", tmp_path / "checkpoint").split())
+    # Each of the two RMs is right on half of the pairs, and they are never right together.
+    assert "on the same 40 pairs the best single RM (a) has 0.500, majority vote 0.500" in said
+    assert "![calibration of each RM](calibration.png)" in (tmp_path / "checkpoint" / "README.md").read_text()

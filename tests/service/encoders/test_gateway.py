@@ -133,7 +133,10 @@ async def test_readiness_and_rewards_wait_for_the_encoder_and_say_why(
             return answer.status == 503 and "encoder's servers cannot be asked" in answer.error["message"]
 
         await until(told, "readiness names the encoder")
+        port = refused_url.rpartition(":")[2]
+        assert port not in (await client.get("/readyz")).body.decode(), "no address for callers without a key"
         answer = await client.post("/reward", pair())
+        assert port not in answer.body.decode()
         assert (answer.status, answer.error["code"]) == (503, "encoder_unavailable")
         assert answer.headers["retry-after"] == "1"
         metrics = (await client.get("/metrics")).body.decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -351,6 +352,16 @@ async def test_the_documentation_page_is_served(gateway: Gateway) -> None:
     response = await gateway.client.get("/docs")
     assert response.status == 200
     assert b"openapi.json" in response.body
+    text = response.body.decode()
+    assert all(path in text for path in ("/reward", "/feedback", "/posterior", "PosteriorStatus"))
+    # Nothing is loaded from elsewhere: no script, no style sheet, no picture.
+    assert not re.findall(r"<script|<link|<img|src=", text)
+
+
+async def test_every_field_of_the_posterior_is_described(gateway: Gateway) -> None:
+    schemas = (await document_of(gateway))["components"]["schemas"]
+    for name in ("PosteriorStatus", "ArmLearned"):
+        assert [field for field, shape in schemas[name]["properties"].items() if "description" not in shape] == []
 
 
 async def test_the_application_stops_while_learners_wait_for_events(valkey_server: ValkeyProcess) -> None:

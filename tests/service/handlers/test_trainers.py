@@ -61,6 +61,9 @@ async def test_openrlhf_logs_are_numbers_and_the_rm_an_index(gateway: Gateway) -
     names = [arm.name for arm in gateway.arms]
     assert [logs[f"rm_asked/{name}"] for name in names] == [[float(k == index)] for k in range(3)]
     assert gateway.arms[int(index)].calls
+    said = [reply["rewards"] if k == index else [0.0] for k in range(3)]
+    assert [logs[f"rm_component/{name}"] for name in names] == said
+    assert [logs[f"rm_answered/{name}"] for name in names] == [[float(k == index)] for k in range(3)]
     assert 0 < logs["rm_propensity"][0] < 1
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-import redis.cluster
-import redis.crc
+import redis
+from redis.crc import key_slot
 
 from service.errors import ConfigurationError, StoreUnavailableError
-from service.stores.cluster import ClusterClient
+from service.stores.cluster import ClusterClient, is_cluster_url, parse_seeds, slot_of
 from service.stores.protocol import FeedbackRecord, FeedbackStatus
 from service.stores.redis import RedisStore
 from service.stores.resp import ReplyError
-from service.stores.slots import Topology, hash_slot, is_cluster_url, parse_seeds, slot_of
+from tests.conftest import ValkeyProcess, free_port
 from tests.support.cluster import Node, ValkeyCluster
 from tests.support.gateway import until
 from tests.support.traffic import Traffic, check_log, decision
@@ -52,11 +53,6 @@ def another(cluster: ValkeyCluster, node: Node) -> Node:
 # The URL and the slots.
 
 
-@pytest.mark.parametrize("key", ["a", "123456789", "rr:{run-1}:log", "{}x", "x{", "{a}{b}", "}{", "{{a}}", "Ä€"])
-def test_a_slot_is_the_one_that_the_servers_compute(key: str) -> None:
-    assert hash_slot(key) == hash_slot(key.encode()) == redis.crc.key_slot(key.encode())
-
-
 @pytest.mark.parametrize(
     ("command", "key"),
     [
@@ -64,18 +60,18 @@ def test_a_slot_is_the_one_that_the_servers_compute(key: str) -> None:
         (("EVALSHA", "sha", 2, "k", "l", "word"), "k"),
         (("XREAD", "COUNT", 1, "BLOCK", 5, "STREAMS", "k", "0-0"), "k"),
         (("XINFO", "STREAM", "k"), "k"),
-        (("PING",), None),
+        (("CLUSTER", "INFO"), None),
     ],
 )
 def test_the_key_of_a_command_is_found(command: tuple[str | int, ...], key: str | None) -> None:
-    assert slot_of(command) == (None if key is None else hash_slot(key))
+    assert slot_of(command) == (None if key is None else key_slot(key.encode()))
 
 
 def test_a_cluster_url_names_nodes_account_and_certificates_once() -> None:
-    seeds = parse_seeds("rediss+cluster://ann:p%40ss@one:7000,two,[::1]:7002/0?ssl_cert_reqs=none")
+    seeds, words = parse_seeds("rediss+cluster://ann:p%40ss@one:7000,two,[::1]:7002/0?ssl_cert_reqs=none")
     assert [(seed.host, seed.port) for seed in seeds] == [("one", 7000), ("two", 6379), ("::1", 7002)]
-    assert {(seed.username, seed.password) for seed in seeds} == {("ann", "p@ss")}
-    assert all(seed.tls is not None for seed in seeds)
+    assert (words["username"], words["password"]) == ("ann", "p@ss")
+    assert words["ssl_cert_reqs"] == "none"
     assert not any("p@ss" in seed.shown for seed in seeds)
     assert is_cluster_url("redis+cluster://h")
     assert not is_cluster_url("redis://h")
@@ -92,7 +88,7 @@ def test_a_cluster_url_that_cannot_be_used_is_refused_at_once(url: str) -> None:
 async def test_a_server_that_is_no_cluster_is_named_with_the_remedy(valkey_server: object) -> None:
     port = valkey_server.port  # type: ignore[attr-defined]
     store = RedisStore(f"redis+cluster://127.0.0.1:{port}", window_seconds=1, timeout_seconds=0.3)
-    with pytest.raises(StoreUnavailableError, match=r"redis://HOST:PORT/0.*cluster support disabled"):
+    with pytest.raises(StoreUnavailableError, match=r"redis://HOST:PORT/0.*luster mode is not enabled"):
         await store.ping()
     await store.close()
 
@@ -102,6 +98,45 @@ async def test_a_cluster_node_asked_as_a_single_server_names_the_remedy(movable:
     store = RedisStore(f"redis://{other.address}/0", window_seconds=1, timeout_seconds=5)
     with pytest.raises(StoreUnavailableError, match=r"MOVED.*redis\+cluster://HOST:PORT"):
         await store.open_run(run, b"f")
+    await store.close()
+
+
+@pytest.fixture
+async def guarded(valkey_binary: Path, tmp_path: Path) -> AsyncIterator[ValkeyProcess]:
+    """A cluster of one node that tells no address; `ann` has the rights that docs/operations.md lists, and SET."""
+    server = ValkeyProcess(valkey_binary, tmp_path)
+    try:
+        server.start(
+            cluster_enabled="yes",
+            cluster_port=str(free_port()),
+            cluster_preferred_endpoint_type="unknown-endpoint",
+        )
+        with redis.Redis(port=server.port) as admin:
+            ask = admin.execute_command
+            ask("ACL", "SETUSER", "ann", "on", ">p@ss", "~*", "+cluster|slots", "+cluster|info", "+set")
+            ask("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            await until(lambda: b"state:ok" in ask("CLUSTER", "INFO"), "the slots to be served", 60)
+            ask("CONFIG", "SET", "requirepass", "pw")
+        yield server
+    finally:
+        server.kill()
+
+
+async def test_an_account_needs_no_more_rights_than_documented(guarded: ValkeyProcess, run: str) -> None:
+    store = RedisStore(f"redis+cluster://ann:p%40ss@127.0.0.1:{guarded.port}", window_seconds=60, timeout_seconds=15)
+    await store.ping()
+    await store.save_decisions(run, [decision()])
+    await store.close()
+
+
+@pytest.mark.parametrize(("account", "word"), [("", "NOAUTH"), ("ann:secret@", "WRONGPASS"), (":secret@", "WRONGPASS")])
+async def test_a_refused_account_names_the_remedy_and_no_password(
+    guarded: ValkeyProcess, account: str, word: str
+) -> None:
+    store = RedisStore(f"redis+cluster://{account}127.0.0.1:{guarded.port}", window_seconds=60, timeout_seconds=0.5)
+    with pytest.raises(StoreUnavailableError, match=f"{word}.*store's URL") as refused:
+        await store.ping()
+    assert "secret" not in str(refused.value) + str(refused.value.where)
     await store.close()
 
 
@@ -123,12 +158,10 @@ async def test_runs_lie_on_all_nodes_and_each_on_one(store: RedisStore, movable:
 
 
 async def test_commands_of_one_call_must_share_a_slot(movable: ValkeyCluster) -> None:
-    topology = Topology(movable.url, timeout_seconds=5)
-    client = ClusterClient(topology, timeout_seconds=5)
+    client = ClusterClient(movable.url, timeout_seconds=5)
     with pytest.raises(ReplyError, match="lie in the slots"):
         await client.pipeline([("GET", f"{{{name}}}") for name in "abcdefgh"])
     await client.close()
-    await topology.close()
 
 
 async def test_a_refused_command_is_not_repeated(store: RedisStore, movable: ValkeyCluster, run: str) -> None:
@@ -137,6 +170,26 @@ async def test_a_refused_command_is_not_repeated(store: RedisStore, movable: Val
     await store.save_decisions(run, [record])
     with pytest.raises(ReplyError, match="WRONGTYPE"):
         await store.apply_feedback(run, [FeedbackRecord(b"1", decision_id=record.decision_id)])
+
+
+async def test_only_a_call_without_xadd_is_repeated_when_its_connection_breaks(
+    store: RedisStore, movable: ValkeyCluster, run: str
+) -> None:
+    owner = movable.owner(run)
+
+    async def broken(command: str, call: Coroutine[Any, Any, Any]) -> Any:
+        """Break the call's connection when the server has the command and has not carried it out."""
+        owner.ask("CLIENT", "PAUSE", 60_000, "WRITE")
+        task = asyncio.create_task(call)
+        await until(lambda: f"cmd={command}".encode() in owner.ask("CLIENT", "LIST"), f"{command} to arrive", 60)
+        owner.ask("CLIENT", "KILL", "TYPE", "normal")
+        owner.ask("CLIENT", "UNPAUSE")
+        return await task
+
+    await broken("set", store.save_decisions(run, [decision()]))
+    with pytest.raises(StoreUnavailableError):
+        await broken("xadd", store.exchange_scores(run, [b"m"], after="0-0", count=10))
+    assert (await store.exchange_scores(run, [], after="0-0", count=10)).entries == []
 
 
 # Slots that move.
@@ -173,7 +226,7 @@ async def test_a_slot_moved_atomically_under_traffic_loses_nothing(
     await traffic.further(100)
     source = movable.owner(run)
     target = another(movable, source)
-    slot = hash_slot(run)
+    slot = key_slot(run.encode())
     assert source.ask("CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", target.id()) == b"OK"
     await until(lambda: movable.owner(run) is target, "the slot to move", 60)
     await traffic.further(100)

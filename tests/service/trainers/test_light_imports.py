@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 HELPERS = [
     "areal",
+    "atropos",
     "calls",
     "chat_families",
     "chat_format",
@@ -21,12 +22,18 @@ HELPERS = [
     "exchange",
     "groups",
     "ms_swift",
+    "nemo_gym",
+    "nemo_rl",
     "online_dpo",
     "options",
+    "roll",
     "rowwise",
+    "samples",
+    "skyrl",
     "templated",
     "trl",
     "values",
+    "verifiers",
     "verl",
 ]
 

@@ -87,6 +87,7 @@ def test_metrics_and_models_are_logged_where_the_trainer_takes_them(options: Cli
         "reward_router/fallback": 0,
         "reward_router/propensity": 1.0,
         "reward_router/share/rm-long": 1.0,
+        "reward_router/component/rm-long": 2.5,
     }
     assert columns == {"reward_model": ["rm-long"] * 4}
 

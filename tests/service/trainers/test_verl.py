@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ def test_the_blocking_function_finds_the_prompt_in_extra_info(gateway: LiveGatew
     assert found["score"] == 4.0
     assert found["reward_model"] == "rm-long"
     assert found["decision_id"].startswith("d")
+    assert json.loads(found["components"]) == {"rm-long": 4.0}
 
 
 def test_a_sample_without_a_prompt_says_how_to_give_one(gateway: LiveGateway) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -12,6 +13,7 @@ import pytest
 import redis
 
 from router_core.audits.schedule import is_chosen
+from router_core.audits.signs import signs_of
 from router_core.records import TIE, Source
 from service.errors import ConfigurationError
 from service.scorers.protocol import AbstainedError, WorkerUnavailableError
@@ -21,6 +23,7 @@ from service.usecases.audit_choice import decode_task
 from service.usecases.decisions import StoredDecision
 from tests.support.gateway import Gateway, fresh_run, open_gateway, pair, until
 from tests.support.rules import rule_worker
+from tests.support.votes import MODELS, VOTES, checkpoint
 
 if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
@@ -203,6 +206,23 @@ async def test_the_first_referee_that_does_not_abstain_is_heard(valkey_server: V
         assert [len(call) for call in gateway.arm("rm-c").calls] == [2, 2], "an arm's answer is used, not asked again"
 
 
+async def test_the_vote_of_all_rms_may_be_the_referee(valkey_server: ValkeyProcess, tmp_path: Path) -> None:
+    path, encoder = checkpoint(tmp_path, VOTES)
+    setting = {**EVERY, "referee": "stacked"}
+    async with open_gateway(
+        valkey_server.url, models=MODELS, encoder=encoder, checkpoint=path, audit=setting
+    ) as gateway:
+        gateway.arm("rm-a").score_of = lambda _, response: -float(len(response))
+        await gateway.client.ok("/reward", {**pair(), "policy": "single:rm-a"})
+        await counted(gateway, recorded=1.0)
+        (event,) = gateway.events()
+        assert event.audit is not None
+        assert (event.audit.referee, event.audit.verdict, event.credit) == ("stacked", 1, 0.0)
+    async with open_gateway(valkey_server.url, audit=setting) as gateway:
+        await gateway.client.ok("/reward", pair())
+        await counted(gateway, abstained=1.0)
+
+
 async def test_where_all_abstain_nothing_is_learned(gateway: Gateway) -> None:
     await gateway.client.ok("/reward", pair())
     await counted(gateway, abstained=1.0)
@@ -217,6 +237,20 @@ async def test_a_tie_of_the_referee_teaches_nothing(gateway: Gateway) -> None:
     assert event.audit is not None
     assert (event.audit.verdict, event.credit, event.shadows) == (TIE, None, ())
     assert (await gateway.learned(1))["digest"] == gateway.folded().digest()
+
+
+async def test_a_decision_that_fails_alone_is_given_up_and_the_others_are_not(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poisoned(response: str) -> tuple[float, ...]:
+        if "21" in response:
+            raise ZeroDivisionError(response)
+        return signs_of(response)
+
+    monkeypatch.setattr(audit, "signs_of", poisoned)
+    await gateway.client.ok("/reward/batch", {"items": [sum_of(index) for index in range(3)]})
+    await counted(gateway, recorded=2.0, failed=1.0)
+    assert len(gateway.events()) == 2
 
 
 async def test_single_responses_are_not_audited(gateway: Gateway) -> None:

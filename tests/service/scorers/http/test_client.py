@@ -214,6 +214,30 @@ async def test_requests_per_minute_bound_what_is_sent(service: Service, url: str
     await scorer.close()
 
 
+async def test_tokens_per_minute_bound_what_is_sent(service: Service, url: str) -> None:
+    scorer = HttpScorer(HttpConfig(name="far", kind="http", urls=(url,), tokens_per_minute=2000.0))
+    assert await scorer.score([one("a")], deadline=soon()) == [Scored([1.0])]
+    assert scorer.available
+    assert await scorer.score([one("b" * 600)], deadline=soon()) == [Scored([600.0])]
+    assert not scorer.available
+    assert scorer.reachable
+    assert isinstance((await scorer.score([one("c")], deadline=soon()))[0], WorkerUnavailableError)
+    assert len(service.requests) == 2
+    await scorer.close()
+
+
+async def test_a_text_of_more_than_a_burst_waits(service: Service, url: str) -> None:
+    scorer = HttpScorer(HttpConfig(name="far", kind="http", urls=(url,), tokens_per_minute=60_000.0))
+    long = "b" * 26_000  # 6,500 tokens: a burst of 6,000, and half a second of 1,000 tokens a second
+    started = asyncio.get_running_loop().time()
+    assert await scorer.score([one(long)], deadline=soon()) == [Scored([26_000.0])]
+    assert asyncio.get_running_loop().time() - started >= 0.5
+    longer = "b" * 60_000
+    assert isinstance((await scorer.score([one(longer)], deadline=soon(0.1)))[0], WorkerError)
+    assert len(service.requests) == 1
+    await scorer.close()
+
+
 async def test_a_slow_service_is_late_and_nothing_else(service: Service, url: str) -> None:
     gate = asyncio.Event()
 

@@ -349,6 +349,14 @@ async def test_the_key_and_extra_fields_are_sent(serve: Serve) -> None:
     assert not {"max_tokens", "temperature"} & set(request)
 
 
+@pytest.mark.parametrize(("max_tokens", "sent"), [(1, 2), (4000, 0)])
+async def test_answers_count_by_tokens_per_minute(serve: Serve, max_tokens: int, sent: int) -> None:
+    server = ScriptedJudge()
+    judge = judge_for(serve(server), options={"max_tokens": max_tokens}, tokens_per_minute=20_000.0)
+    await score(judge, PAIR, seconds=1.0)
+    assert len(server.requests) == sent
+
+
 async def test_correctness_abstains_without_a_reference(serve: Serve) -> None:
     server = ScriptedJudge()
     judge = judge_for(serve(server), rubric="correctness")

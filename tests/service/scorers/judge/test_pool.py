@@ -44,10 +44,12 @@ async def test_a_judge_has_its_own_limits(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("JUDGE_KEY", "sk-2")
     fields = (
         "urls: ['http://h:1'], model: m, api_key_env: JUDGE_KEY, timeout_seconds: 7, max_in_flight: 2, "
-        "requests_per_minute: 9, applies: {metadata.task: [chat]}, mode: pointwise, verdict: text, comparisons: 5"
+        "requests_per_minute: 9, tokens_per_minute: 900, applies: {metadata.task: [chat]}, "
+        "mode: pointwise, verdict: text, comparisons: 5"
     )
     config = (await built(tmp_path, fields)).config
     assert (config.api_key, config.attempt_timeout_seconds, config.max_in_flight) == ("sk-2", 7.0, 2)
+    assert config.tokens_per_minute == 900.0
     assert (config.requests_per_minute, config.mode, config.verdict, config.comparisons) == (
         9.0,
         "pointwise",

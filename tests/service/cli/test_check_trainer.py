@@ -1,0 +1,42 @@
+"""`check-trainer` against a running gateway, one whose RMs are away, and something that is no gateway."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from typer.testing import CliRunner
+
+from service.cli import app
+from service.lab.trainer_conformance import recordings
+from service.trainers.protocols import PROTOCOLS
+from tests.conftest import ValkeyProcess, free_port
+from tests.support.live import LiveGateway, live_gateway
+
+
+@pytest.fixture
+def gateway(valkey_server: ValkeyProcess) -> Iterator[LiveGateway]:
+    with live_gateway(valkey_server.url) as running:
+        yield running
+
+
+def test_every_trainer_gets_its_rewards(gateway: LiveGateway) -> None:
+    result = CliRunner().invoke(app, ["check-trainer", gateway.url])
+    assert result.exit_code == 0, result.output
+    assert f"{len(recordings())} of {len(recordings())} requests would work" in result.output
+    assert all(f"{one.trainer}: its example" in result.output for one in PROTOCOLS)
+
+
+def test_a_gateway_without_its_models_fails_all_but_the_empty_batch(gateway: LiveGateway) -> None:
+    for arm in gateway.arms:
+        arm.available = False
+    result = CliRunner().invoke(app, ["check-trainer", gateway.url])
+    assert result.exit_code == 1
+    assert f"1 of {len(recordings())} requests would work" in result.output
+    assert "status 503" in result.output
+
+
+def test_nobody_at_the_address_is_said() -> None:
+    result = CliRunner().invoke(app, ["check-trainer", f"http://127.0.0.1:{free_port()}"])
+    assert result.exit_code == 1
+    assert "ConnectError" in result.output
