@@ -113,6 +113,7 @@ ci: lint type test  ## What CI runs
 
 kubernetes: $(VENV)/.development  ## Write deploy/kubernetes/workers from the pool files of deploy/models
 	$(BIN)/reward-router manifests --pool deploy/models/1x80gb.yaml --out deploy/kubernetes/workers/published-1x80gb
+	$(BIN)/reward-router manifests --pool deploy/models/1x80gb-judge.yaml --out deploy/kubernetes/workers/published-1x80gb-judge
 	$(BIN)/reward-router manifests --pool deploy/models/4x80gb.yaml --out deploy/kubernetes/workers/published-4x80gb
 
 clean:  ## Remove the environment and everything that was made

@@ -48,8 +48,7 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -59,34 +58,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from router_core.records import MAX_ABS_SCORE
 from service.audit_entry import AuditEntry
 from service.errors import ConfigurationError
-from service.scorers.entry import ScorerEntry
 from service.scorers.http.entry import HttpEntry
 from service.scorers.judge.entry import JudgeEntry
 from service.scorers.protocol import OverLong
 from service.scorers.rule.entry import RuleEntry
-
-RESERVED_ARGUMENTS = {
-    "--host": "nothing: `up` chooses it",
-    "--port": "nothing: `up` chooses it (--worker-port)",
-    "--runner": "nothing: it is always pooling",
-    "--convert": "nothing: it is always classify",
-    "--served-model-name": "`served_name`",
-    "--revision": "`revision`",
-    "--chat-template": "`chat_template`",
-    "--dtype": "`dtype`",
-    "--max-model-len": "`max_model_len`",
-    "--gpu-memory-utilization": "`gpu_share`",
-    "--tensor-parallel-size": "`tensor_parallel`",
-}
-"""Flags of `vllm serve` that have a field of their own in the pool file, so that nothing is said twice."""
+from service.scorers.vllm_entry import VllmEntry, words
 
 
-def _words(value: object) -> object:
-    """A command written as one string, split as a shell would."""
-    return tuple(shlex.split(value)) if isinstance(value, str) else value
-
-
-class ModelEntry(ScorerEntry):
+class ModelEntry(VllmEntry):
     """One reward model of the pool."""
 
     kind: Literal["rm"] = "rm"
@@ -95,24 +74,12 @@ class ModelEntry(ScorerEntry):
     chat_template: str = "plain"
     tokenizer: str | None = Field(default=None, min_length=1)
     tokens_per_request: int | None = Field(default=None, ge=1)
-    path: Path | None = None
     recorded: Path | None = None
-    model: str | None = Field(default=None, min_length=1)
-    revision: str | None = None
-    licence: str | None = None
     reward_scale: float = 1.0
     reward_shift: float = 0.0
     reward_limit: float | None = Field(default=None, gt=0, le=MAX_ABS_SCORE)
     head: int | None = Field(default=None, ge=0)
     heads: dict[str, float] | None = Field(default=None, min_length=1)
-    replicas: int = Field(default=1, ge=1, le=64)
-    gpus: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    gpu_share: float | None = Field(default=None, gt=0, le=1)
-    tensor_parallel: int = Field(default=1, ge=1)
-    dtype: str | None = None
-    max_model_len: int | None = Field(default=None, ge=1)
-    vllm_args: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
-    env: dict[str, str] = Field(default_factory=dict)
     worker: Literal["auto", "vllm", "cpu"] | None = None
 
     @property
@@ -121,9 +88,12 @@ class ModelEntry(ScorerEntry):
         return self.served_name or self.name
 
     @property
-    def source(self) -> str | None:
-        """What a worker loads: the directory or the hub's model; None for a recorded or an elsewhere served one."""
-        return str(self.path) if self.path is not None else self.model
+    def vllm_task(self) -> tuple[str, ...]:
+        return ("--runner", "pooling", "--convert", "classify")
+
+    @property
+    def template_file(self) -> str | None:
+        return self.chat_template if self.chat_template.endswith(".jinja") else None
 
     @classmethod
     def resolved(cls, fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -140,19 +110,11 @@ class ModelEntry(ScorerEntry):
             out["tokenizer"] = str((folder / tokenizer).absolute())
         return out
 
-    def served_at(self, urls: Sequence[str]) -> ModelEntry:
-        """See `ScorerEntry.served_at`: its urls are its replicas."""
-        return self.model_copy(update={"urls": tuple(urls), "replicas": 1})
-
     @model_validator(mode="after")
     def _startable(self) -> ModelEntry:
         given = [field for field in ("path", "model", "recorded") if getattr(self, field) is not None]
         if len(given) > 1:
             raise ValueError(f"model {self.name!r} has both `{given[0]}` and `{given[1]}`: give one")
-        if self.revision is not None and self.model is None:
-            raise ValueError(f"model {self.name!r} has a `revision` and no `model` of the hub that it could be of")
-        if self.urls and self.replicas > 1:
-            raise ValueError(f"model {self.name!r} has `urls` and `replicas`: its urls are its replicas; leave one out")
         return self
 
     @model_validator(mode="after")
@@ -187,21 +149,6 @@ class ModelEntry(ScorerEntry):
             raise ValueError(f"model {self.name!r}: reward_shift is {self.reward_shift}; use a finite number")
         return self
 
-    @model_validator(mode="after")
-    def _placeable(self) -> ModelEntry:
-        if len(set(self.gpus)) != len(self.gpus):
-            raise ValueError(f"model {self.name!r}: a GPU is named twice in gpus {list(self.gpus)}")
-        if self.gpus and len(self.gpus) % self.tensor_parallel:
-            raise ValueError(
-                f"model {self.name!r}: {len(self.gpus)} gpus cannot be dealt out in groups of tensor_parallel "
-                f"{self.tensor_parallel}; name a multiple of it"
-            )
-        for word in self.vllm_args:
-            flag = word.partition("=")[0]
-            if flag in RESERVED_ARGUMENTS:
-                raise ValueError(f"model {self.name!r}: vllm_args holds {flag}; use {RESERVED_ARGUMENTS[flag]}")
-        return self
-
 
 def _kind_of(entry: object) -> str:
     """Return the kind of an entry of the pool file: a reward model unless it says another."""
@@ -227,7 +174,7 @@ class PoolFile(BaseModel):
     over_long: OverLong = OverLong.SKIP
     worker: Literal["auto", "vllm", "cpu"] = "auto"
     device: Literal["cuda", "cpu"] = "cuda"
-    vllm_command: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
+    vllm_command: Annotated[tuple[str, ...], BeforeValidator(words)] = ()
     combine: str | None = Field(default=None, pattern=r"^(route|(sum|min)(:.+)?|(gate|within):.+)$")
     models: tuple[Entry, ...] = Field(min_length=1)
     referees: tuple[Entry, ...] = ()
@@ -242,6 +189,11 @@ class PoolFile(BaseModel):
     def reward_models(self) -> tuple[ModelEntry, ...]:
         """The scorers of kind `rm`, in order, referees last."""
         return tuple([model for model in self.scorers if isinstance(model, ModelEntry)])
+
+    @property
+    def to_serve(self) -> tuple[VllmEntry, ...]:
+        """Models of the hub or of a directory that vLLM is to serve: reward models and judges without `urls`."""
+        return tuple([one for one in self.scorers if isinstance(one, VllmEntry) and not one.urls])
 
     @model_validator(mode="after")
     def _distinct(self) -> PoolFile:
@@ -273,7 +225,7 @@ def load_pool(path: Path) -> PoolFile:
         raise ConfigurationError(f"pool file {path} is not YAML: {error}") from error
     if isinstance(content, dict):
         content["models"] = content.get("models") or []
-        command = _words(content.get("vllm_command"))
+        command = words(content.get("vllm_command"))
         if isinstance(command, tuple | list) and command and "/" in str(command[0]):
             content["vllm_command"] = (str((path.parent / str(command[0])).absolute()), *command[1:])
     try:

@@ -7,7 +7,6 @@ vLLM measures free memory while it starts, and would take what a neighbour alloc
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import time
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from service.cli.processes import Child, ProcessGroup, answers
+from service.cli.rule_serve import rule_words
 from service.cli.vllm_serve import (
     DEFAULT_SHARE,
     Claim,
@@ -34,6 +34,7 @@ from service.errors import ConfigurationError
 from service.pool import ModelEntry, PoolFile
 from service.scorers.judge.entry import JudgeEntry
 from service.scorers.rule.entry import RuleEntry
+from service.scorers.vllm_entry import VllmEntry
 
 HOST: Final = "127.0.0.1"
 """Workers listen here only: vLLM does not guard `/classify`."""
@@ -103,7 +104,7 @@ def plan_workers(
     local: Callable[[ModelEntry], Path] | None = None,
     others: Sequence[Claim] = (),
 ) -> tuple[WorkerStart, ...]:
-    """What must be started for the RMs and rules without `urls`; recorded RMs of one file share one process.
+    """What must be started for the scorers without `urls`; recorded RMs of one file share one process.
 
     Args:
         pool: the pool file.
@@ -116,15 +117,16 @@ def plan_workers(
         ConfigurationError: an RM that cannot be started, or GPUs that cannot hold what they are to hold.
     """
     waiting = [model for model in pool.reward_models if not model.urls]
+    judges = [entry for entry in pool.to_serve if isinstance(entry, JudgeEntry)]
     lost = next((model for model in waiting if model.source is None and model.recorded is None), None)
     if lost is not None:
         raise ConfigurationError(
             f"model {lost.name!r} has no `urls`, `path`, `model` or `recorded` in the pool file: give one"
         )
     vllm = find_vllm(pool.vllm_command)
-    by_vllm = {model.name for model in waiting if served_by_vllm(model, pool, vllm)}
+    by_vllm = {model.name for model in pool.to_serve if served_by_vllm(model, pool, vllm)}
     if pool.device == "cuda":
-        check_shares([model for model in waiting if model.name in by_vllm], others)
+        check_shares([model for model in pool.to_serve if model.name in by_vllm], others)
     starts: list[WorkerStart] = []
     for model in waiting:
         if model.name in by_vllm and vllm is not None:
@@ -143,9 +145,11 @@ def plan_workers(
     starts += [
         _rule_start(entry, next_port()) for entry in pool.scorers if isinstance(entry, RuleEntry) and not entry.urls
     ]
-    starts += [
-        _judge_start(entry, next_port()) for entry in pool.scorers if isinstance(entry, JudgeEntry) and not entry.urls
-    ]
+    for judge in judges:
+        if judge.name in by_vllm and vllm is not None:
+            starts += _vllm_starts(judge, pool.device, vllm, next_port)
+        else:
+            starts.append(_judge_start(judge, next_port()))
     return tuple(starts)
 
 
@@ -251,9 +255,7 @@ def _say_ready(one: _Waiting, console: Console) -> None:
     )
 
 
-def _vllm_starts(
-    model: ModelEntry, device: str, vllm: Sequence[str], next_port: Callable[[], int]
-) -> list[WorkerStart]:
+def _vllm_starts(model: VllmEntry, device: str, vllm: Sequence[str], next_port: Callable[[], int]) -> list[WorkerStart]:
     starts = []
     for name, gpus in zip(_process_names(model), placements(model), strict=True):
         port = next_port()
@@ -311,15 +313,10 @@ def _judge_start(entry: JudgeEntry, port: int) -> WorkerStart:
 
 
 def _rule_start(entry: RuleEntry, port: int) -> WorkerStart:
-    words = ["worker", "--rule", str(entry.rule), "--name", entry.name, "--port", str(port)]
-    words += ["--processes", str(entry.processes), "--rule-seconds", f"{entry.rule_seconds:g}"]
-    words += ["--memory-mb", str(entry.memory_mb)]
-    if entry.options:
-        words += ["--options", json.dumps(entry.options)]
     return WorkerStart(
         name=f"worker-{_safe(entry.name)}",
         models=(entry.name,),
-        command=(*own_command(), *words),
+        command=(*own_command(), *rule_words(entry, host=HOST, port=port)),
         environment={},
         url=f"http://{HOST}:{port}",
         kind="rule",
@@ -331,7 +328,7 @@ def own_command() -> tuple[str, ...]:
     return (sys.executable, "-m", "service.cli")
 
 
-def _process_names(model: ModelEntry) -> list[str]:
+def _process_names(model: VllmEntry) -> list[str]:
     """One name a replica; also the name of a log file."""
     safe = _safe(model.name)
     if model.replicas == 1:

@@ -1,7 +1,8 @@
 """`reward-router manifests`: the workers of a pool file as a kustomize folder, and the pool file of its gateways.
 
-Knows Kubernetes' words and `service.cli.vllm_serve`, from which the commands come: a worker is started there with the
-flags that `reward-router up` gives it here. Writes files and talks to no cluster. docs/kubernetes.md says the rest.
+Knows Kubernetes' words, and has the commands from `service.cli.vllm_serve` and `service.cli.rule_serve`: a worker is
+started there with the flags that `reward-router up` gives it here. Writes files and talks to no cluster.
+docs/kubernetes.md says the rest.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ import yaml
 from rich.console import Console
 
 from service.cli.pin import warn_moving
+from service.cli.rule_serve import rule_words
 from service.cli.vllm_serve import serve_environment, serve_words
 from service.errors import ConfigurationError
 from service.pool import Entry, ModelEntry, PoolFile, load_pool
 from service.scorers.entry import ScorerEntry
+from service.scorers.judge.entry import JudgeEntry
+from service.scorers.rule.entry import RuleEntry
+from service.scorers.vllm_entry import VllmEntry
 
 WORKER_PORT = 8000
 """Port of every worker; the network policies of deploy/kubernetes/base name it."""
@@ -36,6 +41,9 @@ GATEWAY_FIELDS = ("served_name", "rendering", "chat_template", "tokens_per_reque
 IMAGE = "vllm/vllm-openai:v0.26.0"
 """Image of the workers: the one of docker-compose.yml."""
 
+RULE_IMAGE = "reward-router-worker"
+"""Image of rules' workers: the Dockerfile's target `worker`; `images` of the overlay names a registry."""
+
 USER = {"runAsNonRoot": True, "runAsUser": 2000, "runAsGroup": 0}
 """The image's own user `vllm`; by default the image runs as root."""
 
@@ -44,6 +52,18 @@ GPU_RESOURCE = "nvidia.com/gpu"
 
 CACHE_SIZE = "40Gi"
 """Weights of 8 billion parameters take 16 GB; while they are downloaded a file may be there twice."""
+
+RULE_USER = {"runAsNonRoot": True, "runAsUser": 10001, "runAsGroup": 10001}
+"""The user of our own images."""
+
+GATEWAY_LABELS = {"app.kubernetes.io/name": "reward-router", "app.kubernetes.io/component": "gateway"}
+"""Labels of the gateways' pods."""
+
+RULE_LABELS = {"app.kubernetes.io/name": "reward-router", "app.kubernetes.io/component": "rule"}
+"""Labels of rules' pods: a rule is foreign code, and has a policy of its own that lets it reach nothing."""
+
+RULE_BASE_MB = 512
+"""Memory of a rule's worker beside its processes, in MiB."""
 
 LABELS = {"app.kubernetes.io/name": "reward-router", "app.kubernetes.io/component": "worker"}
 """Labels of every worker's pods and Service: what the network policies select."""
@@ -84,9 +104,13 @@ def manifests(
     choices = Choices(image, gpu_resource, shared_gpus, cache_size)
     head = f"# Made by `reward-router manifests` from {pool.name}. Change that file, or patch this one in an overlay.\n"
     files = {
-        "kustomization.yaml": [kustomization(any(not model.urls for model in parsed.reward_models))],
+        "kustomization.yaml": [kustomization(bool(parsed.to_serve or _rules(parsed)))],
         "pool.yaml": [gateway_pool(parsed)],
-        "workers.yaml": [part for model in parsed.reward_models if not model.urls for part in worker(model, choices)],
+        "workers.yaml": [
+            *(part for model in parsed.to_serve for part in worker(model, choices)),
+            *(part for rule in _rules(parsed) for part in rule_worker(rule)),
+            *([rule_policy()] if _rules(parsed) else []),
+        ],
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, parts in files.items():
@@ -112,9 +136,15 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[: LONGEST_NAME - 3].strip("-")
 
 
-def service_name(model: ModelEntry) -> str:
+def _rules(pool: PoolFile) -> list[RuleEntry]:
+    """Rules that are to be served."""
+    return [entry for entry in pool.scorers if isinstance(entry, RuleEntry) and not entry.urls]
+
+
+def service_name(model: ScorerEntry) -> str:
     """Return the name of the StatefulSet and its Service. Names of Services begin with a letter."""
-    return f"rm-{slug(model.name).removeprefix('rm-')}"
+    name = f"{model.kind}-{slug(model.name).removeprefix(f'{model.kind}-')}"
+    return name[:LONGEST_NAME].rstrip("-")
 
 
 def kustomization(has_workers: bool) -> Manifest:
@@ -135,7 +165,8 @@ def gateway_pool(pool: PoolFile) -> Manifest:
     Raises:
         ConfigurationError: two models would have one Service, or a file of this machine is named.
     """
-    names = [service_name(model) for model in pool.reward_models]
+    judges = [entry for entry in pool.to_serve if not isinstance(entry, ModelEntry)]
+    names = [service_name(model) for model in (*pool.reward_models, *judges, *_rules(pool))]
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ConfigurationError(f"models of the pool would share the Kubernetes name {twice[0]!r}: rename one")
@@ -148,7 +179,7 @@ def _as_seen(entries: Sequence[Entry]) -> list[Manifest]:
     models: list[Manifest] = []
     for model in entries:
         if not isinstance(model, ModelEntry):
-            models.append(_elsewhere(model))
+            models.append(_as_asked(model))
             continue
         tokenizes = model.rendering in ("tokens", "auto")
         path = str(model.path) if tokenizes and model.tokenizer is None and model.path is not None else ""
@@ -170,29 +201,35 @@ def _as_seen(entries: Sequence[Entry]) -> list[Manifest]:
     return models
 
 
-def _elsewhere(entry: ScorerEntry) -> Manifest:
-    """The entry of a scorer that is no reward model.
+def _as_asked(entry: ScorerEntry) -> Manifest:
+    """The entry of a scorer that is no reward model: what starts it is left out.
 
     Raises:
-        ConfigurationError: it has no `urls`.
+        ConfigurationError: it has no `urls`, and is no judge of the hub.
     """
+    if isinstance(entry, JudgeEntry) and not entry.urls:
+        entry = entry.served_at(replica_urls(entry))
+    if isinstance(entry, RuleEntry) and not entry.urls:
+        entry = entry.served_at(replica_urls(entry))
     if not entry.urls:
         raise ConfigurationError(
-            f"scorer {entry.name!r} is of kind {entry.kind} and has no `urls`: manifests are written for reward models "
-            "only; say where it is served"
+            f"scorer {entry.name!r} is of kind {entry.kind} and has no `urls`: manifests are written for reward "
+            "models, judges and rules; say where it is served"
         )
-    given: Manifest = entry.model_dump(mode="json", exclude_defaults=True)
+    starting = {*VllmEntry.model_fields, *RuleEntry.model_fields} - {*ScorerEntry.model_fields} - {"model"}
+    given: Manifest = entry.model_dump(mode="json", exclude_defaults=True, exclude=starting)
     return given
 
 
-def replica_urls(model: ModelEntry) -> list[str]:
-    """One address for each pod of the StatefulSet, in the gateways' own namespace."""
-    service = service_name(model)
-    return [f"http://{service}-{index}.{service}:{WORKER_PORT}" for index in range(model.replicas)]
+def replica_urls(entry: ScorerEntry) -> list[str]:
+    """One address for each pod of the StatefulSet, in the gateways' own namespace. A rule has one pod."""
+    service = service_name(entry)
+    replicas = entry.replicas if isinstance(entry, VllmEntry) else 1
+    return [f"http://{service}-{index}.{service}:{WORKER_PORT}" for index in range(replicas)]
 
 
-def worker(model: ModelEntry, choices: Choices) -> list[Manifest]:
-    """StatefulSet, headless Service and disruption budget of one RM.
+def worker(model: VllmEntry, choices: Choices) -> list[Manifest]:
+    """StatefulSet, headless Service and disruption budget of one RM or judge.
 
     Raises:
         ConfigurationError: the pod could not find the model.
@@ -202,9 +239,95 @@ def worker(model: ModelEntry, choices: Choices) -> list[Manifest]:
             f"model {model.name!r} is not one of the Hugging Face hub: a pod has no files of this machine; give it "
             "`model`, or serve it yourself and give its `urls`"
         )
-    name = service_name(model)
-    labels = LABELS | {"reward-router/model": slug(model.name)}
+    stateful_set, *rest = _workload(model, LABELS, model.replicas, _pod(model, choices))
+    stateful_set["spec"]["volumeClaimTemplates"] = [
+        {
+            "metadata": {"name": "weights"},
+            "spec": {
+                "accessModes": ["ReadWriteOnce"],
+                "resources": {"requests": {"storage": choices.cache_size}},
+            },
+        }
+    ]
+    return [stateful_set, *rest]
+
+
+def rule_worker(rule: RuleEntry) -> list[Manifest]:
+    """StatefulSet, headless Service and disruption budget of a built-in rule; its process has no volume and no key.
+
+    Raises:
+        ConfigurationError: the rule is a file of this machine.
+    """
+    if rule.builtin is None:
+        raise ConfigurationError(
+            f"rule {rule.name!r} is a file of this machine, which a pod does not have: build an image with it (FROM "
+            "reward-router-worker), serve it yourself and give its `urls`"
+        )
+    memory = f"{rule.processes * rule.memory_mb + RULE_BASE_MB}Mi"
+    health = {"httpGet": {"path": "/health", "port": "http"}}
+    container: Manifest = {
+        "name": "rule",
+        "image": RULE_IMAGE,
+        "args": list(rule_words(rule, host="0.0.0.0", port=WORKER_PORT)),
+        "ports": [{"name": "http", "containerPort": WORKER_PORT}],
+        "startupProbe": health | {"periodSeconds": 2, "timeoutSeconds": 5, "failureThreshold": 60},
+        "readinessProbe": health | {"periodSeconds": 5, "timeoutSeconds": 5, "failureThreshold": 3},
+        "livenessProbe": health | {"periodSeconds": 10, "timeoutSeconds": 10, "failureThreshold": 6},
+        # Foreign code: it gets no more of a node than this.
+        "resources": {
+            "requests": {"cpu": "500m", "memory": memory},
+            "limits": {"cpu": str(rule.processes + 1), "memory": memory, "ephemeral-storage": "1Gi"},
+        },
+        "securityContext": _confined(),
+        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
+    }
+    pod: Manifest = {
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": {"seccompProfile": {"type": "RuntimeDefault"}, **RULE_USER},
+        "containers": [container],
+        "volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": "256Mi"}}],
+    }
+    return _workload(rule, RULE_LABELS, 1, pod)
+
+
+def rule_policy() -> Manifest:
+    """The policy of all rules' pods: gateways may ask them, and they may reach nothing, not even names."""
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": "reward-router-rules"},
+        "spec": {
+            "podSelector": {"matchLabels": RULE_LABELS},
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": [
+                {
+                    "from": [{"podSelector": {"matchLabels": GATEWAY_LABELS}}],
+                    "ports": [{"protocol": "TCP", "port": WORKER_PORT}],
+                }
+            ],
+            "egress": [],
+        },
+    }
+
+
+def _workload(entry: ScorerEntry, own: Manifest, replicas: int, pod: Manifest) -> list[Manifest]:
+    """StatefulSet, headless Service and disruption budget of pods that gateways know by name."""
+    name = service_name(entry)
+    labels = own | {"reward-router/model": slug(entry.name)}
     selector = {"matchLabels": labels}
+    stateful_set: Manifest = {
+        "apiVersion": "apps/v1",
+        "kind": "StatefulSet",
+        "metadata": {"name": name, "labels": labels},
+        "spec": {
+            "serviceName": name,
+            "replicas": replicas,
+            "podManagementPolicy": "Parallel",
+            "selector": selector,
+            "template": {"metadata": {"labels": labels}, "spec": pod},
+        },
+    }
     service: Manifest = {
         "apiVersion": "v1",
         "kind": "Service",
@@ -223,31 +346,18 @@ def worker(model: ModelEntry, choices: Choices) -> list[Manifest]:
         "metadata": {"name": name, "labels": labels},
         "spec": {"maxUnavailable": 1, "unhealthyPodEvictionPolicy": "AlwaysAllow", "selector": selector},
     }
-    stateful_set: Manifest = {
-        "apiVersion": "apps/v1",
-        "kind": "StatefulSet",
-        "metadata": {"name": name, "labels": labels},
-        "spec": {
-            "serviceName": name,
-            "replicas": model.replicas,
-            "podManagementPolicy": "Parallel",
-            "selector": selector,
-            "template": {"metadata": {"labels": labels}, "spec": _pod(model, choices)},
-            "volumeClaimTemplates": [
-                {
-                    "metadata": {"name": "weights"},
-                    "spec": {
-                        "accessModes": ["ReadWriteOnce"],
-                        "resources": {"requests": {"storage": choices.cache_size}},
-                    },
-                }
-            ],
-        },
-    }
     return [stateful_set, service, budget]
 
 
-def _pod(model: ModelEntry, choices: Choices) -> Manifest:
+def _confined() -> Manifest:
+    return {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "readOnlyRootFilesystem": True,
+    }
+
+
+def _pod(model: VllmEntry, choices: Choices) -> Manifest:
     return {
         "automountServiceAccountToken": False,
         # vLLM answers what is in flight with 500 at SIGTERM; gateways send it elsewhere at once. Nothing to wait for.
@@ -268,7 +378,7 @@ def _pod(model: ModelEntry, choices: Choices) -> Manifest:
     }
 
 
-def _container(model: ModelEntry, choices: Choices) -> Manifest:
+def _container(model: VllmEntry, choices: Choices) -> Manifest:
     placed = model if choices.shared_gpus else model.model_copy(update={"gpu_share": None})
     # What vLLM and the libraries below it compile is kept with the weights, for the next start.
     environment = {"HOME": "/weights", "HF_HOME": "/weights", "VLLM_CACHE_ROOT": "/weights/vllm"}
@@ -295,11 +405,7 @@ def _container(model: ModelEntry, choices: Choices) -> Manifest:
         "readinessProbe": health | {"periodSeconds": 5, "timeoutSeconds": 5, "failureThreshold": 3},
         "livenessProbe": health | {"periodSeconds": 10, "timeoutSeconds": 10, "failureThreshold": 6},
         "resources": {"requests": {"cpu": "2", "memory": "8Gi"} | gpus, "limits": gpus},
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
-            "readOnlyRootFilesystem": True,
-        },
+        "securityContext": _confined(),
         "volumeMounts": [
             {"name": "weights", "mountPath": "/weights"},
             {"name": "shm", "mountPath": "/dev/shm"},

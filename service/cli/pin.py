@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -19,6 +19,7 @@ from rich.console import Console
 
 from service.errors import ConfigurationError
 from service.pool import ModelEntry, PoolFile, load_pool
+from service.scorers.vllm_entry import VllmEntry
 
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 """A commit's whole name; whatever else a `revision` says may come to mean another one."""
@@ -41,7 +42,7 @@ def pin(
     Asks the hub (HF_ENDPOINT, HF_TOKEN) for names only. Nothing is written unless every model is found.
     """
     console = Console()
-    unpinned = moving(load_pool(pool).reward_models)
+    unpinned = moving(load_pool(pool))
     found = {(model.model, model.revision): look_up(model) for model in unpinned}
     # As it stands: line ends are no business of ours.
     with pool.open(encoding="utf-8", newline="") as file:
@@ -56,8 +57,10 @@ def pin(
         console.print(f"{pool}: every model of the hub names a commit", highlight=False, markup=False, soft_wrap=True)
 
 
-def moving(models: Sequence[ModelEntry]) -> list[ModelEntry]:
-    """Those of the hub whose `revision` is no commit."""
+def moving(pool: PoolFile) -> list[VllmEntry]:
+    """Models of the hub whose `revision` is no commit. Judges with `urls` name a model of their servers'."""
+    judged = [entry for entry in pool.to_serve if not isinstance(entry, ModelEntry)]
+    models = [*pool.reward_models, *judged]
     return [model for model in models if model.model is not None and not COMMIT.fullmatch(model.revision or "")]
 
 
@@ -68,7 +71,7 @@ def warn_moving(pool: PoolFile, file: Path | None) -> None:
         pool: whose models without `urls` are to be served.
         file: that it was read from; None where nobody wrote one.
     """
-    names = [model.name for model in moving(pool.reward_models) if not model.urls]
+    names = [model.name for model in moving(pool) if not model.urls]
     if names and file is not None:
         Console(stderr=True).print(
             f"warning: {', '.join(names)}: `revision` is a branch or tag of the hub, so their authors may change the "
@@ -79,7 +82,7 @@ def warn_moving(pool: PoolFile, file: Path | None) -> None:
         )
 
 
-def look_up(model: ModelEntry) -> str:
+def look_up(model: VllmEntry) -> str:
     """The commit that the model's `revision` stands for now.
 
     Raises:
@@ -149,9 +152,9 @@ def _replace(file: Path, text: str) -> None:
         new.touch(mode=file.stat().st_mode & 0o777)
         new.write_text(text, "utf-8", newline="")
         try:
-            left = [model.name for model in moving(load_pool(new).reward_models)]
+            left = [model.name for model in moving(load_pool(new))]
         except ConfigurationError:
-            left = [model.name for model in moving(load_pool(file).reward_models)]
+            left = [model.name for model in moving(load_pool(file))]
         if left:
             # The entry is written with an alias, a merge or a block of YAML's, say.
             names = " or ".join(map(repr, left))

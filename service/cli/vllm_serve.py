@@ -18,6 +18,8 @@ from typing import Final
 
 from service.errors import ConfigurationError
 from service.pool import ModelEntry, PoolFile
+from service.scorers.judge.entry import JudgeEntry
+from service.scorers.vllm_entry import VllmEntry
 
 DEFAULT_SHARE: Final = 0.9
 """Share of a GPU's memory for a model that names no `gpu_share`; vLLM's own default."""
@@ -81,8 +83,8 @@ def find_vllm(command: Sequence[str] = ()) -> tuple[str, ...] | None:
     return None if program is None else (str(Path(program).absolute()),)
 
 
-def serve_words(model: ModelEntry, device: str, *, host: str, port: int) -> tuple[str, ...]:
-    """What follows the command of `find_vllm`: `serve MODEL --runner pooling --convert classify …`.
+def serve_words(model: VllmEntry, device: str, *, host: str, port: int) -> tuple[str, ...]:
+    """What follows the command of `find_vllm`: `serve MODEL …`, with what the model is for.
 
     Args:
         model: with `path` or `model`.
@@ -93,13 +95,13 @@ def serve_words(model: ModelEntry, device: str, *, host: str, port: int) -> tupl
     if model.source is None:
         raise ValueError(f"model {model.name!r} has neither `path` nor `model`")
     words = ["serve", model.source, "--host", host, "--port", str(port), "--served-model-name", model.served]
-    words += ["--runner", "pooling", "--convert", "classify"]
+    words += model.vllm_task
     options = {
         "--revision": model.revision,
         # vLLM's `auto` makes float16 of float32 weights, which moves rewards in the third digit.
         "--dtype": model.dtype or ("float32" if device == "cpu" else None),
         "--max-model-len": model.max_model_len,
-        "--chat-template": model.chat_template if model.chat_template.endswith(".jinja") else None,
+        "--chat-template": model.template_file,
         "--tensor-parallel-size": model.tensor_parallel if model.tensor_parallel > 1 else None,
         "--gpu-memory-utilization": model.gpu_share if device == "cuda" else None,
     }
@@ -113,7 +115,7 @@ def serve_words(model: ModelEntry, device: str, *, host: str, port: int) -> tupl
 
 
 def serve_environment(
-    model: ModelEntry, device: str, gpus: Sequence[int], environment: Mapping[str, str] = os.environ
+    model: VllmEntry, device: str, gpus: Sequence[int], environment: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
     """What is added to the environment of one replica.
 
@@ -134,7 +136,7 @@ def serve_environment(
     return added | model.env
 
 
-def _visible(model: ModelEntry, gpu: int, environment: Mapping[str, str]) -> str:
+def _visible(model: VllmEntry, gpu: int, environment: Mapping[str, str]) -> str:
     """The GPU's name for CUDA."""
     allotted = environment.get("CUDA_VISIBLE_DEVICES")
     if allotted is None:
@@ -148,7 +150,7 @@ def _visible(model: ModelEntry, gpu: int, environment: Mapping[str, str]) -> str
     return names[gpu]
 
 
-def placements(model: ModelEntry) -> list[tuple[int, ...]]:
+def placements(model: VllmEntry) -> list[tuple[int, ...]]:
     """The GPUs of each replica: `gpus` dealt out in turn, `tensor_parallel` to each. Without `gpus`, the first ones.
 
     >>> placements(ModelEntry(name="rm", gpus=(2, 3), replicas=3))
@@ -161,7 +163,7 @@ def placements(model: ModelEntry) -> list[tuple[int, ...]]:
     return [groups[replica % len(groups)] for replica in range(model.replicas)]
 
 
-def model_claims(models: Sequence[ModelEntry]) -> list[Claim]:
+def model_claims(models: Sequence[VllmEntry]) -> list[Claim]:
     """One claim for each replica of the models, in order."""
     return [Claim(model.name, model.gpu_share or DEFAULT_SHARE, gpus) for model in models for gpus in placements(model)]
 
@@ -175,7 +177,7 @@ def claims_by_gpu(claims: Sequence[Claim]) -> dict[int, list[Claim]]:
     return dict(sorted(shared.items()))
 
 
-def check_shares(models: Sequence[ModelEntry], others: Sequence[Claim] = ()) -> None:
+def check_shares(models: Sequence[VllmEntry], others: Sequence[Claim] = ()) -> None:
     """Return True if the processes that share a GPU fit on it, by what was asked for each.
 
     Args:
@@ -214,7 +216,7 @@ def share_lines(claims: Sequence[Claim]) -> list[str]:
     return lines
 
 
-def served_by_vllm(model: ModelEntry, pool: PoolFile, command: Sequence[str] | None) -> bool:
+def served_by_vllm(model: VllmEntry, pool: PoolFile, command: Sequence[str] | None) -> bool:
     """Return True if `up` serves this model with vLLM rather than with the CPU worker.
 
     Args:
@@ -225,7 +227,11 @@ def served_by_vllm(model: ModelEntry, pool: PoolFile, command: Sequence[str] | N
     Raises:
         ConfigurationError: vLLM is asked for by name, and there is none.
     """
-    kind = model.worker or pool.worker
+    if isinstance(model, JudgeEntry):
+        # The small one of a directory is served on the CPU; nothing of ours serves one of the hub.
+        kind = "cpu" if model.path is not None else "vllm"
+    else:
+        kind = (model.worker if isinstance(model, ModelEntry) else None) or pool.worker
     if model.source is None or kind == "cpu":
         return False
     if kind == "vllm" and command is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,36 @@ pytest.importorskip("dockerfile_parse", reason="needs reward-router[dev]")
 
 from router_core.encoder.export import serve_command
 from service.cli.vllm_serve import ENVIRONMENT, serve_words
-from service.pool import load_pool
+from service.errors import ConfigurationError
+from service.pool import PoolFile, load_pool
+from service.scorers.entry import ScorerEntry
+from service.scorers.vllm_entry import VllmEntry
 from service.settings import Settings
 from tests.support.compose import COMPOSE_FILE, ROOT, Config, StackError, compose_config
 
 SECRETS = {"GATEWAY_API_KEY": "a-key", "GRAFANA_ADMIN_PASSWORD": "a-password"}
 ENV_EXAMPLE = ROOT / ".env.example"
-GPU_POOL = ROOT / "deploy/models/1x24gb.yaml"
+GPU_POOLS = {"gpu": ROOT / "deploy/models/1x24gb.yaml", "judge": ROOT / "deploy/models/1x80gb-judge.yaml"}
+PROFILES = ("cpu", "gpu", "judge")
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A profile's configuration and the pool file whose models it serves with vLLM."""
+
+    config: Config
+    pool: PoolFile
+
+    @property
+    def services(self) -> dict[str, Config]:
+        found: dict[str, Config] = self.config["services"]
+        return found
+
+    @property
+    def weights(self) -> str:
+        """The service that downloads: alone on its network."""
+        (name,) = (name for name, service in self.services.items() if nets(service) == {"downloads"})
+        return name
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +58,13 @@ def gpu() -> Config:
     return compose_config("gpu", variables=SECRETS)
 
 
-@pytest.fixture(scope="module", params=["cpu", "gpu"])
+@pytest.fixture(scope="module")
+def judge() -> Config:
+    """Profile `judge`."""
+    return compose_config("judge", variables=SECRETS)
+
+
+@pytest.fixture(scope="module", params=PROFILES)
 def services(request: pytest.FixtureRequest) -> dict[str, Config]:
     """The services of each profile in turn."""
     found: dict[str, Config] = request.getfixturevalue(request.param)["services"]
@@ -47,8 +77,9 @@ def example_variables() -> set[str]:
 
 
 def workers(services: dict[str, Config]) -> dict[str, Config]:
-    """The services that serve models."""
-    return {name: service for name, service in services.items() if "workers" in nets(service) and not gateway(service)}
+    """The services that serve models or rules."""
+    locked = {"workers", "rules"}
+    return {name: service for name, service in services.items() if nets(service) & locked and not gateway(service)}
 
 
 def gateway(service: Config) -> bool:
@@ -81,7 +112,7 @@ def test_env_example_has_exactly_the_variables_that_the_file_takes() -> None:
 def test_env_example_holds_the_files_own_defaults(tmp_path: Path) -> None:
     empty = tmp_path / "empty.env"
     empty.touch()
-    for profile in ("cpu", "gpu"):
+    for profile in PROFILES:
         without = compose_config(profile, variables=SECRETS, env_file=empty)
         assert without == compose_config(profile, variables=SECRETS)
 
@@ -104,14 +135,30 @@ def test_every_variable_of_the_gateway_is_a_setting_and_its_value_fits(services:
     assert grace > settings.request_timeout_seconds + 1
 
 
-def test_workers_are_on_a_network_with_nobody_but_the_gateway_and_no_way_out(cpu: Config, gpu: Config) -> None:
-    for config in (cpu, gpu):
+def test_workers_are_on_a_network_with_nobody_but_the_gateway_and_no_way_out(
+    cpu: Config, gpu: Config, judge: Config
+) -> None:
+    for config in (cpu, gpu, judge):
         assert config["networks"]["workers"]["internal"] is True
         found = workers(config["services"])
         assert len(found) >= 4
         for name, worker in found.items():
-            assert nets(worker) == {"workers"}, name
+            assert nets(worker) == ({"rules"} if "--rule" in worker["command"] else {"workers"}), name
             assert "ports" not in worker, name
+
+
+def test_a_rule_shares_a_network_with_the_gateway_alone_and_writes_nowhere(cpu: Config) -> None:
+    services = cpu["services"]
+    (name,) = (name for name, worker in workers(services).items() if "--rule" in worker["command"])
+    rule = services[name]
+    assert cpu["networks"]["rules"]["internal"] is True
+    assert {other for other in services if nets(services[other]) & nets(rule)} == {name, "gateway"}
+    assert (rule["read_only"], rule["cap_drop"], rule["user"]) == (True, ["ALL"], "10001:10001")
+    assert rule["security_opt"] == ["no-new-privileges:true"]
+    assert not rule.get("volumes")
+    # Neither the store's address nor a key.
+    assert not rule.get("environment")
+    assert {"mem_limit", "pids_limit", "cpus"} <= set(rule)
 
 
 def test_prometheus_reaches_workers_only_with_the_override(gpu: Config) -> None:
@@ -129,7 +176,12 @@ def test_prometheus_reaches_workers_only_with_the_override(gpu: Config) -> None:
 
 def test_store_and_monitoring_have_no_way_out_and_only_the_edge_publishes(services: dict[str, Config]) -> None:
     networks = compose_config("cpu", "gpu", variables=SECRETS)["networks"]
-    assert {name for name, network in networks.items() if network.get("internal")} == {"workers", "store", "monitoring"}
+    assert {name for name, network in networks.items() if network.get("internal")} == {
+        "workers",
+        "rules",
+        "store",
+        "monitoring",
+    }
     assert nets(services["redis"]) == {"store"}
     for name, service in services.items():
         if "ports" in service:
@@ -187,9 +239,9 @@ def test_what_we_build_runs_without_capabilities_on_a_read_only_root(services: d
 
 
 def test_vllm_runs_as_its_images_user_without_capabilities_on_a_read_only_root() -> None:
-    services = compose_config("gpu", "encoder", variables=SECRETS)["services"]
+    services = compose_config("gpu", "judge", "encoder", variables=SECRETS)["services"]
     found = {name: service for name, service in services.items() if "vllm" in service["image"]}
-    assert {"weights", "encoder"} < set(found)
+    assert {"weights", "encoder", "judge"} < set(found)
     for name, service in found.items():
         assert service["user"] == "2000:0", name
         assert service["read_only"] is True, name
@@ -210,7 +262,7 @@ def pool_of(config: Config) -> Any:
     return load_pool(Path(mount["source"]))
 
 
-@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+@pytest.mark.parametrize("profile", PROFILES)
 def test_the_pool_file_names_every_worker_at_the_address_it_listens_on(
     profile: str, request: pytest.FixtureRequest
 ) -> None:
@@ -220,57 +272,77 @@ def test_the_pool_file_names_every_worker_at_the_address_it_listens_on(
         words = worker["command"]
         assert words[words.index("--host") + 1] == "0.0.0.0", name
         addresses.add(f"http://{name}:{words[words.index('--port') + 1]}")
-    assert {url for model in pool_of(config).models for url in model.urls} == addresses
+    assert {url for scorer in pool_of(config).scorers for url in scorer.urls} == addresses
 
 
-def test_vllm_gets_the_flags_and_environment_that_up_would_give_it(gpu: Config) -> None:
-    served = {model.name: model for model in load_pool(GPU_POOL).models}
-    assert [model.name for model in pool_of(gpu).models] == list(served)
-    for model in pool_of(gpu).models:
-        service = gpu["services"][re.match(r"http://([\w-]+):", model.urls[0])[1]]  # type: ignore[index]
-        expected = serve_words(served[model.name], "cuda", host="0.0.0.0", port=8000)
+@pytest.fixture(params=sorted(GPU_POOLS))
+def vllm(request: pytest.FixtureRequest) -> Served:
+    """Each profile whose workers are vLLM's, and the pool file of deploy/models that it serves."""
+    return Served(request.getfixturevalue(request.param), load_pool(GPU_POOLS[request.param]))
+
+
+def test_vllm_gets_the_flags_and_environment_that_up_would_give_it(vllm: Served) -> None:
+    served = {model.name: model for model in vllm.pool.to_serve}
+    assert [model.name for model in pool_of(vllm.config).models] == list(served)
+    for model in pool_of(vllm.config).models:
+        service = vllm.services[re.match(r"http://([\w-]+):", model.urls[0])[1]]  # type: ignore[index]
+        here = served[model.name]
+        expected = serve_words(here, "cuda", host="0.0.0.0", port=8000)
         assert (*service["entrypoint"][1:], *service["command"]) == expected
         assert service["environment"].items() >= ENVIRONMENT.items()
-        for field in ("rendering", "model", "revision", "tokenizer"):
-            assert getattr(model, field) == getattr(served[model.name], field), field
-        assert (model.reward_scale, model.reward_shift) == (
-            served[model.name].reward_scale,
-            served[model.name].reward_shift,
-        )
+        starting = {*VllmEntry.model_fields} - {*ScorerEntry.model_fields} - {"model"}
+        if model.kind == "rm":
+            starting.remove("revision")
+        asked = here.model_dump(exclude={*starting, "urls"})
+        assert model.model_dump(exclude={*starting, "urls"}) == asked, model.name
 
 
-def test_vllm_starts_one_after_the_other_on_its_gpu_once_the_weights_are_there(gpu: Config) -> None:
-    services = gpu["services"]
-    names = [re.match(r"http://([\w-]+):", model.urls[0])[1] for model in pool_of(gpu).models]  # type: ignore[index]
-    for before, name in zip(["weights", *names], names, strict=False):
-        ((dependency, wanted),) = services[name]["depends_on"].items()
+def test_vllm_starts_one_after_the_other_on_its_gpu_once_the_weights_are_there(vllm: Served) -> None:
+    names = [re.match(r"http://([\w-]+):", model.urls[0])[1] for model in pool_of(vllm.config).models]  # type: ignore[index]
+    for before, name in zip([vllm.weights, *names], names, strict=False):
+        ((dependency, wanted),) = vllm.services[name]["depends_on"].items()
         assert dependency == before
-        assert wanted["condition"] == ("service_completed_successfully" if before == "weights" else "service_healthy")
-        (device,) = services[name]["deploy"]["resources"]["reservations"]["devices"]
+        done = "service_completed_successfully" if before == vllm.weights else "service_healthy"
+        assert wanted["condition"] == done
+        (device,) = vllm.services[name]["deploy"]["resources"]["reservations"]["devices"]
         assert (device["driver"], device["device_ids"], device["capabilities"]) == ("nvidia", ["0"], ["gpu"])
 
 
-def test_the_weights_are_downloaded_where_offline_workers_look_for_them(gpu: Config) -> None:
-    weights = gpu["services"]["weights"]
-    assert nets(weights) == {"downloads"}
-    wanted = {f"hf download {model.model} --revision {model.revision}" for model in load_pool(GPU_POOL).models}
+def test_the_weights_are_downloaded_where_offline_workers_look_for_them(vllm: Served) -> None:
+    weights = vllm.services[vllm.weights]
+    wanted = {f"hf download {model.model} --revision {model.revision}" for model in vllm.pool.to_serve}
     assert set(weights["command"][0].splitlines()) == wanted
     (cache,) = weights["volumes"]
     assert weights["environment"]["HF_HOME"] == cache["target"]
-    for name, worker in workers(gpu["services"]).items():
+    for name, worker in workers(vllm.services).items():
         mounted = {volume["target"]: volume for volume in worker["volumes"]}
         found = mounted[worker["environment"]["HF_HOME"]]
         assert (found["source"], found["read_only"]) == (cache["source"], True), name
         assert worker["environment"]["HF_HUB_OFFLINE"] == "1", name
 
 
-def test_the_gateway_reads_tokenizers_where_the_weights_were_downloaded_and_asks_no_hub(gpu: Config) -> None:
-    found, weights = gpu["services"]["gateway-gpu"], gpu["services"]["weights"]
-    (cache,) = weights["volumes"]
+def test_the_gateway_reads_tokenizers_where_the_weights_were_downloaded_and_asks_no_hub(vllm: Served) -> None:
+    (found,) = (service for service in vllm.services.values() if gateway(service))
+    (cache,) = vllm.services[vllm.weights]["volumes"]
     (mount,) = (volume for volume in found["volumes"] if volume["target"] == found["environment"]["HF_HOME"])
     assert (mount["source"], mount["read_only"]) == (cache["source"], True)
     assert found["environment"]["HF_HUB_OFFLINE"] == "1"
-    assert found["depends_on"]["weights"]["condition"] == "service_completed_successfully"
+    assert found["depends_on"][vllm.weights]["condition"] == "service_completed_successfully"
+
+
+def test_a_judge_elsewhere_is_named_by_url_and_its_key_by_a_variable(gpu: Config) -> None:
+    pool = "./deploy/compose/pool.hosted-judge.yaml"
+    config = compose_config("gpu", variables=SECRETS | {"GPU_POOL": pool, "JUDGE_API_KEY": "their-key"})
+    *local, judge = pool_of(config).models
+    assert local == list(pool_of(gpu).models)
+    assert (judge.kind, judge.urls[0].partition("://")[0]) == ("judge", "https")
+    (found,) = (service for service in config["services"].values() if gateway(service))
+    assert judge.key(found["environment"]) == "their-key"
+    with pytest.raises(ConfigurationError, match=r"JUDGE_API_KEY .* is not set"):
+        judge.key({**found["environment"], "JUDGE_API_KEY": ""})
+    # The only network with a way out on which it is; workers are on none.
+    assert "edge" in nets(found)
+    assert not config["networks"]["edge"].get("internal")
 
 
 def test_the_encoder_is_served_with_the_flags_that_its_export_prints_and_locked_in_like_a_worker() -> None:
@@ -308,8 +380,9 @@ def test_a_checkpoint_of_ones_own_is_mounted_where_the_gateway_looks_for_it() ->
     assert found["environment"]["REWARD_ROUTER_CHECKPOINT"] == mount["target"]
 
 
-def test_prometheus_finds_the_gateway_by_one_name_in_both_profiles(cpu: Config, gpu: Config) -> None:
+def test_prometheus_finds_the_gateway_by_one_name_in_every_profile(cpu: Config, gpu: Config, judge: Config) -> None:
     text = (ROOT / "deploy/prometheus/prometheus.yml").read_text()
     assert "gateway" in re.findall(r"names: \[(\w+)\]", text)
     assert "monitoring" in nets(cpu["services"]["gateway"])
-    assert gpu["services"]["gateway-gpu"]["networks"]["monitoring"]["aliases"] == ["gateway"]
+    for config, name in ((gpu, "gateway-gpu"), (judge, "gateway-judge")):
+        assert config["services"][name]["networks"]["monitoring"]["aliases"] == ["gateway"]

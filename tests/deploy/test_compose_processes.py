@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.compose import ComposeStack, Config, Image, StackError, compose_config
+from tests.support.compose import ROOT, ComposeStack, Config, Image, StackError, compose_config
 from tests.support.compose_parts import KEY, SECRETS, ask, only
 
 pytest.importorskip("dockerfile_parse", reason="needs reward-router[dev]")
@@ -90,6 +90,31 @@ def test_the_whole_profile_comes_up_in_its_order_routes_a_pair_and_remembers_its
         assert version(again.url("gateway")) == 1
         status, repeated = ask(url, "/feedback", {"decision_id": reward["decision_id"], "preferred": 1})
         assert (status, repeated["duplicate"]) == (200, True)
+
+
+@pytest.mark.usefixtures("first")
+def test_the_rules_container_is_the_referee_of_decisions_with_a_reference(
+    images: dict[str, Image], folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "volumes").mkdir()
+    (tmp_path / "volumes" / "demo").symlink_to(folder / "volumes" / "demo")
+    every = tmp_path / "pool.yaml"
+    every.write_text((ROOT / "deploy/compose/pool.cpu.yaml").read_text().replace("rate: 0.1", "rate: 1"))
+    changed = config()
+    (pool,) = (it for it in changed["services"]["gateway"]["volumes"] if it["target"] == "/etc/reward-router/pool.yaml")
+    pool["source"] = str(every)
+    with ComposeStack(changed, tmp_path, images, network=120 + os.getpid() % 120) as stack:
+        stack.up(300)
+        url = stack.url("gateway")
+        status, reward = ask(url, "/reward", PAIR | {"reference": PAIR["responses"][1]})
+        assert status == 200, reward
+        deadline = time.monotonic() + 30
+        while not (audits := ask(url, "/audits")[1]):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (audit,) = audits
+        assert (audit["decision_id"], audit["referee"]) == (reward["decision_id"], "checker")
+        assert audit["preferred"] == 1
 
 
 def wrong_command(services: Config) -> None:

@@ -36,11 +36,11 @@ def test_vllm_understands_every_flag_and_reads_what_was_meant() -> None:
     if not python:
         pytest.skip("needs vLLM: VLLM_PYTHON=… of an environment that has it")
     secrets = {"GATEWAY_API_KEY": "k", "GRAFANA_ADMIN_PASSWORD": "p"}
-    services = compose_config("gpu", "encoder", variables=secrets)["services"]
+    services = compose_config("gpu", "judge", "encoder", variables=secrets)["services"]
     commands = {
         name: service["command"] for name, service in services.items() if service.get("entrypoint") == ["vllm", "serve"]
     }
-    assert len(commands) == 5
+    assert len(commands) == 10
     done = subprocess.run(
         [python, "-c", READ, json.dumps(commands)], capture_output=True, text=True, timeout=300, check=False
     )
@@ -49,8 +49,8 @@ def test_vllm_understands_every_flag_and_reads_what_was_meant() -> None:
     for name, read in json.loads(line.removeprefix("PARSED ")).items():
         words = commands[name]
         assert read["model_tag"] == words[0]
-        assert read["runner"] == "pooling"
-        assert read["convert"] == ("embed" if name == "encoder" else "classify")
+        assert read["runner"] == ("auto" if name == "judge" else "pooling")
+        assert read["convert"] == {"encoder": "embed", "judge": "auto"}.get(name, "classify")
         assert read["port"] == 8000
         assert read["max_model_len"] == int(words[words.index("--max-model-len") + 1])
         assert read["gpu_memory_utilization"] == float(words[words.index("--gpu-memory-utilization") + 1])

@@ -14,8 +14,9 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from service.cli.manifests import WORKER_PORT
+from service.cli.manifests import WORKER_PORT, rule_worker
 from service.cli.vllm_serve import serve_words
+from service.errors import ConfigurationError
 from service.pool import load_pool
 from service.settings import Settings, read_settings
 from service.telemetry import Telemetry
@@ -32,13 +33,23 @@ from tests.support.kubernetes import (
 )
 
 MODELS = FOLDER.parents[1] / "deploy/models"
-WORKERS = ("published-1x80gb", "published-4x80gb")
+WORKERS = ("published-1x80gb", "published-1x80gb-judge", "published-4x80gb")
 COMPONENTS = ("redis", "checkpoint", "monitoring", "offline")
 VERSIONS = ("1.31", "1.34", "1.37")
 """Versions of Kubernetes: an older one, and the newest whose schemas the package carries."""
 
-EXTERNAL_SECRET = {"reward-router": {"api-keys", "store-url", "hf-token"}}
+EXTERNAL_SECRET = {"reward-router": {"api-keys", "store-url", "hf-token", "judge-api-key"}}
 """What docs/kubernetes.md lets an operator create by hand."""
+
+
+def command(pool: Path, out: Path) -> None:
+    """Run `reward-router manifests`."""
+    from typer.testing import CliRunner
+
+    from service.cli import app
+
+    result = CliRunner().invoke(app, ["manifests", "--pool", str(pool), "--out", str(out)])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +184,12 @@ def test_a_worker_may_write_where_its_variables_say(everything: list[Manifest]) 
 
 def gateway_environment(manifests: list[Manifest]) -> dict[str, str]:
     """What the gateway's container would find in its environment, with the secrets of the docs."""
-    secrets = {"api-keys": '["KEY"]', "store-url": "redis://reward-router-redis:6379/0", "hf-token": "TOKEN"}
+    secrets = {
+        "api-keys": '["KEY"]',
+        "store-url": "redis://reward-router-redis:6379/0",
+        "hf-token": "TOKEN",
+        "judge-api-key": "J",
+    }
     (container,) = of_kind(manifests, "Deployment")["reward-router"]["spec"]["template"]["spec"]["containers"]
     maps = of_kind(manifests, "ConfigMap")
     environment = {k: v for ref in container["envFrom"] for k, v in maps[ref["configMapRef"]["name"]]["data"].items()}
@@ -268,10 +284,10 @@ def test_workers_are_started_as_up_starts_them(name: str, tmp_path: Path) -> Non
     manifests = render_with(tmp_path, resources=[f"workers/{name}"])
     pool = load_pool(MODELS / f"{name.removeprefix('published-')}.yaml")
     started = {t["spec"]["containers"][0]["args"][1]: t["spec"]["containers"][0] for t in _worker_pods(manifests)}
-    assert set(started) == {model.source for model in pool.models}
+    assert set(started) == {model.source for model in pool.to_serve}
     sets = of_kind(manifests, "StatefulSet").values()
-    assert sum(s["spec"]["replicas"] for s in sets) == sum(model.replicas for model in pool.models)
-    for model in pool.models:
+    assert sum(s["spec"]["replicas"] for s in sets) == sum(model.replicas for model in pool.to_serve)
+    for model in pool.to_serve:
         container = started[model.source]
         here = list(serve_words(model, "cuda", host="0.0.0.0", port=WORKER_PORT))
         # A pod has a whole GPU, and so vLLM's own share of it.
@@ -311,6 +327,86 @@ def test_gateways_ask_every_worker_pod_by_its_own_name(name: str, tmp_path: Path
             assert args[args.index("--port") + 1] == str(port["containerPort"]) == str(WORKER_PORT)
 
 
+RULES = """
+models:
+- {name: rm, urls: ["http://gpu:8000"]}
+- {name: judge, kind: judge, model: Qwen/Qwen3-8B, revision: main, dtype: bfloat16, gpu_share: 0.3}
+- name: hosted
+  kind: judge
+  urls: ["https://judge.example.com/v1"]
+  model: big
+  api_key_env: JUDGE_API_KEY
+- {name: sums, kind: rule, builtin: math, processes: 2, memory_mb: 700, applies: {metadata.task: math}}
+"""
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
+    """A pool of several kinds, as `reward-router manifests` writes it."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "pool.yaml").write_text(RULES)
+    command(folder / "pool.yaml", folder / "written")
+    return render_with(folder, "offline", resources=["workers/mixed"], also={"workers/mixed": folder / "written"})
+
+
+def test_manifests_of_a_pool_of_several_kinds_fit_the_schema(mixed: list[Manifest]) -> None:
+    for part in mixed:
+        kubernetes_validate.validate(part, VERSIONS[-1], strict=True)
+    test_no_pod_may_do_more_than_it_has_to(mixed)
+    test_each_pod_may_be_evicted_one_at_a_time(mixed)
+    test_what_selects_pods_selects_some_of_one_component(mixed, "NetworkPolicy")
+    test_what_selects_pods_selects_some_of_one_component(mixed, "Service")
+
+
+def test_gateways_are_told_of_judges_and_rules_and_nothing_of_how_they_are_started(
+    mixed: list[Manifest], tmp_path: Path
+) -> None:
+    (data,) = [m["data"] for n, m in of_kind(mixed, "ConfigMap").items() if n.startswith("reward-router-pool")]
+    (tmp_path / "pool.yaml").write_text(data["pool.yaml"])
+    _, judge, hosted, rule = load_pool(tmp_path / "pool.yaml").models
+    assert (judge.urls, judge.served) == (("http://judge-judge-0.judge-judge:8000",), "Qwen/Qwen3-8B")
+    assert (hosted.urls, hosted.key({"JUDGE_API_KEY": "k"})) == (("https://judge.example.com",), "k")
+    assert (rule.urls, rule.applies) == (("http://rule-sums-0.rule-sums:8000",), {"metadata.task": "math"})
+    assert not {"gpu_share", "dtype", "builtin", "processes"} & {*data["pool.yaml"].replace(":", " ").split()}
+    (container,) = of_kind(mixed, "Deployment")["reward-router"]["spec"]["template"]["spec"]["containers"]
+    (key,) = (variable for variable in container["env"] if variable["name"] == hosted.api_key_env)
+    assert key["valueFrom"]["secretKeyRef"]["optional"] is True
+
+
+def test_a_judge_is_served_by_vllm_as_a_generative_model(mixed: list[Manifest]) -> None:
+    (container,) = pod_templates(mixed)["judge-judge"]["spec"]["containers"]
+    assert container["args"][:2] == ["serve", "Qwen/Qwen3-8B"]
+    assert "--runner" not in container["args"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}
+
+
+def test_a_rules_pod_reaches_nothing_writes_nowhere_and_is_asked_by_gateways_only(mixed: list[Manifest]) -> None:
+    template = pod_templates(mixed)["rule-sums"]
+    spec = template["spec"]
+    (container,) = spec["containers"]
+    assert container["image"] == "reward-router-worker"
+    assert container["args"][:3] == ["worker", "--rule", "math"]
+    assert not {"env", "envFrom"} & set(container)
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert [(mount["name"], mount["mountPath"]) for mount in container["volumeMounts"]] == [("tmp", "/tmp")]
+    assert spec["volumes"][0]["emptyDir"]["sizeLimit"]
+    # Two processes of 700 MiB, and the server.
+    assert container["resources"]["limits"]["memory"] == "1912Mi"
+    rule, rules = Pod(template["metadata"]["labels"]), policies(mixed)
+    assert allowed(rules, GATEWAY, rule, 8000)
+    for other in (NEIGHBOUR, TRAINER, IMPOSTOR, PROMETHEUS, WORKER):
+        assert not allowed(rules, other, rule, 8000), other
+    for target, port in ((HUB, 443), (METADATA, 80), (GATEWAY, 8080), (REDIS, 6379), (WORKER, 8000), (TRAINER, 80)):
+        assert not allowed(rules, rule, target, port), target
+    assert not allowed(rules, rule, Pod({"k8s-app": "kube-dns"}, "kube-system"), 53, "UDP")
+
+
+def test_a_rule_of_a_file_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "pool.yaml").write_text("models: [{name: own, kind: rule, file: rules.py:own}]")
+    with pytest.raises(ConfigurationError, match="'own' is a file of this machine"):
+        rule_worker(load_pool(tmp_path / "pool.yaml").models[0])  # type: ignore[arg-type]
+
+
 def _worker_pods(manifests: list[Manifest]) -> list[Any]:
     found = pod_templates(manifests).values()
     return [t for t in found if t["metadata"]["labels"]["app.kubernetes.io/component"] == "worker"]
@@ -318,13 +414,7 @@ def _worker_pods(manifests: list[Manifest]) -> list[Any]:
 
 @pytest.mark.parametrize("name", WORKERS)
 def test_the_committed_workers_are_what_the_command_writes(name: str, tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
-    from service.cli import app
-
-    pool = MODELS / f"{name.removeprefix('published-')}.yaml"
-    result = CliRunner().invoke(app, ["manifests", "--pool", str(pool), "--out", str(tmp_path)])
-    assert result.exit_code == 0, result.output
+    command(MODELS / f"{name.removeprefix('published-')}.yaml", tmp_path)
     committed = {path.name: path.read_text() for path in (FOLDER / "workers" / name).iterdir()}
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == committed
 

@@ -9,8 +9,9 @@ import pytest
 from router_core.records import Fact, Instance
 from service.errors import ConfigurationError
 from service.gateway import default_policy
-from service.pool import RESERVED_ARGUMENTS, PoolFile, dump_pool, load_pool
+from service.pool import PoolFile, dump_pool, load_pool
 from service.scorers.rm.build import build_reward_model
+from service.scorers.vllm_entry import RESERVED_ARGUMENTS
 from service.settings import Settings
 
 

@@ -32,13 +32,24 @@ def render(folder: Path) -> list[Manifest]:
     return [part for part in yaml.safe_load_all(done.stdout) if part]
 
 
-def render_with(tmp_path: Path, *components: str, resources: Sequence[str] = ()) -> list[Manifest]:
-    """The example overlay with further components, as its user would add them."""
+def render_with(
+    tmp_path: Path, *components: str, resources: Sequence[str] = (), also: Mapping[str, Path] | None = None
+) -> list[Manifest]:
+    """The example overlay with further components, as its user would add them.
+
+    Args:
+        tmp_path: for the overlay.
+        components: of deploy/kubernetes/components.
+        resources: folders of deploy/kubernetes, or of `also`.
+        also: further folders of deploy/kubernetes.
+    """
     overlay = tmp_path / "overlay"
     overlay.mkdir()
     # Kustomize takes relative paths only.
     link = tmp_path / "kubernetes"
     shutil.copytree(FOLDER, link)
+    for place, folder in (also or {}).items():
+        shutil.copytree(folder, link / place)
     content = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from service.scorers.entry import ScorerEntry
 from service.scorers.judge.rubrics import BUILT_IN, Mode
 from service.scorers.judge.verdicts import LABEL_MASS
+from service.scorers.vllm_entry import VllmEntry
 
 RESERVED_FIELDS = {
     "model": "`model`",
@@ -23,15 +23,14 @@ RESERVED_FIELDS = {
 """Fields of a request that have one of their own in the pool file, so that nothing is said twice."""
 
 
-class JudgeEntry(ScorerEntry):
+class JudgeEntry(VllmEntry):
     """A judge; docs/judges.md describes it.
 
-    `path` is a directory that `up` serves on the CPU; with `urls` the judge is served elsewhere, as `model`.
+    `path` is a directory that `up` serves on the CPU, `model` one of the hub that vLLM serves; with `urls` the judge is
+    served elsewhere, as `model`.
     """
 
     kind: Literal["judge"]
-    model: str | None = Field(default=None, min_length=1)
-    path: Path | None = None
     rubric: str = Field(default="helpfulness", min_length=1)
     mode: Mode = Mode.PAIRWISE
     verdict: Literal["auto", "logprobs", "text"] = "auto"
@@ -54,10 +53,11 @@ class JudgeEntry(ScorerEntry):
 
     @model_validator(mode="after")
     def _askable(self) -> JudgeEntry:
-        if not self.urls and self.path is None:
+        if not self.urls and self.source is None:
             raise ValueError(
-                f"judge {self.name!r} has no `urls` and no `path`: say where an OpenAI-compatible server has it, "
-                "for example http://127.0.0.1:8000, or name the directory of a small one, which `up` serves on the CPU"
+                f"judge {self.name!r} has no `urls`, `path` or `model`: say where an OpenAI-compatible server has it, "
+                "for example http://127.0.0.1:8000, or name the directory of a small one, which `up` serves on the "
+                "CPU, or a model of the Hugging Face hub for vLLM"
             )
         if self.urls and self.model is None and self.path is None:
             raise ValueError(f"judge {self.name!r} has no `model`: give the server's name for it (GET /v1/models)")

@@ -159,7 +159,7 @@ def test_the_arithmetic_on_top_of_a_ready_pool_is_that_of_its_entries_and_right(
     assert set(sums) == taken
     assert f"reward-router pin --pool deploy/models/{path.name}" in text
     assert "Chat template: every model's own" in text
-    assert all(model.rendering == "auto" and model.chat_template == "plain" for model in pool.models)
+    assert all(model.rendering == "auto" and model.chat_template == "plain" for model in pool.reward_models)
 
 
 def test_the_pool_files_command_is_relative_to_the_file(tmp_path: Path, fake_vllm: str) -> None:

@@ -68,7 +68,7 @@ async def test_an_own_rubric_is_found_beside_the_pool_file(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ("model: m", "judge 'j' has no `urls` and no `path`"),
+        ("mode: pairwise", "judge 'j' has no `urls`, `path` or `model`"),
         ("urls: ['http://h:1']", "judge 'j' has no `model`"),
         ("urls: ['http://h:1'], model: m, mode: listwise", "'pairwise' or 'pointwise'"),
         ("urls: ['http://h:1'], model: m, extra_body: {logprobs: false}", "extra_body holds logprobs; use `verdict`"),
