@@ -1,4 +1,4 @@
-"""docker-compose.yml's profiles `gpu` and `encoder` as processes, with our own workers in the place of vLLM's.
+"""docker-compose.yml's profiles `gpu`, `judge` and `encoder` as processes, with our own workers in the place of vLLM's.
 
 What is proven: names, ports, networks, mounts, order, pool file, the gateway's environment, the encoder's export, and
 that the gateway finds the models' tokenizers where the weights were downloaded to, and sends token ids.
@@ -18,7 +18,8 @@ pytest.importorskip("dockerfile_parse", reason="needs reward-router[dev]")
 pytest.importorskip("torch", reason="exporting an encoder needs reward-router[train]")
 pytest.importorskip("transformers", reason="the small reward model needs reward-router[train]")
 from tests.service.workers.test_cpu import MAX_LENGTH, build
-from tests.support.compose import ComposeStack, Image, compose_config
+from tests.service.workers.test_generating import build as build_judge
+from tests.support.compose import ROOT, ComposeStack, Image, compose_config
 from tests.support.compose_parts import SECRETS, ask, vllm_image
 
 pytestmark = [
@@ -40,7 +41,7 @@ PAIR = {"prompt": "Name a prime.", "responses": ["Seven is one.", "Eight is one.
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> Image:
     """Stands for vLLM's image."""
     folder = tmp_path_factory.mktemp("vllm-image")
-    return vllm_image(folder, build(folder / "tiny"))
+    return vllm_image(folder, build(folder / "tiny"), build_judge(folder / "judge"))
 
 
 def test_models_are_downloaded_started_in_turn_and_asked_through_a_gateway_whose_encoder_is_a_server(
@@ -69,6 +70,34 @@ def test_models_are_downloaded_started_in_turn_and_asked_through_a_gateway_whose
         assert (reward["recorded"], reward["fallback"]) == (True, False)
         status, accepted = ask(url, "/feedback", {"decision_id": reward["decision_id"], "preferred": 0})
         assert status == 200, accepted
+
+
+def test_the_judge_profile_starts_the_judge_last_and_asks_it(
+    images: dict[str, Image], vllm: Image, tmp_path: Path
+) -> None:
+    config = compose_config("judge", variables=SECRETS)
+    # The small judge has random weights: its letters have little of the probability.
+    pool = tmp_path / "pool.yaml"
+    given = (ROOT / "deploy/compose/pool.judge.yaml").read_text()
+    pool.write_text(given.replace("    kind: judge\n", "    kind: judge\n    label_mass: 0.000001\n"))
+    (mount,) = (it for it in config["services"]["gateway-judge"]["volumes"] if it["target"].endswith("/pool.yaml"))
+    mount["source"] = str(pool)
+    with ComposeStack(config, tmp_path, {**images, "vllm/vllm-openai": vllm}, network=os.getpid() % 240) as stack:
+        stack.up(600)
+        turns = [name for name in stack.order if name == "judge" or name.endswith("-80gb")]
+        assert (turns[0], turns[-1], len(turns)) == ("weights-80gb", "judge", 6)
+        url = stack.url("gateway-judge")
+        deadline = time.monotonic() + 60
+        models = ask(url, "/models")[1]
+        while not all(model["available"] for model in models):
+            assert time.monotonic() < deadline, models
+            time.sleep(0.1)
+            models = ask(url, "/models")[1]
+        assert models[-1]["kind"] == "judge"
+        name = models[-1]["name"]
+        status, reward = ask(url, "/reward", PAIR | {"policy": f"single:{name}"})
+        assert status == 200, reward
+        assert (reward["model"], reward["fallback"]) == (name, False)
 
 
 def test_the_gateway_is_alive_and_not_ready_while_no_model_is_there(images: dict[str, Image], tmp_path: Path) -> None:

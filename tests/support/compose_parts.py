@@ -28,31 +28,36 @@ sys.exit(reply != b"+PONG\\r\\n")
 """
 
 VLLM = """#!{python}
-# `vllm serve`, answered in vLLM's words by our own workers: an RM out of the hub's cache, an encoder's directory.
+# `vllm serve`, answered in vLLM's words by our own workers: RM or judge of the hub's cache, encoder's directory.
 import os, sys
 from huggingface_hub import snapshot_download
 assert sys.argv[1] == "serve", sys.argv
 source, flags = sys.argv[2], dict(zip(sys.argv[3::2], sys.argv[4::2], strict=True))
-assert flags["--runner"] == "pooling", flags
 place = ["--host", flags["--host"], "--port", flags["--port"]]
-if flags["--convert"] == "classify":
+if flags.get("--convert") != "embed":
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     model = snapshot_download(source, revision=flags["--revision"])
-    words = ["worker", "--model", model, "--name", flags["--served-model-name"], *place]
+    pooling = flags.get("--runner"), flags.get("--convert")
+    assert pooling in [("pooling", "classify"), (None, None)], flags
+    kind = "--judge" if pooling == (None, None) else "--model"
+    words = ["worker", kind, model, "--name", flags["--served-model-name"], *place]
 else:
+    assert flags["--runner"] == "pooling", flags
     words = ["encoder", "serve", source, "--name", flags["--served-model-name"], *place]
 os.execv({router!r}, [{router!r}, *words])
 """
 
 DOWNLOAD = """#!{python}
-# `hf download MODEL --revision REVISION`, which lays a small model into the hub's cache in the place of any other.
+# `hf download MODEL --revision REVISION`, which lays a small model into the hub's cache in the place of any other:
+# a generative one in the place of Qwen's own.
 import os, pathlib, shutil, sys
 _, verb, model, flag, revision = sys.argv
 assert (verb, flag, revision) == ("download", "--revision", "main"), sys.argv
 cached = pathlib.Path(os.environ["HF_HOME"], "hub", "models--" + model.replace("/", "--"))
 (cached / "refs").mkdir(parents=True, exist_ok=True)
 (cached / "refs" / revision).write_text("0" * 40)
-shutil.copytree({model!r}, cached / "snapshots" / ("0" * 40), dirs_exist_ok=True)
+small = {judge!r} if model.startswith("Qwen/") else {model!r}
+shutil.copytree(small, cached / "snapshots" / ("0" * 40), dirs_exist_ok=True)
 """
 
 
@@ -69,16 +74,17 @@ def valkey_image(binary: Path, folder: Path) -> Image:
     return Image((folder,), extra=("--bind", "{address}"))
 
 
-def vllm_image(folder: Path, model: Path) -> Image:
+def vllm_image(folder: Path, model: Path, judge: Path | None = None) -> Image:
     """`vllm/vllm-openai` without vLLM: its commands, answered by our own workers.
 
     Args:
         folder: for the executables.
         model: directory of a small reward model, which every RM of the pool is.
+        judge: directory of a small generative model, which the pool's judge is.
     """
     router = Path(sys.executable).parent / "reward-router"
     script(folder / "vllm", VLLM.format(python=sys.executable, router=str(router)))
-    script(folder / "hf", DOWNLOAD.format(python=sys.executable, model=str(model)))
+    script(folder / "hf", DOWNLOAD.format(python=sys.executable, model=str(model), judge=str(judge)))
     return Image((folder,))
 
 
