@@ -249,8 +249,8 @@ def build_gateway(
         encoder: instead of the settings' or the checkpoint's; for tests and benchmarks.
         arms: instead of clients of the pool's workers; for tests.
         store: instead of the settings' store; for tests.
-        score_scale: of the RMs' raw rewards, for `uwo`, instead of the checkpoint's; with neither, each run learns it
-            from the rewards it sees.
+        score_scale: of the RMs' raw rewards, for `uwo`, instead of the checkpoint's; with neither, a run's score log
+            tells it.
 
     Raises:
         ConfigurationError: settings, pool and checkpoint do not fit each other.

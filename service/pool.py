@@ -22,8 +22,8 @@
         rendering: template                  # `messages` (default, any worker), `template`, `tokens` or `auto`
         chat_template: plain                 # for `template`: plain, a .jinja file, or a tokenizer's directory
         applies: {metadata.task: math}       # asked about these instances only; by default about all
-        score_scale: 0.5                     # the gateway answers score_scale * reward + score_shift
-        score_shift: 0.0
+        reward_scale: 0.5                     # the gateway answers reward_scale * reward + reward_shift
+        reward_shift: 0.0
         price: 3.5                           # of one call, in any unit; 1 by default; cascades weigh calls by it
         reward_limit: 100.0                  # largest size of a raw reward; learned by default
         heads: {helpful: 0.7, safe: 0.3}     # an RM of several labels: their names in order, and weights; or `head: 0`
@@ -100,8 +100,8 @@ class ModelEntry(ScorerEntry):
     model: str | None = Field(default=None, min_length=1)
     revision: str | None = None
     licence: str | None = None
-    score_scale: float = 1.0
-    score_shift: float = 0.0
+    reward_scale: float = 1.0
+    reward_shift: float = 0.0
     reward_limit: float | None = Field(default=None, gt=0, le=MAX_ABS_SCORE)
     head: int | None = Field(default=None, ge=0)
     heads: dict[str, float] | None = Field(default=None, min_length=1)
@@ -181,10 +181,10 @@ class ModelEntry(ScorerEntry):
 
     @model_validator(mode="after")
     def _transforms(self) -> ModelEntry:
-        if not math.isfinite(self.score_scale) or self.score_scale == 0:
-            raise ValueError(f"model {self.name!r}: score_scale is {self.score_scale}; use a number other than 0")
-        if not math.isfinite(self.score_shift):
-            raise ValueError(f"model {self.name!r}: score_shift is {self.score_shift}; use a finite number")
+        if not math.isfinite(self.reward_scale) or self.reward_scale == 0:
+            raise ValueError(f"model {self.name!r}: reward_scale is {self.reward_scale}; use a number other than 0")
+        if not math.isfinite(self.reward_shift):
+            raise ValueError(f"model {self.name!r}: reward_shift is {self.reward_shift}; use a finite number")
         return self
 
     @model_validator(mode="after")

@@ -62,7 +62,7 @@ FIELD_POOLS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"S6": S6, "S4": S4, "E5": E5, "X4": X4, "N5": N5, "T6": T6}
 )
 """Pools of the 85 RMs. S6, S4, E5 and X4 were chosen for room after seeing the accuracies; N5 (middling) and T6 (the
-best) by the overall scores that their leaderboard published, not by these pairs.
+best) by the overall scores that their leaderboard published, though after the accuracies on these pairs were seen.
 """
 CHOSEN_FOR_ROOM = ("K4", "K6", "S6", "S4", "E5", "X4")
 ALL = "all 85"

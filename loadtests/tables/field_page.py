@@ -34,7 +34,8 @@ def field_section(document: Document) -> list[Block]:
         f"scores, so no `uwo`. Digest `{data['digest']}`. {field['folds']} grouped folds, dealt once (S6: "
         f"{field['dealings']} times); online {field['seeds']} passes per stream. **{listed(ROOM)} were chosen for room "
         "after seeing the accuracies. N5 (middling) and T6 (the best) were chosen by their leaderboard's published "
-        "scores, not by these pairs**: a router has nothing to gain there, and must not lose. In every pool the kinds "
+        "scores, though after the accuracies on these pairs had been seen**: a router has nothing to gain there, and "
+        "must not lose. In every pool the kinds "
         "of texts are learned from the verdicts of all 85 on the training folds. `offline, the paper's` is the "
         "paper's offline stage on our frozen encoder: one network, hard verdicts, both losses, the Bradley-Terry head.",
         *_summary(field),

@@ -29,7 +29,7 @@ LONGEST_NAME = 52
 """Characters of a StatefulSet's name: Kubernetes adds a hash of eleven to make a label of 63 of it."""
 
 GATEWAY_FIELDS = ("served_name", "rendering", "chat_template", "tokens_per_request", "max_in_flight", "max_model_len",
-                  "score_scale", "score_shift", "head", "heads", "reward_limit", "applies", "timeout_seconds",
+                  "reward_scale", "reward_shift", "head", "heads", "reward_limit", "applies", "timeout_seconds",
                   "requests_per_minute", "tokens_per_minute", "api_key_env")  # fmt: skip
 """What gateways read of a model, besides its name and where it is."""
 

@@ -233,9 +233,9 @@ def test_vllm_gets_the_flags_and_environment_that_up_would_give_it(gpu: Config) 
         assert service["environment"].items() >= ENVIRONMENT.items()
         for field in ("rendering", "model", "revision", "tokenizer"):
             assert getattr(model, field) == getattr(served[model.name], field), field
-        assert (model.score_scale, model.score_shift) == (
-            served[model.name].score_scale,
-            served[model.name].score_shift,
+        assert (model.reward_scale, model.reward_shift) == (
+            served[model.name].reward_scale,
+            served[model.name].reward_shift,
         )
 
 

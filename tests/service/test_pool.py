@@ -30,8 +30,8 @@ def model(folder: Path, fields: str) -> PoolFile:
         ("path: a, recorded: b.jsonl", "both `path` and `recorded`"),
         ("path: a, revision: main", "no `model` of the hub"),
         ("urls: ['http://a:1'], replicas: 2", "its urls are its replicas"),
-        ("path: a, score_scale: 0", "score_scale is 0.0; use a number other than 0"),
-        ("path: a, score_shift: .inf", "score_shift is inf; use a finite number"),
+        ("path: a, reward_scale: 0", "reward_scale is 0.0; use a number other than 0"),
+        ("path: a, reward_shift: .inf", "reward_shift is inf; use a finite number"),
         ("path: a, gpus: [0, 0]", "named twice"),
         ("path: a, gpus: [0, 1, 2], tensor_parallel: 2", "groups of tensor_parallel 2"),
         ("path: a, gpu_share: 1.5", "less than or equal to 1"),
@@ -62,7 +62,7 @@ def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     pool = load(
         tmp_path,
         "{name: p, worker: vllm, device: cpu, vllm_command: 'vllm --x', models: [{name: a, model: org/a, revision: r, "
-        "licence: mit, replicas: 2, gpus: [0, 1], gpu_share: 0.4, vllm_args: '--y 1', env: {A: b}, score_scale: 2}, "
+        "licence: mit, replicas: 2, gpus: [0, 1], gpu_share: 0.4, vllm_args: '--y 1', env: {A: b}, reward_scale: 2}, "
         "{name: b, path: b}]}",
     )
     dump_pool(pool, tmp_path / "again.yaml")
@@ -72,9 +72,9 @@ def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_the_gateway_takes_the_score_transform_from_the_pool_file(tmp_path: Path) -> None:
-    (entry,) = model(tmp_path, "urls: ['http://127.0.0.1:1'], score_scale: -0.5, score_shift: 3").models
+    (entry,) = model(tmp_path, "urls: ['http://127.0.0.1:1'], reward_scale: -0.5, reward_shift: 3").models
     config = build_reward_model(entry, Settings()).config
-    assert (config.score_scale, config.score_shift) == (-0.5, 3.0)
+    assert (config.reward_scale, config.reward_shift) == (-0.5, 3.0)
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,8 @@ def pool_file(tmp_path: Path, one_server: OneServer, vllm_command: tuple[str, ..
             "name": "rm-arithmetic",
             "path": str(demo_models / "rm-arithmetic"),
             "worker": "cpu",
-            "score_scale": 2.0,
-            "score_shift": 1.0,
+            "reward_scale": 2.0,
+            "reward_shift": 1.0,
         },
     ]
     pool = {"device": "cpu", "vllm_command": list(vllm_command), "models": models}

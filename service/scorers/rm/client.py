@@ -51,8 +51,8 @@ class ArmConfig(ServedConfig):
         tokens_per_request: tokens per request, where the rendering counts them; a single instance may have more.
         max_model_len: tokens that the RM reads at most; None for what the workers say.
         over_long: what becomes of an instance with more. A prompt can be cut only where tokens are counted.
-        score_scale: finite, not 0; see `score_shift`.
-        score_shift: the arm's rewards are score_scale * logit + score_shift.
+        reward_scale: finite, not 0; see `reward_shift`.
+        reward_shift: the arm's rewards are reward_scale * logit + reward_shift.
         reward_limit: largest size of a raw reward that is taken for one; None to learn it, see `RewardBound`.
         heads: what makes the reward of several labels; None for an RM with one.
     """
@@ -64,8 +64,8 @@ class ArmConfig(ServedConfig):
     tokens_per_request: int = TOKENS_PER_REQUEST
     max_model_len: int | None = None
     over_long: OverLong = OverLong.SKIP
-    score_scale: float = 1.0
-    score_shift: float = 0.0
+    reward_scale: float = 1.0
+    reward_shift: float = 0.0
     reward_limit: float | None = None
     heads: Heads | None = None
 
@@ -77,9 +77,9 @@ class ArmConfig(ServedConfig):
         ):
             if getattr(self, option) < 1:
                 raise ConfigurationError(f"RM {self.name!r}: {option} is {getattr(self, option)}; use at least 1")
-        if not (math.isfinite(self.score_scale) and math.isfinite(self.score_shift)) or self.score_scale == 0:
+        if not (math.isfinite(self.reward_scale) and math.isfinite(self.reward_shift)) or self.reward_scale == 0:
             raise ConfigurationError(
-                f"RM {self.name!r}: score_scale {self.score_scale}, score_shift {self.score_shift}; use finite "
+                f"RM {self.name!r}: reward_scale {self.reward_scale}, reward_shift {self.reward_shift}; use finite "
                 "numbers, and a scale other than 0"
             )
         if self.reward_limit is not None and not 0 < self.reward_limit <= MAX_ABS_SCORE:

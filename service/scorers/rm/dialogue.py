@@ -41,7 +41,7 @@ class ClassifyDialogue:
         finally:
             # The good ones of an answer that is refused, too: they say that the outlier, asked alone, is one.
             self._bound.learn(told.rewards)
-        scale, shift = self._config.score_scale, self._config.score_shift
+        scale, shift = self._config.reward_scale, self._config.reward_shift
         if scale == 1.0 and shift == 0.0:
             return told
         return Rewards([scale * reward + shift for reward in told.rewards], told.heads)

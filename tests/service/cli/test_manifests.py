@@ -54,7 +54,7 @@ def test_gateways_are_told_what_concerns_them_and_nothing_of_gpus() -> None:
     pool = PoolFile(
         name="p",
         models=(
-            entry(score_scale=2.0, gpu_share=0.3, gpus=(0,), licence="x", max_model_len=512, served_name="served"),
+            entry(reward_scale=2.0, gpu_share=0.3, gpus=(0,), licence="x", max_model_len=512, served_name="served"),
             ModelEntry(name="elsewhere", urls=("http://gpu:8000",)),
             entry("ids", rendering="tokens", revision="v1"),
             entry("perhaps", rendering="auto", tokenizer="org/b"),
@@ -66,7 +66,7 @@ def test_gateways_are_told_what_concerns_them_and_nothing_of_gpus() -> None:
             {
                 "name": "rm-a",
                 "urls": ["http://rm-a-0.rm-a:8000"],
-                "score_scale": 2.0,
+                "reward_scale": 2.0,
                 "max_model_len": 512,
                 "served_name": "served",
             },

@@ -278,3 +278,18 @@ async def test_laser_asks_over_http_in_batches_and_losses_are_simulated() -> Non
     losses = [body["loss"] for path, body in gateway.calls if path == "/feedback"]
     assert len(losses) == 80
     assert min(losses) > 0
+
+
+def test_audits_stand_for_feedback(data: Path, checkpoint: Path) -> None:
+    words = (data, "--checkpoint", checkpoint, "--policies", "bayesian,offline")
+    found = document(*words, "--audit", "0.5:even", "--referee-accuracy", "0.9", "--audit-ask", "drawn")
+    said = found["scenario"]["audits"]
+    assert (said["rate"], said["schedule"], said["accuracy"], said["ask_all"]) == (0.5, "even", 0.9, False)
+    calls = document(*words, "--audit", "0.5")["policies"]
+    assert calls["bayesian"]["calls_per_instance"] > 1.3
+    assert calls["offline"]["calls_per_instance"] == 1.0
+
+
+def test_audits_that_cannot_be_are_refused(data: Path) -> None:
+    assert "pool file" in str(run(data, "--audit", "0.1", "--url", "http://127.0.0.1:1").exception)
+    assert "RATE" in str(run(data, "--audit", "often").exception)

@@ -97,7 +97,7 @@ async def test_a_worker_of_several_labels_passes_its_probe(serve: Serve) -> None
 async def test_the_pool_file_names_the_heads(serve: Serve, tmp_path: Path) -> None:
     url = serve(ManyLabels())
     file = tmp_path / "pool.yaml"
-    file.write_text(f"models: [{{name: rm, urls: ['{url}'], heads: {{z: 1, a: 2, m: 0}}, score_scale: 2}}]")
+    file.write_text(f"models: [{{name: rm, urls: ['{url}'], heads: {{z: 1, a: 2, m: 0}}, reward_scale: 2}}]")
     (entry,) = load_pool(file).reward_models
     arm = build_reward_model(entry, Settings(), watched=False)
     (told,) = await arm.score([Instance("p", ("a",))], deadline=soon())

@@ -1,4 +1,4 @@
-"""`score_scale` and `score_shift` of the pool file change every reward of an arm, and nothing else."""
+"""`reward_scale` and `reward_shift` of the pool file change every reward of an arm, and nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ async def test_the_score_transform_is_applied_to_every_reward(serve: Serve) -> N
     url = serve(ScriptedWorker())
     rendering = TemplateRendering(PlainTemplate())
     plain = VllmArm(ArmConfig(name="rm", urls=(url,), rendering=rendering))
-    scaled = VllmArm(ArmConfig(name="rm", urls=(url,), rendering=rendering, score_scale=-0.5, score_shift=3.0))
+    scaled = VllmArm(ArmConfig(name="rm", urls=(url,), rendering=rendering, reward_scale=-0.5, reward_shift=3.0))
     raw = list(await score_items(plain, PAIR, deadline=soon()))
     expected = [3.0 - 0.5 * reward for reward in raw]
     assert list(await score_items(scaled, PAIR, deadline=soon())) == expected
@@ -31,8 +31,8 @@ async def test_the_score_transform_is_applied_to_every_reward(serve: Serve) -> N
 
 
 @pytest.mark.parametrize(
-    "options", [{"score_scale": 0.0}, {"score_scale": float("nan")}, {"score_shift": float("inf")}]
+    "options", [{"reward_scale": 0.0}, {"reward_scale": float("nan")}, {"reward_shift": float("inf")}]
 )
 def test_a_score_transform_that_loses_the_reward_is_refused(options: dict[str, float]) -> None:
-    with pytest.raises(ConfigurationError, match="score_scale"):
+    with pytest.raises(ConfigurationError, match="reward_scale"):
         ArmConfig(name="rm", urls=("http://127.0.0.1:1",), **options)  # type: ignore[arg-type]
