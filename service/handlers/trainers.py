@@ -4,7 +4,8 @@
 
 Every sample is one instance with one response; what keeps those of one prompt with one reward model is
 `usecases.sticky`. A sample without a reward makes the whole request an error, because these protocols have no word
-for it: 503 for what may be tried again, 4xx for what may not. `…/feedback` behind each path takes the same body and a
+for it: 503 for what may be tried again, 4xx for what may not. Their clients show little of an error or nothing, so the
+log names its code. `…/feedback` behind each path takes the same body and a
 value per sample, and names the decisions by their content. Built by `service.gateway`, served by `handlers.hot`.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -38,6 +40,9 @@ PAUSE_SECONDS = 1.0
 
 LOGGED_RUNS = 1024
 """Runs of which it is remembered that their unknown chat template was logged."""
+
+QUIET_SECONDS = 10.0
+"""How long the same reason for no reward is not logged again: clients that try again would fill the log."""
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +131,7 @@ class TrainerRoutes:
         self._index = {name: k for k, name in enumerate(self._pool)}
         self._patience_seconds = patience_seconds
         self._texts = texts
+        self._told: dict[tuple[str, str], float] = {}
 
     def routes(self) -> dict[str, QueryHandler]:
         """Return handlers by path."""
@@ -142,9 +148,23 @@ class TrainerRoutes:
         async def rewards(body: bytes, /, *, query: bytes) -> Any:
             options, request = _options(query), parse_body(decoder, body)
             samples = self._read(protocol, request, options)
-            return protocol.write(await score(samples, options), self._pool, options)
+            try:
+                scored = await score(samples, options)
+            except ServiceError as error:
+                self._log(protocol, error, options)
+                raise
+            return protocol.write(scored, self._pool, options)
 
         return rewards
+
+    def _log(self, protocol: UrlProtocol, error: ServiceError, options: ShimOptions) -> None:
+        """Log why a trainer's sample has no reward, the same code at most once in `QUIET_SECONDS` per path."""
+        code, now = str(error.details.get("failure", error.code)), time.monotonic()
+        if now - self._told.get((protocol.path, code), -QUIET_SECONDS) < QUIET_SECONDS:
+            return
+        self._told[protocol.path, code] = now
+        fields = {"route": protocol.path, "run": options.run, "code": code, "reason": error.message}
+        logger.warning("%s has no reward for a sample (%s)", protocol.trainer, code, extra={"fields": fields})
 
     def _feedback_of(self, protocol: UrlProtocol, decoder: msgspec.json.Decoder[Any]) -> QueryHandler:
         value_of = msgspec.json.Decoder(_Value)

@@ -6,7 +6,8 @@
 AReaL runs a function in a small pool of processes, one sample a call, waits 15 s, tries four times, and then takes 0
 for a timeout but rejects the trajectory for an exception. So the deadline here is shorter than AReaL's, and it ends in
 an exception. That does not help a sample that waited in the pool's queue: AReaL's 15 s run there too. `RouterRewards`
-needs no pool: its samples await the gateway, many in one request, and one without a reward is left out.
+needs no pool: its samples await the gateway, many in one request, and one without a reward is left out of its group,
+which is what AReaL takes None for.
 
 AReaL hands over the prompt as the policy's chat template made it. The messages are taken from the data set's column
 `messages` where there is one; else the usual templates are taken apart (`templated`). Options come from the environment
@@ -27,8 +28,9 @@ from service.trainers.client import AsyncRouterClient, RouterClient
 from service.trainers.coalesce import Coalescer
 from service.trainers.conversation import as_sent
 from service.trainers.options import ClientOptions, from_environment
+from service.trainers.samples import samples_of
 from service.trainers.templated import UNKNOWN, split_prompt
-from service.trainers.values import RewardItem, RouterUnavailableError
+from service.trainers.values import FATAL_CODES, RewardItem, RouterRefusedError, RouterUnavailableError
 from service.trainers.verl import score_single
 
 logger = logging.getLogger("reward_router")
@@ -92,14 +94,11 @@ def score(client: RouterClient, prompt: str, completion: str, messages: Any = No
         messages: the prompt's messages, if known.
 
     Raises:
-        RouterUnavailableError: there is none.
+        RouterUnavailableError: there is none; names the stable code of the reason.
     """
     item = item_of(prompt, completion, messages)
-    scored = client.reward(item.prompt, item.responses)
-    [reward] = scored.rewards
-    if reward is None:
-        raise RouterUnavailableError(f"{scored.model} gave no reward for this sample")
-    return reward
+    [sample] = samples_of(client.reward(item.prompt, item.responses), 1)
+    return sample.require()
 
 
 def item_of(prompt: str, completion: str, messages: Any = None) -> RewardItem:
@@ -140,6 +139,22 @@ class RouterRewards:
         super().__init__(reward_fn=reward_fn, **workflow)  # type: ignore[call-arg]
         self.async_reward_fn = AwaitedReward(from_environment(os.environ, **(reward_options or {})))
 
+    async def arun_episode(self, engine: Any, data: Any) -> Any:
+        """Return the workflow's trajectory; None, with which AReaL leaves it out of its group, if it has no reward.
+
+        An exception would cost the whole group.
+
+        Raises:
+            RouterRefusedError: a wrong key, run or policy.
+        """
+        try:
+            return await super().arun_episode(engine, data)  # type: ignore[misc]
+        except (RouterUnavailableError, RouterRefusedError) as error:
+            if error.code in FATAL_CODES:
+                raise
+            logger.warning("a trajectory is left out, for it has no reward (%s): %s", error.code, error.message)
+            return None
+
 
 class AwaitedReward:
     """What AReaL's workflows await for a sample, in place of their `AsyncRewardWrapper`.
@@ -156,7 +171,7 @@ class AwaitedReward:
         """See `reward_fn`; concurrent samples travel in one request.
 
         Raises:
-            RouterUnavailableError: no reward before the deadline: AReaL rejects the trajectory.
+            RouterUnavailableError: no reward before the deadline.
             RouterRefusedError: a final refusal.
         """
         item = item_of(prompt, completions, columns.get("messages"))

@@ -3,14 +3,16 @@
     scored = await score_group(scored_group, reference=answer)
 
 Called in an environment's `collect_trajectories`, once a group has its tokens, masks and messages. A group that has no
-reward for one of its members is dropped whole: Atropos takes None for "not this group", and would take a 0 for a bad
-response. Its `RewardFunction` turns every exception into zeros, which is why there is none here. Imports nothing of
-Atropos; called by environments of users.
+reward for one of its members is dropped whole: Atropos takes None for "not this group", has no word for "not this
+member", and would take a 0 for a bad response. The log names the codes of the reasons. Its `RewardFunction` turns
+every exception into zeros, which is why there is none here. Imports nothing of Atropos; called by environments of
+users.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -36,7 +38,15 @@ async def score_group(
     samples = await samples_of_group(group, reference, **options)
     missing = [sample for sample in samples if sample.reward is None]
     if missing:
-        logger.warning("a group of %d is dropped: %s", len(samples), missing[0].message)
+        codes = Counter(sample.failure for sample in missing)
+        told = ", ".join(f"{code} (x{count})" for code, count in codes.most_common())
+        logger.warning(
+            "a group of %d is dropped, for %d have no reward: %s; %s",
+            len(samples),
+            len(missing),
+            told,
+            missing[0].message,
+        )
         return None
     group["scores"] = [sample.require() for sample in samples]
     return group

@@ -4,8 +4,9 @@
 
 Options come from the environment (`REWARD_ROUTER_CLIENT_URL`, `REWARD_ROUTER_CLIENT_RUN`, …), because ms-swift hands a
 plugin nothing of its own. Knows ms-swift 4's call, `await f(completions, messages=…, **columns) -> list[float | None]`;
-imports nothing of it until `register` is called. ms-swift leaves None out of a row's mean; where no function has a
-reward for a whole group, all its rows weigh the same and teach nothing.
+imports nothing of it until `register` is called. ms-swift adds up what its functions say of a row and passes over None,
+so that a row of which none says anything counts as a 0 beside the others of its group. So where one row of a group has
+no reward, the whole group is given None: all its rows weigh the same and teach nothing.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class RouterORM:
             columns: what else ms-swift hands over.
 
         Returns:
-            (n,) rewards; None where none could be had.
+            (n,) rewards; None for every row of a group in which one could not be had.
 
         Raises:
             ValueError: there are no messages.
@@ -72,7 +73,7 @@ class RouterORM:
         # ms-swift runs every step in an event loop of its own, which connections would not outlive.
         async with AsyncRouterClient(self.options) as client:
             reward = AsyncRouterReward(
-                client=client, judge=self.judge, row_options=RowOptions(on_missing=OnMissing.NONE)
+                client=client, judge=self.judge, row_options=RowOptions(on_missing=OnMissing.GROUP)
             )
             return await reward(prompts, completions, **columns)
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.trainers.conversation import Said, as_sent, prompt_text
-from service.trainers.samples import NO_REWARD, Sample, SampleScorer
+from service.trainers.samples import Sample, SampleScorer
+from service.trainers.values import NO_REWARD
 
 FAILURE_KIND = "judge_failed"
 """NeMo Gym's shared name for a verifier that could not answer."""

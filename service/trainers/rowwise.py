@@ -40,6 +40,8 @@ class OnMissing(StrEnum):
 
     NONE = "none"
     """The trainer is given None, and leaves the row out."""
+    GROUP = "group"
+    """The trainer is given None for all rows of the group, since beside the others it would take None for a 0."""
     RAISE = "raise"
     """The training stops, for trainers that would turn None into a 0."""
 
@@ -137,29 +139,35 @@ class Plan:
         ]
 
     def finish(self, results: Sequence[RewardResult]) -> list[float | None]:
-        """Rewards per row, (n,); None, never a number, where there is none.
+        """Rewards per row, (n,); None, never a number, where there is none. The log names the codes of the reasons.
 
         Raises:
             RouterRefusedError: a refusal that concerns the training as a whole, not one instance.
             RouterUnavailableError: a reward is missing, and the trainer would make a 0 of it.
         """
         rewards: list[float | None] = [None] * self.count
+        reasons: Counter[tuple[str, str]] = Counter()
         for group, result in zip(self.groups, results, strict=True):
             if isinstance(result, Missing):
                 if result.code in FATAL_CODES:
                     raise RouterRefusedError(0, result.code, result.message)
+                reasons[result.code, result.message] += len(group.rows)
+                continue
+            lost = [code for code in result.failures if code is not None]
+            reasons.update((code, f"{result.model} gave none") for code in lost)
+            if lost and self.on_missing is OnMissing.GROUP:
                 continue
             for row, reward in zip(group.rows, result.rewards, strict=True):
                 rewards[row] = reward
-        absent = sum(reward is None for reward in rewards)
-        if absent:
-            reasons = Counter(r.message if isinstance(r, Missing) else "the model gave none" for r in _failed(results))
-            said = f"{absent} of {self.count} rewards are missing: " + "; ".join(
-                f"{reason} (x{count})" for reason, count in reasons.most_common(3)
+        if reasons:
+            said = f"{reasons.total()} of {self.count} rewards are missing: " + "; ".join(
+                f"{code}: {reason} (x{count})" for (code, reason), count in reasons.most_common(3)
             )
             if self.on_missing is OnMissing.RAISE:
-                raise RouterUnavailableError(f"{said}. The trainer would take None for a 0, so it stops here")
-            logger.warning("%s; the trainer is given None for them", said)
+                [((code, _), _)] = reasons.most_common(1)
+                raise RouterUnavailableError(f"{said}. The trainer would take None for a 0, so it stops here", code)
+            whole = self.on_missing is OnMissing.GROUP
+            logger.warning("%s; the trainer is given None for %s", said, "their whole groups" if whole else "them")
         return rewards
 
     def judged(
@@ -217,7 +225,8 @@ def plan(prompts: Sequence[Any], completions: Sequence[Any], options: RowOptions
 def metrics(results: Sequence[RewardResult]) -> dict[str, float]:
     """Return what is worth a curve: shares of missing rewards, fallbacks and models, and the mean of what each said."""
     scored = [result for result in results if isinstance(result, Scored)]
-    found = {"reward_router/missing": (len(results) - len(scored)) / max(len(results), 1)}
+    incomplete = sum(isinstance(result, Missing) or None in result.rewards for result in results)
+    found = {"reward_router/missing": incomplete / max(len(results), 1)}
     if scored:
         found["reward_router/fallback"] = sum(result.fallback for result in scored) / len(scored)
         found["reward_router/propensity"] = sum(result.propensity for result in scored) / len(scored)
@@ -262,10 +271,6 @@ def report_feedback(results: Sequence[FeedbackResult]) -> None:
             raise RouterRefusedError(0, answer.code, answer.message)
     for reason, count in Counter(r.message for r in results if isinstance(r, Declined)).items():
         logger.warning("%d feedbacks were declined: %s", count, reason)
-
-
-def _failed(results: Sequence[RewardResult]) -> list[RewardResult]:
-    return [result for result in results if isinstance(result, Missing) or None in result.rewards]
 
 
 def _columns_of(group: Group, columns: Mapping[str, Any], count: int) -> dict[str, tuple[Any, ...]]:

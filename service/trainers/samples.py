@@ -19,15 +19,13 @@ from service.trainers.groups import by_prompt
 from service.trainers.options import ClientOptions, from_environment
 from service.trainers.values import (
     FATAL_CODES,
+    NO_REWARD,
     Missing,
     RewardItem,
     RewardResult,
     RouterRefusedError,
     RouterUnavailableError,
 )
-
-NO_REWARD = "no_reward"
-"""`Sample.failure` where the gateway gave null and named no code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +57,8 @@ class Sample:
             RouterUnavailableError: there is none.
         """
         if self.reward is None:
-            raise RouterUnavailableError(f"no reward ({self.failure}): {self.message}")
+            code = self.failure or NO_REWARD
+            raise RouterUnavailableError(f"no reward ({code}): {self.message}", code)
         return self.reward
 
     def metrics(self) -> dict[str, float]:
@@ -82,11 +81,9 @@ def samples_of(result: RewardResult, count: int) -> list[Sample]:
         if result.code in FATAL_CODES:
             raise RouterRefusedError(0, result.code, result.message)
         return [Sample(None, result.code, result.message)] * count
-    failures = result.extra.get("failure") or [None] * count
     parts: Mapping[str, Sequence[float | None]] = result.extra.get("components") or {}
     samples = []
-    for row, reward in enumerate(result.rewards):
-        failure = None if reward is not None else failures[row] or NO_REWARD
+    for row, (reward, failure) in enumerate(zip(result.rewards, result.failures, strict=True)):
         components = {name: float(value) for name, values in parts.items() if (value := values[row]) is not None}
         message = "" if failure is None else f"{result.model} gave no reward for this response"
         samples.append(

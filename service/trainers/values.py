@@ -38,6 +38,10 @@ INVALID = "validation"
 UNAVAILABLE = "unavailable"
 """`Missing.code` where the gateway itself did not answer before the deadline."""
 
+NO_REWARD = "no_reward"
+"""Code of a response without a reward where the gateway gave null and named no code; also the gateway's own while a
+reward model's scale is not known yet."""
+
 FATAL_CODES = frozenset({"unauthorized", "not_found", "method_not_allowed", "bad_request", "run_conflict"})
 """Codes that concern the training as a whole: a wrong key, run or policy. Others are about one instance."""
 
@@ -47,7 +51,21 @@ class RouterClientError(Exception):
 
 
 class RouterUnavailableError(RouterClientError):
-    """No reward, or no acknowledgement, could be had before the deadline."""
+    """No reward, or no acknowledgement, could be had before the deadline.
+
+    Args:
+        message: the reason in words; where it is that of one response, it names the code.
+        code: stable code of the reason.
+    """
+
+    def __init__(self, message: str, code: str = UNAVAILABLE) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+
+    def __reduce__(self) -> tuple[type[RouterUnavailableError], tuple[object, ...]]:
+        """Errors travel between the processes of a trainer."""
+        return type(self), (self.message, self.code)
 
 
 class RouterRefusedError(RouterClientError):
@@ -133,6 +151,14 @@ class Scored:
     def ok(self) -> bool:
         """There are rewards."""
         return True
+
+    @property
+    def failures(self) -> tuple[str | None, ...]:
+        """Stable code per response that has no reward; None where there is one."""
+        told = self.extra.get("failure") or [None] * len(self.rewards)
+        return tuple(
+            None if reward is not None else code or NO_REWARD for reward, code in zip(self.rewards, told, strict=True)
+        )
 
 
 @dataclass(frozen=True, slots=True)

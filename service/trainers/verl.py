@@ -14,7 +14,8 @@ anyway, and needs no function:
 
 The samples of one prompt come in different calls, often in different processes; the gateway keeps them with one reward
 model (its memory of run and prompt). Concurrent samples of one process travel in one request. verl has no word for "no
-reward": where none can be had before the deadline, the call raises, and verl stops; it never trains on a false 0.
+reward": where none can be had before the deadline, the call raises an error that names the reason's code, and verl
+stops; it never trains on a false 0.
 
 Knows what verl 0.9 hands over; imports nothing of it, and neither torch nor ray.
 """
@@ -34,14 +35,16 @@ from service.trainers.client import AsyncRouterClient, RouterClient
 from service.trainers.coalesce import Coalescer
 from service.trainers.conversation import Said, as_sent
 from service.trainers.options import ClientOptions, from_environment
+from service.trainers.samples import samples_of
 from service.trainers.values import (
+    NO_REWARD,
     RETRIED_CODES,
     UNAVAILABLE,
     Missing,
     RewardItem,
     RewardResult,
     RouterRefusedError,
-    RouterUnavailableError,
+    Scored,
 )
 
 PAUSES_SECONDS = (0.1, 0.5, 2.0, 5.0)
@@ -164,6 +167,11 @@ class RouterRewardManager:
         return placed
 
 
+def _may_come(result: RewardResult) -> bool:
+    """Return True if the reward is null, or not to be had until a model's scale is known."""
+    return result.code == NO_REWARD if isinstance(result, Missing) else result.rewards == (None,)
+
+
 async def score_single(coalescer: Coalescer, item: RewardItem) -> dict[str, Any]:
     """The sample's score, asked for again while its model's scale is not known yet.
 
@@ -173,7 +181,7 @@ async def score_single(coalescer: Coalescer, item: RewardItem) -> dict[str, Any]
     """
     result = await coalescer.reward(item)
     for pause in PAUSES_SECONDS:
-        if isinstance(result, Missing) or result.rewards != (None,):
+        if not _may_come(result):
             break
         await asyncio.sleep(pause)
         result = await coalescer.reward(item)
@@ -184,16 +192,14 @@ def score_of(result: RewardResult) -> dict[str, Any]:
     """What verl's managers take: the score, and what to keep beside it; the same keys every time.
 
     Raises:
-        RouterUnavailableError: there is none.
-        RouterRefusedError: the text is one that no reward model takes, or the run or policy is wrong.
+        RouterUnavailableError: there is none; names the stable code of the reason, and has it as `code`.
+        RouterRefusedError: the text is one that no reward model takes, or the run or policy is wrong; likewise.
     """
-    if isinstance(result, Missing):
-        if result.code in RETRIED_CODES or result.code == UNAVAILABLE:
-            raise RouterUnavailableError(result.message)
+    if isinstance(result, Missing) and result.code not in {*RETRIED_CODES, UNAVAILABLE, NO_REWARD}:
         raise RouterRefusedError(0, result.code, result.message)
-    [reward] = result.rewards
-    if reward is None:
-        raise RouterUnavailableError(f"{result.model} gave no reward for this sample")
+    [sample] = samples_of(result, 1)
+    reward = sample.require()
+    assert isinstance(result, Scored)
     parts: Mapping[str, Sequence[float | None]] = result.extra.get("components") or {}
     return {
         "score": reward,

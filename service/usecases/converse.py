@@ -41,8 +41,8 @@ def instance_of(
     """
     if isinstance(prompt, str) and all(isinstance(response, str) for response in responses):
         return Instance(prompt, tuple(responses), reference, metadata or {})  # type: ignore[arg-type]
-    text, turns = _said(prompt, f"{where}prompt", "user")
-    read = [_said(response, f"{where}responses[{i}]", "assistant") for i, response in enumerate(responses)]
+    text, turns = said_of(prompt, f"{where}prompt", "user")
+    read = [said_of(response, f"{where}responses[{i}]", "assistant") for i, response in enumerate(responses)]
     answers = tuple([turns for _, turns in read])
     return Instance(
         text,
@@ -54,8 +54,17 @@ def instance_of(
     )
 
 
-def _said(given: Given, name: str, speaker: str) -> tuple[str, Turns | None]:
-    """Return the text, and the messages where a text of the speaker does not say the same."""
+def said_of(given: Given, name: str, speaker: str) -> tuple[str, Turns | None]:
+    """Return the text, and the messages where a text of the speaker does not say the same.
+
+    Args:
+        given: text or messages.
+        name: of the field, for errors.
+        speaker: role of a text.
+
+    Raises:
+        ValidationError: messages that cannot be read.
+    """
     if isinstance(given, str):
         return given, None
     if len(given) > MAX_MESSAGES:

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from router_core.errors import DatasetError
+from router_core.rows import written
 from service.lab.convert.formats import FORMATS, OURS, Preference, best, format_of
 from service.lab.convert.reading import Record, read_records
 from service.lab.convert.texts import UnusableError, prompt_of, response_of
@@ -135,7 +136,7 @@ def _row(record: Record, preference: Preference) -> dict[str, Any]:
     given = next((record[name] for name in _IDS if isinstance(record.get(name), str | int)), None)
     row: dict[str, Any] = {} if given is None else {"id": str(given)}
     row |= {name: str(record[name]) for name in _NAMES if isinstance(record.get(name), str | int)}
-    row["prompt"] = preference.prompt
+    row["prompt"] = written(preference.prompt.turns or preference.prompt.text)
     if len(preference.responses) == 2:
         order = (1, 0) if _swapped(preference) else (0, 1)
         row |= {f"response_{letter}": preference.responses[k] for letter, k in zip(_LETTERS, order, strict=True)}
@@ -147,7 +148,7 @@ def _row(record: Record, preference: Preference) -> dict[str, Any]:
 
 
 def _swapped(preference: Preference) -> bool:
-    content = "\0".join([preference.prompt, *sorted(preference.responses)])
+    content = "\0".join([preference.prompt.text, *sorted(preference.responses)])
     better_first = preference.responses[0] == min(preference.responses)
     return bool(hashlib.sha256(content.encode()).digest()[0] % 2) == better_first
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from service.lab.convert.reading import Record
 from service.lab.convert.texts import (
+    Prompt,
     UnusableError,
     decoded,
     dialogue_turns,
@@ -31,7 +32,7 @@ _TIES = ("tie", "both_bad", "both bad", "tie (bothbad)", "tie (both bad)")
 class Preference:
     """A prompt, its responses, and the index of the better one; `better` is None where they are equally good."""
 
-    prompt: str
+    prompt: Prompt
     responses: tuple[str, ...]
     better: int | None
 

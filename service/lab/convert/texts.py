@@ -10,9 +10,12 @@ import json
 import re
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
+from router_core.records import Turns
+from service.errors import ValidationError
 from service.trainers.conversation import completion_text, prompt_text
+from service.usecases.converse import said_of
 
 _ASKING = ("user", "human", "system")
 """Roles that no response has."""
@@ -47,17 +50,27 @@ def decoded(value: Any, of: Any = dict) -> Any:
     return value
 
 
-def prompt_of(value: Any) -> str:
-    """The text of a prompt that is a string or messages.
+class Prompt(NamedTuple):
+    """A prompt's text, and its messages where one text of the user does not say the same."""
+
+    text: str
+    turns: Turns | None = None
+
+
+def prompt_of(value: Any) -> Prompt:
+    """A prompt that is a string or messages.
 
     Raises:
         UnusableError: it is neither, or empty.
     """
     try:
-        text = prompt_text(value)
-    except ValueError as error:
+        if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+            text, turns = said_of(value, "prompt", "user")
+        else:
+            text, turns = prompt_text(value), None
+    except (ValueError, ValidationError) as error:
         raise UnusableError("the prompt is neither text nor messages") from error
-    return _whole(text, "the prompt")
+    return Prompt(_whole(text, "the prompt"), turns)
 
 
 def response_of(value: Any) -> str:
@@ -73,7 +86,7 @@ def response_of(value: Any) -> str:
     return _whole(text, "a response")
 
 
-def split_turns(*conversations: Sequence[Any]) -> tuple[str, tuple[str, ...]]:
+def split_turns(*conversations: Sequence[Any]) -> tuple[Prompt, tuple[str, ...]]:
     """The prompt that conversations of messages begin with alike, and the response of each.
 
     Raises:
@@ -113,7 +126,7 @@ def dialogue_turns(text: str) -> list[dict[str, str]]:
     ]
 
 
-def split_strings(chosen: str, rejected: str) -> tuple[str, tuple[str, ...]]:
+def split_strings(chosen: str, rejected: str) -> tuple[Prompt, tuple[str, ...]]:
     """The prompt that two strings begin with alike, up to the end of a word, and the rest of each.
 
     Raises:
@@ -124,7 +137,7 @@ def split_strings(chosen: str, rejected: str) -> tuple[str, tuple[str, ...]]:
     cut = max(prefix.rfind(space) for space in (" ", "\n", "\t")) + 1
     if not prefix[:cut].strip():
         raise UnusableError("chosen and rejected have no prompt in common")
-    return prefix[:cut].rstrip(), tuple(_whole(text[cut:], "a response") for text in (chosen, rejected))
+    return Prompt(prefix[:cut].rstrip()), tuple(_whole(text[cut:], "a response") for text in (chosen, rejected))
 
 
 def _words(turn: Any) -> tuple[str, str]:

@@ -195,13 +195,15 @@ def test_the_last_line_is_shown_without_colours_and_without_empty_lines(tmp_path
 
 def test_what_a_dead_server_leaves_behind_is_ended_too(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
-    script = f"sleep 300 & echo $! > {pids}; exit 3"
+    # The shell's child is a shell until it has become `sleep`.
+    became = "until [ \"$(tr -d '\\0' < /proc/$!/cmdline)\" = sleep300 ]; do sleep 0.01; done"
+    script = f"sleep 300 & echo $! > {pids}; {became}; exit 3"
     with ProcessGroup(tmp_path / "logs") as processes:
         child = processes.run("server", ["/bin/sh", "-c", script])
         assert child.process.wait(20) == 3
         engine = Path(f"/proc/{pids.read_text().strip()}/cmdline")
         assert "sleep" in engine.read_text()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     # A zombie's command line is empty.
     while engine.exists() and engine.read_text():
         assert time.monotonic() < deadline

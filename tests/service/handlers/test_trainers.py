@@ -210,11 +210,18 @@ async def test_an_unknown_scale_is_an_error_that_may_be_retried_until_it_is_know
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_what_every_rm_refuses_is_final(gateway: Gateway, path: str) -> None:
+async def test_what_every_rm_refuses_is_final_and_logged_once(
+    gateway: Gateway, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
     for arm in gateway.arms:
         arm.refuses = lambda text: "answer" in text
-    response = await gateway.client.post(path, BODIES[path])
-    assert (response.status, response.error["code"]) == (422, "worker_rejected")
+    for _ in range(2):
+        response = await gateway.client.post(path, BODIES[path])
+        assert (response.status, response.error["code"]) == (422, "worker_rejected")
+    (record,) = [record for record in caplog.records if "has no reward for a sample" in record.message]
+    fields = record.__dict__["fields"]
+    assert (fields["route"], fields["code"]) == (path, "worker_rejected")
+    assert "worker_rejected" in record.message
 
 
 async def test_of_two_failures_in_a_batch_the_final_one_is_told(gateway: Gateway) -> None:

@@ -24,7 +24,7 @@ from service.trainers.areal import (
     reward_fn,
 )
 from service.trainers.options import ClientOptions, from_environment
-from service.trainers.values import RouterUnavailableError
+from service.trainers.values import RouterRefusedError, RouterUnavailableError
 from tests.conftest import ValkeyProcess, free_port
 from tests.support.gateway import fresh_run
 from tests.support.live import LiveGateway, live_gateway
@@ -110,7 +110,7 @@ def test_areals_own_workflow_gets_the_rewards(way: str, column: str, gateway: Li
 def test_areals_workflow_rejects_every_trajectory_while_the_gateway_is_away(tmp_path: Path) -> None:
     words = ["--clients", client_folder("areal"), "--way", "workflow", "--model", save_chatml_tokenizer(tmp_path)]
     found = areal(words, {"REWARD_ROUTER_CLIENT_URL": f"http://127.0.0.1:{free_port()}", **AWAY})
-    assert found == {"rewards": ["RouterUnavailableError"] * 3, "logged": {}}
+    assert found == {"rewards": [None] * 3, "logged": {}}
 
 
 @pytest.mark.slow
@@ -129,6 +129,40 @@ def areal(words: list[Any], environment: dict[str, str]) -> Any:
 def test_the_workflow_has_no_other_reward_function() -> None:
     with pytest.raises(ValueError, match="leave it out"):
         RouterRewards(reward_fn="areal.reward.gsm8k.gsm8k_reward_fn")
+
+
+class Workflow:
+    """Asks for the reward as AReaL's workflows do."""
+
+    def __init__(self, reward_fn: Any) -> None:
+        self.async_reward_fn = reward_fn
+
+    async def arun_episode(self, engine: Any, data: Any) -> Any:
+        return await self.async_reward_fn(PROMPT, data, [1], [2])
+
+
+class Routed(RouterRewards, Workflow):
+    """As a user makes a workflow of his own."""
+
+
+async def test_a_trajectory_without_a_reward_is_left_out_of_its_group(
+    gateway: LiveGateway, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(gateway.arms[0], "refuses", lambda text: text == "bad")
+    options = {"url": gateway.url, "run": fresh_run(), "policy": "single:rm-long"}
+    workflow = Routed(reward_options=options)
+    # AReaL gathers a group without catching: an exception would cost all of it, and None costs the one.
+    group = await asyncio.gather(*(workflow.arun_episode(None, text) for text in ("good", "bad", "better")))
+    await workflow.async_reward_fn.close()
+    assert group == [4.0, None, 6.0]
+    assert "no reward (worker_rejected)" in caplog.text
+
+
+async def test_a_wrong_policy_is_no_trajectory_to_leave_out(gateway: LiveGateway) -> None:
+    workflow = Routed(reward_options={"url": gateway.url, "policy": "no-such"})
+    with pytest.raises(RouterRefusedError, match="no-such"):
+        await workflow.arun_episode(None, "good")
+    await workflow.async_reward_fn.close()
 
 
 async def test_awaited_samples_travel_together(gateway: LiveGateway) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from service.trainers.atropos import score_group
 from tests.conftest import ValkeyProcess, free_port
 from tests.support.gateway import fresh_run
 from tests.support.live import LiveGateway, live_gateway
@@ -71,6 +72,13 @@ def test_atropos_gets_a_groups_scores_or_none(gateway: LiveGateway) -> None:
     assert scored("atropos", gateway.url) == {"scores": [LENGTHS], "successful": [1]}
     url, words = nobody()
     assert scored("atropos", url, **words) == {"scores": [], "successful": [0]}
+
+
+async def test_a_dropped_group_names_its_code(caplog: pytest.LogCaptureFixture) -> None:
+    members = [[{"role": "user", "content": "p"}, {"role": "assistant", "content": text}] for text in "ab"]
+    found = await score_group({"messages": members}, url=f"http://127.0.0.1:{free_port()}", deadline_seconds=0.3)
+    assert found is None
+    assert "for 2 have no reward: unavailable (x2)" in caplog.text
 
 
 @pytest.mark.slow

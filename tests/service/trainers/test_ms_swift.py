@@ -13,11 +13,12 @@ import pytest
 
 from service.trainers.ms_swift import PLUGIN, RouterORM, register
 from service.trainers.options import ClientOptions
-from service.trainers.rowwise import Judged
+from service.trainers.rowwise import Judged, OnMissing, RowOptions, plan
 from service.trainers.values import Feedback
 from tests.conftest import ValkeyProcess, free_port
 from tests.support.gateway import fresh_run
 from tests.support.live import LiveGateway, live_gateway
+from tests.support.rewards import scored
 from tests.support.trainer_clients import client_folder
 from tests.support.trainer_processes import opinionated_arms, result_of, run_module
 
@@ -54,7 +55,14 @@ def test_each_step_may_have_an_event_loop_of_its_own_and_feedback_arrives(gatewa
 async def test_rows_without_a_reward_are_none(caplog: pytest.LogCaptureFixture) -> None:
     function = RouterORM(options=ClientOptions(url=f"http://127.0.0.1:{free_port()}", deadline_seconds=0.3))
     assert await function(["a b", "a b c d"], messages=ROWS) == [None, None]
-    assert "2 of 2 rewards are missing" in caplog.text
+    assert "2 of 2 rewards are missing: unavailable" in caplog.text
+
+
+def test_a_row_without_a_reward_takes_its_group_along(caplog: pytest.LogCaptureFixture) -> None:
+    # ms-swift adds up with nansum: a lone None would be a 0 beside the rewards of its group.
+    planned = plan(["p", "p", "q"], ["a", "b", "c"], RowOptions(on_missing=OnMissing.GROUP))
+    assert planned.finish([scored(2.0, None, failure=[None, "verdict_unreadable"]), scored(5.0)]) == [None, None, 5.0]
+    assert "1 of 3 rewards are missing: verdict_unreadable" in caplog.text
 
 
 async def test_without_messages_there_is_no_prompt() -> None:

@@ -21,11 +21,11 @@ from service.trainers.values import (
     RewardResult,
     RouterRefusedError,
     RouterUnavailableError,
-    Scored,
 )
 from tests.conftest import ValkeyProcess, free_port
 from tests.support.gateway import fresh_run
 from tests.support.live import LiveGateway, live_gateway
+from tests.support.rewards import scored
 from tests.support.trainer_processes import opinionated_arms
 
 PROMPTS = ["p", "p", "q", "q"]
@@ -41,10 +41,6 @@ def gateway(valkey_server: ValkeyProcess) -> Iterator[LiveGateway]:
 @pytest.fixture
 def options(gateway: LiveGateway) -> ClientOptions:
     return ClientOptions(url=gateway.url, run=fresh_run(), policy="single:rm-long", deadline_seconds=20)
-
-
-def scored(*rewards: float | None) -> Scored:
-    return Scored("d1", "r", "rm-a", rewards, None, None, 0.5, "bayesian", 0, False, True)
 
 
 def prefer_the_first(judged: Judged) -> Feedback | None:
@@ -140,10 +136,12 @@ def test_a_null_among_rewards_stays_none() -> None:
     planned = plan(PROMPTS, TEXTS, RowOptions())
     results: list[RewardResult] = [scored(None, 1.0), Missing("worker_rejected", "too long")]
     assert planned.finish(results) == [None, 1.0, None, None]
-    assert metrics(results)["reward_router/missing"] == 0.5
+    assert metrics(results)["reward_router/missing"] == 1.0
+    assert metrics([scored(1.0, 2.0), scored(None, 1.0)])["reward_router/missing"] == 0.5
     stopping = plan(PROMPTS, TEXTS, RowOptions(on_missing=OnMissing.RAISE))
-    with pytest.raises(RouterUnavailableError, match=r"3 of 4 .*too long"):
+    with pytest.raises(RouterUnavailableError, match=r"3 of 4 .*worker_rejected: too long") as stopped:
         stopping.finish(results)
+    assert stopped.value.code == "worker_rejected"
 
 
 @pytest.mark.parametrize("code", ["no_worker", "unavailable", "worker_rejected", "worker_too_long", "validation"])

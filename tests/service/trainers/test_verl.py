@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pickle
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from service.trainers.verl import client_of, coalescer_of, compute_score, comput
 from tests.conftest import ValkeyProcess, free_port
 from tests.support.gateway import fresh_run
 from tests.support.live import LiveGateway, live_gateway
+from tests.support.rewards import scored
 from tests.support.trainer_clients import client_folder
 from tests.support.trainer_processes import opinionated_arms, result_of, run_module, save_policy
 
@@ -72,18 +74,26 @@ async def test_the_first_normalised_reward_waits_for_its_models_scale(gateway: L
         ("unavailable", RouterUnavailableError),
         ("no_worker", RouterUnavailableError),
         ("worker_timeout", RouterUnavailableError),
+        ("no_reward", RouterUnavailableError),
         ("worker_rejected", RouterRefusedError),
         ("run_conflict", RouterRefusedError),
     ],
 )
-def test_what_is_missing_is_an_error_of_its_kind(code: str, error: type[Exception]) -> None:
-    with pytest.raises(error, match="because"):
+def test_what_is_missing_is_an_error_that_names_the_code(
+    code: str, error: type[RouterUnavailableError | RouterRefusedError]
+) -> None:
+    with pytest.raises(error, match="because") as raised:
         score_of(Missing(code, "because"))
+    assert code in str(raised.value)
+    assert raised.value.code == code
+    assert pickle.loads(pickle.dumps(raised.value)).code == code
 
 
-def test_a_null_reward_is_an_error_too() -> None:
-    with pytest.raises(RouterUnavailableError, match="rm-a gave no reward"):
-        score_of(Scored("d1", "r", "rm-a", (None,), None, None, 1.0, "bayesian", 0, False, True))
+@pytest.mark.parametrize(("told", "code"), [({}, "no_reward"), ({"failure": ["rule_timeout"]}, "rule_timeout")])
+def test_a_null_reward_is_an_error_that_names_the_failure(told: dict[str, Any], code: str) -> None:
+    with pytest.raises(RouterUnavailableError, match=rf"\({code}\): rm-a gave no reward") as raised:
+        score_of(scored(None, **told))
+    assert raised.value.code == code
 
 
 async def test_concurrent_samples_travel_together_and_a_prompts_samples_meet_one_model(gateway: LiveGateway) -> None:

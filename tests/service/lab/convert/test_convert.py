@@ -91,6 +91,20 @@ def test_each_format_gives_prompt_responses_and_the_better_one(name: str, tmp_pa
     assert (account.records, account.rows, rows, account.left_out) == (1, 1, 1, {})
 
 
+def test_conversations_stay_conversations(tmp_path: Path) -> None:
+    before = f"\n\nHuman: Hello\n\nAssistant: Hi\n\nHuman: {Q}\n\nAssistant: "
+    system = {"role": "system", "content": "Be brief."}
+    _, rows = written(
+        tmp_path,
+        {"chosen": before + GOOD, "rejected": before + POOR},
+        {"prompt": [system, user()], "chosen": [assistant(GOOD)], "rejected": [assistant(POOR)]},
+    )
+    found = [[(turn.role, turn.text) for turn in row.instance.turns or ()] for row in rows]
+    assert found[0] == [("user", "Hello"), ("assistant", "Hi"), ("user", Q)]
+    assert found[1] == [("system", "Be brief."), ("user", Q)]
+    assert [row.instance.responses[row.label] for row in rows] == [GOOD, GOOD]
+
+
 @pytest.mark.parametrize(
     "record",
     [
