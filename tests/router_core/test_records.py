@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from router_core.records import TIE, Instance, LabelledPair, correctness, credit
+from router_core.records import TIE, Instance, LabelledPair, correctness, credit, verdict_of
 
 
 @pytest.mark.parametrize("n", [2, 3, 8])
@@ -38,3 +38,11 @@ def test_credit_of_two_responses_is_correctness() -> None:
     for verdict in (0, 1, TIE):
         pair = LabelledPair("p", Instance("q", ("a", "b")), 1, {"R": (1.0, 1.0)}, {"R": verdict})
         assert pair.credit("R") == pair.correctness("R")
+
+
+@pytest.mark.parametrize(
+    ("rewards", "verdict"),
+    [([0.5, 0.5 + 1e-9], TIE), ([0.5, 0.6, 0.6], TIE), ([0.5, 0.6], 1), ([float("nan"), 0.6], TIE), ([0.6], TIE)],
+)
+def test_what_rounding_could_explain_is_a_tie(rewards: list[float], verdict: int) -> None:
+    assert verdict_of(rewards) == verdict

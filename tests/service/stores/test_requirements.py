@@ -218,9 +218,13 @@ async def test_a_gateway_goes_on_by_itself_once_its_store_is_mended(server: Valk
         await gateway.client.ok("/reward", pair())
 
 
-async def test_a_gateway_told_to_insist_serves_there_and_readyz_says_what_may_be_lost(server: ValkeyProcess) -> None:
+async def test_a_gateway_told_to_insist_serves_there_and_says_what_may_be_lost(
+    server: ValkeyProcess, caplog: pytest.LogCaptureFixture
+) -> None:
     server.start(**EVICTING, appendfsync="everysec")
     async with open_gateway(server.url, allow_unsafe_store=True) as gateway:
         await gateway.client.ok("/reward", pair())
         (warning,) = (await gateway.client.get("/readyz")).json["store_warnings"]
         assert "volatile-lru" in warning
+    (logged,) = [record for record in caplog.records if record.message == "store may lose data"]
+    assert logged.__dict__["fields"] == {"reason": warning}
