@@ -35,7 +35,7 @@ $(VENV)/.development: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 setup: $(VENV)/.development  ## Install everything for development
 
-demo: $(VENV)/.runtime  ## Make the demo pool, start everything, route a stream with feedback, show what was learned
+demo: $(VENV)/.runtime  ## Make the demo pool, start everything, route a stream that audits look at, show what was learned
 	$(BIN)/reward-router demo
 
 up: $(VENV)/.runtime  ## The same stack, kept serving until Ctrl-C

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -156,9 +157,11 @@ def _of_pool(pool: PoolFile, timeout: float) -> dict[str, Callable[[], Scorer]]:
 def _of_gateway(url: str, api_key: str | None, concurrency: int) -> dict[str, Callable[[], Scorer]]:
     async def names() -> list[str]:
         async with GatewayClient(url, api_key=api_key) as client:
-            return [model["name"] for model in await client.get("/models")]
+            return [model["name"] for model in await client.get("/models") if not model["referee"]]
 
-    return {name: partial(GatewayScorer, name, url, api_key, concurrency) for name in asyncio.run(names())}
+    # A run of its own, so that what is asked here teaches and audits no training run.
+    run = f"label-{secrets.token_hex(4)}"
+    return {name: partial(GatewayScorer, name, url, api_key, concurrency, run) for name in asyncio.run(names())}
 
 
 def _earlier(rows: Sequence[Row], out: Path, reader: DataReader) -> dict[tuple[str, str], Answer]:

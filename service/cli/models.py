@@ -26,8 +26,11 @@ def models(
         typer.echo(json.dumps({"models": pool, "posterior": posterior}))
         return
     rows = []
-    for arm, learned in zip(pool, posterior["models"], strict=True):
-        mean = learned["mean_reward"]
+    known = {learned["name"]: learned for learned in posterior["models"]}
+    for arm in pool:
+        # A referee is no arm: nothing is learned about whom to ask.
+        learned = known.get(arm["name"])
+        mean = None if learned is None else learned["mean_reward"]
         rows.append(
             (
                 arm["name"],
@@ -35,9 +38,9 @@ def models(
                 ", ".join(f"{replica['url']} {replica['state']}" for replica in arm["replicas"]),
                 arm["rendering"] or "–",
                 "–" if arm["max_model_len"] is None else f"{arm['max_model_len']} tokens",
-                str(learned["feedbacks"]),
+                "referee" if learned is None else str(learned["feedbacks"]),
                 "–" if mean is None else f"{mean:.3f}",
-                f"{learned['sd']:.4f}",
+                "–" if learned is None else f"{learned['sd']:.4f}",
             )
         )
     console = Console()

@@ -68,7 +68,8 @@ def system_router() -> APIRouter:
         requests in flight, smoothed latency, what the probe found. Scorers that are asked about audits only come last.
         """
         status = _status(request)
-        return [*status.models(), *status.referees()]
+        referees = [one.model_copy(update={"referee": True}) for one in status.referees()]
+        return [*status.models(), *referees]
 
     @router.get(
         "/posterior",

@@ -39,6 +39,9 @@ class ScorerStatus(BaseModel):
 
     name: str
     kind: str = Field(description="`rm`, a reward model; other kinds as the pool has them.")
+    referee: bool = Field(
+        default=False, description="True for a scorer that is asked about audits only, and never drawn."
+    )
     available: bool
     rendering: str | None = Field(
         description="What requests to it hold: messages, template (texts), tokens (ids); null for other kinds.",

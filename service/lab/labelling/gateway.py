@@ -36,6 +36,7 @@ class GatewayScorer:
         url: of the gateway.
         api_key: of the gateway.
         connections: requests at once.
+        run: whose decisions the answers become.
     """
 
     kind = "gateway"
@@ -45,8 +46,9 @@ class GatewayScorer:
     available = True
     reachable = True
 
-    def __init__(self, name: str, url: str, api_key: str | None, connections: int) -> None:
+    def __init__(self, name: str, url: str, api_key: str | None, connections: int, run: str) -> None:
         self.name = name
+        self._run = run
         self._url = url
         self._connections = connections
         self._client = GatewayClient(url, api_key=api_key, connections=connections)
@@ -63,7 +65,8 @@ class GatewayScorer:
         self, instances: Sequence[Instance], *, deadline: float, ticket: Ticket | None = None
     ) -> list[Scored | WorkerError]:
         """See `Scorer.score`."""
-        body = {"items": [_item(it) for it in instances], "policy": f"single:{self.name}", "normalize": False}
+        items = [_item(it) for it in instances]
+        body = {"items": items, "policy": f"single:{self.name}", "run": self._run, "normalize": False}
         try:
             reply = await self._client.post("/reward/batch", body)
         except GatewayError as error:

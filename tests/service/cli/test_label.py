@@ -22,7 +22,7 @@ from router_core.records import Instance, LabelledPair
 from service.cli import app
 from service.cli.label import FAILED_ROWS
 from service.errors import ConfigurationError, NoWorkerError
-from service.pool import ModelEntry, PoolFile
+from service.pool import PoolFile
 from service.workers.recorded import recorded_app
 from tests.conftest import free_port
 from tests.service.scorers.worker_servers import RunningWorker, ScriptedWorker, error, is_probe, reply
@@ -353,14 +353,22 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, place: Place, s
 
 def test_a_gateways_pool_is_asked_through_the_gateway(tmp_path: Path, place: Place, valkey_url: str) -> None:
     url = place(recorded_app(two_domains(11), POOL))
-    models = tuple(ModelEntry(name=name, urls=(url,)) for name in POOL)
+    models = [{"name": name, "urls": [url]} for name in POOL]
+    referee = {"name": "checker", "urls": ["http://127.0.0.1:9"]}
+    pool = PoolFile.model_validate({"models": models, "referees": [referee], "audit": {"referee": "checker"}})
     out, data = tmp_path / "out.jsonl", bare(tmp_path, two_domains(12))
-    with live_gateway(valkey_url, pool=PoolFile(models=models), api_keys=("secret",)) as gateway:
+    with live_gateway(valkey_url, pool=pool, api_keys=("secret",)) as gateway:
         words = ["label", str(data), "--url", gateway.url, "--out", str(out), "--json", "-"]
         refused = CliRunner().invoke(app, words)
         assert "API key missing or wrong" in str(refused.exception)
         done = CliRunner().invoke(app, [*words, "--api-key", "secret"])
+        shown = CliRunner().invoke(app, ["models", "--url", gateway.url, "--api-key", "secret"], env={"COLUMNS": "200"})
+        learned = CliRunner().invoke(app, ["runs", "--store", valkey_url])
     assert done.exit_code == 0, done.output
+    # A referee is no arm, and is not asked for labels.
+    (row,) = [line for line in shown.output.splitlines() if "checker" in line and "│" in line]
+    assert "referee" in row
+    assert "label-" in learned.output
     rows = load_rows(out)
     assert [row.scores for row in rows[:11]] == [pair.scores for pair in two_domains(12)[:11]]
     assert rows[11].fields["rm_missing"]["coder"].startswith("refused")
