@@ -26,7 +26,7 @@ def models(
         typer.echo(json.dumps({"models": pool, "posterior": posterior}))
         return
     rows = []
-    known = {learned["name"]: learned for learned in posterior["models"]}
+    known = {learned["model"]: learned for learned in posterior["models"]}
     for arm in pool:
         # A referee is no arm: nothing is learned about whom to ask.
         learned = known.get(arm["name"])
