@@ -48,7 +48,7 @@ class Compared:
     Attributes:
         n: pairs.
         best_single: name of the RM that is right most often.
-        best_single_accuracy: share of the pairs on which that one is right.
+        best_single_accuracy: share of the pairs on which that one is right; one on which it says nothing counts ½.
         majority: share of the pairs on which majority vote is right.
     """
 
@@ -100,10 +100,23 @@ def write_card(
     reliability_figure(checkpoint.pool, probabilities, correctness).savefig(
         directory / FIGURE_FILE, dpi=110, metadata={"Software": None}
     )
-    means = _column_means(correctness)
-    best = int(np.nanargmax(means))
+    best, right = best_single(correctness)
     majority = float(majority_correctness(judged, checkpoint.pool).mean())
-    return Compared(len(judged), checkpoint.pool[best], float(means[best]), majority)
+    return Compared(len(judged), checkpoint.pool[best], right, majority)
+
+
+def best_single(correctness: Array) -> tuple[int, float]:
+    """Index and accuracy of the RM that is right most often; where it says nothing it counts as a guess, ½.
+
+    Args:
+        correctness: (N, K), NaN where an RM says nothing.
+
+    >>> best_single(np.array([[1.0, 1.0], [np.nan, 1.0], [np.nan, 0.0]]))
+    (0, 0.6666666666666666)
+    """
+    means = np.nan_to_num(correctness, nan=0.5).mean(axis=0)
+    best = int(means.argmax())
+    return best, float(means[best])
 
 
 def card(
@@ -236,12 +249,11 @@ def _accuracies(
     for name, part in parts:
         if part.any():
             router = wilson(float(right[part].sum()), int(part.sum()))
-            means = _column_means(correctness[part])
-            best = int(np.nanargmax(means))
+            best, single = best_single(correctness[part])
             interval = f"{router.low:.3f} – {router.high:.3f}"
             rows.append(
                 (name or "(none named)", str(router.n), f"**{router.value:.3f}**", interval, pool[best],
-                 f"{means[best]:.3f}", f"{majority[part].mean():.3f}")
+                 f"{single:.3f}", f"{majority[part].mean():.3f}")
             )  # fmt: skip
     return rows
 
@@ -274,14 +286,6 @@ def _by_domain(
          f"{part['expected_calibration_error']:.3f}", f"{-part['negative_log_likelihood']:.3f}")
         for name, part in parts.items()
     ]  # fmt: skip
-
-
-def _column_means(values: Array) -> Array:
-    """Mean of each column over its numbers; NaN for a column without any, and no warning about it."""
-    known = ~np.isnan(values)
-    counts = known.sum(axis=0)
-    means: Array = np.where(counts > 0, np.where(known, values, 0.0).sum(axis=0) / np.maximum(counts, 1), np.nan)
-    return means
 
 
 def _ece(p: Array, y: Array) -> float:

@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 from router_core.checkpoint import Checkpoint
 from router_core.encoder.fuse import Fuse
 from router_core.errors import ShapeMismatchError
-from router_core.offline.card import card, reliability, reliability_figure, write_card
+from router_core.offline.card import best_single, card, reliability, reliability_figure, write_card
 from router_core.offline.train import TrainConfig
 from router_core.records import Instance, LabelledPair
 
@@ -120,3 +120,8 @@ def test_a_model_that_was_never_asked_among_the_held_out_has_no_figures() -> Non
     alone = np.column_stack([CORRECTNESS[:, 0], np.full(4, np.nan)])
     text = card(checkpoint(), pairs(), pairs(), PROBABILITIES, alone, PROBABILITIES, replace(TrainConfig(), d=3))
     assert lines(text, "| se\\|cond | 0 | – |")
+
+
+def test_silence_is_no_accuracy() -> None:
+    seldom, always = [1.0, np.nan, np.nan, np.nan], [1.0, 1.0, 1.0, 0.0]
+    assert best_single(np.array([seldom, always]).T) == (1, 0.75)
