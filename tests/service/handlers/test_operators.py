@@ -126,6 +126,7 @@ async def test_the_pool_is_shown_in_arm_order(gateway: Gateway) -> None:
     gateway.arms[1].available = False
     no_workers = {
         "kind": "rm",
+        "referee": False,
         "rendering": None,
         "max_model_len": None,
         "over_long": None,
