@@ -453,7 +453,7 @@ SHADOW = Row(
     collapsed=True,
 )
 
-_AUDITS_ONLY = "there is no series without `audit` in the pool file"
+_AUDITS_ONLY = "the series exists only with `audit` in the pool file"
 
 AUDITS = Row(
     "Audits",

@@ -21,24 +21,6 @@ if TYPE_CHECKING:
 AWKWARD = b"\x00\r\n$5 \xff value "
 
 
-@pytest.fixture(params=["memory", "redis", "cluster"])
-def kind(request: pytest.FixtureRequest) -> str:
-    """Which store."""
-    return str(request.param)
-
-
-@pytest.fixture
-def clock(request: pytest.FixtureRequest, kind: str) -> Clock:
-    """The store's clock."""
-    if kind == "memory":
-        return Clock()
-    if kind == "redis":
-        server: ValkeyProcess = request.getfixturevalue("valkey_server")
-        return Clock(lambda run: server.url)
-    cluster: ValkeyCluster = request.getfixturevalue("valkey_cluster")
-    return Clock(lambda run: f"redis://{cluster.owner(run).address}/0")
-
-
 @pytest.fixture
 async def store(request: pytest.FixtureRequest, kind: str, clock: Clock) -> AsyncIterator[Store]:
     """One of the stores."""

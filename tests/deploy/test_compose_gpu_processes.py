@@ -11,6 +11,7 @@ import os
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,17 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Image:
     return vllm_image(folder, build(folder / "tiny"), build_judge(folder / "judge"))
 
 
+def available_models(url: str) -> list[dict[str, Any]]:
+    """Wait until the gateway may ask every model; return what it says of them."""
+    deadline = time.monotonic() + 60
+    models: list[dict[str, Any]] = ask(url, "/models")[1]
+    while not all(model["available"] for model in models):
+        assert time.monotonic() < deadline, models
+        time.sleep(0.1)
+        models = ask(url, "/models")[1]
+    return models
+
+
 def test_models_are_downloaded_started_in_turn_and_asked_through_a_gateway_whose_encoder_is_a_server(
     images: dict[str, Image], vllm: Image, tmp_path: Path
 ) -> None:
@@ -57,12 +69,7 @@ def test_models_are_downloaded_started_in_turn_and_asked_through_a_gateway_whose
 
         url = stack.url("gateway-gpu")
         # The last worker is healthy, and the gateway tries it at its next check.
-        deadline = time.monotonic() + 60
-        models = ask(url, "/models")[1]
-        while not all(model["available"] for model in models):
-            assert time.monotonic() < deadline, models
-            time.sleep(0.1)
-            models = ask(url, "/models")[1]
+        models = available_models(url)
         assert [model["rendering"] for model in models] == ["tokens"] * 4, "tokenizers are read where weights lie"
         assert [model["max_model_len"] for model in models] == [MAX_LENGTH] * 4
         status, reward = ask(url, "/reward", PAIR)
@@ -87,12 +94,7 @@ def test_the_judge_profile_starts_the_judge_last_and_asks_it(
         turns = [name for name in stack.order if name == "judge" or name.endswith("-80gb")]
         assert (turns[0], turns[-1], len(turns)) == ("weights-80gb", "judge", 6)
         url = stack.url("gateway-judge")
-        deadline = time.monotonic() + 60
-        models = ask(url, "/models")[1]
-        while not all(model["available"] for model in models):
-            assert time.monotonic() < deadline, models
-            time.sleep(0.1)
-            models = ask(url, "/models")[1]
+        models = available_models(url)
         assert models[-1]["kind"] == "judge"
         name = models[-1]["name"]
         status, reward = ask(url, "/reward", PAIR | {"policy": f"single:{name}"})
