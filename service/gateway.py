@@ -29,7 +29,7 @@ from service.handlers.hot import HotLimits, HotRoutes
 from service.handlers.keys import ApiKeys
 from service.handlers.templates import build_trainer_texts
 from service.handlers.trainers import TrainerRoutes, TrainerTexts
-from service.pool import PoolFile
+from service.pool import PoolFile, with_audit
 from service.priors import build_prior, form_of, load_checkpoint
 from service.scorers.protocol import Scorer
 from service.scorers.registry import build_scorer
@@ -208,10 +208,11 @@ def build_referees(
     audit = pool.audit
     if audit is None:
         return (), None
-    if settings.signal is not Signal.PREFERENCE:
+    if settings.signal is Signal.LOSS:
         raise ConfigurationError(
-            f"the pool file has an `audit`, and signal is {settings.signal.value!r}: a referee's verdict is a "
-            "preference; set the signal to 'preference', or leave `audit` out"
+            "decisions are audited (`audit`) and signal is 'loss': a loss compares RMs with each other, a referee says "
+            "how often each is right, and one posterior cannot hold both; set the signal to 'preference' and send no "
+            "losses, or leave `audit` out"
         )
     built = {entry.name: build_scorer(entry, settings, pool) for entry in pool.referees}
     names = [arm.name for arm in arms]
@@ -255,6 +256,7 @@ def build_gateway(
     Raises:
         ConfigurationError: settings, pool and checkpoint do not fit each other.
     """
+    pool = pool if settings.audit is None else with_audit(pool, settings.audit)
     names = [model.name for model in pool.models]
     checkpoint = load_checkpoint(settings, names)
     telemetry = Telemetry()

@@ -109,8 +109,9 @@ class LoggedData:
         """(N,) positive: how much each row counts, of mean 1: 1/inclusion over its mean."""
         if self.inclusion is None:
             return np.ones(len(self))
-        weight: Array = 1.0 / self.inclusion
-        return weight / weight.mean()
+        inverse = 1.0 / self.inclusion
+        share: Array = inverse / inverse.mean()
+        return share
 
     def rows(self, index: NDArray[np.integer] | slice) -> LoggedData:
         """The same of some rows."""
