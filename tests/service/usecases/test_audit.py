@@ -458,4 +458,3 @@ async def test_a_run_learns_from_rewards_and_from_audits(valkey_server: ValkeyPr
         assert (corrected.arm, corrected.feedback.value, len(corrected.audit.taught)) == (1, 0.25, 3)
         learned = await gateway.learned(4)
         assert learned["digest"] == gateway.folded().digest()
-
