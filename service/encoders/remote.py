@@ -22,8 +22,8 @@ from router_core.encoder.split import SplitEncoder
 from router_core.errors import RouterCoreError
 from router_core.records import Instance
 from service.encoders.client import StateClient, SuspectTextsError
-from service.encoders.health import ServerMonitor
 from service.encoders.protocol import AwaitedEncoder, Encoded, EncoderInputError, ServerStatus
+from service.scorers.health import ReplicaMonitor
 from service.scorers.transport.breaker import BreakerState
 
 Rows = NDArray[np.float32] | Sequence[NDArray[np.float32] | EncoderInputError]
@@ -59,7 +59,7 @@ class RemoteEncoder(AwaitedEncoder):
         self,
         split: SplitEncoder,
         client: StateClient,
-        monitor: ServerMonitor | None,
+        monitor: ReplicaMonitor | None,
         *,
         observe_batch: Callable[[int], None] = lambda _: None,
         lanes: int | None = None,
@@ -93,7 +93,8 @@ class RemoteEncoder(AwaitedEncoder):
 
     async def start(self) -> None:
         if self._monitor is not None:
-            await self._monitor.start()
+            await self._monitor.check_all()
+            self._monitor.start()
 
     async def close(self) -> None:
         if self._monitor is not None:

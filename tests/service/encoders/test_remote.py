@@ -23,12 +23,12 @@ from router_core.encoder.torch import TorchBackbone
 from router_core.errors import EncoderError
 from router_core.records import Instance
 from service.encoders.client import EncoderConfig, StateClient
-from service.encoders.health import ServerMonitor
+from service.encoders.health import EncoderChecks
 from service.encoders.protocol import Encoded, EncoderInputError, EncoderUnavailableError
 from service.encoders.reading import Reading
 from service.encoders.remote import RemoteEncoder
 from service.encoders.wire import EmbeddingsRequest
-from service.scorers.health import HealthPolicy
+from service.scorers.health import HealthPolicy, ReplicaMonitor
 from tests.service.encoders.conftest import Exported
 from tests.service.scorers.worker_servers import Serve
 from tests.support.gateway import until
@@ -97,8 +97,8 @@ def client_of(reading: Reading, *urls: str, **options: Any) -> StateClient:
     return StateClient(config, min(reading.references.ids, key=len))
 
 
-def monitor_of(client: StateClient, reading: Reading) -> ServerMonitor:
-    return ServerMonitor(client, reading, HealthPolicy(0.05, 10.0), np.random.default_rng(0))
+def monitor_of(client: StateClient, reading: Reading) -> ReplicaMonitor:
+    return ReplicaMonitor([EncoderChecks(client, reading)], HealthPolicy(0.05, 10.0), np.random.default_rng(0))
 
 
 @asynccontextmanager
