@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from router_core.encoder.split import SplitEncoder
 from router_core.errors import RouterCoreError
 from router_core.records import Instance
-from service.encoders.client import StateClient, SuspectTextsError
+from service.encoders.client import StateClient
 from service.encoders.protocol import AwaitedEncoder, Encoded, EncoderInputError, ServerStatus
 from service.scorers.health import ReplicaMonitor
+from service.scorers.requests import SuspectError
 from service.scorers.transport.breaker import BreakerState
 
 Rows = NDArray[np.float32] | Sequence[NDArray[np.float32] | EncoderInputError]
@@ -187,7 +188,7 @@ class RemoteEncoder(AwaitedEncoder):
             if alone:
                 return [EncoderInputError(str(error))]
             sizes = 2
-        except SuspectTextsError as error:
+        except SuspectError as error:
             # Each half of what ended one server would end another.
             sizes = len(instances) if error.crashed else 2
         step = -(-len(instances) // sizes)
@@ -204,7 +205,7 @@ class RemoteEncoder(AwaitedEncoder):
         deadline = loop.time() + self._client.config.timeout_seconds
         try:
             states = await self._client.states(prepared.ids, deadline=deadline, alone=alone)
-        except SuspectTextsError as error:
+        except SuspectError as error:
             if error.crashed:
                 ids = iter(prepared.ids)
                 for instance in instances:
