@@ -26,9 +26,9 @@ from service.encoders.build import load_pair_encoder
 from service.encoders.protocol import AwaitedEncoder
 from service.errors import ConfigurationError, RunConflictError, StoreUnavailableError
 from service.handlers.hot import HotLimits, HotRoutes
-from service.handlers.keys import ApiKeys
 from service.handlers.templates import build_trainer_texts
 from service.handlers.trainers import TrainerRoutes, TrainerTexts
+from service.keys.ring import KeyRing
 from service.pool import PoolFile
 from service.priors import build_prior, form_of, load_checkpoint
 from service.scorers.protocol import Scorer
@@ -63,6 +63,7 @@ class Gateway:
 
     settings: Settings
     telemetry: Telemetry
+    keys: KeyRing
     store: Store
     runs: RunRegistry
     scorer: RewardService
@@ -91,6 +92,7 @@ class Gateway:
         """Probe the workers, begin health checks, and begin to load the default run. A wrong worker gets no traffic."""
         await self.watch.check()
         self._spawn(self.watch.run_forever())
+        self._spawn(self.keys.follow_forever())
         scorers = (*self.arms, *self.referees)
         await asyncio.gather(*(scorer.check() for scorer in scorers))
         for scorer in scorers:
@@ -177,7 +179,7 @@ class Gateway:
             feedback=self.feedback,
             people=self.people,
             telemetry=self.telemetry,
-            keys=ApiKeys(settings.api_keys),
+            keys=self.keys,
             limits=HotLimits(settings.max_body_bytes, settings.max_in_flight),
             rest=rest,
             trainers=TrainerRoutes(
@@ -332,6 +334,7 @@ def build_gateway(
     gateway = Gateway(
         settings=settings,
         telemetry=telemetry,
+        keys=KeyRing(settings.api_keys, settings.keys_file),
         store=store,
         runs=runs,
         scorer=RewardService(

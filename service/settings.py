@@ -48,7 +48,15 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on. Beyond loopback an API key is needed.")
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on.")
     api_keys: tuple[ApiKey, ...] = Field(
-        (), description="Accepted keys, sent as `Authorization: Bearer KEY` or `X-API-Key: KEY`."
+        (),
+        repr=False,
+        description="Accepted keys, sent as `Authorization: Bearer KEY` or `X-API-Key: KEY`, with every scope: the "
+        "plain way. `keys_file` is the other, and both may be given.",
+    )
+    keys_file: Path | None = Field(
+        None,
+        description="File of hashed keys with scopes, runs and limits, which `reward-router keys` writes. It is read "
+        "again when it changes (docs/security.md).",
     )
     allow_unauthenticated: bool = Field(False, description="Listen beyond loopback without a key.")
 
@@ -272,9 +280,11 @@ class Settings(BaseSettings):
                 f"shadow_rate is {self.shadow_rate} and signal is {self.signal.value!r}: a {self.signal.value} says "
                 "nothing of the RMs that were not asked; set shadow_rate to 0, or the signal to 'preference'"
             )
-        if self.host not in ("127.0.0.1", "::1", "localhost") and not self.api_keys and not self.allow_unauthenticated:
+        keyed = bool(self.api_keys) or self.keys_file is not None
+        if self.host not in ("127.0.0.1", "::1", "localhost") and not keyed and not self.allow_unauthenticated:
             raise ValueError(
-                f"host is {self.host}: listening beyond loopback needs an API key (api_keys), or allow_unauthenticated"
+                f"host is {self.host}: listening beyond loopback needs an API key (api_keys or keys_file), or "
+                "allow_unauthenticated"
             )
         return self
 
