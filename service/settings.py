@@ -259,6 +259,10 @@ class Settings(BaseSettings):
     )
     blas_threads: int = Field(1, ge=1, description="Threads of the linear algebra library.")
 
+    tracing: bool = Field(
+        False,
+        description="Send spans of requests to an OpenTelemetry collector; needs extra `tracing` (docs/tracing.md).",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line.")
 
     @model_validator(mode="after")
