@@ -108,6 +108,8 @@ class Gateway:
         self._spawn(NameHolder(self.runs.runs, self.store).run_forever())
         if self.auditor is not None:
             self._spawn(self.auditor.run_forever())
+        if self.settings.workers > 1:
+            self._spawn(self.status.tell_forever())
 
     async def _open_default_run(self) -> None:
         """Open it as soon as the store answers; readiness is false until then."""
@@ -296,7 +298,7 @@ def build_gateway(
     """
     names = [model.name for model in pool.models]
     checkpoint = load_checkpoint(settings, names)
-    telemetry = Telemetry()
+    telemetry = Telemetry(shared=settings.workers > 1)
     trainer_texts = build_trainer_texts(settings, telemetry)
     encoder = encoder or load_pair_encoder(settings, checkpoint, telemetry)
     dim = encoder.dim
