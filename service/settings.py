@@ -47,6 +47,13 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on. Beyond loopback an API key is needed.")
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on.")
+    workers: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="Gateway processes at the port, each with its own copy of the posterior (docs/operations.md). "
+        "Limits of requests and connections are each process's.",
+    )
     api_keys: tuple[ApiKey, ...] = Field(
         (),
         repr=False,
@@ -267,6 +274,10 @@ class Settings(BaseSettings):
     )
     blas_threads: int = Field(1, ge=1, description="Threads of the linear algebra library.")
 
+    tracing: bool = Field(
+        False,
+        description="Send spans of requests to an OpenTelemetry collector; needs extra `tracing` (docs/tracing.md).",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line.")
 
     @model_validator(mode="after")

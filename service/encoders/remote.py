@@ -26,6 +26,7 @@ from service.encoders.protocol import AwaitedEncoder, Encoded, EncoderInputError
 from service.scorers.health import ReplicaMonitor
 from service.scorers.requests import SuspectError
 from service.scorers.transport.breaker import BreakerState
+from service.scorers.transport.replica import Request
 
 Rows = NDArray[np.float32] | Sequence[NDArray[np.float32] | EncoderInputError]
 """Per instance its context (d,), or why it has none."""
@@ -91,6 +92,10 @@ class RemoteEncoder(AwaitedEncoder):
     def servers(self) -> list[ServerStatus]:
         snapshots = [replica.snapshot() for replica in self._client.replicas]
         return [ServerStatus(one.url, one.state is BreakerState.CLOSED, one.problem) for one in snapshots]
+
+    def intercept(self, wrap: Callable[[str, Request], Request]) -> None:
+        for replica in self._client.replicas:
+            replica.intercept(wrap)
 
     async def start(self) -> None:
         if self._monitor is not None:

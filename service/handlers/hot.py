@@ -107,7 +107,7 @@ class HotRoutes:
         }
         self._trainers = dict(trainers or {})
         self._ok = {path: telemetry.requests.labels(path, "200") for path in (*self._routes, *self._trainers)}
-        telemetry.in_flight.set_function(lambda: self._in_flight)
+        telemetry.watch(telemetry.in_flight, lambda: self._in_flight)
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Serve one request."""

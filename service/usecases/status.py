@@ -19,6 +19,9 @@ from service.stores.protocol import Store
 from service.telemetry import Telemetry
 from service.usecases.runs import Run, RunRegistry, failure_of, known_runs
 
+TELL_SECONDS = 5.0
+"""How old what one process says of another may be."""
+
 
 class ArmLearned(BaseModel):
     """What a run knows of one RM."""
@@ -106,7 +109,19 @@ class StatusService:
         self._store_refused = store_refused
 
     async def render_metrics(self) -> bytes:
-        """Prometheus' text format, with the workers' states, the logs' lag and the posteriors as they are now.
+        """Prometheus' text format, with the workers' states, the logs' lag and the posteriors as they are now."""
+        await self.tell_metrics()
+        return self._telemetry.render()
+
+    async def tell_forever(self) -> None:
+        """Set what a scrape would set again and again, until cancelled: another process may answer the scrape."""
+        while True:
+            await self.tell_metrics()
+            self._telemetry.tell_watched()
+            await asyncio.sleep(TELL_SECONDS)
+
+    async def tell_metrics(self) -> None:
+        """Set the gauges of the workers' states, the logs' lag and the posteriors.
 
         A lag that cannot be had, because the store is away, keeps its last value and counts as a store error.
         """
@@ -139,7 +154,6 @@ class StatusService:
                 self._telemetry.learner_waiting.labels(run.name).set(run.stalled is not None)
         self._telemetry.store_refused.set(self._store_refused())
         self._telemetry.health_check_errors.set(self._health_check_errors())
-        return self._telemetry.render()
 
     def _tell_judging(self, arm: ScorerStatus) -> None:
         judging = arm.judging
