@@ -171,7 +171,7 @@ class HotRoutes:
     async def _score_batch(self, body: bytes) -> Any:
         request = parse_body(self._reward_batch, body)
         results = await self._scorer.score_many(
-            request.items, run=request.run, policy=request.policy, normalize=request.normalize
+            request.items, run=request.run, policy=request.policy, signal=request.signal, normalize=request.normalize
         )
         return RewardBatchReply([_reward_item(result) for result in results])
 
