@@ -214,8 +214,8 @@ def plan(
         columns: of the data set, (n,) values each.
 
     Raises:
-        ValueError: there is no such column of references, not as many completions as prompts, or something that cannot be
-            put into text.
+        ValueError: there is no such column of references, not as many completions as prompts, or something that cannot
+            be put into text.
     """
     if len(prompts) != len(completions):
         raise ValueError(
