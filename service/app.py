@@ -32,6 +32,7 @@ from service.stores.protocol import Store
 if TYPE_CHECKING:
     from service.tracing import Tracing
 
+
 class Application(Protocol):
     """What `create_app` returns: an ASGI application that is also told of refused connections."""
 

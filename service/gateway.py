@@ -49,7 +49,7 @@ from service.usecases.learn import FeedbackService
 from service.usecases.normalise import Normaliser
 from service.usecases.people import PeopleService
 from service.usecases.report import Reporter
-from service.usecases.runs import NAME_POLL_SECONDS, Run, RunRegistry, RunTemplate
+from service.usecases.runs import NAME_POLL_SECONDS, Run, RunRegistry, RunTemplate, Wish
 from service.usecases.score import RewardService, limits_of
 from service.usecases.shadow import Shadower
 from service.usecases.status import StatusService
@@ -315,7 +315,7 @@ def build_gateway(
     template = RunTemplate(
         arms=built,
         encoder=encoder,
-        priors=lambda form: build_prior(settings, checkpoint, len(names), dim, form),
+        priors=lambda terms: build_prior(settings, checkpoint, len(names), dim, terms.form, terms.signal),
         form=form_of(settings, checkpoint),
         score_scale=score_scale or (None if checkpoint is None else checkpoint.scores),
         combination=None if checkpoint is None else checkpoint.combination,
@@ -352,7 +352,10 @@ def build_gateway(
         max_runs=settings.max_runs,
         on_open=lambda run: gateway.follow(run),
         timeout_seconds=settings.request_timeout_seconds,
-        default_form=template.default_policy.prior or (None if settings.prior == "auto" else template.form),
+        default_wish=Wish(
+            template.default_policy.prior or (None if settings.prior == "auto" else template.form),
+            settings.signal if "signal" in settings.model_fields_set else None,
+        ),
         # An embedded store serves this gateway's own processes only.
         free_seconds=0.0 if settings.store_url == EMBEDDED else settings.new_run_wait_seconds,
     )

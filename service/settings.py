@@ -132,7 +132,11 @@ class Settings(BaseSettings):
         "learned afresh (docs/math/router.md); 0: changes are not looked for. Not for losses.",
     )
     policy: str = Field("bayesian", description="Policy of requests that name none.")
-    signal: Signal = Field(Signal.PREFERENCE, description="Kind of feedback of the runs: preference, loss or reward.")
+    signal: Signal = Field(
+        Signal.PREFERENCE,
+        description="Kind of feedback of new runs whose first request names none: preference, loss or reward. A run "
+        "keeps its own. Where it is set, the default run must have it.",
+    )
     seed: int | None = Field(None, description="Seed of the draws; by default drawn from the operating system.")
 
     shadow_rate: float = Field(
@@ -140,7 +144,7 @@ class Settings(BaseSettings):
         ge=0,
         le=1,
         description="Fraction of the instances for which every other RM is asked too, after the reply, so that the run "
-        "learns of all of them. Needs the signal `preference`.",
+        "learns of all of them. Only in runs with the signal `preference`.",
     )
 
     sticky_seconds: float = Field(

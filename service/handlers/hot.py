@@ -190,7 +190,12 @@ class HotRoutes:
         request = parse_body(self._reward_batch, body)
         access.charge(len(request.items))
         results = await self._scorer.score_many(
-            request.items, run=request.run, policy=request.policy, normalize=request.normalize, access=access
+            request.items,
+            run=request.run,
+            policy=request.policy,
+            signal=request.signal,
+            normalize=request.normalize,
+            access=access,
         )
         return RewardBatchReply([_reward_item(result) for result in results])
 

@@ -260,7 +260,7 @@ class StatusService:
             digest=digest,
             prior=posterior.prior.form,
             policy=run.template.default_policy.name,
-            signal=run.template.signal,
+            signal=run.signal,
             dim=posterior.dim,
             drift=posterior.drift,
             lambda0=posterior.lambda0,
