@@ -115,7 +115,7 @@ class DemoResult:
     after: list[Asked]
     others: dict[str, list[Asked]]
     report: RunReport
-    kinds: dict[str, str]
+    kinds: Mapping[str, str]
 
 
 def demo(
@@ -190,7 +190,7 @@ def ensure_demo_pool(data_dir: Path, console: Console, checkpoint: Path | None) 
         models = make_demo_pool(folder / "models", progress=tell, beside=[] if judge is None else [judge])
         tell(JUDGE.name, 1.0)
     pool_file = folder / "pool.yaml"
-    entries = (
+    entries: tuple[ModelEntry | JudgeEntry | RuleEntry, ...] = (
         *(
             ModelEntry(name=model.name, path=model.directory.absolute(), rendering="template", chat_template="plain")
             for model in models
