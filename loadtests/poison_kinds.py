@@ -38,7 +38,7 @@ from service.stores.embedded import EmbeddedStore
 IN_BATCHES = 0.8
 """Share of the instances that come in batches."""
 
-RULE_SECONDS = 0.3
+RULE_SECONDS = 1.0
 """After which a rule that hangs is ended."""
 
 SEED = 12
