@@ -26,6 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 ELSEWHERE = {"index.md": "README.md", "loadtests/README.md": "loadtests/README.md"}
 """Pages of the site that are not in docs/: where they stand, and the file that they are."""
 
+BADGE = re.compile(r"!\[[^\]]*\]\(https://img\.shields\.io/[^)]*\)")
+"""Pictures of another server, which the site does without."""
+
 LINK = re.compile(r"(!?\[[^\]]*\]\()((?!https?:|mailto:|#)[^)\s#]+)((?:#[^)\s]*)?\))")
 
 
@@ -98,7 +101,7 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
         placed = _place(target)
         return match[1] + posixpath.relpath(placed, posixpath.dirname(page.file.src_uri) or ".") + match[3]
 
-    return LINK.sub(moved, markdown)
+    return LINK.sub(moved, BADGE.sub("", markdown))
 
 
 def _home(file: File) -> str:
