@@ -27,9 +27,9 @@ from service.encoders.build import load_pair_encoder
 from service.encoders.protocol import AwaitedEncoder
 from service.errors import ConfigurationError, RunConflictError, StoreUnavailableError
 from service.handlers.hot import HotLimits, HotRoutes
-from service.handlers.keys import ApiKeys
 from service.handlers.templates import build_trainer_texts
 from service.handlers.trainers import TrainerRoutes, TrainerTexts
+from service.keys.ring import KeyRing
 from service.pool import PoolFile
 from service.priors import build_prior, form_of, load_checkpoint
 from service.scorers.protocol import Scorer
@@ -49,7 +49,7 @@ from service.usecases.learn import FeedbackService
 from service.usecases.normalise import Normaliser
 from service.usecases.people import PeopleService
 from service.usecases.report import Reporter
-from service.usecases.runs import NAME_POLL_SECONDS, Run, RunRegistry, RunTemplate
+from service.usecases.runs import NAME_POLL_SECONDS, Run, RunRegistry, RunTemplate, Wish
 from service.usecases.score import RewardService, limits_of
 from service.usecases.shadow import Shadower
 from service.usecases.status import StatusService
@@ -68,6 +68,7 @@ class Gateway:
 
     settings: Settings
     telemetry: Telemetry
+    keys: KeyRing
     store: Store
     runs: RunRegistry
     scorer: RewardService
@@ -98,6 +99,7 @@ class Gateway:
         """Probe the workers, begin health checks, and begin to load the default run. A wrong worker gets no traffic."""
         await self.watch.check()
         self._spawn(self.watch.run_forever())
+        self._spawn(self.keys.follow_forever())
         scorers = (*self.arms, *self.referees)
         await asyncio.gather(*(scorer.check() for scorer in scorers))
         for scorer in scorers:
@@ -188,7 +190,7 @@ class Gateway:
             feedback=self.feedback,
             people=self.people,
             telemetry=self.telemetry,
-            keys=ApiKeys(settings.api_keys),
+            keys=self.keys,
             limits=HotLimits(settings.max_body_bytes, settings.max_in_flight),
             rest=rest,
             trainers=TrainerRoutes(
@@ -313,7 +315,7 @@ def build_gateway(
     template = RunTemplate(
         arms=built,
         encoder=encoder,
-        priors=lambda form: build_prior(settings, checkpoint, len(names), dim, form),
+        priors=lambda terms: build_prior(settings, checkpoint, len(names), dim, terms.form, terms.signal),
         form=form_of(settings, checkpoint),
         score_scale=score_scale or (None if checkpoint is None else checkpoint.scores),
         combination=None if checkpoint is None else checkpoint.combination,
@@ -350,7 +352,10 @@ def build_gateway(
         max_runs=settings.max_runs,
         on_open=lambda run: gateway.follow(run),
         timeout_seconds=settings.request_timeout_seconds,
-        default_form=template.default_policy.prior or (None if settings.prior == "auto" else template.form),
+        default_wish=Wish(
+            template.default_policy.prior or (None if settings.prior == "auto" else template.form),
+            settings.signal if "signal" in settings.model_fields_set else None,
+        ),
         # An embedded store serves this gateway's own processes only.
         free_seconds=0.0 if settings.store_url == EMBEDDED else settings.new_run_wait_seconds,
     )
@@ -383,6 +388,7 @@ def build_gateway(
     gateway = Gateway(
         settings=settings,
         telemetry=telemetry,
+        keys=KeyRing(settings.api_keys, settings.keys_file),
         store=store,
         runs=runs,
         scorer=RewardService(

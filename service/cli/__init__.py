@@ -23,6 +23,7 @@ from service.cli import (
     evaluate,
     export,
     frontier,
+    keys,
     label,
     manifests,
     models,
@@ -58,6 +59,7 @@ app.command("check-trainer")(check_trainer.check_trainer)
 app.command("manifests")(manifests.manifests)
 app.command("pin")(pin.pin)
 app.add_typer(encoder.app, name="encoder")
+app.add_typer(keys.app, name="keys")
 app.command("train")(train.train)
 app.command("convert")(convert.convert)
 app.command("label")(label.label)

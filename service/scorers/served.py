@@ -95,7 +95,7 @@ class ServedScorer:
             raise ConfigurationError(f"{word} {config.name!r}: {error}") from error
         limits = RequestLimits(
             config.name,
-            word,
+            f"{word} {config.name!r}",
             config.attempt_timeout_seconds,
             config.max_attempts,
             config.requests_per_minute,

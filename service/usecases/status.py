@@ -13,6 +13,7 @@ from router_core.moments import ScoreScales
 from router_core.policies.bayesian import posterior_beliefs
 from service.encoders.protocol import AwaitedEncoder
 from service.errors import NotFoundError, NotReadyError, RunConflictError, ServiceError, StoreUnavailableError
+from service.keys.access import EVERYTHING, Access
 from service.scorers.status import ScorerStatus
 from service.stores.protocol import Store
 from service.telemetry import Telemetry
@@ -218,16 +219,17 @@ class StatusService:
             raise NotReadyError(f"the encoder's servers cannot be asked: {reasons}", details={"encoder": problems})
         return run.name, run.posterior.count
 
-    async def posterior(self, name: str | None) -> PosteriorStatus:
+    async def posterior(self, name: str | None, access: Access = EVERYTHING) -> PosteriorStatus:
         """What a run has learned.
 
         Raises:
             NotFoundError: no such run is open.
         """
         name = name or self._runs.default
+        access.check_run(name)
         run = self._runs.runs.get(name)
         if run is None:
-            known = await self._store.list_runs()
+            known = access.seen(await self._store.list_runs())
             remedy = "send it a request first" if name in known else known_runs(known)
             raise NotFoundError(f"run {name!r} is not open here: {remedy}", details={"run": name})
         posterior, last_event_id = run.posterior, run.last_event_id
@@ -258,7 +260,7 @@ class StatusService:
             digest=digest,
             prior=posterior.prior.form,
             policy=run.template.default_policy.name,
-            signal=run.template.signal,
+            signal=run.signal,
             dim=posterior.dim,
             drift=posterior.drift,
             lambda0=posterior.lambda0,
