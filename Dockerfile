@@ -48,7 +48,7 @@ RUN python3 -m venv /opt/inspect \
     && /opt/inspect/bin/cyclonedx-py environment --output-format JSON --output-file /opt/inspected/sbom.cdx.json \
         /opt/venv/bin/python \
     && /opt/inspect/bin/pip --python /opt/venv/bin/python freeze --exclude reward-router > /opt/inspected/requirements.txt \
-    && { /opt/inspect/bin/pip-audit --strict --no-deps --disable-pip --requirement /opt/inspected/requirements.txt \
+    && { REQUESTS_CA_BUNDLE=/etc/ssl/certs/ca-certificates.crt /opt/inspect/bin/pip-audit --strict --no-deps --disable-pip --requirement /opt/inspected/requirements.txt \
         --progress-spinner off --format json --output /opt/inspected/audit.json 2> /opt/inspected/audit.log \
         || test "${AUDIT}" = report; }
 
