@@ -83,7 +83,7 @@ type: $(VENV)/.development  ## Types, strictly
 	$(BIN)/mypy
 
 docs: $(VENV)/.development  ## The documentation as a site, in .data/site; every broken link is an error
-	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file deploy/docs/mkdocs.yml
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file deploy/docs/mkdocs.yml
 	@echo "the site is .data/site/index.html"
 
 bench: $(VENV)/.development  ## Figures of loadtests/README.md (minutes)
