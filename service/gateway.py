@@ -168,6 +168,7 @@ class Gateway:
     async def stop(self) -> None:
         """Stop in the order in which things depend on each other; what is being asked in the shadow is waited for."""
         await self.shadower.drain()
+        self.telemetry.tell_watched()
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
