@@ -237,7 +237,10 @@ def _rows(file: Path, *, labelled: bool) -> tuple[list[Row], list[DatasetError]]
                 remedy = f"is on line {first_line[row.id]} already; make ids unique"
                 raise complaint(file, number, "id", row.id, remedy)
             if labelled and row.label is None:
-                remedy = 'give "a" or "b", or the index of the better response: an RM is judged by it'
+                remedy = (
+                    'give "a" or "b", or the index of the better response: an RM is judged by it. Rows without label are '
+                    "for `train --consensus`, which learns from where the RMs agree"
+                )
                 raise complaint(file, number, "label", None, remedy)
         except DatasetError as error:
             bad.append(error)
