@@ -79,9 +79,7 @@ def print_figures(figures: dict[str, Any], console: Console | None = None) -> No
         value = "–" if use is None else _cell(row[use])
         rows.append((name, use or "none", value, calls, *cells, safe, *weights))
     columns = ("policy", "use", "value", "calls", *ESTIMATORS, "safe interval", "mean weight", "eff. rows")
-    title = (
-        f"{figures['n']} logged decisions of run {figures['run']}: mean reward by the estimate in `use`, 95% interval"
-    )
+    title = f"{figures['n']} logged decisions of run {figures['run']}: mean reward by `use`, 95% interval"
     drop = ("calls", *ESTIMATORS, "safe interval", "eff. rows", "mean weight")
     console.print(fitting_table(console, columns, rows, drop=drop, title=title))
     for note in _notes(figures):

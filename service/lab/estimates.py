@@ -259,8 +259,8 @@ def _figures(verdict: Verdict, calls: float | None, name: str, header: Header) -
         name_of, why = (
             "snips",
             (
-                f"its scorer answers {verdict.coverage:.0%} of the instances and abstains on the others: this is its value "
-                "where it answers"
+                f"its scorer answers {verdict.coverage:.0%} of the instances and abstains on the others: this is its "
+                "value where it answers"
             ),
         )
     return {
