@@ -37,6 +37,7 @@ from service.errors import (
     RunConflictError,
     ValidationError,
 )
+from service.keys.access import EVERYTHING, Access
 from service.scorers.protocol import Scorer
 from service.stores.ids import check_run
 from service.stores.protocol import NameNotFreeError, RunIdentity, Store
@@ -442,15 +443,17 @@ class RunRegistry:
         run.last_used = time.monotonic()
         return run
 
-    async def find(self, name: str | None) -> Run:
+    async def find(self, name: str | None, access: Access = EVERYTHING) -> Run:
         """As `open`, for a run that some gateway has opened before: feedback never makes one.
 
         Raises:
+            ForbiddenError: the caller may not name it.
             NotFoundError: none has.
         """
         name = name or self.default
+        access.check_run(name)
         if name not in self._runs and not await self._store.has_run(check_run(name)):
-            known = await self._store.list_runs()
+            known = access.seen(await self._store.list_runs())
             raise NotFoundError(
                 f"run {name!r} is unknown: send the run of the decision, as `/reward` answered it; {known_runs(known)}",
                 details={"run": name, "known": known[:MAX_NAMED_RUNS]},
@@ -518,7 +521,7 @@ class RunRegistry:
 def known_runs(names: Sequence[str]) -> str:
     """The words on which runs a store knows."""
     if not names:
-        return "the store knows no run yet"
+        return "no run is known yet"
     shown = ", ".join(names[:MAX_NAMED_RUNS])
     return f"known runs: {shown}" + (f" and {len(names) - MAX_NAMED_RUNS} more" if len(names) > MAX_NAMED_RUNS else "")
 

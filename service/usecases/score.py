@@ -21,6 +21,7 @@ from router_core.policies import AllCalls, OneCall
 from router_core.records import Instance, Signal
 from service.encoders.protocol import EncoderInputError
 from service.errors import NoWorkerError, ServiceError, StoreUnavailableError, ValidationError
+from service.keys.access import EVERYTHING, Access
 from service.schemas import RewardReply, RewardRequest
 from service.settings import OnStoreUnavailable, Settings
 from service.stores.ids import RANDOM_BYTES, new_decision_id
@@ -140,13 +141,13 @@ class RewardService:
         self._asker = Asker(telemetry.called, runs.template.prices, timeout_seconds=limits.worker_timeout_seconds)
         self._entropy = _Entropy()
 
-    async def score(self, request: RewardRequest) -> RewardReply:
+    async def score(self, request: RewardRequest, access: Access = EVERYTHING) -> RewardReply:
         """Return the reply to one instance.
 
         Raises:
             ServiceError: whatever kept the reward away; see `docs/api.md` for the codes.
         """
-        result = (await self.score_many([request]))[0]
+        result = (await self.score_many([request], access=access))[0]
         if isinstance(result, ServiceError):
             raise result
         return result
@@ -159,6 +160,7 @@ class RewardService:
         policy: str | None = None,
         signal: str | None = None,
         normalize: bool | None = None,
+        access: Access = EVERYTHING,
     ) -> list[RewardReply | ServiceError]:
         """Return a reply or the error per instance, in order.
 
@@ -172,6 +174,7 @@ class RewardService:
             policy: policy of those that name none.
             signal: kind of feedback that runs must have, of those that name none.
             normalize: whether rewards are normalised, of those that do not say; None: the setting.
+            access: what the caller may do: instances of other runs are refused.
 
         Raises:
             ServiceError: what concerns the whole call: too many instances, a run or policy that is wrong for all of
@@ -185,7 +188,7 @@ class RewardService:
             )
         deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_seconds
         refused: dict[int, ServiceError] = {}
-        wholes = await self._wholes(requests, run, policy, signal, deadline, refused)
+        wholes = await self._wholes(requests, run, policy, signal, access, deadline, refused)
         self._under_way += 1
         self._idle.clear()
         try:
@@ -223,6 +226,7 @@ class RewardService:
         run: str | None,
         policy: str | None,
         signal: str | None,
+        access: Access,
         deadline: float,
         refused: dict[int, ServiceError],
     ) -> list[list[Piece]]:
@@ -244,6 +248,7 @@ class RewardService:
         wholes: list[list[Piece]] = []
         for (run_name, policy_name, signal_name), indices in groups.items():
             try:
+                access.check_run(run_name or self._runs.default)
                 template = self._runs.template
                 chosen_policy = template.policy(policy_name) if policy_name else template.default_policy
                 wish = Wish(chosen_policy.prior, None if signal_name is None else Signal(signal_name))
