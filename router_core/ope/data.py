@@ -109,9 +109,9 @@ class LoggedData:
         """(N,) positive: how much each row counts, of mean 1: 1/inclusion over its mean."""
         if self.inclusion is None:
             return np.ones(len(self))
-        inverse = 1.0 / self.inclusion
-        share: Array = inverse / inverse.mean()
-        return share
+        weight: Array = 1.0 / self.inclusion
+        weight /= weight.mean()
+        return weight
 
     def rows(self, index: NDArray[np.integer] | slice) -> LoggedData:
         """The same of some rows."""

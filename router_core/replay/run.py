@@ -165,7 +165,12 @@ def replay(
             one_pass = online_pass if learns(each.policy) else fixed_pass
             passes = [one_pass(stage, plan, tell) for plan in plans]
         calls = each.calls(plans, len(table.pool)) + _audit_calls(passes, scenario, len(table.pool))
-        traces[each.name] = Trace(tuple(passes), len(table), calls, _price(passes, calls, costs))
+        if isinstance(each.policy, AllCalls):
+            answered = table.answered
+            calls, price = float(answered.sum(axis=1).mean()), float((answered @ costs).mean())
+        else:
+            price = _price(passes, calls, costs)
+        traces[each.name] = Trace(tuple(passes), len(table), calls, price)
     return traces
 
 

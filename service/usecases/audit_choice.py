@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from router_core.audits.schedule import Progress, Schedule, is_chosen
 from router_core.posterior import Posterior
-from router_core.records import Instance
+from router_core.records import Instance, Signal
 from service.errors import StoreUnavailableError
 from service.stores.protocol import AuditTask, DecisionRecord, Store
 from service.usecases.audit_groups import GRACE_SECONDS, MAX_PARTS, Part
@@ -117,13 +117,14 @@ class AuditChooser:
     async def choose(self, decided: Sequence[Decided]) -> dict[str, ChosenAudits]:
         """Set the inclusion probability of every decision between several responses; return the chosen ones, by run.
 
-        Chosen singles are among them, each as a part of its group's audit; `offer` has set their probability.
+        Runs of losses are not audited: losses compare RMs with each other, referees say how often each is right. Chosen
+        singles are among them, each as a part of its group's audit; `offer` has set their probability.
 
         A decision of a run whose progress cannot be had, because the store is away, is left as it is.
         """
         by_run: dict[str, list[Decided]] = {}
         for one in decided:
-            if one.stored.n > 1 or one.stored.group:
+            if (one.stored.n > 1 or one.stored.group) and one.run.signal is not Signal.LOSS:
                 by_run.setdefault(one.run.name, []).append(one)
         out = {}
         for name, group in by_run.items():

@@ -19,6 +19,7 @@ from service.errors import (
     StoreUnavailableError,
     ValidationError,
 )
+from service.keys.access import EVERYTHING, Access
 from service.schemas import FeedbackReply, FeedbackRequest
 from service.stores.ids import event_order
 from service.stores.protocol import FeedbackRecord, FeedbackResult, FeedbackStatus, Store
@@ -47,19 +48,23 @@ class FeedbackService:
         self._telemetry = telemetry
         self._max_batch = max_batch
 
-    async def accept(self, request: FeedbackRequest) -> FeedbackReply:
+    async def accept(self, request: FeedbackRequest, access: Access = EVERYTHING) -> FeedbackReply:
         """One feedback. When this returns, the event is in the log, once.
 
         Raises:
             ServiceError: see `docs/api.md` for the codes; nothing was changed.
         """
-        result = (await self.accept_many([request]))[0]
+        result = (await self.accept_many([request], access=access))[0]
         if isinstance(result, ServiceError):
             raise result
         return result
 
     async def accept_many(
-        self, requests: Sequence[FeedbackRequest], *, run: str | None = None
+        self,
+        requests: Sequence[FeedbackRequest | ValidationError],
+        *,
+        run: str | None = None,
+        access: Access = EVERYTHING,
     ) -> list[FeedbackReply | ServiceError]:
         """Many feedbacks, each applied or refused on its own, in one pipeline per run.
 
@@ -73,13 +78,16 @@ class FeedbackService:
                 details={"field": "items", "limit": self._max_batch},
             )
         results: list[FeedbackReply | ServiceError | None] = [None] * len(requests)
-        by_run: dict[str, list[tuple[int, FeedbackRecord]]] = {}
+        by_run: dict[str, list[tuple[int, FeedbackRequest, FeedbackRecord]]] = {}
         runs: dict[str | None, Run | ServiceError] = {}
         opened: dict[str, Run] = {}
         for index, request in enumerate(requests):
+            if isinstance(request, ValidationError):
+                results[index] = request
+                continue
             name = request.run or run
             if name not in runs:
-                runs[name] = await self._find(name)
+                runs[name] = await self._find(name, access)
             found = runs[name]
             if isinstance(found, ServiceError):
                 if request.run is None:
@@ -93,30 +101,30 @@ class FeedbackService:
                 results[index] = error
             else:
                 opened[found.name] = found
-                by_run.setdefault(found.name, []).append((index, record))
+                by_run.setdefault(found.name, []).append((index, request, record))
         for run_name, records in by_run.items():
             held = opened[run_name]
             try:
                 outcomes = await self._store.apply_feedback(
-                    run_name, [record for _, record in records], identity=held.identity
+                    run_name, [record for _, _, record in records], identity=held.identity
                 )
             except StoreUnavailableError:
                 self._telemetry.store_errors.labels("apply_feedback").inc()
                 raise
-            for (index, record), outcome in zip(records, outcomes, strict=True):
+            for (index, request, record), outcome in zip(records, outcomes, strict=True):
                 self._telemetry.feedback.labels(run_name, outcome.status).inc()
-                results[index] = _answer(requests[index], record, outcome)
+                results[index] = _answer(request, record, outcome)
                 if outcome.event_id is not None:
                     held.acknowledged = max(held.acknowledged, outcome.event_id, key=event_order)
         return [result for result in results if result is not None]
 
-    async def _find(self, name: str | None) -> Run | ServiceError:
+    async def _find(self, name: str | None, access: Access) -> Run | ServiceError:
         """The run, or why there is none. Appending to a log does not wait for the posterior.
 
         A run that does not learn takes no feedback: what its log can no longer give to the posterior would be lost.
         """
         try:
-            run = await self._runs.find(name)
+            run = await self._runs.find(name, access)
         except StoreUnavailableError:
             raise
         except ServiceError as error:
@@ -136,7 +144,7 @@ def _record(request: FeedbackRequest, run: Run) -> FeedbackRecord:
         )
         if value is not None
     }
-    wanted = run.template.signal
+    wanted = run.signal
     field = "preferred" if wanted is Signal.PREFERENCE else wanted.value
     if set(given) != {wanted}:
         sent = ", ".join("preferred" if s is Signal.PREFERENCE else s.value for s in given) or "none of them"
