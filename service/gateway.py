@@ -13,7 +13,8 @@ import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp
 
@@ -48,11 +49,15 @@ from service.usecases.learn import FeedbackService
 from service.usecases.normalise import Normaliser
 from service.usecases.people import PeopleService
 from service.usecases.report import Reporter
-from service.usecases.runs import NAME_POLL_SECONDS, Run, RunRegistry, RunTemplate
+from service.usecases.runs import NAME_POLL_SECONDS, Run, RunRegistry, RunTemplate, Wish
 from service.usecases.score import RewardService, limits_of
 from service.usecases.shadow import Shadower
 from service.usecases.status import StatusService
 from service.usecases.sticky import StickyChoices
+
+if TYPE_CHECKING:
+    # OpenTelemetry is optional, and not imported where it is off.
+    from service.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +81,8 @@ class Gateway:
     """Lets referees look at chosen decisions; None where the pool file has no `audit`."""
     audits: AuditChooser | None
     normaliser: Normaliser
+    tracing: Tracing | None
+    """Wraps the parts in spans; None where it is off."""
     watch: RequirementsWatch
     encoder: AwaitedEncoder | None
     """The encoder over a network; None where contexts are computed here."""
@@ -87,22 +94,26 @@ class Gateway:
     learner_thread: ThreadPoolExecutor
     embedded: EmbeddedStore | None
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    failed_tasks: list[str] = field(default_factory=list)
+    """Background tasks that ended by a fault of ours; shared with `status`."""
 
     async def start(self) -> None:
         """Probe the workers, begin health checks, and begin to load the default run. A wrong worker gets no traffic."""
         await self.watch.check()
-        self._spawn(self.watch.run_forever())
-        self._spawn(self.keys.follow_forever())
+        self._spawn("store watch", self.watch.run_forever())
+        self._spawn("keys file", self.keys.follow_forever())
         scorers = (*self.arms, *self.referees)
         await asyncio.gather(*(scorer.check() for scorer in scorers))
         for scorer in scorers:
             scorer.start()
         if self.encoder is not None:
             await self.encoder.start()
-        self._spawn(self._open_default_run())
-        self._spawn(NameHolder(self.runs.runs, self.store).run_forever())
+        self._spawn("default run", self._open_default_run())
+        self._spawn("run names", NameHolder(self.runs.runs, self.store).run_forever())
         if self.auditor is not None:
-            self._spawn(self.auditor.run_forever())
+            self._spawn("auditor", self.auditor.run_forever())
+        if self.settings.workers > 1:
+            self._spawn("metrics", self.status.tell_forever())
 
     async def _open_default_run(self) -> None:
         """Open it as soon as the store answers; readiness is false until then."""
@@ -121,8 +132,8 @@ class Gateway:
             else:
                 return
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
+    def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work, name=name)
         self.tasks.add(task)
         task.add_done_callback(self._ended)
         return task
@@ -130,7 +141,10 @@ class Gateway:
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self.tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            logger.error("background task failed", exc_info=task.exception())
+            name = task.get_name()
+            self.failed_tasks.append(name)
+            self.telemetry.background_failures.labels(name).inc()
+            logger.error("background task failed", extra={"fields": {"task": name}}, exc_info=task.exception())
 
     def follow(self, run: Run) -> Callable[[], None]:
         """Start the learner of an opened run; what is returned ends it and forgets the run's metrics."""
@@ -144,7 +158,7 @@ class Gateway:
             keep_events=self.settings.log_keep_events,
             replicated=self.settings.store_replicas > 0,
         )
-        task = self._spawn(learner.run_forever())
+        task = self._spawn("learner", learner.run_forever())
 
         def close() -> None:
             task.cancel()
@@ -159,6 +173,7 @@ class Gateway:
     async def stop(self) -> None:
         """Stop in the order in which things depend on each other; what is being asked in the shadow is waited for."""
         await self.shadower.drain()
+        self.telemetry.tell_watched()
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
@@ -170,6 +185,8 @@ class Gateway:
         self.learner_thread.shutdown(wait=True)
         if self.embedded is not None:
             self.embedded.stop()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
     def hot_routes(self, rest: ASGIApp) -> HotRoutes:
         """The hot routes in front of the rest of the application."""
@@ -190,6 +207,34 @@ class Gateway:
                 texts=self.trainer_texts,
             ).routes(),
         )
+
+
+def load_tracing(settings: Settings) -> Tracing | None:
+    """Return what wraps the parts in spans; None where the setting `tracing` is off.
+
+    Raises:
+        ConfigurationError: OpenTelemetry is not installed.
+    """
+    if not settings.tracing:
+        return None
+    try:
+        from service.tracing import open_tracing
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("opentelemetry"):
+            raise
+        raise ConfigurationError(
+            f"tracing is on, and {error.name!r} is missing: pip install 'reward-router[tracing]', or set "
+            "tracing to false"
+        ) from error
+    return open_tracing(package_version())
+
+
+def package_version() -> str:
+    """The installed version, or `0+unknown` in a source tree that is not installed."""
+    try:
+        return version("reward-router")
+    except PackageNotFoundError:
+        return "0+unknown"
 
 
 def default_policy(settings: Settings, pool: PoolFile) -> str:
@@ -242,6 +287,7 @@ def build_gateway(
     arms: Sequence[Scorer] | None = None,
     store: Store | None = None,
     score_scale: ScoreScale | None = None,
+    tracing: Tracing | None = None,
 ) -> Gateway:
     """Everything, not yet started.
 
@@ -253,23 +299,29 @@ def build_gateway(
         store: instead of the settings' store; for tests.
         score_scale: of the RMs' raw rewards, for `uwo`, instead of the checkpoint's; with neither, a run's score log
             tells it.
+        tracing: instead of the settings'; for tests.
 
     Raises:
         ConfigurationError: settings, pool and checkpoint do not fit each other.
     """
     names = [model.name for model in pool.models]
     checkpoint = load_checkpoint(settings, names)
-    telemetry = Telemetry()
+    telemetry = Telemetry(shared=settings.workers > 1)
     trainer_texts = build_trainer_texts(settings, telemetry)
     encoder = encoder or load_pair_encoder(settings, checkpoint, telemetry)
     dim = encoder.dim
     awaited = encoder if isinstance(encoder, AwaitedEncoder) else None
     built = tuple(arms) if arms is not None else tuple(build_scorer(model, settings, pool) for model in pool.models)
+    tracing = tracing or load_tracing(settings)
+    if tracing is not None:
+        built = tuple(map(tracing.scorer, built))
+        if awaited is not None:
+            awaited.intercept(tracing.exchange)
     origin = checkpoint.digest if checkpoint is not None else f"untrained:{encoder.spec}:{encoder.dim}"
     template = RunTemplate(
         arms=built,
         encoder=encoder,
-        priors=lambda form: build_prior(settings, checkpoint, len(names), dim, form),
+        priors=lambda terms: build_prior(settings, checkpoint, len(names), dim, terms.form, terms.signal),
         form=form_of(settings, checkpoint),
         score_scale=score_scale or (None if checkpoint is None else checkpoint.scores),
         combination=None if checkpoint is None else checkpoint.combination,
@@ -292,7 +344,12 @@ def build_gateway(
     embedded = None
     if store is None:
         store, embedded = open_store(settings)
+    if tracing is not None:
+        store = tracing.store(store)
     chooser_thread = ThreadPoolExecutor(1, thread_name_prefix="choose")
+    chooser = Chooser(chooser_thread, telemetry)
+    if tracing is not None:
+        chooser = tracing.chooser(chooser)
     learner_thread = ThreadPoolExecutor(1, thread_name_prefix="learn")
     runs = RunRegistry(
         template,
@@ -301,7 +358,10 @@ def build_gateway(
         max_runs=settings.max_runs,
         on_open=lambda run: gateway.follow(run),
         timeout_seconds=settings.request_timeout_seconds,
-        default_form=template.default_policy.prior or (None if settings.prior == "auto" else template.form),
+        default_wish=Wish(
+            template.default_policy.prior or (None if settings.prior == "auto" else template.form),
+            settings.signal if "signal" in settings.model_fields_set else None,
+        ),
         # An embedded store serves this gateway's own processes only.
         free_seconds=0.0 if settings.store_url == EMBEDDED else settings.new_run_wait_seconds,
     )
@@ -339,7 +399,7 @@ def build_gateway(
         runs=runs,
         scorer=RewardService(
             runs,
-            Chooser(chooser_thread, telemetry),
+            chooser,
             store,
             telemetry,
             limits_of(settings),
@@ -359,6 +419,7 @@ def build_gateway(
             referees=lambda: [scorer.status() for scorer in referees],
             tell_audits=None if auditor is None else reporter.tell,
             executor=learner_thread,
+            failed_tasks=lambda: gateway.failed_tasks,
             health_check_errors=lambda: sum(scorer.unexpected_errors for scorer in (*built, *referees)),
             answers_without_store=settings.on_store_unavailable is OnStoreUnavailable.ANSWER,
             scales=normaliser.scales,
@@ -372,6 +433,7 @@ def build_gateway(
         auditor=auditor,
         audits=audits,
         normaliser=normaliser,
+        tracing=tracing,
         watch=watch,
         encoder=awaited,
         trainer_texts=trainer_texts,

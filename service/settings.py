@@ -47,6 +47,13 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on. Beyond loopback an API key is needed.")
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on.")
+    workers: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="Gateway processes at the port, each with its own copy of the posterior (docs/operations.md). "
+        "Limits of requests and connections are each process's.",
+    )
     api_keys: tuple[ApiKey, ...] = Field(
         (),
         repr=False,
@@ -125,7 +132,11 @@ class Settings(BaseSettings):
         "learned afresh (docs/math/router.md); 0: changes are not looked for. Not for losses.",
     )
     policy: str = Field("bayesian", description="Policy of requests that name none.")
-    signal: Signal = Field(Signal.PREFERENCE, description="Kind of feedback of the runs: preference, loss or reward.")
+    signal: Signal = Field(
+        Signal.PREFERENCE,
+        description="Kind of feedback of new runs whose first request names none: preference, loss or reward. A run "
+        "keeps its own. Where it is set, the default run must have it.",
+    )
     seed: int | None = Field(None, description="Seed of the draws; by default drawn from the operating system.")
 
     shadow_rate: float = Field(
@@ -133,7 +144,7 @@ class Settings(BaseSettings):
         ge=0,
         le=1,
         description="Fraction of the instances for which every other RM is asked too, after the reply, so that the run "
-        "learns of all of them. Needs the signal `preference`.",
+        "learns of all of them. Only in runs with the signal `preference`.",
     )
 
     sticky_seconds: float = Field(
@@ -267,6 +278,10 @@ class Settings(BaseSettings):
     )
     blas_threads: int = Field(1, ge=1, description="Threads of the linear algebra library.")
 
+    tracing: bool = Field(
+        False,
+        description="Send spans of requests to an OpenTelemetry collector; needs extra `tracing` (docs/tracing.md).",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line.")
 
     @model_validator(mode="after")
@@ -307,4 +322,5 @@ def read_settings(**given: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ConfigurationError(f"setting {where or 'combination'}: {first['msg']}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigurationError(f"setting {where}: {message}" if where else message) from error

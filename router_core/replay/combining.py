@@ -59,8 +59,7 @@ class _CombiningLoop(Loop):
     def __init__(self, stage: Stage, plan: Plan, combination: Combination, pacer: Pacer | None) -> None:
         super().__init__(stage, plan)
         table = stage.table
-        everything = np.ones(table.verdicts.shape, dtype=bool)
-        self._answers = Answers(table.verdicts, everything, margins_of(table.scores), table.responses)
+        self._answers = Answers(table.verdicts, table.answered, margins_of(table.scores), table.responses)
         self._combination, self._pacer = combination, pacer
         self._sequences: list[list[int]] = []
         self.calls, self.price = np.empty(len(plan)), np.empty(len(plan))

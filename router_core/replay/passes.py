@@ -85,6 +85,11 @@ def learns(policy: Policy) -> bool:
     return not isinstance(policy, AllCalls | SinglePolicy | RandomPolicy | OfflinePolicy)
 
 
+def eligible(beliefs: Beliefs, answered: NDArray[np.bool_], policy: Policy) -> Beliefs:
+    """The beliefs (B, K) without arms that abstain there, which nobody asks but a policy of one RM alone."""
+    return beliefs if isinstance(policy, SinglePolicy) else beliefs.without(~answered)
+
+
 def first_choice(beliefs: Beliefs, noise: Array, uniforms: Array) -> NDArray[np.int64]:
     """The drawn arms (B,): `policies.draw` with this noise (B, K) and these uniforms (B, 1 + K) for the floors, without
     the ranking and the propensities.
@@ -101,6 +106,7 @@ def first_choice(beliefs: Beliefs, noise: Array, uniforms: Array) -> NDArray[np.
 def fixed_pass(stage: Stage, plan: Plan, on_step: Steps) -> Pass:
     """A one-call policy that does not learn: all draws at once."""
     beliefs = stage.policy.beliefs(stage.x, stage.offsets, start(stage.prior, stage.settings))
+    beliefs = eligible(beliefs, stage.table.answered, stage.policy)
     met = Beliefs(beliefs.means[plan.order], beliefs.sds[plan.order])
     asked = first_choice(met, plan.noise, plan.uniforms)
     on_step(len(plan))
@@ -108,24 +114,26 @@ def fixed_pass(stage: Stage, plan: Plan, on_step: Steps) -> Pass:
 
 
 def combined_correctness(table: Table, policy: AllCalls, scale: ScoreScale) -> Array:
-    """(N,) in [0, 1]: is the verdict right of a policy that asks all RMs; 1/w where w responses tie for it.
+    """(N,) in [0, 1]: is the verdict right of a policy that asks all RMs, of which those that do not abstain are heard;
+    1/w where w responses tie for it.
 
     Majority counts the recorded verdicts; other policies combine the recorded scores.
 
     Raises:
         DatasetError: the policy combines scores, and some are not recorded.
     """
-    right = np.empty(len(table))
+    right, answered = np.empty(len(table)), table.answered
     for i, (n, label) in enumerate(zip(table.responses.tolist(), table.labels.tolist(), strict=True)):
+        arms = np.flatnonzero(answered[i])
         if isinstance(policy, MajorityPolicy):
-            right[i] = chance_of(leaders_of(vote_shares(table.verdicts[i].tolist(), n)), label)
+            right[i] = chance_of(leaders_of(vote_shares(table.verdicts[i, arms].tolist(), n)), label)
             continue
-        rewards = table.scores[i, :, :n]
+        rewards = table.scores[i, arms, :n]
         if not np.isfinite(rewards).all():
             raise DatasetError(
                 f"policy {policy.name!r} combines scores, and the data hold verdicts only: record scores"
             )
-        right[i] = chance_of(leaders_of(policy.preference(rewards, scale).tolist()), label)
+        right[i] = chance_of(leaders_of(policy.preference(rewards, scale.rows(arms.tolist())).tolist()), label)
     return right
 
 
@@ -160,6 +168,7 @@ class Loop:
         self._next = 0
         self._shadowed = plan.shadowed(stage.shadow)
         self._contexts = [row.tobytes() for row in stage.x]
+        self._answered = stage.table.answered
         self._progress = np.arange(len(plan)) / len(plan)
         self.step = 0
         self.asked = np.empty(len(plan), np.int64)
@@ -173,7 +182,10 @@ class Loop:
         self.step = end
         events = []
         while self._next < len(self._arrivals) and self._due[self._arrivals[self._next]] < end:
-            events.append(self._event(self._arrivals[self._next]))
+            step = self._arrivals[self._next]
+            # Nothing is heard of an RM that abstained: `laser` may have asked one.
+            if not np.isnan(self.correct[step]):
+                events.append(self._event(step))
             self._next += 1
         self._state = fold(self._state, events)
         return end - begin
@@ -199,11 +211,14 @@ class Loop:
     def _draw(self, begin: int, end: int, state: Posterior) -> NDArray[np.int64]:
         stage, pairs = self._stage, self._plan.order[begin:end]
         noise, uniforms = self._plan.noise[begin:end], self._plan.uniforms[begin:end]
-        x, offsets = stage.x[pairs], stage.offsets[pairs]
+        x, offsets, answered = stage.x[pairs], stage.offsets[pairs], self._answered[pairs]
         if stage.policy.one_arm_per_batch:
+            # One draw for all is made among the RMs that answer most of them.
+            share = answered.mean(axis=0, keepdims=True)
+            answered = np.asarray(share == share.max(), dtype=np.bool_)
             x = x.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
             offsets, noise, uniforms = offsets.mean(axis=0, keepdims=True), noise[:1], uniforms[:1]
-        return first_choice(self._beliefs(x, offsets, state), noise, uniforms)
+        return first_choice(eligible(self._beliefs(x, offsets, state), answered, stage.policy), noise, uniforms)
 
     def _beliefs(self, x: NDArray[np.float32], offsets: Array, state: Posterior) -> Beliefs:
         """Return what the draws are made from."""
@@ -231,7 +246,8 @@ class Loop:
     def _told(self, step: int, feedback: Feedback, earned: Array, heard: Sequence[int]) -> Event:
         pair, arm = int(self._plan.order[step]), int(self.asked[step])
         offsets = self._stage.offsets[pair]
-        shadows = tuple(Shadow(k, float(offsets[k]), float(earned[k])) for k in heard if k != arm)
+        answered = self._answered[pair]
+        shadows = tuple(Shadow(k, float(offsets[k]), float(earned[k])) for k in heard if k != arm and answered[k])
         own = float(earned[arm])
         return Event(arm, self._contexts[pair], float(offsets[arm]), own, feedback, str(step), shadows=shadows)
 

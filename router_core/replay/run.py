@@ -167,7 +167,12 @@ def replay(
             if learns(each.policy):
                 audited = float(np.mean([audit_calls(stage, plan) for plan in plans]))
         calls = each.calls(plans, len(table.pool)) + audited
-        traces[each.name] = Trace(tuple(passes), len(table), calls, _price(passes, calls, costs))
+        if isinstance(each.policy, AllCalls):
+            answered = table.answered
+            calls, price = float(answered.sum(axis=1).mean()), float((answered @ costs).mean())
+        else:
+            price = _price(passes, calls, costs)
+        traces[each.name] = Trace(tuple(passes), len(table), calls, price)
     return traces
 
 

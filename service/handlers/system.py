@@ -12,13 +12,16 @@ from service.handlers.keys import require
 from service.handlers.queries import RunQuery
 from service.keys.access import Access, Scope
 from service.scorers.status import ScorerStatus
-from service.usecases.status import PosteriorStatus, StatusService
+from service.usecases.status import PosteriorStatus, RunStatus, StatusService
 
 
 class Live(BaseModel):
     """The process serves."""
 
     status: str = Field("live", examples=["live"])
+    failed_tasks: list[str] = Field(
+        default=[], description="Background tasks that ended by a fault of the gateway; a restart begins them again."
+    )
 
 
 class Ready(BaseModel):
@@ -40,9 +43,9 @@ def system_router() -> APIRouter:
     router = APIRouter()
 
     @router.get("/healthz", tags=["operations"], summary="Is the process alive?")
-    async def healthz() -> Live:
+    async def healthz(request: Request) -> Live:
         """Always 200 while the process serves; says nothing of its surroundings."""
-        return Live(status="live")
+        return Live(status="live", failed_tasks=list(_status(request).failed_tasks()))
 
     @router.get(
         "/readyz",
@@ -89,5 +92,10 @@ def system_router() -> APIRouter:
         reward.
         """
         return await _status(request).posterior(run, access)
+
+    @router.get("/runs", tags=["routing"], summary="The runs of the store")
+    async def runs(request: Request, access: Annotated[Access, require(Scope.READ)]) -> list[RunStatus]:
+        """Every run that a gateway has opened in this store: events, signal, prior and scorers."""
+        return await _status(request).list_runs(access)
 
     return router

@@ -230,7 +230,12 @@ class TrainerRoutes:
         """What became of each, in order."""
         requests = [RewardRequest(_given(sample), [sample.response], reference=sample.reference) for sample in samples]
         results = await self._scorer.score_many(
-            requests, run=options.run, policy=options.policy, normalize=options.normalize, access=access
+            requests,
+            run=options.run,
+            policy=options.policy,
+            signal=options.signal,
+            normalize=options.normalize,
+            access=access,
         )
         for sample, result in zip(samples, results, strict=True):
             if not isinstance(result, ServiceError):

@@ -144,7 +144,7 @@ def _record(request: FeedbackRequest, run: Run) -> FeedbackRecord:
         )
         if value is not None
     }
-    wanted = run.template.signal
+    wanted = run.signal
     field = "preferred" if wanted is Signal.PREFERENCE else wanted.value
     if set(given) != {wanted}:
         sent = ", ".join("preferred" if s is Signal.PREFERENCE else s.value for s in given) or "none of them"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 
@@ -18,6 +19,9 @@ from service.scorers.status import ScorerStatus
 from service.stores.protocol import Store
 from service.telemetry import Telemetry
 from service.usecases.runs import Run, RunRegistry, failure_of, known_runs
+
+TELL_SECONDS = 5.0
+"""How old what one process says of another may be."""
 
 
 class ArmLearned(BaseModel):
@@ -55,6 +59,40 @@ class PosteriorStatus(BaseModel):
     models: list[ArmLearned] = Field(description="What is known of each RM, in the order of the pool.")
 
 
+class RunStatus(BaseModel):
+    """One run of the store."""
+
+    run: str = Field(description="Its name.")
+    events: int = Field(description="Events ever appended to its log.")
+    signal: str | None = Field(description="Kind of feedback that it learns from.")
+    prior: str | None = Field(description="Form of its prior.")
+    pool: list[str] = Field(description="Its scorers, in arm order.")
+
+
+async def stored_runs(store: Store, names: Sequence[str]) -> list[RunStatus]:
+    """Return what a store holds of these runs; those that it has lost are left out.
+
+    Raises:
+        StoreUnavailableError: the store does not answer.
+    """
+    found = []
+    for name in names:
+        check = await store.check_run(name, ())
+        if check.identity is None:
+            continue
+        identity = json.loads(check.identity.fingerprint)
+        found.append(
+            RunStatus(
+                run=name,
+                events=check.status.appended,
+                signal=identity.get("signal"),
+                prior=identity.get("prior"),
+                pool=list(identity.get("pool") or ()),
+            )
+        )
+    return found
+
+
 class StatusService:
     """The use case behind the routes for operators.
 
@@ -64,6 +102,7 @@ class StatusService:
         telemetry: rendered.
         models: describes the pool's workers.
         referees: describes the workers of scorers that are asked about audits only.
+        failed_tasks: names of background tasks that ended by a fault of ours.
         tell_audits: sets the gauges of a run's audits; None where there are none.
         executor: where digests are computed.
         health_check_errors: health checks that failed by a fault of ours, so far.
@@ -89,6 +128,7 @@ class StatusService:
         store_findings: Callable[[], Sequence[str]] = tuple,
         store_refused: Callable[[], bool] = lambda: False,
         referees: Callable[[], list[ScorerStatus]] = list,
+        failed_tasks: Callable[[], Sequence[str]] = tuple,
         tell_audits: Callable[[Run], Awaitable[None]] | None = None,
     ) -> None:
         self._runs = runs
@@ -97,6 +137,7 @@ class StatusService:
         self.models = models
         self.referees = referees
         self._tell_audits = tell_audits
+        self.failed_tasks = failed_tasks
         self._executor = executor
         self._health_check_errors = health_check_errors
         self._answers_without_store = answers_without_store
@@ -106,7 +147,19 @@ class StatusService:
         self._store_refused = store_refused
 
     async def render_metrics(self) -> bytes:
-        """Prometheus' text format, with the workers' states, the logs' lag and the posteriors as they are now.
+        """Prometheus' text format, with the workers' states, the logs' lag and the posteriors as they are now."""
+        await self.tell_metrics()
+        return self._telemetry.render()
+
+    async def tell_forever(self) -> None:
+        """Set what a scrape would set again and again, until cancelled: another process may answer the scrape."""
+        while True:
+            await self.tell_metrics()
+            self._telemetry.tell_watched()
+            await asyncio.sleep(TELL_SECONDS)
+
+    async def tell_metrics(self) -> None:
+        """Set the gauges of the workers' states, the logs' lag and the posteriors.
 
         A lag that cannot be had, because the store is away, keeps its last value and counts as a store error.
         """
@@ -139,7 +192,6 @@ class StatusService:
                 self._telemetry.learner_waiting.labels(run.name).set(run.stalled is not None)
         self._telemetry.store_refused.set(self._store_refused())
         self._telemetry.health_check_errors.set(self._health_check_errors())
-        return self._telemetry.render()
 
     def _tell_judging(self, arm: ScorerStatus) -> None:
         judging = arm.judging
@@ -205,6 +257,14 @@ class StatusService:
             raise NotReadyError(f"the encoder's servers cannot be asked: {reasons}", details={"encoder": problems})
         return run.name, run.posterior.count
 
+    async def list_runs(self, access: Access = EVERYTHING) -> list[RunStatus]:
+        """What the store holds of each run that the caller may see.
+
+        Raises:
+            StoreUnavailableError: the store does not answer.
+        """
+        return await stored_runs(self._store, access.seen(await self._store.list_runs()))
+
     async def posterior(self, name: str | None, access: Access = EVERYTHING) -> PosteriorStatus:
         """What a run has learned.
 
@@ -246,7 +306,7 @@ class StatusService:
             digest=digest,
             prior=posterior.prior.form,
             policy=run.template.default_policy.name,
-            signal=run.template.signal,
+            signal=run.signal,
             dim=posterior.dim,
             drift=posterior.drift,
             lambda0=posterior.lambda0,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from fastapi.routing import APIRoute
 
 from service.app import create_app
 from service.errors import ConfigurationError
+from service.handlers.headers import SecureAnswers
 from service.handlers.hot import HotRoutes
 from service.handlers.keys import OPEN_PATHS, KeyGuard, check_routes, require, routes_of, scope_of
 from service.keys.access import Scope
@@ -81,7 +84,10 @@ def application() -> tuple[HotRoutes, FastAPI]:
     hot = create_app(
         settings, pool, encoder=small_encoder(), arms=[ScriptedArm("rm-a")], store=MemoryStore(window_seconds=9.0)
     )
-    guard = hot._rest
+    assert isinstance(hot, HotRoutes)
+    secure = hot._rest
+    assert isinstance(secure, SecureAnswers)
+    guard = secure._app
     assert isinstance(guard, KeyGuard)
     app = guard._app
     assert isinstance(app, FastAPI)
@@ -229,3 +235,27 @@ async def test_limits_of_a_key_are_its_own(gateway: Gateway, keys: Keys) -> None
         arm.gate.set()
     assert (await slow).status == (await other).status == 200
     assert (await gateway.client.get("/models", **keys.headers("narrow"))).status == 200
+
+
+async def test_every_answer_has_the_security_headers(gateway: Gateway, keys: Keys) -> None:
+    for path in (*required(), "/nothing"):
+        for headers in ({}, keys.headers(ALL)):
+            for method in ("GET", "POST"):
+                said = (await gateway.client.request(method, path, b"{}", headers=headers)).headers
+                where = (method, path, bool(headers))
+                assert said["x-content-type-options"] == "nosniff", where
+                assert said["cache-control"] == "no-store", where
+                assert said["referrer-policy"] == "no-referrer", where
+                assert said["cross-origin-resource-policy"] == "same-origin", where
+                assert "default-src 'none'" in said["content-security-policy"], where
+                assert "frame-ancestors 'none'" in said["content-security-policy"], where
+                assert "server" not in said
+
+
+async def test_the_docs_page_allows_its_own_style_alone(gateway: Gateway, keys: Keys) -> None:
+    response = await gateway.client.get("/docs", **keys.headers(ALL))
+    (style,) = re.findall("<style>(.*?)</style>", response.body.decode(), re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"style-src 'sha256-{digest}'" in response.headers["content-security-policy"]
+    assert b"<script" not in response.body
+    assert b" style=" not in response.body

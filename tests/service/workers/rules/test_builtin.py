@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from router_core.dataset import load_pairs
 from service.workers.rules.builtin import BUILTIN, RuleOptionsError
 from service.workers.rules.formats import CHECKS
+
+RB9_DEV = Path(os.environ.get("RB9_DEV", Path(__file__).resolve().parents[5] / "shared/data/rb9_dev.jsonl"))
 
 # Solutions in the style of MATH and GSM8K: reference, response, right.
 MATH = [
@@ -42,9 +47,44 @@ def test_math_compares_values_and_not_texts(reference: str, response: str, right
     assert score("math", response, reference) == right
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not RB9_DEV.is_file(), reason="set RB9_DEV to the recorded evaluation pairs")
+def test_math_tells_solutions_of_models_apart() -> None:
+    """With the right solution of a MATH problem as the reference, right responses pass and few wrong ones do."""
+    pairs = [pair for pair in load_pairs(RB9_DEV) if pair.domain == "math"]
+    assert pairs
+    right, wrong = (
+        [score("math", pair.instance.responses[which], pair.instance.responses[pair.label]) for pair, which in picked]
+        for picked in ([(pair, pair.label) for pair in pairs], [(pair, 1 - pair.label) for pair in pairs])
+    )
+    assert sum(right) / len(pairs) >= 0.98
+    assert sum(wrong) / len(pairs) <= 0.08
+
+
 def test_math_abstains_without_an_expression_to_compare() -> None:
     assert score("math", r"$\boxed{2}$") is None
     assert score("math", r"$\boxed{2}$", "") is None
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        ("We compute 7 + 5 = 12", True),
+        ("That makes 7 + 5 = 13.", False),
+        ("2 + 3 * 4 = 14, and 20 − 2 × 3 = 14", True),
+        ("First 2 + 2 = 4. Then 4 + 4 = 9.", False),
+        ("10 / 4 = 2.5; 10 / 3 = 3.33; 1 / 3 = 0.3", True),
+        ("10 / 3 = 3", False),
+        ("1,200 + 34 = 1,234 and 3 - 5 = -2", True),
+        ("- 7 + 5 = 12\n- 1 + 1 = 2", True),
+        # Parts of something longer say nothing of themselves.
+        ("y - 3 + 4 = 1, 2x + 3 = 7, 3 + 4 = 5 + 2, 2 * (1 + 1) = 4", None),
+        ("1 / 0 = 0", None),
+        ("The answer is twelve.", None),
+    ],
+)
+def test_sums_are_worked_out(response: str, right: bool | None) -> None:
+    assert score("sums", response) is right
 
 
 def test_exact_ignores_case_space_and_final_dot() -> None:
