@@ -107,4 +107,4 @@ def _operators_app(gateway: Gateway) -> ASGIApp:
     app.add_exception_handler(Exception, render)
     openapi.install(app)
     check_routes(app)
-    return SecureAnswers(KeyGuard(app, gateway.keys))
+    return SecureAnswers(KeyGuard(app, gateway.keys, gateway.acts))

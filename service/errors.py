@@ -7,7 +7,7 @@
     ├── PayloadTooLargeError 413 · UnsupportedMediaTypeError 415 · HeadersTooLargeError 431
     ├── ValidationError 422 · OverCapacityError 429 · KeyLimitError 429 · TooManyConnectionsError 429
     ├── StoreUnavailableError 503 (and its child UnsafeStoreError) · NotReadyError 503 · NoWorkerError 503
-    ├── DeadlineExceededError 503 · NoRewardError 503
+    ├── DeadlineExceededError 503 · NoRewardError 503 · ActsUnavailableError 503
     ├── ConfigurationError (start-up only: printed by the CLI, never sent)
     └── service.scorers.protocol.WorkerError and its children
 
@@ -191,6 +191,13 @@ class NotReadyError(ServiceError):
 
     status = 503
     code = "not_ready"
+
+
+class ActsUnavailableError(ServiceError):
+    """The log of acts cannot be written, so that nothing is changed."""
+
+    status = 503
+    code = "acts_unavailable"
 
 
 class DeadlineExceededError(ServiceError):

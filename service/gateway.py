@@ -9,6 +9,7 @@ lifespan.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +26,11 @@ from router_core.records import Signal
 from service.audit_entry import STACKED
 from service.encoders.build import load_pair_encoder
 from service.encoders.protocol import AwaitedEncoder
-from service.errors import ConfigurationError, RunConflictError, StoreUnavailableError
+from service.errors import ActsUnavailableError, ConfigurationError, RunConflictError, StoreUnavailableError
 from service.handlers.hot import HotLimits, HotRoutes
 from service.handlers.templates import build_trainer_texts
 from service.handlers.trainers import TrainerRoutes, TrainerTexts
+from service.keys.acts import ActLog
 from service.keys.ring import KeyRing
 from service.pool import PoolFile
 from service.priors import build_prior, form_of, load_checkpoint
@@ -69,6 +71,7 @@ class Gateway:
     settings: Settings
     telemetry: Telemetry
     keys: KeyRing
+    acts: ActLog
     store: Store
     runs: RunRegistry
     scorer: RewardService
@@ -101,7 +104,7 @@ class Gateway:
         """Probe the workers, begin health checks, and begin to load the default run. A wrong worker gets no traffic."""
         await self.watch.check()
         self._spawn("store watch", self.watch.run_forever())
-        self._spawn("keys file", self.keys.follow_forever())
+        self._spawn("keys file", self.keys.follow_forever(self._keys_changed))
         scorers = (*self.arms, *self.referees)
         await asyncio.gather(*(scorer.check() for scorer in scorers))
         for scorer in scorers:
@@ -137,6 +140,10 @@ class Gateway:
         self.tasks.add(task)
         task.add_done_callback(self._ended)
         return task
+
+    def _keys_changed(self, changes: Sequence[str]) -> None:
+        with contextlib.suppress(ActsUnavailableError):
+            self.acts.write("keys file taken", changes=list(changes))
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self.tasks.discard(task)
@@ -373,7 +380,9 @@ def build_gateway(
         timeout_seconds=settings.worker_timeout_seconds,
     )
     referees, audit_plan = build_referees(settings, pool, built)
-    audits = None if pool.audit is None or audit_plan is None else AuditChooser(store, pool.audit.plan)
+    audits = None
+    if pool.audit is not None and audit_plan is not None:
+        audits = AuditChooser(store, pool.audit.plan, sticky_seconds=settings.sticky_seconds)
     auditor, idle = None, asyncio.Event()
     if audit_plan is not None:
         auditor = Auditor(
@@ -395,6 +404,7 @@ def build_gateway(
         settings=settings,
         telemetry=telemetry,
         keys=KeyRing(settings.api_keys, settings.keys_file),
+        acts=ActLog(settings.acts_file),
         store=store,
         runs=runs,
         scorer=RewardService(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import json
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -259,3 +260,36 @@ async def test_the_docs_page_allows_its_own_style_alone(gateway: Gateway, keys: 
     assert f"style-src 'sha256-{digest}'" in response.headers["content-security-policy"]
     assert b"<script" not in response.body
     assert b" style=" not in response.body
+
+
+async def test_acts_are_written_before_and_after_they_are_done(
+    valkey_server: ValkeyProcess, keys: Keys, tmp_path: Path
+) -> None:
+    path = tmp_path / "acts.jsonl"
+    async with open_gateway(valkey_server.url, keys_file=keys.path, acts_file=path) as gateway:
+        await gateway.client.post("/reward", pair(), **keys.headers(ALL))
+        await gateway.client.get("/models", **keys.headers(ALL))
+        await gateway.client.post("/admin/nothing?run=r", {"text": "a secret"}, **keys.headers("admin"))
+        await gateway.client.post("/admin/nothing", {}, authorization="Bearer wrong")
+        keys.drop("reward")
+
+        async def taken() -> bool:
+            return "keys file taken" in path.read_text("utf-8")
+
+        await until(taken, "the changed file")
+    text = path.read_text("utf-8")
+    asked, answered, changed = map(json.loads, text.splitlines())
+    assert (asked["act"], asked["key"], asked["path"], asked["query"]) == ("asked", "admin", "/admin/nothing", "run=r")
+    assert (answered["act"], answered["status"]) == ("answered", 404)
+    assert changed["changes"][0].startswith("removed reward (")
+    assert "secret" not in text
+    assert not any(key in text for key in keys.by_name.values())
+
+
+async def test_an_act_that_cannot_be_written_is_not_done(
+    valkey_server: ValkeyProcess, keys: Keys, tmp_path: Path
+) -> None:
+    async with open_gateway(valkey_server.url, keys_file=keys.path, acts_file=tmp_path) as gateway:
+        response = await gateway.client.post("/admin/nothing", {}, **keys.headers("admin"))
+        assert (response.status, response.error["code"]) == (503, "acts_unavailable")
+        assert (await gateway.client.get("/models", **keys.headers("read"))).status == 200
