@@ -280,8 +280,8 @@ class Checkpoint:
             "calibration_shift": rows[:, 2 * r + 1],
             "cls_bias": rows[:, 2 * r + 2],
         }
-        arrays = {name: np.concatenate([getattr(self, name), more]) for name, more in added.items()}
-        dropped = {"votes": None, "multipliers": None, "practice": None, "score_shift": None, "score_scale": None}
+        arrays: dict[str, Any] = {name: np.concatenate([getattr(self, name), more]) for name, more in added.items()}
+        dropped: dict[str, Any] = dict.fromkeys(("votes", "multipliers", "practice", *_SCORE_TENSORS))
         return replace(self, pool=(*self.pool, *columns), metrics={}, **arrays, **dropped)
 
     def require_known(self, names: Sequence[str]) -> None:
@@ -356,7 +356,7 @@ class Checkpoint:
                 score_shift=tensors.get("score_shift"),
                 score_scale=tensors.get("score_scale"),
                 landmarks=_landmarks(tensors, metadata),
-                votes=Votes(*_float64(tensors, _VOTES)) if _VOTES[0] in tensors else None,
+                votes=_votes(tensors),
                 multipliers=Multipliers(*_float64(tensors, _MULTIPLIERS)) if _MULTIPLIERS[0] in tensors else None,
                 practice=Practice.of_arrays(*_float64(tensors, _PRACTICE)) if _PRACTICE[0] in tensors else None,
                 prior_form=PriorForm(metadata["prior_form"]),
@@ -438,6 +438,13 @@ class Checkpoint:
 
 def _landmarks(tensors: Mapping[str, NDArray[np.float32]], metadata: Mapping[str, Any]) -> Landmarks | None:
     return Landmarks(tensors[_LANDMARKS], metadata["landmark_radius"]) if _LANDMARKS in tensors else None
+
+
+def _votes(tensors: Mapping[str, NDArray[np.float32]]) -> Votes | None:
+    if _VOTES[0] not in tensors:
+        return None
+    weights, deviations, margins, level = _float64(tensors, _VOTES)
+    return Votes(weights, deviations, margins, level)
 
 
 def _float64(tensors: Mapping[str, NDArray[np.float32]], names: Sequence[str]) -> list[NDArray[np.float64]]:

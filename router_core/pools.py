@@ -41,7 +41,7 @@ class PoolChange:
     """An event of the log: the pool from here on.
 
     Attributes:
-        prior: of all arms, those that are added last; its offsets are o_k(x) and its hyper-parameters hold from here on.
+        prior: of all arms, those that are added last; its offsets and hyper-parameters hold from here on.
         state: who is asked.
     """
 

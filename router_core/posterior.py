@@ -17,8 +17,8 @@ equals fold(s, a + b) wherever the log is cut, because floating-point sums are g
   arm to its prior, with the λ₀ that the run started from (`router_core.changes`);
 * a discount γ < 1 falls at every `block_size`-th event of the log, for all arms at once, and inverts each Λ: O(K d³);
 * Σ's drift from Λ⁻¹ is probed at each block, and Σ inverted afresh at once when it exceeds `drift_tolerance`;
-* a change of the pool (`router_core.pools`) counts as one event: it adds arms at their prior, and says from its position
-  on who is asked, and with which γ and v. An arm that was retired keeps its place and its posterior.
+* a change of the pool (`router_core.pools`) counts as one event: it adds arms at their prior, and from its position on
+  it says who is asked, and with which γ and v. An arm that was retired keeps its place and its posterior.
 
 A block that arrives whole never takes the one-by-one way. Λ, b, Σ and μ are float64; draws and the tail's corrections
 read a float32 copy of Σ, so that between blocks μ and Σ_now are good to single precision. States are immutable and
@@ -313,7 +313,18 @@ def restore(
         covariance = inverse_spd(lam)
         arms.append(_arm(lam, b.copy(), covariance, covariance @ b))
     return Posterior(
-        prior, settings, count, tuple(arms), statistics, precisions, drift, tally, tuple(watches), referees, spoken, pool
+        prior,
+        settings,
+        count,
+        tuple(arms),
+        statistics,
+        precisions,
+        drift,
+        tally,
+        tuple(watches),
+        referees,
+        spoken,
+        pool,
     )
 
 

@@ -18,6 +18,7 @@ from service.encoders.protocol import AwaitedEncoder
 from service.errors import ServiceError
 from service.gateway import Gateway, build_gateway
 from service.handlers import openapi
+from service.handlers.admin import admin_router
 from service.handlers.audits import audits_router
 from service.handlers.docs_page import docs_page
 from service.handlers.errors import render
@@ -85,8 +86,10 @@ def _operators_app(gateway: Gateway) -> ASGIApp:
     app.state.status = gateway.status
     app.state.people = gateway.people
     app.state.reporter = gateway.reporter
+    app.state.pools = gateway.pools
     app.include_router(system_router())
     app.include_router(audits_router())
+    app.include_router(admin_router())
     app.add_exception_handler(ServiceError, render)
     app.add_exception_handler(HTTPException, render)
     app.add_exception_handler(Exception, render)

@@ -76,7 +76,8 @@ class Votes:
 
     def rounded(self) -> Votes:
         """The same numbers as a checkpoint's float32 tensors hold them."""
-        return Votes(*(array.astype(np.float32).astype(np.float64) for array in self.arrays))
+        weights, deviations, margins, level = (a.astype(np.float32).astype(np.float64) for a in self.arrays)
+        return Votes(weights, deviations, margins, level)
 
     @property
     def arrays(self) -> tuple[Array, Array, Array, Array]:

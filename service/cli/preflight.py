@@ -9,7 +9,7 @@ from pathlib import Path
 
 from service.errors import ConfigurationError
 from service.pool import PoolFile
-from service.priors import load_checkpoint
+from service.priors import check_known, load_checkpoint
 from service.settings import Settings, read_settings
 
 
@@ -22,7 +22,9 @@ def check_start(pool: PoolFile, checkpoint: Path | None, run: str | None, signal
     settings = read_settings(checkpoint=checkpoint, run=run, signal=signal)
     names = [model.name for model in pool.models]
     try:
-        load_checkpoint(settings, names)
+        found = load_checkpoint(settings)
+        if found is not None:
+            check_known(found, names)
     except ConfigurationError as error:
         raise ConfigurationError(
             f"--checkpoint {settings.checkpoint} does not fit the pool ({', '.join(names)}): {error.message}. Give the "

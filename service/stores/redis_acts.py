@@ -93,10 +93,9 @@ class RedisActs:
                 # A stream must be there to have a status.
                 commands.append(("XADD", prefix + "log", status.last_id, "d", "", "p", "", "s", ""))
                 commands.append(("XDEL", prefix + "log", status.last_id))
-            commands.append(
-                ("XSETID", prefix + "log", status.last_id)
-                + ("ENTRIESADDED", status.appended, "MAXDELETEDID", "0-0" if not status.trimmed else "0-1")
-            )
+            counts: tuple[Arg, ...] = ("ENTRIESADDED", status.appended)
+            deleted: tuple[Arg, ...] = ("MAXDELETEDID", "0-1" if status.trimmed else "0-0")
+            commands.append(("XSETID", prefix + "log", status.last_id, *counts, *deleted))
         if snapshot is not None:
             commands.append(("HSET", prefix + "snap", "position", snapshot[0], "data", snapshot[1]))
         commands.append(("SET", prefix + "meta", identity_value(identity), "NX"))

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 import numpy as np
 
-from router_core.audits.schedule import Progress, Schedule, is_chosen
+from router_core.audits.schedule import Progress, is_chosen
 from router_core.posterior import Posterior
 from router_core.records import Instance
 from service.errors import StoreUnavailableError
@@ -85,13 +85,11 @@ class AuditChooser:
     """Gives decisions their inclusion probability.
 
     Args:
-        store: where the run's progress stands.
-        schedule: probability by number of the decision.
+        store: where the runs' progress stands.
     """
 
-    def __init__(self, store: Store, schedule: Schedule) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
-        self._schedule = schedule
         self._standings: dict[str, _Standing] = {}
 
     async def choose(self, decided: Sequence[Decided]) -> dict[str, ChosenAudits]:
@@ -101,7 +99,7 @@ class AuditChooser:
         """
         by_run: dict[str, list[Decided]] = {}
         for one in decided:
-            if one.stored.n > 1:
+            if one.stored.n > 1 and one.run.template.audits is not None:
                 by_run.setdefault(one.run.name, []).append(one)
         out = {}
         for name, group in by_run.items():
@@ -140,7 +138,10 @@ class AuditChooser:
                 standing.start = standing.restarted_at = standing.count
             standing.count += 1
             numbers.append(float(max(standing.count - standing.start, 1)))
-        found: list[float] = self._schedule.probabilities(np.array(numbers)).tolist()
+        audits = run.template.audits
+        if audits is None:
+            return [0.0] * len(group)
+        found: list[float] = audits.schedule.probabilities(np.array(numbers)).tolist()
         return found
 
     async def save(self, run: str, records: Sequence[DecisionRecord], chosen: ChosenAudits) -> None:
