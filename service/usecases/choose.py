@@ -224,9 +224,9 @@ def _choose_all(batch: list[_Waiting]) -> list[Chosen]:
     """
     started = time.perf_counter()
     x = _contexts(batch)
-    latest = {waiting.run: waiting.run.current for waiting in batch}
+    latest = {id(waiting.run): waiting.run.current for waiting in batch}
     currents = [
-        found if (found := latest[waiting.run]).template is waiting.current.template else waiting.current
+        found if (found := latest[id(waiting.run)]).template is waiting.current.template else waiting.current
         for waiting in batch
     ]
     offsets = _offsets([current.posterior.prior for current in currents], batch, x)

@@ -310,8 +310,8 @@ class Run:
         self.failure: str | None = None
         self.stalled: str | None = None
         self.acknowledged = "0-0"
-        self.recent: deque[tuple[NDArray[np.float32], NDArray[np.float64]]] = deque(maxlen=RECENT_INSTANCES)
-        """Context (d,) and offsets (K,) of the first instance of each of the newest requests, for the metrics."""
+        self.recent: deque[NDArray[np.float32]] = deque(maxlen=RECENT_INSTANCES)
+        """Context (d,) of the first instance of each of the newest requests, for the metrics."""
         self.last_used = time.monotonic()
         entropy = None if template.seed is None else [template.seed, *name.encode()]
         self.rng = np.random.default_rng(entropy)

@@ -346,8 +346,8 @@ class RewardService:
         try:
             async with asyncio.timeout_at(deadline):
                 chosen = await self._chooser.choose(run, policy, piece.instances)
-                # Copies: a row of a batch would keep the whole batch.
-                run.recent.append((chosen.x[0].copy(), chosen.offsets[0].copy()))
+                # A copy: a row of a batch would keep the whole batch.
+                run.recent.append(chosen.x[0].copy())
                 rankings, draws = chosen.choices.ranking.tolist(), chosen.choices.draws.tolist()
                 for row, drawn in enumerate(draws):
                     if _NEVER in drawn:

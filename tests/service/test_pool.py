@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from router_core.records import Fact, Instance
-from service.errors import ConfigurationError
 from service.assembly import terms_given
+from service.errors import ConfigurationError
 from service.pool import PoolFile, dump_pool, load_pool
 from service.scorers.rm.build import build_reward_model
 from service.scorers.vllm_entry import RESERVED_ARGUMENTS
