@@ -89,7 +89,8 @@ def _operators_app(gateway: Gateway) -> ASGIApp:
     app.state.pools = gateway.pools
     app.include_router(system_router())
     app.include_router(audits_router())
-    app.include_router(admin_router())
+    settings = gateway.settings
+    app.include_router(admin_router(keyed=bool(settings.api_keys), max_body_bytes=settings.max_body_bytes))
     app.add_exception_handler(ServiceError, render)
     app.add_exception_handler(HTTPException, render)
     app.add_exception_handler(Exception, render)

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import pydantic
 from fastapi import APIRouter, Query, Request
 
+from service.errors import ValidationError
+from service.handlers.body import check_sender, read_body
 from service.usecases.pools import PoolReply, PoolRequest, PoolService, PoolShown
+
+_EXAMPLE = {
+    "pool": {
+        "models": [
+            {"name": "skywork", "urls": ["http://127.0.0.1:8101"], "price": 2.0},
+            {"name": "new-rm", "urls": ["http://127.0.0.1:8102"]},
+        ],
+        "routing": {"v": 0.1},
+    },
+    "dry_run": True,
+}
 
 
 def _pools(request: Request) -> PoolService:
@@ -14,8 +28,27 @@ def _pools(request: Request) -> PoolService:
     return service
 
 
-def admin_router() -> APIRouter:
-    """The routes; the use case comes from `app.state`. `service.app` checks the keys of every path below `/admin`."""
+def _read(body: bytes) -> PoolRequest:
+    """Return what is asked for.
+
+    Raises:
+        ValidationError: a field does not fit.
+    """
+    try:
+        return PoolRequest.model_validate_json(body or b"{}")
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "body"
+        raise ValidationError(f"{where}: {first['msg']}", details={"field": where}) from error
+
+
+def admin_router(*, keyed: bool, max_body_bytes: int) -> APIRouter:
+    """The routes; the use case comes from `app.state`. `service.app` checks the keys of every path below `/admin`.
+
+    Args:
+        keyed: callers must send a key.
+        max_body_bytes: largest body.
+    """
     router = APIRouter(prefix="/admin", tags=["admin"])
 
     @router.get("/pool", summary="A run's pool", responses={404: {"description": "No such run."}})
@@ -33,13 +66,20 @@ def admin_router() -> APIRouter:
         responses={
             404: {"description": "No such run."},
             409: {"description": "The pool has another version than was expected."},
+            422: {"description": "The pool file cannot be read, or this gateway could not ask by it."},
             503: {"description": "The run does not learn, or the store is away."},
         },
+        openapi_extra={
+            "requestBody": {
+                "content": {"application/json": {"schema": PoolRequest.model_json_schema(), "example": _EXAMPLE}}
+            }
+        },
     )
-    async def apply(request: Request, change: PoolRequest) -> PoolReply:
+    async def apply(request: Request) -> PoolReply:
         """Add, retire or replace scorers, and change prices, limits, v, gamma, the budget or the audits: one event of
         the run's log, which every gateway folds at its position. With `dry_run` nothing is changed.
         """
-        return await _pools(request).apply(change)
+        check_sender(request.scope["headers"], keyed=keyed)
+        return await _pools(request).apply(_read(await read_body(request.receive, max_body_bytes)))
 
     return router
