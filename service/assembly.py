@@ -17,7 +17,7 @@ from router_core.encoder.fuse import PairEncoder
 from router_core.errors import RouterCoreError
 from router_core.policies import ScoreScale
 from router_core.posterior import FoldSettings
-from router_core.prior import Prior, PriorForm
+from router_core.prior import Prior
 from router_core.records import Signal
 from service.audit_entry import STACKED, AuditEntry
 from service.encoders.protocol import AwaitedEncoder
@@ -28,10 +28,10 @@ from service.scorers.absent import AbsentScorer
 from service.scorers.protocol import Scorer
 from service.scorers.roster import Roster
 from service.settings import Settings
-from service.specification import Arm, Change, Specification, Start, Terms, changed, digest_of, founded
+from service.specification import Arm, Change, Routing, Specification, Start, changed, digest_of, founded
 from service.usecases.audit import AuditPlan, Audits, Referee
-from service.usecases.pools import terms_of
-from service.usecases.runs import RunTemplate
+from service.usecases.pools import routing_of
+from service.usecases.runs import RunTemplate, Terms
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +40,9 @@ CHECKPOINT, KINDS, NOTHING = "checkpoint", "kinds", "nothing"
 this kind of text; an even chance."""
 
 
-def terms_given(settings: Settings, pool: PoolFile) -> dict[str, Any]:
-    """Return the fields of `Terms` that the settings or the pool file say something of; settings come first."""
-    given = terms_of(pool)
+def routing_given(settings: Settings, pool: PoolFile) -> dict[str, Any]:
+    """Return the fields of `Routing` that the settings or the pool file say something of; settings come first."""
+    given = routing_of(pool)
     if "policy" in settings.model_fields_set:
         given["policy"] = settings.policy
     said = {"v": settings.v, "gamma": settings.gamma, "max_calls": settings.max_calls_per_instance}
@@ -87,8 +87,8 @@ class Assembly:
                 "the checkpoint knows nothing of some scorers: they start as average ones",
                 extra={"fields": {"scorers": strange}},
             )
-        terms = Terms(**{"policy": settings.policy, **terms_given(settings, pool)})
-        self.own = founded(pool, terms, self._start_of)
+        routing = Routing(**{"policy": settings.policy, **routing_given(settings, pool)})
+        self.own = founded(pool, routing, self._start_of)
 
     def _start_of(self, name: str, replaced: bool = False) -> Start:
         """Return what an arm of that name starts from."""
@@ -106,11 +106,11 @@ class Assembly:
 
     def propose(self, standing: Specification) -> Sequence[Change]:
         """Return the differences of the gateway's own pool from a run's."""
-        return self.changed(standing, self.pool, self.own_terms(), 0, servers=False)[1]
+        return self.changed(standing, self.pool, self.own_routing(), 0, servers=False)[1]
 
-    def own_terms(self) -> dict[str, Any]:
-        """Return what the gateway's settings and pool file say of `Terms`."""
-        return terms_given(self._settings, self.pool)
+    def own_routing(self) -> dict[str, Any]:
+        """Return what the gateway's settings and pool file say of `Routing`."""
+        return routing_given(self._settings, self.pool)
 
     def check(self, specification: Specification, standing: RunTemplate) -> None:
         """Return if this gateway could ask by a specification.
@@ -132,16 +132,16 @@ class Assembly:
         """Probe and watch the scorers of a template that are new here."""
         await self.roster.begin(scorers_of(template))
 
-    def prior(self, specification: Specification, form: PriorForm) -> Prior:
+    def prior(self, specification: Specification, terms: Terms) -> Prior:
         """Return the prior of a pool.
 
         Raises:
             ConfigurationError: the checkpoint does not know an arm that the run began with.
         """
-        terms = specification.terms
-        settings = self._settings.model_copy(update={"v": terms.v, "gamma": terms.gamma})
+        routing = specification.routing
+        settings = self._settings.model_copy(update={"v": routing.v, "gamma": routing.gamma})
         checkpoint = self._checkpoint_of(specification)
-        return build_prior(settings, checkpoint, len(specification.arms), self._encoder.dim, form)
+        return build_prior(settings, checkpoint, len(specification.arms), self._encoder.dim, *terms)
 
     def template(self, specification: Specification) -> RunTemplate:
         """Return the template of a pool, the same one for equal specifications.
@@ -155,7 +155,7 @@ class Assembly:
         return self._templates[key]
 
     def _build(self, specification: Specification) -> RunTemplate:
-        settings, terms = self._settings, specification.terms
+        settings, routing = self._settings, specification.routing
         checkpoint = self._checkpoint_of(specification)
         arms = [self.roster.scorer(arm.entry, specification.pool, arm.changed_ms) for arm in specification.arms]
         began = self._began(specification)
@@ -176,18 +176,18 @@ class Assembly:
         return RunTemplate(
             arms=arms,
             encoder=self._encoder,
-            priors=lambda form: self.prior(specification, form),
+            priors=lambda terms: self.prior(specification, terms),
             form=form_of(settings, checkpoint),
             fold_settings=FoldSettings(settings.block_size, settings.refresh_events),
             signal=settings.signal,
-            policy=terms.policy,
+            policy=routing.policy,
             origin=origin,
             score_scale=scale,
             first_scale=first,
             combination=combination,
             rows=rows,
             prices=[float(arm.entry.get("price", 1.0)) for arm in specification.arms],
-            max_calls=terms.max_calls,
+            max_calls=routing.max_calls,
             parallel_calls=settings.parallel_calls,
             max_rounds=settings.max_rounds_per_instance,
             blas_threads=settings.blas_threads,

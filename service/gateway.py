@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp
 
@@ -25,9 +26,9 @@ from service.encoders.build import load_pair_encoder
 from service.encoders.protocol import AwaitedEncoder
 from service.errors import ArchivedError, ConfigurationError, RunConflictError, StoreUnavailableError
 from service.handlers.hot import HotLimits, HotRoutes
-from service.handlers.keys import ApiKeys
 from service.handlers.templates import build_trainer_texts
 from service.handlers.trainers import TrainerRoutes, TrainerTexts
+from service.keys.ring import KeyRing
 from service.pool import PoolFile
 from service.priors import load_checkpoint
 from service.scorers.protocol import Scorer
@@ -49,11 +50,15 @@ from service.usecases.normalise import Normaliser
 from service.usecases.people import PeopleService
 from service.usecases.pools import PoolService
 from service.usecases.report import Reporter
-from service.usecases.runs import NAME_POLL_SECONDS, Run, RunRegistry, RunTemplate
+from service.usecases.runs import NAME_POLL_SECONDS, Run, RunRegistry, RunTemplate, Wish
 from service.usecases.score import RewardService, limits_of
 from service.usecases.shadow import Shadower
 from service.usecases.status import StatusService
 from service.usecases.sticky import StickyChoices
+
+if TYPE_CHECKING:
+    # OpenTelemetry is optional, and not imported where it is off.
+    from service.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +72,7 @@ class Gateway:
 
     settings: Settings
     telemetry: Telemetry
+    keys: KeyRing
     store: Store
     runs: RunRegistry
     scorer: RewardService
@@ -79,6 +85,8 @@ class Gateway:
     audits: AuditChooser
     pools: PoolService
     normaliser: Normaliser
+    tracing: Tracing | None
+    """Wraps the parts in spans; None where it is off."""
     watch: RequirementsWatch
     encoder: AwaitedEncoder | None
     """The encoder over a network; None where contexts are computed here."""
@@ -93,6 +101,7 @@ class Gateway:
         """Probe the workers, begin health checks, and begin to load the default run. A wrong worker gets no traffic."""
         await self.watch.check()
         self._spawn(self.watch.run_forever())
+        self._spawn(self.keys.follow_forever())
         await self.assembly.begin(self.runs.template)
         self._spawn(self._let_go_forever())
         if self.encoder is not None:
@@ -100,6 +109,8 @@ class Gateway:
         self._spawn(self._open_default_run())
         self._spawn(NameHolder(self.runs.runs, self.store).run_forever())
         self._spawn(self.auditor.run_forever())
+        if self.settings.workers > 1:
+            self._spawn(self.status.tell_forever())
 
     def used(self) -> list[Scorer]:
         """Everybody who is asked by an open run, or by new ones."""
@@ -189,6 +200,8 @@ class Gateway:
         self.learner_thread.shutdown(wait=True)
         if self.embedded is not None:
             self.embedded.stop()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
     def hot_routes(self, rest: ASGIApp) -> HotRoutes:
         """The hot routes in front of the rest of the application."""
@@ -198,7 +211,7 @@ class Gateway:
             feedback=self.feedback,
             people=self.people,
             telemetry=self.telemetry,
-            keys=ApiKeys(settings.api_keys),
+            keys=self.keys,
             limits=HotLimits(settings.max_body_bytes, settings.max_in_flight),
             rest=rest,
             trainers=TrainerRoutes(
@@ -211,6 +224,34 @@ class Gateway:
         )
 
 
+def load_tracing(settings: Settings) -> Tracing | None:
+    """Return what wraps the parts in spans; None where the setting `tracing` is off.
+
+    Raises:
+        ConfigurationError: OpenTelemetry is not installed.
+    """
+    if not settings.tracing:
+        return None
+    try:
+        from service.tracing import open_tracing
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("opentelemetry"):
+            raise
+        raise ConfigurationError(
+            f"tracing is on, and {error.name!r} is missing: pip install 'reward-router[tracing]', or set "
+            "tracing to false"
+        ) from error
+    return open_tracing(package_version())
+
+
+def package_version() -> str:
+    """The installed version, or `0+unknown` in a source tree that is not installed."""
+    try:
+        return version("reward-router")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
 def build_gateway(
     settings: Settings,
     pool: PoolFile,
@@ -219,6 +260,7 @@ def build_gateway(
     arms: Sequence[Scorer] | None = None,
     store: Store | None = None,
     score_scale: ScoreScale | None = None,
+    tracing: Tracing | None = None,
 ) -> Gateway:
     """Everything, not yet started.
 
@@ -230,18 +272,23 @@ def build_gateway(
         store: instead of the settings' store; for tests.
         score_scale: of the RMs' raw rewards, for `uwo`, instead of the checkpoint's; with neither, a run's score log
             tells it.
+        tracing: instead of the settings'; for tests.
 
     Raises:
         ConfigurationError: settings, pool and checkpoint do not fit each other.
     """
     checkpoint = load_checkpoint(settings)
-    telemetry = Telemetry()
+    telemetry = Telemetry(shared=settings.workers > 1)
     trainer_texts = build_trainer_texts(settings, telemetry)
     encoder = encoder or load_pair_encoder(settings, checkpoint, telemetry)
     awaited = encoder if isinstance(encoder, AwaitedEncoder) else None
-    given = {arm.name: arm for arm in arms or ()}
+    tracing = tracing or load_tracing(settings)
+    if tracing is not None and awaited is not None:
+        awaited.intercept(tracing.exchange)
+    wrap: Callable[[Scorer], Scorer] = (lambda scorer: scorer) if tracing is None else tracing.scorer
+    given = {arm.name: wrap(arm) for arm in arms or ()}
     grace = settings.request_timeout_seconds + settings.worker_timeout_seconds
-    roster = Roster(settings, pool, given=given, grace_seconds=grace)
+    roster = Roster(settings, pool, given=given, wrap=wrap, grace_seconds=grace)
     for entry in pool.scorers:
         if entry.name not in given:
             # What cannot be asked at all is said at once, and not when a run asks it.
@@ -256,7 +303,12 @@ def build_gateway(
     embedded = None
     if store is None:
         store, embedded = open_store(settings)
+    if tracing is not None:
+        store = tracing.store(store)
     chooser_thread = ThreadPoolExecutor(1, thread_name_prefix="choose")
+    chooser = Chooser(chooser_thread, telemetry)
+    if tracing is not None:
+        chooser = tracing.chooser(chooser)
     learner_thread = ThreadPoolExecutor(1, thread_name_prefix="learn")
     runs = RunRegistry(
         template,
@@ -265,7 +317,10 @@ def build_gateway(
         max_runs=settings.max_runs,
         on_open=lambda run: gateway.follow(run),
         timeout_seconds=settings.request_timeout_seconds,
-        default_form=template.default_policy.prior or (None if settings.prior == "auto" else template.form),
+        default_wish=Wish(
+            template.default_policy.prior or (None if settings.prior == "auto" else template.form),
+            settings.signal if "signal" in settings.model_fields_set else None,
+        ),
         # An embedded store serves this gateway's own processes only.
         free_seconds=0.0 if settings.store_url == EMBEDDED else settings.new_run_wait_seconds,
         templates=assembly,
@@ -286,11 +341,12 @@ def build_gateway(
     gateway = Gateway(
         settings=settings,
         telemetry=telemetry,
+        keys=KeyRing(settings.api_keys, settings.keys_file),
         store=store,
         runs=runs,
         scorer=RewardService(
             runs,
-            Chooser(chooser_thread, telemetry),
+            chooser,
             store,
             telemetry,
             limits_of(settings),
@@ -323,6 +379,7 @@ def build_gateway(
         auditor=auditor,
         audits=audits,
         normaliser=normaliser,
+        tracing=tracing,
         watch=watch,
         encoder=awaited,
         trainer_texts=trainer_texts,

@@ -48,7 +48,7 @@ class Start(NamedTuple):
     column: bytes = b""
 
 
-class Terms(msgspec.Struct, frozen=True):
+class Routing(msgspec.Struct, frozen=True):
     """What a run is routed by.
 
     Attributes:
@@ -93,17 +93,19 @@ class Specification(msgspec.Struct, frozen=True, omit_defaults=True):
         arms: (K,) every scorer that was ever asked, in arm order.
         referees: entries of scorers that look at audits only.
         pool: `POOL_FIELDS` of the pool file, where they are set.
-        terms: what it is routed by.
+        routing: what it is routed by.
         version: how many changes there were.
         time_ms: when the last one was made.
+        by: name of the key that made it.
     """
 
     arms: tuple[Arm, ...]
     referees: tuple[dict[str, Any], ...]
     pool: dict[str, Any]
-    terms: Terms
+    routing: Routing
     version: int = 0
     time_ms: int = 0
+    by: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -187,25 +189,25 @@ def pool_fields(pool: PoolFile) -> dict[str, Any]:
     return found
 
 
-def founded(pool: PoolFile, terms: Terms, start_of: Callable[[str], Start]) -> Specification:
+def founded(pool: PoolFile, routing: Routing, start_of: Callable[[str], Start]) -> Specification:
     """Return the specification that a run begins with.
 
     Args:
         pool: the gateway's pool file.
-        terms: its terms.
+        routing: what it is routed by.
         start_of: what a scorer starts from, by name.
     """
     starts = {one.name: start_of(one.name) for one in pool.models}
     # What the checkpoint has under a name is known by the checkpoint's digest, which stands in the fingerprint.
     columns = {name: b"" if start.source == "checkpoint" else start.column for name, start in starts.items()}
     arms = [Arm(one.name, entry_fields(one), False, starts[one.name].source, columns[one.name]) for one in pool.models]
-    return Specification(tuple(arms), tuple(entry_fields(one) for one in pool.referees), pool_fields(pool), terms)
+    return Specification(tuple(arms), tuple(entry_fields(one) for one in pool.referees), pool_fields(pool), routing)
 
 
 def changed(
     standing: Specification,
     pool: PoolFile,
-    terms: Mapping[str, Any],
+    given: Mapping[str, Any],
     start_of: Callable[[str, bool], Start],
     now_ms: int,
     *,
@@ -216,7 +218,7 @@ def changed(
     Args:
         standing: the run's.
         pool: what it shall be.
-        terms: fields of `Terms` that shall be otherwise; the others stay.
+        given: fields of `Routing` that shall be otherwise; the others stay.
         start_of: what a scorer that is added starts from, by name; the second argument is True where an earlier arm
             had the name, so that nothing that is known under it holds.
         now_ms: Unix time in milliseconds.
@@ -247,8 +249,8 @@ def changed(
             _compare(one["name"], _shared(before[one["name"]]), _shared(one), changes)
     fields = pool_fields(pool)
     _compare(None, _flat(standing.pool), _flat(fields), changes)
-    moved = msgspec.structs.replace(standing.terms, **terms)
-    _compare(None, msgspec.structs.asdict(standing.terms), msgspec.structs.asdict(moved), changes)
+    moved = msgspec.structs.replace(standing.routing, **given)
+    _compare(None, msgspec.structs.asdict(standing.routing), msgspec.structs.asdict(moved), changes)
     if not changes:
         return standing, []
     return Specification(tuple(arms), referees, fields, moved, version, now_ms), changes

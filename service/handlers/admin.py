@@ -1,4 +1,4 @@
-"""The routes for operators who change things: a run's pool. All of them below `/admin`, so that keys can bar them."""
+"""The routes for operators who change things: a run's pool. What changes something needs the scope `admin`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from fastapi import APIRouter, Query, Request
 
 from service.errors import ValidationError
 from service.handlers.body import check_sender, read_body
+from service.handlers.keys import require
+from service.keys.access import Access, Scope
 from service.usecases.pools import PoolReply, PoolRequest, PoolService, PoolShown
 
 _EXAMPLE = {
@@ -43,7 +45,7 @@ def _read(body: bytes) -> PoolRequest:
 
 
 def admin_router(*, keyed: bool, max_body_bytes: int) -> APIRouter:
-    """The routes; the use case comes from `app.state`. `service.app` checks the keys of every path below `/admin`.
+    """The routes; the use case comes from `app.state`.
 
     Args:
         keyed: callers must send a key.
@@ -53,12 +55,14 @@ def admin_router(*, keyed: bool, max_body_bytes: int) -> APIRouter:
 
     @router.get("/pool", summary="A run's pool", responses={404: {"description": "No such run."}})
     async def show(
-        request: Request, run: Annotated[str | None, Query(description="The run; by default the gateway's.")] = None
+        request: Request,
+        access: Annotated[Access, require(Scope.READ)],
+        run: Annotated[str | None, Query(description="The run; by default the gateway's.")] = None,
     ) -> PoolShown:
         """Every arm that the run ever asked, what it is routed by, and what this gateway's own pool file would change
         (docs/pools-live.md).
         """
-        return await _pools(request).show(run)
+        return await _pools(request).show(run, access)
 
     @router.post(
         "/pool",
@@ -75,11 +79,12 @@ def admin_router(*, keyed: bool, max_body_bytes: int) -> APIRouter:
             }
         },
     )
-    async def apply(request: Request) -> PoolReply:
+    async def apply(request: Request, access: Annotated[Access, require(Scope.ADMIN)]) -> PoolReply:
         """Add, retire or replace scorers, and change prices, limits, v, gamma, the budget or the audits: one event of
         the run's log, which every gateway folds at its position. With `dry_run` nothing is changed.
         """
         check_sender(request.scope["headers"], keyed=keyed)
-        return await _pools(request).apply(_read(await read_body(request.receive, max_body_bytes)))
+        change = _read(await read_body(request.receive, max_body_bytes))
+        return await _pools(request).apply(change, access)
 
     return router

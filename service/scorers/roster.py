@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from service.errors import ConfigurationError
@@ -31,11 +31,18 @@ class Roster:
         settings: limits and times.
         pool: the gateway's own pool file: addresses and keys.
         given: scorers to be used instead of connections, by name; for tests and benchmarks.
+        wrap: goes around every connection, for tracing.
         grace_seconds: how long a scorer is kept after the last run has let go of it.
     """
 
     def __init__(
-        self, settings: Settings, pool: PoolFile, *, given: Mapping[str, Scorer] | None = None, grace_seconds: float
+        self,
+        settings: Settings,
+        pool: PoolFile,
+        *,
+        given: Mapping[str, Scorer] | None = None,
+        wrap: Callable[[Scorer], Scorer] = lambda scorer: scorer,
+        grace_seconds: float,
     ) -> None:
         self._settings = settings
         self._pool = pool
@@ -44,6 +51,7 @@ class Roster:
         self._built: dict[str, Scorer] = dict(self._given)
         self._begun: set[str] = set()
         self._leaving: dict[str, float] = {}
+        self._wrap = wrap
         self._grace_seconds = grace_seconds
         self._read_ms = int(time.time() * 1000)
 
@@ -76,7 +84,8 @@ class Roster:
             ConfigurationError: see `build_scorer`.
         """
         over_long = pool.get("over_long", self._pool.over_long)
-        return build_scorer(entry, self._settings, self._pool.model_copy(update={"over_long": over_long}))
+        pool_file = self._pool.model_copy(update={"over_long": over_long})
+        return self._wrap(build_scorer(entry, self._settings, pool_file))
 
     def keep(self, entry: Entry, scorer: Scorer, pool: Mapping[str, Any]) -> None:
         """Take a connection that `build` has made, for `scorer` to find."""

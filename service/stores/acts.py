@@ -40,6 +40,12 @@ class Note(msgspec.Struct, omit_defaults=True):
     about: str = ""
 
 
+class _Made(msgspec.Struct):
+    """The part of a changed pool that says who changed it."""
+
+    by: str = ""
+
+
 def is_act(entry: LogEntry) -> bool:
     """Return True if an entry of a log is an act of an operator, and no feedback or audit."""
     return entry.value.startswith(PREFIX)
@@ -59,5 +65,5 @@ def note(by: str = "", about: str = "") -> bytes:
 def read_note(entry: LogEntry) -> Note:
     """Return what an act says; for a change of the pool the time of its entry."""
     if entry.value == POOL:
-        return Note(int(entry.event_id.partition("-")[0]))
+        return Note(int(entry.event_id.partition("-")[0]), msgspec.msgpack.decode(entry.payload, type=_Made).by)
     return msgspec.msgpack.decode(entry.payload, type=Note)

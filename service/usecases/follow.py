@@ -269,8 +269,8 @@ class Learner:
         run, settings = self._run, self._run.template.fold_settings
         data = await self._store.load_snapshot(run.name)
         if data is None:
-            return Snapshot(start(run.founding.prior(run.form), settings), "0-0")
-        prior = run.founding.prior(run.form)
+            return Snapshot(start(run.founding.prior(run.terms), settings), "0-0")
+        prior = run.founding.prior(run.terms)
         return await asyncio.get_running_loop().run_in_executor(
             self._executor, parse, data, run.fingerprint, prior, settings, self._prior_of
         )
@@ -280,7 +280,7 @@ class Learner:
         if self._templates is None:
             raise RouterCoreError(f"the pool of run {self._run.name!r} was changed, which this process cannot follow")
         try:
-            return self._templates.prior(decode(specification), self._run.form)
+            return self._templates.prior(decode(specification), self._run.terms)
         except ConfigurationError as error:
             raise RouterCoreError(f"the pool of run {self._run.name!r} was changed: {error.message}") from error
 

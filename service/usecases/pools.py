@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import msgspec
 import pydantic
 from pydantic import BaseModel, Field
 
@@ -21,6 +22,7 @@ from service.errors import (
     ServiceError,
     ValidationError,
 )
+from service.keys.access import EVERYTHING, Access
 from service.pool import PoolFile
 from service.specification import Change, Specification, encode, read_entry
 from service.stores.acts import POOL
@@ -95,8 +97,8 @@ class Assembler(Protocol):
     ) -> tuple[Specification, list[Change]]:
         """Return a run's specification after a pool file was applied, and what differs."""
 
-    def own_terms(self) -> dict[str, Any]:
-        """Return what the gateway's settings and pool file say of `Terms`."""
+    def own_routing(self) -> dict[str, Any]:
+        """Return what the gateway's settings and pool file say of `Routing`."""
 
     def check(self, specification: Specification, standing: RunTemplate) -> None:
         """Return if this gateway could ask by a specification.
@@ -120,12 +122,13 @@ class PoolService:
         self._store = store
         self._assembly = assembly
 
-    async def show(self, name: str | None) -> PoolShown:
+    async def show(self, name: str | None, access: Access = EVERYTHING) -> PoolShown:
         """Return a run's pool.
 
         Raises:
             NotFoundError: no such run.
         """
+        access.check_run(name or self._runs.default)
         run = await self._runs.find(name)
         posterior, template = run.current
         specification = _specification(template)
@@ -156,7 +159,7 @@ class PoolService:
             proposal=list(run.proposal),
         )
 
-    async def apply(self, request: PoolRequest) -> PoolReply:
+    async def apply(self, request: PoolRequest, access: Access = EVERYTHING) -> PoolReply:
         """Change a run's pool. When this returns, the change is in the log, and this gateway asks by it.
 
         Raises:
@@ -165,6 +168,7 @@ class PoolService:
             PoolConflictError: the pool has another version than the caller expects.
             NotReadyError: the run does not learn.
         """
+        access.check_run(request.run or self._runs.default)
         run = await self._runs.find(request.run)
         if run.failure is not None:
             raise NotReadyError(failure_of(run), details={"run": run.name}, retry_after_seconds=1)
@@ -182,6 +186,7 @@ class PoolService:
                 )
             wanted, changes = self._assembly.changed(standing, pool, given, time.time_ns() // 1_000_000)
             if changes:
+                wanted = msgspec.structs.replace(wanted, by=access.name)
                 self._check(wanted, template)
             if request.dry_run or not changes:
                 version = wanted.version if changes else standing.version
@@ -196,9 +201,9 @@ class PoolService:
             return PoolReply(run=run.name, version=wanted.version, changes=changes, applied=True, event_id=event_id)
 
     def _read(self, request: PoolRequest) -> tuple[PoolFile, dict[str, Any]]:
-        """Return the pool file and terms that are asked for."""
+        """Return the pool file and routing that are asked for."""
         if request.pool is None:
-            return self._assembly.pool, self._assembly.own_terms()
+            return self._assembly.pool, self._assembly.own_routing()
         try:
             pool = PoolFile.model_validate(request.pool)
         except pydantic.ValidationError as error:
@@ -207,7 +212,7 @@ class PoolService:
             raise ValidationError(
                 f"{where}: {first['msg']} (fields: docs/scorers.md)", details={"field": where}
             ) from error
-        return pool, terms_of(pool)
+        return pool, routing_of(pool)
 
     def _check(self, wanted: Specification, standing: RunTemplate) -> None:
         try:
@@ -237,8 +242,8 @@ class PoolService:
             await asyncio.sleep(POLL_SECONDS)
 
 
-def terms_of(pool: PoolFile) -> dict[str, Any]:
-    """Return the fields of `Terms` that a pool file says something of."""
+def routing_of(pool: PoolFile) -> dict[str, Any]:
+    """Return the fields of `Routing` that a pool file says something of."""
     given: dict[str, Any] = {} if pool.routing is None else pool.routing.model_dump(exclude_none=True)
     if "policy" not in given and pool.combine not in (None, "route"):
         given["policy"] = str(pool.combine)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from router_core.records import Fact, Instance
-from service.assembly import terms_given
+from service.assembly import routing_given
 from service.errors import ConfigurationError
 from service.pool import PoolFile, dump_pool, load_pool
 from service.scorers.rm.build import build_reward_model
@@ -132,11 +132,11 @@ def test_kinds_are_read_back_as_written(tmp_path: Path) -> None:
 def test_combine_is_the_policy_of_requests_that_name_none(tmp_path: Path) -> None:
     models = "models: [{name: rule, kind: rule, builtin: math}, {name: rm, path: rm}]"
     pool = load(tmp_path, f"combine: 'gate:rule,rm'\n{models}")
-    assert terms_given(Settings(), pool) == {"policy": "gate:rule,rm"}
-    assert terms_given(Settings(policy="random"), pool) == {"policy": "random"}
-    assert terms_given(Settings(), load(tmp_path, f"combine: route\n{models}")) == {}
+    assert routing_given(Settings(), pool) == {"policy": "gate:rule,rm"}
+    assert routing_given(Settings(policy="random"), pool) == {"policy": "random"}
+    assert routing_given(Settings(), load(tmp_path, f"combine: route\n{models}")) == {}
     routed = load(tmp_path, f"combine: sum\nrouting: {{policy: random, v: 0.3}}\n{models}")
-    assert terms_given(Settings(gamma=0.9), routed) == {"policy": "random", "v": 0.3, "gamma": 0.9}
+    assert routing_given(Settings(gamma=0.9), routed) == {"policy": "random", "v": 0.3, "gamma": 0.9}
     with pytest.raises(ConfigurationError, match="combine"):
         load(tmp_path, f"combine: average\n{models}")
 

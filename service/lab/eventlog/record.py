@@ -220,7 +220,7 @@ def pools_of(acts: Sequence[LogEntry]) -> list[dict[str, Any]]:
                 "names": specification.names,
                 "asked": [k for k, arm in enumerate(specification.arms) if not arm.retired],
                 "prices": [arm.entry.get("price", 1.0) for arm in specification.arms],
-                "terms": msgspec.structs.asdict(specification.terms),
+                "routing": msgspec.structs.asdict(specification.routing),
                 "audit": specification.pool.get("audit"),
             }
         )

@@ -40,6 +40,7 @@ PATHS = {
     "/metrics": "get",
     "/models": "get",
     "/posterior": "get",
+    "/admin/pool": "get",
 }
 
 
