@@ -385,6 +385,9 @@ class Run:
     def advance(self, posterior: Posterior, template: RunTemplate | None = None) -> None:
         """Take a new posterior, with the template of its pool where the pool has changed."""
         self.current = Current(posterior, template or self.current.template)
+        if template is not None:
+            # Budgets are paced anew, at the prices of the new pool.
+            self._pacers.clear()
 
     def multiplier(self, policy: Policy) -> float | None:
         """Return what a call costs now under the policy's budget, in units of P(right); None where it has none."""
