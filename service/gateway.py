@@ -182,6 +182,7 @@ class Gateway:
         template = run.template
         names = [template.pool[k] for k in template.asked]
         self.telemetry.open_run(run.name, template.default_policy.name, names, [*FeedbackStatus, "invalid"])
+        self.telemetry.forget_scorers(run.name, [template.pool[k] for k, gone in enumerate(template.retired) if gone])
         self.runs.propose(run)
         if run.ready.is_set():
             logger.info("pool changed", extra={"fields": {"run": run.name, "scorers": names}})

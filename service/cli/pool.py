@@ -34,7 +34,7 @@ GATEWAY = "http://127.0.0.1:8080"
 def show(run: Run = None, url: Url = GATEWAY, api_key: Key = None, as_json: AsJson = False) -> None:
     """Print a run's pool: every scorer that it ever asked, and what the gateway's own pool file would change."""
     query = "" if run is None else "?" + urlencode({"run": run})
-    document = asyncio.run(_get("/admin/pool" + query, url, api_key))
+    document = asyncio.run(_get("/pool" + query, url, api_key))
     found, console = PoolShown.model_validate(document), Console()
     if as_json:
         typer.echo(found.model_dump_json(indent=2))

@@ -108,7 +108,7 @@ def log(run: Run, store: StoreUrl = None, data_dir: DataDir = None, as_json: AsJ
         gone = [entry for entry in await opened.notes() if entry.decision_id == run]
         return [*gone, *await opened.acts(run)]
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for entry in _with_store(store, data_dir, read):
         said = read_note(entry)
         act = entry.value.removeprefix(PREFIX).decode()

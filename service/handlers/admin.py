@@ -1,17 +1,19 @@
-"""The routes for operators who change things: a run's pool. What changes something needs the scope `admin`."""
+"""A run's pool: shown to keys with the scope `read`, changed below `/admin` by keys with the scope `admin`."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-import pydantic
+import msgspec
 from fastapi import APIRouter, Query, Request
 
-from service.errors import ValidationError
-from service.handlers.body import check_sender, read_body
+from service.handlers.body import check_sender, parse_body, read_body
 from service.handlers.keys import require
 from service.keys.access import Access, Scope
-from service.usecases.pools import PoolReply, PoolRequest, PoolService, PoolShown
+from service.schemas import PoolRequest
+from service.usecases.pools import PoolReply, PoolService, PoolShown
+
+_DECODER = msgspec.json.Decoder(PoolRequest)
 
 _EXAMPLE = {
     "pool": {
@@ -30,20 +32,6 @@ def _pools(request: Request) -> PoolService:
     return service
 
 
-def _read(body: bytes) -> PoolRequest:
-    """Return what is asked for.
-
-    Raises:
-        ValidationError: a field does not fit.
-    """
-    try:
-        return PoolRequest.model_validate_json(body or b"{}")
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "body"
-        raise ValidationError(f"{where}: {first['msg']}", details={"field": where}) from error
-
-
 def admin_router(*, keyed: bool, max_body_bytes: int) -> APIRouter:
     """The routes; the use case comes from `app.state`.
 
@@ -51,9 +39,9 @@ def admin_router(*, keyed: bool, max_body_bytes: int) -> APIRouter:
         keyed: callers must send a key.
         max_body_bytes: largest body.
     """
-    router = APIRouter(prefix="/admin", tags=["admin"])
+    router = APIRouter()
 
-    @router.get("/pool", summary="A run's pool", responses={404: {"description": "No such run."}})
+    @router.get("/pool", tags=["routing"], summary="A run's pool", responses={404: {"description": "No such run."}})
     async def show(
         request: Request,
         access: Annotated[Access, require(Scope.READ)],
@@ -65,7 +53,8 @@ def admin_router(*, keyed: bool, max_body_bytes: int) -> APIRouter:
         return await _pools(request).show(run, access)
 
     @router.post(
-        "/pool",
+        "/admin/pool",
+        tags=["admin"],
         summary="Change a run's pool",
         responses={
             404: {"description": "No such run."},
@@ -75,7 +64,9 @@ def admin_router(*, keyed: bool, max_body_bytes: int) -> APIRouter:
         },
         openapi_extra={
             "requestBody": {
-                "content": {"application/json": {"schema": PoolRequest.model_json_schema(), "example": _EXAMPLE}}
+                "content": {
+                    "application/json": {"schema": {"$ref": "#/components/schemas/PoolRequest"}, "example": _EXAMPLE}
+                }
             }
         },
     )
@@ -84,7 +75,7 @@ def admin_router(*, keyed: bool, max_body_bytes: int) -> APIRouter:
         the run's log, which every gateway folds at its position. With `dry_run` nothing is changed.
         """
         check_sender(request.scope["headers"], keyed=keyed)
-        change = _read(await read_body(request.receive, max_body_bytes))
+        change = parse_body(_DECODER, await read_body(request.receive, max_body_bytes))
         return await _pools(request).apply(change, access)
 
     return router

@@ -16,7 +16,7 @@ from typing import Any
 from service.errors import ConfigurationError
 from service.pool import Entry, PoolFile
 from service.scorers.absent import AbsentScorer
-from service.scorers.protocol import Scorer
+from service.scorers.protocol import OverLong, Scorer
 from service.scorers.registry import build_scorer
 from service.settings import Settings
 from service.specification import effective, entry_fields
@@ -83,7 +83,7 @@ class Roster:
         Raises:
             ConfigurationError: see `build_scorer`.
         """
-        over_long = pool.get("over_long", self._pool.over_long)
+        over_long = OverLong(pool.get("over_long", OverLong.SKIP))
         pool_file = self._pool.model_copy(update={"over_long": over_long})
         return self._wrap(build_scorer(entry, self._settings, pool_file))
 

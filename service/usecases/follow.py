@@ -396,7 +396,9 @@ class Learner:
         statistics = run.posterior.statistics
         self._telemetry.version.labels(run.name).set(run.posterior.count)
         self._telemetry.drift.labels(run.name).set(run.posterior.drift)
-        for name, mean in zip(run.template.pool, statistics.mean_reward().tolist(), strict=True):
+        template, means = run.template, statistics.mean_reward().tolist()
+        for k in template.asked:
+            name, mean = template.pool[k], means[k]
             if mean == mean:
                 self._telemetry.mean_reward.labels(run.name, name).set(mean)
 

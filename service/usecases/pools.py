@@ -7,6 +7,7 @@ pool needs and asks by it from then on (docs/pools-live.md). Called by `handlers
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -24,10 +25,11 @@ from service.errors import (
 )
 from service.keys.access import EVERYTHING, Access
 from service.pool import PoolFile
-from service.specification import Change, Specification, encode, read_entry
+from service.schemas import PoolRequest
+from service.specification import Change, Specification, decode, encode, read_entry
 from service.stores.acts import POOL
 from service.stores.ids import event_order
-from service.stores.protocol import Store
+from service.stores.protocol import LogEntry, Store
 from service.usecases.runs import Run, RunRegistry, RunTemplate, failure_of
 
 APPLIED_SECONDS = 10.0
@@ -62,19 +64,6 @@ class PoolShown(BaseModel):
     gamma: float = Field(description="Discount that holds.")
     max_calls: int
     proposal: list[Change] = Field(description="What this gateway's own pool file would change; empty for nothing.")
-
-
-class PoolRequest(BaseModel):
-    """A change of a run's pool."""
-
-    model_config = pydantic.ConfigDict(extra="forbid")
-
-    run: str | None = Field(None, description="By default the gateway's.")
-    pool: dict[str, Any] | None = Field(
-        None, description="A pool file as JSON: all scorers of the pool to be. Null: this gateway's own."
-    )
-    expect: int | None = Field(None, ge=0, description="Version that the caller has seen; 409 if it is another one.")
-    dry_run: bool = Field(False, description="Answer what would change, and change nothing.")
 
 
 class PoolReply(BaseModel):
@@ -248,6 +237,15 @@ def routing_of(pool: PoolFile) -> dict[str, Any]:
     if "policy" not in given and pool.combine not in (None, "route"):
         given["policy"] = str(pool.combine)
     return given
+
+
+def standing_pool(fingerprint: bytes, acts: Sequence[LogEntry]) -> Specification | None:
+    """Return a run's pool from what the store keeps of it: the last change, or what it began with; None for neither."""
+    changes = [act for act in acts if act.value == POOL]
+    if changes:
+        return decode(changes[-1].payload)
+    founding = json.loads(fingerprint).get("founding")
+    return None if founding is None else msgspec.convert(founding, Specification)
 
 
 def _specification(template: RunTemplate) -> Specification:

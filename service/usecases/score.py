@@ -415,12 +415,9 @@ class RewardService:
             job.sticky = sticky_key(job.policy.name, job.instance.prompt)
         standing = await self._sticky.settle(singles[0].run.name, [(job.sticky, own_draw(job)) for job in singles])
         for job, followed in zip(singles, standing, strict=True):
-            if followed is None:
-                continue
-            # The draw may be older than a change of the pool: whoever was retired since is asked no more.
-            order = [arm for arm in followed.order if not job.chosen.template.retired[arm]]
-            if order:
-                job.followed, job.order = followed, order
+            # A draw that is older than a change of the pool, and would ask a retired scorer, is followed no more.
+            if followed is not None and not any(job.chosen.template.retired[arm] for arm in followed.order):
+                job.followed, job.order = followed, followed.order
 
     async def _normalise(self, jobs: Sequence[Job]) -> None:
         """Put the rewards of those that one RM answered on its scale; one exchange with the store per run."""

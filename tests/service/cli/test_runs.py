@@ -55,7 +55,7 @@ def test_a_run_moves_to_another_name_with_its_posterior(valkey_server: ValkeyPro
     async def digest_there() -> tuple[str, list[str]]:
         async with open_gateway(url, run=there, **FOLD) as gateway:
             found = await gateway.learned(12)
-            shown = (await gateway.client.get("/admin/pool")).json
+            shown = (await gateway.client.get("/pool")).json
             return found["digest"], [arm["name"] for arm in shown["arms"] if not arm["retired"]]
 
     # The import is one event more, and teaches nothing.

@@ -52,7 +52,7 @@ async def test_a_lost_name_goes_back_to_the_pool_that_held_it(
             lose_everything(server)
             # At once: nobody has noticed yet.
             await newcomer.client.ok("/reward", {**pair(), "run": run})
-            shown = (await newcomer.client.get(f"/admin/pool?run={run}")).json
+            shown = (await newcomer.client.get(f"/pool?run={run}")).json
             assert [arm["name"] for arm in shown["arms"]] == [*holds]
             standing = identity(server, run)
             assert standing is not None

@@ -44,7 +44,7 @@ async def apply(gateway: Gateway, entries: list[dict[str, Any]], **more: Any) ->
 
 
 async def shown(gateway: Gateway) -> dict[str, Any]:
-    response = await gateway.client.get(f"/admin/pool?run={gateway.run}")
+    response = await gateway.client.get(f"/pool?run={gateway.run}")
     assert response.status == 200, response.body
     document: dict[str, Any] = response.json
     return document
@@ -117,6 +117,10 @@ async def test_a_retired_scorer_is_asked_no_more_and_keeps_its_history(valkey_se
         learned = (await two.learned(18))["models"]
         assert [(model["model"], model["feedbacks"]) for model in learned][1] == ("rm-b", 5)
         assert [status["name"] for status in (await two.client.get("/models")).json] == ["rm-a", "rm-c"]
+        metrics = (await one.client.get("/metrics")).body.decode()
+        believed = [line for line in metrics.splitlines() if line.startswith("reward_router_posterior_mean{")]
+        assert any('model="rm-a"' in line for line in believed)
+        assert not any('model="rm-b"' in line for line in believed)
         # Asked again, it goes on where it was.
         back = await apply(two, models(*THREE))
         assert [(change["action"], change["scorer"]) for change in back["changes"]] == [("add", "rm-b")]

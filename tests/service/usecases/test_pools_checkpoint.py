@@ -45,7 +45,7 @@ async def test_a_scorer_that_the_checkpoint_knows_starts_from_its_column(
         ]
         decision = one.decision((await one.client.ok("/reward", pair()))["decision_id"])
         assert decision.offsets == pytest.approx(OFFSETS)
-        assert not (await one.client.get("/admin/pool")).json["arms"][2]["on_probation"]
+        assert not (await one.client.get("/pool")).json["arms"][2]["on_probation"]
         # Learned votes of all three combine.
         voted = await two.client.ok("/reward", {**pair(3), "policy": "stacked"})
         assert set(voted["components"]) == set(MODELS)
@@ -76,7 +76,7 @@ async def test_a_scorer_that_nobody_knows_starts_as_an_average_one(
             reply = await gateway.client.ok("/reward", pair(index))
             assert reply["policy"] == "cascade:1.5"
             await gateway.client.ok("/feedback", {"decision_id": reply["decision_id"], "preferred": 1})
-        arms = (await gateway.client.get("/admin/pool")).json["arms"]
+        arms = (await gateway.client.get("/pool")).json["arms"]
         assert [arm["retired"] for arm in arms] == [True, False, False, False]
         assert arms[3]["price"] == 2.0
         assert (await gateway.learned(27))["version"] == 27
@@ -90,7 +90,7 @@ async def test_a_gateway_whose_file_has_a_scorer_more_than_its_checkpoint_starts
     async with open_gateway(valkey_server.url, models=MODELS, **given) as gateway:
         await teach(gateway, 3)
     async with open_gateway(valkey_server.url, models=(*MODELS, "rm-new"), **given) as gateway:
-        shown = (await gateway.client.get("/admin/pool")).json
+        shown = (await gateway.client.get("/pool")).json
         assert [(change["action"], change["scorer"]) for change in shown["proposal"]] == [("add", "rm-new")]
         await teach(gateway, 2)
         assert (await gateway.client.ok("/admin/pool", {}))["applied"]
