@@ -190,6 +190,7 @@ class Gateway:
     async def stop(self) -> None:
         """Stop in the order in which things depend on each other; what is being asked in the shadow is waited for."""
         await self.shadower.drain()
+        self.telemetry.tell_watched()
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
@@ -332,7 +333,7 @@ def build_gateway(
         rate=settings.shadow_rate,
         timeout_seconds=settings.worker_timeout_seconds,
     )
-    audits, idle = AuditChooser(store), asyncio.Event()
+    audits, idle = AuditChooser(store, sticky_seconds=settings.sticky_seconds), asyncio.Event()
     auditor = Auditor(store, lambda: runs.runs, telemetry, timeout_seconds=settings.worker_timeout_seconds, idle=idle)
     reporter = Reporter(runs, store, telemetry)
     required = settings.on_store_unavailable is OnStoreUnavailable.REFUSE

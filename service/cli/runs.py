@@ -21,6 +21,7 @@ from service.cli.export import running_store
 from service.cli.fitting import fitting_table
 from service.cli.store_option import store_option
 from service.errors import ConfigurationError
+from service.lab.client import GatewayClient
 from service.lab.runfile import known, read_header, read_run, write_run
 from service.settings import read_settings
 from service.specification import decode
@@ -38,6 +39,7 @@ from service.stores.acts import (
 )
 from service.stores.protocol import LogEntry
 from service.stores.redis import RedisStore
+from service.usecases.status import stored_runs
 
 T = TypeVar("T")
 
@@ -53,20 +55,35 @@ StoreUrl = Annotated[str | None, store_option()]
 DataDir = Annotated[
     Path | None, typer.Option(help="Directory of everything that is kept, as of `up` and `serve`. (default: .data)")
 ]
+GatewayUrl = Annotated[str | None, typer.Option(help="A running gateway, whose store is meant, instead of --store.")]
+Key = Annotated[str | None, typer.Option(help="With --url: API key.", envvar="REWARD_ROUTER_CLIENT_API_KEY")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.callback()
-def runs(context: typer.Context, store: StoreUrl = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
+def runs(
+    context: typer.Context,
+    url: GatewayUrl = None,
+    api_key: Key = None,
+    store: StoreUrl = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
     """List the runs of a store: events learned from, signal, prior, scorers. The gateway may keep running."""
     if context.invoked_subcommand is None:
-        list_runs(store, data_dir, as_json)
+        list_runs(url, api_key, store, data_dir, as_json)
 
 
 @app.command("list")
-def list_runs(store: StoreUrl = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
+def list_runs(
+    url: GatewayUrl = None,
+    api_key: Key = None,
+    store: StoreUrl = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
     """List the runs of a store: events learned from, signal, prior, scorers. The gateway may keep running."""
-    found = _with_store(store, data_dir, _found)
+    found = asyncio.run(_asked(url, api_key)) if url is not None else _with_store(store, data_dir, _found)
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -85,19 +102,14 @@ def list_runs(store: StoreUrl = None, data_dir: DataDir = None, as_json: AsJson 
     console.print(fitting_table(console, columns, rows, drop=("scorers", "prior"), title=f"{len(rows)} runs"))
 
 
+async def _asked(url: str, api_key: str | None) -> list[dict[str, Any]]:
+    async with GatewayClient(url, api_key=api_key) as client:
+        found: list[dict[str, Any]] = await client.get("/runs")
+        return found
+
+
 async def _found(store: RedisStore) -> list[dict[str, Any]]:
-    found = []
-    for name in await store.list_runs():
-        check, acts = await store.check_run(name, ()), await store.acts(name)
-        if check.identity is None:
-            continue
-        identity = json.loads(check.identity.fingerprint)
-        said = {key: identity.get(key) for key in ("signal", "prior", "pool")}
-        pools = [act for act in acts if act.value == POOL]
-        if pools:
-            said["pool"] = [arm.name for arm in decode(pools[-1].payload).asked]
-        found.append({"run": name, "events": check.status.appended, "archived": is_archived(acts), **said})
-    return found
+    return [run.model_dump() for run in await stored_runs(store, await store.list_runs())]
 
 
 @app.command()

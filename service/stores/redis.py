@@ -117,6 +117,7 @@ class RedisStore(RedisActs, RedisAudits, RedisScores):
         self._open = Script.load("open_run.lua")
         self._claim = Script.load("claim_audits.lua")
         self._finish = Script.load("finish_audit.lua")
+        self._collect = Script.load("collect_audit.lua")
         self._judge = Script.load("judge_audit.lua")
         self._append_act = Script.load("append_act.lua")
         self._drop = Script.load("drop_run.lua")
