@@ -162,7 +162,8 @@ class Telemetry:
         self.audits = Counter(
             "audits_total",
             "Decisions that were chosen for an audit: recorded, abstained (no referee applies), away (asked again "
-            "later), late (another gateway came first), dropped (too many or too long waiting), unreadable, failed.",
+            "later), late (another gateway came first), dropped (too many or too long waiting), alone (one response of "
+            "a prompt only), unreadable, failed.",
             ["run", "outcome"],
             **common,
         )
