@@ -51,7 +51,8 @@ class Verdict:
 
     Attributes:
         estimates: by name of the estimator; empty where the log cannot tell.
-        safe95: interval that holds without a limit theorem; None for rewards outside [0, 1].
+        safe95: interval that holds without a limit theorem; None for rewards outside [0, 1] and for audited decisions,
+            which are a sample.
         problem: why there are no estimates.
         warnings: what to know before using them.
         coverage: share of the instances that its scorer answers; None where it has abstained on none in the log.
@@ -115,14 +116,15 @@ def evaluate_log(
         "shadowed": int((whole.seen.sum(axis=1) > 1).sum()),
         "sharing_a_draw": _followers(decisions),
         "after_a_failure": sum(any(it.outcome is Outcome.FAILED for it in one.attempts) for one in decisions),
-        "logged": {"value": float(whole.reward.mean()), "ci95": list(_mean_interval(whole))},
+        "logged": {"value": float((whole.share * whole.reward).mean()), "ci95": list(_mean_interval(whole))},
         "policies": policies,
     }
 
 
 def judge(data: LoggedData, pi: Array, q: Array, clip: float | None) -> Verdict:
     """All estimators for one target; `data` is in log order, `pi` and `q` are (N, K)."""
-    safe = safe_interval(data, pi) if data.unit_rewards and (pi * data.available).any() else None
+    bounded = data.unit_rewards and data.inclusion is None
+    safe = safe_interval(data, pi) if bounded and (pi * data.available).any() else None
     estimators: dict[str, Callable[[], Estimate]] = {
         "ips": lambda: ips(data, pi, clip=clip),
         "snips": lambda: snips(data, pi, clip=clip),
@@ -277,6 +279,6 @@ def _figures(verdict: Verdict, calls: float | None, name: str, header: Header) -
 
 def _mean_interval(data: LoggedData) -> tuple[float, float]:
     """95 % normal interval of the mean reward; rows that share a draw count as one."""
-    mean = float(data.reward.mean())
-    half = Z95 * float(np.sqrt(np.square(data.per_draw(data.reward - mean)).sum())) / len(data)
+    mean = float((data.share * data.reward).mean())
+    half = Z95 * float(np.sqrt(np.square(data.per_draw(data.share * (data.reward - mean))).sum())) / len(data)
     return mean - half, mean + half
