@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field
 
 from service.handlers.keys import require
+from service.handlers.queries import RunQuery
 from service.keys.access import Access, Scope
 from service.scorers.status import ScorerStatus
-from service.usecases.status import PosteriorStatus, StatusService
+from service.usecases.status import PosteriorStatus, RunStatus, StatusService
 
 
 class Live(BaseModel):
@@ -82,11 +83,16 @@ def system_router() -> APIRouter:
     async def posterior(
         request: Request,
         access: Annotated[Access, require(Scope.READ)],
-        run: Annotated[str | None, Query(description="The run; by default the gateway's.")] = None,
+        run: RunQuery = None,
     ) -> PosteriorStatus:
         """Version, digest (equal digests mean equal posteriors, bit for bit), and per RM the feedbacks and mean
         reward.
         """
         return await _status(request).posterior(run, access)
+
+    @router.get("/runs", tags=["routing"], summary="The runs of the store")
+    async def runs(request: Request, access: Annotated[Access, require(Scope.READ)]) -> list[RunStatus]:
+        """Every run that a gateway has opened in this store: events, signal, prior and scorers."""
+        return await _status(request).list_runs(access)
 
     return router

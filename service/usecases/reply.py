@@ -44,6 +44,8 @@ class Job(Inquiry):
         row: its place there.
         sticky: key of the draw that singles of this prompt share; see `StoredDecision.sticky`.
         followed: the draw of an earlier one of them, which stands in the place of this one's own.
+        group: id of the audit that compares singles of this prompt; "" for none.
+        inclusion: probability of that audit; None where there is none.
         given: what the plan made of the answers; None until it has, and where there is an error.
         normalised: the rewards on the scale of their scorer; `scale_version` is that scale's.
         decision_id: its name, once it is decided.
@@ -57,6 +59,8 @@ class Job(Inquiry):
     multiplier: float = 0.0
     sticky: str = ""
     followed: StickyChoice | None = None
+    group: str = ""
+    inclusion: float | None = None
     given: Given | None = None
     normalised: list[float | None] | None = None
     scale_version: int = 0
@@ -111,6 +115,8 @@ def own_draw(job: Job) -> StickyChoice:
         propensities=choices.propensities[row].tolist(),
         version=job.chosen.posterior.count,
         floors=floors.tolist() if floors.any() else [],
+        group=job.group,
+        inclusion=job.inclusion,
     )
 
 
@@ -145,6 +151,8 @@ def decision_of(job: Job, given: Given, now_ms: int) -> StoredDecision:
         floors=draw.floors,
         reference=job.instance.reference,
         metadata=dict(job.instance.metadata),
+        inclusion=draw.inclusion if job.sticky else None,
+        group=draw.group if job.sticky else "",
     )
 
 

@@ -154,7 +154,7 @@ class RewardService:
 
     async def score_many(
         self,
-        requests: Sequence[RewardRequest],
+        requests: Sequence[RewardRequest | ValidationError],
         *,
         run: str | None = None,
         policy: str | None = None,
@@ -169,7 +169,7 @@ class RewardService:
         of its instances, where another piece has come through.
 
         Args:
-            requests: the instances.
+            requests: the instances; an error in the place of one that could not be read stays there.
             run: run of those that name none.
             policy: policy of those that name none.
             signal: kind of feedback that runs must have, of those that name none.
@@ -200,7 +200,7 @@ class RewardService:
 
     async def _answer(
         self,
-        requests: Sequence[RewardRequest],
+        requests: Sequence[RewardRequest | ValidationError],
         wholes: Sequence[Sequence[Piece]],
         deadline: float,
         refused: dict[int, ServiceError],
@@ -210,11 +210,7 @@ class RewardService:
         """Route, normalise, save and reply."""
         jobs = await self._route(wholes, deadline, refused)
         normalize = self._limits.normalize if normalize is None else normalize
-        wanted = [
-            job
-            for index, job in jobs.items()
-            if (normalize if requests[index].normalize is None else requests[index].normalize)
-        ]
+        wanted = [job for index, job in jobs.items() if _normalizes(requests[index], normalize)]
         if wanted:
             await self._normalise(wanted)
         replies = dict(zip(jobs, await self._record_and_reply(list(jobs.values()), started), strict=True))
@@ -222,7 +218,7 @@ class RewardService:
 
     async def _wholes(
         self,
-        requests: Sequence[RewardRequest],
+        requests: Sequence[RewardRequest | ValidationError],
         run: str | None,
         policy: str | None,
         signal: str | None,
@@ -238,6 +234,9 @@ class RewardService:
         groups: dict[tuple[str | None, str | None, str | None], list[int]] = {}
         read: dict[int, Instance] = {}
         for index, request in enumerate(requests):
+            if isinstance(request, ValidationError):
+                refused[index] = request
+                continue
             try:
                 read[index] = self._read(request, index if len(requests) > 1 else None)
             except ValidationError as error:
@@ -408,10 +407,24 @@ class RewardService:
             return
         for job in singles:
             job.sticky = sticky_key(job.policy.name, job.instance.prompt)
+        if self._audits is not None:
+            await self._offer_groups(self._audits, singles)
         standing = await self._sticky.settle(singles[0].run.name, [(job.sticky, own_draw(job)) for job in singles])
         for job, followed in zip(singles, standing, strict=True):
             if followed is not None:
                 job.followed, job.order = followed, followed.order
+        if self._audits is not None:
+            self._audits.met(singles[0].run, [job.chosen.x[job.row] for job in singles if job.followed is None])
+
+    async def _offer_groups(self, audits: AuditChooser, singles: Sequence[Job]) -> None:
+        """Give each single the audit that it would begin; all of one run."""
+        offered = await audits.offer(singles[0].run, [job.chosen.x[job.row] for job in singles])
+        if offered is None:
+            return
+        now_ms, entropy = int(time.time() * 1000), self._entropy.take(RANDOM_BYTES * len(singles))
+        for index, (job, inclusion) in enumerate(zip(singles, offered, strict=True)):
+            job.group = new_decision_id(now_ms, entropy[index * RANDOM_BYTES : (index + 1) * RANDOM_BYTES])
+            job.inclusion = inclusion
 
     async def _normalise(self, jobs: Sequence[Job]) -> None:
         """Put the rewards of those that one RM answered on its scale; one exchange with the store per run."""
@@ -552,6 +565,11 @@ class RewardService:
             self._telemetry.unrecorded.inc(len(records))
             return error
         return None
+
+
+def _normalizes(request: RewardRequest | ValidationError, otherwise: bool) -> bool:
+    said = None if isinstance(request, ValidationError) else request.normalize
+    return otherwise if said is None else said
 
 
 def _counted(keys: Iterable[_Key]) -> dict[_Key, int]:
