@@ -19,6 +19,7 @@ from service.errors import ServiceError
 from service.gateway import Gateway, build_gateway
 from service.handlers import openapi
 from service.handlers.audits import audits_router
+from service.handlers.console import ASSETS, EVENTS, PAGE, console_router
 from service.handlers.docs_page import docs_page
 from service.handlers.errors import render
 from service.handlers.hot import HotRoutes
@@ -29,8 +30,12 @@ from service.scorers.protocol import Scorer
 from service.settings import Settings
 from service.stores.protocol import Store
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
-"""Paths that need no API key: probes and scrapes. Keep the port off public networks, or put a proxy before it."""
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics", PAGE})
+"""Paths that need no API key: probes, scrapes, and the console's page, which holds no data and asks for the key. Keep
+the port off public networks, or put a proxy before it."""
+
+OPEN_FOLDER = ASSETS
+"""What the console's page is made of: files of the package."""
 
 
 def package_version() -> str:
@@ -85,8 +90,10 @@ def _operators_app(gateway: Gateway) -> ASGIApp:
     app.state.status = gateway.status
     app.state.people = gateway.people
     app.state.reporter = gateway.reporter
+    app.state.watcher = gateway.watcher
     app.include_router(system_router())
     app.include_router(audits_router())
+    app.include_router(console_router())
     app.add_exception_handler(ServiceError, render)
     app.add_exception_handler(HTTPException, render)
     app.add_exception_handler(Exception, render)
@@ -106,13 +113,14 @@ class _KeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            if scope["path"] not in OPEN_PATHS:
+            if scope["path"] not in OPEN_PATHS and not scope["path"].startswith(OPEN_FOLDER):
                 try:
                     self._keys.check(scope["headers"])
                 except ServiceError as error:
                     response = await render(Request(scope), error)
                     await response(scope, receive, send)
                     return
-            if scope["method"] == "HEAD":
+            # A stream has no end that the answer to HEAD could wait for.
+            if scope["method"] == "HEAD" and scope["path"] != EVENTS:
                 scope = {**scope, "method": "GET"}
         await self._app(scope, receive, send)

@@ -53,6 +53,7 @@ from service.usecases.score import RewardService, limits_of
 from service.usecases.shadow import Shadower
 from service.usecases.status import StatusService
 from service.usecases.sticky import StickyChoices
+from service.usecases.watch import Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class Gateway:
     status: StatusService
     people: PeopleService
     reporter: Reporter
+    watcher: Watcher
     shadower: Shadower
     auditor: Auditor | None
     """Lets referees look at chosen decisions; None where the pool file has no `audit`."""
@@ -98,6 +100,7 @@ class Gateway:
         if self.encoder is not None:
             await self.encoder.start()
         self._spawn(self._open_default_run())
+        self._spawn(self.watcher.run_forever())
         self._spawn(NameHolder(self.runs.runs, self.store).run_forever())
         if self.auditor is not None:
             self._spawn(self.auditor.run_forever())
@@ -149,6 +152,7 @@ class Gateway:
             self.telemetry.forget_run(run.name)
             self.normaliser.forget(run.name)
             self.reporter.forget(run.name)
+            self.watcher.forget(run.name)
             if self.audits is not None:
                 self.audits.forget(run.name)
 
@@ -329,6 +333,31 @@ def build_gateway(
     sticky = StickyChoices(store, telemetry, seconds=settings.sticky_seconds, required=required)
     normaliser = Normaliser(store, telemetry, required=required)
     watch = RequirementsWatch(store, allow_unsafe=settings.allow_unsafe_store)
+    status = StatusService(
+        runs,
+        store,
+        telemetry,
+        models=lambda: [scorer.status() for scorer in built],
+        referees=lambda: [scorer.status() for scorer in referees],
+        tell_audits=None if auditor is None else reporter.tell,
+        executor=learner_thread,
+        health_check_errors=lambda: sum(scorer.unexpected_errors for scorer in (*built, *referees)),
+        answers_without_store=settings.on_store_unavailable is OnStoreUnavailable.ANSWER,
+        scales=normaliser.scales,
+        encoder=awaited,
+        store_findings=lambda: watch.findings,
+        store_refused=lambda: bool(watch.verdict.refusals),
+    )
+    watcher = Watcher(
+        runs,
+        status,
+        reporter,
+        store,
+        audits=auditor is not None,
+        texts=settings.console_texts,
+        viewers=settings.console_viewers,
+        executor=learner_thread,
+    )
     gateway = Gateway(
         settings=settings,
         telemetry=telemetry,
@@ -348,23 +377,10 @@ def build_gateway(
             idle,
         ),
         feedback=FeedbackService(runs, store, telemetry, max_batch=settings.max_batch),
-        status=StatusService(
-            runs,
-            store,
-            telemetry,
-            models=lambda: [scorer.status() for scorer in built],
-            referees=lambda: [scorer.status() for scorer in referees],
-            tell_audits=None if auditor is None else reporter.tell,
-            executor=learner_thread,
-            health_check_errors=lambda: sum(scorer.unexpected_errors for scorer in (*built, *referees)),
-            answers_without_store=settings.on_store_unavailable is OnStoreUnavailable.ANSWER,
-            scales=normaliser.scales,
-            encoder=awaited,
-            store_findings=lambda: watch.findings,
-            store_refused=lambda: bool(watch.verdict.refusals),
-        ),
+        status=status,
         people=PeopleService(runs, store, telemetry),
         reporter=reporter,
+        watcher=watcher,
         shadower=shadower,
         auditor=auditor,
         audits=audits,

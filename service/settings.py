@@ -118,6 +118,15 @@ class Settings(BaseSettings):
     )
     policy: str = Field("bayesian", description="Policy of requests that name none.")
     signal: Signal = Field(Signal.PREFERENCE, description="Kind of feedback of the runs: preference, loss or reward.")
+    console_texts: bool = Field(
+        False,
+        description="Keep the beginnings of the newest prompts and responses in memory and show them in the console "
+        "beside their decisions. Audits are shown with their texts either way.",
+    )
+    console_viewers: int = Field(
+        16, ge=1, description="Open console pages that one gateway sends its state to; one more is answered 429."
+    )
+
     seed: int | None = Field(None, description="Seed of the draws; by default drawn from the operating system.")
 
     shadow_rate: float = Field(

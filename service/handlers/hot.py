@@ -97,6 +97,7 @@ class HotRoutes:
         self._routes: dict[str, Handler] = {
             "/reward": self._score,
             "/reward/batch": self._score_batch,
+            "/beliefs": self._believe,
             "/feedback": self._accept,
             "/feedback/batch": self._accept_batch,
             "/audits/judge": self._judge,
@@ -174,6 +175,9 @@ class HotRoutes:
             request.items, run=request.run, policy=request.policy, normalize=request.normalize
         )
         return RewardBatchReply([_reward_item(result) for result in results])
+
+    async def _believe(self, body: bytes) -> Any:
+        return await self._scorer.believe(parse_body(self._reward, body))
 
     async def _accept(self, body: bytes) -> Any:
         return await self._feedback.accept(parse_body(self._feedback_one, body))

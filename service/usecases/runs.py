@@ -39,6 +39,7 @@ from service.errors import (
 from service.scorers.protocol import Scorer
 from service.stores.ids import check_run
 from service.stores.protocol import NameNotFreeError, RunIdentity, Store
+from service.usecases.history import DecisionHistory
 
 IDLE_SECONDS = 60.0
 """A run that no request has named for so long may be closed to make room; its next request opens it again."""
@@ -242,6 +243,7 @@ class Run:
         self.acknowledged = "0-0"
         self.recent: deque[tuple[NDArray[np.float32], NDArray[np.float64]]] = deque(maxlen=RECENT_INSTANCES)
         """Context (d,) and offsets (K,) of the first instance of each of the newest requests, for the metrics."""
+        self.history = DecisionHistory()
         self.last_used = time.monotonic()
         entropy = None if template.seed is None else [template.seed, *name.encode()]
         self.rng = np.random.default_rng(entropy)
@@ -255,6 +257,11 @@ class Run:
         if pacer is None:
             return None
         return self._pacers.setdefault(policy.name, pacer).multiplier
+
+    @property
+    def budgets(self) -> dict[str, Pacer]:
+        """What keeps each policy to its budget, by name, of those that were used and have one."""
+        return dict(self._pacers)
 
     def view(self, n: int, means: Sequence[float], multiplier: float | None) -> View:
         """Return what a policy may know of one instance.

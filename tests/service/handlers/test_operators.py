@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
 
 PATHS = {
+    "/beliefs": "post",
+    "/events": "get",
     "/reward": "post",
     "/reward/batch": "post",
     "/feedback": "post",
@@ -312,7 +314,7 @@ async def test_the_examples_fit_their_schemas_and_the_structs_that_parse_them(ga
         struct = getattr(schemas, name, None) or next(found for found in TYPES if found.__name__ == name)
         msgspec.json.decode(msgspec.json.encode(content["example"]), type=struct)
         seen += 1
-    assert seen == 11
+    assert seen == 12
 
 
 async def test_the_reward_example_can_be_sent_and_every_reply_fits_its_schema(gateway: Gateway) -> None:
@@ -325,6 +327,8 @@ async def test_the_reward_example_can_be_sent_and_every_reply_fits_its_schema(ga
     example = document["paths"]["/reward"]["post"]["requestBody"]["content"]["application/json"]["example"]
     reply = await gateway.client.ok("/reward", example)
     check("/reward", 200, reply)
+    check("/reward", 200, await gateway.client.ok("/reward", {**example, "explain": True}))
+    check("/beliefs", 200, await gateway.client.ok("/beliefs", example))
     items = {"items": [pair(0), {**pair(1), "policy": "nonsense"}, {"prompt": "p", "responses": ["one"]}]}
     check("/reward/batch", 200, await gateway.client.ok("/reward/batch", items))
     feedback = {"decision_id": reply["decision_id"], "preferred": 0}
