@@ -122,7 +122,10 @@ class Belief(msgspec.Struct):
     model: str
     offset: Annotated[float, Meta(description="What the offline stage expects of it; 0 without.")]
     mean: Annotated[float | None, Meta(description="Of the Gaussian; null for a scorer that the policy never asks.")]
-    sd: float
+    sd: Annotated[float, Meta(description="Of the Gaussian: how far draws spread.")]
+    doubt: Annotated[
+        float, Meta(description="Standard deviation of the posterior now, whatever the policy makes of it.")
+    ]
     draw: Annotated[
         float | None, Meta(description="The largest is asked; null where `mean` is, and where `sticky` is true.")
     ]

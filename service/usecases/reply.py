@@ -18,6 +18,7 @@ from router_core.attempts import Attempt, Outcome, answers, excluded, first_choi
 from router_core.errors import UnknownScaleError
 from router_core.moments import ScoreScales
 from router_core.policies import AllCalls, Given, Policy, ScoreScale, answers_of, propensity_without
+from router_core.policies.bayesian import posterior_moments
 from router_core.prior import PriorForm
 from router_core.records import TIE
 from service.errors import NoRewardError
@@ -125,7 +126,8 @@ def beliefs_of(chosen: Chosen, row: int, pool: Sequence[str], followed: StickyCh
         pool: names of the arms.
         followed: an earlier draw that stands in the place of this one's own.
     """
-    choices = chosen.choices
+    choices, rows = chosen.choices, slice(row, row + 1)
+    doubts = posterior_moments(chosen.x[rows], chosen.offsets[rows], chosen.posterior)[1][0].tolist()
     offsets, draws = chosen.offsets[row].tolist(), choices.draws[row].tolist()
     means, sds, propensities = (values[row].tolist() for values in (choices.means, choices.sds, choices.propensities))
     if followed is not None:
@@ -137,6 +139,7 @@ def beliefs_of(chosen: Chosen, row: int, pool: Sequence[str], followed: StickyCh
             offset=offsets[arm],
             mean=_finite(means[arm]),
             sd=sds[arm],
+            doubt=doubts[arm],
             draw=_finite(draws[arm]),
             propensity=propensities[arm],
         )

@@ -292,7 +292,7 @@ class Watcher:
         lag = None if appended is None else max(appended - run.posterior.count, 0)
         newest = [*run.history.newest] if channel.viewers else []
         beliefs = await asyncio.get_running_loop().run_in_executor(self._executor, _believed, run, newest)
-        if due:
+        if due or not channel.points:
             channel.points.append(_point(run, channel, beliefs, lag))
         if channel.viewers:
             state = self._state(run, channel, newest, beliefs, lag, waiting)

@@ -1,6 +1,6 @@
 // Charts: lines over time (uPlot), and beliefs of scorers as intervals (SVG).
 
-import { clock, html, hue, number, percent, Swatch, useEffect, useRef, useState } from "./lib.js";
+import { clock, html, hue, number, percent, Scroll, Swatch, useEffect, useRef, useState } from "./lib.js";
 
 // The colour that a class has now, for the canvas.
 function colour(name) {
@@ -19,7 +19,7 @@ function options(series, { range, format, width, height, onIndex, stretch }) {
   const text = colour("muted"), grid = faint(colour("line"), 0.7);
   const lines = series.map(({ label, tone, dash }) => ({
     label, stroke: colour(tone), width: 2, dash: dash ? [6, 5] : undefined, spanGaps: true,
-    points: { show: (_, __, first, last) => last - first < 12, size: 6 },
+    points: { show: (_, __, first, last) => last - first < 12, size: 6, fill: colour(tone) },
   }));
   const bounds = [], bands = [];
   series.forEach(({ low, tone }) => {
@@ -32,7 +32,7 @@ function options(series, { range, format, width, height, onIndex, stretch }) {
   return {
     width, height, padding: [10, 24, 0, 0], series: [{}, ...lines, ...bounds], bands, legend: { show: false },
     cursor: { y: false, points: { size: 7 }, drag: { x: false, y: false } },
-    scales: { y: range ? { range } : { range: (_, low, high) => uPlot.rangeNum(Math.min(low, high - 1e-3), high, 0.08, true) } },
+    scales: { y: range ? { range } : { range: (_, low, high) => { const room = Math.max(0.08 * (high - low), 0.05 * Math.abs(high), 0.01); return [low - room, high + room]; } } },
     axes: [
       { ...axis, size: 28, space: 80, values: (_, splits) => splits.map((at) => clock(1e3 * at, 1e3 * stretch)) },
       { ...axis, size: 52, values: (_, splits) => splits.map((at) => format(at)) },
@@ -76,9 +76,9 @@ export function Chart({ title, hint, times, series, range, format = percent, the
   </figure>`;
 }
 
-// What is believed of each scorer: an interval of two standard deviations, the draw as a dot, and where it moved to.
-// `rows`: {model, mean, sd, draw, chance, after, afterSd}.
-export function Beliefs({ rows, caption, chosen }) {
+// What is believed of each scorer: an interval of two standard deviations, the draw as a dot, and below what is
+// believed now. `rows`: {model, mean, sd, draw, chance, after, afterSd}.
+export function Beliefs({ rows, caption, chosen, word = "doubt" }) {
   const ends = rows.flatMap((row) => [
     row.mean == null ? null : row.mean - 2 * row.sd, row.mean == null ? null : row.mean + 2 * row.sd, row.draw,
     row.after == null ? null : row.after - 2 * row.afterSd, row.after == null ? null : row.after + 2 * row.afterSd,
@@ -86,10 +86,10 @@ export function Beliefs({ rows, caption, chosen }) {
   const low = Math.min(...ends), high = Math.max(...ends), span = high - low || 1;
   const x = (value) => `${3 + (94 * (value - low)) / span}%`;
   const moved = rows.some((row) => row.after != null), drawn = rows.some((row) => row.draw != null);
-  return html`<table class="beliefs">
+  return html`<${Scroll} label=${caption}><table class="beliefs">
     <caption>${caption}</caption>
-    <thead><tr><th scope="col">Scorer</th><td class="plot"></td><th scope="col" class="num">Expected</th>${drawn && html`<th scope="col" class="num">Draw</th>`}
-      ${moved && html`<th scope="col" class="num">Now</th>`}<th scope="col" class="num">Chance</th></tr></thead>
+    <thead><tr><th scope="col">Scorer</th><td class="plot"></td><th scope="col" class="num">Expected ± ${word}</th>${drawn && html`<th scope="col" class="num">Draw</th>`}
+      ${moved && html`<th scope="col" class="num">Now ± doubt</th>`}<th scope="col" class="num">Chance</th></tr></thead>
     <tbody>${rows.map((row, index) => html`<tr class=${row.model === chosen ? "chosen" : ""}>
       <th scope="row"><${Swatch} index=${index}/>${row.model}</th>
       <td class="plot"><svg class=${hue(index)} width="100%" height="30" aria-hidden="true">
@@ -104,5 +104,5 @@ export function Beliefs({ rows, caption, chosen }) {
       ${moved && html`<td class="num">${number(row.after)} <span class="muted">± ${number(row.afterSd)}</span></td>`}
       <td class="num">${percent(row.chance)}</td>
     </tr>`)}</tbody>
-  </table>`;
+  </table><//>`;
 }

@@ -19,7 +19,7 @@ function Decision({ one, state }) {
     <p>The policy <code>${one.policy}</code> had learned from ${one.version} events. ${one.draws ? "" : "The draw is that of an earlier response to the same prompt."}
       ${one.audited ? " It was chosen for an audit." : ""} ${one.recorded ? "" : html`<span class="badge bad">not saved</span>`} <code class="muted">${one.decision_id}</code></p>
     ${one.prompt != null && html`<${Text} label="Prompt">${one.prompt}<//>${one.responses.map((text, i) => html`<${Text} label=${`Response ${i + 1}${one.preferred === i ? ", preferred" : ""}`}>${text}<//>`)}`}
-    <${Beliefs} rows=${rows} chosen=${one.model} caption="Beliefs and draws"/>
+    <${Beliefs} rows=${rows} chosen=${one.model} caption="Beliefs and draws" word="spread of draws"/>
     <${Attempts} attempts=${one.attempts}/>
   </div>`;
 }
@@ -34,10 +34,10 @@ export function Decisions({ state }) {
     ${!list.length && html`<${Note}>Nothing was decided yet. Send a request, or use “Try it”.<//>`}
     <ul class="decisions">${shown.map((one) => {
       const is = open === one.decision_id;
-      return html`<li key=${one.decision_id}><button type="button" class="line" aria-expanded=${is} onClick=${() => { setOpen(is ? null : one.decision_id); if (!is && !held) setHeld(state.newest); }}>
+      return html`<li key=${one.decision_id} data-decision=${one.decision_id}><button type="button" class="line" aria-expanded=${is} onClick=${() => { setOpen(is ? null : one.decision_id); if (!is && !held) setHeld(state.newest); }}>
         <span class="muted">${clock(one.time_ms)}</span> <b>${one.model}</b>
         <span>${one.preferred == null ? "no preference" : `prefers response ${one.preferred + 1}`}</span>
-        <span class="muted">right ${percent(one.p_right)}</span> <span class="muted">chance ${percent(one.propensity)}</span>
+        <span class="muted">right: ${percent(one.p_right)}</span> <span class="muted">chance: ${percent(one.propensity)}</span>
         <span class="muted">${one.attempts.length} ${one.attempts.length === 1 ? "attempt" : "attempts"}</span>${one.audited && html`<span class="badge">audited</span>`}
         ${one.attempts.some((it) => it.outcome === "failed" || it.outcome === "away") && html`<span class="badge bad">fallback</span>`}
       </button>${is && html`<${Decision} one=${one} state=${state}/>`}</li>`;

@@ -68,7 +68,7 @@ export function Judge({ run }) {
     ${error && html`<${Note} kind="error">${error}<//>`}
     <div role="status">${last && html`<${Reveal} last=${last}/>`}</div>
     ${queue && !current && html`<${Note}>${total ? `No audit waits for a judgement; ${total} are kept.` : "There are no audits yet. They need `audit` in the pool file."}<//><button type="button" onClick=${load}>Look again</button>`}
-    ${current && html`<div key=${current.audit.decision_id}>
+    ${current && html`<div class="audit" key=${current.audit.decision_id}>
       <p class="muted">${queue.length} to judge${done ? `, ${done} judged` : ""}</p>
       <${Text} label="Prompt">${current.audit.prompt}<//>
       ${current.audit.reference != null && html`<${Text} label="Reference">${current.audit.reference}<//>`}

@@ -10,7 +10,7 @@ const WAITS = [0.1, 0.2, 0.4, 0.8, 1.6, 3.2]; // Seconds between looks at the po
 
 const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, 1e3 * seconds));
 const rowsOf = (beliefs, after) => beliefs.map((one, k) => ({
-  model: one.model, mean: one.mean, sd: one.sd, draw: one.draw, chance: (after ?? beliefs)[k].propensity, after: after ? after[k].mean : null, afterSd: after ? after[k].sd : null,
+  model: one.model, mean: one.mean, sd: one.doubt, draw: one.draw, chance: (after ?? beliefs)[k].propensity, after: after ? after[k].mean : null, afterSd: after ? after[k].doubt : null,
 }));
 
 function Responses({ texts, setTexts, result, onBetter, said, asks }) {
