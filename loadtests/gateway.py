@@ -1,6 +1,6 @@
 """What the gateway adds over calling a worker directly, beside a FastAPI + aiohttp pass-through, in one run.
 
-    python -m loadtests.gateway [--json OUT] [--rounds N] [--quick] [--against CHECKOUT]
+    python -m loadtests.gateway [--json OUT] [--rounds N] [--quick] [--tracing] [--against CHECKOUT]
 
 One process each: a stub worker (constant rewards), the pass-through, and the real gateway (`service.app.create_app` on
 uvicorn, uvloop and httptools, with a real embedded store) in several settings. They take turns in interleaved rounds;
@@ -11,6 +11,8 @@ the first. A process of idle priority keeps each core awake: on a virtual machin
 microseconds, as it does three times a request at concurrency 1, comes back cold, which doubles all CPU times and says
 nothing about the code; `--let-cores-sleep` leaves that out. Requests per second of a core are requests per second of
 the gateway's own CPU time (all its threads).
+
+`--tracing` measures the gateway with spans on, too (docs/tracing.md); they are sent to the stub.
 
 `--against` takes the folder of another checkout of this project (`git worktree add`): its gateway runs too, in turns
 with this one, and a last table has the ratios of the two within each round.
@@ -66,6 +68,9 @@ SINGLES = (
     ("static", "static encoder d=128", "long"),
 )
 """The gateways that are measured: process, name and texts."""
+
+TRACED = "ours, spans on, static encoder d=128, long"
+"""Name of the gateway that makes spans, beside the same one without."""
 
 OTHER = "the other checkout"
 """Its name in the tables."""
@@ -278,7 +283,9 @@ async def measure_batches(children: Children, process: str, pairs: Sequence[Pair
     }
 
 
-async def run(rounds: int, requests: int, batches: int, *, awake: bool, against: Path | None = None) -> dict[str, Any]:
+async def run(
+    rounds: int, requests: int, batches: int, *, awake: bool, tracing: bool = False, against: Path | None = None
+) -> dict[str, Any]:
     """Start everything, measure in turn, and end everything."""
     short, long = short_pairs(1024), long_pairs(1024)
     cores = sorted(os.sched_getaffinity(0))
@@ -311,6 +318,12 @@ async def run(rounds: int, requests: int, batches: int, *, awake: bool, against:
                     tested=True,
                     folder=checkout,
                 )
+        if tracing:
+            children.start(
+                *("traced", "gateway", "/readyz", "--pool", str(pool), "--store", store.url, "--run", "traced"),
+                *("--encoder", "static", "--tracing", stub_url),
+                tested=True,
+            )
         direct = {
             kind: [request_bytes("/classify", p.classify()) for p in pairs] for kind, pairs in _kinds(short, long)
         }
@@ -318,6 +331,8 @@ async def run(rounds: int, requests: int, batches: int, *, awake: bool, against:
         for _, suffix, _ in checkouts:
             for name in encoders:
                 await teach(children.ports[name + suffix], routed["short"])
+        if tracing:
+            await teach(children.ports["traced"], routed["short"])
         targets = [
             Target("stub, short texts", "stub, short texts", "stub", direct["short"]),
             Target("stub, long texts", "stub, long texts", "stub", direct["long"]),
@@ -328,6 +343,7 @@ async def run(rounds: int, requests: int, batches: int, *, awake: bool, against:
                 for name, what, kind in SINGLES
                 for who, suffix, _ in checkouts
             ),
+            *([Target(TRACED, "stub, long texts", "traced", routed["long"])] if tracing else []),
         ]
         taken: dict[str, list[Figures]] = {target.name: [] for target in targets}
         encode = {"before": stage_means(children.ports["static"])}
@@ -412,13 +428,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=600, help="requests per turn at concurrency 1 [default: 600]")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 300 requests")
     parser.add_argument("--let-cores-sleep", action="store_true", help="do not keep the cores awake")
+    parser.add_argument("--tracing", action="store_true", help="measure a gateway that makes spans, too")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="take turns with this other checkout")
     options = parser.parse_args(arguments)
     rounds, requests = (2, 300) if options.quick else (options.rounds, options.requests)
     facts = machine()
     print(describe(facts))
     batches, awake = 8 if options.quick else 12, not options.let_cores_sleep
-    figures = uvloop.run(run(rounds, requests, batches, awake=awake, against=options.against))
+    figures = uvloop.run(run(rounds, requests, batches, awake=awake, tracing=options.tracing, against=options.against))
     where = "the process under test has a core to itself" if figures["pinned"] else "one core, shared by all"
     where += ", cores kept awake" if figures["cores_kept_awake"] else ""
     print(f"seed {SEED}; {rounds} interleaved rounds; {where}; K = {len(MODELS)}; posterior with {FEEDBACKS} feedbacks")

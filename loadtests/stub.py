@@ -313,6 +313,7 @@ def main() -> None:
     parser.add_argument("--run", help="gateway: name of the run")
     parser.add_argument("--encoder", default="static", help="gateway: hash:D, served:R:D or an encoder's name")
     parser.add_argument("--piece", type=int, default=128, help="gateway: batch_piece_responses [default: 128]")
+    parser.add_argument("--tracing", help="gateway: make spans, and send them to this URL")
     parser.add_argument("--pairs-per-second", type=float, help="stub: of each model; at once by default")
     parser.add_argument("--profile", type=Path, help="gateway: write a cProfile of the serving thread to this file")
     options = parser.parse_args()
@@ -329,7 +330,10 @@ def main() -> None:
     if options.kind == "proxy":
         serve_proxy(proxy_app(options.upstream), options.port)
         return
+    if options.tracing is not None:
+        os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = options.tracing
     settings = read_settings(
+        tracing=True if options.tracing is not None else None,
         pool=options.pool,
         port=options.port,
         store_url=options.store,

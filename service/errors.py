@@ -1,10 +1,11 @@
 """Errors of the service: each class fixes its HTTP status and its stable code.
 
     ServiceError
-    ├── BadRequestError 400 · UnauthorizedError 401 · ForeignOriginError 403 · NotFoundError 404 · GoneError 410
+    ├── BadRequestError 400 · UnauthorizedError 401 · ForbiddenError 403 · ForeignOriginError 403 · NotFoundError 404
+    ├── GoneError 410
     ├── ReadTimeoutError 408 · ConflictError 409 · RunConflictError 409
     ├── PayloadTooLargeError 413 · UnsupportedMediaTypeError 415 · HeadersTooLargeError 431
-    ├── ValidationError 422 · OverCapacityError 429 · TooManyConnectionsError 429
+    ├── ValidationError 422 · OverCapacityError 429 · KeyLimitError 429 · TooManyConnectionsError 429
     ├── StoreUnavailableError 503 (and its child UnsafeStoreError) · NotReadyError 503 · NoWorkerError 503
     ├── DeadlineExceededError 503 · NoRewardError 503
     ├── ConfigurationError (start-up only: printed by the CLI, never sent)
@@ -52,6 +53,13 @@ class UnauthorizedError(ServiceError):
 
     status = 401
     code = "unauthorized"
+
+
+class ForbiddenError(ServiceError):
+    """The API key is right, and not for this: another scope or run is needed."""
+
+    status = 403
+    code = "forbidden"
 
 
 class ForeignOriginError(ServiceError):
@@ -122,6 +130,13 @@ class OverCapacityError(ServiceError):
 
     status = 429
     code = "over_capacity"
+
+
+class KeyLimitError(ServiceError):
+    """The key has used up its own limits."""
+
+    status = 429
+    code = "key_limit"
 
 
 class TooManyConnectionsError(ServiceError):

@@ -13,7 +13,8 @@ import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp
 
@@ -26,9 +27,9 @@ from service.encoders.build import load_pair_encoder
 from service.encoders.protocol import AwaitedEncoder
 from service.errors import ConfigurationError, RunConflictError, StoreUnavailableError
 from service.handlers.hot import HotLimits, HotRoutes
-from service.handlers.keys import ApiKeys
 from service.handlers.templates import build_trainer_texts
 from service.handlers.trainers import TrainerRoutes, TrainerTexts
+from service.keys.ring import KeyRing
 from service.pool import PoolFile
 from service.priors import build_prior, form_of, load_checkpoint
 from service.scorers.protocol import Scorer
@@ -48,12 +49,16 @@ from service.usecases.learn import FeedbackService
 from service.usecases.normalise import Normaliser
 from service.usecases.people import PeopleService
 from service.usecases.report import Reporter
-from service.usecases.runs import NAME_POLL_SECONDS, Run, RunRegistry, RunTemplate
+from service.usecases.runs import NAME_POLL_SECONDS, Run, RunRegistry, RunTemplate, Wish
 from service.usecases.score import RewardService, limits_of
 from service.usecases.shadow import Shadower
 from service.usecases.status import StatusService
 from service.usecases.sticky import StickyChoices
 from service.usecases.watch import Watcher
+
+if TYPE_CHECKING:
+    # OpenTelemetry is optional, and not imported where it is off.
+    from service.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +69,7 @@ class Gateway:
 
     settings: Settings
     telemetry: Telemetry
+    keys: KeyRing
     store: Store
     runs: RunRegistry
     scorer: RewardService
@@ -77,6 +83,8 @@ class Gateway:
     """Lets referees look at chosen decisions; None where the pool file has no `audit`."""
     audits: AuditChooser | None
     normaliser: Normaliser
+    tracing: Tracing | None
+    """Wraps the parts in spans; None where it is off."""
     watch: RequirementsWatch
     encoder: AwaitedEncoder | None
     """The encoder over a network; None where contexts are computed here."""
@@ -93,6 +101,7 @@ class Gateway:
         """Probe the workers, begin health checks, and begin to load the default run. A wrong worker gets no traffic."""
         await self.watch.check()
         self._spawn(self.watch.run_forever())
+        self._spawn(self.keys.follow_forever())
         scorers = (*self.arms, *self.referees)
         await asyncio.gather(*(scorer.check() for scorer in scorers))
         for scorer in scorers:
@@ -104,6 +113,8 @@ class Gateway:
         self._spawn(NameHolder(self.runs.runs, self.store).run_forever())
         if self.auditor is not None:
             self._spawn(self.auditor.run_forever())
+        if self.settings.workers > 1:
+            self._spawn(self.status.tell_forever())
 
     async def _open_default_run(self) -> None:
         """Open it as soon as the store answers; readiness is false until then."""
@@ -172,6 +183,8 @@ class Gateway:
         self.learner_thread.shutdown(wait=True)
         if self.embedded is not None:
             self.embedded.stop()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
     def hot_routes(self, rest: ASGIApp) -> HotRoutes:
         """The hot routes in front of the rest of the application."""
@@ -181,7 +194,7 @@ class Gateway:
             feedback=self.feedback,
             people=self.people,
             telemetry=self.telemetry,
-            keys=ApiKeys(settings.api_keys),
+            keys=self.keys,
             limits=HotLimits(settings.max_body_bytes, settings.max_in_flight),
             rest=rest,
             trainers=TrainerRoutes(
@@ -192,6 +205,34 @@ class Gateway:
                 texts=self.trainer_texts,
             ).routes(),
         )
+
+
+def load_tracing(settings: Settings) -> Tracing | None:
+    """Return what wraps the parts in spans; None where the setting `tracing` is off.
+
+    Raises:
+        ConfigurationError: OpenTelemetry is not installed.
+    """
+    if not settings.tracing:
+        return None
+    try:
+        from service.tracing import open_tracing
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("opentelemetry"):
+            raise
+        raise ConfigurationError(
+            f"tracing is on, and {error.name!r} is missing: pip install 'reward-router[tracing]', or set "
+            "tracing to false"
+        ) from error
+    return open_tracing(package_version())
+
+
+def package_version() -> str:
+    """The installed version, or `0+unknown` in a source tree that is not installed."""
+    try:
+        return version("reward-router")
+    except PackageNotFoundError:
+        return "0+unknown"
 
 
 def default_policy(settings: Settings, pool: PoolFile) -> str:
@@ -244,6 +285,7 @@ def build_gateway(
     arms: Sequence[Scorer] | None = None,
     store: Store | None = None,
     score_scale: ScoreScale | None = None,
+    tracing: Tracing | None = None,
 ) -> Gateway:
     """Everything, not yet started.
 
@@ -255,23 +297,29 @@ def build_gateway(
         store: instead of the settings' store; for tests.
         score_scale: of the RMs' raw rewards, for `uwo`, instead of the checkpoint's; with neither, a run's score log
             tells it.
+        tracing: instead of the settings'; for tests.
 
     Raises:
         ConfigurationError: settings, pool and checkpoint do not fit each other.
     """
     names = [model.name for model in pool.models]
     checkpoint = load_checkpoint(settings, names)
-    telemetry = Telemetry()
+    telemetry = Telemetry(shared=settings.workers > 1)
     trainer_texts = build_trainer_texts(settings, telemetry)
     encoder = encoder or load_pair_encoder(settings, checkpoint, telemetry)
     dim = encoder.dim
     awaited = encoder if isinstance(encoder, AwaitedEncoder) else None
     built = tuple(arms) if arms is not None else tuple(build_scorer(model, settings, pool) for model in pool.models)
+    tracing = tracing or load_tracing(settings)
+    if tracing is not None:
+        built = tuple(map(tracing.scorer, built))
+        if awaited is not None:
+            awaited.intercept(tracing.exchange)
     origin = checkpoint.digest if checkpoint is not None else f"untrained:{encoder.spec}:{encoder.dim}"
     template = RunTemplate(
         arms=built,
         encoder=encoder,
-        priors=lambda form: build_prior(settings, checkpoint, len(names), dim, form),
+        priors=lambda terms: build_prior(settings, checkpoint, len(names), dim, terms.form, terms.signal),
         form=form_of(settings, checkpoint),
         score_scale=score_scale or (None if checkpoint is None else checkpoint.scores),
         combination=None if checkpoint is None else checkpoint.combination,
@@ -294,7 +342,12 @@ def build_gateway(
     embedded = None
     if store is None:
         store, embedded = open_store(settings)
+    if tracing is not None:
+        store = tracing.store(store)
     chooser_thread = ThreadPoolExecutor(1, thread_name_prefix="choose")
+    chooser = Chooser(chooser_thread, telemetry)
+    if tracing is not None:
+        chooser = tracing.chooser(chooser)
     learner_thread = ThreadPoolExecutor(1, thread_name_prefix="learn")
     runs = RunRegistry(
         template,
@@ -303,7 +356,10 @@ def build_gateway(
         max_runs=settings.max_runs,
         on_open=lambda run: gateway.follow(run),
         timeout_seconds=settings.request_timeout_seconds,
-        default_form=template.default_policy.prior or (None if settings.prior == "auto" else template.form),
+        default_wish=Wish(
+            template.default_policy.prior or (None if settings.prior == "auto" else template.form),
+            settings.signal if "signal" in settings.model_fields_set else None,
+        ),
         # An embedded store serves this gateway's own processes only.
         free_seconds=0.0 if settings.store_url == EMBEDDED else settings.new_run_wait_seconds,
     )
@@ -361,11 +417,12 @@ def build_gateway(
     gateway = Gateway(
         settings=settings,
         telemetry=telemetry,
+        keys=KeyRing(settings.api_keys, settings.keys_file),
         store=store,
         runs=runs,
         scorer=RewardService(
             runs,
-            Chooser(chooser_thread, telemetry),
+            chooser,
             store,
             telemetry,
             limits_of(settings),
@@ -385,6 +442,7 @@ def build_gateway(
         auditor=auditor,
         audits=audits,
         normaliser=normaliser,
+        tracing=tracing,
         watch=watch,
         encoder=awaited,
         trainer_texts=trainer_texts,

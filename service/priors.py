@@ -38,9 +38,14 @@ def load_checkpoint(settings: Settings, names: list[str]) -> Checkpoint | None:
 
 
 def build_prior(
-    settings: Settings, checkpoint: Checkpoint | None, n_arms: int, dim: int, form: PriorForm | None = None
+    settings: Settings,
+    checkpoint: Checkpoint | None,
+    n_arms: int,
+    dim: int,
+    form: PriorForm | None = None,
+    signal: Signal | None = None,
 ) -> Prior:
-    """The prior of that form; by default of the one that the settings and the checkpoint name.
+    """The prior of that form for that signal; by default those that the settings and the checkpoint name.
 
     The settings' lambda0, sigma2, v, gamma, adapt, lambda_novel, floor and alarm_rate override those of every form but
     `linucb`, which is LASER's as published.
@@ -50,10 +55,12 @@ def build_prior(
     """
     form = form or form_of(settings, checkpoint)
     first, d = (0, dim) if checkpoint is None else checkpoint.columns(form)
-    return _prior_of_form(settings, checkpoint, n_arms, d, form).reading(first, dim)
+    return _prior_of_form(settings, checkpoint, n_arms, d, form, signal or settings.signal).reading(first, dim)
 
 
-def _prior_of_form(settings: Settings, checkpoint: Checkpoint | None, n_arms: int, d: int, form: PriorForm) -> Prior:
+def _prior_of_form(
+    settings: Settings, checkpoint: Checkpoint | None, n_arms: int, d: int, form: PriorForm, signal: Signal
+) -> Prior:
     """Over the d columns of a context that a posterior of this form reads."""
     if form is PriorForm.LINUCB:
         return linucb_prior(n_arms, d)
@@ -66,7 +73,7 @@ def _prior_of_form(settings: Settings, checkpoint: Checkpoint | None, n_arms: in
         )
     if form is PriorForm.PAPER:
         return paper_prior(checkpoint.bt_embeddings, _overridden(PAPER_HYPERPARAMETERS, settings))
-    learned = CALIBRATED_LOSS_HYPERPARAMETERS if settings.signal is Signal.LOSS else checkpoint.hyperparameters
+    learned = CALIBRATED_LOSS_HYPERPARAMETERS if signal is Signal.LOSS else checkpoint.hyperparameters
     hyper = _overridden(learned, settings)
     return calibrated_prior(n_arms, d, checkpoint.class_probabilities, hyper, checkpoint.landmarks)
 

@@ -6,12 +6,15 @@ cases.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 Index = Annotated[int, Meta(ge=0, le=1_000_000, description="Index of a response, 0 for the first.")]
+
+SignalName = Literal["preference", "loss", "reward"]
+"""The words of `router_core.records.Signal`."""
 
 
 class RewardRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -53,6 +56,16 @@ class RewardRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=Tr
     policy: Annotated[str, Meta(description="Overrides the gateway's policy; the names are in docs/api.md.")] | None = (
         None
     )
+    signal: (
+        Annotated[
+            SignalName,
+            Meta(
+                description="Kind of feedback of the run, which its first request fixes; by default the gateway's. 409 "
+                "where the run has another."
+            ),
+        ]
+        | None
+    ) = None
     normalize: (
         Annotated[bool, Meta(description="Rewards on the RM's own scale, (raw - running mean) / running sd.")] | None
     ) = None
@@ -65,6 +78,7 @@ class RewardBatchRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fiel
     items: Annotated[list[RewardRequest], Meta(description="The instances. Empty is allowed.")]
     run: str | None = None
     policy: str | None = None
+    signal: SignalName | None = None
     normalize: bool | None = None
 
 

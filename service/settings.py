@@ -47,8 +47,23 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on. Beyond loopback an API key is needed.")
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on.")
+    workers: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="Gateway processes at the port, each with its own copy of the posterior (docs/operations.md). "
+        "Limits of requests and connections are each process's.",
+    )
     api_keys: tuple[ApiKey, ...] = Field(
-        (), description="Accepted keys, sent as `Authorization: Bearer KEY` or `X-API-Key: KEY`."
+        (),
+        repr=False,
+        description="Accepted keys, sent as `Authorization: Bearer KEY` or `X-API-Key: KEY`, with every scope: the "
+        "plain way. `keys_file` is the other, and both may be given.",
+    )
+    keys_file: Path | None = Field(
+        None,
+        description="File of hashed keys with scopes, runs and limits, which `reward-router keys` writes. It is read "
+        "again when it changes (docs/security.md).",
     )
     allow_unauthenticated: bool = Field(False, description="Listen beyond loopback without a key.")
 
@@ -117,7 +132,6 @@ class Settings(BaseSettings):
         "learned afresh (docs/math/router.md); 0: changes are not looked for. Not for losses.",
     )
     policy: str = Field("bayesian", description="Policy of requests that name none.")
-    signal: Signal = Field(Signal.PREFERENCE, description="Kind of feedback of the runs: preference, loss or reward.")
     console_texts: bool = Field(
         False,
         description="Keep the beginnings of the newest prompts and responses in memory and show them in the console "
@@ -127,6 +141,11 @@ class Settings(BaseSettings):
         16, ge=1, description="Open console pages that one gateway sends its state to; one more is answered 429."
     )
 
+    signal: Signal = Field(
+        Signal.PREFERENCE,
+        description="Kind of feedback of new runs whose first request names none: preference, loss or reward. A run "
+        "keeps its own. Where it is set, the default run must have it.",
+    )
     seed: int | None = Field(None, description="Seed of the draws; by default drawn from the operating system.")
 
     shadow_rate: float = Field(
@@ -134,7 +153,7 @@ class Settings(BaseSettings):
         ge=0,
         le=1,
         description="Fraction of the instances for which every other RM is asked too, after the reply, so that the run "
-        "learns of all of them. Needs the signal `preference`.",
+        "learns of all of them. Only in runs with the signal `preference`.",
     )
 
     sticky_seconds: float = Field(
@@ -268,6 +287,10 @@ class Settings(BaseSettings):
     )
     blas_threads: int = Field(1, ge=1, description="Threads of the linear algebra library.")
 
+    tracing: bool = Field(
+        False,
+        description="Send spans of requests to an OpenTelemetry collector; needs extra `tracing` (docs/tracing.md).",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line.")
 
     @model_validator(mode="after")
@@ -281,9 +304,11 @@ class Settings(BaseSettings):
                 f"shadow_rate is {self.shadow_rate} and signal is {self.signal.value!r}: a {self.signal.value} says "
                 "nothing of the RMs that were not asked; set shadow_rate to 0, or the signal to 'preference'"
             )
-        if self.host not in ("127.0.0.1", "::1", "localhost") and not self.api_keys and not self.allow_unauthenticated:
+        keyed = bool(self.api_keys) or self.keys_file is not None
+        if self.host not in ("127.0.0.1", "::1", "localhost") and not keyed and not self.allow_unauthenticated:
             raise ValueError(
-                f"host is {self.host}: listening beyond loopback needs an API key (api_keys), or allow_unauthenticated"
+                f"host is {self.host}: listening beyond loopback needs an API key (api_keys or keys_file), or "
+                "allow_unauthenticated"
             )
         return self
 

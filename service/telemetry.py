@@ -1,6 +1,8 @@
 """Metrics with stable names and units (docs/metrics.md), and structured logs that never hold prompts or responses.
 
-One `Telemetry` per process, on its own registry; built in `gateway` and handed down.
+One `Telemetry` per process, on its own registry; built in `gateway` and handed down. Where several processes serve one
+port, each writes its values to files, and any of them answers a scrape for all (prometheus_client's multiprocess mode):
+counters and histograms are sums, and each gauge says how its values are put together.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ import logging
 import sys
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 _STAGE_BUCKETS = (
@@ -26,6 +29,13 @@ _SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 STAGES = ("encode", "draw", "worker", "store", "total")
 """Values of the label `stage`."""
+
+
+class Observer(Protocol):
+    """Takes the values of one histogram."""
+
+    def observe(self, amount: float) -> None:
+        """Count one value."""
 
 
 class Distribution:
@@ -42,10 +52,10 @@ class Distribution:
         self._counts = [0] * (len(self._bounds) + 1)
         self._sum = 0.0
 
-    def observe(self, value: float) -> None:
+    def observe(self, amount: float) -> None:
         """Count one value."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+        self._counts[bisect_left(self._bounds, amount)] += 1
+        self._sum += amount
 
     def buckets(self) -> list[tuple[str, float]]:
         """Upper bound and cumulative count of every bucket."""
@@ -72,10 +82,17 @@ class _Histograms(Collector):
 
 
 class Telemetry:
-    """The process's metrics. Label values are bounded: routes, stages, models, runs (`max_runs`), stable codes."""
+    """The process's metrics. Label values are bounded: routes, stages, models, runs (`max_runs`), stable codes.
 
-    def __init__(self) -> None:
+    Args:
+        shared: the process is one of several at one port. Values of closed runs stay then: the files forget nothing.
+            The environment variable PROMETHEUS_MULTIPROC_DIR must name a folder before this module is imported.
+    """
+
+    def __init__(self, *, shared: bool = False) -> None:
         self.registry = CollectorRegistry()
+        self._shared = shared
+        self._watched: list[tuple[Gauge, Callable[[], float]]] = []
         common: dict[str, Any] = {"registry": self.registry, "namespace": "reward_router"}
         self.requests = Counter("requests_total", "Requests answered.", ["route", "status"], **common)
         self.refused_connections = Counter(
@@ -84,33 +101,19 @@ class Telemetry:
             ["code"],
             **common,
         )
-        self.in_flight = Gauge("requests_in_flight", "Requests being answered.", **common)
-        self.stage = {stage: Distribution(_STAGE_BUCKETS) for stage in STAGES}
-        self.choice_batch = Distribution(_SIZE_BUCKETS)
-        self.registry.register(
-            _Histograms("reward_router_stage_seconds", "Time per stage of a reward request.", "stage", self.stage)
+        self.in_flight = Gauge("requests_in_flight", "Requests being answered.", multiprocess_mode="livesum", **common)
+        self.stage = self._histograms(
+            "stage_seconds", "Time per stage of a reward request.", _STAGE_BUCKETS, "stage", STAGES
         )
-        self.registry.register(
-            _Histograms(
-                "reward_router_choice_batch_size",
-                "Instances encoded and drawn together.",
-                None,
-                {"": self.choice_batch},
-            )
-        )
-        self.encoder_texts = Distribution(_SIZE_BUCKETS)
-        self.registry.register(
-            _Histograms(
-                "reward_router_encoder_texts",
-                "Texts that one micro-batch asked an encoder over vLLM about.",
-                None,
-                {"": self.encoder_texts},
-            )
+        self.choice_batch = self._histogram("choice_batch_size", "Instances encoded and drawn together.")
+        self.encoder_texts = self._histogram(
+            "encoder_texts", "Texts that one micro-batch asked an encoder over vLLM about."
         )
         self.encoder_up = Gauge(
             "encoder_up",
             "1 while the encoder's server is asked; nothing where the encoder is local.",
             ["url"],
+            multiprocess_mode="livemin",
             **common,
         )
         self.draws = Counter(
@@ -151,7 +154,9 @@ class Telemetry:
             ["model", "outcome"],
             **common,
         )
-        self.shadows_in_flight = Gauge("shadows_in_flight", "Instances being shadowed.", **common)
+        self.shadows_in_flight = Gauge(
+            "shadows_in_flight", "Instances being shadowed.", multiprocess_mode="livesum", **common
+        )
         self.audits = Counter(
             "audits_total",
             "Decisions that were chosen for an audit: recorded, abstained (no referee applies), away (asked again "
@@ -169,19 +174,25 @@ class Telemetry:
             "audit_price_total", "Price of the audits, in units of the cheapest RM.", ["run"], **common
         )
         self.audits_waiting = Gauge(
-            "audits_waiting", "Decisions that are chosen for an audit and not refereed.", ["run"], **common
+            "audits_waiting",
+            "Decisions that are chosen for an audit and not refereed.",
+            ["run"],
+            multiprocess_mode="livemostrecent",
+            **common,
         )
         self.audit_errors = Counter("audit_errors_total", "Failures of the background auditor.", **common)
         self.audited_accuracy = Gauge(
             "audited_accuracy",
             "How often a scorer is right, by the referee's verdicts on random audits.",
             ["run", "model"],
+            multiprocess_mode="livemostrecent",
             **common,
         )
         self.accuracy_fall = Gauge(
             "accuracy_fall",
             "Evidence that a scorer's audited accuracy has fallen; 1 or more is an alarm.",
             ["run", "model"],
+            multiprocess_mode="livemostrecent",
             **common,
         )
         self.length_excess = Gauge(
@@ -189,15 +200,21 @@ class Telemetry:
             "By how much a scorer's rewards follow the length of responses more than the referee's do, at least: lower "
             "bound of the difference of the correlations.",
             ["run", "model"],
+            multiprocess_mode="livemostrecent",
             **common,
         )
         self.referee_accuracy = Gauge(
-            "referee_accuracy", "How often a referee is right, by gold.", ["run", "referee"], **common
+            "referee_accuracy",
+            "How often a referee is right, by gold.",
+            ["run", "referee"],
+            multiprocess_mode="livemostrecent",
+            **common,
         )
         self.referee_shortfall = Gauge(
             "referee_shortfall",
             "By how much a referee is less often right than `audit.trust` says, at least; above 0 it is.",
             ["run", "referee"],
+            multiprocess_mode="livemostrecent",
             **common,
         )
         self.judgements = Counter(
@@ -224,61 +241,145 @@ class Telemetry:
         self.store_errors = Counter("store_errors_total", "Store calls that failed.", ["operation"], **common)
         self.learner_errors = Counter("learner_errors_total", "Failures of the background learner.", ["run"], **common)
         self.log_lag = Gauge(
-            "log_lag_events", "Events in the log that the posterior has not folded.", ["run"], **common
+            "log_lag_events",
+            "Events in the log that the posterior has not folded.",
+            ["run"],
+            multiprocess_mode="livemax",
+            **common,
         )
-        self.version = Gauge("posterior_version_events", "Events the posterior has learned from.", ["run"], **common)
+        self.version = Gauge(
+            "posterior_version_events",
+            "Events the posterior has learned from.",
+            ["run"],
+            multiprocess_mode="livemin",
+            **common,
+        )
         self.drift = Gauge(
-            "posterior_drift", "Largest entry of precision x covariance - I at the last refresh.", ["run"], **common
+            "posterior_drift",
+            "Largest entry of precision x covariance - I at the last refresh.",
+            ["run"],
+            multiprocess_mode="livemax",
+            **common,
         )
-        self.mean_reward = Gauge("mean_reward", "Mean learned reward of an RM.", ["run", "model"], **common)
+        self.mean_reward = Gauge(
+            "mean_reward",
+            "Mean learned reward of an RM.",
+            ["run", "model"],
+            multiprocess_mode="livemostrecent",
+            **common,
+        )
         self.posterior_mean = Gauge(
             "posterior_mean",
             "What the posterior expects of an RM on the instances of late: mean of its offset and x'mu.",
             ["run", "model"],
+            multiprocess_mode="livemostrecent",
             **common,
         )
         self.posterior_sd = Gauge(
             "posterior_sd",
             "How unsure the posterior is of that: mean standard deviation of the draws, v sqrt(x'Sx).",
             ["run", "model"],
+            multiprocess_mode="livemostrecent",
             **common,
         )
         self.snapshots = Counter("snapshots_total", "Snapshots written.", ["run"], **common)
         self.health_check_errors = Gauge(
-            "health_check_errors", "Health checks that failed by a fault of the gateway, so far.", **common
+            "health_check_errors",
+            "Health checks that failed by a fault of the gateway, so far.",
+            multiprocess_mode="livesum",
+            **common,
         )
-        self.worker_up = Gauge("worker_up", "1 while the replica's circuit is closed.", ["model", "url"], **common)
+        self.worker_up = Gauge(
+            "worker_up",
+            "1 while the replica's circuit is closed.",
+            ["model", "url"],
+            multiprocess_mode="livemin",
+            **common,
+        )
         self.worker_in_flight = Gauge(
-            "worker_requests_in_flight", "Requests that the replica has not answered.", ["model", "url"], **common
+            "worker_requests_in_flight",
+            "Requests that the replica has not answered.",
+            ["model", "url"],
+            multiprocess_mode="livesum",
+            **common,
         )
         self.worker_latency = Gauge(
-            "worker_latency_seconds", "Smoothed time of a request to the replica.", ["model", "url"], **common
+            "worker_latency_seconds",
+            "Smoothed time of a request to the replica.",
+            ["model", "url"],
+            multiprocess_mode="livemax",
+            **common,
         )
         self.judge_comparisons = Gauge(
             "judge_comparisons",
             "Pairs that the judge compared, each in both orders, since the start.",
             ["model"],
+            multiprocess_mode="livesum",
             **common,
         )
         self.judge_position_bias = Gauge(
             "judge_position_bias",
             "Mean probability that the judge gives to the response shown first, less one half; 0 means no bias.",
             ["model"],
+            multiprocess_mode="livemostrecent",
             **common,
         )
         self.judge_consistency = Gauge(
             "judge_consistency",
             "Share of the judge's comparisons in which both orders prefer the same response.",
             ["model"],
+            multiprocess_mode="livemostrecent",
             **common,
         )
         self.learner_waiting = Gauge(
-            "learner_waiting", "1 while the learner cannot read its log, and waits for the store.", ["run"], **common
+            "learner_waiting",
+            "1 while the learner cannot read its log, and waits for the store.",
+            ["run"],
+            multiprocess_mode="livemax",
+            **common,
         )
         self.store_refused = Gauge(
-            "store_refused", "1 while nothing is saved, since the store would lose acknowledged data.", **common
+            "store_refused",
+            "1 while nothing is saved, since the store would lose acknowledged data.",
+            multiprocess_mode="livemax",
+            **common,
         )
-        self.store_up = Gauge("store_up", "1 if the store answered when this was scraped.", **common)
+        self.store_up = Gauge(
+            "store_up", "1 if the store answered when this was scraped.", multiprocess_mode="livemin", **common
+        )
+
+    def _histograms(
+        self, name: str, text: str, buckets: Sequence[float], label: str, values: Sequence[str]
+    ) -> Mapping[str, Observer]:
+        """Return the histogram's parts by the value of its label."""
+        if self._shared:
+            histogram = Histogram(
+                name, text, [label], buckets=buckets, registry=self.registry, namespace="reward_router"
+            )
+            return {value: histogram.labels(value) for value in values}
+        parts = {value: Distribution(buckets) for value in values}
+        self.registry.register(_Histograms(f"reward_router_{name}", text, label, parts))
+        return parts
+
+    def _histogram(self, name: str, text: str) -> Observer:
+        """Return a histogram of sizes."""
+        if self._shared:
+            return Histogram(name, text, buckets=_SIZE_BUCKETS, registry=self.registry, namespace="reward_router")
+        whole = Distribution(_SIZE_BUCKETS)
+        self.registry.register(_Histograms(f"reward_router_{name}", text, None, {"": whole}))
+        return whole
+
+    def watch(self, gauge: Gauge, read: Callable[[], float]) -> None:
+        """Let a gauge show what `read` returns when it is looked at."""
+        if self._shared:
+            self._watched.append((gauge, read))
+        else:
+            gauge.set_function(read)
+
+    def tell_watched(self) -> None:
+        """Write the watched values down, for scrapes that another process answers."""
+        for gauge, read in self._watched:
+            gauge.set(read())
 
     def open_run(self, run: str, policy: str, pool: Sequence[str], outcomes: Sequence[str]) -> None:
         """Show a run's counters as 0 before they first count: Prometheus cannot see a rise from nothing.
@@ -301,6 +402,8 @@ class Telemetry:
 
     def forget_run(self, run: str) -> None:
         """Drop a closed run's label values, so that their number stays bounded."""
+        if self._shared:
+            return
         for metric in (
             self.decisions,
             self.price,
@@ -334,8 +437,13 @@ class Telemetry:
         self.paid.cache_clear()
 
     def render(self) -> bytes:
-        """The metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+        """The metrics in Prometheus' text format, of all processes at the port."""
+        if not self._shared:
+            return generate_latest(self.registry)
+        self.tell_watched()
+        everybody = CollectorRegistry()
+        MultiProcessCollector(everybody)  # type: ignore[no-untyped-call]
+        return generate_latest(everybody)
 
 
 class JsonFormatter(logging.Formatter):

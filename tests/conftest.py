@@ -5,6 +5,7 @@ The server is started here with few words of configuration, not through `Embedde
 
 from __future__ import annotations
 
+import random
 import socket
 import subprocess
 import time
@@ -21,10 +22,19 @@ START_SECONDS = 20.0
 
 
 def free_port() -> int:
-    """A TCP port that was free on loopback a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that was free on loopback a moment ago.
+
+    It is below those that Linux gives to outgoing connections and to servers that take any, so that none of these has
+    it before its server binds it, or while the server is started again.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_768)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 class ValkeyProcess:
@@ -60,7 +70,8 @@ class ValkeyProcess:
             **{name.replace("_", "-"): value for name, value in changed.items()},
         }
         options = [word for name, value in words.items() for word in (f"--{name}", str(value))]
-        self._process = subprocess.Popen([str(self._binary), *options], stdin=subprocess.DEVNULL)
+        # With the signals that Python ignores: a file that may grow no more is then an error, as a full disk is.
+        self._process = subprocess.Popen([str(self._binary), *options], stdin=subprocess.DEVNULL, restore_signals=False)
         deadline = time.monotonic() + START_SECONDS
         while self.ask(b"PING\r\n") != b"+PONG\r\n":
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -75,6 +86,14 @@ class ValkeyProcess:
                 return connection.recv(65536)
         except OSError:
             return b""
+
+    def ended(self) -> bool:
+        """True once it has ended by itself."""
+        return self._process is not None and self._process.poll() is not None
+
+    def files(self) -> list[Path]:
+        """What it has written of its data."""
+        return [path for path in self._data_dir.rglob("*") if path.is_file() and path.suffix != ".log"]
 
     def kill(self) -> None:
         """SIGKILL, as a crash would."""

@@ -9,36 +9,33 @@ The next token is the verdict. It learns from labelled pairs in both orders, wit
 response the second layer also predicts its reward (Bradley–Terry, by a head that is thrown away), so that the verdict
 is the letter after the response with the larger one. It gives no grades and no reasons.
 
-Knows the generators; nothing of the service. Called by tests; gives a judge that needs no GPU.
+Knows the generators; nothing of the service. Called by the demo command and by tests; gives a judge that needs no GPU.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from router_core.demo.domains import Split, generate_pairs
-from router_core.demo.recipes import Recipe, recipe_digest
+from router_core.demo.label import no_progress_bar
+from router_core.demo.recipes import JUDGE, Recipe, recipe_digest
 from router_core.demo.tokenizer import PAD, save_tokenizer, train_tokenizer
-from router_core.demo.train import RECIPE_FILE, Progress
-from router_core.records import LabelledPair
+from router_core.demo.train import RECIPE_FILE, Progress, digest_on_disk
+from router_core.records import LabelledPair, verdict_of
 from router_core.torch_threads import torch_threads
-
-JUDGE: Final = Recipe(
-    name="judge-safety", domain="safety", steps=240, own_share=1.0, other_pairs=0, flipped_share=0.0, layers=3
-)
-"""The demo's judge: a specialist, as the reward models are."""
 
 CHAT_TEMPLATE: Final = (
     "{%- set said = messages[-1].content -%}"
@@ -59,6 +56,8 @@ _HEAD_DIM: Final = 32
 _MAX_POSITION: Final = 1024
 _INITIAL_SD: Final = 0.05
 _WARM_UP_STEPS: Final = 30
+_SMALLEST: Final = 1e-6
+"""Bound of a probability away from 0 and 1, as of the service's judges."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,37 +75,87 @@ def judge_text(prompt: str, first: str, second: str) -> str:
 
 
 def make_demo_judge(out_dir: Path, seed: int = 0, progress: Progress | None = None, *, recipe: Recipe = JUDGE) -> Path:
-    """Train the judge into `out_dir/NAME`, unless it is there with the same recipe and seed.
+    """Train the judge into `out_dir/NAME`, unless it is there with the same recipe and seed; return the directory.
 
-    One CPU thread, so that the result does not depend on the number of cores.
+    Raises:
+        OSError: `out_dir` cannot be written.
+    """
+    train = judge_training(out_dir, seed, progress, recipe=recipe)
+    if train is not None:
+        with torch_threads(1):
+            train()
+    return out_dir / recipe.name
+
+
+def judge_training(
+    out_dir: Path, seed: int = 0, progress: Progress | None = None, *, recipe: Recipe = JUDGE
+) -> Callable[[], None] | None:
+    """Draw the judge's initial weights, and return what trains and writes it; None if it is there already.
+
+    What is returned may run in a thread beside others, for example as `beside` of `train.make_demo_pool`: torch's
+    process-wide generator is not used any more. One CPU thread, so that the result does not depend on the number of
+    cores.
 
     Args:
         out_dir: made if absent.
         seed: of the data, the tokenizer and the initial weights.
         progress: told the finished fraction.
         recipe: what it is trained on.
-
-    Returns:
-        The directory.
-
-    Raises:
-        OSError: `out_dir` cannot be written.
     """
     directory = out_dir / recipe.name
-    digest = recipe_digest(recipe, seed)
-    file = directory / RECIPE_FILE
-    if file.exists() and json.loads(file.read_text())["digest"] == digest:
-        return directory
+    if digest_on_disk(directory) == recipe_digest(recipe, seed):
+        return None
     tokenizer = train_tokenizer(seed)
-    with torch_threads(1):
-        model = _fit(tokenizer, recipe, seed, progress)
-    _save(model, tokenizer, recipe, seed, directory)
-    return directory
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(_config(recipe, tokenizer))
+        reward_head = torch.nn.Linear(recipe.hidden_size, 1)
+
+    def train() -> None:
+        torch.set_num_threads(1)
+        _fit(model, reward_head, tokenizer, recipe, seed, progress)
+        _save(model, tokenizer, recipe, seed, directory)
+
+    return train
 
 
-def _fit(tokenizer: Tokenizer, recipe: Recipe, seed: int, progress: Progress | None) -> LlamaForCausalLM:
+def judge_pairs(pairs: Sequence[LabelledPair], directory: Path) -> list[LabelledPair]:
+    """Return the pairs with the judge's rewards and verdict, named after its directory, added to those they have.
+
+    The rewards are those of `service.scorers.judge`: ±½ of the log-odds of the two orders' mean probability.
+
+    Raises:
+        OSError: the directory holds no model.
+    """
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    with no_progress_bar():
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    letters = [tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "AB"]
+    out = []
+    with torch_threads(1), torch.inference_mode():
+        for pair in pairs:
+            left, right = pair.instance.responses
+            texts = [judge_text(pair.instance.prompt, *shown) for shown in ((left, right), (right, left))]
+            batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            last = logits[torch.arange(2), batch["attention_mask"].sum(dim=1) - 1][:, letters].double()
+            first, second = (last[:, 0] - last[:, 1]).sigmoid().tolist()
+            probability = min(max((first + 1.0 - second) / 2.0, _SMALLEST), 1.0 - _SMALLEST)
+            half = math.log(probability / (1.0 - probability)) / 2.0
+            scores = (half, -half)
+            out.append(
+                replace(
+                    pair,
+                    scores={**pair.scores, directory.name: scores},
+                    verdicts={**pair.verdicts, directory.name: verdict_of(scores)},
+                )
+            )
+    return out
+
+
+def _config(recipe: Recipe, tokenizer: Tokenizer) -> LlamaConfig:
     size = recipe.hidden_size
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=size,
         intermediate_size=2 * size,
@@ -122,10 +171,16 @@ def _fit(tokenizer: Tokenizer, recipe: Recipe, seed: int, progress: Progress | N
         tie_word_embeddings=True,
         dtype="float32",
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-        reward_head = torch.nn.Linear(size, 1)
+
+
+def _fit(
+    model: LlamaForCausalLM,
+    reward_head: torch.nn.Linear,
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    seed: int,
+    progress: Progress | None,
+) -> None:
     rng = np.random.default_rng([seed, *recipe.name.encode()])
     pairs = generate_pairs(recipe.domain, recipe.own_pairs, rng, split=Split.MODELS)
     shown = [_shown(pair, tokenizer, order) for pair in pairs for order in ((0, 1), (1, 0))]
@@ -146,7 +201,6 @@ def _fit(tokenizer: Tokenizer, recipe: Recipe, seed: int, progress: Progress | N
         if progress is not None:
             progress(recipe.name, (step + 1) / recipe.steps)
     model.train(False)
-    return model
 
 
 def _shown(pair: LabelledPair, tokenizer: Tokenizer, order: tuple[int, int]) -> _Shown:

@@ -63,7 +63,7 @@ def label_pairs(
     scores: list[dict[str, tuple[float, ...]]] = [dict(pair.scores) for pair in pairs]
     for directory in model_dirs:
         tokenizer: Any = AutoTokenizer.from_pretrained(directory)
-        with _no_progress_bar():
+        with no_progress_bar():
             model: Any = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
         texts: list[str] = [
             tokenizer.apply_chat_template(
@@ -84,7 +84,7 @@ def label_pairs(
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """Keep transformers from drawing on stderr while it loads; the process-wide switch is put back."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

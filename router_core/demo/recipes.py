@@ -1,4 +1,4 @@
-"""What each demo reward model is trained on, as data, with a digest that says whether a model on disk is still the
+"""What each demo model is trained on, as data, with a digest that says whether a model on disk is still the
 right one.
 
 Knows nothing of torch. Called by `train` and by whoever wants the names of the demo pool without making it.
@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One demo reward model.
+    """One demo model that is trained: a reward model, or the judge.
 
     A batch holds `batch_pairs` pairs; a share `own_share` of them comes from `own_pairs` generated pairs of `domain`,
     truly labelled. The rest comes from only `other_pairs` pairs of each other domain, of which a share `flipped_share`
@@ -48,9 +48,13 @@ RECIPES = (
     ),
     Recipe(name="rm-format", domain="format", steps=270),
     Recipe(name="rm-code", domain="code", steps=125),
-    Recipe(name="rm-safety", domain="safety", steps=60),
 )
-"""The demo pool: a specialist per domain. Longest first, so that two workers end together."""
+"""The demo pool's reward models, a specialist each. Longest first, so that two workers end together."""
+
+JUDGE = Recipe(
+    name="judge-safety", domain="safety", steps=160, own_share=1.0, other_pairs=0, flipped_share=0.0, layers=3
+)
+"""The demo pool's judge: the specialist of the domain that no reward model knows."""
 
 
 def recipe_digest(recipe: Recipe, seed: int) -> str:

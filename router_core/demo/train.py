@@ -78,6 +78,7 @@ def make_demo_pool(
     *,
     recipes: Sequence[Recipe] = RECIPES,
     workers: int = 2,
+    beside: Sequence[Callable[[], None]] = (),
 ) -> list[DemoModel]:
     """Train every recipe's model into `out_dir/NAME`, skipping those that are there with the same recipe and seed.
 
@@ -90,6 +91,7 @@ def make_demo_pool(
         progress: told about every model, first with 0.0 and last with 1.0.
         recipes: the pool.
         workers: models trained at once.
+        beside: other work for the same threads, such as `judge.judge_training`.
 
     Returns:
         One entry per recipe, in their order.
@@ -100,10 +102,10 @@ def make_demo_pool(
     out_dir.mkdir(parents=True, exist_ok=True)
     tell = _serialised(progress)
     digests = {recipe.name: recipe_digest(recipe, seed) for recipe in recipes}
-    missing = [recipe for recipe in recipes if _digest_on_disk(out_dir / recipe.name) != digests[recipe.name]]
+    missing = [recipe for recipe in recipes if digest_on_disk(out_dir / recipe.name) != digests[recipe.name]]
     for recipe in recipes:
         tell(recipe.name, 0.0 if recipe in missing else 1.0)
-    if missing:
+    if missing or beside:
         tokenizer = train_tokenizer(seed)
         # Initial weights come from torch's process-wide generator: drawn here, one by one, before any thread starts.
         models = [_initial_model(recipe, tokenizer, seed) for recipe in missing]
@@ -115,7 +117,10 @@ def make_demo_pool(
             tell(recipe.name, 1.0)
 
         with torch_threads(1), ThreadPoolExecutor(max_workers=workers) as pool:
+            others = [pool.submit(work) for work in beside]
             list(pool.map(make, missing, models))
+            for other in others:
+                other.result()
     return [
         DemoModel(recipe.name, recipe.domain, out_dir / recipe.name, digests[recipe.name], recipe not in missing)
         for recipe in recipes
@@ -145,7 +150,8 @@ def _serialised(progress: Progress | None) -> Progress:
     return tell
 
 
-def _digest_on_disk(directory: Path) -> str | None:
+def digest_on_disk(directory: Path) -> str | None:
+    """Return the digest of the recipe that a model's directory was made by; None if it is not complete."""
     try:
         digest = json.loads((directory / RECIPE_FILE).read_text())["digest"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):

@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import sqlite3
+import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -220,9 +221,10 @@ class CachedBackbone:
             self._path.replace(aside)
 
     def _connect(self) -> sqlite3.Connection:
+        if not self._path.exists():
+            self._create()
         database = sqlite3.connect(self._path, timeout=BUSY_SECONDS)
         try:
-            database.execute("PRAGMA journal_mode = WAL")
             # A power cut may lose the last rows, never the file: they are computed again.
             database.execute("PRAGMA synchronous = NORMAL")
             database.execute(_SCHEMA)
@@ -231,6 +233,26 @@ class CachedBackbone:
             database.close()
             raise
         return database
+
+    def _create(self) -> None:
+        """Make the file under another name, then link it: SQLite does not wait for others while it changes to WAL.
+
+        Raises:
+            EncoderError: the directory cannot be written, or its file system has no links.
+        """
+        try:
+            with tempfile.TemporaryDirectory(dir=self._path.parent) as directory:
+                made = Path(directory) / self._path.name
+                with contextlib.closing(sqlite3.connect(made)) as database:
+                    database.execute("PRAGMA journal_mode = WAL")
+                    database.execute(_SCHEMA)
+                with contextlib.suppress(FileExistsError):  # another process was first
+                    self._path.hardlink_to(made)
+        except OSError as error:
+            raise EncoderError(
+                f"cache {self._path}: cannot be made ({error.strerror}); check permissions and space, "
+                "or work without the cache"
+            ) from error
 
 
 def _count(database: sqlite3.Connection) -> int:

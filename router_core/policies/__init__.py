@@ -8,7 +8,8 @@
 | `uwo` | `uwo` | K | the run's |
 | `sum`, `sum:A=2,B=0.5` | `several` | those named, or K | the run's |
 | `min`, `min:A,B` | `several` | those named, or K | the run's |
-| `gate:RULE,RM`, `within:RULE,RM` | `several` | 2 | the run's |
+| `gate:RULE,RM` | `several` | 1 or 2 | the run's |
+| `within:RULE,RM` | `several` | 2 | the run's |
 | `laser` | `laser` | 1 | `linucb` |
 | `bayesian` | `bayesian` | 1 | the run's |
 | `bayesian:paper`, `bayesian:calibrated`, `bayesian:none` | `bayesian` | 1 | as named |

@@ -104,12 +104,26 @@ class MinPolicy(SeveralCalls):
 class GatePolicy(SeveralCalls):
     """A rule's 0 (or less) is final; what passes has the other's reward, by a sigmoid in (0, 1), so that 0 stays least.
 
+    The rule is asked first, and the other only if a response passes: `python -m loadtests.gate` has what that saves.
+
     >>> GatePolicy("gate:a,b", (0, 1)).combine(np.array([[0.0, 1.0], [9.0, 0.0]]), None).tolist()
     [0.0, 0.5]
     """
 
     name: str
     arms: tuple[int, ...]
+
+    def next_arms(self, order: Sequence[int], attempts: Sequence[Attempt]) -> Sequence[int]:
+        """Return the rule, then the other, unless the rule lets no response pass."""
+        rule, model = self.arms
+        done = {attempt.arm: attempt for attempt in attempts if attempt.outcome is not Outcome.ABSENT}
+        if rule in order and rule not in done:
+            return (rule,)
+        if model in done or model not in order:
+            return ()
+        said = done.get(rule)
+        final = said is not None and said.outcome is Outcome.ANSWERED and not any(r > 0 for r in said.rewards)
+        return () if final else (model,)
 
     def made_of(self, told: Mapping[int, Array], n: int) -> Array:
         """Return 0 where the rule says so; a rule that abstains lets everything pass."""
@@ -118,7 +132,7 @@ class GatePolicy(SeveralCalls):
         if rule is None:
             return passing
         if model is None:
-            # Only the rule applies: it alone is the reward.
+            # Only the rule applies, or nothing passes: it alone is the reward.
             return np.where(rule > 0, 1.0, np.where(np.isnan(rule), np.nan, 0.0))
         return np.where(rule > 0, passing, np.where(np.isnan(rule), np.nan, 0.0))
 

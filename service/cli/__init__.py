@@ -5,6 +5,8 @@ stage.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
 from rich.console import Console
@@ -21,6 +23,7 @@ from service.cli import (
     evaluate,
     export,
     frontier,
+    keys,
     label,
     manifests,
     models,
@@ -56,6 +59,7 @@ app.command("check-trainer")(check_trainer.check_trainer)
 app.command("manifests")(manifests.manifests)
 app.command("pin")(pin.pin)
 app.add_typer(encoder.app, name="encoder")
+app.add_typer(keys.app, name="keys")
 app.command("train")(train.train)
 app.command("convert")(convert.convert)
 app.command("label")(label.label)
@@ -71,9 +75,16 @@ app.command("ope")(ope.ope)
 
 
 def main() -> None:
-    """Entry point: errors of ours, and of files, are a sentence on standard error, and exit status 2."""
-    try:
+    """Entry point."""
+    with report_errors():
         app()
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """Make of errors of ours, and of files, a sentence on standard error, and exit status 2."""
+    try:
+        yield
     except (ServiceError, RouterCoreError) as error:
         # Escaped: the lines of a log are full of brackets.
         _say(str(error))

@@ -1,9 +1,9 @@
 """`reward-router demo`: make a pool, train a checkpoint, start everything, route a stream, show what was learned.
 
-Nothing is simulated: the four reward models are real (small) transformers that the project trains once, served by real
-workers; the router is asked over HTTP. The checkpoint is trained on offline data of other domains than the stream's, so
-that there is something left to learn online. Nobody sends feedback: a rule that knows the right answers looks at a
-tenth of the decisions after their replies.
+Nothing is simulated: three reward models and a judge are real (small) transformers that the project trains once, a rule
+works sums out, and all are served by real workers; the router is asked over HTTP. The checkpoint is trained on offline
+data of other domains than the stream's, so that there is something left to learn online. Nobody sends feedback: another
+rule, which knows the right answers, looks at a tenth of the decisions after their replies.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import asyncio
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,18 +24,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from router_core.attempts import ASKED
 from router_core.checkpoint import Checkpoint
-from router_core.demo.recipes import RECIPES
-from router_core.records import LabelledPair
+from router_core.demo.recipes import JUDGE, RECIPES
+from router_core.records import LabelledPair, verdict_of
 from service.audit_entry import AuditEntry
 from service.cli.processes import interruptible
 from service.cli.up import Stack, running_stack
 from service.errors import ConfigurationError
 from service.lab.client import GatewayClient
 from service.pool import ModelEntry, PoolFile, dump_pool
+from service.scorers.judge.entry import JudgeEntry
+from service.scorers.protocol import AbstainedError
 from service.scorers.rule.entry import RuleEntry
 from service.settings import EMBEDDED
 from service.usecases.report import RunReport
+from service.workers.rules.sums import sums_rule
 
 OFFLINE_PAIRS = 400
 """Labelled pairs that the checkpoint is trained on."""
@@ -53,7 +57,13 @@ BATCH = 60
 """Instances per /reward/batch of the comparisons."""
 
 REFEREE = "checker"
-"""Name of the rule: it compares a response with the reference."""
+"""Name of the rule that looks at audits: it compares a response with the reference."""
+
+RULE, RULE_DOMAIN = "sums", "arithmetic"
+"""Name of the rule that is asked for rewards, and the domain that it applies to."""
+
+KINDS = ("rm", "judge", "rule")
+"""Kinds of scorers in the pool, in the order of the table."""
 
 AUDIT_RATE = 0.1
 """Share of the stream that the rule looks at."""
@@ -70,12 +80,21 @@ BAR_CELLS = 40
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One routed pair: its domain, the asked RM, whether the verdict was right, and the reply's timings."""
+    """One routed pair.
+
+    Attributes:
+        domain: of the prompt.
+        model: the scorer that gave the reward.
+        correct: 1 where the verdict is right, ½ for a tie or where the scorer does not apply.
+        timings: of the reply.
+        calls: scorers that were asked.
+    """
 
     domain: str
     model: str
     correct: float
     timings: dict[str, float]
+    calls: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +105,17 @@ class DemoResult:
         before: the evaluation pairs, asked before any audit.
         stream: the stream, in order of completion.
         after: the evaluation pairs again.
-        others: accuracy on the stream's pairs, RM calls per policy.
+        others: the stream's pairs by other policies.
         report: what the audits said.
+        kinds: kind by scorer, in the order of the pool.
     """
 
     before: list[Asked]
     stream: list[Asked]
     after: list[Asked]
-    others: dict[str, tuple[float, int]]
+    others: dict[str, list[Asked]]
     report: RunReport
+    kinds: dict[str, str]
 
 
 def demo(
@@ -125,7 +146,7 @@ def demo(
         store_url=EMBEDDED, console=console, run=demo_run(checkpoint),
     ) as stack:  # fmt: skip
         result = asyncio.run(_route(stack, pairs, seed, console))
-    models = [recipe.name for recipe in RECIPES]
+    models = [*result.kinds]
     _show(result, models, console)
     figures = _figures(result, models)
     picture = _plot(result, models, data_dir / "demo" / "demo.png")
@@ -152,6 +173,7 @@ def ensure_demo_pool(data_dir: Path, console: Console, checkpoint: Path | None) 
         ConfigurationError: torch or transformers is not installed.
     """
     try:
+        from router_core.demo.judge import judge_training
         from router_core.demo.train import make_demo_pool
     except ImportError as error:
         raise ConfigurationError(
@@ -159,14 +181,28 @@ def ensure_demo_pool(data_dir: Path, console: Console, checkpoint: Path | None) 
         ) from error
     folder = data_dir / "demo"
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
-        tasks = {recipe.name: progress.add_task(f"demo pool: {recipe.name}", total=1.0) for recipe in RECIPES}
-        models = make_demo_pool(
-            folder / "models", progress=lambda name, share: progress.update(tasks[name], completed=share)
-        )
+        tasks = {recipe.name: progress.add_task(f"demo pool: {recipe.name}", total=1.0) for recipe in (*RECIPES, JUDGE)}
+
+        def tell(name: str, share: float) -> None:
+            progress.update(tasks[name], completed=share)
+
+        judge = judge_training(folder / "models", progress=tell)
+        models = make_demo_pool(folder / "models", progress=tell, beside=[] if judge is None else [judge])
+        tell(JUDGE.name, 1.0)
     pool_file = folder / "pool.yaml"
-    entries = tuple(
-        ModelEntry(name=model.name, path=model.directory.absolute(), rendering="template", chat_template="plain")
-        for model in models
+    entries = (
+        *(
+            ModelEntry(name=model.name, path=model.directory.absolute(), rendering="template", chat_template="plain")
+            for model in models
+        ),
+        JudgeEntry(
+            name=JUDGE.name,
+            kind="judge",
+            path=(folder / "models" / JUDGE.name).absolute(),
+            rubric="safety",
+            verdict="logprobs",
+        ),
+        RuleEntry(name=RULE, kind="rule", builtin="sums", applies={"metadata.task": RULE_DOMAIN}),
     )
     # With vLLM each of them would take minutes to start: deploy/models/demo.yaml is for that.
     referee = RuleEntry(name=REFEREE, kind="rule", builtin="exact", options={"case": True, "punctuation": True})
@@ -175,10 +211,10 @@ def ensure_demo_pool(data_dir: Path, console: Console, checkpoint: Path | None) 
     dump_pool(pool, pool_file)
     if checkpoint is None:
         checkpoint = folder / "checkpoint"
-        fresh = any(not model.reused for model in models)
+        fresh = judge is not None or any(not model.reused for model in models)
         if fresh or not (checkpoint / "metadata.json").exists():
             with console.status("labelling offline pairs with the pool and training the checkpoint"):
-                _train_checkpoint(folder, [model.directory for model in models], checkpoint)
+                _train_checkpoint(folder, checkpoint)
     return pool_file, checkpoint
 
 
@@ -187,17 +223,31 @@ def demo_run(checkpoint: Path) -> str:
     return f"demo-{Checkpoint.load(checkpoint).digest[:12]}"
 
 
-def _train_checkpoint(folder: Path, directories: Sequence[Path], out: Path) -> None:
+def _train_checkpoint(folder: Path, out: Path) -> None:
     from router_core.dataset import write_pairs
     from router_core.demo.domains import Split, generate_stream
+    from router_core.demo.judge import judge_pairs
     from router_core.demo.label import label_pairs
     from router_core.encoder.registry import load_backbone
     from router_core.offline.train import train
 
     rng = np.random.default_rng(1)
-    pairs = label_pairs(generate_stream(OFFLINE_PAIRS, rng, OFFLINE_WEIGHTS, split=Split.OFFLINE), list(directories))
+    pairs = generate_stream(OFFLINE_PAIRS, rng, OFFLINE_WEIGHTS, split=Split.OFFLINE)
+    pairs = label_pairs(pairs, [folder / "models" / recipe.name for recipe in RECIPES])
+    pairs = [_with_rule(pair) for pair in judge_pairs(pairs, folder / "models" / JUDGE.name)]
     write_pairs(folder / "offline.jsonl", pairs)
-    train(pairs, [directory.name for directory in directories], load_backbone("static")).save(out)
+    train(pairs, [*(recipe.name for recipe in RECIPES), JUDGE.name, RULE], load_backbone("static")).save(out)
+
+
+def _with_rule(pair: LabelledPair) -> LabelledPair:
+    """Return the pair with what the rule says, where it applies."""
+    if pair.domain != RULE_DOMAIN:
+        return pair
+    said = [sums_rule([], response, None, {}) for response in pair.instance.responses]
+    scores = tuple(float(one) for one in said if one is not None)
+    if len(scores) < len(said):
+        return pair
+    return replace(pair, scores={**pair.scores, RULE: scores}, verdicts={**pair.verdicts, RULE: verdict_of(scores)})
 
 
 async def _route(stack: Stack, n: int, seed: int, console: Console) -> DemoResult:
@@ -211,13 +261,12 @@ async def _route(stack: Stack, n: int, seed: int, console: Console) -> DemoResul
         asked = await _stream(client, stream, run, console)
         report = await _quiesce(client, run)
         after = await _ask_batches(client, held_out, run, "bayesian")
-        names = [model.name for model in stack.pool.models]
+        kinds = {model.name: model.kind for model in stack.pool.models}
         others = {}
         with console.status("the same stream through the other policies"):
-            for policy in ("random", "majority", "offline", *(f"single:{name}" for name in names)):
-                results = await _ask_batches(client, stream, run, policy)
-                others[policy] = (_accuracy(results), len(names) if policy == "majority" else 1)
-    return DemoResult(before, asked, after, others, report)
+            for policy in ("random", "majority", "offline", *(f"single:{name}" for name in kinds)):
+                others[policy] = await _ask_batches(client, stream, run, policy)
+    return DemoResult(before, asked, after, others, report, kinds)
 
 
 async def _ask_batches(client: GatewayClient, pairs: Sequence[LabelledPair], run: str, policy: str) -> list[Asked]:
@@ -225,12 +274,15 @@ async def _ask_batches(client: GatewayClient, pairs: Sequence[LabelledPair], run
     out = []
     for start in range(0, len(pairs), BATCH):
         part = pairs[start : start + BATCH]
-        items = [{"prompt": pair.instance.prompt, "responses": pair.instance.responses} for pair in part]
+        items = [_item(pair) for pair in part]
         reply = await client.post("/reward/batch", {"items": items, "run": run, "policy": policy})
         for pair, result in zip(part, reply["results"], strict=True):
-            if "error" in result:
+            if "error" not in result:
+                out.append(_asked(pair, result))
+            elif result["error"]["code"] == AbstainedError.code:
+                out.append(Asked(pair.domain, policy.removeprefix("single:"), 0.5, {}, calls=0))
+            else:
                 raise ConfigurationError(f"the gateway could not score a pair: {result['error']['message']}")
-            out.append(_asked(pair, result))
     return out
 
 
@@ -249,8 +301,7 @@ async def _stream(client: GatewayClient, pairs: Sequence[LabelledPair], run: str
 
         async def drain() -> None:
             for pair in waiting:
-                prompt, responses = pair.instance.prompt, pair.instance.responses
-                request = {"prompt": prompt, "responses": responses, "run": run, "reference": responses[pair.label]}
+                request = {**_item(pair), "run": run, "reference": pair.instance.responses[pair.label]}
                 out.append(_asked(pair, await client.post("/reward", request)))
                 progress.update(task, advance=1, recent=f"right in the last 100: {_accuracy(out[-100:]):.2f}")
 
@@ -274,18 +325,33 @@ async def _quiesce(client: GatewayClient, run: str) -> RunReport:
     raise ConfigurationError(f"{report.waiting} audits wait for the referee {REFEREE!r}: see the logs beside the pool")
 
 
+def _item(pair: LabelledPair) -> dict[str, Any]:
+    """What a request says of a pair: its kind of task as a trainer may know it, and no label."""
+    return {
+        "prompt": pair.instance.prompt,
+        "responses": pair.instance.responses,
+        "metadata": {"task": pair.domain},
+    }
+
+
 def _asked(pair: LabelledPair, reply: dict[str, Any]) -> Asked:
     preferred = reply["preferred"]
     correct = 0.5 if preferred is None else float(preferred == pair.label)
-    return Asked(pair.domain, reply["model"], correct, reply["timings"])
+    calls = sum(attempt["outcome"] in ASKED for attempt in reply["attempts"])
+    return Asked(pair.domain, reply["model"], correct, reply["timings"], calls)
 
 
 def _accuracy(asked: Sequence[Asked]) -> float:
     return sum(item.correct for item in asked) / len(asked) if asked else float("nan")
 
 
+def _calls(asked: Sequence[Asked]) -> float:
+    """Scorers asked per pair."""
+    return sum(item.calls for item in asked) / len(asked)
+
+
 def _shares(asked: Sequence[Asked], models: Sequence[str]) -> dict[str, list[float]]:
-    """Per domain, the share of each RM among those asked."""
+    """Per domain, the share of each scorer among those that gave the rewards."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for item in asked:
         counts[item.domain][item.model] += 1
@@ -296,12 +362,12 @@ def _shares(asked: Sequence[Asked], models: Sequence[str]) -> dict[str, list[flo
 
 def _show(result: DemoResult, models: Sequence[str], console: Console) -> None:
     console.print()
-    legend = Text("which RM is asked, per domain:  ")
+    legend = Text("which scorer is asked, per domain:  ")
     for model, colour in zip(models, COLOURS, strict=False):
         legend.append(f"{_letter(model)} ", f"bold {colour}").append(f"{model}  ")
     console.print(legend)
     table = Table(box=None, padding=(0, 1))
-    for column in ("domain", "", "share of each RM", "right"):
+    for column in ("domain", "", "share of each scorer", "right"):
         table.add_column(column)
     before, after = _shares(result.before, models), _shares(result.after, models)
     for domain in before:
@@ -314,26 +380,38 @@ def _show(result: DemoResult, models: Sequence[str], console: Console) -> None:
     for line in explain_worse(result):
         console.print(line, highlight=False, soft_wrap=True)
     console.print()
-    rows = [("router, whole stream (learning)", _accuracy(result.stream), 1)]
-    last = result.stream[-len(result.stream) // 3 :]
-    rows.append(("router, last third of the stream", _accuracy(last), 1))
-    singles = {name: value for name, value in result.others.items() if name.startswith("single:")}
-    best = max(singles, key=lambda name: singles[name][0])
-    rows.append((f"best single RM ({best.removeprefix('single:')})", *singles[best]))
-    rows.append(("random router", *result.others["random"]))
-    rows.append(("offline prior alone, no audits", *result.others["offline"]))
-    rows.append(("majority vote", *result.others["majority"]))
-    title = f"{len(result.stream)} pairs routed over HTTP, no feedback, {result.report.audits} audits by the rule"
+    kinds = Table(title="which kind of scorer is asked for which kind of text, after the stream")
+    for column in ("text", *KINDS):
+        kinds.add_column(column, justify="left" if column == "text" else "right")
+    for domain, found in kind_shares(result.after, result.kinds).items():
+        kinds.add_row(domain, *(f"{100 * share:.0f} %" if share else "–" for share in found))
+    console.print(kinds)
+    singles = {name: part for name, part in result.others.items() if name.startswith("single:")}
+    best = max(singles, key=lambda name: _accuracy(singles[name]))
+    rows = (
+        ("router, whole stream (learning)", result.stream),
+        ("router, last third of the stream", result.stream[-len(result.stream) // 3 :]),
+        (f"best single scorer ({best.removeprefix('single:')})", singles[best]),
+        ("random router", result.others["random"]),
+        ("offline prior alone, no audits", result.others["offline"]),
+        ("majority vote", result.others["majority"]),
+    )
+    title = (
+        f"{len(result.stream)} pairs routed over HTTP, no feedback, {result.report.audits} audits by the rule {REFEREE}"
+    )
     scores = Table(title=title)
-    for column in ("policy", "accuracy", "RM calls per pair"):
+    for column in ("policy", "accuracy", "calls per pair"):
         scores.add_column(column, justify="left" if column == "policy" else "right")
-    for name, accuracy, calls in rows:
-        scores.add_row(name, f"{accuracy:.3f}", str(calls))
+    for name, part in rows:
+        scores.add_row(name, f"{_accuracy(part):.3f}", f"{_calls(part):.3g}")
     console.print(scores)
     audited = Table(title="what the audits say: how often each is right, 95 % however often one looks")
     for column in ("scorer", "audits", "right", "bounds", "right on the stream"):
         audited.add_column(column, justify="left" if column == "scorer" else "right")
-    truth = {name.removeprefix("single:"): value for name, (value, _) in singles.items()}
+    # Of a scorer that does not apply to every pair, audits and this column speak of those to which it does.
+    truth = {
+        name.removeprefix("single:"): _accuracy([item for item in part if item.calls]) for name, part in singles.items()
+    }
     for record in [*result.report.scorers, result.report.router]:
         found = record.accuracy
         if found is not None:
@@ -347,6 +425,14 @@ def _show(result: DemoResult, models: Sequence[str], console: Console) -> None:
     for label, q in (("median", 50), ("95 %", 95)):
         stages.add_row(label, *(f"{value[str(q)]:.2f}" for value in _latencies(result.stream).values()))
     console.print(stages)
+
+
+def kind_shares(asked: Sequence[Asked], kinds: Mapping[str, str]) -> dict[str, list[float]]:
+    """Return, per domain, the share of each of `KINDS` among the scorers that gave the rewards."""
+    return {
+        domain: [sum(share for share, name in zip(shares, kinds, strict=True) if kinds[name] == kind) for kind in KINDS]
+        for domain, shares in _shares(asked, [*kinds]).items()
+    }
 
 
 def explain_worse(result: DemoResult) -> list[str]:
@@ -368,7 +454,7 @@ def explain_worse(result: DemoResult) -> list[str]:
 
 
 def _letter(model: str) -> str:
-    """The letter that stands for an RM in bars, so that they can be read without colours."""
+    """The letter that stands for a scorer in bars, so that they can be read without colours."""
     return model.removeprefix("rm-")[0].upper()
 
 
@@ -398,8 +484,12 @@ def _figures(result: DemoResult, models: Sequence[str]) -> dict[str, object]:
         "router_accuracy": _accuracy(result.stream),
         "router_accuracy_last_third": _accuracy(result.stream[-len(result.stream) // 3 :]),
         "before": {"accuracy": _accuracy(result.before), "shares": _shares(result.before, models)},
-        "after": {"accuracy": _accuracy(result.after), "shares": _shares(result.after, models)},
-        "others": {name: {"accuracy": value, "calls": calls} for name, (value, calls) in result.others.items()},
+        "after": {
+            "accuracy": _accuracy(result.after),
+            "shares": _shares(result.after, models),
+            "kinds": kind_shares(result.after, result.kinds),
+        },
+        "others": {name: {"accuracy": _accuracy(part), "calls": _calls(part)} for name, part in result.others.items()},
         "latency_ms": _latencies(result.stream),
         "models": list(models),
     }
@@ -422,16 +512,18 @@ def _plot(result: DemoResult, models: Sequence[str], path: Path) -> Path | None:
     for k, model in enumerate(models):
         left.bar(labels, rows[:, k], bottom=base, label=model)
         base += rows[:, k]
-    left.set_ylabel("share of each RM")
+    left.set_ylabel("share of each scorer")
     left.tick_params(axis="x", labelsize=7)
     left.legend(fontsize=7, ncols=len(models), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     window = max(len(result.stream) // 8, 20)
     correct = np.array([item.correct for item in result.stream])
     right.plot(np.convolve(correct, np.ones(window) / window, "valid"), label=f"router, mean of {window}")
     for name in ("random", "majority"):
-        right.axhline(result.others[name][0], linestyle="--", linewidth=1, label=name, color=f"C{len(right.lines)}")
-    best = max(value for name, (value, _) in result.others.items() if name.startswith("single:"))
-    right.axhline(best, linestyle=":", linewidth=1, label="best single RM", color="black")
+        right.axhline(
+            _accuracy(result.others[name]), linestyle="--", linewidth=1, label=name, color=f"C{len(right.lines)}"
+        )
+    best = max(_accuracy(part) for name, part in result.others.items() if name.startswith("single:"))
+    right.axhline(best, linestyle=":", linewidth=1, label="best single scorer", color="black")
     right.set_xlabel("pairs routed")
     right.set_ylabel("verdict is right")
     right.legend(fontsize=7)

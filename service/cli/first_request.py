@@ -51,7 +51,7 @@ def example_of(pool: PoolFile) -> dict[str, Any]:
 
 
 async def ready_lines(url: str, pool: PoolFile, data_dir: Path, api_key: str | None) -> list[str]:
-    """Ask a ready gateway who can be asked, make one request, and return what to print.
+    """Ask a ready gateway for its run and who can be asked, make one request, and return what to print.
 
     Args:
         url: of the gateway.
@@ -63,7 +63,11 @@ async def ready_lines(url: str, pool: PoolFile, data_dir: Path, api_key: str | N
         Lines. A request is printed only after it was answered with rewards.
     """
     async with GatewayClient(url, api_key=api_key) as client:
-        lines = askable_lines(await client.get("/models"))
+        posterior = await client.get("/posterior")
+        lines = [
+            f"run {posterior['run']}: {posterior['version']} events learned, signal {posterior['signal']}",
+            *askable_lines(await client.get("/models")),
+        ]
         body = example_of(pool)
         try:
             reply = await client.post("/reward", body)

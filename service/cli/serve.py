@@ -1,8 +1,11 @@
-"""`reward-router serve`: one gateway process."""
+"""`reward-router serve`: one gateway process, or several at one port (`service.cli.serve_many`)."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,10 +14,13 @@ import typer
 import uvicorn
 from starlette.types import ASGIApp
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from uvicorn.config import STARTUP_FAILURE
 
+from service.cli.serve_many import serve_many
 from service.cli.store_option import store_option
 from service.errors import ConfigurationError
 from service.memory import keep_freed_memory, leave_loaded_objects_alone
+from service.pool import PoolFile, load_pool
 from service.settings import Settings, read_settings
 from service.telemetry import configure_logging
 
@@ -30,6 +36,7 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on (default: 127.0.0.1).")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on (default: 8080).")] = None,
+    workers: Annotated[int | None, typer.Option(help="Gateway processes that share the port (default: 1).")] = None,
     store: Annotated[str | None, store_option()] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where everything that is kept lies. (default: .data)")] = None,
     run: Annotated[str | None, typer.Option(help="Name of the default run.")] = None,
@@ -49,6 +56,7 @@ def serve(
         encoder=encoder,
         host=host,
         port=port,
+        workers=workers,
         store_url=store,
         data_dir=data_dir,
         run=run,
@@ -56,38 +64,64 @@ def serve(
         signal=signal,
         prior=prior,
     )
-    run_gateway(settings)
+    if settings.workers == 1:
+        run_gateway(settings)
+        return
+    configure_logging(settings.log_level)
+    # Told here once, not by each process.
+    _pool_of(settings)
+    if status := serve_many(settings):
+        raise typer.Exit(status)
 
 
-def run_gateway(settings: Settings) -> None:
+def _pool_of(settings: Settings) -> PoolFile:
+    if settings.pool is None:
+        raise ConfigurationError("no pool file: give --pool, or set REWARD_ROUTER_POOL")
+    return load_pool(settings.pool)
+
+
+def run_gateway(settings: Settings, sockets: list[socket.socket] | None = None) -> None:
     """Serve until a signal, with `blas_threads` threads of linear algebra.
+
+    Args:
+        settings: of the gateway.
+        sockets: where to listen, instead of the settings' address.
 
     The number decides how BLAS groups its sums, and so the last bits of a fold: replicas of a run must have the same.
     """
     # For what is loaded later (torch); numpy is loaded already, so its BLAS is told by threadpoolctl.
     os.environ.setdefault("OMP_NUM_THREADS", str(settings.blas_threads))
     from service.app import create_app
-    from service.pool import load_pool
 
     threadpool_limits(settings.blas_threads, user_api="blas")
     configure_logging(settings.log_level)
-    if settings.pool is None:
-        raise ConfigurationError("no pool file: give --pool, or set REWARD_ROUTER_POOL")
-    app = create_app(settings, load_pool(settings.pool))
-    serve_app(app, settings, refused=app.count_refusal)
+    app = create_app(settings, _pool_of(settings))
+    serve_app(app, settings, refused=app.count_refusal, sockets=sockets)
 
 
-def serve_app(app: ASGIApp, settings: Settings, *, refused: Callable[[str], None] = lambda _: None) -> None:
+def serve_app(
+    app: ASGIApp,
+    settings: Settings,
+    *,
+    refused: Callable[[str], None] = lambda _: None,
+    sockets: list[socket.socket] | None = None,
+) -> None:
     """uvicorn, as the gateway is served; returns when a signal has ended it and requests are drained.
 
     Args:
         app: the application.
         settings: of the gateway.
         refused: told the error's code of each connection that was closed before its request was whole.
+        sockets: where to listen, instead of the settings' address.
     """
     keep_freed_memory()
     leave_loaded_objects_alone()
-    uvicorn.run(app, **server_options(settings, refused))
+    server = uvicorn.Server(uvicorn.Config(app, **server_options(settings, refused)))
+    # uvicorn raises Ctrl-C again when all is drained.
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets)
+    if not server.started:
+        sys.exit(STARTUP_FAILURE)
 
 
 def server_options(settings: Settings, refused: Callable[[str], None]) -> dict[str, Any]:

@@ -17,14 +17,16 @@ import typer
 from rich.console import Console
 
 from service.cli.encoder_launch import ENCODER_SHARE, SERVED, EncoderPlan, ensure_exported, plan_encoder
+from service.cli.export import running_store
 from service.cli.first_request import ready_lines
 from service.cli.launch import WORKER_SECONDS, WorkerStart, plan_workers, shares_of, start_workers
 from service.cli.pin import warn_moving
-from service.cli.preflight import check_start
+from service.cli.preflight import Preflight, check_start
 from service.cli.processes import Child, ProcessGroup, free_port, gateway_port, interruptible
 from service.cli.store_option import STORE_VARIABLE, store_option
 from service.cli.supervise import Supervisor
 from service.cli.vllm_serve import share_lines
+from service.errors import StoreUnavailableError
 from service.pool import ModelEntry, PoolFile, dump_pool, load_pool
 from service.settings import EMBEDDED, read_settings, store_directory
 from service.stores.embedded import EmbeddedStore
@@ -132,12 +134,17 @@ def up(
         pool, checkpoint = ensure_demo_pool(data_dir, console, checkpoint)
         run = run or demo_run(checkpoint)
     wanted = _overridden(load_pool(pool), worker, device, vllm_command)
-    settings = check_start(wanted, checkpoint, run, signal)
+    preflight = check_start(
+        wanted, checkpoint, run, signal=signal, store_url=store, data_dir=data_dir,
+        encoder=None if encoder == SERVED else encoder,
+    )  # fmt: skip
+    settings = preflight.settings
     warn_moving(wanted, given)
     served = None
     if encoder == SERVED:
         served = plan_encoder(wanted, checkpoint, data_dir / "encoder", share=encoder_share, gpu=encoder_gpu)
     if dry_run:
+        _check_dry(preflight)
         _show(wanted, served, port_sequence(worker_port))
         return
     chosen, warning = gateway_port(port, host)
@@ -145,13 +152,13 @@ def up(
         console.print(f"[yellow]warning[/]   {warning}", highlight=False, soft_wrap=True)
     with running_stack(
         wanted, checkpoint, data_dir=data_dir, host=host, port=chosen, worker_port=worker_port, store_url=store,
-        console=console, run=settings.run, signal=settings.signal.value, encoder=served or encoder,
+        console=console, run=settings.run, signal=signal, encoder=served or encoder, check=preflight.check_store,
     ) as stack:  # fmt: skip
         key = next(iter(settings.api_keys), None)
         for line in asyncio.run(ready_lines(stack.url, stack.pool, data_dir, key)):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         console.print(
-            f"\nserving on [bold]{stack.url}[/]   run: {stack.run}   signal: {settings.signal.value}\n"
+            f"\nserving on [bold]{stack.url}[/]\n"
             f"API: {stack.url}/docs   metrics: {stack.url}/metrics\n"
             f"pool with the scorers' addresses: {data_dir / 'pool.yaml'}\n\n"
             "Ctrl-C ends everything.",
@@ -176,6 +183,7 @@ def running_stack(
     run: str | None = None,
     signal: str | None = None,
     encoder: str | EncoderPlan | None = None,
+    check: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Stack]:
     """Store, workers and gateway for the length of the block.
 
@@ -189,8 +197,9 @@ def running_stack(
         store_url: `embedded`, or the URL of a running server.
         console: where progress is shown.
         run: name of the default run.
-        signal: kind of feedback of the runs.
+        signal: kind of feedback that the default run must have; None: its own, or the setting's.
         encoder: the gateway's `--encoder`, or the server to be started for it.
+        check: called with the running store's URL before any worker is started.
 
     Raises:
         ConfigurationError: something did not start; with the end of its log.
@@ -204,6 +213,7 @@ def running_stack(
             console.print(
                 "store     ready (Valkey, append-only file in", str(store_directory(data_dir)) + ")", highlight=False
             )
+        check(store_url)
         with ProcessGroup(data_dir / "logs") as processes:
             ports = port_sequence(worker_port)
             starts = _planned(pool, encoder if isinstance(encoder, EncoderPlan) else None, ports, console)
@@ -275,6 +285,25 @@ def _overridden(pool: PoolFile, worker: WorkerKind | None, device: Device | None
     if vllm_command is not None:
         given["vllm_command"] = tuple(shlex.split(vllm_command))
     return pool.model_copy(update=given)
+
+
+def _check_dry(preflight: Preflight) -> None:
+    """Check what can be checked without starting anything but, for a moment, an embedded store that is there.
+
+    Raises:
+        ServiceError: see `Preflight`.
+    """
+    settings = preflight.settings
+    kept = EmbeddedStore(store_directory(settings.data_dir))
+    if settings.store_url == EMBEDDED and not (kept.data_dir / "appendonlydir").is_dir():
+        preflight.check_parts(kept.url)
+        return
+    try:
+        with running_store(settings) as url:
+            preflight.check_store(url)
+    except StoreUnavailableError as error:
+        preflight.check_parts(settings.store_url)
+        typer.echo(f"# the store does not answer, so that run {settings.run!r} was not checked: {error.message}")
 
 
 def _unfetched(model: ModelEntry) -> Path:

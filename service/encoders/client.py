@@ -1,10 +1,9 @@
 """`StateClient`: one transformer behind any number of equal vLLM servers; token ids in, last states out.
 
-Chooses a server, cuts what is asked into requests, retries elsewhere, reads and checks the answers. A failure at a
-server that is well, or that ended with the request, is the texts' fault: those of several instances are divided by the
-caller (`SuspectTextsError`), those of one are asked once more. Connections, breaker and load of each server are
-`service.scorers.transport.replica`'s. `service.encoders.remote` calls it, `service.encoders.health` keeps its breakers
-true. Knows no texts and no contexts.
+Cuts what is asked into requests, reads and checks the answers, and says whose fault a failure is: those of several
+instances are divided by the caller (`SuspectError`). Which server is asked and which one next is
+`service.scorers.requests`'s; connections, breaker and load of each are `service.scorers.transport.replica`'s.
+`service.encoders.remote` calls it, `service.scorers.health` keeps its breakers true. Knows no texts and no contexts.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Final
 
 import msgspec
@@ -23,17 +21,9 @@ from numpy.typing import NDArray
 from service.encoders.protocol import EncoderInputError, EncoderUnavailableError
 from service.encoders.wire import EMBEDDINGS_PATH, EmbeddingsAnswer, WireError, decode_answer, encode_request
 from service.errors import ConfigurationError
+from service.scorers.protocol import WorkerError, WorkerInputError, WorkerRejectedError
+from service.scorers.requests import Requester, RequestLimits, SuspectError
 from service.scorers.transport.breaker import BreakerPolicy
-from service.scorers.transport.culprits import Culprits, digest_of
-from service.scorers.transport.exchange import (
-    ATTEMPT_SHARE,
-    CLOCK_SLACK_SECONDS,
-    CONFIRMATIONS,
-    FailedError,
-    RefusedError,
-    attempt,
-)
-from service.scorers.transport.http import HttpError
 from service.scorers.transport.replica import Replica, open_replica
 
 MAX_STATE: Final = 1e9
@@ -45,27 +35,6 @@ MAX_RESPONSE_BYTES: Final = 64 << 20
 
 REFUSED_TEXTS: Final = frozenset({400, 413, 422})
 """Statuses by which a server may refuse what it is asked, not who asks."""
-
-
-class SuspectTextsError(Exception):
-    """A request about several instances failed, and one of them may have caused it.
-
-    `crashed`: a server ended with it.
-    """
-
-    def __init__(self, *, crashed: bool = False) -> None:
-        super().__init__()
-        self.crashed = crashed
-
-
-@dataclass(slots=True)
-class _History:
-    """The attempts of one request so far."""
-
-    tried: list[Replica] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
-    suspicions: int = 0
-    crashes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +69,7 @@ class EncoderConfig:
 
 
 class StateClient:
-    """Asks for states. Not thread-safe; one event loop. The owner calls `close`.
+    """Asks for states; its own `Dialogue`. Not thread-safe; one event loop. The owner calls `close`.
 
     Args:
         config: what to ask.
@@ -116,10 +85,10 @@ class StateClient:
     ) -> None:
         self.config = config
         self._reference = reference
-        self._culprits = Culprits(clock)
         self.replicas = tuple(_build_replica(config, url, clock) for url in config.urls)
+        limits = RequestLimits("encoder", "the encoder", config.timeout_seconds, config.max_attempts)
+        self._requester = Requester(limits, self.replicas, clock)
         self._decoder = msgspec.json.Decoder(EmbeddingsAnswer)
-        self._turn = 0
 
     @property
     def available(self) -> bool:
@@ -137,7 +106,7 @@ class StateClient:
         Raises:
             EncoderUnavailableError: no server gave a usable answer in time.
             EncoderInputError: `alone`, and the servers fail on these.
-            SuspectTextsError: not `alone`, and some of them may be at fault.
+            SuspectError: not `alone`, and some of them may be at fault.
         """
         size = self.config.texts_per_request
         chunks = [ids[start : start + size] for start in range(0, len(ids), size)]
@@ -153,7 +122,7 @@ class StateClient:
 
     def doubt(self, ids: Sequence[Sequence[int]]) -> None:
         """Note that a server ended with these texts of one instance, and others'."""
-        self._culprits.doubt(digest_of(ids))
+        self._requester.doubt(ids)
 
     def request(self, ids: Sequence[Sequence[int]]) -> bytes:
         """The body that asks for them."""
@@ -177,106 +146,44 @@ class StateClient:
         for replica in self.replicas:
             await replica.close()
 
-    async def _ask(self, ids: Sequence[Sequence[int]], deadline: float, *, alone: bool) -> NDArray[np.float32]:
-        history = _History()
-        if alone and self._culprits:
-            sentence = self._culprits.sentence(digest_of(ids))
-            if sentence is not None:
-                raise _input_error(sentence)
-            history.crashes = int(self._culprits.doubted(digest_of(ids)))
-        body = self.request(ids)
-        loop = asyncio.get_running_loop()
-        while (chosen := self._pick(history)) is not None:
-            replica, permit = chosen
-            history.tried.append(replica)
-            now = loop.time()
-            last = len(history.tried) >= self.config.max_attempts or not self._others(history.tried)
-            until = deadline if last else now + ATTEMPT_SHARE * (deadline - now)
-            try:
-                return await attempt(
-                    replica,
-                    permit,
-                    EMBEDDINGS_PATH,
-                    body,
-                    items=1,
-                    until=until,
-                    read=lambda answer: self.read(answer, len(ids)),
-                    probe=partial(self._probe, replica),
-                    model="encoder",
-                )
-            except RefusedError as error:
-                history.reasons.append(str(error))
-                if error.status not in REFUSED_TEXTS or not await self._probe(replica):
-                    break
-                history.suspicions = CONFIRMATIONS
-            except FailedError as failure:
-                history.reasons.append(str(failure))
-                history.suspicions += not failure.blamed
-                history.crashes += failure.crashed
-            self._judge(history, ids, alone=alone)
-            if loop.time() >= deadline - CLOCK_SLACK_SECONDS:
-                break
-        if alone and history.crashes:
-            self.doubt(ids)
-        raise _unavailable("; ".join(history.reasons) or "every server is out")
+    @property
+    def path(self) -> str:
+        """See `Dialogue`."""
+        return EMBEDDINGS_PATH
 
-    def _judge(self, history: _History, ids: Sequence[Sequence[int]], *, alone: bool) -> None:
-        """Charge the failures so far to the texts, if they are their fault, or may be.
+    def probe(self) -> bytes | None:
+        """See `Dialogue`."""
+        return self.request([self._reference]) if self._reference else None
 
-        Raises:
-            SuspectTextsError, EncoderInputError: they are.
-        """
-        if not alone and (history.suspicions or history.crashes):
-            raise SuspectTextsError(crashed=history.crashes > 0)
-        if max(history.suspicions, history.crashes) >= CONFIRMATIONS:
-            sentence = "; ".join(dict.fromkeys(history.reasons))
-            self._culprits.convict(digest_of(ids), sentence)
-            raise _input_error(sentence)
-
-    async def _probe(self, replica: Replica) -> bool:
-        """Return True if the server answers the reference now."""
-        if not self._reference:
-            return False
-        until = asyncio.get_running_loop().time() + self.config.timeout_seconds
+    def answers_probe(self, body: bytes) -> bool:
+        """See `Dialogue`."""
         try:
-            response = await replica.check("POST", EMBEDDINGS_PATH, self.request([self._reference]), deadline=until)
-            if response.status == 200:
-                self.read(response.body, 1)
-        except (HttpError, WireError):
+            self.read(body, 1)
+        except WireError:
             return False
-        return response.status == 200
+        return True
 
-    def _others(self, tried: Sequence[Replica]) -> bool:
-        return any(replica.allows for replica in self.replicas if replica not in tried)
+    def refusal(self, message: str, details: dict[str, object], status: int, body: bytes) -> WorkerRejectedError:
+        """See `Dialogue`."""
+        return WorkerRejectedError(message, details=details)
 
-    def _pick(self, history: _History) -> tuple[Replica, int] | None:
-        """The server with the fewest requests outstanding, ties in turn, and its permit.
-
-        One that was tried is taken again only to confirm a failure of the texts.
-        """
-        if len(history.tried) >= self.config.max_attempts + history.suspicions:
-            return None
-        allowed = [replica for replica in self.replicas if replica.allows]
-        candidates = [replica for replica in allowed if replica not in history.tried]
-        if history.suspicions and not candidates:
-            candidates = [replica for replica in allowed if replica is history.tried[-1]]
-        if not candidates:
-            return None
-        self._turn += 1
-        turned = [candidates[(self._turn + offset) % len(candidates)] for offset in range(len(candidates))]
-        replica = min(turned, key=lambda one: one.in_flight)
-        permit = replica.breaker.acquire()
-        return None if permit is None else (replica, permit)
+    async def _ask(self, ids: Sequence[Sequence[int]], deadline: float, *, alone: bool) -> NDArray[np.float32]:
+        single = ids if alone else None
+        try:
+            return await self._requester.ask(self, self.request(ids), len(ids), deadline, single=single)
+        except WorkerInputError as error:
+            raise EncoderInputError(error.message) from error
+        except WorkerRejectedError as error:
+            # A server may refuse everything, with the same status.
+            if error.details["worker_status"] in REFUSED_TEXTS and await self._requester.well(self):
+                raise EncoderInputError(error.message) if alone else SuspectError() from error
+            raise _unavailable(error) from error
+        except WorkerError as error:
+            raise _unavailable(error) from error
 
 
-def _input_error(reasons: str) -> EncoderInputError:
-    return EncoderInputError(f"the encoder fails on this input alone, and answers others: {reasons}")
-
-
-def _unavailable(reason: str) -> EncoderUnavailableError:
-    return EncoderUnavailableError(
-        f"the encoder's server gave no vectors: {reason}", details={"reason": reason}, retry_after_seconds=1
-    )
+def _unavailable(error: WorkerError) -> EncoderUnavailableError:
+    return EncoderUnavailableError(error.message, details={"reason": error.message}, retry_after_seconds=1)
 
 
 def _build_replica(config: EncoderConfig, url: str, clock: Callable[[], float]) -> Replica:

@@ -19,11 +19,11 @@ from router_core.encoder.registry import load_backbone, split_spec
 from router_core.encoder.split import SplitEncoder
 from router_core.errors import RouterCoreError
 from service.encoders.client import EncoderConfig, StateClient
-from service.encoders.health import ServerMonitor
+from service.encoders.health import EncoderChecks
 from service.encoders.reading import Reading, files_digest
 from service.encoders.remote import LANES, RemoteEncoder
 from service.errors import ConfigurationError
-from service.scorers.health import HealthPolicy
+from service.scorers.health import HealthPolicy, ReplicaMonitor
 
 PREFIX: Final = "vllm:"
 READING_FOLDER: Final = "reading"
@@ -98,7 +98,7 @@ def load_remote_encoder(
         min(reading.references.ids, key=len),
     )
     policy = HealthPolicy(options.health_interval_seconds, options.timeout_seconds)
-    monitor = ServerMonitor(client, reading, policy, np.random.default_rng(options.seed))
+    monitor = ReplicaMonitor([EncoderChecks(client, reading)], policy, np.random.default_rng(options.seed))
     return RemoteEncoder(
         split, client, monitor, observe_batch=observe_batch, lanes=options.parallel_requests * len(urls)
     )

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from service.encoders.client import StateClient
 from service.encoders.reading import Reading
 from service.encoders.wire import EMBEDDINGS_PATH, WireError
-from service.scorers.transport.exchange import RETRIED_STATUSES
-from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
+from service.scorers.health import NoSuchPathError, ProbeError, exchange
 from service.scorers.transport.replica import Replica
-from service.scorers.wire import MODELS_PATH, UNREADABLE, ModelList, error_message
+from service.scorers.wire import MODELS_PATH, UNREADABLE, ModelList
 
 RELATIVE_TOLERANCE: Final = 0.08
 """Largest |served − reference| / |reference| of a state. A server in float32 stays below 1e-5, one in bfloat16 below
@@ -26,14 +25,6 @@ RELATIVE_TOLERANCE: Final = 0.08
 
 UNIT_SLACK: Final = 1e-2
 """How far from 1 a norm may be that counts as normalised: bfloat16 carries eight bits."""
-
-
-class ServerUnreachableError(Exception):
-    """A server gave no answer for now; its settings may well be right."""
-
-
-class ServerWrongError(Exception):
-    """A server answers, and must not be used; the message says why and what to do."""
 
 
 async def probe(client: StateClient, reading: Reading, replica: Replica, *, deadline: float) -> None:
@@ -46,19 +37,19 @@ async def probe(client: StateClient, reading: Reading, replica: Replica, *, dead
         deadline: absolute `loop.time()` for the whole probe.
 
     Raises:
-        ServerUnreachableError: no answer now.
-        ServerWrongError: another model, too short a context, or states that are not the references'.
+        UnreachableError: no answer now.
+        ProbeError: another model, too short a context, or states that are not the references'.
     """
     await _check_models(client, reading, replica, deadline)
     ids = reading.references.ids
-    body = await _exchange(replica, "POST", EMBEDDINGS_PATH, client.request(ids), deadline)
+    body = await _embed(replica, client.request(ids), deadline)
     try:
         states = client.read(body, len(ids))
     except WireError as error:
-        raise ServerWrongError(str(error)) from error
+        raise ProbeError(str(error)) from error
     problem = compare(states, reading.references.states)
     if problem is not None:
-        raise ServerWrongError(problem)
+        raise ProbeError(problem)
 
 
 async def ready(client: StateClient, reading: Reading, replica: Replica, *, deadline: float) -> None:
@@ -66,19 +57,19 @@ async def ready(client: StateClient, reading: Reading, replica: Replica, *, dead
     server may stand behind the same address by now.
 
     Raises:
-        ServerUnreachableError: the server is not ready.
-        ServerWrongError: it answered what an encoder does not answer, or states that are not the reference's.
+        UnreachableError: the server is not ready.
+        ProbeError: it answered what an encoder does not answer, or states that are not the reference's.
     """
     ids = reading.references.ids
     shortest = min(range(len(ids)), key=lambda index: len(ids[index]))
-    body = await _exchange(replica, "POST", EMBEDDINGS_PATH, client.request([ids[shortest]]), deadline)
+    body = await _embed(replica, client.request([ids[shortest]]), deadline)
     try:
         states = client.read(body, 1)
     except WireError as error:
-        raise ServerWrongError(str(error)) from error
+        raise ProbeError(str(error)) from error
     problem = compare(states, reading.references.states[shortest : shortest + 1])
     if problem is not None:
-        raise ServerWrongError(problem)
+        raise ProbeError(problem)
 
 
 def compare(states: NDArray[np.float32], references: NDArray[np.float32]) -> str | None:
@@ -108,34 +99,25 @@ def relative_error(states: NDArray[np.float32], references: NDArray[np.float32])
 
 
 async def _check_models(client: StateClient, reading: Reading, replica: Replica, deadline: float) -> None:
-    body = await _exchange(replica, "GET", MODELS_PATH, b"", deadline)
+    body = await exchange(replica, "GET", MODELS_PATH, b"", deadline)
     try:
         models = msgspec.json.decode(body, type=ModelList).data
     except UNREADABLE as error:
-        raise ServerWrongError(f"{MODELS_PATH} does not list models: {error}") from error
+        raise ProbeError(f"{MODELS_PATH} does not list models: {error}") from error
     wanted = client.config.model
     found = next((model for model in models if wanted in (None, model.id)), None)
     if found is None:
         names = ", ".join(model.id for model in models) or "nothing"
-        raise ServerWrongError(f"serves {names}, not {wanted!r}: check the name behind # in the encoder's setting")
+        raise ProbeError(f"serves {names}, not {wanted!r}: check the name behind # in the encoder's setting")
     if found.max_model_len is not None and found.max_model_len < reading.max_tokens:
-        raise ServerWrongError(
+        raise ProbeError(
             f"takes at most {found.max_model_len} tokens, and this encoder reads up to {reading.max_tokens}: start it "
             f"with --max-model-len {reading.max_tokens} or more"
         )
 
 
-async def _exchange(replica: Replica, method: str, path: str, body: bytes, deadline: float) -> bytes:
+async def _embed(replica: Replica, body: bytes, deadline: float) -> bytes:
     try:
-        response = await replica.check(method, path, body, deadline=deadline)
-    except (HttpProtocolError, ResponseTooLargeError) as error:
-        raise ServerWrongError(str(error)) from error
-    except HttpError as error:
-        raise ServerUnreachableError(str(error)) from error
-    if response.status != 200:
-        message = f"{path} answered {response.status}: {error_message(response.body)}"
-        if response.status in RETRIED_STATUSES:
-            raise ServerUnreachableError(message)
-        hint = " (is it an embedding server? --runner pooling --convert embed)" if response.status == 404 else ""
-        raise ServerWrongError(message + hint)
-    return response.body
+        return await exchange(replica, "POST", EMBEDDINGS_PATH, body, deadline)
+    except NoSuchPathError as error:
+        raise ProbeError(f"{error} (is it an embedding server? --runner pooling --convert embed)") from error

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from router_core.records import Instance
 from service.errors import ServiceError, ValidationError
+from service.scorers.transport.replica import Request
 
 
 class EncoderUnavailableError(ServiceError):
@@ -88,6 +89,9 @@ class AwaitedEncoder(ABC):
     @abstractmethod
     def available(self) -> bool:
         """Return True if a server can be asked now."""
+
+    def intercept(self, wrap: Callable[[str, Request], Request]) -> None:  # noqa: B027 - nothing to do is an answer
+        """Send requests through what `wrap` makes of a server's URL and its way of sending; nothing where none are."""
 
     @abstractmethod
     def servers(self) -> list[ServerStatus]:

@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 from router_core.encoder.split import SplitEncoder
 from router_core.errors import RouterCoreError
 from router_core.records import Instance
-from service.encoders.client import StateClient, SuspectTextsError
-from service.encoders.health import ServerMonitor
+from service.encoders.client import StateClient
 from service.encoders.protocol import AwaitedEncoder, Encoded, EncoderInputError, ServerStatus
+from service.scorers.health import ReplicaMonitor
+from service.scorers.requests import SuspectError
 from service.scorers.transport.breaker import BreakerState
+from service.scorers.transport.replica import Request
 
 Rows = NDArray[np.float32] | Sequence[NDArray[np.float32] | EncoderInputError]
 """Per instance its context (d,), or why it has none."""
@@ -59,7 +61,7 @@ class RemoteEncoder(AwaitedEncoder):
         self,
         split: SplitEncoder,
         client: StateClient,
-        monitor: ServerMonitor | None,
+        monitor: ReplicaMonitor | None,
         *,
         observe_batch: Callable[[int], None] = lambda _: None,
         lanes: int | None = None,
@@ -91,9 +93,14 @@ class RemoteEncoder(AwaitedEncoder):
         snapshots = [replica.snapshot() for replica in self._client.replicas]
         return [ServerStatus(one.url, one.state is BreakerState.CLOSED, one.problem) for one in snapshots]
 
+    def intercept(self, wrap: Callable[[str, Request], Request]) -> None:
+        for replica in self._client.replicas:
+            replica.intercept(wrap)
+
     async def start(self) -> None:
         if self._monitor is not None:
-            await self._monitor.start()
+            await self._monitor.check_all()
+            self._monitor.start()
 
     async def close(self) -> None:
         if self._monitor is not None:
@@ -186,7 +193,7 @@ class RemoteEncoder(AwaitedEncoder):
             if alone:
                 return [EncoderInputError(str(error))]
             sizes = 2
-        except SuspectTextsError as error:
+        except SuspectError as error:
             # Each half of what ended one server would end another.
             sizes = len(instances) if error.crashed else 2
         step = -(-len(instances) // sizes)
@@ -203,7 +210,7 @@ class RemoteEncoder(AwaitedEncoder):
         deadline = loop.time() + self._client.config.timeout_seconds
         try:
             states = await self._client.states(prepared.ids, deadline=deadline, alone=alone)
-        except SuspectTextsError as error:
+        except SuspectError as error:
             if error.crashed:
                 ids = iter(prepared.ids)
                 for instance in instances:

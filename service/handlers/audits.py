@@ -6,6 +6,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
+from service.handlers.keys import require
+from service.keys.access import Access, Scope
 from service.usecases.people import MAX_SHOWN, AuditShown, PeopleService
 from service.usecases.report import Reporter, RunReport
 
@@ -22,11 +24,12 @@ def audits_router() -> APIRouter:
     @router.get("/audits", summary="The newest audits, with their texts")
     async def audits(
         request: Request,
+        access: Annotated[Access, require(Scope.READ)],
         run: Annotated[str | None, Query(description="The run; by default the gateway's.")] = None,
         count: Annotated[int, Query(ge=1, le=MAX_SHOWN, description="How many at most.")] = 20,
     ) -> list[AuditShown]:
         """Newest first. The store keeps as many as the pool file's `audit.keep` says."""
-        return await _people(request).newest(run, count)
+        return await _people(request).newest(run, count, access)
 
     @router.get(
         "/report",
@@ -34,12 +37,14 @@ def audits_router() -> APIRouter:
         responses={404: {"description": "No such run is open."}},
     )
     async def report(
-        request: Request, run: Annotated[str | None, Query(description="The run; by default the gateway's.")] = None
+        request: Request,
+        access: Annotated[Access, require(Scope.READ)],
+        run: Annotated[str | None, Query(description="The run; by default the gateway's.")] = None,
     ) -> RunReport:
         """How often each scorer is right, per kind of text and over time, with bounds that hold however often one
         looks; the referees against gold; what rewards follow besides quality (docs/audits.md).
         """
         reporter: Reporter = request.app.state.reporter
-        return await reporter.report(run)
+        return await reporter.report(run, access)
 
     return router

@@ -6,6 +6,7 @@ with each request.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Annotated, Final
 
@@ -13,7 +14,10 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from service.console import console_files
-from service.errors import NotFoundError
+from service.errors import NotFoundError, ServiceError
+from service.handlers.keys import key_of, require
+from service.keys.access import Access, Scope
+from service.keys.ring import KeyRing
 from service.usecases.watch import Watcher
 
 PAGE: Final = "/"
@@ -69,6 +73,7 @@ def console_router() -> APIRouter:
         tags=["operations"],
         summary="What a run does now, as server-sent events",
         response_class=StreamingResponse,
+        dependencies=[require(Scope.READ)],
         responses={
             200: {"content": {"text/event-stream": {}}, "description": "A stream without end."},
             404: {"description": "No such run is open."},
@@ -82,7 +87,14 @@ def console_router() -> APIRouter:
         `/report` answers, when audits have said something new. Made for the console; fields may change.
         """
         watcher: Watcher = request.app.state.watcher
-        frames = watcher.frames(run)
+        keys: KeyRing = request.app.state.keys
+
+        def access() -> Access:
+            found = keys.find(key_of(request.scope["headers"]))
+            found.check_scope(Scope.READ)
+            return found
+
+        frames = watcher.frames(run, access)
         # Refusals come before the answer begins.
         first = await anext(frames)
         return StreamingResponse(
@@ -96,5 +108,7 @@ def console_router() -> APIRouter:
 
 async def _after(first: bytes, frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     yield first
-    async for frame in frames:
-        yield frame
+    # The answer has begun: all that can be said of a key that has ended meanwhile is the end of the stream.
+    with contextlib.suppress(ServiceError):
+        async for frame in frames:
+            yield frame

@@ -13,12 +13,15 @@ from functools import partial
 from typing import Any, Protocol
 
 import msgspec
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as AsgiScope
 
 from service.errors import OverCapacityError, ServiceError
 from service.handlers.body import ClientDisconnectedError, check_sender, parse_body, read_body
 from service.handlers.errors import as_service_error, error_reply, headers_of, wrong_method
-from service.handlers.keys import ApiKeys
+from service.handlers.keys import key_of
+from service.keys.access import Access, Scope
+from service.keys.ring import KeyRing
 from service.schemas import (
     FeedbackBatchReply,
     FeedbackBatchRequest,
@@ -38,13 +41,14 @@ from service.usecases.score import RewardService
 _ENCODER = msgspec.json.Encoder()
 _JSON_HEADER = (b"content-type", b"application/json")
 
-Handler = Callable[[bytes], Awaitable[Any]]
+Handler = Callable[[bytes, Access], Awaitable[Any]]
+"""Takes the body, and what the caller may do."""
 
 
 class QueryHandler(Protocol):
-    """Takes the body and the query string."""
+    """Takes the body, what the caller may do, and the query string."""
 
-    def __call__(self, body: bytes, /, *, query: bytes) -> Awaitable[Any]: ...
+    def __call__(self, body: bytes, access: Access, /, *, query: bytes) -> Awaitable[Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +80,10 @@ class HotRoutes:
         feedback: FeedbackService,
         people: PeopleService,
         telemetry: Telemetry,
-        keys: ApiKeys,
+        keys: KeyRing,
         limits: HotLimits,
         rest: ASGIApp,
-        trainers: Mapping[str, QueryHandler] | None = None,
+        trainers: Mapping[str, tuple[Scope, QueryHandler]] | None = None,
     ) -> None:
         self._scorer = scorer
         self._feedback = feedback
@@ -94,28 +98,37 @@ class HotRoutes:
         self._feedback_one = msgspec.json.Decoder(FeedbackRequest)
         self._feedback_batch = msgspec.json.Decoder(FeedbackBatchRequest)
         self._judgement = msgspec.json.Decoder(JudgementRequest)
-        self._routes: dict[str, Handler] = {
-            "/reward": self._score,
-            "/reward/batch": self._score_batch,
-            "/beliefs": self._believe,
-            "/feedback": self._accept,
-            "/feedback/batch": self._accept_batch,
-            "/audits/judge": self._judge,
+        self._routes: dict[str, tuple[Scope, Handler]] = {
+            "/reward": (Scope.REWARD, self._score),
+            "/reward/batch": (Scope.REWARD, self._score_batch),
+            "/beliefs": (Scope.REWARD, self._believe),
+            "/feedback": (Scope.FEEDBACK, self._accept),
+            "/feedback/batch": (Scope.FEEDBACK, self._accept_batch),
+            "/audits/judge": (Scope.FEEDBACK, self._judge),
         }
         self._trainers = dict(trainers or {})
         self._ok = {path: telemetry.requests.labels(path, "200") for path in (*self._routes, *self._trainers)}
-        telemetry.in_flight.set_function(lambda: self._in_flight)
+        telemetry.watch(telemetry.in_flight, lambda: self._in_flight)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] == "http":
-            handler = self._routes.get(scope["path"])
-            if handler is None and scope["path"] in self._trainers:
-                handler = partial(self._trainers[scope["path"]], query=scope["query_string"])
-            if handler is not None:
-                await self._serve(scope, receive, send, handler)
+            route = self._routes.get(scope["path"])
+            if route is None and scope["path"] in self._trainers:
+                needed, handler = self._trainers[scope["path"]]
+                route = needed, partial(handler, query=scope["query_string"])
+            if route is not None:
+                await self._serve(scope, receive, send, *route)
                 return
         await self._rest(scope, receive, send)
+
+    @property
+    def scopes(self) -> dict[str, Scope]:
+        """What each of the hot paths requires."""
+        return {
+            **{path: scope for path, (scope, _) in self._routes.items()},
+            **{path: scope for path, (scope, _) in self._trainers.items()},
+        }
 
     def count_refusal(self, code: str) -> None:
         """Count a connection that was closed before its request was whole.
@@ -125,10 +138,10 @@ class HotRoutes:
         """
         self._telemetry.refused_connections.labels(code).inc()
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send, handler: Handler) -> None:
+    async def _serve(self, scope: AsgiScope, receive: Receive, send: Send, needed: Scope, handler: Handler) -> None:
         path, status, headers = scope["path"], 200, [_JSON_HEADER]
         try:
-            reply = await self._answer(scope, receive, handler)
+            reply = await self._answer(scope, receive, needed, handler)
             self._ok[path].inc()
         except ClientDisconnectedError:
             self._telemetry.requests.labels(path, "499").inc()
@@ -143,21 +156,26 @@ class HotRoutes:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def _answer(self, scope: Scope, receive: Receive, handler: Handler) -> Any:
+    async def _answer(self, scope: AsgiScope, receive: Receive, needed: Scope, handler: Handler) -> Any:
         """The reply. A place among `max_in_flight` is taken only when the body is there."""
         # Looked at before the body too: what will not be answered need not be read.
         self._check_room()
-        self._keys.check(scope["headers"])
+        access = self._keys.find(key_of(scope["headers"]))
         if scope["method"] != "POST":
             raise wrong_method("POST")
+        access.check_scope(needed)
         check_sender(scope["headers"], keyed=self._keys.needed)
-        body = await read_body(receive, self._limits.max_body_bytes)
-        self._check_room()
-        self._in_flight += 1
+        access.enter()
         try:
-            return await handler(body)
+            body = await read_body(receive, self._limits.max_body_bytes)
+            self._check_room()
+            self._in_flight += 1
+            try:
+                return await handler(body, access)
+            finally:
+                self._in_flight -= 1
         finally:
-            self._in_flight -= 1
+            access.leave()
 
     def _check_room(self) -> None:
         if self._in_flight >= self._limits.max_in_flight:
@@ -166,29 +184,36 @@ class HotRoutes:
                 retry_after_seconds=1,
             )
 
-    async def _score(self, body: bytes) -> Any:
-        return await self._scorer.score(parse_body(self._reward, body))
+    async def _score(self, body: bytes, access: Access) -> Any:
+        return await self._scorer.score(parse_body(self._reward, body), access)
 
-    async def _score_batch(self, body: bytes) -> Any:
+    async def _score_batch(self, body: bytes, access: Access) -> Any:
         request = parse_body(self._reward_batch, body)
+        access.charge(len(request.items))
         results = await self._scorer.score_many(
-            request.items, run=request.run, policy=request.policy, normalize=request.normalize
+            request.items,
+            run=request.run,
+            policy=request.policy,
+            signal=request.signal,
+            normalize=request.normalize,
+            access=access,
         )
         return RewardBatchReply([_reward_item(result) for result in results])
 
-    async def _believe(self, body: bytes) -> Any:
-        return await self._scorer.believe(parse_body(self._reward, body))
+    async def _believe(self, body: bytes, access: Access) -> Any:
+        return await self._scorer.believe(parse_body(self._reward, body), access)
 
-    async def _accept(self, body: bytes) -> Any:
-        return await self._feedback.accept(parse_body(self._feedback_one, body))
+    async def _accept(self, body: bytes, access: Access) -> Any:
+        return await self._feedback.accept(parse_body(self._feedback_one, body), access)
 
-    async def _accept_batch(self, body: bytes) -> Any:
+    async def _accept_batch(self, body: bytes, access: Access) -> Any:
         request = parse_body(self._feedback_batch, body)
-        results = await self._feedback.accept_many(request.items, run=request.run)
+        access.charge(len(request.items))
+        results = await self._feedback.accept_many(request.items, run=request.run, access=access)
         return FeedbackBatchReply([error_item(result) for result in results])
 
-    async def _judge(self, body: bytes) -> Any:
-        return await self._people.judge(parse_body(self._judgement, body))
+    async def _judge(self, body: bytes, access: Access) -> Any:
+        return await self._people.judge(parse_body(self._judgement, body), access)
 
 
 def error_item(result: Any) -> Any:

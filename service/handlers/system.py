@@ -8,6 +8,8 @@ from fastapi import APIRouter, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field
 
+from service.handlers.keys import require
+from service.keys.access import Access, Scope
 from service.scorers.status import ScorerStatus
 from service.usecases.status import PosteriorStatus, StatusService
 
@@ -62,7 +64,7 @@ def system_router() -> APIRouter:
         """Prometheus' text format; names and units in docs/metrics.md."""
         return Response(await _status(request).render_metrics(), media_type=CONTENT_TYPE_LATEST)
 
-    @router.get("/models", tags=["routing"], summary="The pool and its workers")
+    @router.get("/models", tags=["routing"], summary="The pool and its workers", dependencies=[require(Scope.READ)])
     async def models(request: Request) -> list[ScorerStatus]:
         """Each RM: what requests to it hold, how many tokens it reads, and its replicas: address, whether it is up,
         requests in flight, smoothed latency, what the probe found. Scorers that are asked about audits only come last.
@@ -78,11 +80,13 @@ def system_router() -> APIRouter:
         responses={404: {"description": "No such run is open."}},
     )
     async def posterior(
-        request: Request, run: Annotated[str | None, Query(description="The run; by default the gateway's.")] = None
+        request: Request,
+        access: Annotated[Access, require(Scope.READ)],
+        run: Annotated[str | None, Query(description="The run; by default the gateway's.")] = None,
     ) -> PosteriorStatus:
         """Version, digest (equal digests mean equal posteriors, bit for bit), and per RM the feedbacks and mean
         reward.
         """
-        return await _status(request).posterior(run)
+        return await _status(request).posterior(run, access)
 
     return router

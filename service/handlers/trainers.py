@@ -22,6 +22,7 @@ import msgspec
 from service.errors import NoRewardError, ServiceError, ValidationError
 from service.handlers.body import parse_body
 from service.handlers.hot import QueryHandler, error_item
+from service.keys.access import Access, Scope
 from service.schemas import FeedbackBatchReply, FeedbackReply, FeedbackRequest, RewardReply, RewardRequest
 from service.telemetry import Telemetry
 from service.trainers.protocols import PROTOCOLS
@@ -133,23 +134,24 @@ class TrainerRoutes:
         self._texts = texts
         self._told: dict[tuple[str, str], float] = {}
 
-    def routes(self) -> dict[str, QueryHandler]:
-        """Return handlers by path."""
-        found: dict[str, QueryHandler] = {}
+    def routes(self) -> dict[str, tuple[Scope, QueryHandler]]:
+        """Return what each path requires, and its handler."""
+        found: dict[str, tuple[Scope, QueryHandler]] = {}
         for protocol in PROTOCOLS:
             decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(protocol.request)
-            found[protocol.path] = self._rewards_of(protocol, decoder)
-            found[protocol.path + "/feedback"] = self._feedback_of(protocol, decoder)
+            found[protocol.path] = Scope.REWARD, self._rewards_of(protocol, decoder)
+            found[protocol.path + "/feedback"] = Scope.FEEDBACK, self._feedback_of(protocol, decoder)
         return found
 
     def _rewards_of(self, protocol: UrlProtocol, decoder: msgspec.json.Decoder[Any]) -> QueryHandler:
         score = self._score_patiently if protocol.patient else self._score
 
-        async def rewards(body: bytes, /, *, query: bytes) -> Any:
+        async def rewards(body: bytes, access: Access, /, *, query: bytes) -> Any:
             options, request = _options(query), parse_body(decoder, body)
             samples = self._read(protocol, request, options)
+            access.charge(len(samples))
             try:
-                scored = await score(samples, options)
+                scored = await score(samples, options, access)
             except ServiceError as error:
                 self._log(protocol, error, options)
                 raise
@@ -170,16 +172,18 @@ class TrainerRoutes:
         value_of = msgspec.json.Decoder(_Value)
         values_of = msgspec.json.Decoder(_Values)
 
-        async def one(body: bytes, /, *, query: bytes) -> FeedbackReply:
+        async def one(body: bytes, access: Access, /, *, query: bytes) -> FeedbackReply:
             options, request = _options(query), parse_body(decoder, body)
             (sample,) = self._read(protocol, request, options)
             value = parse_body(value_of, body)
             given = _feedback(sample, value.reward, value.loss, value.preferred, run=options.run)
-            return await self._feedback.accept(given)
+            return await self._feedback.accept(given, access)
 
-        async def many(body: bytes, /, *, query: bytes) -> FeedbackBatchReply:
+        async def many(body: bytes, access: Access, /, *, query: bytes) -> FeedbackBatchReply:
             options, request = _options(query), parse_body(decoder, body)
-            return await self._accept(self._read(protocol, request, options), parse_body(values_of, body), options)
+            samples = self._read(protocol, request, options)
+            access.charge(len(samples))
+            return await self._accept(samples, parse_body(values_of, body), options, access)
 
         return one if protocol.single else many
 
@@ -197,7 +201,9 @@ class TrainerRoutes:
             self._texts.admit(sample, index)
         return found
 
-    async def _score_patiently(self, samples: Sequence[Sample], options: ShimOptions) -> list[ScoredSample]:
+    async def _score_patiently(
+        self, samples: Sequence[Sample], options: ShimOptions, access: Access
+    ) -> list[ScoredSample]:
         """Score for a client that does not try again: what has no reward is tried again for as long as is set."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._patience_seconds
@@ -205,7 +211,7 @@ class TrainerRoutes:
         while True:
             missing = [index for index in range(len(samples)) if index not in scored]
             try:
-                outcomes = await self._outcomes([samples[index] for index in missing], options)
+                outcomes = await self._outcomes([samples[index] for index in missing], options, access)
             except ServiceError as error:
                 outcomes = [error]
             else:
@@ -218,19 +224,26 @@ class TrainerRoutes:
                 raise worst
             await asyncio.sleep(PAUSE_SECONDS)
 
-    async def _score(self, samples: Sequence[Sample], options: ShimOptions) -> list[ScoredSample]:
+    async def _score(self, samples: Sequence[Sample], options: ShimOptions, access: Access) -> list[ScoredSample]:
         """All of them, or the error of one: a final one where there is one, because trying again is no use then."""
-        outcomes = await self._outcomes(samples, options)
+        outcomes = await self._outcomes(samples, options, access)
         worst = _worst(outcomes)
         if worst is not None:
             raise worst
         return [outcome for outcome in outcomes if isinstance(outcome, ScoredSample)]
 
-    async def _outcomes(self, samples: Sequence[Sample], options: ShimOptions) -> list[ScoredSample | ServiceError]:
+    async def _outcomes(
+        self, samples: Sequence[Sample], options: ShimOptions, access: Access
+    ) -> list[ScoredSample | ServiceError]:
         """What became of each, in order."""
         requests = [RewardRequest(_given(sample), [sample.response], reference=sample.reference) for sample in samples]
         results = await self._scorer.score_many(
-            requests, run=options.run, policy=options.policy, normalize=options.normalize
+            requests,
+            run=options.run,
+            policy=options.policy,
+            signal=options.signal,
+            normalize=options.normalize,
+            access=access,
         )
         for sample, result in zip(samples, results, strict=True):
             if not isinstance(result, ServiceError):
@@ -267,14 +280,16 @@ class TrainerRoutes:
             components={name: value for name, (value,) in reply.components.items() if value is not None},
         )
 
-    async def _accept(self, samples: Sequence[Sample], values: _Values, options: ShimOptions) -> FeedbackBatchReply:
+    async def _accept(
+        self, samples: Sequence[Sample], values: _Values, options: ShimOptions, access: Access
+    ) -> FeedbackBatchReply:
         n = len(samples)
         rewards, losses = _as_long("reward", values.reward, n), _as_long("loss", values.loss, n)
         preferred = _as_long("preferred", values.preferred, n)
         requests = [
             _feedback(sample, rewards[i], losses[i], preferred[i], run=None) for i, sample in enumerate(samples)
         ]
-        results = await self._feedback.accept_many(requests, run=options.run)
+        results = await self._feedback.accept_many(requests, run=options.run, access=access)
         return FeedbackBatchReply([error_item(result) for result in results])
 
 

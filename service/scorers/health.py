@@ -6,26 +6,29 @@ kind; one with a problem, or that refused connections since, gets no traffic unt
 also asked how busy it is (vLLM's `/metrics`), for the choice among them.
 
     ProbeError            the replica answered, and not what was asked for
-    └── UnreachableError      it did not answer, or said that it cannot now: away, loading, overloaded
+    ├── UnreachableError      it did not answer, or said that it cannot now: away, loading, overloaded
+    └── NoSuchPathError       it does not know the path
 
-Each kind says what is asked (`Checks`). Its owner awaits `check_all` before the first traffic, starts the monitor, and
-stops it when the service drains. Knows replicas; nothing of runs or posteriors.
+Each kind says what is asked (`Checks`), by means of `exchange` and `settle`; the encoder over vLLM is checked like a
+scorer. Whoever owns the monitor awaits `check_all` before the first traffic, starts it, and stops it when the service
+drains. Knows replicas; nothing of runs or posteriors.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
 
-from service.scorers.transport.http import HttpError
+from service.scorers.transport.exchange import RETRIED_STATUSES
+from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
 from service.scorers.transport.load import read_load
 from service.scorers.transport.replica import Replica
-from service.scorers.wire import METRICS_PATH
+from service.scorers.wire import METRICS_PATH, error_message
 
 LOAD_VALID_INTERVALS: Final = 3
 """Health checks after which a load that was not told again is forgotten."""
@@ -60,6 +63,51 @@ class ProbeError(Exception):
 
 class UnreachableError(ProbeError):
     """A replica gave no answer for now; its settings may well be right."""
+
+
+class NoSuchPathError(ProbeError):
+    """The replica does not know the path."""
+
+
+async def exchange(replica: Replica, method: str, path: str, body: bytes, deadline: float) -> bytes:
+    """Return the body of a replica's answer to one check.
+
+    Args:
+        replica: who is asked.
+        method: GET or POST.
+        path: under its origin.
+        body: JSON; empty for GET.
+        deadline: absolute `loop.time()`.
+
+    Raises:
+        UnreachableError: no answer, or a status that says "not now".
+        NoSuchPathError: 404 or 405.
+        ProbeError: any other answer than 200.
+    """
+    try:
+        response = await replica.check(method, path, body, deadline=deadline)
+    except (HttpProtocolError, ResponseTooLargeError) as error:
+        raise ProbeError(str(error)) from error
+    except HttpError as error:
+        raise UnreachableError(str(error)) from error
+    if response.status == 200:
+        return response.body
+    words = f"{path} answered {response.status}: {error_message(response.body)}"
+    if response.status in RETRIED_STATUSES:
+        raise UnreachableError(words)
+    raise (NoSuchPathError if response.status in (404, 405) else ProbeError)(words)
+
+
+async def settle(replica: Replica, probe: Awaitable[None]) -> None:
+    """Admit the replica if its probe passes; else reject it, or note why it is not ready yet."""
+    try:
+        await probe
+    except UnreachableError as error:
+        replica.report_check(str(error))
+    except ProbeError as error:
+        replica.reject(str(error))
+    else:
+        replica.admit()
 
 
 class Checks(Protocol):

@@ -6,7 +6,7 @@ if possible, and then the failure is that instance's error. If the replica is no
 replica is asked. The instances of a request that a worker ended with are asked once more, each alone and none beside
 another, so that an instance with which a second worker ends is known to be the cause. Such instances are remembered for
 a while (`Culprits`), and neither searched for again nor sent to further workers.
-What is said and understood is a `Dialogue`, one per kind. Called by the kinds' clients; knows no kind.
+What is said and understood is a `Dialogue`, one per kind. Called by the kinds' clients and the encoder's; knows none.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ class RequestLimits:
     """How one scorer's requests are made.
 
     Attributes:
-        name: the scorer's in the pool.
-        label: what a message calls it, for example `RM`.
+        name: the scorer's in the pool, for logs and details.
+        title: what a message calls it, for example `RM 'a'`.
         attempt_timeout_seconds: one replica's time for one request.
         max_attempts: replicas asked for one request, the first included.
         requests_per_minute: bound on requests of this process; None for none.
@@ -120,7 +120,7 @@ class RequestLimits:
     """
 
     name: str
-    label: str
+    title: str
     attempt_timeout_seconds: float
     max_attempts: int = 3
     requests_per_minute: float | None = None
@@ -391,6 +391,17 @@ class Requester:
             return False
         return response.status == 200 and dialogue.answers_probe(response.body)
 
+    async def well(self, dialogue: Dialogue[Answered]) -> bool:
+        """Return True if a replica that is in use answers what is known to be good now."""
+        for replica in self._replicas:
+            if replica.allows and await self._probe(replica, dialogue):
+                return True
+        return False
+
+    def doubt(self, single: object) -> None:
+        """Note that a replica ended while it had this instance (see `ask`), among others perhaps."""
+        self._culprits.doubt(digest_of(single))
+
     def _candidates(self, history: _History) -> list[Replica]:
         """The replicas that may be asked next. One that was tried is asked again only to confirm a failure of the
         input.
@@ -433,10 +444,6 @@ class Requester:
         left = deadline - now
         return now + min(self._limits.attempt_timeout_seconds, left if last else ATTEMPT_SHARE * left)
 
-    @property
-    def _title(self) -> str:
-        return f"{self._limits.label} {self._limits.name!r}"
-
     def _where(self, replica: Replica, reason: str) -> str:
         """A reason as callers may read it: replicas by number, addresses are for the log."""
         count = len(self._replicas)
@@ -448,17 +455,17 @@ class Requester:
         words = error_message(body)
         fields = {"model": self._limits.name, "url": replica.url, "reason": f"{status} {words}"}
         _log.info("a worker refused an input", extra={"fields": fields})
-        message = f"{self._title} refused the input ({status}): {words}"
+        message = f"{self._limits.title} refused the input ({status}): {words}"
         return dialogue.refusal(message, {"model": self._limits.name, "worker_status": status}, status, body)
 
     def _input_error(self, sentence: str) -> WorkerInputError:
         return WorkerInputError(
-            f"{self._title} fails on this input alone, and answers others: {sentence}",
+            f"{self._limits.title} fails on this input alone, and answers others: {sentence}",
             details={"model": self._limits.name},
         )
 
     def _no_answer(self, late: bool, history: _History) -> WorkerError:
-        title, details = self._title, {"model": self._limits.name}
+        title, details = self._limits.title, {"model": self._limits.name}
         tail = "; ".join(history.reasons)
         if late:
             message = f"{title}: no answer before the deadline" + (f" ({tail})" if tail else "")

@@ -15,7 +15,7 @@ from service.errors import ConfigurationError
 from service.scorers.requests import Monitor, Requester, RequestLimits
 from service.scorers.transport.breaker import BreakerPolicy
 from service.scorers.transport.http import CONNECT_TIMEOUT_SECONDS, MAX_RESPONSE_BYTES
-from service.scorers.transport.replica import Replica, open_replica
+from service.scorers.transport.replica import Replica, Request, open_replica
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ class ServedScorer:
             raise ConfigurationError(f"{word} {config.name!r}: {error}") from error
         limits = RequestLimits(
             config.name,
-            word,
+            f"{word} {config.name!r}",
             config.attempt_timeout_seconds,
             config.max_attempts,
             config.requests_per_minute,
@@ -135,6 +135,11 @@ class ServedScorer:
     async def check(self) -> None:
         if self._monitor is not None:
             await self._monitor.check_all()
+
+    def intercept(self, wrap: Callable[[str, Request], Request]) -> None:
+        """Send scoring requests through what `wrap` makes of a replica's URL and its way of sending them."""
+        for replica in self.replicas:
+            replica.intercept(wrap)
 
     def start(self) -> None:
         if self._monitor is not None:

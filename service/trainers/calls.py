@@ -82,7 +82,14 @@ class Calls:
 
     def _reward_words(self) -> Words:
         options = self.options
-        return Words({"run": options.run, "policy": options.policy, "normalize": options.normalize})
+        return Words(
+            {
+                "run": options.run,
+                "policy": options.policy,
+                "signal": options.signal,
+                "normalize": options.normalize,
+            }
+        )
 
     def _reward_exchanges(self, items: Sequence[RewardItem], patience: Patience) -> list[Exchange[list[RewardResult]]]:
         sizes = [said_length(item.prompt) + sum(map(said_length, item.responses)) for item in items]

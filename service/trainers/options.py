@@ -12,7 +12,7 @@ from typing import Any
 
 PREFIX = "REWARD_ROUTER_CLIENT_"
 
-VARIABLES = ("url", "run", "policy", "api_key", "deadline_seconds", "attempt_seconds", "normalize")
+VARIABLES = ("url", "run", "policy", "signal", "api_key", "deadline_seconds", "attempt_seconds", "normalize")
 """Options that `from_environment` reads, each from `REWARD_ROUTER_CLIENT_` and its name in capitals."""
 
 
@@ -24,6 +24,8 @@ class ClientOptions:
         url: of the gateway, or of what stands in front of several.
         run: name of the training run; None for the gateway's default. Runs never share what they learn.
         policy: overrides the gateway's policy; see `docs/api.md`.
+        signal: kind of feedback that will be sent: preference, reward or loss. A new run gets it; a run that has
+            another one refuses. None: the run's, or the gateway's.
         api_key: sent as `Authorization: Bearer`.
         deadline_seconds: longest time of one call of the client, all tries together.
         attempt_seconds: longest wait for one answer; above the gateway's own `request_timeout_seconds`.
@@ -41,6 +43,7 @@ class ClientOptions:
     url: str = "http://127.0.0.1:8080"
     run: str | None = None
     policy: str | None = None
+    signal: str | None = None
     api_key: str | None = None
     deadline_seconds: float = 120.0
     attempt_seconds: float = 30.0

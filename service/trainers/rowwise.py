@@ -104,6 +104,8 @@ class RowOptions:
         prompt_text: prompt, as the trainer holds it, to text. With the default, chats are sent as messages; with one of
             your own, its text is.
         completion_text: the same for responses.
+        reference: the data set's column that is sent as each prompt's `reference`, what a right answer looks like, for
+            rules and judges that compare; None for none.
     """
 
     rows: Rows = Rows.PROMPTS
@@ -111,6 +113,7 @@ class RowOptions:
     max_responses: int = MAX_RESPONSES
     prompt_text: Callable[[Any], str] = prompt_text
     completion_text: Callable[[Any], str] = completion_text
+    reference: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,7 @@ class Plan:
         on_missing: see `OnMissing`.
         prompts: (n,) what is sent of each row.
         completions: (n,) the same.
+        references: (n,) each prompt's reference, None for none; empty where no column holds them.
     """
 
     groups: tuple[Group, ...]
@@ -130,11 +134,16 @@ class Plan:
     on_missing: OnMissing
     prompts: Sequence[Said]
     completions: Sequence[Said]
+    references: Sequence[str | None] = ()
 
     def items(self) -> list[RewardItem]:
         """Return the instances as the client takes them."""
         return [
-            RewardItem(self.prompts[group.rows[0]], tuple(self.completions[row] for row in group.rows))
+            RewardItem(
+                self.prompts[group.rows[0]],
+                tuple(self.completions[row] for row in group.rows),
+                reference=self.references[group.rows[0]] if self.references else None,
+            )
             for group in self.groups
         ]
 
@@ -193,16 +202,20 @@ class Plan:
         return names
 
 
-def plan(prompts: Sequence[Any], completions: Sequence[Any], options: RowOptions) -> Plan:
+def plan(
+    prompts: Sequence[Any], completions: Sequence[Any], options: RowOptions, columns: Mapping[str, Any] | None = None
+) -> Plan:
     """The instances of one batch.
 
     Args:
         prompts: (n,) texts or lists of messages.
         completions: (n,) texts or lists of messages.
         options: see `RowOptions`.
+        columns: of the data set, (n,) values each.
 
     Raises:
-        ValueError: not as many completions as prompts, or something that cannot be put into text.
+        ValueError: there is no such column of references, not as many completions as prompts, or something that cannot
+            be put into text.
     """
     if len(prompts) != len(completions):
         raise ValueError(
@@ -219,7 +232,21 @@ def plan(prompts: Sequence[Any], completions: Sequence[Any], options: RowOptions
         sent_completions: Sequence[Said] = [as_sent(one, "completion", "assistant") for one in completions]
     else:
         sent_completions = said
-    return Plan(tuple(groups), len(prompts), options.on_missing, sent_prompts, sent_completions)
+    references = _references(options.reference, columns or {}, len(prompts))
+    return Plan(tuple(groups), len(prompts), options.on_missing, sent_prompts, sent_completions, references)
+
+
+def _references(column: str | None, columns: Mapping[str, Any], count: int) -> list[str | None]:
+    """The column's values as texts; None, or an empty one, stays None."""
+    if column is None:
+        return []
+    values = columns.get(column)
+    if not isinstance(values, list | tuple) or len(values) != count:
+        raise ValueError(
+            f"reference is {column!r}, and the trainer hands over no such column with a value per row; it has "
+            f"{', '.join(sorted(columns)) or 'no column'}"
+        )
+    return [None if value is None or value == "" else str(value) for value in values]
 
 
 def metrics(results: Sequence[RewardResult]) -> dict[str, float]:

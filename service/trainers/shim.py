@@ -24,6 +24,7 @@ class ShimOptions:
     Attributes:
         run: the training run; None: the gateway's default.
         policy: see docs/api.md; None: the gateway's.
+        signal: kind of feedback of a new run: preference, reward or loss; None: the gateway's.
         normalize: rewards on the scale of their RM; None: the gateway's setting.
         text: `auto`: known chat templates are taken apart; `raw`: every text is scored as it came.
         reward_key: slime: answer an object with the reward under this key, instead of a bare number.
@@ -31,6 +32,7 @@ class ShimOptions:
 
     run: str | None = None
     policy: str | None = None
+    signal: str | None = None
     normalize: bool | None = None
     text: Literal["auto", "raw"] = "auto"
     reward_key: str | None = None
@@ -55,11 +57,14 @@ class ShimOptions:
         normalize, text = given.get("normalize"), given.get("text", "auto")
         if normalize is not None and normalize.lower() not in _BOOLEANS:
             raise ValueError(f"normalize is {normalize!r} in the URL's query: give true or false")
+        if given.get("signal", "reward") not in ("preference", "reward", "loss"):
+            raise ValueError(f"signal is {given['signal']!r} in the URL's query: give preference, reward or loss")
         if text not in ("auto", "raw"):
             raise ValueError(f"text is {text!r} in the URL's query: give auto or raw")
         return cls(
             run=given.get("run"),
             policy=given.get("policy"),
+            signal=given.get("signal"),
             normalize=None if normalize is None else _BOOLEANS[normalize.lower()],
             text="raw" if text == "raw" else "auto",
             reward_key=given.get("reward_key"),

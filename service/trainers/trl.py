@@ -40,16 +40,21 @@ class _TrlReward:
     __name__ = "reward_router"
     """TRL names its metrics `rewards/reward_router/…` after it."""
 
-    def __init__(self, judge: Judge | None, row_options: RowOptions | None) -> None:
+    def __init__(self, judge: Judge | None, row_options: RowOptions | None, reference: str | None) -> None:
         self.judge = judge
         self.row_options = row_options
+        self.reference = reference
         self._silence = Silence()
         self.last: tuple[tuple[Group, RewardResult], ...] = ()
 
     def _plan(self, prompts: Sequence[Any], completions: Sequence[Any], given: Mapping[str, Any]) -> Plan:
+        columns = {name: values for name, values in given.items() if name not in NOT_COLUMNS}
+        options = self.row_options or RowOptions()
+        if self.reference is not None:
+            options = replace(options, reference=self.reference)
+        planned = plan(prompts, completions, options, columns)
         if self.row_options is not None:
-            return plan(prompts, completions, self.row_options)
-        planned = plan(prompts, completions, RowOptions())
+            return planned
         # GRPO and RLOO hand over `log_metric` and leave a None out; online DPO does neither, and makes a 0 of it.
         if "log_metric" not in given and repeats(list(prompts)):
             return replace(planned, on_missing=OnMissing.RAISE)
@@ -83,6 +88,7 @@ class RouterReward(_TrlReward):
         judge: says what is known about a scored group, where anything is: it is posted to `/feedback`.
         row_options: overrides which rows belong together and what becomes of missing rewards.
         client: instead of one made from the options.
+        reference: the data set's column that is sent as each prompt's `reference`, for rules and judges that compare.
         fields: of `ClientOptions`.
 
     Attributes:
@@ -95,10 +101,11 @@ class RouterReward(_TrlReward):
         *,
         judge: Judge | None = None,
         row_options: RowOptions | None = None,
+        reference: str | None = None,
         client: RouterClient | None = None,
         **fields: Any,
     ) -> None:
-        super().__init__(judge, row_options)
+        super().__init__(judge, row_options, reference)
         self.client = client if client is not None else RouterClient(options, **fields)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -151,10 +158,11 @@ class AsyncRouterReward(_TrlReward):
         *,
         judge: Judge | None = None,
         row_options: RowOptions | None = None,
+        reference: str | None = None,
         client: AsyncRouterClient | None = None,
         **fields: Any,
     ) -> None:
-        super().__init__(judge, row_options)
+        super().__init__(judge, row_options, reference)
         self.client = client if client is not None else AsyncRouterClient(options, **fields)
 
     async def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from router_core.audits.schedule import Progress, Schedule, is_chosen
 from router_core.posterior import Posterior
-from router_core.records import Instance
+from router_core.records import Instance, Signal
 from service.errors import StoreUnavailableError
 from service.stores.protocol import AuditTask, DecisionRecord, Store
 from service.usecases.decisions import StoredDecision
@@ -97,11 +97,12 @@ class AuditChooser:
     async def choose(self, decided: Sequence[Decided]) -> dict[str, ChosenAudits]:
         """Set the inclusion probability of every decision between several responses; return the chosen ones, by run.
 
+        Runs of another signal than preferences, which is what a referee's verdicts are, are not audited.
         A decision of a run whose progress cannot be had, because the store is away, is left as it is.
         """
         by_run: dict[str, list[Decided]] = {}
         for one in decided:
-            if one.stored.n > 1:
+            if one.stored.n > 1 and one.run.signal is Signal.PREFERENCE:
                 by_run.setdefault(one.run.name, []).append(one)
         out = {}
         for name, group in by_run.items():

@@ -19,6 +19,7 @@ from service.errors import (
     StoreUnavailableError,
     ValidationError,
 )
+from service.keys.access import EVERYTHING, Access
 from service.schemas import FeedbackReply, FeedbackRequest
 from service.stores.ids import event_order
 from service.stores.protocol import FeedbackRecord, FeedbackResult, FeedbackStatus, Store
@@ -47,19 +48,19 @@ class FeedbackService:
         self._telemetry = telemetry
         self._max_batch = max_batch
 
-    async def accept(self, request: FeedbackRequest) -> FeedbackReply:
+    async def accept(self, request: FeedbackRequest, access: Access = EVERYTHING) -> FeedbackReply:
         """One feedback. When this returns, the event is in the log, once.
 
         Raises:
             ServiceError: see `docs/api.md` for the codes; nothing was changed.
         """
-        result = (await self.accept_many([request]))[0]
+        result = (await self.accept_many([request], access=access))[0]
         if isinstance(result, ServiceError):
             raise result
         return result
 
     async def accept_many(
-        self, requests: Sequence[FeedbackRequest], *, run: str | None = None
+        self, requests: Sequence[FeedbackRequest], *, run: str | None = None, access: Access = EVERYTHING
     ) -> list[FeedbackReply | ServiceError]:
         """Many feedbacks, each applied or refused on its own, in one pipeline per run.
 
@@ -79,7 +80,7 @@ class FeedbackService:
         for index, request in enumerate(requests):
             name = request.run or run
             if name not in runs:
-                runs[name] = await self._find(name)
+                runs[name] = await self._find(name, access)
             found = runs[name]
             if isinstance(found, ServiceError):
                 if request.run is None:
@@ -110,13 +111,13 @@ class FeedbackService:
                     held.acknowledged = max(held.acknowledged, outcome.event_id, key=event_order)
         return [result for result in results if result is not None]
 
-    async def _find(self, name: str | None) -> Run | ServiceError:
+    async def _find(self, name: str | None, access: Access) -> Run | ServiceError:
         """The run, or why there is none. Appending to a log does not wait for the posterior.
 
         A run that does not learn takes no feedback: what its log can no longer give to the posterior would be lost.
         """
         try:
-            run = await self._runs.find(name)
+            run = await self._runs.find(name, access)
         except StoreUnavailableError:
             raise
         except ServiceError as error:
@@ -136,7 +137,7 @@ def _record(request: FeedbackRequest, run: Run) -> FeedbackRecord:
         )
         if value is not None
     }
-    wanted = run.template.signal
+    wanted = run.signal
     field = "preferred" if wanted is Signal.PREFERENCE else wanted.value
     if set(given) != {wanted}:
         sent = ", ".join("preferred" if s is Signal.PREFERENCE else s.value for s in given) or "none of them"

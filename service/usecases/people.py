@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 
 from router_core.records import TIE, Fact, Instance
 from service.errors import ConflictError, NotFoundError, NotReadyError, ValidationError
+from service.keys.access import EVERYTHING, Access
 from service.schemas import JudgementReply, JudgementRequest
 from service.stores.ids import event_order
 from service.stores.protocol import AuditedDecision, DecisionRecord, FeedbackStatus, Store
@@ -54,12 +55,13 @@ class PeopleService:
         self._store = store
         self._telemetry = telemetry
 
-    async def newest(self, run: str | None, count: int) -> list[AuditShown]:
+    async def newest(self, run: str | None, count: int, access: Access = EVERYTHING) -> list[AuditShown]:
         """Return the newest audits that are kept, newest first."""
         name = run or self._runs.default
+        access.check_run(name)
         return [_shown(kept, self._runs.template.pool) for kept in await self._store.newest_audits(name, count)]
 
-    async def judge(self, judgement: JudgementRequest) -> JudgementReply:
+    async def judge(self, judgement: JudgementRequest, access: Access = EVERYTHING) -> JudgementReply:
         """Append what a person says. When this returns, the event is in the log, once.
 
         Raises:
@@ -68,7 +70,7 @@ class PeopleService:
             ConflictError: another judgement stands.
             NotReadyError: the run does not learn.
         """
-        run = await self._runs.find(judgement.run)
+        run = await self._runs.find(judgement.run, access)
         if run.failure is not None:
             raise NotReadyError(failure_of(run), details={"run": run.name}, retry_after_seconds=1)
         kept = await self._store.audited(run.name, judgement.decision_id)

@@ -22,6 +22,7 @@ from router_core.audits.signs import SIGNS
 from router_core.audits.summary import Audited
 from router_core.records import TIE, Source, credit
 from service.errors import NotFoundError
+from service.keys.access import EVERYTHING, Access
 from service.stores.protocol import LogEntry, Store
 from service.telemetry import Telemetry
 from service.usecases.decisions import StoredDecision, decode_decision, told_by
@@ -163,7 +164,7 @@ class Reporter:
         """Forget a run that was closed."""
         self._rows.pop(run, None)
 
-    async def report(self, name: str | None) -> RunReport:
+    async def report(self, name: str | None, access: Access = EVERYTHING) -> RunReport:
         """Return what the run's audits say now.
 
         Raises:
@@ -171,6 +172,7 @@ class Reporter:
             StoreUnavailableError: the log cannot be read.
         """
         name = name or self._runs.default
+        access.check_run(name)
         run = self._runs.runs.get(name)
         if run is None:
             raise NotFoundError(f"run {name!r} is not open here: send it a request first", details={"run": name})

@@ -1,7 +1,8 @@
 """A run: one pool, one prior, one log, one posterior. The registry opens runs by name and keeps them apart.
 
-The prior's form is the run's own: a policy may insist on one (`bayesian:none`, `laser`), and whoever opens the run
-first decides. It stands in the run's fingerprint, where every other gateway finds it.
+The prior's form and the signal are the run's own: a policy may insist on a form (`bayesian:none`, `laser`), a request
+on a signal, and whoever opens the run first decides. They stand in the run's fingerprint, where every other gateway
+finds them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,7 @@ from service.errors import (
     RunConflictError,
     ValidationError,
 )
+from service.keys.access import EVERYTHING, Access
 from service.scorers.protocol import Scorer
 from service.stores.ids import check_run
 from service.stores.protocol import NameNotFreeError, RunIdentity, Store
@@ -60,16 +62,34 @@ MAX_NAMED_RUNS = 20
 """Runs that the error on an unknown one names."""
 
 
+class Terms(NamedTuple):
+    """What a run keeps from its first opening on: the form of its prior, and its kind of feedback."""
+
+    form: PriorForm
+    signal: Signal
+
+
+class Wish(NamedTuple):
+    """What whoever opens a run insists on; None: whatever the run has."""
+
+    form: PriorForm | None = None
+    signal: Signal | None = None
+
+
+NO_WISH = Wish()
+"""Whatever the run has."""
+
+
 class RunTemplate:
-    """What all runs of a gateway share: the pool, the encoder, the priors by form, the signal.
+    """What all runs of a gateway share: the pool, the encoder, the priors by terms.
 
     Args:
         arms: the pool, in arm order.
         encoder: text of a pair to x.
-        priors: what is believed before any feedback, by form; called once per form. May raise ConfigurationError.
+        priors: what is believed before any feedback; called once per terms. May raise ConfigurationError.
         form: of the runs that no policy insists on another one for.
         fold_settings: where the log is cut.
-        signal: kind of feedback.
+        signal: kind of feedback of new runs whose first request does not name another.
         policy: name of the policy of requests that name none.
         origin: what gives contexts and offsets: the checkpoint's digest, or the untrained encoder's name.
         score_scale: of the RMs' raw rewards; None: each run's score log tells it.
@@ -93,7 +113,7 @@ class RunTemplate:
         *,
         arms: Sequence[Scorer],
         encoder: PairEncoder | AwaitedEncoder,
-        priors: Callable[[PriorForm], Prior],
+        priors: Callable[[Terms], Prior],
         form: PriorForm,
         fold_settings: FoldSettings,
         signal: Signal,
@@ -126,13 +146,13 @@ class RunTemplate:
         self._blas_threads = blas_threads
         self._policies: dict[str, Policy] = {}
         self._build_prior = priors
-        self._priors: dict[PriorForm, Prior] = {}
+        self._priors: dict[Terms, Prior] = {}
         try:
             self.default_policy = self.policy(policy)
         except NotFoundError as error:
             raise ConfigurationError(error.message) from error
         self.form = self.default_policy.prior or form
-        self.prior(self.form)
+        self.prior(self.terms())
 
     def policy(self, name: str) -> Policy:
         """The policy of that name.
@@ -159,15 +179,19 @@ class RunTemplate:
             return None
         return np.array([[arm.choosy and not arm.applies(instance) for arm in self.arms] for instance in instances])
 
-    def prior(self, form: PriorForm) -> Prior:
-        """The prior of that form.
+    def terms(self, wish: Wish = NO_WISH) -> Terms:
+        """Return the terms of a new run that is opened with that wish."""
+        return Terms(wish.form or self.form, wish.signal or self.signal)
+
+    def prior(self, terms: Terms) -> Prior:
+        """The prior of a run on those terms.
 
         Raises:
             ConfigurationError: it needs a checkpoint and there is none, or it does not fit the pool or the encoder.
         """
-        if form not in self._priors:
-            self._priors[form] = self._checked(self._build_prior(form))
-        return self._priors[form]
+        if terms not in self._priors:
+            self._priors[terms] = self._checked(self._build_prior(terms))
+        return self._priors[terms]
 
     def _checked(self, prior: Prior) -> Prior:
         if len(self.arms) != prior.n_arms:
@@ -182,16 +206,16 @@ class RunTemplate:
             )
         return prior
 
-    def fingerprint(self, form: PriorForm) -> str:
+    def fingerprint(self, terms: Terms) -> str:
         """Names everything that the posterior of a run depends on besides its log (v only scales the draws).
 
         Raises:
             ConfigurationError: as `prior`.
         """
-        prior, settings = self.prior(form), self.fold_settings
+        prior, settings = self.prior(terms), self.fold_settings
         identity = {
             "pool": self.pool,
-            "signal": self.signal,
+            "signal": terms.signal,
             "prior": prior.form,
             "d": prior.dim,
             "columns": [prior.first, prior.d],
@@ -211,6 +235,29 @@ class RunTemplate:
         }
         return json.dumps(identity, sort_keys=True)
 
+    def standing_terms(self, name: str, standing: str, wanted: Terms) -> Terms:
+        """Return the terms of a run that was opened before.
+
+        Args:
+            name: of the run.
+            standing: its fingerprint, as the store has it.
+            wanted: the terms that a new run would have.
+
+        Raises:
+            RunConflictError: the run was started with something else than this gateway has; says with what.
+        """
+        terms, ours = _terms_in(standing) or wanted, None
+        with contextlib.suppress(ConfigurationError):
+            ours = self.fingerprint(terms)
+        if ours != standing:
+            changed = differences(standing, ours or self.fingerprint(wanted))
+            raise RunConflictError(
+                f"run {name!r} was started otherwise: {changed_words(changed)}. Use a new run name, or start the "
+                "gateway with what the run was started with",
+                details={"run": name, "changed": changed},
+            )
+        return terms
+
 
 class Run:
     """One run's mutable state: which posterior is current, up to which event, and the generator of its draws.
@@ -221,7 +268,7 @@ class Run:
         name: its name.
         template: what it shares with the others.
         identity: what the name stood for in the store when the run was opened.
-        form: of its prior; None: the template's.
+        terms: its own; None: the template's.
 
     Attributes:
         failure: why the run does not learn, and takes no feedback; None while it does.
@@ -229,12 +276,14 @@ class Run:
         acknowledged: id of the newest event that was acknowledged to a caller of this gateway.
     """
 
-    def __init__(self, name: str, template: RunTemplate, identity: RunIdentity, form: PriorForm | None = None) -> None:
+    def __init__(self, name: str, template: RunTemplate, identity: RunIdentity, terms: Terms | None = None) -> None:
         self.name = name
         self.template = template
         self.identity = identity
-        self.prior = template.prior(form or template.form)
-        self.fingerprint = template.fingerprint(self.prior.form)
+        terms = terms or template.terms()
+        self.signal = terms.signal
+        self.prior = template.prior(terms)
+        self.fingerprint = template.fingerprint(terms)
         self.posterior: Posterior = start(self.prior, template.fold_settings)
         self.last_event_id = "0-0"
         self.ready = asyncio.Event()
@@ -293,7 +342,7 @@ class RunRegistry:
         max_runs: how many this gateway holds; idle ones are closed to make room.
         on_open: starts whatever must run beside an opened run (its learner); what it returns ends that.
         timeout_seconds: how long a request waits for a run that is being opened.
-        default_form: the prior form that the default run must have; None: whatever it has.
+        default_wish: what the operator insists on for the default run.
         free_seconds: how long the store must have been watched before an unused name is taken, see `Store.open_run`.
     """
 
@@ -306,7 +355,7 @@ class RunRegistry:
         max_runs: int,
         on_open: Callable[[Run], Callable[[], None]],
         timeout_seconds: float = 10.0,
-        default_form: PriorForm | None = None,
+        default_wish: Wish = NO_WISH,
         free_seconds: float = 0.0,
     ) -> None:
         self.template = template
@@ -315,7 +364,7 @@ class RunRegistry:
         self._max_runs = max_runs
         self._on_open = on_open
         self._timeout_seconds = timeout_seconds
-        self._default_form = default_form
+        self._default_wish = default_wish
         self._free_seconds = free_seconds
         self._runs: dict[str, Run] = {}
         self._closers: dict[str, Callable[[], None]] = {}
@@ -326,88 +375,99 @@ class RunRegistry:
         """The open runs by name."""
         return self._runs
 
-    def opened(self, name: str | None, form: PriorForm | None = None) -> Run | None:
+    def opened(self, name: str | None, wish: Wish = NO_WISH) -> Run | None:
         """Return the run if it is open and its posterior loaded; None if it must be waited for.
 
         Args:
             name: see `get`.
-            form: see `get`.
+            wish: see `get`.
 
         Raises:
-            RunConflictError: the name was used with another prior.
+            RunConflictError: the name was used with another prior or signal.
         """
-        name, form = self._named(name, form)
+        name, wish = self._named(name, wish)
         run = self._runs.get(name)
-        return self._used(run, form) if run is not None and run.ready.is_set() else None
+        return self._used(run, wish) if run is not None and run.ready.is_set() else None
 
-    async def get(self, name: str | None, form: PriorForm | None = None) -> Run:
+    async def get(self, name: str | None, wish: Wish = NO_WISH) -> Run:
         """The run of that name, opened if need be, with its posterior loaded.
 
         Args:
             name: the run; None: the default one.
-            form: the prior form that the policy of the request insists on; None: whatever the run has.
+            wish: the prior form that the policy of the request insists on, and the signal that the request names.
 
         Raises:
             ValidationError: the name is malformed, or the form needs a checkpoint that the gateway lacks.
-            RunConflictError: the name was used with another pool, prior or checkpoint.
+            RunConflictError: the name was used with another pool, prior, signal or checkpoint.
             OverCapacityError: `max_runs` are open.
             NotReadyError: its log is still being replayed, or cannot be; or another gateway may hold its name still.
             StoreUnavailableError: the store does not answer.
         """
-        run = await self._open_patiently(name, form)
+        run = await self._open_patiently(name, wish)
         if not run.ready.is_set():
             await self._wait_until_ready(run)
         return run
 
-    async def _open_patiently(self, name: str | None, form: PriorForm | None) -> Run:
+    async def _open_patiently(self, name: str | None, wish: Wish) -> Run:
         """Open the run; wait for a name that may be taken in time."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._timeout_seconds
         while True:
             try:
-                return await self.open(name, form)
+                return await self.open(name, wish)
             except NameNotFreeError as error:
                 if loop.time() + error.seconds >= deadline:
                     raise
                 await asyncio.sleep(min(error.seconds, NAME_POLL_SECONDS))
 
-    async def open(self, name: str | None, form: PriorForm | None = None) -> Run:
+    async def open(self, name: str | None, wish: Wish = NO_WISH) -> Run:
         """As `get`, without waiting for its posterior or its name."""
-        name, form = self._named(name, form)
-        return self._used(self._runs.get(name) or await self._open_once(name, form), form)
+        name, wish = self._named(name, wish)
+        return self._used(self._runs.get(name) or await self._open_once(name, wish), wish)
 
-    def _named(self, name: str | None, form: PriorForm | None) -> tuple[str, PriorForm | None]:
-        """Return the run's name and the prior form that is insisted on, with the defaults in their places."""
+    def check_default(self, standing: str) -> Signal:
+        """Return the signal of the default run, given its fingerprint in the store; opens nothing.
+
+        Raises:
+            RunConflictError: this gateway could not open it.
+        """
+        name, wish = self._named(None, NO_WISH)
+        terms = self.template.standing_terms(name, standing, self.template.terms(wish))
+        _insist(name, terms, wish)
+        return terms.signal
+
+    def _named(self, name: str | None, wish: Wish) -> tuple[str, Wish]:
+        """Return the run's name and what is insisted on, with the defaults in their places."""
         name = name or self.default
-        return name, self._default_form if form is None and name == self.default else form
+        if name == self.default:
+            ours = self._default_wish
+            wish = Wish(wish.form or ours.form, wish.signal or ours.signal)
+        return name, wish
 
-    def _used(self, run: Run, form: PriorForm | None) -> Run:
-        """Return the run, which is in use now, if it has that form."""
-        if form is not None and form is not run.prior.form:
-            raise RunConflictError(
-                f"run {run.name!r} was opened with the prior {run.prior.form.value!r}, and the policy of this request, "
-                f"or the gateway's setting, insists on {form.value!r}: use a new run name for it",
-                details={"run": run.name, "changed": {"prior": {"run": run.prior.form.value, "gateway": form.value}}},
-            )
+    def _used(self, run: Run, wish: Wish) -> Run:
+        """Return the run, which is in use now, if it is what was wished for."""
+        _insist(run.name, Terms(run.prior.form, run.signal), wish)
         run.last_used = time.monotonic()
         return run
 
-    async def find(self, name: str | None) -> Run:
+    async def find(self, name: str | None, access: Access = EVERYTHING) -> Run:
         """As `open`, for a run that some gateway has opened before: feedback never makes one.
 
         Raises:
+            ForbiddenError: the caller may not name it.
             NotFoundError: none has.
         """
         name = name or self.default
+        access.check_run(name)
         if name not in self._runs and not await self._store.has_run(check_run(name)):
-            known = await self._store.list_runs()
+            known = access.seen(await self._store.list_runs())
             raise NotFoundError(
                 f"run {name!r} is unknown: send the run of the decision, as `/reward` answered it; {known_runs(known)}",
                 details={"run": name, "known": known[:MAX_NAMED_RUNS]},
             )
         return await self.open(name)
 
-    async def _open_once(self, name: str, form: PriorForm | None) -> Run:
+    async def _open_once(self, name: str, wish: Wish) -> Run:
         check_run(name)
         if name not in self._opening:
             if len(self._runs) + len(self._opening) >= self._max_runs and not self._close_idle():
@@ -416,31 +476,20 @@ class RunRegistry:
                     f"{IDLE_SECONDS:.0f} s, after which it makes room: name one of them, or start another gateway",
                     retry_after_seconds=self._seconds_to_room(),
                 )
-            self._opening[name] = asyncio.create_task(self._open(name, form))
+            self._opening[name] = asyncio.create_task(self._open(name, wish))
             self._opening[name].add_done_callback(lambda _: self._opening.pop(name, None))
         return await asyncio.shield(self._opening[name])
 
-    async def _open(self, name: str, form: PriorForm | None) -> Run:
-        """Open it with the form that stands in its fingerprint; with `form`, or the default one, where none stands."""
-        form = form or self.template.form
+    async def _open(self, name: str, wish: Wish) -> Run:
+        """Open it on the terms that stand in its fingerprint; on those wished for, or the default ones, if none do."""
+        terms = self.template.terms(wish)
         try:
-            fingerprint = self.template.fingerprint(form)
+            fingerprint = self.template.fingerprint(terms)
         except ConfigurationError as error:
             raise ValidationError(error.message, details={"field": "policy"}) from error
         identity = await self._store.open_run(name, fingerprint.encode(), free_seconds=self._free_seconds)
-        standing = identity.fingerprint.decode()
-        if standing != fingerprint:
-            form = _standing_form(standing) or form
-            with contextlib.suppress(ConfigurationError):
-                fingerprint = self.template.fingerprint(form)
-        if standing != fingerprint:
-            changed = differences(standing, fingerprint)
-            raise RunConflictError(
-                f"run {name!r} was started otherwise: {changed_words(changed)}. Use a new run name, or start the "
-                "gateway with what the run was started with",
-                details={"run": name, "changed": changed},
-            )
-        run = Run(name, self.template, identity, form)
+        terms = self.template.standing_terms(name, identity.fingerprint.decode(), terms)
+        run = Run(name, self.template, identity, terms)
         self._runs[name] = run
         self._closers[name] = self._on_open(run)
         return run
@@ -479,7 +528,7 @@ class RunRegistry:
 def known_runs(names: Sequence[str]) -> str:
     """The words on which runs a store knows."""
     if not names:
-        return "the store knows no run yet"
+        return "no run is known yet"
     shown = ", ".join(names[:MAX_NAMED_RUNS])
     return f"known runs: {shown}" + (f" and {len(names) - MAX_NAMED_RUNS} more" if len(names) > MAX_NAMED_RUNS else "")
 
@@ -515,8 +564,26 @@ def changed_words(changed: Mapping[str, Any]) -> str:
     return "; ".join(dict.fromkeys(words))
 
 
-def _standing_form(fingerprint: str) -> PriorForm | None:
-    """The prior form in a fingerprint; None if this version does not know it."""
-    with contextlib.suppress(ValueError):
-        return PriorForm(json.loads(fingerprint)["prior"])
+def _insist(name: str, terms: Terms, wish: Wish) -> None:
+    """Raise RunConflictError if a run's terms are not what was wished for."""
+    changed = {}
+    if wish.form not in (None, terms.form):
+        changed["prior"] = {"run": terms.form.value, "gateway": wish.form}
+    if wish.signal not in (None, terms.signal):
+        changed["signal"] = {"run": terms.signal.value, "gateway": wish.signal}
+    if changed:
+        words = " and ".join(f"the {key} {one['run']!r}" for key, one in changed.items())
+        wanted = " and ".join(f"{str(one['gateway'])!r}" for one in changed.values())
+        raise RunConflictError(
+            f"run {name!r} was opened with {words}, which it keeps; the request, its policy or the gateway's setting "
+            f"asks for {wanted}: use a new run name for that",
+            details={"run": name, "changed": changed},
+        )
+
+
+def _terms_in(fingerprint: str) -> Terms | None:
+    """The terms in a fingerprint; None if this version does not know them."""
+    with contextlib.suppress(ValueError, KeyError):
+        identity = json.loads(fingerprint)
+        return Terms(PriorForm(identity["prior"]), Signal(identity["signal"]))
     return None

@@ -18,9 +18,10 @@ from typing import TypeVar
 from router_core.attempts import answers, passed_over, waited_seconds
 from router_core.moments import ScoreScales
 from router_core.policies import AllCalls, OneCall
-from router_core.records import Instance
+from router_core.records import Instance, Signal
 from service.encoders.protocol import EncoderInputError
 from service.errors import NoWorkerError, ServiceError, StoreUnavailableError, ValidationError
+from service.keys.access import EVERYTHING, Access
 from service.schemas import BeliefsReply, RewardReply, RewardRequest
 from service.settings import OnStoreUnavailable, Settings
 from service.stores.ids import RANDOM_BYTES, new_decision_id
@@ -35,7 +36,7 @@ from service.usecases.history import Decided, beginnings
 from service.usecases.normalise import Normaliser
 from service.usecases.pieces import PIECES_ASKED, Piece, cut, divide
 from service.usecases.reply import Job, beliefs_of, decision_of, own_draw, reply_of
-from service.usecases.runs import RunRegistry
+from service.usecases.runs import RunRegistry, Wish
 from service.usecases.shadow import Shadowable, Shadower
 from service.usecases.sticky import StickyChoices, sticky_key
 
@@ -144,13 +145,13 @@ class RewardService:
         self._asker = Asker(telemetry.called, runs.template.prices, timeout_seconds=limits.worker_timeout_seconds)
         self._entropy = _Entropy()
 
-    async def score(self, request: RewardRequest) -> RewardReply:
+    async def score(self, request: RewardRequest, access: Access = EVERYTHING) -> RewardReply:
         """Return the reply to one instance.
 
         Raises:
             ServiceError: whatever kept the reward away; see `docs/api.md` for the codes.
         """
-        result = (await self.score_many([request]))[0]
+        result = (await self.score_many([request], access=access))[0]
         if isinstance(result, ServiceError):
             raise result
         return result
@@ -161,7 +162,9 @@ class RewardService:
         *,
         run: str | None = None,
         policy: str | None = None,
+        signal: str | None = None,
         normalize: bool | None = None,
+        access: Access = EVERYTHING,
     ) -> list[RewardReply | ServiceError]:
         """Return a reply or the error per instance, in order.
 
@@ -173,7 +176,9 @@ class RewardService:
             requests: the instances.
             run: run of those that name none.
             policy: policy of those that name none.
+            signal: kind of feedback that runs must have, of those that name none.
             normalize: whether rewards are normalised, of those that do not say; None: the setting.
+            access: what the caller may do: instances of other runs are refused.
 
         Raises:
             ServiceError: what concerns the whole call: too many instances, a run or policy that is wrong for all of
@@ -187,7 +192,7 @@ class RewardService:
             )
         deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_seconds
         refused: dict[int, ServiceError] = {}
-        wholes = await self._wholes(requests, run, policy, deadline, refused)
+        wholes = await self._wholes(requests, run, policy, signal, access, deadline, refused)
         self._under_way += 1
         self._idle.clear()
         try:
@@ -197,7 +202,7 @@ class RewardService:
             if not self._under_way:
                 self._idle.set()
 
-    async def believe(self, request: RewardRequest) -> BeliefsReply:
+    async def believe(self, request: RewardRequest, access: Access = EVERYTHING) -> BeliefsReply:
         """Return what is believed of every scorer on an instance now. Asks nobody and saves nothing.
 
         Raises:
@@ -205,10 +210,10 @@ class RewardService:
         """
         instance, template = self._read(request, None), self._runs.template
         policy = template.policy(request.policy) if request.policy else template.default_policy
-        known = await self._runs.find(request.run)
+        known = await self._runs.find(request.run, access)
         try:
             async with asyncio.timeout(self._limits.request_timeout_seconds):
-                run = await self._runs.get(known.name, policy.prior)
+                run = await self._runs.get(known.name, Wish(policy.prior, None))
                 chosen = await self._chooser.choose(run, policy, [instance])
         except TimeoutError as error:
             raise too_late() from error
@@ -243,15 +248,17 @@ class RewardService:
         requests: Sequence[RewardRequest],
         run: str | None,
         policy: str | None,
+        signal: str | None,
+        access: Access,
         deadline: float,
         refused: dict[int, ServiceError],
     ) -> list[list[Piece]]:
-        """Return the instances by run and policy, each in pieces; those that cannot be scored go into `refused`.
+        """Return the instances by run, policy and signal, in pieces; those that cannot be scored go into `refused`.
 
         Raises:
             DeadlineExceededError: a run was not open in time.
         """
-        groups: dict[tuple[str | None, str | None], list[int]] = {}
+        groups: dict[tuple[str | None, str | None, str | None], list[int]] = {}
         read: dict[int, Instance] = {}
         for index, request in enumerate(requests):
             try:
@@ -259,16 +266,19 @@ class RewardService:
             except ValidationError as error:
                 refused[index] = error
             else:
-                groups.setdefault((request.run or run, request.policy or policy), []).append(index)
+                wanted = (request.run or run, request.policy or policy, request.signal or signal)
+                groups.setdefault(wanted, []).append(index)
         wholes: list[list[Piece]] = []
-        for (run_name, policy_name), indices in groups.items():
+        for (run_name, policy_name, signal_name), indices in groups.items():
             try:
+                access.check_run(run_name or self._runs.default)
                 template = self._runs.template
                 chosen_policy = template.policy(policy_name) if policy_name else template.default_policy
-                found = self._runs.opened(run_name, chosen_policy.prior)
+                wish = Wish(chosen_policy.prior, None if signal_name is None else Signal(signal_name))
+                found = self._runs.opened(run_name, wish)
                 if found is None:
                     async with asyncio.timeout_at(deadline):
-                        found = await self._runs.get(run_name, chosen_policy.prior)
+                        found = await self._runs.get(run_name, wish)
             except TimeoutError as error:
                 raise too_late() from error
             except StoreUnavailableError:
@@ -502,7 +512,9 @@ class RewardService:
         if any(chosen.tasks for chosen in tasks.values()):
             self._on_chosen()
         if self._shadower.rate:
-            self._shadower.offer([one for one in decided if one.run.name not in unsaved])
+            # A loss or a reward says nothing of scorers that were not asked.
+            compared = [one for one in decided if one.run.signal is Signal.PREFERENCE]
+            self._shadower.offer([one for one in compared if one.run.name not in unsaved])
         for job in jobs:
             if job.decision is not None:
                 job.run.history.add(self._decided(job, job.decision, job.run.name not in unsaved))

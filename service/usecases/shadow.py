@@ -82,7 +82,7 @@ class Shadower:
         self._asker = Asker(telemetry.shadow_calls.labels, prices, timeout_seconds=timeout_seconds)
         self._in_flight = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        telemetry.shadows_in_flight.set_function(lambda: self._in_flight)
+        telemetry.watch(telemetry.shadows_in_flight, lambda: self._in_flight)
 
     def offer(self, answered: Iterable[Shadowable]) -> None:
         """Shadow those that the rate selects and for which there is room; returns at once.

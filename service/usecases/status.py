@@ -13,10 +13,14 @@ from router_core.moments import ScoreScales
 from router_core.policies.bayesian import posterior_beliefs
 from service.encoders.protocol import AwaitedEncoder, ServerStatus
 from service.errors import NotFoundError, NotReadyError, RunConflictError, ServiceError, StoreUnavailableError
+from service.keys.access import EVERYTHING, Access
 from service.scorers.status import ScorerStatus
 from service.stores.protocol import Store
 from service.telemetry import Telemetry
 from service.usecases.runs import Run, RunRegistry, failure_of, known_runs
+
+TELL_SECONDS = 5.0
+"""How old what one process says of another may be."""
 
 
 class ArmLearned(BaseModel):
@@ -109,7 +113,19 @@ class StatusService:
         return [] if self._encoder is None else [*self._encoder.servers()]
 
     async def render_metrics(self) -> bytes:
-        """Prometheus' text format, with the workers' states, the logs' lag and the posteriors as they are now.
+        """Prometheus' text format, with the workers' states, the logs' lag and the posteriors as they are now."""
+        await self.tell_metrics()
+        return self._telemetry.render()
+
+    async def tell_forever(self) -> None:
+        """Set what a scrape would set again and again, until cancelled: another process may answer the scrape."""
+        while True:
+            await self.tell_metrics()
+            self._telemetry.tell_watched()
+            await asyncio.sleep(TELL_SECONDS)
+
+    async def tell_metrics(self) -> None:
+        """Set the gauges of the workers' states, the logs' lag and the posteriors.
 
         A lag that cannot be had, because the store is away, keeps its last value and counts as a store error.
         """
@@ -142,7 +158,6 @@ class StatusService:
                 self._telemetry.learner_waiting.labels(run.name).set(run.stalled is not None)
         self._telemetry.store_refused.set(self._store_refused())
         self._telemetry.health_check_errors.set(self._health_check_errors())
-        return self._telemetry.render()
 
     def _tell_judging(self, arm: ScorerStatus) -> None:
         judging = arm.judging
@@ -208,16 +223,17 @@ class StatusService:
             raise NotReadyError(f"the encoder's servers cannot be asked: {reasons}", details={"encoder": problems})
         return run.name, run.posterior.count
 
-    async def posterior(self, name: str | None) -> PosteriorStatus:
+    async def posterior(self, name: str | None, access: Access = EVERYTHING) -> PosteriorStatus:
         """What a run has learned.
 
         Raises:
             NotFoundError: no such run is open.
         """
         name = name or self._runs.default
+        access.check_run(name)
         run = self._runs.runs.get(name)
         if run is None:
-            known = await self._store.list_runs()
+            known = access.seen(await self._store.list_runs())
             remedy = "send it a request first" if name in known else known_runs(known)
             raise NotFoundError(f"run {name!r} is not open here: {remedy}", details={"run": name})
         posterior, last_event_id = run.posterior, run.last_event_id
@@ -248,7 +264,7 @@ class StatusService:
             digest=digest,
             prior=posterior.prior.form,
             policy=run.template.default_policy.name,
-            signal=run.template.signal,
+            signal=run.signal,
             dim=posterior.dim,
             drift=posterior.drift,
             lambda0=posterior.lambda0,

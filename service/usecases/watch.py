@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np
 from router_core.policies.bayesian import posterior_moments
 from router_core.records import TIE
 from service.errors import NotFoundError, OverCapacityError, ServiceError
+from service.keys.access import Access
 from service.schemas import AttemptReply
 from service.scorers.status import ScorerStatus
 from service.stores.protocol import Store
@@ -130,7 +131,6 @@ class RunState(msgspec.Struct):
     """The event `state`."""
 
     run: str
-    runs: list[str]
     time_ms: int
     policy: str
     signal: str
@@ -221,21 +221,34 @@ class Watcher:
         if channel is not None:
             channel.points.clear()
 
-    async def frames(self, name: str | None) -> AsyncIterator[bytes]:
-        """Yield server-sent events of a run without end: `history`, then `report` and `state` as they change.
+    async def frames(self, name: str | None, access: Callable[[], Access]) -> AsyncIterator[bytes]:
+        """Yield server-sent events of a run without end: `history`, then `runs`, `report` and `state` as they change.
+
+        Args:
+            name: of the run; None: the default one.
+            access: what the viewer may see now, asked before every event; raises where its key has ended.
 
         Raises:
+            ServiceError: the key has ended, or may not see the run.
             NotFoundError: no such run is open here.
             OverCapacityError: enough people watch.
         """
         name = name or self._runs.default
+        access().check_run(name)
         if name not in self._runs.runs:
             raise NotFoundError(f"run {name!r} is not open here: send it a request first", details={"run": name})
         with self._seat(name) as channel:
             yield _event("history", _ENCODER.encode([*channel.points]))
-            state = report = b""
+            state = report = runs = b""
             while True:
                 changed = channel.changed
+                seen = access()
+                seen.check_run(name)
+                # The only word of other runs, and so the only one that viewers do not share.
+                others = _event("runs", _ENCODER.encode(sorted(seen.seen(self._runs.runs))))
+                if others != runs:
+                    runs = others
+                    yield runs
                 if channel.report and channel.report is not report:
                     report = channel.report
                     yield report
@@ -348,10 +361,9 @@ class Watcher:
         models = [*self._status.models(), *self._status.referees()]
         return RunState(
             run=run.name,
-            runs=sorted(self._runs.runs),
             time_ms=int(time.time() * 1000),
             policy=template.default_policy.name,
-            signal=template.signal.value,
+            signal=run.signal.value,
             prior=run.prior.form.value,
             version=posterior.count,
             ready=run.ready.is_set(),

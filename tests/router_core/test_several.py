@@ -78,6 +78,27 @@ def test_a_response_without_one_part_alone_has_no_reward(name: str) -> None:
     assert told.verdict == (TIE if name.startswith("min") else 2)
 
 
+@pytest.mark.parametrize(
+    ("attempts", "wanted"),
+    [
+        ([], [0]),
+        ([said(0, 1.0, 0.0)], [1]),
+        ([said(0, 0.0, -1.0)], []),
+        ([said(0, 0.0, NAN)], []),
+        ([said(0, 1.0, NAN)], [1]),
+        ([Attempt(0, 0, Outcome.ABSTAINED, "abstained")], [1]),
+        ([Attempt(0, 0, Outcome.FAILED, "worker_timeout")], [1]),
+        ([Attempt(1, 0, Outcome.ABSENT), said(0, 1.0, 0.0)], [1]),
+        ([said(0, 1.0, 0.0), said(1, 2.0, 4.0)], []),
+    ],
+)
+def test_a_gate_asks_the_rm_about_what_passes(attempts: list[Attempt], wanted: list[int]) -> None:
+    policy = make_policy("gate:rule,rm", POOL)
+    assert [*policy.next_arms([1, 0], attempts)] == wanted  # type: ignore[attr-defined]
+    # A scorer that does not apply is not in the order.
+    assert [*policy.next_arms([1], [])] == [1]  # type: ignore[attr-defined]
+
+
 @given(st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.floats(-50, 50)), min_size=1, max_size=8))
 def test_within_never_ranks_wrong_above_right(pairs: list[tuple[float, float]]) -> None:
     rule, model = [pair[0] for pair in pairs], [pair[1] for pair in pairs]

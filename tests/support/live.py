@@ -57,6 +57,7 @@ def live_gateway(
     arms: Sequence[ScriptedArm] | None = None,
     pool: PoolFile | None = None,
     audit: dict[str, Any] | None = None,
+    tracing: Any = None,
     **settings: Any,
 ) -> Iterator[LiveGateway]:
     """The application on a free port of loopback.
@@ -66,12 +67,14 @@ def live_gateway(
         models: names of the scripted RMs.
         arms: the scripted RMs themselves.
         pool: of servers that run, instead of scripted RMs.
+        tracing: a `service.tracing.Tracing`; by default as the settings say.
         settings: of the gateway.
     """
     scripted = list(arms) if arms is not None else [ScriptedArm(name) for name in models]
     chosen = Settings(**{"store_url": server_url, "run": fresh_run(), "seed": 0, "port": free_port(), **settings})
     entries = pool or PoolFile.model_validate({"models": [{"name": arm.name} for arm in scripted], "audit": audit})
-    app = create_app(chosen, entries, encoder=small_encoder(), arms=None if pool is not None else scripted)
+    arms = None if pool is not None else scripted
+    app = create_app(chosen, entries, encoder=small_encoder(), arms=arms, tracing=tracing)
     server = uvicorn.Server(uvicorn.Config(app, **server_options(chosen, app.count_refusal)))
     thread = threading.Thread(target=lambda: uvloop.run(server.serve()), daemon=True)
     thread.start()

@@ -146,13 +146,24 @@ class Services:
 
     def gateway(self, name: str, worker: Service, store_url: str, **settings: object) -> Service:
         """A gateway for `MODELS` at the worker; settings become its environment."""
-        pool = self.folder / "pool.yaml"
-        models = [{"name": model, "urls": [worker.url]} for model in MODELS]
-        pool.write_text(yaml.safe_dump({"models": models}))
-        environment = {f"REWARD_ROUTER_{key.upper()}": str(value) for key, value in settings.items()}
-        environment["REWARD_ROUTER_STORE_URL"] = store_url
-        environment.setdefault("REWARD_ROUTER_NEW_RUN_WAIT_SECONDS", "0")
-        return self._add(name, ["serve", "--pool", str(pool)], environment, "/readyz")
+        return self.gateway_of(name, {"models": models_at(worker.url)}, store_url, **settings)
+
+    def gateway_of(
+        self,
+        name: str,
+        pool: Mapping[str, object],
+        store_url: str,
+        environment: Mapping[str, str] | None = None,
+        **settings: object,
+    ) -> Service:
+        """A gateway with this document as its pool file; settings become its environment, beside the variables."""
+        path = self.folder / f"{name}-pool.yaml"
+        path.write_text(yaml.safe_dump(pool))
+        variables = {f"REWARD_ROUTER_{key.upper()}": str(value) for key, value in settings.items()}
+        variables["REWARD_ROUTER_STORE_URL"] = store_url
+        variables.setdefault("REWARD_ROUTER_NEW_RUN_WAIT_SECONDS", "0")
+        variables |= environment or {}
+        return self._add(name, ["serve", "--pool", str(path)], variables, "/readyz")
 
     def _add(self, name: str, arguments: list[str], environment: dict[str, str], health: str) -> Service:
         port = free_port()
@@ -160,6 +171,11 @@ class Services:
         self._services.append(service)
         service.launch()
         return service
+
+
+def models_at(*urls: str) -> list[dict[str, object]]:
+    """The models of a pool file: `MODELS`, each at all these URLs."""
+    return [{"name": model, "urls": [*urls]} for model in MODELS]
 
 
 def fetch(url: str) -> tuple[int, Any]:

@@ -6,6 +6,7 @@ that variable they are skipped. VLLM_TEST_MODELS names a folder with the demo's 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -30,7 +31,7 @@ MAX_LENGTH = 256
 """Tokens; less than the model could read, so that the limit is known to be the server's."""
 
 JUDGE_LENGTH = 2048
-"""Tokens that a judge reads: a rubric and two responses."""
+"""Tokens that a judge reads, if its model can: a rubric and two responses."""
 
 KEY = "sk-judge"
 """Key of a server of chat completions."""
@@ -147,7 +148,8 @@ class OneServer:
         if self._current is None or self._current[:2] != (directory, convert):
             self.stop()
             port = free_port()
-            length = JUDGE_LENGTH if convert == "generate" else MAX_LENGTH
+            wanted = JUDGE_LENGTH if convert == "generate" else MAX_LENGTH
+            length = min(wanted, json.loads((directory / "config.json").read_text())["max_position_embeddings"])
             model = ModelEntry(name=SERVED, path=directory, max_model_len=length, env=OFFLINE)
             words = serve_words(model, "cpu", host="127.0.0.1", port=port)
             words = tuple(convert if word == "classify" else word for word in words)

@@ -38,6 +38,10 @@ class Reference:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def rewards(self, items: Sequence[tuple[str, str]]) -> list[float]:
-        """Raw logits."""
+        """Raw logits of the first label."""
+        return [row[0] for row in self.labels(items)]
+
+    def labels(self, items: Sequence[tuple[str, str]]) -> list[list[float]]:
+        """Raw logits of every label."""
         with torch.inference_mode():
-            return [float(self._model(torch.tensor([self.ids(*item)])).logits[0, 0]) for item in items]
+            return [self._model(torch.tensor([self.ids(*item)])).logits[0].tolist() for item in items]

@@ -49,11 +49,11 @@ def chat_server(one_server: OneServer, smollm2: Path) -> VllmServer:
     return one_server.serve(smollm2, "generate")
 
 
-def judge_for(server: VllmServer, key: str | None = KEY, **options: Any) -> JudgeScorer:
+def judge_for(server: VllmServer, key: str | None = KEY, url: str | None = None, **options: Any) -> JudgeScorer:
     verdict = options.pop("verdict", "auto")
     config = JudgeConfig(
         name="j",
-        urls=(server.url,),
+        urls=(url or server.url,),
         options=ChatOptions(SERVED, **{"label_mass": LABEL_MASS, **options}),
         rubric=load_rubric("helpfulness"),
         verdict=verdict,

@@ -24,11 +24,11 @@ from router_core.encoder.torch import TorchBackbone
 from router_core.errors import EncoderError
 from router_core.records import Instance
 from service.encoders.client import EncoderConfig, StateClient
-from service.encoders.health import ServerMonitor
+from service.encoders.health import EncoderChecks
 from service.encoders.probe import relative_error
 from service.encoders.reading import Reading
 from service.encoders.remote import RemoteEncoder
-from service.scorers.health import HealthPolicy
+from service.scorers.health import HealthPolicy, ReplicaMonitor
 from tests.support.transformers_dirs import save_transformer
 from tests.vllm.conftest import MAX_LENGTH, OneServer, VllmServer
 
@@ -73,7 +73,7 @@ async def encoder_over(url: str, directory: Path) -> AsyncIterator[RemoteEncoder
     """The gateway's encoder over that server, probed."""
     reading = Reading.load(directory)
     client = StateClient(EncoderConfig(urls=(url,), dim=reading.dim, timeout_seconds=120.0))
-    monitor = ServerMonitor(client, reading, HealthPolicy(60.0, 120.0), np.random.default_rng(0))
+    monitor = ReplicaMonitor([EncoderChecks(client, reading)], HealthPolicy(60.0, 120.0), np.random.default_rng(0))
     encoder = RemoteEncoder(SplitEncoder((), reading, (), Fuse.identity(reading.dim)), client, monitor)
     await encoder.start()
     try:

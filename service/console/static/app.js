@@ -47,10 +47,11 @@ function useVisible() {
   return visible;
 }
 
-const EMPTY = { link: "connecting", why: "", state: null, report: null, points: [] };
+const EMPTY = { link: "connecting", why: "", runs: [], state: null, report: null, points: [] };
 
 function taken(seen, kind, data) {
   if (kind === "history") return { ...seen, points: data };
+  if (kind === "runs") return { ...seen, runs: data };
   if (kind === "report") return { ...seen, report: data };
   if (kind === "away" || kind === "locked") return { ...seen, link: kind, why: data };
   const last = seen.points[seen.points.length - 1];
@@ -86,15 +87,14 @@ function App() {
     first.current = false;
   }, [view]);
   if (seen.link === "locked") return html`<${Lock} why=${seen.why} onKey=${(value) => { key.set(value); setSeen(EMPTY); setOpened(opened + 1); }}/>`;
-  const { state, report, points, link, why } = seen;
-  const runs = state ? state.runs : [];
+  const { runs, state, report, points, link, why } = seen;
   return html`<header>
       <a class="skip" href="#main" onClick=${(event) => { event.preventDefault(); main.current.focus(); }}>To the content</a>
       <div class="brand"><span class="logo" aria-hidden="true"></span><h1>Reward router</h1>
         <span class="link ${link}" role="status"><span class="dot" aria-hidden="true"></span>${WORDS[link]}</span></div>
       <nav aria-label="Views">${VIEWS.map(([name, label]) => html`<a href=${`#${name}`} aria-current=${view === name ? "page" : null}>${label}${name === "judge" && state?.audits_waiting ? "" : ""}</a>`)}</nav>
       <div class="tools">
-        ${runs.length > 1 && html`<label>Run <select value=${state.run} onChange=${(event) => { setSeen({ ...EMPTY }); setRun(event.target.value); }}>${runs.map((name) => html`<option>${name}</option>`)}</select></label>`}
+        ${state && runs.length > 1 && html`<label>Run <select value=${state.run} onChange=${(event) => { setSeen({ ...EMPTY }); setRun(event.target.value); }}>${runs.map((name) => html`<option>${name}</option>`)}</select></label>`}
         <label><span class="hidden">Colours</span><select value=${chosen} onChange=${(event) => setTheme(event.target.value)}><option value="auto">Auto</option><option value="light">Light</option><option value="dark">Dark</option></select></label>
         ${key.get() && html`<button type="button" class="quiet" onClick=${() => { key.set(""); setSeen(EMPTY); setOpened(opened + 1); }}>Forget key</button>`}
       </div>

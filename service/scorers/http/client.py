@@ -19,7 +19,7 @@ import msgspec
 from router_core.records import Instance
 from router_core.turns import words_of
 from service.scorers.admission import Ticket
-from service.scorers.health import ProbeError, UnreachableError
+from service.scorers.health import ProbeError, UnreachableError, exchange, settle
 from service.scorers.http.wire import (
     HEALTH_PATH,
     PROBE_ITEM,
@@ -46,10 +46,8 @@ from service.scorers.protocol import (
 from service.scorers.requests import Monitor
 from service.scorers.served import ServedConfig, ServedScorer
 from service.scorers.status import ScorerStatus
-from service.scorers.transport.exchange import ATTEMPT_SHARE, RETRIED_STATUSES, AnswerError
-from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
+from service.scorers.transport.exchange import ATTEMPT_SHARE, AnswerError
 from service.scorers.transport.replica import Replica
-from service.scorers.wire import error_message
 
 REPLY_SHARE: Final = 0.8
 """Share of an attempt's time that the server is given; the rest is for the way back."""
@@ -153,22 +151,21 @@ class HttpScorer(ServedScorer):
 
     async def ready(self, replica: Replica, deadline: float) -> None:
         """Ask `GET /health`; see `service.scorers.health.Checks.ready`."""
-        await _exchange(replica, "GET", HEALTH_PATH, b"", deadline)
+        await exchange(replica, "GET", HEALTH_PATH, b"", deadline)
 
     async def probe(self, replica: Replica, deadline: float) -> None:
         """Ask for one result; see `service.scorers.health.Checks.probe`."""
+        await settle(replica, self._probe(replica, deadline))
+
+    async def _probe(self, replica: Replica, deadline: float) -> None:
+        request = msgspec.json.encode(ScoreRequest([PROBE_ITEM]))
         try:
             await self.ready(replica, deadline)
-            body = await _exchange(
-                replica, "POST", SCORE_PATH, msgspec.json.encode(ScoreRequest([PROBE_ITEM])), deadline
-            )
-            read_results(body, [1])
-        except UnreachableError as error:
-            replica.report_check(str(error))
+            read_results(await exchange(replica, "POST", SCORE_PATH, request, deadline), [1])
+        except UnreachableError:
+            raise
         except (ProbeError, AnswerError) as error:
-            replica.reject(f"{error}; `reward-router check-scorer {replica.url}` says more")
-        else:
-            replica.admit()
+            raise ProbeError(f"{error}; `reward-router check-scorer {replica.url}` says more") from error
 
     def _chunks(self, items: Sequence[Item]) -> list[list[int]]:
         """Positions, in order, cut where the next item would overfill the request."""
@@ -257,16 +254,3 @@ def _item(instance: Instance) -> Item:
     else:
         item.messages = [Turn(turn.role, words_of(turn)) for turn in instance.turns]
     return item
-
-
-async def _exchange(replica: Replica, method: str, path: str, body: bytes, deadline: float) -> bytes:
-    try:
-        response = await replica.check(method, path, body, deadline=deadline)
-    except (HttpProtocolError, ResponseTooLargeError) as error:
-        raise ProbeError(str(error)) from error
-    except HttpError as error:
-        raise UnreachableError(str(error)) from error
-    if response.status != 200:
-        kind = UnreachableError if response.status in RETRIED_STATUSES else ProbeError
-        raise kind(f"{path} answered {response.status}: {error_message(response.body)}")
-    return response.body

@@ -14,16 +14,15 @@ from typing import Final
 import msgspec
 
 from router_core.records import Instance
-from service.scorers.health import ProbeError, UnreachableError
+from service.scorers.health import NoSuchPathError, ProbeError, exchange, settle
 from service.scorers.judge.client import JudgeScorer
 from service.scorers.judge.rubrics import Mode, RubricError, Style, load_rubric
 from service.scorers.judge.verdicts import VerdictError
 from service.scorers.judge.wire import CHAT_PATH
 from service.scorers.transport.breaker import BreakerState
-from service.scorers.transport.exchange import RETRIED_STATUSES, AnswerError
-from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
+from service.scorers.transport.exchange import AnswerError
 from service.scorers.transport.replica import Replica
-from service.scorers.wire import MODELS_PATH, UNREADABLE, ModelList, error_message
+from service.scorers.wire import MODELS_PATH, UNREADABLE, ModelList
 
 KNOWN: Final = Instance(
     "What is 2 + 2?", ("2 + 2 = 4.", "I like bananas."), reference="4", metadata={"task": "arithmetic"}
@@ -49,15 +48,11 @@ class JudgeChecks:
             await self._complete(replica, self._judge.dialogue.probe(), deadline)
 
     async def probe(self, replica: Replica, deadline: float) -> None:
-        try:
-            await self._serves(replica, deadline)
-            await self._give_verdict(replica, deadline)
-        except UnreachableError as error:
-            replica.report_check(str(error))
-        except ProbeError as error:
-            replica.reject(str(error))
-        else:
-            replica.admit()
+        await settle(replica, self._probe(replica, deadline))
+
+    async def _probe(self, replica: Replica, deadline: float) -> None:
+        await self._serves(replica, deadline)
+        await self._give_verdict(replica, deadline)
 
     async def _serves(self, replica: Replica, deadline: float) -> None:
         """Ask which models the server has; one that does not say is believed.
@@ -67,8 +62,8 @@ class JudgeChecks:
         """
         until = min(deadline, asyncio.get_running_loop().time() + self._judge.config.answer_seconds)
         try:
-            listed = msgspec.json.decode(await _exchange(replica, "GET", MODELS_PATH, b"", until), type=ModelList)
-        except (*UNREADABLE, _NotThereError):
+            listed = msgspec.json.decode(await exchange(replica, "GET", MODELS_PATH, b"", until), type=ModelList)
+        except (*UNREADABLE, NoSuchPathError):
             return
         model = self._judge.config.options.model
         served = {one.id: one for one in listed.data}
@@ -118,26 +113,4 @@ class JudgeChecks:
             raise ProbeError(str(error)) from error
 
     async def _complete(self, replica: Replica, body: bytes, deadline: float) -> bytes:
-        try:
-            return await _exchange(replica, "POST", CHAT_PATH, body, deadline)
-        except _NotThereError as error:
-            raise ProbeError(str(error)) from error
-
-
-class _NotThereError(Exception):
-    """The server has no such path."""
-
-
-async def _exchange(replica: Replica, method: str, path: str, body: bytes, deadline: float) -> bytes:
-    try:
-        response = await replica.check(method, path, body, deadline=deadline)
-    except (HttpProtocolError, ResponseTooLargeError) as error:
-        raise ProbeError(str(error)) from error
-    except HttpError as error:
-        raise UnreachableError(str(error)) from error
-    if response.status == 200:
-        return response.body
-    words = f"{path} answered {response.status}: {error_message(response.body)}"
-    if response.status in (404, 405):
-        raise _NotThereError(words)
-    raise (UnreachableError if response.status in RETRIED_STATUSES else ProbeError)(words)
+        return await exchange(replica, "POST", CHAT_PATH, body, deadline)

@@ -14,12 +14,11 @@ from typing import Final
 
 import msgspec
 
-from service.scorers.health import ProbeError, UnreachableError
+from service.scorers.health import ProbeError, UnreachableError, exchange
 from service.scorers.rm.answers import read_rewards
 from service.scorers.rm.client import VllmArm
 from service.scorers.rm.render import MessagesRendering, RenderError, Rendering, encode
-from service.scorers.transport.exchange import RETRIED_STATUSES, AnswerError
-from service.scorers.transport.http import HttpError, HttpProtocolError, ResponseTooLargeError
+from service.scorers.transport.exchange import AnswerError
 from service.scorers.transport.replica import Replica
 from service.scorers.wire import (
     CLASSIFY_PATH,
@@ -33,7 +32,6 @@ from service.scorers.wire import (
     ServedModel,
     TokenizeReply,
     TokenizeRequest,
-    error_message,
     sigmoid,
 )
 
@@ -210,7 +208,7 @@ async def _compare_ids(
         add_generation_prompt=False,
     )
     try:
-        body = await _exchange(replica, "POST", TOKENIZE_PATH, msgspec.json.encode(request), deadline)
+        body = await exchange(replica, "POST", TOKENIZE_PATH, msgspec.json.encode(request), deadline)
         theirs = msgspec.json.decode(body, type=TokenizeReply).tokens
     except UnreachableError:
         raise
@@ -229,7 +227,7 @@ async def _compare_ids(
 async def _served_models(replica: Replica, deadline: float) -> tuple[list[ServedModel], str | None]:
     """The listed models, or why there is no list: vLLM's key and proxies may guard it and leave `/classify` open."""
     try:
-        body = await _exchange(replica, "GET", MODELS_PATH, b"", deadline)
+        body = await exchange(replica, "GET", MODELS_PATH, b"", deadline)
         return msgspec.json.decode(body, type=ModelList).data, None
     except UnreachableError:
         raise
@@ -246,24 +244,11 @@ async def _classify(
         )
     except RenderError as error:
         raise ProbeError(str(error)) from error
-    body = await _exchange(replica, "POST", CLASSIFY_PATH, request, deadline)
+    body = await exchange(replica, "POST", CLASSIFY_PATH, request, deadline)
     try:
         return read_rewards(body, 1, arm.config.heads).rewards[0]
     except AnswerError as error:
         raise ProbeError(str(error)) from error
-
-
-async def _exchange(replica: Replica, method: str, path: str, body: bytes, deadline: float) -> bytes:
-    try:
-        response = await replica.check(method, path, body, deadline=deadline)
-    except (HttpProtocolError, ResponseTooLargeError) as error:
-        raise ProbeError(str(error)) from error
-    except HttpError as error:
-        raise UnreachableError(str(error)) from error
-    if response.status != 200:
-        kind = UnreachableError if response.status in RETRIED_STATUSES else ProbeError
-        raise kind(f"{path} answered {response.status}: {error_message(response.body)}")
-    return response.body
 
 
 def _close(a: float, b: float) -> bool:

@@ -1,6 +1,6 @@
 """Inputs that a scorer has failed on lately, so that they are neither searched for again nor end worker after worker.
 
-Keys are digests of what was sent. `service.scorers.requests` and `service.encoders.client` keep one per scorer.
+Keys are digests of what was sent. `service.scorers.requests` keeps one per scorer.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     FailedError           no usable answer; says whose fault it was, as far as that is known
     RefusedError          a status that another replica would answer too
 
-`service.scorers.requests` and `service.encoders.client` decide what follows: another replica, a division of what was
-asked, or an error of the input.
+`service.scorers.requests` decides what follows: another replica, a division of what was asked, or an error of the
+input.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import asyncio
 import errno
 import ssl
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -156,7 +157,7 @@ class HttpPool:
         return len(self._active)
 
     async def request(
-        self, method: str, path: str, body: bytes = b"", *, deadline: float, request_id: str | None = None
+        self, method: str, path: str, body: bytes = b"", *, deadline: float, headers: Mapping[str, str] | None = None
     ) -> Response:
         """Send one idempotent request and return the whole response, whatever its status.
 
@@ -168,13 +169,13 @@ class HttpPool:
             path: begins with `/`; the origin's base path is put before it.
             body: JSON bytes; empty for none.
             deadline: absolute `loop.time()` in seconds, waiting for a connection and the retry included.
-            request_id: sent as `X-Request-Id`.
+            headers: sent beside those of every request.
 
         Raises:
             HttpError: see the module's tree.
-            ValueError: `request_id` cannot stand in a header.
+            ValueError: a header cannot be sent.
         """
-        message = self._message(method, path, body, request_id)
+        message = self._message(method, path, body, headers)
         loop = asyncio.get_running_loop()
         if deadline <= loop.time():
             raise DeadlineError(f"{self.url}: the deadline had passed before the request was sent", peer_seconds=0.0)
@@ -215,15 +216,16 @@ class HttpPool:
         for _ in range(2):
             await asyncio.sleep(0)
 
-    def _message(self, method: str, path: str, body: bytes, request_id: str | None) -> bytes:
+    def _message(self, method: str, path: str, body: bytes, headers: Mapping[str, str] | None) -> bytes:
         head = self._heads.get((method, path))
         if head is None:
             head = f"{method} {self._base}{path}".encode("ascii") + self._common
             self._heads[(method, path)] = head
-        if request_id is not None:
-            if not _is_header_value(request_id):
-                raise ValueError("request_id holds characters that an HTTP header cannot carry")
-            head += b"X-Request-Id: " + request_id.encode("ascii") + b"\r\n"
+        if headers:
+            for name, value in headers.items():
+                if not _is_header_value(value):
+                    raise ValueError(f"the value of {name} holds characters that an HTTP header cannot carry")
+                head += f"{name}: {value}\r\n".encode("ascii")
         if not body and method == "GET":
             return head + b"\r\n"
         return b"%bContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (head, len(body), body)

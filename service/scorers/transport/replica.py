@@ -41,6 +41,9 @@ FAIR_SHARE: Final = 0.5
 with less, the haste was ours. Below `exchange.ATTEMPT_SHARE`: an attempt that leaves time for another must count.
 """
 
+Request = Callable[..., Awaitable[Response]]
+"""A way of sending a request: called as `HttpPool.request` is."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -133,6 +136,7 @@ class Replica:
         self._problem: str | None = None
         self._noted: str | None = None
         self._pool = pool
+        self._request: Request = pool.request
         self._check_pool = check_pool
         self._max_in_flight = max_in_flight
         self._clock = clock
@@ -206,6 +210,10 @@ class Replica:
             max_model_len=self.max_model_len,
         )
 
+    def intercept(self, wrap: Callable[[str, Request], Request]) -> None:
+        """Send scoring requests through what `wrap` makes of the replica's URL and its way of sending them."""
+        self._request = wrap(self.url, self._request)
+
     def begin(self) -> int:
         """The number of an exchange that begins now. What began later has a larger number."""
         self._begun += 1
@@ -259,7 +267,7 @@ class Replica:
         self._requests += 1
         began = self._clock()
         try:
-            response = await self._pool.request("POST", path, body, deadline=deadline)
+            response = await self._request("POST", path, body, deadline=deadline)
         except ConnectError as error:
             self.blame(permit, str(error))
             if error.refused:

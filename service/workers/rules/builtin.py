@@ -116,6 +116,14 @@ def math(options: Mapping[str, object]) -> Rule:
     return math_rule
 
 
+def sums(options: Mapping[str, object]) -> Rule:
+    """Return the rule that works out the sums that a response writes; see `service.workers.rules.sums`."""
+    only(options)
+    from service.workers.rules.sums import sums_rule
+
+    return sums_rule
+
+
 def formats(options: Mapping[str, object]) -> Rule:
     """Return the rule that checks instructions on the form of a response; see `service.workers.rules.formats`."""
     from service.workers.rules.formats import CHECKS, format_rule
@@ -127,7 +135,15 @@ def formats(options: Mapping[str, object]) -> Rule:
 Answer = float | bool | None
 
 BUILTIN: Final[Mapping[str, Callable[[Mapping[str, object]], Rule]]] = MappingProxyType(
-    {"math": math, "exact": exact, "regex": regex, "json_schema": json_schema, "length": length, "format": formats}
+    {
+        "math": math,
+        "sums": sums,
+        "exact": exact,
+        "regex": regex,
+        "json_schema": json_schema,
+        "length": length,
+        "format": formats,
+    }
 )
 """Name to what makes the rule of its options."""
 

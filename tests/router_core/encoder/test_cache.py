@@ -158,6 +158,23 @@ def test_many_writers_of_one_file_agree(tmp_path: Path) -> None:
     assert len(CachedBackbone(Counting(identity="w"), tmp_path)) == len(texts)
 
 
+def test_many_first_writers_make_one_file(tmp_path: Path) -> None:
+    """SQLite refuses at once, without waiting, when two connections change one file to WAL."""
+    for i in range(40):
+        start = threading.Barrier(8)
+
+        def work(seed: int, directory: Path = tmp_path / str(i), start: threading.Barrier = start) -> None:
+            cached = CachedBackbone(Counting(identity="w"), directory)
+            start.wait()
+            cached.embed([(f"p{seed}", "r"), ("p", "r")])
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+        cached = CachedBackbone(Counting(identity="w"), tmp_path / str(i))
+        assert len(cached) == 9
+        assert list(cached.path.parent.glob("*")) == [cached.path]
+
+
 def test_an_interrupted_run_keeps_the_chunks_that_were_done(tmp_path: Path) -> None:
     def stop_at_two_chunks(done: int, of: int) -> None:
         if done >= 2 * CHUNK:

@@ -35,7 +35,8 @@ def test_the_printed_command_works_with_a_key(valkey_url: str, tmp_path: Path) -
             text=True,
         )
     assert json.loads(done.stdout)["rewards"]
-    assert lines[0] == "3 of 3 scorers can be asked"
+    assert lines[0].endswith(": 0 events learned, signal preference")
+    assert lines[1] == "3 of 3 scorers can be asked"
     assert lines[-1].startswith("its answer: model rm-")
 
 

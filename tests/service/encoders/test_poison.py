@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from router_core.records import Instance
-from service.encoders.client import EncoderConfig, StateClient, SuspectTextsError
+from service.encoders.client import EncoderConfig, StateClient
 from service.encoders.protocol import EncoderInputError, EncoderUnavailableError
 from service.encoders.wire import EmbeddingsRequest
+from service.scorers.requests import SuspectError
 from service.scorers.transport.breaker import BreakerPolicy
 from tests.service.encoders.conftest import Exported
 from tests.service.encoders.test_remote import NAN, TOLERANCE, Scripted, local, remote
@@ -126,7 +127,7 @@ async def test_texts_that_end_servers_end_two_at_most() -> None:
         stack.push_async_callback(client.close)
         texts = [[[number]] for number in range(2, 12)]
         texts[6] = [[666]]
-        with pytest.raises(SuspectTextsError) as suspected:
+        with pytest.raises(SuspectError) as suspected:
             await client.states([ids for (ids,) in texts], deadline=soon(), alone=False)
         assert suspected.value.crashed
         for ids in texts:

@@ -23,12 +23,12 @@ from router_core.encoder.torch import TorchBackbone
 from router_core.errors import EncoderError
 from router_core.records import Instance
 from service.encoders.client import EncoderConfig, StateClient
-from service.encoders.health import ServerMonitor
+from service.encoders.health import EncoderChecks
 from service.encoders.protocol import Encoded, EncoderInputError, EncoderUnavailableError
 from service.encoders.reading import Reading
 from service.encoders.remote import RemoteEncoder
 from service.encoders.wire import EmbeddingsRequest
-from service.scorers.health import HealthPolicy
+from service.scorers.health import HealthPolicy, ReplicaMonitor
 from tests.service.encoders.conftest import Exported
 from tests.service.scorers.worker_servers import Serve
 from tests.support.gateway import until
@@ -97,8 +97,8 @@ def client_of(reading: Reading, *urls: str, **options: Any) -> StateClient:
     return StateClient(config, min(reading.references.ids, key=len))
 
 
-def monitor_of(client: StateClient, reading: Reading) -> ServerMonitor:
-    return ServerMonitor(client, reading, HealthPolicy(0.05, 10.0), np.random.default_rng(0))
+def monitor_of(client: StateClient, reading: Reading) -> ReplicaMonitor:
+    return ReplicaMonitor([EncoderChecks(client, reading)], HealthPolicy(0.05, 10.0), np.random.default_rng(0))
 
 
 @asynccontextmanager
@@ -237,7 +237,7 @@ async def test_another_server_answers_where_one_cannot(exported: Exported, serve
 
 async def test_no_server_is_told_as_unavailable_with_its_reason(exported: Exported, refused_url: str) -> None:
     async with remote(exported, refused_url, monitored=False) as encoder:
-        with pytest.raises(EncoderUnavailableError, match=r"gave no vectors.*connection refused") as told:
+        with pytest.raises(EncoderUnavailableError, match="no replica could answer: connection refused") as told:
             await encoder.encode(INSTANCES)
     assert told.value.status == 503
     assert told.value.retry_after_seconds == 1
@@ -364,7 +364,7 @@ async def test_a_server_that_comes_back_is_probed_and_asked_again(exported: Expo
     server.answer = lambda *_: (503, {"error": {"message": "loading", "type": "x", "code": 503}})
     async with remote(exported, serve(server)) as encoder:
         assert not encoder.available
-        with pytest.raises(EncoderUnavailableError, match="every server is out"):
+        with pytest.raises(EncoderUnavailableError, match="all are out"):
             await encoder.encode(INSTANCES)
         server.answer = None
         await until(lambda: encoder.available, "the server is admitted")

@@ -100,6 +100,10 @@ async def test_a_gate_is_final_and_a_missing_part_is_no_reward(valkey_server: Va
         assert reply["model"] == "gate:gate,rm"
         assert (reply["propensity"], reply["price"]) == (1.0, 2.0)
         assert reply["components"] == {"gate": [1.0, 0.0, 1.0], "rm": [2.0, 8.0, 2.0]}
+        nothing = {"prompt": "p", "responses": ["13", "1313"], "policy": "gate:gate,rm"}
+        reply = await gateway.client.ok("/reward", nothing)
+        assert (reply["rewards"], reply["preferred"], reply["price"]) == ([0.0, 0.0], None, 1.0)
+        assert reply["components"] == {"gate": [0.0, 0.0]}
         gate.error = WorkerTimeoutError("late")
         reply = await gateway.client.ok("/reward", {**THREE, "policy": "sum:gate=10,rm=1"})
         assert reply["rewards"] == [None] * 3

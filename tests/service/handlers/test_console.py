@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import pytest
 
 from service.console import STATIC, console_files
+from tests.support.events import watch
 from tests.support.gateway import open_gateway, pair
 from tests.support.live import LiveGateway, live_gateway
 from tests.support.processes import fetch
@@ -26,35 +23,6 @@ MOST_BYTES = 150_000
 """Of everything that the page consists of, licences included."""
 
 EVERY = {"referee": "rm-c", "rate": 1.0, "schedule": "even"}
-
-
-class Stream:
-    """Server-sent events, as they come."""
-
-    def __init__(self, response: http.client.HTTPResponse) -> None:
-        self.status = response.status
-        self.content_type = response.headers["content-type"]
-        self._response = response
-
-    def next(self, kind: str) -> Any:
-        """The data of the next event of that kind."""
-        while True:
-            word = self._response.readline().decode().removeprefix("event: ").strip()
-            data = json.loads(self._response.readline().decode().removeprefix("data: "))
-            assert self._response.readline() == b"\n"
-            if word == kind:
-                return data
-
-
-@contextmanager
-def watch(gateway: LiveGateway, path: str = "/events", key: str | None = None) -> Iterator[Stream]:
-    """Open a stream; it is closed with its connection."""
-    connection = http.client.HTTPConnection(urlsplit(gateway.url).netloc, timeout=20)
-    connection.request("GET", path, headers={"authorization": f"Bearer {key}"} if key else {})
-    try:
-        yield Stream(connection.getresponse())
-    finally:
-        connection.close()
 
 
 def send(gateway: LiveGateway, count: int = 1, **fields: Any) -> list[Any]:
@@ -115,7 +83,7 @@ def test_the_stream_tells_decisions_draws_and_learning(valkey_server: ValkeyProc
     with live_gateway(valkey_server.url, audit=EVERY) as gateway:
         (reply,) = send(gateway, prompt="secret words")
         gateway.until(1)
-        with watch(gateway) as stream:
+        with watch(gateway.url + "/events") as stream:
             assert stream.content_type.startswith("text/event-stream")
             history = stream.next("history")
             report, state = stream.next("report"), stream.next("state")
@@ -139,21 +107,21 @@ def test_the_stream_tells_decisions_draws_and_learning(valkey_server: ValkeyProc
 def test_texts_are_told_only_where_allowed(valkey_server: ValkeyProcess) -> None:
     with live_gateway(valkey_server.url, console_texts=True) as gateway:
         send(gateway, prompt="x" * 3000, responses=["a", "b"])
-        with watch(gateway) as stream:
+        with watch(gateway.url + "/events") as stream:
             (newest,) = stream.next("state")["newest"]
     assert (newest["prompt"], newest["responses"]) == ("x" * 2000, ["a", "b"])
 
 
 def test_viewers_share_snapshots_and_are_bounded(valkey_server: ValkeyProcess) -> None:
     with live_gateway(valkey_server.url, console_viewers=2) as gateway:
-        with watch(gateway) as first, watch(gateway) as second:
+        with watch(gateway.url + "/events") as first, watch(gateway.url + "/events") as second:
             seen = [[stream.next("state")["time_ms"] for _ in range(2)] for stream in (first, second)]
-            with watch(gateway) as third:
+            with watch(gateway.url + "/events") as third:
                 assert third.status == 429
         assert set(seen[0]) & set(seen[1])
         assert fetch(f"{gateway.url}/events?run=nobody")[0] == 404
         for _ in range(200):
-            with watch(gateway) as again:
+            with watch(gateway.url + "/events") as again:
                 if again.status == 200:
                     break
         else:
@@ -162,9 +130,9 @@ def test_viewers_share_snapshots_and_are_bounded(valkey_server: ValkeyProcess) -
 
 def test_the_stream_needs_the_key(valkey_server: ValkeyProcess) -> None:
     with live_gateway(valkey_server.url, api_keys=("secret",)) as gateway:
-        with watch(gateway) as refused:
+        with watch(gateway.url + "/events") as refused:
             assert refused.status == 401
-        with watch(gateway, key="secret") as stream:
+        with watch(gateway.url + "/events", authorization="Bearer secret") as stream:
             assert stream.next("state")["ready"] is True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from service.trainers.trl import AsyncRouterReward, RouterReward
 from service.trainers.values import (
     Feedback,
     Missing,
+    RewardItem,
     RewardResult,
     RouterRefusedError,
     RouterUnavailableError,
@@ -163,6 +165,28 @@ def test_columns_reach_the_judge_by_row() -> None:
         {"answer": [1, 2, 3, 4], "constant": "x", "short": [1]},
     )
     assert [judged.columns for judged in seen] == [{"answer": (1, 3)}, {"answer": (2, 4)}]
+
+
+def test_a_column_becomes_the_reference_of_its_prompt() -> None:
+    planned = plan(PROMPTS, TEXTS, RowOptions(reference="answer"), {"answer": [12, 12, None, None]})
+    assert [item.document().get("reference") for item in planned.items()] == ["12", None]
+    with pytest.raises(ValueError, match=r"reference is 'answer'.* it has solution"):
+        plan(PROMPTS, TEXTS, RowOptions(reference="answer"), {"solution": TEXTS})
+
+
+def test_the_gateway_is_sent_reference_and_signal(gateway: LiveGateway, options: ClientOptions) -> None:
+    asked: list[RewardItem] = []
+    fields = {"reference": "answer", "judge": lambda judged: judged.right_over_wrong([0])}
+    reward = RouterReward(replace(options, signal="reward"), **fields)
+    with reward.client:
+        send = reward.client.reward_many
+        reward.client.reward_many = lambda items: asked.extend(items) or send(items)  # type: ignore[method-assign]
+        reward(PROMPTS, TEXTS, answer=["12"] * 4, log_metric=lambda *_: None)
+        assert [item.reference for item in asked] == ["12", "12"]
+        assert reward.client.posterior()["signal"] == "reward"
+    other = RouterReward(replace(options, signal="loss"))
+    with other.client, pytest.raises(RouterRefusedError, match="opened with the signal 'reward'"):
+        other(PROMPTS, TEXTS, log_metric=lambda *_: None)
 
 
 def test_rows_without_completions_are_refused() -> None:

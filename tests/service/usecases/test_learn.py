@@ -141,7 +141,7 @@ class Stage:
     ) -> AsyncIterator[Run]:
         """A learner that follows the log, until the end of the block."""
         template = template or self.template()
-        identity = identity or await self.store.open_run(self.run, template.fingerprint(template.form).encode())
+        identity = identity or await self.store.open_run(self.run, template.fingerprint(template.terms()).encode())
         run = Run(self.run, template, identity)
         learner = Learner(run, store or self.store, self.executor, telemetry or Telemetry(), keep_events=keep_events)
         task = asyncio.create_task(learner.run_forever())
@@ -446,7 +446,7 @@ async def test_the_learner_waits_for_a_store_that_is_away(own_valkey_server: Val
         stage = Stage(own_valkey_server.url, fresh_run(), store, executor, np.random.default_rng(5))
         await stage.append(20)
         template = stage.template()
-        identity = await store.open_run(stage.run, template.fingerprint(template.form).encode())
+        identity = await store.open_run(stage.run, template.fingerprint(template.terms()).encode())
         own_valkey_server.kill()
         async with stage.replica(identity=identity) as run:
             await asyncio.sleep(0.1)

@@ -309,3 +309,32 @@ async def test_a_laser_run_goes_on_where_it_was_left(valkey_server: ValkeyProces
         await gateway.client.ok("/reward", {**pair(), "run": run})
         after = await gateway.learned(19, run)
         assert after["digest"] == before["digest"] == gateway.folded(run, linucb_prior(3, DIM)).digest()
+
+
+async def test_a_run_has_the_signal_of_the_request_that_opened_it(valkey_server: ValkeyProcess) -> None:
+    async with open_gateway(valkey_server.url) as one, open_gateway(valkey_server.url) as two:
+        run = one.run + "-verified"
+        reply = await one.client.ok("/reward", {**pair(), "run": run, "signal": "reward"})
+        assert (await one.learned(0, run))["signal"] == "reward"
+        refused = await one.client.post("/feedback", {"decision_id": reply["decision_id"], "preferred": 0, "run": run})
+        assert (refused.status, refused.error["details"]["field"]) == (422, "reward")
+        # Another gateway, whose own runs learn from preferences, finds the run's signal in the store.
+        await two.client.ok("/feedback", {"decision_id": reply["decision_id"], "reward": 0.5, "run": run})
+        assert (await one.learned(1, run))["version"] == 1
+        wrong = await two.client.post("/reward", {**pair(), "run": run, "signal": "loss"})
+        assert (wrong.status, wrong.error["code"]) == (409, "run_conflict")
+        assert wrong.error["details"]["changed"] == {"signal": {"run": "reward", "gateway": "loss"}}
+        batch = {"items": [pair(), {**pair(1), "signal": "loss"}], "run": run, "signal": "reward"}
+        results = (await two.client.ok("/reward/batch", batch))["results"]
+        assert [item.get("error", {}).get("code") for item in results] == [None, "run_conflict"]
+
+
+async def test_a_default_run_keeps_its_signal_unless_the_gateway_insists(valkey_server: ValkeyProcess) -> None:
+    run = fresh_run()
+    async with open_gateway(valkey_server.url, run=run, signal="reward") as gateway:
+        await gateway.client.ok("/reward", pair())
+    async with open_gateway(valkey_server.url, run=run) as gateway:
+        assert (await gateway.learned(0, run))["signal"] == "reward"
+    async with open_gateway(valkey_server.url, run=run, signal="loss", wait=False) as gateway:
+        response = await gateway.client.post("/reward", pair())
+        assert (response.status, response.error["details"]["changed"]["signal"]["run"]) == (409, "reward")

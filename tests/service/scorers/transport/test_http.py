@@ -47,7 +47,9 @@ async def test_a_connection_is_reused_and_the_request_is_framed(raw_server: RawS
     async with raw_server(handler) as url:
         pool = HttpPool(url + "/base/", api_key="secret")
         for _ in range(3):
-            response = await pool.request("POST", "/classify", b'{"a":1}', deadline=soon(), request_id="r-1")
+            response = await pool.request(
+                "POST", "/classify", b'{"a":1}', deadline=soon(), headers={"X-Request-Id": "r-1"}
+            )
             assert (response.status, response.body) == (200, b"ok")
         await pool.close()
     assert handler.connections == 1
@@ -362,8 +364,8 @@ async def test_header_injection_is_refused(refused_url: str) -> None:
     with pytest.raises(ValueError, match="api_key"):
         HttpPool(refused_url, api_key="a\r\nX: y")
     pool = HttpPool(refused_url)
-    with pytest.raises(ValueError, match="request_id"):
-        await pool.request("GET", "/", deadline=soon(), request_id="a\r\nX: y")
+    with pytest.raises(ValueError, match="X-Request-Id"):
+        await pool.request("GET", "/", deadline=soon(), headers={"X-Request-Id": "a\r\nX: y"})
     await pool.close()
 
 

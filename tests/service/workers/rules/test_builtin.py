@@ -47,6 +47,27 @@ def test_math_abstains_without_an_expression_to_compare() -> None:
     assert score("math", r"$\boxed{2}$", "") is None
 
 
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        ("We compute 7 + 5 = 12", True),
+        ("That makes 7 + 5 = 13.", False),
+        ("2 + 3 * 4 = 14, and 20 − 2 × 3 = 14", True),
+        ("First 2 + 2 = 4. Then 4 + 4 = 9.", False),
+        ("10 / 4 = 2.5; 10 / 3 = 3.33; 1 / 3 = 0.3", True),
+        ("10 / 3 = 3", False),
+        ("1,200 + 34 = 1,234 and 3 - 5 = -2", True),
+        ("- 7 + 5 = 12\n- 1 + 1 = 2", True),
+        # Parts of something longer say nothing of themselves.
+        ("y - 3 + 4 = 1, 2x + 3 = 7, 3 + 4 = 5 + 2, 2 * (1 + 1) = 4", None),
+        ("1 / 0 = 0", None),
+        ("The answer is twelve.", None),
+    ],
+)
+def test_sums_are_worked_out(response: str, right: bool | None) -> None:
+    assert score("sums", response) is right
+
+
 def test_exact_ignores_case_space_and_final_dot() -> None:
     assert score("exact", " Paris.\n", "paris") is True
     assert score("exact", "Paris", "paris", {"case": True}) is False
