@@ -75,7 +75,8 @@ class Watched:
 
     async def serious(self) -> list[str]:
         """Return axe's serious and critical findings."""
-        await self.page.evaluate(AXE)
+        if not await self.page.evaluate("'axe' in window"):
+            await self.page.evaluate(AXE)
         found = await self.page.evaluate("axe.run(document, {resultTypes: ['violations']})")
         return [
             f"{one['id']}: {node['html'][:200]}"

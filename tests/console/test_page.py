@@ -116,7 +116,8 @@ async def test_every_view_can_be_reached_by_keyboard(browser: Any, story: Story)
             for _ in range(VIEWS.index(view)):
                 await page.keyboard.press("Tab")
             await page.keyboard.press("Enter")
-            await page.wait_for_function(f"location.hash === '#{view}' && document.activeElement.id === 'main'")
+            await page.locator(f"a[href='#{view}'][aria-current='page']").wait_for()
+            await page.locator("main:focus").wait_for()
         await seen.go("decisions")
         line = page.locator(".decisions button").first
         await line.focus()
