@@ -65,6 +65,21 @@ function Course({ report, theme }) {
   </div>`;
 }
 
+const ENOUGH = 30; // Decisions that a share or a price is a mean over, at least,
+const MOST_POINTS = 30; // unless they reach back for more than so many points.
+
+// The mean of `pick(point)` over each point and as many before it as hold enough decisions; null without any.
+function rolling(points, pick) {
+  return points.map((_, end) => {
+    let decisions = 0, total = 0;
+    for (let at = end; at >= 0 && at > end - MOST_POINTS && decisions < ENOUGH; at--) {
+      decisions += points[at].decisions;
+      total += points[at].decisions ? points[at].decisions * pick(points[at]) : 0;
+    }
+    return decisions ? total / decisions : null;
+  });
+}
+
 function Live({ state, points, theme }) {
   const times = useMemo(() => points.map((point) => point.time_ms / 1e3), [points]);
   const of = (values, index) => points.map((point) => point[values]?.[index] ?? null);
@@ -73,12 +88,12 @@ function Live({ state, points, theme }) {
     const side = (sign) => means.map((mean, i) => (mean == null ? null : mean + sign * sds[i]));
     return { label: arm.model, tone: hue(index), values: means, low: side(-1), high: side(1) };
   });
-  const price = [{ label: "price", tone: "accent", values: points.map((point) => point.price) }];
+  const price = [{ label: "price", tone: "accent", values: rolling(points, (point) => point.price) }];
   if (state.budgets[0]) price.push({ label: "budget", tone: "muted", dash: true, values: points.map(() => state.budgets[0].budget) });
-  const share = state.arms.map((arm, index) => ({ label: arm.model, tone: hue(index), values: of("asked", index) }));
+  const share = state.arms.map((arm, index) => ({ label: arm.model, tone: hue(index), values: rolling(points, (point) => point.asked[index] ?? 0) }));
   return html`<h3>The last hour, on this gateway</h3><div class="charts">
     <${Chart} title="What each is expected to be worth" hint="posterior mean, ± one standard deviation, on recent texts" times=${times} series=${expected} format=${number} theme=${theme} empty="Nothing was asked yet."/>
-    <${Chart} title="Who is asked" hint="share of the decisions, every 10 s" times=${times} series=${share} range=${[0, 1]} theme=${theme}/>
+    <${Chart} title="Who is asked" hint="share of the decisions, over 30 or more" times=${times} series=${share} range=${[0, 1]} theme=${theme}/>
     <${Chart} title="Price per decision" hint="in units of the cheapest scorer" times=${times} series=${price} format=${number} theme=${theme}/>
   </div>`;
 }

@@ -18,7 +18,7 @@ function Responses({ texts, setTexts, result, onBetter, said, asks }) {
   return html`<div class="responses">${texts.map((text, i) => html`<div class="response ${result?.preferred === i ? "preferred" : ""}">
     <div class="row between"><label for=${`response-${i}`}>Response ${i + 1}${result?.preferred === i ? html` <span class="badge good">preferred</span>` : ""}</label>
       ${texts.length > 1 && !result && html`<button type="button" class="quiet" aria-label=${`Remove response ${i + 1}`} onClick=${() => setTexts(texts.filter((_, j) => j !== i))}>Remove</button>`}</div>
-    <textarea id=${`response-${i}`} rows="4" required value=${text} onInput=${(event) => set(i, event.target.value)}></textarea>
+    <textarea id=${`response-${i}`} rows="3" required value=${text} onInput=${(event) => set(i, event.target.value)}></textarea>
     ${result && html`<dl class="components">${Object.entries(result.components).map(([name, values]) => html`<div><dt>${name}</dt><dd>${number(values[i], 3)}</dd></div>`)}</dl>`}
     ${asks && html`<button type="button" class=${said === i ? "primary" : ""} disabled=${said != null} onClick=${() => onBetter(i)}>${said === i ? "You chose this one" : "This one is better"}</button>`}
   </div>`)}</div>`;
@@ -81,7 +81,7 @@ export function TryIt({ state }) {
     <p class="muted">Sends a real request to run <code>${state.run}</code>; what you say of it teaches the run.</p>
     <form onSubmit=${(event) => { event.preventDefault(); ask(); }} onKeyDown=${(event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); event.currentTarget.requestSubmit(); } }}>
       <label for="prompt">Prompt</label>
-      <textarea id="prompt" rows="3" required value=${prompt} onInput=${(event) => edit(setPrompt)(event.target.value)}></textarea>
+      <textarea id="prompt" rows="2" required value=${prompt} onInput=${(event) => edit(setPrompt)(event.target.value)}></textarea>
       <${Responses} texts=${texts} setTexts=${edit(setTexts)} result=${result} said=${said} asks=${result && preference && several} onBetter=${(i) => tell({ preferred: i }, i)}/>
       <div class="row"><button class="primary" disabled=${!!busy}>${busy || "Ask for rewards"}</button>
         <button type="button" disabled=${!!busy} onClick=${look}>Whom would it ask?</button>
