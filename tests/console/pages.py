@@ -38,10 +38,10 @@ class Story:
         assert status == 200, document
         return document
 
-    def send(self, *prompts: str) -> list[dict[str, Any]]:
+    def send(self, *prompts: str, run: str | None = None) -> list[dict[str, Any]]:
         """Have pairs scored; the second response is the longer one, which every RM and the referee prefer."""
         items = [{"prompt": prompt, "responses": ["no", f"yes, {prompt}"]} for prompt in prompts]
-        status, document = call(f"{self.gateway.url}/reward/batch", {"items": items})
+        status, document = call(f"{self.gateway.url}/reward/batch", {"items": items, "run": run})
         assert status == 200, document
         results: list[dict[str, Any]] = document["results"]
         return results

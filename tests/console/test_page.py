@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.console.pages import DECISIONS, HOSTILE, Story, open_story, watched
+from tests.support.live import live_gateway
 
 if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
@@ -76,6 +77,28 @@ async def test_a_word_moves_the_posterior(browser: Any, story: Story) -> None:
         assert "has learned from" in await page.locator(".note.good").inner_text()
         assert await page.evaluate("window.hacked") is None
     assert story.get("/posterior")["version"] > before
+
+
+async def test_a_run_of_rewards_is_told_how_its_rm_did(browser: Any, valkey_server: ValkeyProcess) -> None:
+    with live_gateway(valkey_server.url, signal="reward") as gateway:
+        async with watched(browser, gateway.url, viewport=LAPTOP) as seen:
+            await seen.go("try")
+            await seen.page.get_by_role("button", name="Ask for rewards").click()
+            await seen.page.get_by_role("button", name="Badly").click()
+            await seen.page.get_by_role("region", name="Before and after your word").wait_for()
+            assert await seen.page.get_by_role("button", name="This one is better").count() == 0
+        assert gateway.posterior()["models"][0]["mean_reward"] in (0.0, None)
+        assert gateway.posterior()["version"] == 1
+
+
+async def test_another_run_can_be_chosen(browser: Any, story: Story) -> None:
+    other = f"{story.gateway.run}-other"
+    story.send("one more", run=other)
+    async with watched(browser, story.gateway.url, viewport=LAPTOP) as seen:
+        await seen.go("overview")
+        await seen.page.get_by_label("Run").select_option(other)
+        await seen.page.locator("footer").filter(has_text=f"run {other}").wait_for()
+        assert await seen.page.locator(".tile").first.locator("b").inner_text() == "1"
 
 
 async def test_whom_it_would_ask_costs_no_call(browser: Any, story: Story) -> None:
@@ -163,8 +186,6 @@ async def test_the_colours_that_were_chosen_stay(browser: Any, story: Story) -> 
 
 
 async def test_the_page_asks_for_the_key_and_keeps_it_in_the_tab(browser: Any, valkey_server: ValkeyProcess) -> None:
-    from tests.support.live import live_gateway
-
     with live_gateway(valkey_server.url, api_keys=("right",)) as gateway:
         context = await browser.new_context(viewport=LAPTOP)
         page = await context.new_page()
