@@ -29,6 +29,29 @@ COPY service service
 RUN pip install --no-cache-dir --disable-pip-version-check --no-deps --force-reinstall . \
     && python -m compileall -q /opt/venv/lib
 
+# What no request needs: installers, an optional downloader, other packages' tests and sources, and of wordllama all but
+# the weights and the tokenizer, which are read as files.
+FROM build-gateway AS trim-gateway
+RUN site="$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+    && find "${site}/numpy" "${site}/wordllama" -depth -type d \( -name tests -o -name algorithms \) -exec rm -rf {} + \
+    && find "${site}" -type f \( -name '*.pyi' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.c' -o -name '*.h' -o -name '*.a' \) -delete \
+    && pip uninstall --yes --quiet hf-xet setuptools pip \
+    && find /opt/venv -type d -name __pycache__ -empty -delete
+
+# What is in the gateway's image (CycloneDX), and what is known against it. AUDIT=strict ends the build where something is,
+# or where nobody could be asked.
+FROM trim-gateway AS inspect-gateway
+ARG AUDIT=report
+RUN python3 -m venv /opt/inspect \
+    && /opt/inspect/bin/pip install --no-cache-dir --disable-pip-version-check cyclonedx-bom==7.5.0 pip-audit==2.10.1 \
+    && mkdir /opt/inspected \
+    && /opt/inspect/bin/cyclonedx-py environment --output-format JSON --output-file /opt/inspected/sbom.cdx.json \
+        /opt/venv/bin/python \
+    && /opt/inspect/bin/pip --python /opt/venv/bin/python freeze --exclude reward-router > /opt/inspected/requirements.txt \
+    && { REQUESTS_CA_BUNDLE=/etc/ssl/certs/ca-certificates.crt /opt/inspect/bin/pip-audit --strict --no-deps --disable-pip --requirement /opt/inspected/requirements.txt \
+        --progress-spinner off --format json --output /opt/inspected/audit.json 2> /opt/inspected/audit.log \
+        || test "${AUDIT}" = report; }
+
 FROM build-gateway AS build-worker
 # PyPI's torch for Linux carries CUDA, several GB; this index has the build without it.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -53,7 +76,8 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
 
 # Last, so that it is what `docker build .` makes.
 FROM base AS gateway
-COPY --from=build-gateway /opt/venv /opt/venv
+COPY --from=trim-gateway /opt/venv /opt/venv
+COPY --from=inspect-gateway /opt/inspected /usr/share/reward-router
 # The address is the container's own. Without a key the gateway refuses to listen there, and says so.
 ENV REWARD_ROUTER_HOST=0.0.0.0 \
     REWARD_ROUTER_PORT=8080

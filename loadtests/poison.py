@@ -1,6 +1,7 @@
 """What one caller's bad texts cost the others: the share of innocent instances that lose their reward.
 
     python -m loadtests.poison [--seconds S] [--share P] [--repeat] [--json OUT]
+    python -m loadtests.poison --kinds [--texts N] [--share P] [--json OUT]
 
 One real gateway (`service.app.create_app` with a real embedded store) and four stub RMs of one worker each. A text that
 holds `MARK` makes every RM fail in its own way: status 500, a reward `null`, a reward NaN. Callers
@@ -8,6 +9,9 @@ send single instances and batches, first without and then with a share of marked
 back without a reward. Also printed: items that the workers scored per instance sent, so that the price of finding the
 culprits is seen. With `--repeat` the marked texts are few and come again and again, as from a caller that retries: the
 gateway then knows them (`service.scorers.transport.culprits`). Loopback only; takes about a minute.
+
+`--kinds` sends 1,000 different marked texts among others to one scorer of each kind, and counts whose reward is lost:
+`loadtests.poison_kinds`.
 """
 
 from __future__ import annotations
@@ -248,11 +252,19 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m loadtests.poison", description=__doc__)
     parser.add_argument("--seconds", type=float, default=30.0, help="of poisoned traffic; a third of it clean before")
-    parser.add_argument("--share", type=float, default=0.02, help="of instances that are poisoned")
+    parser.add_argument("--share", type=float, help="of instances that are poisoned [default: 0.02, with --kinds 0.1]")
     parser.add_argument("--repeat", action="store_true", help=f"only {REPEATED_TEXTS} different poisoned texts")
+    parser.add_argument("--kinds", action="store_true", help="one scorer of each kind, and a number of marked texts")
+    parser.add_argument("--texts", type=int, default=1000, help="marked texts for each kind")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
+    options.share = options.share or (0.1 if options.kinds else 0.02)
     use_one_blas_thread()
+    if options.kinds:
+        from loadtests.poison_kinds import run
+
+        run(options.texts, options.share, options.json)
+        return
     facts = machine()
     print(describe(facts))
     with ExitStack() as stack:

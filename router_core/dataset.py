@@ -11,7 +11,8 @@ One row:
 
 or, with several responses, `"responses": [...]`, `"label": 2` and `"rm": {"NAME": {"scores": [...], "verdict": 0}}`.
 `verdict` may be absent and is then derived from the scores; scores may be absent where there is a verdict; `subset`,
-`domain` and `group` may be absent; an RM that is absent from `rm` was not asked about that pair.
+`domain` and `group` may be absent; `{"abstained": true}` in the place of an RM's scores: it was asked, and does not
+apply to that pair; an RM that is absent from `rm` was not asked about it.
 """
 
 from __future__ import annotations
@@ -137,6 +138,21 @@ def pool_names(pairs: Sequence[LabelledPair]) -> tuple[str, ...]:
     return names
 
 
+def judgeable(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> NDArray[np.bool_]:
+    """(N,): True where every RM of the pool has answered or abstained, and one of them has answered.
+
+    Only such pairs can be replayed, since a policy may ask any RM; one that abstained is not asked there.
+    """
+    return np.array(
+        [
+            all(name in pair.verdicts or name in pair.abstained for name in pool)
+            and any(name in pair.verdicts for name in pool)
+            for pair in pairs
+        ],
+        dtype=np.bool_,
+    )
+
+
 def pool_matrix(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> NDArray[np.float64]:
     """Was RM k right on pair i? `LabelledPair.correctness`, NaN where it was not asked.
 
@@ -237,7 +253,10 @@ def _rows(file: Path, *, labelled: bool) -> tuple[list[Row], list[DatasetError]]
                 remedy = f"is on line {first_line[row.id]} already; make ids unique"
                 raise complaint(file, number, "id", row.id, remedy)
             if labelled and row.label is None:
-                remedy = 'give "a" or "b", or the index of the better response: an RM is judged by it'
+                remedy = (
+                    'give "a" or "b", or the index of the better response: an RM is judged by it. Rows without label '
+                    "are for `train --consensus`, which learns from where the RMs agree"
+                )
                 raise complaint(file, number, "label", None, remedy)
         except DatasetError as error:
             bad.append(error)
@@ -267,6 +286,7 @@ def _labelled(row: Row, label: int) -> LabelledPair:
         domain=row.domain,
         subset=row.subset,
         group=row.group,
+        abstained=row.abstained,
     )
 
 

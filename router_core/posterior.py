@@ -80,7 +80,7 @@ class FoldSettings:
     def adapts_at(self, count: int) -> bool:
         """Return True if λ₀ is chosen anew after so many events.
 
-        >>> [count for count in range(1, 200) if FoldSettings().adapts_at(count)]
+        >>> list(filter(FoldSettings().adapts_at, range(1, 200)))
         [8, 16, 32, 64, 128, 192]
         """
         doublings, rest = divmod(count, self.first_adaptation)

@@ -107,8 +107,9 @@ class Instance:
 class LabelledPair:
     """One recorded preference pair: an instance, which response is better, and what each RM said of it.
 
-    `label` is the index of the best response. `scores[name]` holds that RM's score per response; an RM that
-    is missing was not asked. `group` is what must not be split between training and test.
+    `label` is the index of the best response. `scores[name]` holds that RM's score per response; `abstained` the RMs
+    that were asked and do not apply to it; any other RM that is missing was not asked. `group` is what must not be
+    split between training and test.
     """
 
     id: str
@@ -119,6 +120,7 @@ class LabelledPair:
     domain: str = ""
     subset: str = ""
     group: str = ""
+    abstained: frozenset[str] = frozenset()
 
     def correctness(self, model: str) -> float:
         """Return the module's `correctness` of the RM.

@@ -47,7 +47,7 @@ class Row:
 
     Attributes:
         fields: the row as it was written, unknown fields included.
-        id, instance, scores, verdicts, domain, subset, group: as `LabelledPair`.
+        id, instance, scores, verdicts, domain, subset, group, abstained: as `LabelledPair`.
         label: index of the better response; TIE if they are equally good; None if the row has none.
     """
 
@@ -60,6 +60,7 @@ class Row:
     domain: str
     subset: str
     group: str
+    abstained: frozenset[str] = frozenset()
 
 
 def parse_row(file: Path, number: int, line: bytes) -> Row:
@@ -109,7 +110,7 @@ def encode_pair(pair: LabelledPair) -> bytes:
     row["rm"] = {
         name: judgement(pair.scores.get(name), verdict, lettered=lettered)
         for name, verdict in sorted(pair.verdicts.items())
-    }
+    } | {name: {"abstained": True} for name in sorted(pair.abstained)}
     return msgspec.json.encode(row)
 
 
@@ -157,7 +158,7 @@ class _Reader:
         said = self._responses()
         responses, answers = tuple([text for text, _ in said]), tuple([turns for _, turns in said])
         label = self._label(len(responses))
-        scores, verdicts = self._judgements(len(responses))
+        scores, verdicts, abstained = self._judgements(len(responses))
         return Row(
             fields=self._fields,
             id=row_id,
@@ -175,6 +176,7 @@ class _Reader:
             domain=self._name("domain", default=""),
             subset=self._name("subset", default=""),
             group=self._name("group", default="") or group_of(row_id, prompt),
+            abstained=abstained,
         )
 
     def _responses(self) -> list[tuple[str, Turns | None]]:
@@ -221,7 +223,7 @@ class _Reader:
             raise self._error("label", value, _choices(n) + ', or "tie"')
         return index
 
-    def _judgements(self, n: int) -> tuple[dict[str, tuple[float, ...]], dict[str, int]]:
+    def _judgements(self, n: int) -> tuple[dict[str, tuple[float, ...]], dict[str, int], frozenset[str]]:
         table = self._fields.get("rm")
         if table is None:
             table = {}
@@ -229,8 +231,12 @@ class _Reader:
             raise self._error("rm", table, "give an object from RM name to scores")
         scores: dict[str, tuple[float, ...]] = {}
         verdicts: dict[str, int] = {}
+        abstained: set[str] = set()
         for name, judged in table.items():
             if judged is None:
+                continue
+            if judged == {"abstained": True}:
+                abstained.add(name)
                 continue
             if not isinstance(judged, dict):
                 raise self._error(f"rm[{name}]", judged, 'give {"score_a": number, "score_b": number}')
@@ -239,7 +245,7 @@ class _Reader:
                 continue
             scores[name] = self._scores(judged, name, n)
             verdicts[name] = self._verdict(judged, name, scores[name])
-        return scores, verdicts
+        return scores, verdicts, frozenset(abstained)
 
     def _scores(self, judged: dict[str, Any], name: str, n: int) -> tuple[float, ...]:
         several = judged.get("scores")

@@ -172,6 +172,7 @@ class Gateway:
     async def stop(self) -> None:
         """Stop in the order in which things depend on each other; what is being asked in the shadow is waited for."""
         await self.shadower.drain()
+        self.telemetry.tell_watched()
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
@@ -371,7 +372,9 @@ def build_gateway(
         timeout_seconds=settings.worker_timeout_seconds,
     )
     referees, audit_plan = build_referees(settings, pool, built)
-    audits = None if pool.audit is None or audit_plan is None else AuditChooser(store, pool.audit.plan)
+    audits = None
+    if pool.audit is not None and audit_plan is not None:
+        audits = AuditChooser(store, pool.audit.plan, sticky_seconds=settings.sticky_seconds)
     auditor, idle = None, asyncio.Event()
     if audit_plan is not None:
         auditor = Auditor(

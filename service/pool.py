@@ -232,11 +232,11 @@ def load_pool(path: Path) -> PoolFile:
         return PoolFile.model_validate(content, context={"folder": path.parent})
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"]
+        where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "union_tag_invalid":
             message = f"kind {first['ctx']['tag']!r} is unknown; use one of {first['ctx']['expected_tags']}"
-        raise ConfigurationError(f"pool file {path}: {where}: {message} (fields: docs/scorers.md)") from error
+        raise ConfigurationError(f"pool file {path}: {where}{message} (fields: docs/scorers.md)") from error
 
 
 def dump_pool(pool: PoolFile, path: Path) -> None:

@@ -331,4 +331,5 @@ def read_settings(**given: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ConfigurationError(f"setting {where or 'combination'}: {first['msg']}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigurationError(f"setting {where}: {message}" if where else message) from error

@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import HistogramMetricFamily
@@ -29,13 +29,6 @@ _SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 STAGES = ("encode", "draw", "worker", "store", "total")
 """Values of the label `stage`."""
-
-
-class Observer(Protocol):
-    """Takes the values of one histogram."""
-
-    def observe(self, amount: float) -> None:
-        """Count one value."""
 
 
 class Distribution:
@@ -60,6 +53,14 @@ class Distribution:
     def buckets(self) -> list[tuple[str, float]]:
         """Upper bound and cumulative count of every bucket."""
         return list(zip([*map(str, map(float, self._bounds)), "+Inf"], accumulate(self._counts), strict=True))
+
+    def move_into(self, histogram: Histogram) -> None:
+        """Add what was observed since the last call to a histogram of the library with the same buckets."""
+        for value, count in zip(histogram._buckets, self._counts, strict=True):
+            if count:
+                value.inc(count)
+        histogram._sum.inc(self._sum)
+        self._counts, self._sum = [0] * len(self._counts), 0.0
 
     @property
     def total(self) -> float:
@@ -93,6 +94,7 @@ class Telemetry:
         self.registry = CollectorRegistry()
         self._shared = shared
         self._watched: list[tuple[Gauge, Callable[[], float]]] = []
+        self._kept: list[tuple[Distribution, Histogram]] = []
         common: dict[str, Any] = {"registry": self.registry, "namespace": "reward_router"}
         self.requests = Counter("requests_total", "Requests answered.", ["route", "status"], **common)
         self.refused_connections = Counter(
@@ -160,7 +162,8 @@ class Telemetry:
         self.audits = Counter(
             "audits_total",
             "Decisions that were chosen for an audit: recorded, abstained (no referee applies), away (asked again "
-            "later), late (another gateway came first), dropped (too many or too long waiting), unreadable, failed.",
+            "later), late (another gateway came first), dropped (too many or too long waiting), alone (one response of "
+            "a prompt only), unreadable, failed.",
             ["run", "outcome"],
             **common,
         )
@@ -350,22 +353,25 @@ class Telemetry:
 
     def _histograms(
         self, name: str, text: str, buckets: Sequence[float], label: str, values: Sequence[str]
-    ) -> Mapping[str, Observer]:
+    ) -> Mapping[str, Distribution]:
         """Return the histogram's parts by the value of its label."""
+        parts = {value: Distribution(buckets) for value in values}
         if self._shared:
             histogram = Histogram(
                 name, text, [label], buckets=buckets, registry=self.registry, namespace="reward_router"
             )
-            return {value: histogram.labels(value) for value in values}
-        parts = {value: Distribution(buckets) for value in values}
+            self._kept += [(part, histogram.labels(value)) for value, part in parts.items()]
+            return parts
         self.registry.register(_Histograms(f"reward_router_{name}", text, label, parts))
         return parts
 
-    def _histogram(self, name: str, text: str) -> Observer:
+    def _histogram(self, name: str, text: str) -> Distribution:
         """Return a histogram of sizes."""
-        if self._shared:
-            return Histogram(name, text, buckets=_SIZE_BUCKETS, registry=self.registry, namespace="reward_router")
         whole = Distribution(_SIZE_BUCKETS)
+        if self._shared:
+            histogram = Histogram(name, text, buckets=_SIZE_BUCKETS, registry=self.registry, namespace="reward_router")
+            self._kept.append((whole, histogram))
+            return whole
         self.registry.register(_Histograms(f"reward_router_{name}", text, None, {"": whole}))
         return whole
 
@@ -377,7 +383,9 @@ class Telemetry:
             gauge.set_function(read)
 
     def tell_watched(self) -> None:
-        """Write the watched values down, for scrapes that another process answers."""
+        """Write down what is not written as it happens, for scrapes that another process answers."""
+        for distribution, histogram in self._kept:
+            distribution.move_into(histogram)
         for gauge, read in self._watched:
             gauge.set(read())
 

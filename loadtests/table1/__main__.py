@@ -17,17 +17,19 @@ from pathlib import Path
 from loadtests.report import use_one_blas_thread, write_json
 from loadtests.table1.artefacts import make_artefacts
 from loadtests.table1.campaign import run_table
-from loadtests.table1.recipe import SMALL, Artefacts, Recipe
+from loadtests.table1.recipe import SMALL, Artefacts, Recipe, unseen
 from loadtests.table1.report import as_json, as_markdown, plot_curves, print_table
-from loadtests.table1.rows import Row, table_rows
+from loadtests.table1.rows import Row, table_rows, unseen_rows
 from loadtests.table1.tasks import FAMILIES
 from router_core.dataset import load_pairs
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+UNSEEN_BEGIN, UNSEEN_END = "<!-- generated: unseen begin -->", "<!-- generated: unseen end -->"
 """What --write-docs writes stands between these lines; the rest of the page is written by hand."""
 
 PAGE = Path("docs/table1.md")
 CURVES = Path("docs/table1.png")
+UNSEEN_CURVES = Path("docs/table1_unseen.png")
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -39,7 +41,7 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"{time.perf_counter() - began:7.0f} s  {line}", file=sys.stderr, flush=True)
 
     recipe = _recipe(arguments)
-    rows = _rows(arguments.rows, recipe)
+    rows = _rows(arguments.rows, unseen_rows() if arguments.unseen else table_rows(recipe.pool()))
     artefacts = make_artefacts(recipe, arguments.folder, tell, processes=arguments.processes)
     results = run_table(
         recipe, artefacts, rows, range(1, arguments.seeds + 1), arguments.folder, tell,
@@ -49,8 +51,9 @@ def main(words: Sequence[str] | None = None) -> None:
     plot_curves(results, arguments.folder / "curves.png")
     write_json(arguments.json, as_json(results, recipe, artefacts.checkpoint_digest))
     if arguments.write_docs:
-        write_page(PAGE, as_markdown(results, recipe, pool_accuracy(artefacts)))
-        plot_curves(results, CURVES)
+        marks = (UNSEEN_BEGIN, UNSEEN_END) if arguments.unseen else (BEGIN, END)
+        write_page(PAGE, as_markdown(results, recipe, pool_accuracy(artefacts)), marks)
+        plot_curves(results, UNSEEN_CURVES if arguments.unseen else CURVES)
     tell("done")
 
 
@@ -66,18 +69,18 @@ def pool_accuracy(artefacts: Artefacts) -> dict[str, dict[str, float]]:
     return out
 
 
-def write_page(page: Path, generated: str) -> None:
+def write_page(page: Path, generated: str, marks: tuple[str, str] = (BEGIN, END)) -> None:
     """Put the generated part between the page's two marks.
 
     Raises:
         ValueError: the page lacks them.
     """
-    text = page.read_text("utf-8")
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    text, (first, last) = page.read_text("utf-8"), marks
+    head, begin, rest = text.partition(first)
+    _, end, tail = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"{page} lacks the lines {BEGIN} and {END}: put them where the table belongs")
-    page.write_text(f"{head}{BEGIN}\n\n{generated}\n{END}{tail}", "utf-8")
+        raise ValueError(f"{page} lacks the lines {first} and {last}: put them where the table belongs")
+    page.write_text(f"{head}{first}\n\n{generated}\n{last}{tail}", "utf-8")
 
 
 def _parse(words: Sequence[str] | None) -> argparse.Namespace:
@@ -91,6 +94,10 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
         "--signal", choices=("loss", "preference"), default="loss",
         help="what the router learns from: the paper's loss, or (for analysis) the checker's preference",
     )  # fmt: skip
+    parser.add_argument(
+        "--unseen", action="store_true",
+        help="the second table: offline pairs of two benchmarks only, audits of 5 %% by the checker",
+    )  # fmt: skip
     parser.add_argument("--small", action="store_true", help="tiny models and a few steps: proves that it works")
     parser.add_argument("--again", action="store_true", help="make runs anew that are kept")
     parser.add_argument("--processes", type=int, default=2, help="runs at once, each on one thread [2]")
@@ -103,11 +110,11 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     recipe = SMALL if arguments.small else Recipe()
     dpo = recipe.dpo if arguments.steps is None else replace(recipe.dpo, steps=arguments.steps)
-    return replace(recipe, dpo=dpo, signal=arguments.signal)
+    recipe = replace(recipe, dpo=dpo, signal=arguments.signal)
+    return unseen(recipe) if arguments.unseen else recipe
 
 
-def _rows(names: str | None, recipe: Recipe) -> list[Row]:
-    rows = table_rows(recipe.pool())
+def _rows(names: str | None, rows: Sequence[Row]) -> list[Row]:
     if names is None:
         return list(rows)
     wanted = names.split(",")

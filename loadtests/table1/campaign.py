@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from loadtests.table1.recipe import Artefacts, Recipe, digest_of
 from loadtests.table1.rows import CHECKER, SFT, Row
 from loadtests.table1.service_judge import ServiceJudge
 from loadtests.table1.sft import load_policy
+from loadtests.table1.stack import CHECKER as CHECKING
 from loadtests.table1.stack import running_service
 from loadtests.table1.vocabulary import Codec, build_tokenizer
+from service.audit_entry import AuditEntry
 
 _TEST_SEED = 100
 """The test prompts are the same for all rows and seeds. Those of 0 and 1 were seen while the set-up was chosen."""
@@ -73,15 +75,26 @@ def run_table(
     missing = [job for job in jobs if again or not job.file.exists()]
     if missing:
         tell(f"{len(missing)} of {len(jobs)} runs to be made, {processes} at a time")
-        with (
-            tempfile.TemporaryDirectory() as temporary,
-            running_service(
-                artefacts.models, artefacts.checkpoint, Path(temporary), signal=recipe.signal, seed=recipe.seed,
-                max_runs=len(missing),
-            ) as url,
-        ):  # fmt: skip
-            _run_all(missing, recipe, artefacts, url, tell, processes)
+        with ExitStack() as stack:
+            urls = {
+                audited: stack.enter_context(_service(recipe, artefacts, stack, audited=audited, runs=len(missing)))
+                for audited in sorted({job.row.audited for job in missing})
+            }
+            _run_all(missing, recipe, artefacts, urls, tell, processes)
     return [json.loads(job.file.read_text("utf-8")) for job in jobs]
+
+
+def _service(
+    recipe: Recipe, artefacts: Artefacts, stack: ExitStack, *, audited: bool, runs: int
+) -> AbstractContextManager[str]:
+    """The service for rows that learn from the recipe's signal, or for those that learn from audits alone."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    dpo = recipe.dpo
+    audit = AuditEntry(referee=(CHECKING,), rate=recipe.audits, horizon=dpo.steps * dpo.prompts) if audited else None
+    return running_service(
+        artefacts.models, artefacts.checkpoint, folder, signal="preference" if audited else recipe.signal,
+        seed=recipe.seed, max_runs=runs, audit=audit,
+    )  # fmt: skip
 
 
 def source_digest(root: Path = Path(__file__).parents[2]) -> str:
@@ -97,10 +110,15 @@ def source_digest(root: Path = Path(__file__).parents[2]) -> str:
 
 
 def _run_all(
-    jobs: Sequence[Job], recipe: Recipe, artefacts: Artefacts, url: str, tell: Callable[[str], None], processes: int
+    jobs: Sequence[Job],
+    recipe: Recipe,
+    artefacts: Artefacts,
+    urls: Mapping[bool, str],
+    tell: Callable[[str], None],
+    processes: int,
 ) -> None:
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(run_job, job, recipe, artefacts, url) for job in jobs]
+        futures = [pool.submit(run_job, job, recipe, artefacts, urls[job.row.audited]) for job in jobs]
         for number, future in enumerate(as_completed(futures), start=1):
             tell(f"[{number}/{len(jobs)}] {future.result()}")
 
@@ -109,7 +127,7 @@ def run_job(job: Job, recipe: Recipe, artefacts: Artefacts, url: str) -> str:
     """Make one run in this process, write its result, and say in one line what came out."""
     torch.set_num_threads(1)
     codec = Codec(build_tokenizer())
-    policy, history, waited = _train(job, recipe, artefacts, url, codec)
+    policy, history, waited, audits = _train(job, recipe, artefacts, url, codec)
     tasks = draw_test_tasks(recipe.test_per_family, _TEST_SEED)
     result: Result = {
         "row": job.row.title,
@@ -118,6 +136,7 @@ def run_job(job: Job, recipe: Recipe, artefacts: Artefacts, url: str) -> str:
         "accuracy": accuracy(policy, codec, tasks, temperature=recipe.dpo.temperature, seed=job.seed),
         "greedy": accuracy(policy, codec, tasks, temperature=0.0, seed=job.seed),
         "service_seconds": waited,
+        "audits": audits,
         **asdict(history),
     }
     unfinished = job.file.with_suffix(".unfinished")
@@ -127,17 +146,20 @@ def run_job(job: Job, recipe: Recipe, artefacts: Artefacts, url: str) -> str:
     return f"{job.row.title}, seed {job.seed}: {mean:.3f} in {history.seconds:.0f} s"
 
 
-def _train(job: Job, recipe: Recipe, artefacts: Artefacts, url: str, codec: Codec) -> tuple[Policy, History, float]:
+def _train(
+    job: Job, recipe: Recipe, artefacts: Artefacts, url: str, codec: Codec
+) -> tuple[Policy, History, float, int]:
     start = load_policy(artefacts.policy, recipe.policy)
     if job.row.policy == SFT:
-        return start, History(), 0.0
+        return start, History(), 0.0, 0
     # Other prompts than the table's: whoever looks at curves while choosing settings has not looked at the table.
     curve_tasks = draw_test_tasks(recipe.curve_per_family, _TEST_SEED + 1)
+    signal = "audits" if job.row.audited else recipe.signal
     judging = (
         nullcontext(Checker())
         if job.row.policy == CHECKER
-        else ServiceJudge(url, f"{job.row.key}-{job.seed}", job.row.policy, len(recipe.specialists), recipe.signal)
+        else ServiceJudge(url, f"{job.row.key}-{job.seed}", job.row.policy, signal)
     )
     with judging as judge:
         policy, history = train_online(start, codec, judge, recipe.dpo, job.seed, curve_tasks)
-        return policy, history, judge.seconds
+        return policy, history, judge.seconds, judge.audits() if isinstance(judge, ServiceJudge) else 0

@@ -120,7 +120,10 @@ class OfflineConfig:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One table: artefacts, training, measurement."""
+    """One table: artefacts, training, measurement.
+
+    `audits` is the share of the decisions that the checker audits, in the rows that learn from audits.
+    """
 
     policy: PolicyConfig = PolicyConfig()
     pretraining: DemonstrationConfig = DemonstrationConfig(quality=0.95, steps=1300)
@@ -132,6 +135,7 @@ class Recipe:
     test_per_family: int = 300
     curve_per_family: int = 60
     signal: str = "loss"
+    audits: float = 0.0
     version: int = field(default=FORMAT_VERSION, init=False)
 
     def pool(self) -> tuple[str, ...]:
@@ -148,6 +152,11 @@ class Artefacts:
     offline: Path
     checkpoint: Path
     checkpoint_digest: str
+
+
+def unseen(recipe: Recipe) -> Recipe:
+    """Return the recipe of the second table: offline pairs of two benchmarks only, and audits of 5 %."""
+    return replace(recipe, offline=replace(recipe.offline, shares=(0.5, 0.5, 0.0, 0.0, 0.0)), audits=0.05)
 
 
 SMALL = Recipe(

@@ -67,9 +67,12 @@ def as_markdown(results: Results, recipe: Recipe, pool_accuracy: Mapping[str, Ma
     summaries = summarise(results)
     seeds = len({result["seed"] for result in results})
     d = recipe.dpo
+    audited = f", or, in rows with audits, the checker's word on {recipe.audits:.0%} of the decisions and nothing else"
+    if not recipe.audits:
+        audited = ""
     parts = [
         f"{seeds} seeds; {d.steps} steps of {d.prompts} prompts, β = {d.beta}, learning rate {d.learning_rate:g}, "
-        f"signal `{recipe.signal}`; {recipe.test_per_family} test prompts per benchmark, one response each at "
+        f"signal `{recipe.signal}`{audited}; {recipe.test_per_family} test prompts per benchmark, one response each at "
         f"temperature {d.temperature:g}. Accuracy in per cent, with 95 % intervals over seeds (Student's t).",
         _markdown(
             ("row", *FAMILIES, "average", "greedy", "minus BayesianRouter"),
@@ -86,7 +89,7 @@ def as_markdown(results: Results, recipe: Recipe, pool_accuracy: Mapping[str, Ma
         ),
         "Share of right verdicts, where exactly one of the two responses is right, and cost of a run:",
         _markdown(
-            ("row", *FAMILIES, "all", "RM calls", "calls per pair", "seconds", "of it waiting for the service"),
+            ("row", *FAMILIES, "all", "RM calls", "calls per pair", "audits", "seconds", "waiting for the service"),
             [
                 [
                     row.title,
@@ -94,6 +97,7 @@ def as_markdown(results: Results, recipe: Recipe, pool_accuracy: Mapping[str, Ma
                     str(row.verdicts),
                     f"{row.calls:.0f}",
                     f"{row.calls_per_pair:.2f}",
+                    f"{row.audits:.0f}",
                     f"{row.seconds:.0f}",
                     f"{row.service_seconds:.0f}",
                 ]
@@ -104,7 +108,7 @@ def as_markdown(results: Results, recipe: Recipe, pool_accuracy: Mapping[str, Ma
         "The pool on the offline pairs (per cent right):",
         _markdown(
             ("reward model", *FAMILIES),
-            [[name, *(f"{100 * row[f]:.0f}" for f in FAMILIES)] for name, row in pool_accuracy.items()],
+            [[name, *(_per_cent(row[f]) for f in FAMILIES)] for name, row in pool_accuracy.items()],
         ),
         "Whom the routers ask in the last third of the training (share of the best RM of each benchmark, per cent):",
         _markdown(("row", *FAMILIES), _best_shares(results, recipe, pool_accuracy)),
@@ -114,9 +118,21 @@ def as_markdown(results: Results, recipe: Recipe, pool_accuracy: Mapping[str, Ma
     return "\n\n".join(parts) + "\n"
 
 
+def _per_cent(share: float) -> str:
+    return "–" if np.isnan(share) else f"{100 * share:.0f}"
+
+
+def _best(recipe: Recipe, pool_accuracy: Mapping[str, Mapping[str, float]], family: str) -> int:
+    """Return the arm that is best on the offline pairs; where there are none, the one that was made for the family."""
+    known = [pool_accuracy[name][family] for name in recipe.pool()]
+    if np.isnan(known).any():
+        known = [float(family in specialist.own) for specialist in recipe.specialists]
+    return int(np.argmax(known))
+
+
 def _best_shares(results: Results, recipe: Recipe, pool_accuracy: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
     pool = recipe.pool()
-    best = {family: max(range(len(pool)), key=lambda k: pool_accuracy[pool[k]][family]) for family in FAMILIES}
+    best = {family: _best(recipe, pool_accuracy, family) for family in FAMILIES}
     rows = []
     for runs in _routed(results).values():
         shares = asked_shares(runs, pool)

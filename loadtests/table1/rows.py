@@ -23,11 +23,13 @@ class Row:
         title: as in the paper, or plain words for what is not in it.
         policy: of the service; `sft` and `checker` ask no reward model.
         extra: not in the paper's table.
+        audited: True: learns from audits, and the trainer sends nothing; False: from the losses, if at all.
     """
 
     title: str
     policy: str
     extra: bool = False
+    audited: bool = False
 
     @property
     def key(self) -> str:
@@ -52,5 +54,22 @@ def table_rows(pool: Sequence[str]) -> tuple[Row, ...]:
         Row("w/o online", "offline"),
         Row("BayesianRouter", OURS),
         Row("… with the paper's prior", "bayesian:paper", extra=True),
+        Row("true checker (upper bound)", CHECKER, extra=True),
+    )
+
+
+def unseen_rows() -> tuple[Row, ...]:
+    """All rows of the second table, in its order. Chosen before it was first run."""
+    return (
+        Row("SFT", SFT),
+        Row("Random", "random"),
+        Row("UWO", "uwo"),
+        Row("LASER", "laser"),
+        Row("w/o offline, audits", "bayesian:none", audited=True),
+        Row("w/o online", "offline"),
+        Row("BayesianRouter, audits", OURS, audited=True),
+        Row("… with the paper's prior, audits", "bayesian:paper", extra=True, audited=True),
+        Row("stacked, audits", "stacked", extra=True, audited=True),
+        Row("cascade:1.5, audits", "cascade:1.5", extra=True, audited=True),
         Row("true checker (upper bound)", CHECKER, extra=True),
     )

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from loadtests.table1.judge import Pair, Verdict
+from router_core.attempts import ASKED
 from service.lab.client import GatewayClient, GatewayError
 
 _POLL_SECONDS = 0.005
@@ -26,13 +27,13 @@ class ServiceJudge:
         url: the gateway.
         run: name of the run, which nobody else uses.
         policy: which policy answers.
-        pool_size: RM calls of a policy that asks all.
-        signal: `loss`, the paper's; or `preference`, the checker's answer, for analysis only.
+        signal: `loss`, the paper's; `preference`, the checker's answer, for analysis only; `audits`: no feedback, but
+            the right response as reference, where exactly one is right, for the referee of the gateway.
     """
 
-    def __init__(self, url: str, run: str, policy: str, pool_size: int, signal: str = "loss") -> None:
+    def __init__(self, url: str, run: str, policy: str, signal: str = "loss") -> None:
         self.seconds = 0.0
-        self._url, self._run, self._policy, self._pool_size, self._signal = url, run, policy, pool_size, signal
+        self._url, self._run, self._policy, self._signal = url, run, policy, signal
         self._learned = 0
 
     def __enter__(self) -> Self:
@@ -48,12 +49,23 @@ class ServiceJudge:
 
     def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """POST /reward/batch."""
-        items = [{"prompt": pair.task.prompt, "responses": pair.responses} for pair in pairs]
+        items = [self._item(pair) for pair in pairs]
         results = self._post("/reward/batch", {"items": items, "run": self._run, "policy": self._policy})
         return [self._verdict(result) for result in results]
 
+    def _item(self, pair: Pair) -> dict[str, object]:
+        item: dict[str, object] = {"prompt": pair.task.prompt, "responses": pair.responses}
+        if self._signal == "audits" and (truth := pair.truth()) is not None:
+            item["reference"] = pair.responses[truth]
+        return item
+
     def learn(self, pairs: Sequence[Pair], verdicts: Sequence[Verdict], losses: Sequence[float]) -> None:
-        """POST /feedback/batch, then wait until the posterior has folded all of it, so that runs can be repeated."""
+        """POST /feedback/batch, then wait until the posterior has folded all of it, so that runs can be repeated.
+
+        With `audits` nothing is sent, and nobody waits.
+        """
+        if self._signal == "audits":
+            return
         items = []
         for pair, verdict, loss in zip(pairs, verdicts, losses, strict=True):
             if self._signal == "loss":
@@ -65,6 +77,12 @@ class ServiceJudge:
         began = time.perf_counter()
         self._runner.run(self._followed())
         self.seconds += time.perf_counter() - began
+
+    def audits(self) -> int:
+        """Return how many audits the run has learned from; 0 with another signal."""
+        if self._signal != "audits":
+            return 0
+        return int(self._runner.run(self._client.get(f"/posterior?run={self._run}"))["version"])
 
     async def _followed(self) -> None:
         deadline = time.monotonic() + _LEARN_SECONDS
@@ -85,6 +103,5 @@ class ServiceJudge:
         return results
 
     def _verdict(self, result: Mapping[str, Any]) -> Verdict:
-        asked_all = result["model"] in ("majority", "uwo")
-        calls = self._pool_size if asked_all else 1 + len(result["fallbacks"])
+        calls = sum(attempt["outcome"] in ASKED for attempt in result["attempts"])
         return Verdict(result["preferred"], result["model"], calls, result["decision_id"])

@@ -48,6 +48,7 @@ class RowSummary:
         calls_per_pair: the same per judged pair.
         seconds: wall time of a run.
         service_seconds: of which waiting for the service.
+        audits: that a run has learned from.
     """
 
     title: str
@@ -62,6 +63,7 @@ class RowSummary:
     calls_per_pair: float
     seconds: float
     service_seconds: float
+    audits: float
 
 
 def estimate(values: Sequence[float] | NDArray[np.float64]) -> Estimate:
@@ -119,4 +121,5 @@ def _row(runs: Sequence[Mapping[str, Any]], ours: Mapping[int, float]) -> RowSum
         calls_per_pair=float(np.mean([run["calls"] / max(len(run["pairs"]), 1) for run in runs])),
         seconds=float(np.mean([run["seconds"] for run in runs])),
         service_seconds=float(np.mean([run["service_seconds"] for run in runs])),
+        audits=float(np.mean([run["audits"] for run in runs])),
     )

@@ -247,7 +247,7 @@ class Size:
     long_folds: int = 2
     dealings: int = 2
     shifts: int = 3
-    labelled: tuple[int, ...] = (64, 128, 256, 512)
+    labelled: tuple[int, ...] = (32, 64, 128, 256, 512)
     streamed: float = 0.6
     seeds: int = 5
     config: TrainConfig = field(default_factory=TrainConfig)

@@ -5,15 +5,16 @@ gateway that sees a decision chooses alike, nobody can choose by what the answer
 without bias. Choosing by doubt, leverage or knowledge gradient was no better than chance; when to audit matters
 (docs/experiments.md).
 
-Knows numbers; nothing of referees or logs. Called by the gateway's auditor and by `replay`.
+Knows numbers; nothing of referees or logs. `Schedule.advance` is the one way along a
+schedule: the gateway (`audit_choice`) and `replay` both take it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -123,6 +124,23 @@ class Schedule:
         """Return the inclusion probability of the t-th instance, t >= 1."""
         return float(self.probabilities(np.array([t]))[0])
 
+    def advance(
+        self, progress: Progress, novel: Sequence[bool | None], alarms: float = 0.0
+    ) -> tuple[Progress, list[float]]:
+        """Return the progress after the next instances, and the inclusion probability of each.
+
+        Args:
+            progress: before them.
+            novel: per instance: `Landmarks.is_novel` of its context; None where nobody can tell.
+            alarms: Σ of the alarms of the posterior's watches.
+        """
+        numbers = []
+        for each in novel:
+            progress = progress.next(each, alarms)
+            numbers.append(progress.t)
+        found: list[float] = self.probabilities(np.array(numbers, dtype=np.float64)).tolist()
+        return progress, found
+
 
 def is_chosen(decision_id: str, probability: float) -> bool:
     """Return True if the decision is audited: the first 64 bits of SHA-256 of its id lie below the probability.
@@ -139,15 +157,16 @@ class Progress:
     """How far a run has come on its schedule. An instance's number is `t` after `next`.
 
     The schedule starts again when an arm has changed (`Posterior.watches`), and when novel texts become more frequent:
-    a cumulative sum, after `WARM_UP` instances, of how much better the novel indicator is explained by a higher share
+    a cumulative sum, after `WARM_UP` texts, of how much better the novel indicator is explained by a higher share
     (`NOVEL_SHIFT`) than by the share so far. While that share holds, the sum passes log(1/α) once in 1/α instances or
     less (Lorden 1971).
 
     Attributes:
-        t: instances since the beginning or the last restart.
+        t: instances of the run since the beginning or the last restart.
         restarts: how many there were.
         alarms: of the posterior, so far.
-        novel: novel texts among the t.
+        met: texts seen here since the last restart: of the t, those that did not pass another gateway.
+        novel: how many of them were novel.
         rise: the cumulative sum.
 
     >>> progress = Progress()
@@ -162,6 +181,7 @@ class Progress:
     t: int = 0
     restarts: int = 0
     alarms: float = 0.0
+    met: float = 0.0
     novel: float = 0.0
     rise: float = 0.0
 
@@ -175,13 +195,13 @@ class Progress:
         if alarms > self.alarms:
             return Progress(1, self.restarts + 1, alarms)
         if novel is None:
-            return Progress(self.t + 1, self.restarts, self.alarms, self.novel, self.rise)
-        if self.t < WARM_UP:
-            return Progress(self.t + 1, self.restarts, self.alarms, self.novel + float(novel))
-        usual = (self.novel + 1.0) / (self.t + 2.0)
-        changed = usual + NOVEL_SHIFT * (1.0 - usual)
-        step = math.log(changed / usual) if novel else math.log((1.0 - changed) / (1.0 - usual))
-        rise = max(0.0, self.rise + step)
-        if rise >= math.log(1.0 / FALSE_RESTARTS):
-            return Progress(1, self.restarts + 1, self.alarms)
-        return Progress(self.t + 1, self.restarts, self.alarms, self.novel + float(novel), rise)
+            return replace(self, t=self.t + 1)
+        rise = 0.0
+        if self.met >= WARM_UP:
+            usual = (self.novel + 1.0) / (self.met + 2.0)
+            changed = usual + NOVEL_SHIFT * (1.0 - usual)
+            step = math.log(changed / usual) if novel else math.log((1.0 - changed) / (1.0 - usual))
+            rise = max(0.0, self.rise + step)
+            if rise >= math.log(1.0 / FALSE_RESTARTS):
+                return Progress(1, self.restarts + 1, self.alarms)
+        return Progress(self.t + 1, self.restarts, self.alarms, self.met + 1.0, self.novel + float(novel), rise)

@@ -129,7 +129,8 @@ def judge_pairs(pairs: Sequence[LabelledPair], directory: Path) -> list[Labelled
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     with no_progress_bar():
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        model.eval()
     letters = [tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "AB"]
     out = []
     with torch_threads(1), torch.inference_mode():

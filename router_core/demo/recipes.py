@@ -52,7 +52,7 @@ RECIPES = (
 """The demo pool's reward models, a specialist each. Longest first, so that two workers end together."""
 
 JUDGE = Recipe(
-    name="judge-safety", domain="safety", steps=160, own_share=1.0, other_pairs=0, flipped_share=0.0, layers=3
+    name="judge-safety", domain="safety", steps=240, own_share=1.0, other_pairs=0, flipped_share=0.0, layers=3
 )
 """The demo pool's judge: the specialist of the domain that no reward model knows."""
 

@@ -104,9 +104,17 @@ def default_head(checkpoint: Checkpoint) -> Head:
     return "bt" if paper or not checkpoint.cls_weight.any() else "cls"
 
 
-def route(checkpoint: Checkpoint, x: NDArray[np.float32], head: Head) -> NDArray[np.int64]:
-    """The arm with the highest prior score for each context: (B, d) to (B,); the first of equals."""
+def route(
+    checkpoint: Checkpoint, x: NDArray[np.float32], head: Head, answered: NDArray[np.bool_] | None = None
+) -> NDArray[np.int64]:
+    """The arm with the highest prior score for each context: (B, d) to (B,); the first of equals.
+
+    Args:
+        answered: (B, K), the arms that apply; None: all.
+    """
     scores = checkpoint.bt_scores(x) if head == "bt" else checkpoint.class_probabilities(x)
+    if answered is not None:
+        scores = np.where(answered, scores, -np.inf)
     return np.asarray(scores.argmax(axis=1), dtype=np.int64)
 
 

@@ -6,16 +6,14 @@ are those of `replay`'s JSON (`router_core.replay.figures`), whose paired differ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.intervals import accuracy_interval
 from router_core.offline.calibrate import calibration_by_domain
 from router_core.offline.table import Judged
-from router_core.replay.figures import best_per_subset, paired, subset_rows
+from router_core.replay.figures import accuracy_of, best_per_subset, paired, regret_of, subset_rows
 from router_core.replay.table import Table
 
 Array = NDArray[np.float64]
@@ -35,10 +33,10 @@ def figures(judged: Judged) -> dict[str, Any]:
         "n": len(table),
         "policies": {
             name: {
-                **_accuracy(values, table.groups),
+                **accuracy_of(values, table.groups),
                 "calls_per_instance": judged.calls[name],
                 "price_per_instance": judged.price.get(name, judged.calls[name]),
-                "regret": oracle - float(values.mean()),
+                "regret": regret_of(values, table),
             }
             for name, values in judged.rows.items()
         },
@@ -47,7 +45,7 @@ def figures(judged: Judged) -> dict[str, Any]:
         "best_per_subset": best_per_subset(table),
         "subsets": {name: _subset(judged, rows) for name, rows in sorted(subset_rows(table).items())},
         "paired": paired(judged.rows, table),
-        "per_seed": {name: values.mean(axis=1).tolist() for name, values in judged.rows.items()},
+        "per_seed": {name: np.nanmean(values, axis=1).tolist() for name, values in judged.rows.items()},
         "calibration": _calibration(judged),
         "asked": {name: dict(zip(table.pool, shares.tolist(), strict=True)) for name, shares in judged.asked.items()},
         "pool": list(table.pool),
@@ -66,25 +64,20 @@ def _calibration(judged: Judged) -> dict[str, Any]:
     return {name: {**part, "n": part["n"] // seeds} for name, part in found.items()}
 
 
-def _accuracy(values: Array, groups: Sequence[str]) -> dict[str, Any]:
-    return {"accuracy": float(values.mean()), "ci95": list(accuracy_interval(values, groups))}
-
-
 def _subset(judged: Judged, rows: NDArray[np.int64]) -> dict[str, Any]:
     part = judged.table.rows(rows)
     return {
         "n": len(part),
-        "policies": {name: _accuracy(values[:, rows], part.groups) for name, values in judged.rows.items()},
+        "policies": {name: accuracy_of(values[:, rows], part.groups) for name, values in judged.rows.items()},
         "oracle": _oracle(part),
         "best_single": _best_single(part),
     }
 
 
 def _oracle(table: Table) -> float:
-    return float(table.correctness.max(axis=1).mean())
+    return float(table.oracle.mean())
 
 
 def _best_single(table: Table) -> dict[str, Any]:
-    means = table.correctness.mean(axis=0)
-    best = int(means.argmax())
-    return {"model": table.pool[best], "accuracy": float(means[best])}
+    best = int(table.singles.argmax())
+    return {"model": table.pool[best], "accuracy": float(table.singles[best])}

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from router_core.checkpoint import Checkpoint
 from router_core.combine import COMBINED
-from router_core.dataset import grouped_folds, pool_matrix
+from router_core.dataset import grouped_folds, judgeable, pool_matrix
 from router_core.encoder.base import Backbone
 from router_core.errors import DatasetError, UnknownPolicyError
 from router_core.offline.combined import combined_outcomes
@@ -174,7 +174,7 @@ def judge_fitted(
     right = {row.name: np.full((len(splits), len(pairs)), np.nan) for row in rows}
     right["uwo"] = np.full((len(splits), len(pairs)), np.nan)
     asked = {row.name: np.zeros(len(pool)) for row in rows}
-    complete = _complete(correctness)
+    complete, answered = judgeable(pairs, pool), ~np.isnan(correctness)
     together = _Together(combined, len(splits), pairs, pool, prices)
     for s, (seed, parts) in enumerate(splits.items()):
         for part in parts:
@@ -186,13 +186,13 @@ def judge_fitted(
                 x = checkpoint.fuse.apply(z[outside])
                 for row in rows:
                     if (row.encoder, row.config) == (encoder, config):
-                        arms = route(checkpoint, x, row.head or default_head(checkpoint))
+                        arms = route(checkpoint, x, row.head or default_head(checkpoint), answered[outside])
                         right[row.name][s, outside] = correctness[outside, arms]
                         asked[row.name] += np.bincount(arms, minlength=len(pool))
                     if row.name == OFFLINE and (row.encoder, row.config) == (encoder, config):
                         together.play(s, checkpoint, x, outside, arms)
                 on_fit()
-    return _assemble(pairs, pool, judged, correctness, right, asked, together)
+    return _assemble(pairs, pool, judged, right, asked, together)
 
 
 def judge_checkpoint(
@@ -216,7 +216,7 @@ def judge_checkpoint(
     """
     pool = checkpoint.pool
     correctness = pool_matrix(pairs, pool)
-    rows = np.flatnonzero(_complete(correctness))
+    rows = np.flatnonzero(judgeable(pairs, pool))
     x = checkpoint.fuse.apply(features[rows])
     heads: dict[str, Head] = {OFFLINE: default_head(checkpoint)}
     if checkpoint.cls_weight.any():
@@ -226,12 +226,12 @@ def judge_checkpoint(
     asked = {}
     together = _Together(combined, 1, pairs, pool, prices)
     for name, head in heads.items():
-        arms = route(checkpoint, x, head)
+        arms = route(checkpoint, x, head, ~np.isnan(correctness[rows]))
         if name == OFFLINE:
             together.play(0, checkpoint, x, rows, arms)
         right[name][0, rows] = correctness[rows, arms]
         asked[name] = np.bincount(arms, minlength=len(pool)).astype(np.float64)
-    return _assemble(pairs, pool, np.arange(len(pairs)), correctness, right, asked, together)
+    return _assemble(pairs, pool, np.arange(len(pairs)), right, asked, together)
 
 
 class _Together:
@@ -299,13 +299,15 @@ def _assemble(
     pairs: Sequence[LabelledPair],
     pool: Sequence[str],
     judged: NDArray[np.int64],
-    correctness: Array,
     right: Mapping[str, Array],
     asked: Mapping[str, Array],
     together: _Together,
 ) -> Judged:
-    """The judged pairs that every RM was asked about, the rows that need no fit added; fixed order of rows."""
-    kept = judged[_complete(correctness)[judged]]
+    """The judged pairs that every RM was asked about, the rows that need no fit added; fixed order of rows.
+
+    A row is NaN where its RM abstains; the routers do not ask one that does.
+    """
+    kept = judged[judgeable(pairs, pool)[judged]]
     if not len(kept):
         raise DatasetError(
             f"pool {list(pool)}: none of the {len(judged)} judged pairs has a verdict of every one of these RMs; "
@@ -315,18 +317,19 @@ def _assemble(
     table = tabulate(chosen, pool)
     table = replace(table, subsets=tuple(pair.subset or pair.domain or "(none)" for pair in chosen))
     rows = {f"single:{name}": table.correctness[None, :, k] for k, name in enumerate(pool)}
-    rows["random"] = table.correctness.mean(axis=1)[None]
+    rows["random"] = np.nanmean(table.correctness, axis=1)[None]
     rows["majority"] = majority_correctness(chosen, pool)[None]
     routed = {name: values[:, kept] for name, values in right.items()}
     uwo = _without_copies(routed.pop("uwo"))
-    if not np.isnan(table.scores).all(axis=2).any():
+    answered = table.answered
+    if not (np.isnan(table.scores).all(axis=2) & answered).any():
         rows["uwo"] = uwo
-    joint, K = together.rows(kept), float(len(pool))
+    joint, K = together.rows(kept), float(answered.sum(axis=1).mean())
     calls = {name: K if name in ("majority", "uwo") else 1.0 for name in (*rows, *routed)}
     shares = {name: counts / max(counts.sum(), 1.0) for name, counts in asked.items()}
     costs = together.prices
     price = {f"single:{name}": float(costs[k]) for k, name in enumerate(pool)} | {"random": float(costs.mean())}
-    price |= {name: float(costs.sum()) for name in ("majority", "uwo")}
+    price |= {name: float((answered @ costs).mean()) for name in ("majority", "uwo")}
     price |= {name: float(share @ costs) for name, share in shares.items()}
     return Judged(
         table=table,
@@ -340,11 +343,6 @@ def _assemble(
     )
 
 
-def _complete(correctness: Array) -> NDArray[np.bool_]:
-    """(N,): was every RM asked."""
-    return np.asarray(~np.isnan(correctness).any(axis=1))
-
-
 def _without_copies(values: Array) -> Array:
     """(S, N) to (1, N) where the seeds change nothing."""
-    return values[:1] if (values == values[0]).all() else values
+    return values[:1] if np.array_equal(values, np.broadcast_to(values[0], values.shape), equal_nan=True) else values

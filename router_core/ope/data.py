@@ -38,6 +38,8 @@ class LoggedData:
             that is not in the log. That of `arm` always is.
         draws: (N,) int64 from 0 in order of first appearance: rows of one number share a draw, which chance made once;
             None: every row has a draw of its own.
+        inclusion: (N,) in (0, 1], probability that the decision came into the log at all; None: all did. Estimates
+            are of all decisions then, rows weighing 1/inclusion (Horvitz & Thompson 1952, Hájek 1971).
     """
 
     pool: tuple[str, ...]
@@ -47,6 +49,7 @@ class LoggedData:
     available: Mask
     rewards: Array
     draws: NDArray[np.int64] | None = None
+    inclusion: Array | None = None
 
     def __post_init__(self) -> None:
         """Raises ShapeMismatchError or NotFiniteError where the arrays cannot be a log."""
@@ -57,6 +60,7 @@ class LoggedData:
             "available": (self.available.shape, (n, k)),
             "rewards": (self.rewards.shape, (n, k)),
             "draws": ((n,) if self.draws is None else self.draws.shape, (n,)),
+            "inclusion": ((n,) if self.inclusion is None else self.inclusion.shape, (n,)),
         }
         for name, (found, expected) in shapes.items():
             if found != expected:
@@ -67,6 +71,8 @@ class LoggedData:
             )
         if not (np.isfinite(self.reward).all() and np.isfinite(self.propensities).all()):
             raise NotFiniteError("reward or propensities of the log hold NaN: leave out events without a reward")
+        if self.inclusion is not None and not ((self.inclusion > 0) & (self.inclusion <= 1)).all():
+            raise ShapeMismatchError("inclusion of the log holds numbers outside (0, 1]: the log is damaged")
         if (self.propensities < 0).any() or not self.available[np.arange(n), self.arm].all():
             raise ShapeMismatchError("a propensity is negative, or an asked arm was not available: the log is damaged")
 
@@ -98,6 +104,14 @@ class LoggedData:
             return 0.0, 1.0
         return float(np.nanmin(self.rewards)), float(np.nanmax(self.rewards))
 
+    @property
+    def share(self) -> Array:
+        """(N,) positive: how much each row counts, of mean 1: 1/inclusion over its mean."""
+        if self.inclusion is None:
+            return np.ones(len(self))
+        weight: Array = 1.0 / self.inclusion
+        return weight / weight.mean()
+
     def rows(self, index: NDArray[np.integer] | slice) -> LoggedData:
         """The same of some rows."""
         return LoggedData(
@@ -108,6 +122,7 @@ class LoggedData:
             self.available[index],
             self.rewards[index],
             None if self.draws is None else numbered(self.draws[index].tolist()),
+            None if self.inclusion is None else self.inclusion[index],
         )
 
     def per_draw(self, values: Array) -> Array:
@@ -139,13 +154,15 @@ def one_reward_per_row(arm: NDArray[np.int64], reward: Array, n_arms: int) -> Ar
     return rewards
 
 
-def with_shadows(propensities: Array, arm: NDArray[np.int64], available: Mask, rewards: Array) -> Array:
-    """P(arm's reward is in the log) = e + (1 − e)·s_k where a share of the instances also asks the other arms.
+def with_shadows(
+    propensities: Array, arm: NDArray[np.int64], available: Mask, rewards: Array, chosen: Array | None = None
+) -> Array:
+    """P(arm's reward is in the log) = e + (1 − e)·s_tk where some of the instances also ask the other arms.
 
-    s_k is the share of the rows with k available, but not asked first, that were shadowed: the rate that was set, less
-    what came too late, or when k had gone away. An arm that was asked first wherever it was available has no such rows:
-    there s is the share of all arms together. Right as long as shadows are chosen, and lost, whatever the draw and the
-    verdict.
+    s_tk is the chance c_t with which the row was chosen for that, times the share of such rows in which k, available
+    but not asked first, has answered: less what came too late, or when k had gone away. Without `chosen` c_t = 1, and s
+    is that share alone. An arm that was asked first wherever it was available has no such rows: there the share is that
+    of all arms together. Right as long as shadows are chosen, and lost, whatever the draw and the verdict.
 
     Args:
         propensities: (N, K), of being asked first.
@@ -153,12 +170,15 @@ def with_shadows(propensities: Array, arm: NDArray[np.int64], available: Mask, r
         available: (N, K).
         rewards: (N, K), NaN where unknown; a shadowed row knows those of all arms that were asked then, also where
             they failed.
+        chosen: (N,) c, where it is known and differs from row to row, as for audits; None: one rate for all.
     """
+    chance = np.ones(len(arm)) if chosen is None else chosen
     others = available.copy()
     others[np.arange(len(arm)), arm] = False
-    told, asked = (others & ~np.isnan(rewards)).sum(axis=0), others.sum(axis=0)
-    everywhere = told.sum() / max(asked.sum(), 1)
+    told, asked = (others & ~np.isnan(rewards)).sum(axis=0), (others * chance[:, None]).sum(axis=0)
+    everywhere = told.sum() / asked.sum() if asked.sum() else 0.0
     share = np.divide(told, asked, out=np.full(propensities.shape[1], everywhere), where=asked > 0)
+    share = np.minimum(chance[:, None] * share, 1.0)
     seen: Array = np.where(available, propensities + (1.0 - propensities) * share, propensities)
     return seen
 

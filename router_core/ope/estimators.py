@@ -1,5 +1,7 @@
 """Value of a target policy from another policy's log: IPS, SNIPS, doubly robust (docs/off-policy.md).
 
+Rows that came into the log with a known probability (`LoggedData.inclusion`), as audits do, count by its inverse.
+
 Each is a weighted mean of per-row scores, and its interval the normal one of that mean; rows that share a draw
 (`LoggedData.draws`) count as one there. Rows may have been collected by
 a policy that learned from the rows before: scores minus the value are then martingale differences, not independent, and
@@ -56,7 +58,7 @@ def ips(
     """
     seen = _supported(data, pi, clip, floor, max_lost)
     scores = seen.scored(seen.data.rewards)
-    value, half = _weighted_mean(seen.data, scores, np.ones(len(scores)))
+    value, half = _weighted_mean(seen.data, scores, seen.data.share)
     worst, best = seen.data.reward_range
     # What the target asks without support has earned nothing here, and between the worst and the best reward in truth.
     interval = (value - half + seen.lost * min(worst, 0.0), value + half + seen.lost * max(best, 0.0))
@@ -77,9 +79,10 @@ def snips(
     errors as `ips`.
     """
     seen = _supported(data, pi, clip, floor, max_lost)
-    total = float(seen.weight.sum())
-    value = float(seen.scored(seen.data.rewards).sum()) / total
-    residuals = seen.data.per_draw(seen.scored(seen.data.rewards - value))
+    share = seen.data.share
+    total = float(share @ seen.weight)
+    value = float(share @ seen.scored(seen.data.rewards)) / total
+    residuals = seen.data.per_draw(share * seen.scored(seen.data.rewards - value))
     half = Z95 * float(np.sqrt(np.square(residuals).sum())) / total
     return _estimate(seen, value, _widened(value, half, seen))
 
@@ -123,7 +126,7 @@ def doubly_robust(
     # On arms without support the model's word is all there is.
     scores = (seen.target * mine).sum(axis=1) + seen.scored(seen.data.rewards - mine)
     h = stabilising_weights(seen.spread) if stabilise else np.ones(len(scores))
-    value, half = _weighted_mean(seen.data, scores, h)
+    value, half = _weighted_mean(seen.data, scores, h * seen.data.share)
     return _estimate(seen, value, _widened(value, half, seen))
 
 
@@ -180,7 +183,7 @@ def _estimate(seen: Weighted, value: float, interval: tuple[float, float]) -> Es
         interval,
         len(seen.data),
         seen.ess,
-        float(seen.weight.mean()),
+        float(seen.data.share @ seen.weight) / len(seen.data),
         float(seen.weight.max()),
         seen.clipped,
         seen.lost,

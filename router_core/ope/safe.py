@@ -61,9 +61,11 @@ def safe_interval(
         (low, high) inside [0, 1], low <= high.
 
     Raises:
-        FeedbackError: a reward outside [0, 1].
+        FeedbackError: a reward outside [0, 1], or rows that are a sample (`LoggedData.inclusion`).
         NoSupportError: no row at all.
     """
+    if data.inclusion is not None:
+        raise FeedbackError("the safe interval is of the rows of the log, and these are a sample of the decisions")
     if not data.unit_rewards:
         raise FeedbackError("the safe interval needs rewards in [0, 1]: this log has others (prior form `paper`)")
     seen = weigh(data, pi, floor=floor, max_lost=1.0)

@@ -59,7 +59,7 @@ class Weighted:
     @property
     def ess(self) -> float:
         """(Σw)²/Σw² over the draws, rows that share one counted as one; 0 where no row carries weight."""
-        weight = self.data.per_draw(self.weight)
+        weight = self.data.per_draw(self.data.share * self.weight)
         square = float(np.square(weight).sum())
         return float(weight.sum()) ** 2 / square if square else 0.0
 

@@ -40,6 +40,17 @@ class Beliefs:
     sds: Array
     floors: Array | None = None
 
+    def without(self, barred: NDArray[np.bool_] | None) -> Beliefs:
+        """Return the beliefs with −inf as the mean, and no floor, of what is never asked.
+
+        Args:
+            barred: (B, K); None: nothing.
+        """
+        if barred is None or not barred.any():
+            return self
+        floors = None if self.floors is None else np.where(barred, 0.0, self.floors)
+        return Beliefs(np.where(barred, -np.inf, self.means), self.sds, floors)
+
 
 @dataclass(frozen=True, slots=True)
 class Choices:
@@ -211,10 +222,10 @@ def draw_batch(
             all instances bars what does not apply to one of them.
     """
     if not policy.one_arm_per_batch:
-        return draw(_without(policy.beliefs(x, offsets, posterior), barred), rng)
+        return draw(policy.beliefs(x, offsets, posterior).without(barred), rng)
     mean = x.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
     any_barred = None if barred is None else np.atleast_2d(barred.any(axis=0))
-    one = draw(_without(policy.beliefs(mean, offsets.mean(axis=0, keepdims=True), posterior), any_barred), rng)
+    one = draw(policy.beliefs(mean, offsets.mean(axis=0, keepdims=True), posterior).without(any_barred), rng)
     size = len(x)
     return Choices(
         one.ranking.repeat(size, axis=0),
@@ -224,14 +235,6 @@ def draw_batch(
         one.propensities.repeat(size, axis=0),
         one.floors.repeat(size, axis=0),
     )
-
-
-def _without(beliefs: Beliefs, barred: NDArray[np.bool_] | None) -> Beliefs:
-    """Return the beliefs with −inf as the mean, and no floor, of what is never asked."""
-    if barred is None or not barred.any():
-        return beliefs
-    floors = None if beliefs.floors is None else np.where(barred, 0.0, beliefs.floors)
-    return Beliefs(np.where(barred, -np.inf, beliefs.means), beliefs.sds, floors)
 
 
 def propensity_without(means: Array, sds: Array, floors: Array, gone: Sequence[int], asked: int) -> float:

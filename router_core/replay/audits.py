@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.audits.schedule import Progress, Schedule
+from router_core.audits.schedule import Schedule
 from router_core.errors import AuditError
 from router_core.records import Audit, credit
 from router_core.replay.table import Table
@@ -46,19 +46,9 @@ class Audits:
             if not 0.5 <= value <= 1.0:
                 raise AuditError(f"referee's {name} {value}: give a probability in [0.5, 1]")
 
-    def probabilities(self, novel: NDArray[np.bool_] | None, length: int) -> Array:
-        """Return each step's inclusion probability, (T,).
-
-        Args:
-            novel: (T,) which texts are unlike the offline stage's; None where nobody can tell.
-            length: T.
-        """
-        schedule, progress = Schedule(self.rate, self.schedule, length), Progress()
-        number = np.empty(length)
-        for step in range(length):
-            progress = progress.next(None if novel is None else bool(novel[step]))
-            number[step] = progress.t
-        return schedule.probabilities(number)
+    def over(self, length: int) -> Schedule:
+        """Return the schedule of a stream of this length."""
+        return Schedule(self.rate, self.schedule, length)
 
     def verdict(self, label: int, responses: int, uniform: float) -> int:
         """Return what the referee prefers.

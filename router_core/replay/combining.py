@@ -49,7 +49,9 @@ def combining_pass(stage: Stage, plan: Plan, name: str, combination: Combination
     while loop.step < len(plan):
         on_step(loop.advance())
     return Played(
-        Pass(plan.seed, plan.order, loop.correct, loop.asked), float(loop.calls.mean()), float(loop.price.mean())
+        Pass(plan.seed, plan.order, loop.correct, loop.asked, int(loop.audited.sum())),
+        float(loop.calls.mean()),
+        float(loop.price.mean()),
     )
 
 
@@ -59,8 +61,7 @@ class _CombiningLoop(Loop):
     def __init__(self, stage: Stage, plan: Plan, combination: Combination, pacer: Pacer | None) -> None:
         super().__init__(stage, plan)
         table = stage.table
-        everything = np.ones(table.verdicts.shape, dtype=bool)
-        self._answers = Answers(table.verdicts, everything, margins_of(table.scores), table.responses)
+        self._answers = Answers(table.verdicts, table.answered, margins_of(table.scores), table.responses)
         self._combination, self._pacer = combination, pacer
         self._sequences: list[list[int]] = []
         self.calls, self.price = np.empty(len(plan)), np.empty(len(plan))
@@ -80,7 +81,9 @@ class _CombiningLoop(Loop):
         paths = follow(self._combination.votes, offsets, answers, first, costs, multiplier=multiplier)
         self._sequences += [[arm for arm in arms if arm >= 0] for arms in paths.arms.tolist()]
         spent = paths.spent[:, -1]
-        self.calls[begin:end], self.price[begin:end] = (paths.arms >= 0).sum(axis=1), spent
+        full = self.audited[begin:end] & (stage.scenario.audits is not None and stage.scenario.audits.ask_all)
+        self.calls[begin:end] = np.where(full, len(costs), (paths.arms >= 0).sum(axis=1))
+        self.price[begin:end] = np.where(full, costs.sum(), spent)
         if self._pacer is not None:
             for price in spent.tolist():
                 self._pacer = self._pacer.spent(price)

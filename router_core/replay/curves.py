@@ -74,6 +74,8 @@ def curve(trace: Trace, table: Table, window: int | None = None) -> Curve:
     length = min(len(part.order) for part in trace.passes)
     window = window or default_window(length)
     correct = np.stack([part.correct[:length] for part in trace.passes])
+    # A single RM that abstains leaves an even guess.
+    correct = np.where(np.isnan(correct), 0.5, correct)
     missed = np.stack([table.oracle[part.order[:length]] for part in trace.passes]) - correct
     steps = np.unique(np.linspace(1, length, min(POINTS, length)).round().astype(np.int64))
     return Curve(

@@ -5,7 +5,7 @@ Knows traces and tables. Called by `service.cli.replay` and `loadtests`; in proc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,8 @@ class PolicySummary:
         ci95: over groups of pairs and over seeds (`intervals.accuracy_interval`).
         calls_per_instance: RM calls.
         price_per_instance: what they cost, in units of the cheapest RM.
-        regret: mean per instance of (best arm's correctness − the policy's).
+        regret: mean per instance of (best arm's correctness − the policy's); where it abstains, of an even guess.
+        coverage: share of the instances at which it gives a verdict; the accuracy is over these.
     """
 
     accuracy: float
@@ -39,19 +40,41 @@ class PolicySummary:
     calls_per_instance: float
     price_per_instance: float
     regret: float
+    coverage: float = 1.0
 
 
 def summarise(trace: Trace, table: Table) -> PolicySummary:
     """Accuracy with its interval, calls and regret of one policy."""
-    correct = trace.correct
-    accuracy = float(correct.mean())
+    accuracy = accuracy_of(trace.correct, table.groups)
     return PolicySummary(
-        accuracy,
-        accuracy_interval(correct, table.groups),
+        accuracy["accuracy"],
+        tuple(accuracy["ci95"]),
         trace.calls_per_instance,
         trace.price,
-        float(table.oracle.mean()) - accuracy,
+        regret_of(trace.correct, table),
+        accuracy["coverage"],
     )
+
+
+def accuracy_of(values: Array, groups: Sequence[str]) -> dict[str, Any]:
+    """`accuracy` and `ci95` over the pairs with a verdict, and `coverage`, the share of these; NaN where there is none.
+
+    Args:
+        values: (S, N) in [0, 1], NaN where there is no verdict.
+        groups: N names.
+    """
+    known = np.flatnonzero(~np.isnan(values).any(axis=0))
+    coverage = len(known) / values.shape[1]
+    if not len(known):
+        return {"accuracy": float("nan"), "ci95": [0.0, 1.0], "coverage": coverage}
+    told = values[:, known]
+    ci95 = accuracy_interval(told, [groups[i] for i in known.tolist()])
+    return {"accuracy": float(told.mean()), "ci95": list(ci95), "coverage": coverage}
+
+
+def regret_of(values: Array, table: Table) -> float:
+    """Mean of what the best arm of each pair earns less the policy's (S, N), which guesses where it abstains."""
+    return float(table.oracle.mean() - np.where(np.isnan(values), 0.5, values).mean())
 
 
 def report(traces: Mapping[str, Trace], table: Table) -> dict[str, Any]:
@@ -76,7 +99,8 @@ def report(traces: Mapping[str, Trace], table: Table) -> dict[str, Any]:
 def paired(correct: Mapping[str, Array], table: Table) -> dict[str, dict[str, dict[str, Any]]]:
     """Each policy minus each reference, pair by pair, with its interval over groups and seeds.
 
-    The best single RM is chosen on these very pairs, in hindsight; that favours it.
+    The best single RM is chosen on these very pairs, in hindsight; that favours it. Pairs on which one of the two
+    abstains are left out.
 
     Args:
         correct: per policy (S, N).
@@ -84,7 +108,7 @@ def paired(correct: Mapping[str, Array], table: Table) -> dict[str, dict[str, di
     Returns:
         {policy: {"best_single" | reference: {"difference", "ci95"}}}; a policy is not compared with itself.
     """
-    best = int(table.correctness.mean(axis=0).argmax())
+    best = int(table.singles.argmax())
     references: dict[str, Array] = {"best_single": np.broadcast_to(table.correctness[:, best], (1, len(table)))}
     references |= {name: correct[name] for name in REFERENCES if name in correct}
     return {
@@ -98,13 +122,16 @@ def paired(correct: Mapping[str, Array], table: Table) -> dict[str, dict[str, di
 
 
 def _difference(values: Array, table: Table) -> dict[str, Any]:
-    found = paired_difference(values, table.groups)
+    known = np.flatnonzero(~np.isnan(values).any(axis=0))
+    if not len(known):
+        return {"difference": 0.0, "ci95": [-1.0, 1.0]}
+    found = paired_difference(values[:, known], [table.groups[i] for i in known.tolist()])
     return {"difference": found.value, "ci95": list(found.ci95)}
 
 
 def best_per_subset(table: Table) -> float:
     """Accuracy of the best RM of every subset, chosen in hindsight: what a router of subsets could reach at most."""
-    total = sum(float(table.correctness[rows].sum(axis=0).max()) for rows in subset_rows(table).values())
+    total = sum(len(rows) * float(table.rows(rows).singles.max()) for rows in subset_rows(table).values())
     return total / len(table)
 
 
@@ -116,7 +143,9 @@ def subset_rows(table: Table) -> dict[str, NDArray[np.int64]]:
 
 def last_third(trace: Trace) -> float:
     """Mean accuracy over the last third of each pass: what was reached, rather than what it cost to get there."""
-    return float(np.mean([part.correct[-max(len(part.correct) // 3, 1) :].mean() for part in trace.passes]))
+    tails = [part.correct[-max(len(part.correct) // 3, 1) :] for part in trace.passes]
+    known = [tail[~np.isnan(tail)] for tail in tails]
+    return float(np.mean([tail.mean() for tail in known if len(tail)])) if any(map(len, known)) else float("nan")
 
 
 def _row(summary: PolicySummary) -> dict[str, Any]:
@@ -126,26 +155,20 @@ def _row(summary: PolicySummary) -> dict[str, Any]:
         "calls_per_instance": summary.calls_per_instance,
         "price_per_instance": summary.price_per_instance,
         "regret": summary.regret,
+        "coverage": summary.coverage,
     }
 
 
 def _best_single(table: Table) -> dict[str, Any]:
-    singles = table.correctness.mean(axis=0)
-    best = int(singles.argmax())
-    return {"model": table.pool[best], "accuracy": float(singles[best])}
+    best = int(table.singles.argmax())
+    return {"model": table.pool[best], "accuracy": float(table.singles[best])}
 
 
 def _subset(correct: Mapping[str, Array], table: Table, rows: NDArray[np.int64]) -> dict[str, Any]:
     part = table.rows(rows)
     return {
         "n": len(part),
-        "policies": {
-            name: {
-                "accuracy": float(values[:, rows].mean()),
-                "ci95": list(accuracy_interval(values[:, rows], part.groups)),
-            }
-            for name, values in correct.items()
-        },
+        "policies": {name: accuracy_of(values[:, rows], part.groups) for name, values in correct.items()},
         "oracle": float(part.oracle.mean()),
         "best_single": _best_single(part),
     }

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.errors import FeedbackError
+from router_core.errors import DatasetError, FeedbackError
 from router_core.prior import PriorForm
 from router_core.records import Signal
 from router_core.replay.dueling import DuelingBandit
@@ -71,9 +71,12 @@ def learner_pass(name: str, stage: Stage, plan: Plan, on_step: Steps) -> tuple[P
 
     Raises:
         FeedbackError: the signal is not `preference` or `reward`.
+        DatasetError: an RM abstains on a pair.
     """
     if stage.signal is Signal.LOSS:
         raise FeedbackError(f"policy {name!r} with signal 'loss': use --signal preference or reward")
+    if not stage.table.answered.all():
+        raise DatasetError(f"policy {name!r} cannot leave an RM out, and some abstain: leave these out with --pool")
     table, x = stage.table, stage.prior.learned(stage.x).astype(np.float64)
     rng = np.random.default_rng((plan.seed, _DRAWS))
     learner = LEARNERS[name.partition(":")[0]](x.shape[1], len(table.pool), rng)

@@ -24,7 +24,6 @@ from router_core.replay.passes import (
     Stage,
     Steps,
     all_arms_pass,
-    audit_calls,
     combined_correctness,
     fixed_pass,
     learns,
@@ -150,12 +149,13 @@ def replay(
             traces[each.name] = Trace(tuple(part.trace for part in played), len(table), calls, price)
             continue
         if each.own:
+            if scenario.audits is not None:
+                raise FeedbackError(f"policy {each.name!r} with audits: it learns from feedback only; leave one out")
             prior = priors(each.policy.prior)
             stage = Stage(table, x, prior.offsets(x), each.policy, prior, signal, scenario)
             learned = [learner_pass(each.name, stage, plan, tell) for plan in plans]
             traces[each.name] = Trace(tuple(one for one, _ in learned), len(table), float(learned[0][1]))
             continue
-        audited = 0.0
         if isinstance(each.policy, AllCalls):
             correct = combined_correctness(table, each.policy, scale or _own_scale(table))
             passes = [all_arms_pass(correct, plan, tell) for plan in plans]
@@ -164,11 +164,21 @@ def replay(
             stage = Stage(table, x, prior.offsets(x), each.policy, prior, signal, scenario, each.shadow, settings)
             one_pass = online_pass if learns(each.policy) else fixed_pass
             passes = [one_pass(stage, plan, tell) for plan in plans]
-            if learns(each.policy):
-                audited = float(np.mean([audit_calls(stage, plan) for plan in plans]))
-        calls = each.calls(plans, len(table.pool)) + audited
-        traces[each.name] = Trace(tuple(passes), len(table), calls, _price(passes, calls, costs))
+        calls = each.calls(plans, len(table.pool)) + _audit_calls(passes, scenario, len(table.pool))
+        if isinstance(each.policy, AllCalls):
+            answered = table.answered
+            calls, price = float(answered.sum(axis=1).mean()), float((answered @ costs).mean())
+        else:
+            price = _price(passes, calls, costs)
+        traces[each.name] = Trace(tuple(passes), len(table), calls, price)
     return traces
+
+
+def _audit_calls(passes: Sequence[Pass], scenario: Scenario, n_arms: int) -> float:
+    """RM calls per instance that audits add to one call: K − 1 at each audited step, where all are asked."""
+    if scenario.audits is None or not scenario.audits.ask_all:
+        return 0.0
+    return sum([part.audited for part in passes]) / sum([len(part.order) for part in passes]) * (n_arms - 1)
 
 
 def _price(passes: Sequence[Pass], calls: float, costs: Array) -> float:

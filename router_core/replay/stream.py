@@ -135,13 +135,9 @@ class Plan:
         """(T,) which steps every RM is asked about: exactly round(ρT), nested for growing rates."""
         return self.shadow_rank < round(rate * len(self))
 
-    def arrivals(self, speaks: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
-        """Steps whose feedback arrives at all, in the order in which it does; among equals the earlier step first.
-
-        Args:
-            speaks: (T,) steps that there is anything to say of; None: all.
-        """
-        arriving = np.flatnonzero((self.due < len(self)) & (True if speaks is None else speaks))
+    def arrivals(self) -> NDArray[np.int64]:
+        """Steps whose feedback arrives at all, in the order in which it does; among equals the earlier step first."""
+        arriving = np.flatnonzero(self.due < len(self))
         order: NDArray[np.int64] = arriving[np.argsort(self.due[arriving], kind="stable")]
         return order
 

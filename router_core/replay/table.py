@@ -6,16 +6,16 @@ Knows records and numpy. Made by `service.cli.replay` and `loadtests` from pairs
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.dataset import pool_names
+from router_core.dataset import judgeable, pool_names
 from router_core.errors import DatasetError
 from router_core.policies import ScoreScale
-from router_core.records import LabelledPair
+from router_core.records import TIE, LabelledPair
 
 Array = NDArray[np.float64]
 
@@ -26,10 +26,11 @@ class Table:
 
     Attributes:
         pool: K names.
-        verdicts: (N, K) int64, a response's index or TIE.
+        verdicts: (N, K) int64, a response's index or TIE; TIE where the RM abstained.
         labels: (N,) int64.
-        correctness: (N, K) in [0, 1], `LabelledPair.correctness`: what asking an RM earns.
-        credit: (N, K) in [0, 1], `LabelledPair.credit`: what its answer teaches. The same for two responses.
+        correctness: (N, K) in [0, 1], `LabelledPair.correctness`: what asking an RM earns; NaN where it abstained.
+        credit: (N, K) in [0, 1], `LabelledPair.credit`: what its answer teaches. The same for two responses; NaN where
+            it abstained.
         scores: (N, K, n) float64; NaN beyond a pair's own number of responses, and where only verdicts are recorded.
         responses: (N,) int64, each pair's number of responses.
         groups: N names; pairs of one group are right or wrong together. "": a group of its own.
@@ -71,35 +72,47 @@ class Table:
         )
 
     @property
+    def answered(self) -> NDArray[np.bool_]:
+        """(N, K): the RMs that did not abstain. Every pair has one."""
+        return np.asarray(~np.isnan(self.correctness))
+
+    @property
     def oracle(self) -> Array:
         """(N,) correctness of the best RM of each pair, known in hindsight."""
-        best: Array = self.correctness.max(axis=1)
+        best: Array = np.nanmax(self.correctness, axis=1)
         return best
+
+    @property
+    def singles(self) -> Array:
+        """(K,) mean correctness of each RM, where abstaining counts as an even guess: what RMs are compared by."""
+        means: Array = np.where(self.answered, self.correctness, 0.5).mean(axis=0)
+        return means
 
 
 def tabulate(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> Table:
     """The stream as arrays.
 
     Raises:
-        DatasetError: no pairs, or an RM of the pool that was not asked about one of them (`complete_pairs` leaves such
-            pairs out).
+        DatasetError: no pairs, or an RM of the pool that was not asked about one of them, or all abstained
+            (`complete_pairs` leaves such pairs out).
     """
     if not pairs:
         raise DatasetError("no pairs to replay: the data file is empty")
     for pair in pairs:
-        missing = [name for name in pool if name not in pair.verdicts]
-        if missing:
+        missing = [name for name in pool if name not in pair.verdicts and name not in pair.abstained]
+        if missing or not any(name in pair.verdicts for name in pool):
             raise DatasetError(
-                f"pair {pair.id!r} holds no verdict of {', '.join(missing)}: shorten --pool, or leave the pair out"
+                f"pair {pair.id!r} holds no verdict of {', '.join(missing or pool)}: shorten --pool, or leave the pair "
+                "out"
             )
-    verdicts = np.array([[pair.verdicts[name] for name in pool] for pair in pairs], dtype=np.int64)
+    verdicts = np.array([[pair.verdicts.get(name, TIE) for name in pool] for pair in pairs], dtype=np.int64)
     labels = np.array([pair.label for pair in pairs], dtype=np.int64)
     return Table(
         tuple(pool),
         verdicts,
         labels,
-        np.array([[pair.correctness(name) for name in pool] for pair in pairs]),
-        np.array([[pair.credit(name) for name in pool] for pair in pairs]),
+        _answered(pairs, pool, LabelledPair.correctness),
+        _answered(pairs, pool, LabelledPair.credit),
         _scores(pairs, pool),
         np.array([len(pair.instance.responses) for pair in pairs], dtype=np.int64),
         tuple(pair.group for pair in pairs),
@@ -109,9 +122,7 @@ def tabulate(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> Table:
 
 
 def complete_pairs(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> tuple[NDArray[np.int64], dict[str, int]]:
-    """Which pairs every RM of the pool was asked about, and how many pairs each RM is missing from.
-
-    A policy may ask any RM, so a pair with a gap cannot be replayed.
+    """Which pairs can be replayed (`dataset.judgeable`), and how many pairs each RM is missing from.
 
     Returns:
         Ascending indices of the complete pairs, and {RM: pairs that lack it} of the RMs that miss any.
@@ -119,21 +130,23 @@ def complete_pairs(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> tuple[
     Raises:
         DatasetError: an RM was asked about none of the pairs, or no pair is complete.
     """
-    missing = Counter(name for pair in pairs for name in pool if name not in pair.verdicts)
-    for name, count in missing.items():
-        if count == len(pairs):
+    missing = Counter(
+        name for pair in pairs for name in pool if name not in pair.verdicts and name not in pair.abstained
+    )
+    for name in pool:
+        if not any(name in pair.verdicts for pair in pairs):
             known = sorted(pool_names(pairs))
             raise DatasetError(
                 f"pool: RM {name!r} was asked about none of the {len(pairs)} pairs; the data have {', '.join(known)}; "
                 "correct --pool or record its scores"
             )
-    kept = [i for i, pair in enumerate(pairs) if all(name in pair.verdicts for name in pool)]
-    if not kept:
+    kept = np.flatnonzero(judgeable(pairs, pool))
+    if not len(kept):
         raise DatasetError(
             f"no pair of {len(pairs)} was put to every RM of the pool ({', '.join(pool)}): give a smaller --pool, or "
             "complete the data with `reward-router label`"
         )
-    return np.array(kept, dtype=np.int64), dict(missing)
+    return kept, dict(missing)
 
 
 def score_scale(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> ScoreScale:
@@ -148,6 +161,11 @@ def score_scale(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> ScoreScal
             shift[k] = values.mean()
             scale[k] = values.std() or 1.0
     return ScoreScale(shift, scale)
+
+
+def _answered(pairs: Sequence[LabelledPair], pool: Sequence[str], value: Callable[[LabelledPair, str], float]) -> Array:
+    """(N, K), NaN where the RM abstained."""
+    return np.array([[value(pair, name) if name in pair.verdicts else np.nan for name in pool] for pair in pairs])
 
 
 def _scores(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> Array:

@@ -26,12 +26,14 @@ class Pass:
         order: (T,) int64, index of the pair met at each step.
         correct: (T,) in {0, 0.5, 1}: was the verdict right that the policy gave.
         asked: (T,) int64: the asked arm, or `ALL_ARMS`.
+        audited: steps at which a referee spoke.
     """
 
     seed: int
     order: NDArray[np.int64]
     correct: Array
     asked: NDArray[np.int64]
+    audited: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

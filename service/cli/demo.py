@@ -115,7 +115,7 @@ class DemoResult:
     after: list[Asked]
     others: dict[str, list[Asked]]
     report: RunReport
-    kinds: dict[str, str]
+    kinds: Mapping[str, str]
 
 
 def demo(
@@ -190,7 +190,7 @@ def ensure_demo_pool(data_dir: Path, console: Console, checkpoint: Path | None) 
         models = make_demo_pool(folder / "models", progress=tell, beside=[] if judge is None else [judge])
         tell(JUDGE.name, 1.0)
     pool_file = folder / "pool.yaml"
-    entries = (
+    entries: tuple[ModelEntry | JudgeEntry | RuleEntry, ...] = (
         *(
             ModelEntry(name=model.name, path=model.directory.absolute(), rendering="template", chat_template="plain")
             for model in models
@@ -383,8 +383,8 @@ def _show(result: DemoResult, models: Sequence[str], console: Console) -> None:
     kinds = Table(title="which kind of scorer is asked for which kind of text, after the stream")
     for column in ("text", *KINDS):
         kinds.add_column(column, justify="left" if column == "text" else "right")
-    for domain, found in kind_shares(result.after, result.kinds).items():
-        kinds.add_row(domain, *(f"{100 * share:.0f} %" if share else "–" for share in found))
+    for domain, by_kind in kind_shares(result.after, result.kinds).items():
+        kinds.add_row(domain, *(f"{100 * share:.0f} %" if share else "–" for share in by_kind))
     console.print(kinds)
     singles = {name: part for name, part in result.others.items() if name.startswith("single:")}
     best = max(singles, key=lambda name: _accuracy(singles[name]))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
 
 from service.cli.fitting import fits, fitting_table
 from service.cli.prices import cost_of
+
+ANSWERS: Final = "answers"
+"""Column with the share of the pairs on which a policy gives a verdict; its accuracy is over these."""
 
 
 def print_table(document: Mapping[str, Any], console: Console) -> None:
@@ -34,16 +37,34 @@ def _policy_table(
     for name, row in document["policies"].items():
         if name in ("random", "offline"):
             rows.append(None)
-        rows.append((*_cells(name, row, document["paired"][name]["best_single"]), *_subset_cells(subsets, name)))
+        cells = _cells(name, row, document["paired"][name]["best_single"])
+        rows.append((*cells, f"{row['coverage']:.0%}", *_subset_cells(subsets, name)))
     best = [f"{part['best_single']['accuracy']:.3f}" for part in subsets.values()]
     oracles = [f"{part['oracle']:.3f}" for part in subsets.values()]
     rows += [
         None,
-        ("best RM per subset, in hindsight", "1", f"{document['best_per_subset']:.3f}", "", "", *best),
-        ("oracle", "", f"{document['oracle']:.3f}", "", "", *oracles),
+        ("best RM per subset, in hindsight", "1", f"{document['best_per_subset']:.3f}", "", "", "", *best),
+        ("oracle", "", f"{document['oracle']:.3f}", "", "", "", *oracles),
     ]
-    columns = ("policy", "calls", "accuracy", "95% interval", "over best single", *subsets)
+    columns = ("policy", "calls", "accuracy", "95% interval", "over best single", ANSWERS, *subsets)
+    rows = without_full_coverage(columns, rows, document["policies"])
+    columns = tuple(column for column in columns if column != ANSWERS or not covers_all(document["policies"]))
     return fitting_table(console, columns, rows, drop=drop, title=_title(document))
+
+
+def covers_all(policies: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return True if no policy abstains anywhere."""
+    return all(row["coverage"] == 1.0 for row in policies.values())
+
+
+def without_full_coverage(
+    columns: Sequence[str], rows: Sequence[Sequence[str] | None], policies: Mapping[str, Mapping[str, Any]]
+) -> list[Sequence[str] | None]:
+    """Return the rows, without the column of coverages where no policy abstains."""
+    if not covers_all(policies):
+        return list(rows)
+    at = columns.index(ANSWERS)
+    return [row if row is None else [*row[:at], *row[at + 1 :]] for row in rows]
 
 
 def _title(document: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ def export(
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress, running_store(settings) as url:
         task = progress.add_task("events", total=None)
-        done = asyncio.run(_export(url, settings, run, out, since, resume, lambda n: progress.advance(task, n)))
+        done = asyncio.run(export_run(url, settings, run, out, since, resume, lambda n: progress.advance(task, n)))
     if as_json:
         report = {"out": str(out), "run": run, "events": done.events, "added": done.added}
         typer.echo(json.dumps({**report, "last_event": done.last_event, "exact_rewards": done.header.exact_rewards}))
@@ -61,9 +61,21 @@ def export(
         )
 
 
-async def _export(
-    url: str, settings: Settings, run: str, out: Path, since: str | None, resume: bool, advance: Callable[[int], None]
+async def export_run(
+    url: str,
+    settings: Settings,
+    run: str,
+    out: Path,
+    since: str | None = None,
+    resume: bool = False,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Exported:
+    """Write a run's log to a file; arguments as `export_log`.
+
+    Raises:
+        ConfigurationError: the store knows no such run.
+        StoreUnavailableError: the store does not answer.
+    """
     store = RedisStore(
         url, window_seconds=settings.decision_ttl_seconds, timeout_seconds=settings.store_timeout_seconds
     )

@@ -66,16 +66,21 @@ def print_figures(figures: dict[str, Any], console: Console | None = None) -> No
     """The table that people read."""
     console = console or Console()
     logged = figures["logged"]
-    rows: list[Sequence[str] | None] = [("as logged", "", "", _cell(logged), "", "", "", "", str(figures["n"])), None]
+    rows: list[Sequence[str] | None] = [
+        ("as logged", "", _cell(logged), "", "", "", "", "", "", str(figures["n"])),
+        None,
+    ]
     for name, row in figures["policies"].items():
         safe = "–" if row["safe95"] is None else _interval(row["safe95"])
         weights = ("–", "–") if row["snips"] is None else _weights(row["snips"])
         calls = "–" if row["calls"] is None else f"{row['calls']:.2f}"
         cells = [_cell(row[how]) for how in ESTIMATORS]
-        rows.append((name, row["recommended"] or "none", calls, *cells, safe, *weights))
-    columns = ("policy", "use", "calls", *ESTIMATORS, "safe interval", "mean weight", "eff. rows")
-    title = f"{figures['n']} logged decisions of run {figures['run']}: mean reward (95% interval)"
-    drop = ("calls", "ips", "safe interval", "eff. rows", "mean weight")
+        use = row["recommended"]
+        value = "–" if use is None else _cell(row[use])
+        rows.append((name, use or "none", value, calls, *cells, safe, *weights))
+    columns = ("policy", "use", "value", "calls", *ESTIMATORS, "safe interval", "mean weight", "eff. rows")
+    title = f"{figures['n']} logged decisions of run {figures['run']}: mean reward by `use`, 95% interval"
+    drop = ("calls", *ESTIMATORS, "safe interval", "eff. rows", "mean weight")
     console.print(fitting_table(console, columns, rows, drop=drop, title=title))
     for note in _notes(figures):
         console.print(note, highlight=False, soft_wrap=True)

@@ -164,7 +164,7 @@ def replay(
     loaded = None if checkpoint is None else Checkpoint.load(checkpoint)
     names = parse_pool(pool) or (pool_names(pairs) if loaded is None else loaded.pool)
     complete, gaps = complete_pairs(pairs, names)
-    scored = all(name in pairs[i].scores for i in complete for name in names)
+    scored = all(name in pairs[i].scores or name in pairs[i].abstained for i in complete for name in names)
     job = Job(policy_names(policies, names, scored=scored), range(seeds), signal, scenario, parse_prices(price, names))
     if not scored and "all" in parse_pool(policies):
         notes.print("[yellow]note[/] no `uwo`: it combines scores, and the data hold verdicts without scores")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from rich.console import Console
 
 from router_core.records import Signal
 from router_core.replay import Curve, Scenario
+from service.cli.evaluate_output import ANSWERS, covers_all, without_full_coverage
 from service.cli.fitting import fitting_table
 from service.cli.prices import cost_of
 from service.lab.replaying.parts import Options
@@ -96,7 +97,7 @@ def publish(figures: dict[str, Any], json_out: Path | None) -> None:
 def print_report(figures: Mapping[str, Any], console: Console | None = None) -> None:
     """The table that people read."""
     console = console or Console(width=None if sys.stdout.isatty() else _WIDTH)
-    rows: list[tuple[str, ...] | None] = []
+    rows: list[Sequence[str] | None] = []
     for name, row in sorted(figures["policies"].items(), key=lambda item: -item[1]["accuracy"]):
         low, high = row["ci95"]
         over = figures["paired"][name]["best_single"]
@@ -109,6 +110,7 @@ def print_report(figures: Mapping[str, Any], console: Console | None = None) -> 
                 "{:+.3f} ({:+.3f} … {:+.3f})".format(over["difference"], *over["ci95"]),
                 cost_of(row),
                 f"{row['regret']:.3f}",
+                f"{row['coverage']:.0%}",
             )
         )
     best, oracle = figures["best_single"], figures["oracle"]
@@ -118,7 +120,18 @@ def print_report(figures: Mapping[str, Any], console: Console | None = None) -> 
         ("best RM per subset, in hindsight", figures["best_per_subset"]),
         ("oracle", oracle),
     ):
-        rows.append((name, f"{accuracy:.3f}", "", "", "", "1", f"{oracle - accuracy:.3f}"))
-    columns = ("policy", "accuracy", "95% interval", "last third", "over best single", "calls", "regret")
+        rows.append((name, f"{accuracy:.3f}", "", "", "", "1", f"{oracle - accuracy:.3f}", ""))
+    columns: Sequence[str] = (
+        "policy",
+        "accuracy",
+        "95% interval",
+        "last third",
+        "over best single",
+        "calls",
+        "regret",
+        ANSWERS,
+    )
+    rows = without_full_coverage(columns, rows, figures["policies"])
+    columns = columns[: -1 if covers_all(figures["policies"]) else None]
     drop = ("last third", "over best single", "regret", "95% interval")
     console.print(fitting_table(console, columns, rows, drop=drop, title=headline(figures)))

@@ -32,11 +32,11 @@ def _warn(context: typer.Context, parameter: typer.CallbackParam, url: str | Non
     return url
 
 
-def store_option() -> Any:
-    """The option, for `typing.Annotated`."""
+def store_option(*, variable: bool = True) -> Any:
+    """The option, for `typing.Annotated`; `variable` if the environment may name the store too."""
     return typer.Option(
         help="URL of redis://, rediss://, unix:// or redis+cluster://, or `embedded` (default). With a password, "
         "give it in the environment variable.",
-        envvar=STORE_VARIABLE,
+        envvar=STORE_VARIABLE if variable else None,
         callback=_warn,
     )

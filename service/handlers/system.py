@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from service.handlers.keys import require
 from service.keys.access import Access, Scope
 from service.scorers.status import ScorerStatus
-from service.usecases.status import PosteriorStatus, StatusService
+from service.usecases.status import PosteriorStatus, RunStatus, StatusService
 
 
 class Live(BaseModel):
@@ -88,5 +88,10 @@ def system_router() -> APIRouter:
         reward.
         """
         return await _status(request).posterior(run, access)
+
+    @router.get("/runs", tags=["routing"], summary="The runs of the store")
+    async def runs(request: Request, access: Annotated[Access, require(Scope.READ)]) -> list[RunStatus]:
+        """Every run that a gateway has opened in this store: events, signal, prior and scorers."""
+        return await _status(request).list_runs(access)
 
     return router

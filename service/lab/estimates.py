@@ -51,15 +51,18 @@ class Verdict:
 
     Attributes:
         estimates: by name of the estimator; empty where the log cannot tell.
-        safe95: interval that holds without a limit theorem; None for rewards outside [0, 1].
+        safe95: interval that holds without a limit theorem; None for rewards outside [0, 1] and for audited decisions,
+            which are a sample.
         problem: why there are no estimates.
         warnings: what to know before using them.
+        coverage: share of the instances that its scorer answers; None where it has abstained on none in the log.
     """
 
     estimates: dict[str, Estimate]
     safe95: tuple[float, float] | None
     problem: str | None
     warnings: list[str]
+    coverage: float | None = None
 
 
 def evaluate_log(
@@ -99,7 +102,11 @@ def evaluate_log(
             continue
         first, pi = targets.probabilities(name, whole)
         part = slice(first, None)
-        verdict = judge(whole.rows(part), pi, q[part], clip)
+        silent = _silent(name, whole, decisions)
+        if silent is None:
+            verdict = judge(whole.rows(part), pi, q[part], clip)
+        else:
+            verdict = judge_answered(whole, pi, silent, clip)
         policies[name] = _figures(verdict, 1.0, name, log.header)
     return {
         "n": len(whole),
@@ -109,14 +116,15 @@ def evaluate_log(
         "shadowed": int((whole.seen.sum(axis=1) > 1).sum()),
         "sharing_a_draw": _followers(decisions),
         "after_a_failure": sum(any(it.outcome is Outcome.FAILED for it in one.attempts) for one in decisions),
-        "logged": {"value": float(whole.reward.mean()), "ci95": list(_mean_interval(whole))},
+        "logged": {"value": float((whole.share * whole.reward).mean()), "ci95": list(_mean_interval(whole))},
         "policies": policies,
     }
 
 
 def judge(data: LoggedData, pi: Array, q: Array, clip: float | None) -> Verdict:
     """All estimators for one target; `data` is in log order, `pi` and `q` are (N, K)."""
-    safe = safe_interval(data, pi) if data.unit_rewards and (pi * data.available).any() else None
+    bounded = data.unit_rewards and data.inclusion is None
+    safe = safe_interval(data, pi) if bounded and (pi * data.available).any() else None
     estimators: dict[str, Callable[[], Estimate]] = {
         "ips": lambda: ips(data, pi, clip=clip),
         "snips": lambda: snips(data, pi, clip=clip),
@@ -127,6 +135,38 @@ def judge(data: LoggedData, pi: Array, q: Array, clip: float | None) -> Verdict:
     except NoSupportError as error:
         return Verdict({}, safe, str(error), [])
     return Verdict(estimates, safe, None, _warnings(estimates["snips"], clip))
+
+
+def judge_answered(data: LoggedData, pi: Array, silent: NDArray[np.bool_], clip: float | None) -> Verdict:
+    """SNIPS for a single scorer over the instances that it answers, and the share of these.
+
+    Where it abstained, the log holds the reward of whoever was asked instead, which says nothing of it. Whether it
+    would have abstained where it was not asked is not known, so only an estimate that weighs the answered rows alone is
+    made: the others divide by all of them.
+
+    Args:
+        data: in log order.
+        pi: (N, K) of a policy that asks one arm.
+        silent: (N,), True where that arm was asked and abstained.
+        clip: largest importance weight.
+    """
+    answered = np.flatnonzero(~silent)
+    try:
+        every, told = snips(data, pi, clip=clip), snips(data.rows(answered), pi[answered], clip=clip)
+    except NoSupportError as error:
+        return Verdict({}, None, str(error), [])
+    coverage = min(1.0, told.mean_weight * told.n / (every.mean_weight * every.n))
+    return Verdict({"snips": told}, None, None, _warnings(told, clip, conditional=True), coverage)
+
+
+def _silent(name: str, data: LoggedData, decisions: Sequence[StoredDecision]) -> NDArray[np.bool_] | None:
+    """Where the one scorer that a policy `single:NAME` asks was asked and abstained; None for others, or nowhere."""
+    if not name.startswith("single:"):
+        return None
+    arm = data.pool.index(name.removeprefix("single:"))
+    told = [(*one.attempts, *(one.shadows or ())) for one in decisions]
+    silent = np.array([any(it.arm == arm and it.outcome is Outcome.ABSTAINED for it in part) for part in told])
+    return silent if silent.any() else None
 
 
 def _judge_sequences(targets: Targets, name: str, clip: float | None) -> tuple[Verdict, float | None]:
@@ -168,18 +208,20 @@ def _off(estimate: Estimate) -> bool:
     return not estimate.clipped and abs(estimate.mean_weight + estimate.lost - 1.0) > WEIGHT_TOLERANCE
 
 
-def _warnings(estimate: Estimate, clip: float | None) -> list[str]:
-    """What a reader of the figures should know."""
+def _warnings(estimate: Estimate, clip: float | None, *, conditional: bool = False) -> list[str]:
+    """What a reader of the figures should know; `conditional` where only some rows can count, so that weights do not
+    add up to 1.
+    """
     out = []
-    if _off(estimate):
+    if _off(estimate) and not conditional:
         out.append(
             f"mean weight {estimate.mean_weight:.2f} where 1 is expected: `ips` is off by about that factor, and `dr` "
             "leans on its model"
         )
     if estimate.ess < FEW_ROWS:
         out.append(
-            f"the log is worth {estimate.ess:.0f} rows of this policy's own: rather use the safe interval, the others "
-            "may hold the truth less often than they say"
+            f"the log is worth {estimate.ess:.0f} rows of this policy's own: its 95% intervals may hold the truth less "
+            "often than they say"
         )
     if estimate.lost:
         out.append(
@@ -195,6 +237,9 @@ def _warnings(estimate: Estimate, clip: float | None) -> list[str]:
 def _figures(verdict: Verdict, calls: float | None, name: str, header: Header) -> dict[str, Any]:
     """One policy's part of the JSON."""
     warnings = list(verdict.warnings)
+    if verdict.safe95 is not None and verdict.estimates and verdict.estimates["snips"].ess < FEW_ROWS:
+        low, high = verdict.safe95
+        warnings.append(f"the interval that holds on any number of rows is {low:.3f} – {high:.3f}")
     if header.signal is Signal.LOSS:
         warnings.append("losses are scaled per RM by what came before, so that RMs are hard to compare by them")
     if name.startswith("bayesian"):
@@ -212,11 +257,20 @@ def _figures(verdict: Verdict, calls: float | None, name: str, header: Header) -
             "lost": estimate.lost,
         }
     name_of, why = recommended(verdict.estimates["snips"]) if verdict.estimates else (None, None)
+    if verdict.coverage is not None:
+        name_of, why = (
+            "snips",
+            (
+                f"its scorer answers {verdict.coverage:.0%} of the instances and abstains on the others: this is its "
+                "value where it answers"
+            ),
+        )
     return {
         **figures,
         "recommended": name_of,
         "why": why,
         "calls": calls,
+        "coverage": verdict.coverage,
         "safe95": None if verdict.safe95 is None else list(verdict.safe95),
         "problem": verdict.problem,
         "warnings": warnings,
@@ -225,6 +279,6 @@ def _figures(verdict: Verdict, calls: float | None, name: str, header: Header) -
 
 def _mean_interval(data: LoggedData) -> tuple[float, float]:
     """95 % normal interval of the mean reward; rows that share a draw count as one."""
-    mean = float(data.reward.mean())
-    half = Z95 * float(np.sqrt(np.square(data.per_draw(data.reward - mean)).sum())) / len(data)
+    mean = float((data.share * data.reward).mean())
+    half = Z95 * float(np.sqrt(np.square(data.per_draw(data.share * (data.reward - mean))).sum())) / len(data)
     return mean - half, mean + half

@@ -71,6 +71,7 @@ class _Run:
     scale: tuple[int, bytes] | None = None
     progress: AuditProgress = field(default_factory=lambda: AuditProgress(0))
     waiting: dict[str, _Task] = field(default_factory=dict)
+    parts: dict[str, int] = field(default_factory=dict)
     spent: tuple[float, int] = (0.0, 0)
     audited: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
     judged: dict[str, tuple[str, bytes]] = field(default_factory=dict)
@@ -150,8 +151,17 @@ class MemoryStore:
         """Save decisions, count them, and queue those that were chosen."""
         await self.save_decisions(run, decisions)
         state = self._run(run)
+        now = self._now_ms()
         for task in tasks:
-            state.waiting[task.decision_id] = _Task(task.task, self._now_ms() + seconds * 1000)
+            if task.collect_seconds is not None:
+                count = state.parts[task.decision_id] = state.parts.get(task.decision_id, 0) + 1
+                if count > 1:
+                    before = state.waiting.get(task.decision_id)
+                    if before is not None and count <= task.parts:
+                        before.task += task.task
+                    continue
+            due = 0.0 if task.collect_seconds is None else now + task.collect_seconds * 1000
+            state.waiting[task.decision_id] = _Task(task.task, now + seconds * 1000, due)
         state.progress = AuditProgress(state.progress.count + counted, state.progress.start)
         return state.progress
 

@@ -126,10 +126,20 @@ class RunCheck:
 
 @dataclass(frozen=True, slots=True)
 class AuditTask:
-    """A decision that was chosen for an audit, and what its referee must know: any bytes."""
+    """A decision that was chosen for an audit, and what its referee must know: any bytes.
+
+    Attributes:
+        decision_id: of the decision, or of the audit where it is made of several decisions.
+        task: any bytes; those of the parts come one after the other.
+        collect_seconds: None for a whole task. Else this is one part of it: the first part begins it, and it may be
+            claimed so many seconds later.
+        parts: how many parts there may be; later ones are left out.
+    """
 
     decision_id: str
     task: bytes
+    collect_seconds: float | None = None
+    parts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +290,8 @@ class Store(Protocol):
         self, run: str, decisions: Sequence[DecisionRecord], tasks: Sequence[AuditTask], *, counted: int, seconds: float
     ) -> AuditProgress:
         """Save decisions as `save_decisions` does, and queue those of them that were chosen for an audit.
+
+        A part of a task that is finished, or complete, changes nothing.
 
         Args:
             run: whose.

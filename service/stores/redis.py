@@ -116,6 +116,7 @@ class RedisStore(RedisAudits, RedisScores):
         self._open = Script.load("open_run.lua")
         self._claim = Script.load("claim_audits.lua")
         self._finish = Script.load("finish_audit.lua")
+        self._collect = Script.load("collect_audit.lua")
         self._judge = Script.load("judge_audit.lua")
 
     def _client(self, connections: int = 1) -> Client:

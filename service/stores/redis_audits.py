@@ -7,6 +7,7 @@ Keys of a run R, beside those of `service.stores.redis`:
     rr:{R}:schedule   hash: count, start, see `AuditProgress`                 for ever
     rr:{R}:waiting    sorted set: decision id, end of its lease (0: none)     until refereed
     rr:{R}:t:<id>     task of a waiting decision, its texts included          until refereed, or it expires
+    rr:{R}:g:<id>     parts that a collected task has had                    as its task may be kept
     rr:{R}:spent      price of the audits of this hour                        an hour from the first one
     rr:{R}:audited    sorted set: decision id, when it was refereed           the newest ones
     rr:{R}:b:<id>     hash: p payload, t what people are shown                as long as it is among these
@@ -47,6 +48,7 @@ class RedisAudits:
     _timeout: float
     _window_ms: int
     _claim: Script
+    _collect: Script
     _finish: Script
     _judge: Script
 
@@ -58,11 +60,29 @@ class RedisAudits:
         prefix, milliseconds = run_prefix(run), max(round(seconds * 1000), 1)
         commands = self._save_commands(run, decisions)
         for task in tasks:
+            if task.collect_seconds is not None:
+                continue
             commands.append(("SET", f"{prefix}t:{task.decision_id}", task.task, "PX", milliseconds))
             commands.append(("ZADD", prefix + "waiting", "NX", 0, task.decision_id))
         commands.append(("HINCRBY", prefix + "schedule", "count", counted))
         commands.append(("HGET", prefix + "schedule", "start"))
         *_, count, start = [self._hot.checked(reply) for reply in await self._hot.pipeline(commands)]
+        parts: list[tuple[Arg, ...]] = [
+            (
+                1,
+                prefix + "waiting",
+                prefix,
+                it.decision_id,
+                it.task,
+                it.parts,
+                round(it.collect_seconds * 1000),
+                milliseconds,
+            )
+            for it in tasks
+            if it.collect_seconds is not None
+        ]
+        if parts:
+            await self._run_script(self._hot, self._collect, parts, self._timeout)
         return AuditProgress(int(count), int(start or 0))
 
     async def audit_progress(self, run: str) -> AuditProgress:

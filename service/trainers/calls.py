@@ -26,6 +26,7 @@ from service.trainers.exchange import (
     chunks,
     feedback_chunk,
     reward_chunk,
+    reward_single,
     why_again,
 )
 from service.trainers.options import ClientOptions
@@ -37,7 +38,6 @@ from service.trainers.values import (
     RewardResult,
     Scored,
     accepted_from,
-    scored_from,
 )
 
 logger = logging.getLogger("reward_router")
@@ -105,7 +105,7 @@ class Calls:
 
     def _one_reward(self, item: RewardItem, patience: Patience) -> Exchange[Scored]:
         words = {name: value for name, value in self._reward_words().fields.items() if value is not None}
-        return scored_from((yield from call("/reward", {**words, **item.document()}, patience)))
+        return reward_single({**words, **item.document()}, patience)
 
     def _one_feedback(self, item: Feedback, patience: Patience) -> Exchange[Accepted]:
         words = {} if self.options.run is None else {"run": self.options.run}

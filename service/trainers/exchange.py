@@ -6,7 +6,8 @@ the clock is an argument.
 
 Rules: 429, 502, 503, 504 and broken connections are tried again until the deadline, after `Retry-After` where it was
 sent, else after a growing pause with jitter. Everything else is final at once. Trying again is safe: `/feedback` is
-idempotent, and a reward that was drawn twice leaves one decision that nobody gives feedback on.
+idempotent, and a reward that was drawn twice leaves one decision that nobody gives feedback on. A normalised reward
+that is null because its model's scale is not known yet is asked for again too, a few times (`SCALE_TRIES`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 
 from service.trainers.values import (
     INVALID,
+    NO_REWARD,
     RETRIED_CODES,
     UNAVAILABLE,
     Declined,
@@ -29,6 +31,7 @@ from service.trainers.values import (
     RouterProtocolError,
     RouterRefusedError,
     RouterUnavailableError,
+    Scored,
     accepted_from,
     scored_from,
 )
@@ -38,6 +41,10 @@ RETRIED_STATUSES = frozenset({429, 502, 503, 504})
 
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 5.0
+
+SCALE_TRIES = 7
+"""Tries, over about 5 s, for a reward that is null until its model's scale is known: the first of a run that asks for
+`normalize`. Others' scores make the scale meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +169,22 @@ def why_again(answer: Answer | Broken) -> str | None:
     return _describe(answer) if answer.status in RETRIED_STATUSES else None
 
 
+def reward_single(document: Mapping[str, Any], patience: Patience) -> Exchange[Scored]:
+    """One `/reward`, and as many more as it takes until its model's scale is known.
+
+    Raises:
+        RouterUnavailableError, RouterRefusedError, RouterProtocolError: as `call`.
+    """
+    attempt = 0
+    while True:
+        scored = scored_from((yield from call("/reward", document, patience)))
+        pause = patience.pause(attempt)
+        attempt += 1
+        if not _unscaled(scored, attempt) or pause >= patience.left:
+            return scored
+        yield Sleep(pause)
+
+
 def reward_chunk(items: Sequence[RewardItem], words: Words, patience: Patience) -> Exchange[list[RewardResult]]:
     """One `/reward/batch` and as many more as it takes for the items that may be tried again.
 
@@ -243,9 +266,9 @@ def _settle(
         answers = yield from _batch(path, [documents[i] for i in waiting], words, patience)
         for index, answer in zip(waiting, answers, strict=True):
             results[index] = read(answer)
-        waiting = [index for index in waiting if _may_change(results[index])]
         pause = patience.pause(attempt)
         attempt += 1
+        waiting = [i for i in waiting if _may_change(results[i]) or _unscaled(results[i], attempt)]
         if not waiting or pause >= patience.left:
             return
         yield Sleep(pause)
@@ -254,6 +277,15 @@ def _settle(
 def _may_change(result: RewardResult | FeedbackResult) -> bool:
     """Return True if asking again may give another result."""
     return isinstance(result, Missing | Declined) and result.code in RETRIED_CODES
+
+
+def _unscaled(result: RewardResult | FeedbackResult, attempts: int) -> bool:
+    """Return True if a reward is null because its model's scale is not known, and few attempts were made."""
+    if attempts >= SCALE_TRIES:
+        return False
+    if isinstance(result, Missing):
+        return result.code == NO_REWARD
+    return isinstance(result, Scored) and NO_REWARD in (result.extra.get("failure") or ())
 
 
 def _batch(path: str, items: list[dict[str, Any]], words: Words, patience: Patience) -> Exchange[list[Any]]:

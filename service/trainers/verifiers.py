@@ -4,8 +4,9 @@
 
 verifiers plugs the function into any task beside its own rewards; what each scorer said becomes metrics of the trace.
 `score_group` is for an environment's `finalize`, where one episode holds several attempts that are judged together.
-Where no reward can be had they raise, so that verifiers marks the trace as failed: never a 0. Options come from the
-environment (`REWARD_ROUTER_CLIENT_URL`, …). Imports nothing of verifiers; called by it.
+Where no reward can be had `reward` raises, so that verifiers marks the trace as failed; `score_group` records the error
+on that trace alone: never a 0. Options come from the environment (`REWARD_ROUTER_CLIENT_URL`, …). Imports nothing of
+verifiers; called by it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from service.trainers.conversation import Said
 from service.trainers.samples import Sample, reference_text, scorer_from_environment, split_turns
+from service.trainers.values import RouterUnavailableError
 
 REWARD_NAME = "router"
 """Name of the reward that `score_group` records."""
@@ -39,6 +41,9 @@ async def reward(task: Any, trace: Any) -> float:
 async def score_group(task: Any, traces: Sequence[Any], name: str = REWARD_NAME, weight: float = 1.0) -> None:
     """Record the rewards of one prompt's traces, which one reward model judges together.
 
+    A trace without a reward gets the error that `reward` would raise, by verifiers' own `record_error`, and no reward;
+    verifiers leaves such a trace out, and the others keep theirs.
+
     Args:
         task: verifiers' `TaskData`.
         traces: the attempts of one episode.
@@ -46,8 +51,7 @@ async def score_group(task: Any, traces: Sequence[Any], name: str = REWARD_NAME,
         weight: of the reward.
 
     Raises:
-        RouterUnavailableError: a trace has no reward; then none is recorded.
-        RouterRefusedError: a final refusal.
+        RouterRefusedError: a refusal that concerns the training as a whole.
         ValueError: the traces do not begin with the same prompt.
     """
     turns = [split_turns(messages_of(trace)) for trace in traces]
@@ -57,10 +61,11 @@ async def score_group(task: Any, traces: Sequence[Any], name: str = REWARD_NAME,
     responses = [response for _, response in turns]
     reference = reference_text(getattr(task, "answer", None))
     samples = await scorer_from_environment().group(prompt, responses, reference)
-    for sample in samples:
-        sample.require()
     for trace, sample in zip(traces, samples, strict=True):
-        trace.record_reward(name, _recorded(trace, sample), weight)
+        try:
+            trace.record_reward(name, _recorded(trace, sample), weight)
+        except RouterUnavailableError as error:
+            trace.record_error(error)
 
 
 def messages_of(trace: Any) -> list[Mapping[str, Any]]:

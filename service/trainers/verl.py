@@ -26,7 +26,6 @@ import asyncio
 import atexit
 import json
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -46,9 +45,6 @@ from service.trainers.values import (
     RouterRefusedError,
     Scored,
 )
-
-PAUSES_SECONDS = (0.1, 0.5, 2.0, 5.0)
-"""Between tries where a normalised reward is null: a model's first scores of a run have no scale yet."""
 
 DEADLINE_SECONDS = 300.0
 """A missing reward stops verl's training, so that it is worth waiting for."""
@@ -80,13 +76,7 @@ def compute_score(
         RouterRefusedError: a final refusal.
     """
     client, prompt, response = client_of(_options(options), os.getpid()), _prompt_of(extra_info), _given(solution_str)
-    scored = client.reward(prompt, [response])
-    for pause in PAUSES_SECONDS:
-        if scored.rewards != (None,):
-            break
-        time.sleep(pause)
-        scored = client.reward(prompt, [response])
-    return score_of(scored)
+    return score_of(client.reward(prompt, [response]))
 
 
 async def compute_score_async(
@@ -167,25 +157,14 @@ class RouterRewardManager:
         return placed
 
 
-def _may_come(result: RewardResult) -> bool:
-    """Return True if the reward is null, or not to be had until a model's scale is known."""
-    return result.code == NO_REWARD if isinstance(result, Missing) else result.rewards == (None,)
-
-
 async def score_single(coalescer: Coalescer, item: RewardItem) -> dict[str, Any]:
-    """The sample's score, asked for again while its model's scale is not known yet.
+    """The sample's score.
 
     Raises:
         RouterUnavailableError: there is none.
         RouterRefusedError: a final refusal.
     """
-    result = await coalescer.reward(item)
-    for pause in PAUSES_SECONDS:
-        if not _may_come(result):
-            break
-        await asyncio.sleep(pause)
-        result = await coalescer.reward(item)
-    return score_of(result)
+    return score_of(await coalescer.reward(item))
 
 
 def score_of(result: RewardResult) -> dict[str, Any]:

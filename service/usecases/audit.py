@@ -29,6 +29,7 @@ from service.stores.protocol import AuditTask, AuditVerdict, FeedbackStatus, Sto
 from service.telemetry import Telemetry
 from service.usecases.ask import Asker, Inquiry, Tickets
 from service.usecases.audit_choice import decode_task
+from service.usecases.audit_groups import Part, grouped
 from service.usecases.decisions import AUDITED, StoredAudit, StoredDecision, encode_decision
 from service.usecases.runs import Run
 
@@ -252,13 +253,19 @@ class Auditor:
         """Ask about some decisions of one run, and finish those that somebody, or nobody for good, has judged."""
         cases: list[Case] = []
         verdicts: list[AuditVerdict] = []
-        unreadable = 0
+        unreadable = alone = 0
         for task in tasks:
             try:
-                cases.append(Case(task.decision_id, *decode_task(task.task)))
+                case = _case(task.decision_id, decode_task(task.task))
             except msgspec.ValidationError:
                 unreadable += 1
                 verdicts.append(AuditVerdict(task.decision_id, 0.0))
+                continue
+            if case is None:
+                alone += 1
+                verdicts.append(AuditVerdict(task.decision_id, 0.0))
+            else:
+                cases.append(case)
         rest = _Rest(cases, self._ask_rest) if self.plan.ask_all else None
         opinions = await self._refer(run, cases, rest)
         if rest is not None:
@@ -274,6 +281,7 @@ class Auditor:
                 verdicts.append(AuditVerdict(case.decision_id, _price(attempts)))
         self._count(run, "away", away)
         self._count(run, "unreadable", unreadable)
+        self._count(run, "alone", alone)
         results = await self._store.finish_audits(run.name, verdicts, identity=run.identity, keep=self.plan.keep)
         for verdict, result in zip(verdicts, results, strict=True):
             if result.status is not FeedbackStatus.APPLIED:
@@ -372,6 +380,14 @@ class Auditor:
     def _count(self, run: Run, outcome: str, count: int = 1) -> None:
         if count:
             self._telemetry.audits.labels(run.name, outcome).inc(count)
+
+
+def _case(name: str, parts: Sequence[Part]) -> Case | None:
+    """Return what is audited; None for a group of singles of which no two can be compared."""
+    if not parts[0][0].group:
+        return Case(name, *parts[0])
+    group = grouped(parts)
+    return None if group is None else Case(name, *group)
 
 
 def _price(attempts: Sequence[Attempt]) -> float:

@@ -1,23 +1,29 @@
 """Choose for audits: with which probability each decision is audited, when it is made.
 
+Single responses are chosen by group: when a prompt's draw is made that its singles share, the group gets an id and a
+probability, which travel with the draw, and its members are collected in the store (`audit_groups`).
+
 The number of decisions stands in the store, so that gateways that share a run are on one schedule; each learns it with
 its next save. The schedule begins anew when an arm has changed or texts are new. Called by `score`; asks no scorer.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from router_core.audits.schedule import Progress, Schedule, is_chosen
 from router_core.posterior import Posterior
 from router_core.records import Instance, Signal
 from service.errors import StoreUnavailableError
 from service.stores.protocol import AuditTask, DecisionRecord, Store
+from service.usecases.audit_groups import GRACE_SECONDS, MAX_PARTS, Part
 from service.usecases.decisions import StoredDecision
 from service.usecases.runs import Run
 
@@ -26,20 +32,30 @@ TASK_SECONDS = 7 * 86_400.0
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(tuple[StoredDecision, Instance])
+_LENGTH = struct.Struct(">I")
 
 
 def encode_task(decision: StoredDecision, instance: Instance) -> bytes:
-    """Return the bytes that wait for a referee."""
-    return _ENCODER.encode((decision, instance))
+    """Return the bytes that wait for a referee; those of several parts may be joined."""
+    part = _ENCODER.encode((decision, instance))
+    return _LENGTH.pack(len(part)) + part
 
 
-def decode_task(task: bytes) -> tuple[StoredDecision, Instance]:
-    """Read `encode_task`'s bytes back.
+def decode_task(task: bytes) -> list[Part]:
+    """Read `encode_task`'s bytes back, part by part.
 
     Raises:
         msgspec.ValidationError: they are not.
     """
-    return _DECODER.decode(task)
+    parts, at = [], 0
+    while at < len(task):
+        try:
+            (length,) = _LENGTH.unpack_from(task, at)
+        except struct.error as error:
+            raise msgspec.ValidationError(f"a task ends after {len(task)} bytes") from error
+        at += _LENGTH.size + length
+        parts.append(_DECODER.decode(task[at - length : at]))
+    return parts
 
 
 @dataclass(slots=True)
@@ -48,10 +64,12 @@ class _Standing:
 
     count: int
     start: int
-    changes: Progress
+    progress: Progress
     posterior: Posterior | None = None
     alarms: float = 0.0
     restarted_at: int | None = None
+    groups: int = 0
+    """Groups of singles that the store has not counted yet."""
 
 
 class Decided(Protocol):
@@ -87,22 +105,26 @@ class AuditChooser:
     Args:
         store: where the run's progress stands.
         schedule: probability by number of the decision.
+        sticky_seconds: how long singles of a prompt share a draw.
     """
 
-    def __init__(self, store: Store, schedule: Schedule) -> None:
+    def __init__(self, store: Store, schedule: Schedule, *, sticky_seconds: float) -> None:
         self._store = store
         self._schedule = schedule
+        self._collect_seconds = sticky_seconds + GRACE_SECONDS
         self._standings: dict[str, _Standing] = {}
 
     async def choose(self, decided: Sequence[Decided]) -> dict[str, ChosenAudits]:
         """Set the inclusion probability of every decision between several responses; return the chosen ones, by run.
 
-        Runs of another signal than preferences, which is what a referee's verdicts are, are not audited.
+        Runs of another signal than preferences, which is what a referee's verdicts are, are not audited. Chosen singles
+        are among them, each as a part of its group's audit; `offer` has set their probability.
+
         A decision of a run whose progress cannot be had, because the store is away, is left as it is.
         """
         by_run: dict[str, list[Decided]] = {}
         for one in decided:
-            if one.stored.n > 1 and one.run.signal is Signal.PREFERENCE:
+            if (one.stored.n > 1 or one.stored.group) and one.run.signal is Signal.PREFERENCE:
                 by_run.setdefault(one.run.name, []).append(one)
         out = {}
         for name, group in by_run.items():
@@ -110,38 +132,73 @@ class AuditChooser:
                 standing = self._standings.get(name) or await self._open(group[0].run)
             except StoreUnavailableError:
                 continue
-            probabilities = self._probabilities(standing, group)
-            tasks = []
-            for one, probability in zip(group, probabilities, strict=True):
+            several = [one for one in group if not one.stored.group]
+            probabilities = self._probabilities(standing, group[0].run, [one.stored.x for one in several])
+            for one, probability in zip(several, probabilities, strict=True):
                 one.stored.inclusion = probability
-                if is_chosen(one.decision_id, probability):
-                    tasks.append(AuditTask(one.decision_id, encode_task(one.stored, one.instance)))
-            out[name] = ChosenAudits(tasks, len(group))
+            tasks = [self._task(one) for one in group if is_audited(one.decision_id, one.stored)]
+            out[name] = ChosenAudits(tasks, len(several) + standing.groups)
+            standing.groups = 0
         return out
+
+    def _task(self, one: Decided) -> AuditTask:
+        task = encode_task(one.stored, one.instance)
+        if one.stored.group:
+            return AuditTask(one.stored.group, task, self._collect_seconds, MAX_PARTS)
+        return AuditTask(one.decision_id, task)
+
+    async def offer(self, run: Run, contexts: Sequence[NDArray[np.float32]]) -> list[float] | None:
+        """Return the inclusion probabilities of the groups that these singles would begin; `met` counts those that do.
+
+        None where the store is away.
+
+        Args:
+            run: of all.
+            contexts: of each single, (d,).
+        """
+        try:
+            standing = self._standings.get(run.name) or await self._open(run)
+        except StoreUnavailableError:
+            return None
+        return self._advance(standing, run, contexts)[1]
+
+    def met(self, run: Run, contexts: Sequence[NDArray[np.float32]]) -> None:
+        """Count groups of singles that have begun.
+
+        Args:
+            run: of all.
+            contexts: of the single that began each.
+        """
+        standing = self._standings.get(run.name)
+        if standing is not None and contexts:
+            self._probabilities(standing, run, [x.tobytes() for x in contexts])
+            standing.groups += len(contexts)
 
     async def _open(self, run: Run) -> _Standing:
         """Learn how far the run has come."""
         progress = await self._store.audit_progress(run.name)
         alarms = _alarms(run.posterior)
-        fresh = _Standing(progress.count, progress.start, Progress(alarms=alarms), run.posterior, alarms)
+        road = Progress(progress.count - progress.start, alarms=alarms)
+        fresh = _Standing(progress.count, progress.start, road, run.posterior, alarms)
         return self._standings.setdefault(run.name, fresh)
 
-    def _probabilities(self, standing: _Standing, group: Sequence[Decided]) -> list[float]:
-        """Return the probability of each of a run's next decisions."""
-        run = group[0].run
+    def _advance(
+        self, standing: _Standing, run: Run, contexts: Sequence[NDArray[np.float32]]
+    ) -> tuple[Progress, list[float]]:
+        """Return the progress after a run's next decisions, and the probability of each."""
         if standing.posterior is not run.posterior:
             standing.posterior, standing.alarms = run.posterior, _alarms(run.posterior)
         landmarks = run.prior.landmarks if run.prior.watches_novelty else None
-        numbers = []
-        for one in group:
-            novel = None if landmarks is None else landmarks.is_novel(np.frombuffer(one.stored.x, "<f4"))
-            before = standing.changes.restarts
-            standing.changes = standing.changes.next(novel, standing.alarms)
-            if standing.changes.restarts > before:
-                standing.start = standing.restarted_at = standing.count
-            standing.count += 1
-            numbers.append(float(max(standing.count - standing.start, 1)))
-        found: list[float] = self._schedule.probabilities(np.array(numbers)).tolist()
+        novel = [None if landmarks is None else landmarks.is_novel(x) for x in contexts]
+        return self._schedule.advance(standing.progress, novel, standing.alarms)
+
+    def _probabilities(self, standing: _Standing, run: Run, contexts: Sequence[bytes]) -> list[float]:
+        """Count a run's next decisions; return the probability of each."""
+        before = standing.progress.restarts
+        standing.progress, found = self._advance(standing, run, [np.frombuffer(x, "<f4") for x in contexts])
+        standing.count += len(contexts)
+        if standing.progress.restarts > before:
+            standing.start = standing.restarted_at = standing.count - standing.progress.t
         return found
 
     async def save(self, run: str, records: Sequence[DecisionRecord], chosen: ChosenAudits) -> None:
@@ -167,6 +224,7 @@ class AuditChooser:
         # What other gateways have counted.
         standing.count = max(standing.count, progress.count)
         standing.start = max(standing.start, progress.start)
+        standing.progress = replace(standing.progress, t=standing.count - standing.start)
 
     def forget(self, run: str) -> None:
         """Forget a run that was closed."""
@@ -174,8 +232,8 @@ class AuditChooser:
 
 
 def is_audited(decision_id: str, decision: StoredDecision) -> bool:
-    """Return True if the decision was chosen for an audit."""
-    return decision.inclusion is not None and is_chosen(decision_id, decision.inclusion)
+    """Return True if the decision was chosen for an audit, alone or in its group."""
+    return decision.inclusion is not None and is_chosen(decision.group or decision_id, decision.inclusion)
 
 
 def _alarms(posterior: Posterior) -> float:

@@ -78,6 +78,8 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
         reference: of the instance, as it was sent.
         metadata: of the instance, as it was sent.
         inclusion: probability with which it was chosen for an audit; None where audits were off.
+        group: id of the audit that compares this single response with others of its prompt; "" where there is none.
+            `inclusion` is the group's then.
         audit: what a referee made of it; None until one has.
     """
 
@@ -103,6 +105,7 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
     reference: str | None = None
     metadata: dict[str, Fact] = {}
     inclusion: float | None = None
+    group: str = ""
     audit: StoredAudit | None = None
 
     @property

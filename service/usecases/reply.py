@@ -46,6 +46,8 @@ class Job(Inquiry):
         sticky: key of the draw that singles of this prompt share; see `StoredDecision.sticky`.
         explain: True if the reply tells what was believed and drawn.
         followed: the draw of an earlier one of them, which stands in the place of this one's own.
+        group: id of the audit that compares singles of this prompt; "" for none.
+        inclusion: probability of that audit; None where there is none.
         given: what the plan made of the answers; None until it has, and where there is an error.
         normalised: the rewards on the scale of their scorer; `scale_version` is that scale's.
         decision_id: its name, once it is decided.
@@ -60,6 +62,8 @@ class Job(Inquiry):
     sticky: str = ""
     explain: bool = False
     followed: StickyChoice | None = None
+    group: str = ""
+    inclusion: float | None = None
     given: Given | None = None
     normalised: list[float | None] | None = None
     scale_version: int = 0
@@ -114,6 +118,8 @@ def own_draw(job: Job) -> StickyChoice:
         propensities=choices.propensities[row].tolist(),
         version=job.chosen.posterior.count,
         floors=floors.tolist() if floors.any() else [],
+        group=job.group,
+        inclusion=job.inclusion,
     )
 
 
@@ -182,6 +188,8 @@ def decision_of(job: Job, given: Given, now_ms: int) -> StoredDecision:
         floors=draw.floors,
         reference=job.instance.reference,
         metadata=dict(job.instance.metadata),
+        inclusion=draw.inclusion if job.sticky else None,
+        group=draw.group if job.sticky else "",
     )
 
 

@@ -431,10 +431,24 @@ class RewardService:
             return
         for job in singles:
             job.sticky = sticky_key(job.policy.name, job.instance.prompt)
+        if self._audits is not None:
+            await self._offer_groups(self._audits, singles)
         standing = await self._sticky.settle(singles[0].run.name, [(job.sticky, own_draw(job)) for job in singles])
         for job, followed in zip(singles, standing, strict=True):
             if followed is not None:
                 job.followed, job.order = followed, followed.order
+        if self._audits is not None:
+            self._audits.met(singles[0].run, [job.chosen.x[job.row] for job in singles if job.followed is None])
+
+    async def _offer_groups(self, audits: AuditChooser, singles: Sequence[Job]) -> None:
+        """Give each single the audit that it would begin; all of one run."""
+        offered = await audits.offer(singles[0].run, [job.chosen.x[job.row] for job in singles])
+        if offered is None:
+            return
+        now_ms, entropy = int(time.time() * 1000), self._entropy.take(RANDOM_BYTES * len(singles))
+        for index, (job, inclusion) in enumerate(zip(singles, offered, strict=True)):
+            job.group = new_decision_id(now_ms, entropy[index * RANDOM_BYTES : (index + 1) * RANDOM_BYTES])
+            job.inclusion = inclusion
 
     async def _normalise(self, jobs: Sequence[Job]) -> None:
         """Put the rewards of those that one RM answered on its scale; one exchange with the store per run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 
@@ -56,6 +57,40 @@ class PosteriorStatus(BaseModel):
     log_appended: int = Field(description="Events ever appended to the run's log.")
     scale_version: int | None = Field(description="Entries of the score log folded here; null without `normalize`.")
     models: list[ArmLearned] = Field(description="What is known of each RM, in the order of the pool.")
+
+
+class RunStatus(BaseModel):
+    """One run of the store."""
+
+    run: str = Field(description="Its name.")
+    events: int = Field(description="Events ever appended to its log.")
+    signal: str | None = Field(description="Kind of feedback that it learns from.")
+    prior: str | None = Field(description="Form of its prior.")
+    pool: list[str] = Field(description="Its scorers, in arm order.")
+
+
+async def stored_runs(store: Store, names: Sequence[str]) -> list[RunStatus]:
+    """Return what a store holds of these runs; those that it has lost are left out.
+
+    Raises:
+        StoreUnavailableError: the store does not answer.
+    """
+    found = []
+    for name in names:
+        check = await store.check_run(name, ())
+        if check.identity is None:
+            continue
+        identity = json.loads(check.identity.fingerprint)
+        found.append(
+            RunStatus(
+                run=name,
+                events=check.status.appended,
+                signal=identity.get("signal"),
+                prior=identity.get("prior"),
+                pool=list(identity.get("pool") or ()),
+            )
+        )
+    return found
 
 
 class StatusService:
@@ -222,6 +257,14 @@ class StatusService:
             reasons = "; ".join(f"server {number}: {problem}" for number, problem in enumerate(problems, 1))
             raise NotReadyError(f"the encoder's servers cannot be asked: {reasons}", details={"encoder": problems})
         return run.name, run.posterior.count
+
+    async def list_runs(self, access: Access = EVERYTHING) -> list[RunStatus]:
+        """What the store holds of each run that the caller may see.
+
+        Raises:
+            StoreUnavailableError: the store does not answer.
+        """
+        return await stored_runs(self._store, access.seen(await self._store.list_runs()))
 
     async def posterior(self, name: str | None, access: Access = EVERYTHING) -> PosteriorStatus:
         """What a run has learned.

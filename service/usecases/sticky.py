@@ -28,6 +28,8 @@ class StickyChoice(msgspec.Struct, frozen=True, array_like=True):
         propensities: of every arm, as drawn.
         version: events the posterior had learned from.
         floors: as `StoredDecision.floors`.
+        group: id of the audit that compares the singles; "" where audits are off.
+        inclusion: probability with which they are audited; None where audits are off.
     """
 
     order: list[int]
@@ -36,6 +38,8 @@ class StickyChoice(msgspec.Struct, frozen=True, array_like=True):
     propensities: list[float]
     version: int
     floors: list[float]
+    group: str = ""
+    inclusion: float | None = None
 
 
 _ENCODER = msgspec.msgpack.Encoder()

@@ -3,14 +3,12 @@
 For laptops and CI; `vllm serve` is for the rest. One thread runs the model: whatever has arrived while it was busy is
 batched together, shortest first. Rewards are transformers' own logits, pooling included, so they differ from vLLM's
 for a text that ends in pad tokens (transformers skips those). Over-long input is refused, never truncated.
-`reward-router worker` runs it. With `generating` beside it, the only module of `service` that imports torch.
+`reward-router worker` runs it. With `generating` and `inference`, the only modules of `service` that import torch.
 """
 
 from __future__ import annotations
 
 import asyncio
-import queue
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from service.errors import ConfigurationError
 from service.scorers.wire import ServedModel
+from service.workers.inference import Job, ModelThread, settle
 from service.workers.server import ApiError, Content, Scored, WorkerApp
 
 BATCH_TOKENS: Final = 4096
@@ -46,17 +45,11 @@ class CpuModel:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """One text to be scored; the future belongs to the event loop `loop`."""
+class _Text:
+    """One text to be scored, and by which model."""
 
     model: CpuModel
     ids: list[int]
-    loop: asyncio.AbstractEventLoop
-    logit: asyncio.Future[float]
-
-
-class InferenceError(Exception):
-    """The model failed on a batch; the thread lives on."""
 
 
 def load_model(name: str, directory: Path, *, max_length: int | None = None, dtype: str = "float32") -> CpuModel:
@@ -127,9 +120,7 @@ class CpuBackend:
         self._models = tuple(
             ServedModel(model.name, root=model.name, max_model_len=model.max_length) for model in models
         )
-        self._threads = threads
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._inferring: ModelThread[_Text, float] = ModelThread("infer", _infer, threads=threads)
         self._tokenizing: ThreadPoolExecutor | None = None
 
     @property
@@ -140,14 +131,11 @@ class CpuBackend:
         """Start the two threads."""
         # One thread: fast tokenizers change shared state while they run and refuse a second caller.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
-        self._thread = threading.Thread(target=self._infer_forever, name="infer", daemon=True)
-        self._thread.start()
+        self._inferring.start()
 
     async def stop(self) -> None:
         """Finish what is queued and end the threads."""
-        self._jobs.put(None)
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+        await self._inferring.stop()
         if self._tokenizing is not None:
             self._tokenizing.shutdown()
 
@@ -158,13 +146,7 @@ class CpuBackend:
         loaded = self._loaded[model]
         loop = asyncio.get_running_loop()
         rows = await loop.run_in_executor(self._tokenizing, tokenize, loaded, contents, add_special_tokens)
-        futures: list[asyncio.Future[float]] = [loop.create_future() for _ in rows]
-        for ids, future in zip(rows, futures, strict=True):
-            self._jobs.put(_Job(loaded, ids, loop, future))
-        try:
-            logits = await asyncio.gather(*futures)
-        except InferenceError as error:
-            raise ApiError(str(error), status=500, kind="InternalServerError") from error
+        logits = await asyncio.gather(*[self._inferring.submit(_Text(loaded, ids)) for ids in rows])
         return [Scored(logit, len(ids)) for logit, ids in zip(logits, rows, strict=True)]
 
     async def tokenize(
@@ -174,42 +156,15 @@ class CpuBackend:
             self._tokenizing, _ids, self._loaded[model], content, add_special_tokens, add_generation_prompt
         )
 
-    def _infer_forever(self) -> None:
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
-        going = True
-        while going:
-            jobs, going = self._gather_jobs()
-            for batch in batches([len(job.ids) for job in jobs]):
-                self._infer([jobs[index] for index in batch])
 
-    def _gather_jobs(self) -> tuple[list[_Job], bool]:
-        """Wait for a job, then take all that are there and of the same model; False after the last one."""
-        job = self._jobs.get()
-        jobs: list[_Job] = []
-        while job is not None:
-            if not job.logit.cancelled():
-                jobs.append(job)
-            try:
-                job = self._jobs.get_nowait()
-            except queue.Empty:
-                return jobs, True
-        return jobs, False
-
-    def _infer(self, jobs: Sequence[_Job]) -> None:
-        by_model: dict[str, list[_Job]] = {}
-        for job in jobs:
-            by_model.setdefault(job.model.name, []).append(job)
+def _infer(jobs: Sequence[Job[_Text, float]]) -> None:
+    """Score what waits, in batches of texts of like lengths and of one model."""
+    for batch in batches([len(job.work.ids) for job in jobs]):
+        by_model: dict[str, list[Job[_Text, float]]] = {}
+        for index in batch:
+            by_model.setdefault(jobs[index].work.model.name, []).append(jobs[index])
         for group in by_model.values():
-            try:
-                logits = forward(group[0].model, [job.ids for job in group])
-            except RuntimeError as error:
-                failure = InferenceError(f"the model failed: {error}")
-                for job in group:
-                    job.loop.call_soon_threadsafe(_fail, job.logit, failure)
-            else:
-                for job, logit in zip(group, logits, strict=True):
-                    job.loop.call_soon_threadsafe(_resolve, job.logit, logit)
+            settle(group, lambda texts: forward(texts[0].model, [text.ids for text in texts]))
 
 
 def tokenize(loaded: CpuModel, contents: Sequence[Content], add_special_tokens: bool) -> list[list[int]]:
@@ -284,13 +239,3 @@ def _ids(
     except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
         raise ApiError(f"The chat template cannot read these messages: {error}", param="messages") from error
     return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
-
-
-def _resolve(future: asyncio.Future[float], logit: float) -> None:
-    if not future.done():
-        future.set_result(logit)
-
-
-def _fail(future: asyncio.Future[float], error: InferenceError) -> None:
-    if not future.done():
-        future.set_exception(error)

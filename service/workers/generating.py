@@ -7,8 +7,6 @@ are one forward pass; longer answers are generated one after the other. `reward-
 from __future__ import annotations
 
 import asyncio
-import queue
-import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -36,6 +34,7 @@ from service.scorers.judge.wire import (
 )
 from service.scorers.wire import MODELS_PATH, UNREADABLE, ErrorBody, ErrorReply, Message, ModelList, ServedModel, Usage
 from service.workers.cpu import batches
+from service.workers.inference import Job, ModelThread, settle
 from service.workers.server import ApiError, Receive, Scope, Send, check_headers, expect, read_body
 
 DEFAULT_TOKENS: Final = 256
@@ -68,14 +67,12 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """One request; the future belongs to the event loop `loop`."""
+class _Question:
+    """What is to be answered, and how."""
 
     ids: list[int]
     max_tokens: int
     temperature: float
-    loop: asyncio.AbstractEventLoop
-    written: asyncio.Future[Written]
 
     @property
     def for_one_token(self) -> bool:
@@ -117,11 +114,9 @@ class GeneratingApp:
 
     def __init__(self, loaded: GeneratingModel, *, threads: int = 1, clock: Callable[[], float] = time.time) -> None:
         self._loaded = loaded
-        self._threads = threads
         self._clock = clock
         self._decoder = msgspec.json.Decoder(ChatRequest)
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._inferring: ModelThread[_Question, Written] = ModelThread("generate", self._infer, threads=threads)
         # One thread: fast tokenizers change shared state while they run and refuse a second caller.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
@@ -129,12 +124,10 @@ class GeneratingApp:
         """ASGI entry point: `http` and `lifespan`."""
         if scope["type"] == "lifespan":
             await receive()
-            self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
-            self._thread.start()
+            self._inferring.start()
             await send({"type": "lifespan.startup.complete"})
             await receive()
-            self._jobs.put(None)
-            await asyncio.to_thread(self._thread.join)
+            await self._inferring.stop()
             self._tokenizing.shutdown()
             await send({"type": "lifespan.shutdown.complete"})
             return
@@ -178,9 +171,7 @@ class GeneratingApp:
                 param="input_tokens",
             )
         wanted = request.max_completion_tokens or request.max_tokens or DEFAULT_TOKENS
-        future: asyncio.Future[Written] = loop.create_future()
-        self._jobs.put(_Job(ids, min(wanted, room), request.temperature or 0.0, loop, future))
-        written = await future
+        written = await self._inferring.submit(_Question(ids, min(wanted, room), request.temperature or 0.0))
         return msgspec.json.encode(await loop.run_in_executor(self._tokenizing, self._reply, request, ids, written))
 
     def _check(self, request: ChatRequest) -> None:
@@ -242,75 +233,47 @@ class GeneratingApp:
             tokens.append(TokenLogprob(decode([token]), float(row[token]), tops))
         return ChoiceLogprobs(tokens)
 
-    def _run(self) -> None:
-        torch.set_num_threads(self._threads)
-        going = True
-        while going:
-            jobs, going = self._waiting()
-            single = [job for job in jobs if job.for_one_token]
-            for batch in batches([len(job.ids) for job in single]):
-                self._settle([single[index] for index in batch], self._next_tokens)
-            for job in jobs:
-                if not job.for_one_token:
-                    self._settle([job], self._generate)
+    def _infer(self, jobs: Sequence[Job[_Question, Written]]) -> None:
+        """Answer what waits: those of one token together, the others one after another."""
+        single = [job for job in jobs if job.work.for_one_token]
+        for batch in batches([len(job.work.ids) for job in single]):
+            settle([single[index] for index in batch], self._next_tokens)
+        for job in jobs:
+            if not job.work.for_one_token:
+                settle([job], self._generate)
 
-    def _waiting(self) -> tuple[list[_Job], bool]:
-        """Wait for a job, then take all that are there; False after the last one."""
-        job = self._jobs.get()
-        jobs: list[_Job] = []
-        while job is not None:
-            if not job.written.cancelled():
-                jobs.append(job)
-            try:
-                job = self._jobs.get_nowait()
-            except queue.Empty:
-                return jobs, True
-        return jobs, False
-
-    def _settle(self, jobs: Sequence[_Job], make: Callable[[Sequence[_Job]], list[Written]]) -> None:
-        try:
-            with torch.inference_mode():
-                made = make(jobs)
-        except RuntimeError as error:
-            failure = ApiError(f"the model failed: {error}", status=500, kind="InternalServerError")
-            for job in jobs:
-                job.loop.call_soon_threadsafe(_fail, job.written, failure)
-            return
-        for job, written in zip(jobs, made, strict=True):
-            job.loop.call_soon_threadsafe(_resolve, job.written, written)
-
-    def _next_tokens(self, jobs: Sequence[_Job]) -> list[Written]:
+    def _next_tokens(self, questions: Sequence[_Question]) -> list[Written]:
         """One token for each, in one forward pass. Padding on the right is seen by no token that is read."""
-        longest = max(len(job.ids) for job in jobs)
-        ids = torch.zeros((len(jobs), longest), dtype=torch.long)
-        mask = torch.zeros((len(jobs), longest), dtype=torch.long)
-        for row, job in enumerate(jobs):
-            ids[row, : len(job.ids)] = torch.tensor(job.ids)
-            mask[row, : len(job.ids)] = 1
+        longest = max(len(one.ids) for one in questions)
+        ids = torch.zeros((len(questions), longest), dtype=torch.long)
+        mask = torch.zeros((len(questions), longest), dtype=torch.long)
+        for row, one in enumerate(questions):
+            ids[row, : len(one.ids)] = torch.tensor(one.ids)
+            mask[row, : len(one.ids)] = 1
         model = self._loaded.model
         hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        last = hidden[torch.arange(len(jobs)), torch.tensor([len(job.ids) - 1 for job in jobs])]
+        last = hidden[torch.arange(len(questions)), torch.tensor([len(one.ids) - 1 for one in questions])]
         logprobs = model.lm_head(last).float().log_softmax(-1)
         ends = _end_ids(self._loaded)
         tokens = logprobs.argmax(-1).tolist()
         return [Written([token], row[None], token in ends) for token, row in zip(tokens, logprobs, strict=True)]
 
-    def _generate(self, jobs: Sequence[_Job]) -> list[Written]:
-        (job,) = jobs
+    def _generate(self, questions: Sequence[_Question]) -> list[Written]:
+        (one,) = questions
         sampling = (
-            {"do_sample": True, "temperature": job.temperature} if job.temperature > 0.0 else {"do_sample": False}
+            {"do_sample": True, "temperature": one.temperature} if one.temperature > 0.0 else {"do_sample": False}
         )
-        ids = torch.tensor([job.ids])
+        ids = torch.tensor([one.ids])
         out = self._loaded.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=job.max_tokens,
+            max_new_tokens=one.max_tokens,
             pad_token_id=next(iter(_end_ids(self._loaded)), 0),
             return_dict_in_generate=True,
             output_logits=True,
             **sampling,
         )
-        tokens = out.sequences[0, len(job.ids) :].tolist()
+        tokens = out.sequences[0, len(one.ids) :].tolist()
         logprobs = torch.cat(out.logits).float().log_softmax(-1)
         return [Written(tokens, logprobs, tokens[-1] in _end_ids(self._loaded))]
 
@@ -328,13 +291,3 @@ def _end_ids(loaded: GeneratingModel) -> frozenset[int]:
     if loaded.tokenizer.eos_token_id is not None:
         own.append(loaded.tokenizer.eos_token_id)
     return frozenset(own)
-
-
-def _resolve(future: asyncio.Future[Written], written: Written) -> None:
-    if not future.done():
-        future.set_result(written)
-
-
-def _fail(future: asyncio.Future[Written], error: ApiError) -> None:
-    if not future.done():
-        future.set_exception(error)

@@ -199,3 +199,32 @@ async def test_a_person_who_comes_after_the_feedback_is_told_with_it(store: Stor
     await apply_one(store, run, FeedbackRecord(b"gold", decision_id=task.decision_id))
     await store.judge_audit(run, DecisionRecord(task.decision_id, PAYLOAD), b"left", identity=identity)
     assert [entry.value for entry in await whole_log(store, run)] == [b"v", b"gold", b"left\ngold"]
+
+
+def part(name: str, task: bytes) -> AuditTask:
+    return AuditTask(name, task, collect_seconds=600.0, parts=3)
+
+
+async def collect(store: Store, run: str, *parts: AuditTask) -> None:
+    for each in parts:
+        await store.save_audited(run, [decision()], [each], counted=0, seconds=3600.0)
+
+
+async def test_parts_are_claimed_together_once_their_time_has_come(store: Store, run: str, clock: Clock) -> None:
+    identity = await store.open_run(run, b"f")
+    await collect(store, run, part("g", b"one"), part("h", b"other"), part("g", b"two"))
+    assert (await claim(store, run), await store.audits_waiting(run)) == ([], 2)
+    clock.advance(601, run)
+    found = await store.claim_audits(run, count=10, lease_seconds=LEASE, keep=100)
+    assert {task.decision_id: task.task for task in found.tasks} == {"g": b"onetwo", "h": b"other"}
+    assert await finish(store, run, identity, "g") == [FeedbackStatus.APPLIED]
+    assert await finish(store, run, identity, "g") == [FeedbackStatus.DUPLICATE]
+    await collect(store, run, part("g", b"late"))
+    assert await store.audits_waiting(run) == 1, "a late part does not begin it again"
+
+
+async def test_parts_beyond_the_bound_are_left_out(store: Store, run: str, clock: Clock) -> None:
+    await asyncio.gather(*(collect(store, run, part("g", b"p")) for _ in range(8)))
+    clock.advance(601, run)
+    found = await store.claim_audits(run, count=10, lease_seconds=LEASE, keep=100)
+    assert [task.task for task in found.tasks] == [b"ppp"]

@@ -28,7 +28,7 @@ def gateway_bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.compose import StackError, build
 
     try:
-        return build("build-gateway", tmp_path_factory.mktemp("image"))
+        return build("trim-gateway", tmp_path_factory.mktemp("image"))
     except StackError as error:
         if any(word in str(error) for word in UNREACHABLE):
             pytest.skip(f"the package index cannot be reached: {str(error)[-300:]}")

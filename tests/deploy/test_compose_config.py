@@ -78,7 +78,7 @@ def example_variables() -> set[str]:
 
 def workers(services: dict[str, Config]) -> dict[str, Config]:
     """The services that serve models or rules."""
-    locked = {"workers", "rules"}
+    locked = {"workers", "rules", "referees"}
     return {name: service for name, service in services.items() if nets(service) & locked and not gateway(service)}
 
 
@@ -143,22 +143,25 @@ def test_workers_are_on_a_network_with_nobody_but_the_gateway_and_no_way_out(
         found = workers(config["services"])
         assert len(found) >= 4
         for name, worker in found.items():
-            assert nets(worker) == ({"rules"} if "--rule" in worker["command"] else {"workers"}), name
+            assert ("workers" in nets(worker)) == ("--rule" not in worker["command"]), name
+            assert len(nets(worker)) == 1, name
             assert "ports" not in worker, name
 
 
 def test_a_rule_shares_a_network_with_the_gateway_alone_and_writes_nowhere(cpu: Config) -> None:
     services = cpu["services"]
-    (name,) = (name for name, worker in workers(services).items() if "--rule" in worker["command"])
-    rule = services[name]
-    assert cpu["networks"]["rules"]["internal"] is True
-    assert {other for other in services if nets(services[other]) & nets(rule)} == {name, "gateway"}
-    assert (rule["read_only"], rule["cap_drop"], rule["user"]) == (True, ["ALL"], "10001:10001")
-    assert rule["security_opt"] == ["no-new-privileges:true"]
-    assert not rule.get("volumes")
-    # Neither the store's address nor a key.
-    assert not rule.get("environment")
-    assert {"mem_limit", "pids_limit", "cpus"} <= set(rule)
+    rules = [name for name, worker in workers(services).items() if "--rule" in worker["command"]]
+    assert rules == ["checker", "sums"]
+    for name in rules:
+        rule = services[name]
+        assert all(cpu["networks"][net]["internal"] is True for net in nets(rule))
+        assert {other for other in services if nets(services[other]) & nets(rule)} == {name, "gateway"}
+        assert (rule["read_only"], rule["cap_drop"], rule["user"]) == (True, ["ALL"], "10001:10001")
+        assert rule["security_opt"] == ["no-new-privileges:true"]
+        assert not rule.get("volumes")
+        # Neither the store's address nor a key.
+        assert not rule.get("environment")
+        assert {"mem_limit", "pids_limit", "cpus"} <= set(rule)
 
 
 def test_prometheus_reaches_workers_only_with_the_override(gpu: Config) -> None:
@@ -179,6 +182,7 @@ def test_store_and_monitoring_have_no_way_out_and_only_the_edge_publishes(servic
     assert {name for name, network in networks.items() if network.get("internal")} == {
         "workers",
         "rules",
+        "referees",
         "store",
         "monitoring",
     }
@@ -229,24 +233,21 @@ def test_what_waits_for_health_waits_for_something_with_a_health_check(services:
                 assert other.get("restart", "no") == "no", f"{name} -> {dependency}"
 
 
-def test_what_we_build_runs_without_capabilities_on_a_read_only_root(services: dict[str, Config]) -> None:
-    ours = {name: service for name, service in services.items() if "build" in service}
-    assert ours
-    for name, service in ours.items():
+def test_every_service_is_confined() -> None:
+    services = compose_config(*PROFILES, "encoder", variables=SECRETS)["services"]
+    for name, service in services.items():
+        assert service["user"].partition(":")[0] not in ("", "0", "root"), name
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
 
 
-def test_vllm_runs_as_its_images_user_without_capabilities_on_a_read_only_root() -> None:
+def test_vllm_is_its_images_user_and_writes_at_home() -> None:
     services = compose_config("gpu", "judge", "encoder", variables=SECRETS)["services"]
     found = {name: service for name, service in services.items() if "vllm" in service["image"]}
     assert {"weights", "encoder", "judge"} < set(found)
     for name, service in found.items():
         assert service["user"] == "2000:0", name
-        assert service["read_only"] is True, name
-        assert service["cap_drop"] == ["ALL"], name
-        assert service["security_opt"] == ["no-new-privileges:true"], name
         assert service["tmpfs"] == ["/tmp:exec"], name
         # A new volume takes over the owner of the image's folder that it hides: `vllm` owns its home and `.cache`.
         writable = {volume["target"] for volume in service["volumes"] if not volume.get("read_only")}

@@ -37,10 +37,14 @@ def test_hadolint_finds_nothing() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_gateway_is_what_a_plain_build_makes_and_comes_from_two_stages() -> None:
+def test_a_plain_build_makes_the_gateway_from_what_was_trimmed() -> None:
     assert stages()[-1] == ("gateway", "base")
     copied = [step["value"] for step in stage_instructions("gateway") if step["instruction"] == "COPY"]
-    assert copied == ["--from=build-gateway /opt/venv /opt/venv"]
+    assert copied == [
+        "--from=trim-gateway /opt/venv /opt/venv",
+        "--from=inspect-gateway /opt/inspected /usr/share/reward-router",
+    ]
+    assert dict(stages())["trim-gateway"] == "build-gateway"
     assert dict(stages())["build-gateway"] == "base"
 
 

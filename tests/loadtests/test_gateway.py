@@ -13,9 +13,8 @@ ROOT = Path(__file__).parents[2]
 def test_the_benchmark_takes_turns_with_another_checkout(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     command = [sys.executable, "-m", "loadtests.gateway", "--rounds", "1", "--requests", "20", "--json", str(out)]
-    ended = subprocess.run(
-        [*command, "--against", str(ROOT)], cwd=ROOT, capture_output=True, text=True, timeout=180, check=False
-    )
+    command += ["--tracing", "--against", str(ROOT)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert ended.returncode == 0, ended.stderr[-2000:]
     figures = json.loads(out.read_text())
     texts = ("look-up encoder d=64, short", "look-up encoder d=576, short", "look-up encoder d=576, long")
@@ -27,4 +26,5 @@ def test_the_benchmark_takes_turns_with_another_checkout(tmp_path: Path) -> None
             for measure in measures:
                 ratio = figures["against"][f"{kind}, {what}: {measure}"]
                 assert 0 < ratio["smallest"] <= ratio["median"] <= ratio["largest"]
+    assert figures["single"]["ours, spans on, static encoder d=128, long"]["requests_per_second_c16"] > 0
     assert "ours / the other checkout" in ended.stdout

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from loadtests.table1.judge import Checker, Pair, Verdict
-from loadtests.table1.rows import table_rows
+from loadtests.table1.rows import table_rows, unseen_rows
 from loadtests.table1.signal import signal_quality, z_scores
 from loadtests.table1.summary import estimate, summarise
 from loadtests.table1.task import Task
@@ -26,7 +26,7 @@ from loadtests.table1.campaign import source_digest  # noqa: E402
 from loadtests.table1.dpo import dpo_losses, train_online  # noqa: E402 - torch may be absent
 from loadtests.table1.measure import draw_test_tasks  # noqa: E402
 from loadtests.table1.policy import Policy, causal_mask, collate, log_probabilities, sample  # noqa: E402
-from loadtests.table1.recipe import DpoConfig, PolicyConfig, Recipe, digest_of  # noqa: E402
+from loadtests.table1.recipe import DpoConfig, PolicyConfig, Recipe, digest_of, unseen  # noqa: E402
 from loadtests.table1.sft import new_policy  # noqa: E402
 from loadtests.table1.vocabulary import Codec, build_tokenizer  # noqa: E402
 from router_core.torch_threads import torch_threads  # noqa: E402
@@ -219,7 +219,7 @@ def _run(policy: str, seed: int, accuracy: float) -> dict[str, object]:
     pairs = [(0, "code", "rm", True, 0.1), (0, "code", "rm", False, 0.9), (0, "code", "rm", None, None)]
     return {
         "row": policy, "policy": policy, "seed": seed, "accuracy": shares, "greedy": shares, "pairs": pairs,
-        "calls": 3, "seconds": 1.0, "service_seconds": 0.5, "curve": [],
+        "calls": 3, "seconds": 1.0, "service_seconds": 0.5, "audits": 0, "curve": [],
     }  # fmt: skip
 
 
@@ -229,6 +229,18 @@ def test_the_table_has_every_row_of_the_paper() -> None:
         "SFT", "RM0", "RM1", "RM2", "RM3", "Majority", "Random", "UWO", "LASER", "w/o offline", "w/o online",
         "BayesianRouter",
     ]  # fmt: skip
+
+
+def test_the_second_table_has_what_was_decided() -> None:
+    recipe, rows = unseen(Recipe()), unseen_rows()
+    assert recipe.audits == 0.05
+    assert [family for family, share in zip(FAMILIES, recipe.offline.shares, strict=True) if share] == [
+        "arithmetic", "strings",
+    ]  # fmt: skip
+    assert {row.policy for row in rows if row.audited} == {
+        "bayesian", "bayesian:none", "bayesian:paper", "stacked", "cascade:1.5",
+    }  # fmt: skip
+    assert {"offline", "laser", "uwo"} <= {row.policy for row in rows if not row.audited}
 
 
 def test_a_digest_changes_with_any_field_of_the_recipe() -> None:

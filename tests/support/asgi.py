@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.types import ASGIApp, Message, Scope
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LIFESPAN_SECONDS = 30.0
 """Longest wait for the application to start or to stop."""
@@ -149,3 +149,10 @@ async def running(app: ASGIApp) -> AsyncIterator[AsgiClient]:
     finally:
         await turn("shutdown")
         await task
+
+
+async def lifespan(receive: Receive, send: Send) -> None:
+    """Say that an application without a start and an end has started and ended."""
+    for event in ("startup", "shutdown"):
+        await receive()
+        await send({"type": f"lifespan.{event}.complete"})

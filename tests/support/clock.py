@@ -26,7 +26,7 @@ class Clock:
         return system_ms() + self._added_ms
 
     def advance(self, seconds: float, run: str) -> None:
-        """Let so much time pass, for all who read the clock and for the keys of one run."""
+        """Let so much time pass, for all who read the clock, and for one run's keys and waiting audits."""
         self._added_ms += round(seconds * 1000)
         if self._server_url is not None:
             _age(self._server_url(run), run, round(seconds * 1000))
@@ -39,3 +39,7 @@ def _age(url: str, run: str, milliseconds: int) -> None:
             if expires_ms > 0:
                 # A time in the past deletes the key.
                 client.execute_command("PEXPIREAT", key, expires_ms - milliseconds)
+        waiting = f"rr:{{{run}}}:waiting"
+        for name, due_ms in client.zrange(waiting, 0, -1, withscores=True):  # type: ignore[union-attr]
+            if due_ms:
+                client.zadd(waiting, {name: due_ms - milliseconds})

@@ -344,7 +344,7 @@ class ComposeStack:
         log = self._folder / f"{name}.log"
         with log.open("ab") as output:
             process = subprocess.Popen(
-                dies_with_parent([self._executable(image, words[0]), *words[1:]]),
+                dies_with_parent(self._command(name, image, words)),
                 cwd=self._folder,
                 env=self._environment(name, image, mounts),
                 stdin=subprocess.DEVNULL,
@@ -354,6 +354,10 @@ class ComposeStack:
             )
         self._running[name] = Running(name, process, log, time.monotonic())
         self.order.append(name)
+
+    def _command(self, name: str, image: Image, words: list[str]) -> list[str]:
+        """Return what is started for words of a service."""
+        return [self._executable(image, words[0]), *words[1:]]
 
     def _executable(self, image: Image, word: str) -> str:
         found = shutil.which(word, path=self._path(image))
@@ -437,7 +441,7 @@ class ComposeStack:
         words = [word.replace("127.0.0.1", self.addresses[running.name]) for word in check["test"]]
         words = ["/bin/sh", "-c", words[1]] if words[0] == "CMD-SHELL" else words[1:]
         done = subprocess.run(
-            [self._executable(image, words[0]), *words[1:]],
+            self._command(running.name, image, words),
             env=self._environment(running.name, image, self._mounts(running.name)),
             capture_output=True,
             timeout=60,

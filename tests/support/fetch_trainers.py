@@ -113,6 +113,11 @@ TRAINERS = (
             "einops==0.8.2",
             "cryptography==50.0.2",
             "cffi==2.1.1",
+            # For a training (`loadtests.training`); the tests run it beside our own transformers.
+            "datasets==4.8.4",
+            "peft==0.20.0",
+            "transformers==5.19.0",
+            "trl==0.29.1",
         ),
         False,
         300,

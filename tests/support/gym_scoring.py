@@ -19,6 +19,8 @@ from types import ModuleType
 from typing import Any
 
 RESPONSES = ["a b", "c d e f", "g"]
+REFUSED = "x" * 50
+"""A response that the RM of the tests gives no reward."""
 PROMPT = [{"role": "user", "content": "Say something."}]
 REMOTE = frozenset({"prime_runs", "prime_sandboxes", "prime_tunnel"})
 
@@ -74,7 +76,11 @@ async def verifiers() -> Any:
         return {"error": repr(error), "rewards": [dict(one.rewards) for one in singles]}
     group = [trace(response) for response in RESPONSES]
     await score_group(task.data, group)
+    partial = [trace(response) for response in (*RESPONSES, REFUSED)]
+    await score_group(task.data, partial)
     return {
+        "partial": [one.rewards["router"].score if one.rewards else None for one in partial],
+        "failed": [[error.type for error in one.errors] for one in partial],
         "rewards": [one.reward for one in singles],
         "metrics": [one.metrics for one in singles],
         "group": [one.rewards["router"].score for one in group],

@@ -17,6 +17,7 @@ from router_core.demo.judge import JUDGE, make_demo_judge
 from router_core.records import Instance, LabelledPair
 from service.scorers.protocol import Scored, WorkerError, WorkerTimeoutError
 from tests.service.scorers.worker_servers import RunningWorker
+from tests.support.asgi import lifespan
 from tests.vllm.conftest import KEY, ROOT, OneServer, VllmServer
 from tests.vllm.test_judge import judge_for, judged
 
@@ -82,9 +83,7 @@ class Limited:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
-            for event in ("startup", "shutdown"):
-                await receive()
-                await send({"type": f"lifespan.{event}.complete"})
+            await lifespan(receive, send)
             return
         body = b""
         while (message := await receive()).get("more_body"):

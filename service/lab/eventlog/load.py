@@ -20,6 +20,7 @@ from router_core.records import TIE, Event, Source
 from service.errors import ConfigurationError
 from service.lab.eventlog.export import read_events, read_header
 from service.lab.eventlog.record import Header, LoggedEvent
+from service.usecases.audit_choice import is_audited
 from service.usecases.decisions import StoredDecision, event_from
 
 
@@ -71,13 +72,15 @@ def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
 
     The action of a row is the arm that was asked first, its reward what came back in the end, also where that arm
     failed and another one answered. Propensities are of that first choice, among the arms that were not known to be
-    away; and where instances were shadowed, the probability that the arm's reward is in the log at all.
+    away; and where instances were shadowed or audited, the probability that the arm's reward is in the log at all.
+    Audited decisions without feedback are a sample: `LoggedData.inclusion`.
 
     Args:
         log: the file.
         rows: which events of it.
     """
     chosen = [event for event, usable in zip(log.events[rows], log.usable[rows], strict=True) if usable]
+    later = {event.decision_id: event for event in log.events if event.source is Source.AUDIT and event.after_gold}
     k = len(log.header.pool)
     decisions = [event.decision for event in chosen]
     arm = np.array([_first_arm(decision.attempts) for decision in decisions], dtype=np.int64)
@@ -87,6 +90,8 @@ def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
     rewards = one_reward_per_row(arm, np.array([event.first_reward for event in chosen], dtype=np.float64), k)
     for row, event in enumerate(chosen):
         _tell_shadows(event, available[row], rewards[row])
+        if event.decision_id in later:
+            _tell_shadows(later[event.decision_id], available[row], rewards[row], event.first_reward)
     asked = available_propensities(
         _matrix([decision.propensities for decision in decisions], k),
         _matrix([decision.means for decision in decisions], k),
@@ -94,7 +99,8 @@ def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
         _matrix([decision.floors or [0.0] * k for decision in decisions], k),
         available,
     )
-    asked = with_shadows(asked, arm, available, rewards)
+    inclusion, shadowed = _chances(log, chosen)
+    asked = with_shadows(asked, arm, available, rewards, shadowed)
     contexts = np.frombuffer(b"".join([decision.x for decision in decisions]), "<f4")
     return LoggedData(
         log.header.pool,
@@ -104,7 +110,39 @@ def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
         available,
         rewards,
         numbered(decision.sticky or row for row, decision in enumerate(decisions)),
+        inclusion,
     )
+
+
+def _chances(
+    log: EventLog, events: Sequence[LoggedEvent]
+) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    """Return the probabilities with which these decisions came into the log, and with which all arms were asked there.
+
+    A decision comes by feedback, of which a share f is never missing at random, or by an audit, of known probability p:
+    f + (1 − f)p. f is the share of the audited decisions that have feedback as well. An audit that is there alone has
+    asked; beside feedback, it asks with probability p, and the shadow rate with the share seen among those that were
+    not chosen for an audit.
+
+    Args:
+        log: all of it.
+        events: one of each decision.
+
+    Returns:
+        (N,) and (N,); None for both where no decision was audited, and for the first where all have feedback.
+    """
+    audited = {event.decision_id for event in log.events if event.source is Source.AUDIT}
+    if not audited:
+        return None, None
+    gold = {event.decision_id for event in log.events if event.source is not Source.AUDIT}
+    share = len(audited & gold) / len(audited)
+    p = np.array([0.0 if (it := event.decision.inclusion) is None else it for event in events])
+    known = np.array([event.decision.inclusion is not None for event in events])
+    others = [event for event in events if not is_audited(event.decision_id, event.decision)]
+    rate = sum([event.decision.shadows is not None for event in others]) / max(len(others), 1)
+    alone = np.array([event.decision_id not in gold for event in events])
+    inclusion = None if share == 1.0 else np.where(known, share + (1.0 - share) * p, 1.0)
+    return inclusion, np.where(alone, 1.0, p + (1.0 - p) * rate)
 
 
 def complete(decision: StoredDecision) -> bool:
@@ -168,12 +206,20 @@ def fold_events(log: EventLog, rows: slice = slice(None)) -> list[Event]:
     return [event_from(event.decision_id, event.decision, event.told) for event in log.events[rows]]
 
 
-def _tell_shadows(event: LoggedEvent, available: NDArray[np.bool_], rewards: NDArray[np.float64]) -> None:
+def _tell_shadows(
+    event: LoggedEvent, available: NDArray[np.bool_], rewards: NDArray[np.float64], first: float | None = None
+) -> None:
     """Add to a row's rewards (K,) what each available arm would have given, had it been asked first.
 
     That is what it said in the shadow; and for an arm that failed, there or before, what the arm gave that was asked
     instead of it in the end: the best draw that could answer is the same, whichever failing arm comes before it. What
     left before anybody asked it has told nothing.
+
+    Args:
+        event: of the answers.
+        available: (K,) arms that could be asked.
+        rewards: (K,) of the row, changed here.
+        first: what came back for the first arm, where an earlier event says it.
     """
     decision = event.decision
     if decision.shadows is None:
@@ -182,7 +228,7 @@ def _tell_shadows(event: LoggedEvent, available: NDArray[np.bool_], rewards: NDA
         rewards[arm] = reward
     failed = available & np.isnan(rewards)
     failed[_untold(decision.attempts, decision.shadows)] = False
-    rewards[failed] = event.first_reward
+    rewards[failed] = event.first_reward if first is None else first
 
 
 def _first_arm(attempts: Sequence[Attempt]) -> int:

@@ -94,6 +94,7 @@ def arrow_schema(header: Header) -> Any:
         pa.field("reference", pa.string()),
         pa.field("metadata", pa.string(), nullable=False),
         pa.field("inclusion", pa.float64()),
+        pa.field("group", pa.string(), nullable=False),
         pa.field("audit", _AUDIT),
         pa.field("source", name, nullable=False),
         pa.field("after_gold", pa.bool_(), nullable=False),

@@ -179,6 +179,11 @@ def load_checkpoint(directory: Path | None, header: Header) -> Checkpoint | None
     if directory is None:
         return None
     checkpoint = Checkpoint.load(directory).select_pool(header.pool)
+    if str(header.fingerprint["origin"]).startswith("untrained:"):
+        raise ConfigurationError(
+            f"run {header.run!r} was served without a checkpoint, so that {directory} cannot read its contexts: leave "
+            "--checkpoint out; `offline`, `softmax`, `stacked` and cascades have nothing to start from there"
+        )
     if checkpoint.digest != header.fingerprint["origin"]:
         raise ConfigurationError(
             f"checkpoint {directory} is not the one that run {header.run!r} was served with: the log's contexts come "

@@ -15,7 +15,7 @@ import msgspec
 
 from router_core.records import TIE, Instance, correctness, verdict_of
 from router_core.rows import Row, judgement
-from service.lab.labelling.ask import reason_kind
+from service.lab.labelling.ask import ABSTAINED, reason_kind
 from service.lab.labelling.journal import Answer, content_key
 
 MISSING_FIELD = "rm_missing"
@@ -133,6 +133,8 @@ def _labelled(row: Row, key: str, answers: Answers, models: Sequence[str]) -> by
             reasons.pop(model, None)
         elif model not in row.verdicts and answer.reason is not None:
             reasons[model] = answer.reason
+            if reason_kind(answer.reason) == ABSTAINED:
+                judged[model] = {"abstained": True}
     fields["rm"] = judged
     fields.pop(MISSING_FIELD, None)
     if reasons:

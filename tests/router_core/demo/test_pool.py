@@ -16,7 +16,7 @@ from router_core.dataset import load_pairs, write_pairs
 from router_core.demo import train
 from router_core.demo.domains import DOMAINS, generate_pairs, generate_stream
 from router_core.demo.label import label_pairs, score_texts
-from router_core.demo.recipes import RECIPES, Recipe, recipe_digest
+from router_core.demo.recipes import JUDGE, RECIPES, Recipe, recipe_digest
 from router_core.demo.report import report_pool
 from router_core.demo.tokenizer import plain_text, train_tokenizer
 from router_core.demo.train import DemoModel, evaluate, make_demo_pool
@@ -168,11 +168,10 @@ def test_the_real_pool_leaves_room_for_a_router(tmp_path: Path) -> None:
     """500 unseen pairs per domain: a share near 0.9 has a standard error of 0.013, one near 0.6 of 0.022."""
     models = make_demo_pool(tmp_path, seed=0)
     report = evaluate([model.directory for model in models], pairs_per_domain=500, seed=9)
-    assert {model.domain for model in models} == set(DOMAINS)
+    assert {model.domain for model in models} == set(DOMAINS) - {JUDGE.domain}
     for model in models:
         for domain, accuracy in report.accuracy[model.name].items():
             assert (accuracy >= 0.88) if domain == model.domain else (0.4 <= accuracy <= 0.78), (model.name, domain)
     assert report.overall[report.best_single] <= 0.75
     assert report.majority <= 0.85
-    assert report.best_per_domain >= 0.9
-    assert report.oracle >= report.best_per_domain
+    assert report.oracle >= report.best_per_domain >= 0.75

@@ -72,7 +72,7 @@ def test_the_report_has_the_promised_keys_and_figures_by_hand() -> None:
     # The two always disagree: every vote is a tie.
     assert figures["policies"]["majority"] == {
         "accuracy": 0.5, "ci95": pytest.approx([0.451, 0.549], abs=1e-3), "calls_per_instance": 2.0,
-        "price_per_instance": 2.0, "regret": 0.5,
+        "price_per_instance": 2.0, "regret": 0.5, "coverage": 1.0,
     }  # fmt: skip
     assert figures["oracle"] == 1.0
     assert figures["n"] == 400

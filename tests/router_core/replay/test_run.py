@@ -15,6 +15,7 @@ from router_core.posterior import fold, start
 from router_core.prior import Hyperparameters, Prior, PriorForm, linucb_prior, no_prior
 from router_core.records import TIE, Event, Feedback, LabelledPair, Signal
 from router_core.replay import Delay, Scenario, SimulatedLoss, Table, Trace, make_plan, replay, select, tabulate
+from router_core.replay.figures import report
 from router_core.replay.passes import Stage, combined_correctness, first_choice, fixed_pass, learns, online_pass
 from tests.support.replay import POOL, pair, specialists, undecided
 
@@ -302,3 +303,28 @@ def test_impossible_scenarios_are_refused(make: Callable[[], Scenario]) -> None:
 def test_a_share_beyond_one_is_refused() -> None:
     with pytest.raises(FeedbackError, match="missing"):
         Scenario(missing=1.5)
+
+
+@pytest.mark.parametrize("name", ["bayesian", "laser", "offline", "random"])
+def test_an_rm_that_abstains_is_not_asked_there(name: str) -> None:
+    pairs, x = specialists(200)
+    silent = [replace(one, verdicts={"left": one.verdicts["left"]}, abstained=frozenset({"right"})) for one in pairs]
+    table = tabulate([*pairs[:100], *silent[100:]], POOL)
+    [trace] = run(table, x, [name], priors=undecided, scenario=Scenario(batch=4)).values()
+    assert not np.isnan(trace.correct).any()
+    assert (trace.asked[:, 100:] == 0).all()
+
+
+def test_a_single_rm_is_judged_where_it_answers() -> None:
+    verdicts = [{"left": 0, "right": 1}, {"left": 1, "right": 1}, {"left": 0}, {"left": 1}]
+    pairs = [pair(i, 1, told) for i, told in enumerate(verdicts)]
+    pairs = [replace(one, abstained=frozenset(set(POOL) - set(one.verdicts))) for one in pairs]
+    table = tabulate(pairs, POOL)
+    traces = run(table, np.ones((4, 2), np.float32), ["single:right", "majority"], priors=undecided)
+    figures = report(traces, table)
+    single = figures["policies"]["single:right"]
+    assert (single["accuracy"], single["coverage"]) == (1.0, 0.5)
+    # Abstaining earns an even guess where RMs are compared: .75 against .5.
+    assert figures["best_single"] == {"model": "right", "accuracy": 0.75}
+    majority = figures["policies"]["majority"]
+    assert (majority["accuracy"], majority["calls_per_instance"]) == (0.625, 1.5)

@@ -223,3 +223,30 @@ def test_a_replay_paces_its_budget_in_price(files: tuple[Path, Path]) -> None:
     assert rows["single:coder"]["price_per_instance"] == 4.0
     assert rows["majority"]["price_per_instance"] == 5.0
     assert rows["cascade:2"]["price_per_instance"] < 3.0
+
+
+def test_abstaining_is_counted_as_abstaining(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """`talker` has nothing to say of code: it is never asked there, and judged on prose alone."""
+
+    def silent(pair: LabelledPair) -> LabelledPair:
+        told = {name: value for name, value in pair.verdicts.items() if name != "talker"}
+        scores = {name: value for name, value in pair.scores.items() if name != "talker"}
+        return replace(pair, verdicts=told, scores=scores, abstained=frozenset({"talker"}))
+
+    given = [[silent(one) if one.domain == "code" else one for one in part] for part in (TRAIN, TEST)]
+    train_file, test_file = (saved(tmp_path / f"{i}.jsonl", part) for i, part in enumerate(given))
+    assert load_pairs(test_file) == given[1]
+    found = document("--train", train_file, "--test", test_file)
+    assert (found["n"], found["left_out"]) == (60, 0)
+    talker = found["policies"]["single:talker"]
+    assert talker["coverage"] == 0.5
+    assert (
+        talker["accuracy"]
+        == document("--train", *files[:1], "--test", files[1])["subsets"]["prose"]["policies"]["single:talker"][
+            "accuracy"
+        ]
+    )
+    code = found["subsets"]["code"]["policies"]
+    assert code["offline"]["accuracy"] == code["single:coder"]["accuracy"] == code["majority"]["accuracy"]
+    assert found["policies"]["majority"]["calls_per_instance"] == 1.5
+    assert "answers" in evaluate("--train", train_file, "--test", test_file).stdout

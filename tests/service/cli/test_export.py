@@ -85,5 +85,9 @@ def test_runs_are_listed_and_an_unknown_one_is_answered_with_them(tmp_path: Path
         (listed,) = json.loads(CliRunner().invoke(app, ["runs", "--data-dir", str(tmp_path), "--json"]).stdout)
         assert (listed["run"], listed["events"], listed["signal"]) == (run, 2, "preference")
         assert run in CliRunner().invoke(app, ["runs", "--data-dir", str(tmp_path)]).output
+        words = ["models", "--data-dir", str(tmp_path), "--run", run, "--json"]
+        learned = json.loads(CliRunner().invoke(app, words).stdout)
+        assert learned["events"] == 2
+        assert sum(one["feedbacks"] for one in learned["models"]) >= 2
         unknown = export("other", "--data-dir", tmp_path, "--out", tmp_path / "out.jsonl")
     assert f"known runs: {run}" in str(unknown.exception)

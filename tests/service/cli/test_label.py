@@ -24,7 +24,10 @@ from service.cli.label import FAILED_ROWS
 from service.errors import ConfigurationError, NoWorkerError
 from service.pool import PoolFile
 from service.workers.recorded import recorded_app
+from service.workers.rules.processes import RuleConfig
+from service.workers.rules.server import RuleApp
 from tests.conftest import free_port
+from tests.service.scorers.judge_server import ScriptedJudge
 from tests.service.scorers.worker_servers import RunningWorker, ScriptedWorker, error, is_probe, reply
 from tests.support.live import live_gateway
 from tests.support.offline import POOL, two_domains
@@ -127,6 +130,40 @@ def test_a_real_transformer_scores_what_fits_and_refuses_the_rest(tmp_path: Path
     assert (done["models"]["tiny"]["scored"], done["models"]["tiny"]["missing"]) == (5, {"refused (400)": 1})
     for found, expected in zip(load_pairs(out)[1:], label_pairs(pairs[1:], [directory]), strict=True):
         assert found.scores["tiny"] == pytest.approx(expected.scores["tiny"], abs=1e-4)
+
+
+def test_judges_and_rules_are_asked_like_reward_models(tmp_path: Path, place: Place) -> None:
+    texts = [
+        ("What is 7 + 5?", "7 + 5 = 12", "7 + 5 = 13", "7 + 5 = 12"),
+        ("Name a fruit.", "A pear, or an apple.", "x", None),
+    ]
+    data, out, pool = tmp_path / "bare.jsonl", tmp_path / "labelled.jsonl", tmp_path / "pool.yaml"
+    data.write_text(
+        "".join(
+            json.dumps({"id": p, "prompt": p, "response_a": a, "response_b": b, "label": "a", "reference": r, "rm": {}})
+            + "\n"
+            for p, a, b, r in texts
+        )
+    )
+    judge, quality = ScriptedJudge("judge-model"), {"7 + 5 = 12": 2.0, "A pear, or an apple.": 1.0}
+    judge.quality = lambda text: quality.get(text, 0.0)
+    entries: list[dict[str, Any]] = [
+        {"name": "rm", "urls": [place(ScriptedWorker())]},
+        {"name": "judge", "kind": "judge", "urls": [place(judge)], "model": "judge-model"},
+        {"name": "sums", "kind": "rule", "urls": [place(RuleApp(RuleConfig(rule="sums"), name="sums"), told=True)]},
+        {"name": "key", "kind": "rule", "urls": [place(RuleApp(RuleConfig(rule="exact"), name="key"), told=True)]},
+    ]
+    pool.write_text(yaml.safe_dump({"models": entries}))
+    done = summary(label(data, pool, out, "--json", "-"))
+    sums, fruit = (json.loads(line) for line in out.read_text().splitlines())
+    assert (sums["rm"]["judge"]["score_a"], sums["rm"]["judge"]["score_b"]) == (pytest.approx(1.0), pytest.approx(-1.0))
+    assert [(sums["rm"][rule]["score_a"], sums["rm"][rule]["score_b"]) for rule in ("sums", "key")] == [(1.0, 0.0)] * 2
+    assert set(fruit["rm"]) == {"rm", "judge"}
+    assert fruit["rm"]["judge"]["verdict"] == "a"
+    # To abstain is no failure.
+    assert all(reason.startswith("refused (abstained)") for reason in fruit["rm_missing"].values())
+    assert set(fruit["rm_missing"]) == {"sums", "key"}
+    assert done["models"]["judge"]["scored"] == 2
 
 
 def test_a_model_that_is_added_later_is_the_only_one_that_is_asked(tmp_path: Path, place: Place) -> None:

@@ -36,6 +36,9 @@ def test_the_table_says_how_each_model_is_asked_and_how_much_it_reads(serve: Ser
         ]
         printed = json.loads(CliRunner().invoke(app, [*words, "--json"]).output)
         assert [model["rendering"] for model in printed["models"]] == [None, "tokens"]
+        listed = json.loads(CliRunner().invoke(app, ["runs", "--url", gateway.url, "--json"]).output)
+        mine = next(one for one in listed if one["run"] == gateway.run)
+        assert (mine["events"], mine["pool"]) == (0, ["scripted", "by-ids"])
 
 
 def test_scorers_that_cannot_be_asked_are_named_with_the_reason() -> None:

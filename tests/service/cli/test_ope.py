@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,14 @@ from router_core.errors import UnknownPolicyError
 from router_core.ope import LoggedData
 from router_core.posterior import fold, start
 from router_core.prior import Hyperparameters
+from router_core.records import Instance
 from service.cli import app
 from service.errors import ConfigurationError
 from service.lab.estimates import evaluate_log, judge, recommended
 from service.lab.eventlog.export import export_log
 from service.lab.eventlog.load import fold_events, load_log, logged_data
 from service.lab.eventlog.targets import Targets
+from service.scorers.protocol import AbstainedError
 from service.stores.redis import RedisStore
 from tests.support.arms import ScriptedArm
 from tests.support.gateway import DIM, fresh_run, open_gateway, pair, small_encoder
@@ -68,7 +71,7 @@ def make_log(url: str, out: Path, count: int, run: str | None = None, **settings
     """A file of so many events of a new run; its draws are the same each time where its name is."""
 
     async def make(run: str) -> None:
-        async with open_gateway(url, arms=arms(), run=run, **settings) as gateway:
+        async with open_gateway(url, **{"arms": arms(), "run": run, **settings}) as gateway:
             for index in range(count):
                 reply = await gateway.client.ok("/reward", pair(index * 7))
                 await gateway.client.ok("/feedback", {"decision_id": reply["decision_id"], "preferred": 1})
@@ -81,6 +84,20 @@ def make_log(url: str, out: Path, count: int, run: str | None = None, **settings
             await store.close()
 
     asyncio.run(make(run or fresh_run()))
+
+
+def abstains(prompt: str) -> bool:
+    """True of about half the prompts."""
+    return zlib.crc32(prompt.encode()) % 2 == 0
+
+
+class SilentAtTimes(ScriptedArm):
+    """Is right wherever it answers."""
+
+    async def score(self, instances: Sequence[Instance], **rest: Any) -> list[Any]:
+        told = await super().score(instances, **rest)
+        silent = [abstains(instance.prompt) for instance in instances]
+        return [AbstainedError("not for me") if no else one for no, one in zip(silent, told, strict=True)]
 
 
 def ope(*options: object) -> Result:
@@ -175,6 +192,31 @@ def test_a_learned_policy_is_the_fold_of_the_first_part(random_file: Path) -> No
 def test_policies_that_a_log_cannot_judge_are_refused(random_file: Path, name: str) -> None:
     done = ope(random_file, "--policies", name)
     assert isinstance(done.exception, UnknownPolicyError)
+
+
+def test_a_scorer_that_abstains_has_its_own_figure(valkey_server: ValkeyProcess, tmp_path: Path) -> None:
+    pool = [SilentAtTimes("rm-a"), *arms()[1:]]
+    make_log(valkey_server.url, tmp_path / "log.jsonl", 100, run="ope-silent", policy="random", arms=pool)
+    row = evaluate_log(load_log(tmp_path / "log.jsonl"), ["single:rm-a"], None)["policies"]["single:rm-a"]
+    assert row["snips"]["value"] == 1.0
+    assert (row["recommended"], row["ips"], row["dr"]) == ("snips", None, None)
+    applies = np.mean([not abstains(pair(index * 7)["prompt"]) for index in range(100)])
+    assert row["coverage"] == pytest.approx(applies, abs=0.25)
+    assert "abstains on the others" in row["why"]
+
+
+def test_the_narrow_table_has_the_values(random_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = ope(random_file, "--policies", "single:rm-a").stdout.splitlines()
+    (logged,) = [line for line in lines if "as logged" in line]
+    assert f"{logged_data(load_log(random_file)).reward.mean():.3f} (" in logged
+    assert all(len(line) <= 80 for line in lines if line.startswith(("│", "┃")))
+
+
+def test_a_checkpoint_for_a_run_without_one_is_refused(random_file: Path, tmp_path: Path) -> None:
+    checkpoint().save(tmp_path / "own")
+    done = ope(random_file, "--policies", "offline", "--checkpoint", tmp_path / "own")
+    assert "was served without a checkpoint" in str(done.exception)
 
 
 def test_a_log_without_rewards_is_said(valkey_server: ValkeyProcess, tmp_path: Path) -> None:

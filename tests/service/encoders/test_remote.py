@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from starlette.requests import Request
 
 from router_core.encoder.base import ConcatBackbone
 from router_core.encoder.export import export
@@ -59,12 +60,7 @@ class Scripted:
         if scope["type"] != "http" or scope["path"] != "/v1/embeddings":
             await self._app(scope, receive, send)
             return
-        body = b""
-        while True:
-            message = await receive()
-            body += message.get("body", b"")
-            if not message.get("more_body"):
-                break
+        body = await Request(scope, receive).body()
         request = msgspec.json.decode(body, type=EmbeddingsRequest)
         self.requests.append(request)
         self.in_flight += 1

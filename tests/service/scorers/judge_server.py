@@ -9,7 +9,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from starlette.requests import Request
+
 from tests.service.scorers.worker_servers import Json
+from tests.support.asgi import lifespan
 
 Answer = tuple[int, Any] | tuple[int, Any, dict[str, str]]
 
@@ -67,16 +70,9 @@ class ScriptedJudge:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
-            for event in ("startup", "shutdown"):
-                await receive()
-                await send({"type": f"lifespan.{event}.complete"})
+            await lifespan(receive, send)
             return
-        body = b""
-        while True:
-            message = await receive()
-            body += message.get("body", b"")
-            if not message.get("more_body"):
-                break
+        body = await Request(scope, receive).body()
         self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
         if scope["path"] == "/v1/models":
             answer = self.models

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from starlette.requests import Request
 
 from router_core.records import Instance, LabelledPair
 from service.encoders.wire import EmbeddingsAnswer, WireError, decode_answer
@@ -45,12 +46,7 @@ class Spoiled:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = b""
-        while True:
-            message = await receive()
-            body += message.get("body", b"")
-            if not message.get("more_body"):
-                break
+        body = await Request(scope, receive).body()
 
         async def again() -> Any:
             return {"type": "http.request", "body": body, "more_body": False}

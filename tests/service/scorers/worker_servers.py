@@ -11,10 +11,12 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import uvicorn
+from starlette.requests import Request
 
 from service.scorers.rm.render import plain
 from service.scorers.wire import PROBE_PROMPT, PROBE_RESPONSE
 from service.workers.server import worker_config
+from tests.support.asgi import lifespan
 
 Json = dict[str, Any]
 Serve = Callable[[Any], str]
@@ -50,16 +52,9 @@ class ScriptedWorker:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
-            for event in ("startup", "shutdown"):
-                await receive()
-                await send({"type": f"lifespan.{event}.complete"})
+            await lifespan(receive, send)
             return
-        body = b""
-        while True:
-            message = await receive()
-            body += message.get("body", b"")
-            if not message.get("more_body"):
-                break
+        body = await Request(scope, receive).body()
         self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
         if scope["path"].endswith("/v1/models"):
             status, answer = 200, {"object": "list", "data": [{"id": self.name, "object": "model"}]}
@@ -218,3 +213,6 @@ async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - conditions are states of the code under test, which has no events
             await asyncio.sleep(0.002)
+
+
+# IMPORT

@@ -16,6 +16,7 @@ import httpx2 as httpx
 import pytest
 
 from service.scorers.protocol import WorkerUnavailableError
+from service.trainers import exchange
 from service.trainers.client import AsyncRouterClient, RouterClient
 from service.trainers.options import ClientOptions, from_environment
 from service.trainers.values import (
@@ -95,6 +96,45 @@ def reply(prompt: str, *rewards: float | None) -> dict[str, Any]:
 
 def all_scored(document: Any) -> httpx.Response:
     return httpx.Response(200, json={"results": [reply(item["prompt"], 1.0) for item in document["items"]]})
+
+
+def unscaled(prompt: str, *rewards: float | None) -> dict[str, Any]:
+    return {**reply(prompt, *rewards), "failure": [None if one is not None else "no_reward" for one in rewards]}
+
+
+def test_a_reward_that_waits_for_its_scale_is_asked_for_again() -> None:
+    first = httpx.Response(200, json={"results": [unscaled("p", 1.0, None), reply("q", 2.0)]})
+    second = httpx.Response(200, json={"results": [reply("p", 0.5, -0.5)]})
+    script = Scripted(first, second)
+    with script.client() as client:
+        found = client.reward_many(items_of(["p", "q"], [["a", "b"], ["c"]]))
+    assert [result.rewards for result in found if result.ok] == [(0.5, -0.5), (2.0,)]
+    assert [len(asked["items"]) for asked in script.asked] == [2, 1]
+
+
+def test_one_reward_that_waits_for_its_scale_is_asked_for_again() -> None:
+    script = Scripted(httpx.Response(200, json=unscaled("p", None)), httpx.Response(200, json=reply("p", 0.5)))
+    with script.client() as client:
+        assert client.reward("p", ["a"]).rewards == (0.5,)
+
+
+def test_a_reward_that_its_model_refused_is_not_asked_for_again() -> None:
+    refused = {**reply("p", None), "failure": ["worker_rejected"]}
+    script = Scripted(httpx.Response(200, json={"results": [refused]}))
+    with script.client() as client:
+        [found] = client.reward_many(items_of(["p"], [["a"]]))
+    assert found.ok
+    assert found.failures == ("worker_rejected",)
+
+
+def test_a_scale_that_does_not_come_is_waited_for_in_a_few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "FIRST_PAUSE_SECONDS", 0.0)
+    script = Scripted(*[httpx.Response(200, json={"results": [unscaled("p", None)]})] * exchange.SCALE_TRIES)
+    with script.client() as client:
+        [found] = client.reward_many(items_of(["p"], [["a"]]))
+    assert found.ok
+    assert found.rewards == (None,)
+    assert script.answers == []
 
 
 def test_rewards_come_back_typed_and_feedback_moves_the_posterior(gateway: LiveGateway, options: ClientOptions) -> None:

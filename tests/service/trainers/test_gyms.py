@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 
 from service.trainers.atropos import score_group
 from tests.conftest import ValkeyProcess, free_port
+from tests.support.arms import ScriptedArm
 from tests.support.gateway import fresh_run
+from tests.support.gym_scoring import REFUSED
 from tests.support.live import LiveGateway, live_gateway
 from tests.support.trainer_clients import client_folder
 from tests.support.trainer_processes import opinionated_arms, result_of, run_module
@@ -20,7 +23,9 @@ LENGTHS = [3.0, 7.0, 1.0]
 
 @pytest.fixture(scope="module")
 def gateway(valkey_server: ValkeyProcess) -> Iterator[LiveGateway]:
-    with live_gateway(valkey_server.url, arms=opinionated_arms()) as running:
+    [long, *others] = opinionated_arms()
+    picky = ScriptedArm("rm-long", lambda prompt, text: math.nan if text == REFUSED else long.score_of(prompt, text))
+    with live_gateway(valkey_server.url, arms=[picky, *others]) as running:
         yield running
 
 
@@ -47,6 +52,8 @@ def test_verifiers_scores_traces_alone_and_together(gateway: LiveGateway) -> Non
     assert [metrics["reward_router/rm-long"] for metrics in found["metrics"]] == LENGTHS
     assert found["group"] == LENGTHS
     assert len(set(found["decisions"])) == 1
+    assert found["partial"] == [*LENGTHS, None]
+    assert found["failed"] == [[], [], [], ["RouterUnavailableError"]]
 
 
 @pytest.mark.slow

@@ -144,7 +144,7 @@ async def test_what_was_chosen_survives_a_restart_with_its_texts(valkey_server: 
         assert gateway.events() == []
     with redis.Redis.from_url(valkey_server.url) as client:
         task: Any = client.get(f"rr:{{{run}}}:t:{reply['decision_id']}")
-    _, instance = decode_task(task)
+    ((_, instance),) = decode_task(task)
     assert (list(instance.responses), instance.reference) == (sum_of(3)["responses"], "12")
     unlease(valkey_server.url, run)
     async with open_gateway(valkey_server.url, run=run, audit=EVERY, referees=sums(rule_url)) as gateway:
@@ -253,9 +253,10 @@ async def test_a_decision_that_fails_alone_is_given_up_and_the_others_are_not(
     assert len(gateway.events()) == 2
 
 
-async def test_single_responses_are_not_audited(gateway: Gateway) -> None:
-    reply = await gateway.client.ok("/reward", {"prompt": "What is 7 + 5?", "responses": ["12"]})
-    assert gateway.decision(reply["decision_id"]).inclusion is None
+async def test_singles_that_share_no_draw_are_not_audited(valkey_server: ValkeyProcess, rule_url: str) -> None:
+    async with open_gateway(valkey_server.url, audit=EVERY, referees=sums(rule_url), sticky_seconds=0.0) as gateway:
+        reply = await gateway.client.ok("/reward", {"prompt": "What is 7 + 5?", "responses": ["12"]})
+        assert gateway.decision(reply["decision_id"]).inclusion is None
 
 
 async def test_a_budget_stops_audits_for_the_hour(valkey_server: ValkeyProcess, rule_url: str) -> None:
@@ -337,3 +338,68 @@ async def test_a_store_that_is_away_loses_no_chosen_decision(own_valkey_server: 
         unlease(own_valkey_server.url, gateway.run)
         await counted(gateway, recorded=1.0)
         assert len(gateway.events()) == 1
+
+
+def single(index: int, text: str, prompt: int = 0) -> dict[str, Any]:
+    """One response to a sum; a group has sum, reference and RM in common."""
+    return {"prompt": f"What is 7 + 5? ({prompt})", "responses": [text], "reference": "12"}
+
+
+ANSWERS = ["12", "It is 11, I would say", "twelve or 13"]
+
+
+def end_collecting(url: str, run: str) -> list[str]:
+    """Let the time of a run's groups be over; return their ids."""
+    with redis.Redis.from_url(url) as client:
+        names: Any = client.zrange(f"rr:{{{run}}}:waiting", 0, -1)
+    unlease(url, run)
+    return [name.decode() for name in names]
+
+
+async def test_singles_of_a_prompt_are_compared_once_they_are_there(
+    valkey_server: ValkeyProcess, rule_url: str
+) -> None:
+    run = fresh_run()
+    async with open_gateway(valkey_server.url, run=run, audit=EVERY, referees=sums(rule_url)) as gateway:
+        gateway.arm("rm-c").score_of = lambda _, response: -float(len(response))
+        replies = [await gateway.client.ok("/reward", single(i, text)) for i, text in enumerate(ANSWERS[:2])]
+        other = await gateway.client.ok("/reward", single(0, "12", prompt=1))
+        assert gateway.events() == []
+    async with open_gateway(valkey_server.url, run=run, audit=EVERY, referees=sums(rule_url)) as gateway:
+        gateway.arm("rm-c").score_of = lambda _, response: -float(len(response))
+        for text in (ANSWERS[2], ANSWERS[0]):
+            replies.append(await gateway.client.ok("/reward", single(2, text)))
+        assert len({reply["model"] for reply in replies}) == 1
+        groups = end_collecting(valkey_server.url, run)
+        assert len(groups) == 2
+        await counted(gateway, recorded=1.0, alone=1.0)
+        (event,) = gateway.events()
+        assert event.audit is not None
+        assert (event.decision_id in groups, event.audit.verdict, event.audit.probability) == (True, 0, 1.0)
+        drawn = MODELS.index(replies[0]["model"])
+        asked = {event.arm: event.credit, **{arm: credit for arm, _, credit in event.shadows}}
+        assert event.arm == drawn
+        assert asked == {0: 0.0, 1: 0.0, 2: 1.0}, "rm-a and rm-b like the longest best, rm-c the shortest"
+        members = [gateway.decision(reply["decision_id"]) for reply in [*replies, other]]
+        assert {(one.group in groups, one.inclusion) for one in members} == {(True, 1.0)}
+        learned = await gateway.learned(1)
+        assert learned["digest"] == gateway.folded().digest()
+        late = await gateway.client.ok("/reward", single(3, "a late one"))
+        await until(lambda: gateway.decision(late["decision_id"]).group, "the decision is saved")
+        assert end_collecting(valkey_server.url, run) == [], "its group is finished"
+
+
+async def test_singles_are_audited_in_their_share(valkey_server: ValkeyProcess, rule_url: str) -> None:
+    setting = {**EVERY, "rate": 0.3}
+    async with open_gateway(valkey_server.url, audit=setting, referees=sums(rule_url)) as gateway:
+        items = [single(i, text, prompt) for prompt in range(60) for i, text in enumerate(ANSWERS)]
+        results = (await gateway.client.ok("/reward/batch", {"items": items}))["results"]
+        groups = [gateway.decision(result["decision_id"]) for result in results]
+        chosen = {one.group for one in groups if one.inclusion == 0.3 and is_chosen(one.group, 0.3)}
+        assert len({one.group for one in groups}) == 60
+        waiting = end_collecting(valkey_server.url, gateway.run)
+        assert set(waiting) == chosen
+        await counted(gateway, recorded=float(len(chosen)))
+        assert sorted(event.decision_id for event in gateway.events()) == sorted(chosen)
+        with redis.Redis.from_url(valkey_server.url) as client:
+            assert client.hget(f"rr:{{{gateway.run}}}:schedule", "count") == b"60", "a group counts once"

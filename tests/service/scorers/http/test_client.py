@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from starlette.requests import Request
 
 from router_core.records import Instance, Message
 from service.errors import ConfigurationError
@@ -28,6 +29,7 @@ from service.scorers.protocol import (
 from service.scorers.registry import build_scorer
 from service.settings import Settings
 from tests.service.scorers.worker_servers import RunningWorker, soon
+from tests.support.asgi import lifespan
 
 Json = dict[str, Any]
 
@@ -53,16 +55,9 @@ class Service:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
-            for event in ("startup", "shutdown"):
-                await receive()
-                await send({"type": f"lifespan.{event}.complete"})
+            await lifespan(receive, send)
             return
-        body = b""
-        while True:
-            message = await receive()
-            body += message.get("body", b"")
-            if not message.get("more_body"):
-                break
+        body = await Request(scope, receive).body()
         status, answer, headers = 200, {}, {}
         if scope["path"] == "/score":
             request = json.loads(body)

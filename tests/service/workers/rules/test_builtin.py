@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from router_core.dataset import load_pairs
 from service.workers.rules.builtin import BUILTIN, RuleOptionsError
 from service.workers.rules.formats import CHECKS
+
+RB9_DEV = Path(os.environ.get("RB9_DEV", Path(__file__).resolve().parents[5] / "shared/data/rb9_dev.jsonl"))
 
 # Solutions in the style of MATH and GSM8K: reference, response, right.
 MATH = [
@@ -40,6 +45,20 @@ def score(rule: str, response: str, reference: str | None = None, options: Any =
 @pytest.mark.parametrize(("reference", "response", "right"), MATH)
 def test_math_compares_values_and_not_texts(reference: str, response: str, right: int) -> None:
     assert score("math", response, reference) == right
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not RB9_DEV.is_file(), reason="set RB9_DEV to the recorded evaluation pairs")
+def test_math_tells_solutions_of_models_apart() -> None:
+    """With the right solution of a MATH problem as the reference, right responses pass and few wrong ones do."""
+    pairs = [pair for pair in load_pairs(RB9_DEV) if pair.domain == "math"]
+    assert pairs
+    right, wrong = (
+        [score("math", pair.instance.responses[which], pair.instance.responses[pair.label]) for pair, which in picked]
+        for picked in ([(pair, pair.label) for pair in pairs], [(pair, 1 - pair.label) for pair in pairs])
+    )
+    assert sum(right) / len(pairs) >= 0.98
+    assert sum(wrong) / len(pairs) <= 0.08
 
 
 def test_math_abstains_without_an_expression_to_compare() -> None:

@@ -1,0 +1,1 @@
+"""Builds the images with buildah, where there is no Docker: `make images`."""
