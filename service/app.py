@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse
 from starlette.types import ASGIApp, Receive, Send
@@ -105,6 +106,7 @@ def _operators_app(gateway: Gateway) -> ASGIApp:
     app.include_router(console_router())
     app.add_exception_handler(ServiceError, render)
     app.add_exception_handler(HTTPException, render)
+    app.add_exception_handler(RequestValidationError, render)
     app.add_exception_handler(Exception, render)
     openapi.install(app)
     check_routes(app)

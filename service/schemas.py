@@ -6,10 +6,19 @@ cases.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
+
+from service.trainers.chat_schema import Said
+
+RUN_SHAPE: Final = "^[A-Za-z0-9._-]{0,64}$"
+"""Of a run's name, for the documents; the use cases check it, so that one item is refused and not its batch."""
+
+RunName = Annotated[
+    str, Meta(description="The run; by default the gateway's.", extra_json_schema={"pattern": RUN_SHAPE})
+]
 
 Index = Annotated[int, Meta(ge=0, le=1_000_000, description="Index of a response, 0 for the first.")]
 
@@ -21,7 +30,7 @@ class RewardRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=Tr
     """One prompt with its responses; two is the normal case."""
 
     prompt: Annotated[
-        str | list[dict[str, Any]],
+        Said,
         Meta(
             description="The prompt's text, or its messages: `role`, `content` (text, or text parts), and `name`, "
             "`tool_calls`, `tool_call_id` where there are any. Images are refused.",
@@ -29,7 +38,7 @@ class RewardRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=Tr
         ),
     ]
     responses: Annotated[
-        list[str | list[dict[str, Any]]],
+        list[Said],
         Meta(
             min_length=1,
             description="The responses to be scored by ONE reward model: texts, or the messages that end the "
@@ -52,7 +61,7 @@ class RewardRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=Tr
         ]
         | None
     ) = None
-    run: Annotated[str, Meta(description="The run; by default the gateway's.")] | None = None
+    run: RunName | None = None
     policy: Annotated[str, Meta(description="Overrides the gateway's policy; the names are in docs/api.md.")] | None = (
         None
     )
@@ -76,7 +85,7 @@ class RewardBatchRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fiel
     """Many instances at once: one encode batch, one matrix product, one worker call per RM and chunk."""
 
     items: Annotated[list[RewardRequest], Meta(description="The instances. Empty is allowed.")]
-    run: str | None = None
+    run: RunName | None = None
     policy: str | None = None
     signal: SignalName | None = None
     normalize: bool | None = None
@@ -264,13 +273,13 @@ class FeedbackRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=
     decision_id: str | None = None
     prompt: (
         Annotated[
-            str | list[dict[str, Any]],
+            Said,
             Meta(description="With `responses`: names the latest decision of that content, as it was sent."),
         ]
         | None
     ) = None
-    responses: list[str | list[dict[str, Any]]] | None = None
-    run: str | None = None
+    responses: list[Said] | None = None
+    run: RunName | None = None
     preferred: (
         Annotated[Index, Meta(description="Signal `preference`: index of the response that is better.")] | None
     ) = None
@@ -284,7 +293,23 @@ class FeedbackBatchRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fi
     """Many feedbacks at once; each is applied, or refused, on its own."""
 
     items: list[FeedbackRequest]
-    run: str | None = None
+    run: RunName | None = None
+
+
+class SampleValues(msgspec.Struct, omit_defaults=True):
+    """What the feedback of a trainer's path holds beside its samples: exactly one list, of the run's signal."""
+
+    reward: list[float] | None = None
+    loss: list[float] | None = None
+    preferred: list[int] | None = None
+
+
+class SampleValue(msgspec.Struct, omit_defaults=True):
+    """The same of a single sample."""
+
+    reward: float | None = None
+    loss: float | None = None
+    preferred: int | None = None
 
 
 class FeedbackReply(msgspec.Struct):
@@ -306,7 +331,7 @@ class JudgementRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields
 
     decision_id: str
     preferred: Annotated[Index | None, Meta(description="Index of the better response; null for a tie.")]
-    run: str | None = None
+    run: RunName | None = None
 
 
 class JudgementReply(msgspec.Struct):

@@ -110,7 +110,8 @@ class LoggedData:
         if self.inclusion is None:
             return np.ones(len(self))
         weight: Array = 1.0 / self.inclusion
-        return weight / weight.mean()
+        weight /= weight.mean()
+        return weight
 
     def rows(self, index: NDArray[np.integer] | slice) -> LoggedData:
         """The same of some rows."""

@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 
 from service.handlers.keys import require
+from service.handlers.queries import RunQuery
 from service.keys.access import Access, Scope
 from service.usecases.people import MAX_SHOWN, AuditShown, PeopleService
 from service.usecases.report import Reporter, RunReport
@@ -25,7 +26,7 @@ def audits_router() -> APIRouter:
     async def audits(
         request: Request,
         access: Annotated[Access, require(Scope.READ)],
-        run: Annotated[str | None, Query(description="The run; by default the gateway's.")] = None,
+        run: RunQuery = None,
         count: Annotated[int, Query(ge=1, le=MAX_SHOWN, description="How many at most.")] = 20,
     ) -> list[AuditShown]:
         """Newest first. The store keeps as many as the pool file's `audit.keep` says."""
@@ -39,7 +40,7 @@ def audits_router() -> APIRouter:
     async def report(
         request: Request,
         access: Annotated[Access, require(Scope.READ)],
-        run: Annotated[str | None, Query(description="The run; by default the gateway's.")] = None,
+        run: RunQuery = None,
     ) -> RunReport:
         """How often each scorer is right, per kind of text and over time, with bounds that hold however often one
         looks; the referees against gold; what rewards follow besides quality (docs/audits.md).

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 
 import msgspec
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from router_core.errors import RouterCoreError
-from service.errors import BadRequestError, NotFoundError, ServiceError, UnauthorizedError
+from service.errors import BadRequestError, NotFoundError, ServiceError, UnauthorizedError, ValidationError
 from service.schemas import ErrorBody, ErrorReply
 
 logger = logging.getLogger(__name__)
@@ -44,11 +45,20 @@ def as_service_error(error: Exception) -> ServiceError:
             # `service.app` answers HEAD wherever GET is taken.
             return wrong_method("GET, HEAD" if allow == "GET" else allow)
         return BadRequestError(str(error.detail))
+    if isinstance(error, RequestValidationError):
+        return _of_parameters(error)
     if isinstance(error, RouterCoreError):
         logger.error("router_core refused", extra={"fields": {"error": f"{type(error).__name__}: {error}"}})
         return InternalError(f"the router refused its own numbers ({type(error).__name__}): see the gateway's log")
     logger.error("unexpected error", exc_info=error)
     return InternalError("unexpected error: see the gateway's log")
+
+
+def _of_parameters(error: RequestValidationError) -> ValidationError:
+    """Return what FastAPI says of a query or a body, without the value: a body may hold texts."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    return ValidationError(f"{field}: {first['msg']}: see /docs for the fields of this path", details={"field": field})
 
 
 def wrong_method(allow: str) -> MethodNotAllowedError:

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from service.errors import OverCapacityError, ServiceError
-from service.handlers.body import ClientDisconnectedError, check_sender, parse_body, read_body
+from service.handlers.body import BatchReader, ClientDisconnectedError, check_sender, parse_body, read_body
 from service.handlers.errors import as_service_error, error_reply, headers_of, wrong_method
 from service.handlers.keys import key_of
 from service.keys.access import Access, Scope
@@ -94,9 +94,9 @@ class HotRoutes:
         self._rest = rest
         self._in_flight = 0
         self._reward = msgspec.json.Decoder(RewardRequest)
-        self._reward_batch = msgspec.json.Decoder(RewardBatchRequest)
+        self._reward_batch = BatchReader(RewardBatchRequest, RewardRequest)
         self._feedback_one = msgspec.json.Decoder(FeedbackRequest)
-        self._feedback_batch = msgspec.json.Decoder(FeedbackBatchRequest)
+        self._feedback_batch = BatchReader(FeedbackBatchRequest, FeedbackRequest)
         self._judgement = msgspec.json.Decoder(JudgementRequest)
         self._routes: dict[str, tuple[Scope, Handler]] = {
             "/reward": (Scope.REWARD, self._score),
@@ -188,10 +188,10 @@ class HotRoutes:
         return await self._scorer.score(parse_body(self._reward, body), access)
 
     async def _score_batch(self, body: bytes, access: Access) -> Any:
-        request = parse_body(self._reward_batch, body)
-        access.charge(len(request.items))
+        request, items = self._reward_batch.read(body)
+        access.charge(len(items))
         results = await self._scorer.score_many(
-            request.items,
+            items,
             run=request.run,
             policy=request.policy,
             signal=request.signal,
@@ -207,9 +207,9 @@ class HotRoutes:
         return await self._feedback.accept(parse_body(self._feedback_one, body), access)
 
     async def _accept_batch(self, body: bytes, access: Access) -> Any:
-        request = parse_body(self._feedback_batch, body)
-        access.charge(len(request.items))
-        results = await self._feedback.accept_many(request.items, run=request.run, access=access)
+        request, items = self._feedback_batch.read(body)
+        access.charge(len(items))
+        results = await self._feedback.accept_many(items, run=request.run, access=access)
         return FeedbackBatchReply([error_item(result) for result in results])
 
     async def _judge(self, body: bytes, access: Access) -> Any:

@@ -8,6 +8,7 @@ import msgspec
 from fastapi import FastAPI
 
 from service import schemas
+from service.handlers.keys import OPEN_PATHS
 from service.handlers.openapi_trainers import TYPES, trainer_paths
 
 _REF = "#/components/schemas/{name}"
@@ -18,12 +19,12 @@ _EXAMPLE_ID = "d06in5t2co4000000000000000"
 _ERRORS = {
     "400": "The body is not JSON.",
     "401": "API key missing or wrong.",
-    "403": "A page of a foreign host calls a gateway without API keys.",
+    "403": "The key is not for this path or run; or a page of a foreign host calls a gateway without API keys.",
     "408": "The request was not whole in time. May be retried.",
     "413": "The body is too large.",
     "415": "The body is not declared as JSON.",
     "422": "A field is out of its bounds or occurs twice, or every reward model refused the input.",
-    "429": "Over capacity; try again after `Retry-After` seconds.",
+    "429": "Over capacity, or over the limits of the key; try again after `Retry-After` seconds.",
     "431": "The headers are too large.",
     "503": "Store or workers away; nothing was acknowledged. May be retried.",
 }
@@ -61,12 +62,41 @@ def install(app: FastAPI) -> None:
             target.update(components)
             target["RewardBatchReply"] = _batch_of("RewardReply", "NoReward")
             target["FeedbackBatchReply"] = _batch_of("FeedbackReply", "ErrorReply")
+            for path, methods in out["paths"].items():
+                for operation in methods.values():
+                    _say_errors(operation["responses"], is_open=path in OPEN_PATHS)
+            for unused in ("HTTPValidationError", "ValidationError"):
+                target.pop(unused, None)
             out["paths"].update(_paths())
-            out["paths"].update(trainer_paths(_post, _ERRORS, {**_ERRORS, **_FEEDBACK_ERRORS}))
+            out["paths"].update(trainer_paths(_post, _ref, _ERRORS, {**_ERRORS, **_FEEDBACK_ERRORS}))
+            _say_keys(out)
             app.openapi_schema = out
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
+
+
+def _say_errors(responses: dict[str, Any], *, is_open: bool) -> None:
+    """Give every error of a route of FastAPI the one shape, and add those that any route may answer."""
+    common = ("431",) if is_open else ("401", "403", "429", "431")
+    for status in common:
+        responses.setdefault(status, {"description": _ERRORS[status]})
+    if "422" in responses:
+        responses["422"] = {"description": "A parameter is out of its bounds."}
+    for status, response in responses.items():
+        if status >= "400":
+            response["content"] = {"application/json": {"schema": _ref("ErrorReply")}}
+
+
+def _say_keys(document: dict[str, Any]) -> None:
+    """Say that a key is needed, but for what is open."""
+    document["components"]["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer", "description": "The API key, where the gateway has keys."},
+        "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same."},
+    }
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            operation["security"] = [] if path in OPEN_PATHS else [{"bearer": []}, {"header": []}]
 
 
 def _ref(name: str) -> dict[str, str]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from service.schemas import RUN_SHAPE, SampleValue, SampleValues
 from service.trainers.protocols import PROTOCOLS
 from service.trainers.shim import UrlProtocol
 
-TYPES: tuple[type, ...] = tuple(
-    kind for protocol in PROTOCOLS for kind in (protocol.request, protocol.reply) if kind is not None
+TYPES: tuple[type, ...] = (
+    SampleValue,
+    SampleValues,
+    *(kind for protocol in PROTOCOLS for kind in (protocol.request, protocol.reply) if kind is not None),
 )
 """Structs that the routes refer to."""
 
 _QUERY: dict[str, tuple[dict[str, Any], str]] = {
-    "run": ({"type": "string"}, "The training run; by default the gateway's."),
-    "policy": ({"type": "string"}, "Overrides the gateway's policy."),
+    "run": ({"type": "string", "minLength": 1, "pattern": RUN_SHAPE}, "The training run; by default the gateway's."),
+    "policy": ({"type": "string", "minLength": 1}, "Overrides the gateway's policy."),
     "normalize": ({"type": "boolean"}, "Rewards on the scale of their RM."),
     "text": (
         {"type": "string", "enum": ["auto", "raw"], "default": "auto"},
@@ -26,12 +29,16 @@ _NO_REWARD = "No reward for one of the samples (null is no word of this protocol
 
 
 def trainer_paths(
-    post: Callable[..., dict[str, Any]], errors: Mapping[str, str], feedback_errors: Mapping[str, str]
+    post: Callable[..., dict[str, Any]],
+    ref: Callable[[str], dict[str, str]],
+    errors: Mapping[str, str],
+    feedback_errors: Mapping[str, str],
 ) -> dict[str, Any]:
     """The paths.
 
     Args:
         post: builds one operation, see `handlers.openapi`.
+        ref: refers to a schema by name.
         errors: description by status.
         feedback_errors: the same of feedback.
     """
@@ -57,6 +64,10 @@ def trainer_paths(
             example={**protocol.example, "reward": 0.5 if protocol.single else [0.5]},
             errors=dict(feedback_errors if protocol.single else {**errors, "404": "Unknown run."}),
         )
+        values = SampleValue if protocol.single else SampleValues
+        feedback["post"]["requestBody"]["content"]["application/json"]["schema"] = {
+            "allOf": [ref(protocol.request.__name__), ref(values.__name__)]
+        }
         rewards["post"]["parameters"] = feedback["post"]["parameters"] = parameters
         if protocol.reply_schema is not None:
             rewards["post"]["responses"]["200"]["content"]["application/json"]["schema"] = dict(protocol.reply_schema)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field
 
 from service.handlers.keys import require
+from service.handlers.queries import RunQuery
 from service.keys.access import Access, Scope
 from service.scorers.status import ScorerStatus
 from service.usecases.status import PosteriorStatus, RunStatus, StatusService
@@ -82,7 +83,7 @@ def system_router() -> APIRouter:
     async def posterior(
         request: Request,
         access: Annotated[Access, require(Scope.READ)],
-        run: Annotated[str | None, Query(description="The run; by default the gateway's.")] = None,
+        run: RunQuery = None,
     ) -> PosteriorStatus:
         """Version, digest (equal digests mean equal posteriors, bit for bit), and per RM the feedbacks and mean
         reward.

@@ -23,7 +23,15 @@ from service.errors import NoRewardError, ServiceError, ValidationError
 from service.handlers.body import parse_body
 from service.handlers.hot import QueryHandler, error_item
 from service.keys.access import Access, Scope
-from service.schemas import FeedbackBatchReply, FeedbackReply, FeedbackRequest, RewardReply, RewardRequest
+from service.schemas import (
+    FeedbackBatchReply,
+    FeedbackReply,
+    FeedbackRequest,
+    RewardReply,
+    RewardRequest,
+    SampleValue,
+    SampleValues,
+)
 from service.telemetry import Telemetry
 from service.trainers.protocols import PROTOCOLS
 from service.trainers.shim import Sample, ScoredSample, ShimOptions, UrlProtocol
@@ -48,22 +56,6 @@ QUIET_SECONDS = 10.0
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class _Values(msgspec.Struct):
-    """What a feedback's body holds beside the samples: exactly one list, of the run's signal."""
-
-    reward: list[float] | None = None
-    loss: list[float] | None = None
-    preferred: list[int] | None = None
-
-
-class _Value(msgspec.Struct):
-    """The same of a single sample."""
-
-    reward: float | None = None
-    loss: float | None = None
-    preferred: int | None = None
 
 
 class TrainerTexts:
@@ -169,8 +161,8 @@ class TrainerRoutes:
         logger.warning("%s has no reward for a sample (%s)", protocol.trainer, code, extra={"fields": fields})
 
     def _feedback_of(self, protocol: UrlProtocol, decoder: msgspec.json.Decoder[Any]) -> QueryHandler:
-        value_of = msgspec.json.Decoder(_Value)
-        values_of = msgspec.json.Decoder(_Values)
+        value_of = msgspec.json.Decoder(SampleValue)
+        values_of = msgspec.json.Decoder(SampleValues)
 
         async def one(body: bytes, access: Access, /, *, query: bytes) -> FeedbackReply:
             options, request = _options(query), parse_body(decoder, body)
@@ -281,7 +273,7 @@ class TrainerRoutes:
         )
 
     async def _accept(
-        self, samples: Sequence[Sample], values: _Values, options: ShimOptions, access: Access
+        self, samples: Sequence[Sample], values: SampleValues, options: ShimOptions, access: Access
     ) -> FeedbackBatchReply:
         n = len(samples)
         rewards, losses = _as_long("reward", values.reward, n), _as_long("loss", values.loss, n)

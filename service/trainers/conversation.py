@@ -209,7 +209,7 @@ def _word(item: Mapping[str, Any], key: str, name: str) -> str:
     """Return an optional short field."""
     value = item.get(key)
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{name}.{key} is {value!r:.50}: give text, or leave it out")
+        raise ValueError(f"{name}.{key} is {_kind(value)}: give text, or leave it out")
     return value or ""
 
 
@@ -223,14 +223,14 @@ def _role(message: Mapping[str, Any], name: str) -> str:
         raise ValueError(f"{name} has no role, but {_keys(message)}: say who speaks: system, user, assistant or tool")
     role = message[key]
     if not isinstance(role, str) or not role.strip():
-        raise ValueError(f"{name}.{key} is {role!r:.50}: give system, user, assistant or tool")
+        raise ValueError(f"{name}.{key} is {_kind(role)}: give system, user, assistant or tool")
     return _ROLES.get(role.strip().lower(), role.strip())
 
 
 def _content(message: Mapping[str, Any], name: str) -> tuple[str, tuple[Call, ...]]:
     """Return the words of one message, those of its parts where it has parts, and its calls of tools."""
     key = next((key for key in _CONTENT_KEYS if message.get(key) is not None), None)
-    calls = message.get("tool_calls") or ()
+    calls = _calls(message.get("tool_calls"), f"{name}.tool_calls")
     if key is None and not calls:
         given = next((f"{name}.{key} is null" for key in _CONTENT_KEYS if key in message), None)
         raise ValueError(
@@ -240,11 +240,20 @@ def _content(message: Mapping[str, Any], name: str) -> tuple[str, tuple[Call, ..
     return "\n".join(texts), tuple(_call(call, f"{name}.tool_calls[{index}]") for index, call in enumerate(calls))
 
 
+def _calls(value: object, name: str) -> Sequence[object]:
+    if value is None:
+        return ()
+    found: Any = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(found, list | tuple):
+        raise ValueError(f"{name} is {type(value).__name__}: give a list of calls, or leave it out")
+    return found
+
+
 def _texts(content: object, name: str) -> list[str]:
     if isinstance(content, str):
         return [content]
     if not isinstance(content, list | tuple):
-        raise ValueError(f"{name} has content that is {content!r:.50}: give text, or a list of parts")
+        raise ValueError(f"{name} has content that is {_kind(content)}: give text, or a list of parts")
     if not content:
         raise ValueError(f"{name} is []: give text, or at least one part")
     return [_part(part, f"{name}[{index}]") for index, part in enumerate(content)]
@@ -254,7 +263,7 @@ def _part(part: object, name: str) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping):
-        raise ValueError(f"{name} holds a part that is {part!r:.50}: give text, or objects with a `type`")
+        raise ValueError(f"{name} holds a part that is {_kind(part)}: give text, or objects with a `type`")
     # Gemini's parts have no type.
     kind = part.get("type", "text" if "text" in part else None)
     if kind not in _TEXT_PARTS:
@@ -264,17 +273,17 @@ def _part(part: object, name: str) -> str:
         )
     text = part.get("text")
     if not isinstance(text, str):
-        raise ValueError(f"{name}.text is {text!r:.50}: give the part's text")
+        raise ValueError(f"{name}.text is {_kind(text)}: give the part's text")
     return text
 
 
 def _call(call: object, name: str) -> Call:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping):
-        raise ValueError(f"{name} holds a tool call that is {call!r:.50}: give objects with `function`")
+        raise ValueError(f"{name} holds a tool call that is {_kind(call)}: give objects with `function`")
     called = function.get("name")
     if not isinstance(called, str) or not called:
-        raise ValueError(f"{name} has a name that is {called!r:.50}: give the function's name")
+        raise ValueError(f"{name} has a name that is {_kind(called)}: give the function's name")
     arguments = function.get("arguments", "")
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return Call(called, text, str(call.get("id") or "") if isinstance(call, Mapping) else "")
@@ -282,6 +291,13 @@ def _call(call: object, name: str) -> Call:
 
 def _written(call: Call) -> str:
     return f"{call.name}({call.arguments})"
+
+
+def _kind(value: object) -> str:
+    """Return what a value is; of texts, and of what holds them, only the type: errors are logged, and texts are not."""
+    if value is None or isinstance(value, int | float):
+        return repr(value)
+    return "blank" if isinstance(value, str) and not value.strip() else type(value).__name__
 
 
 def _keys(message: Mapping[str, Any]) -> str:

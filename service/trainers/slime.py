@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from service.trainers.chat_format import without_tails
+from service.trainers.chat_schema import Said
 from service.trainers.conversation import as_sent
 from service.trainers.shim import Sample, ScoredSample, ShimOptions, UrlProtocol, reference_of
 from service.trainers.templated import MESSAGES, RAW, Templates
@@ -23,7 +24,7 @@ class SlimeRequest(msgspec.Struct, omit_defaults=True):
     """Body of `/remote_rm`; fields that are not here are ignored."""
 
     prompt: Annotated[
-        str | list[dict[str, Any]],
+        Said,
         Meta(description="Text, or messages with `role` and `content` (or ShareGPT's `from` and `value`)."),
     ]
     response: str
@@ -72,6 +73,7 @@ PROTOCOL = UrlProtocol(
     options={
         "reward_key": {
             "type": "string",
+            "minLength": 1,
             "description": "Answer an object with the reward under this key (slime's --reward-key).",
         }
     },

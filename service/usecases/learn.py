@@ -60,7 +60,11 @@ class FeedbackService:
         return result
 
     async def accept_many(
-        self, requests: Sequence[FeedbackRequest], *, run: str | None = None, access: Access = EVERYTHING
+        self,
+        requests: Sequence[FeedbackRequest | ValidationError],
+        *,
+        run: str | None = None,
+        access: Access = EVERYTHING,
     ) -> list[FeedbackReply | ServiceError]:
         """Many feedbacks, each applied or refused on its own, in one pipeline per run.
 
@@ -74,10 +78,13 @@ class FeedbackService:
                 details={"field": "items", "limit": self._max_batch},
             )
         results: list[FeedbackReply | ServiceError | None] = [None] * len(requests)
-        by_run: dict[str, list[tuple[int, FeedbackRecord]]] = {}
+        by_run: dict[str, list[tuple[int, FeedbackRequest, FeedbackRecord]]] = {}
         runs: dict[str | None, Run | ServiceError] = {}
         opened: dict[str, Run] = {}
         for index, request in enumerate(requests):
+            if isinstance(request, ValidationError):
+                results[index] = request
+                continue
             name = request.run or run
             if name not in runs:
                 runs[name] = await self._find(name, access)
@@ -94,19 +101,19 @@ class FeedbackService:
                 results[index] = error
             else:
                 opened[found.name] = found
-                by_run.setdefault(found.name, []).append((index, record))
+                by_run.setdefault(found.name, []).append((index, request, record))
         for run_name, records in by_run.items():
             held = opened[run_name]
             try:
                 outcomes = await self._store.apply_feedback(
-                    run_name, [record for _, record in records], identity=held.identity
+                    run_name, [record for _, _, record in records], identity=held.identity
                 )
             except StoreUnavailableError:
                 self._telemetry.store_errors.labels("apply_feedback").inc()
                 raise
-            for (index, record), outcome in zip(records, outcomes, strict=True):
+            for (index, request, record), outcome in zip(records, outcomes, strict=True):
                 self._telemetry.feedback.labels(run_name, outcome.status).inc()
-                results[index] = _answer(requests[index], record, outcome)
+                results[index] = _answer(request, record, outcome)
                 if outcome.event_id is not None:
                     held.acknowledged = max(held.acknowledged, outcome.event_id, key=event_order)
         return [result for result in results if result is not None]

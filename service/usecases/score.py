@@ -158,7 +158,7 @@ class RewardService:
 
     async def score_many(
         self,
-        requests: Sequence[RewardRequest],
+        requests: Sequence[RewardRequest | ValidationError],
         *,
         run: str | None = None,
         policy: str | None = None,
@@ -173,7 +173,7 @@ class RewardService:
         of its instances, where another piece has come through.
 
         Args:
-            requests: the instances.
+            requests: the instances; an error in the place of one that could not be read stays there.
             run: run of those that name none.
             policy: policy of those that name none.
             signal: kind of feedback that runs must have, of those that name none.
@@ -221,7 +221,7 @@ class RewardService:
 
     async def _answer(
         self,
-        requests: Sequence[RewardRequest],
+        requests: Sequence[RewardRequest | ValidationError],
         wholes: Sequence[Sequence[Piece]],
         deadline: float,
         refused: dict[int, ServiceError],
@@ -233,11 +233,7 @@ class RewardService:
         for index, job in jobs.items():
             job.explain = requests[index].explain
         normalize = self._limits.normalize if normalize is None else normalize
-        wanted = [
-            job
-            for index, job in jobs.items()
-            if (normalize if requests[index].normalize is None else requests[index].normalize)
-        ]
+        wanted = [job for index, job in jobs.items() if _normalizes(requests[index], normalize)]
         if wanted:
             await self._normalise(wanted)
         replies = dict(zip(jobs, await self._record_and_reply(list(jobs.values()), started), strict=True))
@@ -245,7 +241,7 @@ class RewardService:
 
     async def _wholes(
         self,
-        requests: Sequence[RewardRequest],
+        requests: Sequence[RewardRequest | ValidationError],
         run: str | None,
         policy: str | None,
         signal: str | None,
@@ -261,6 +257,9 @@ class RewardService:
         groups: dict[tuple[str | None, str | None, str | None], list[int]] = {}
         read: dict[int, Instance] = {}
         for index, request in enumerate(requests):
+            if isinstance(request, ValidationError):
+                refused[index] = request
+                continue
             try:
                 read[index] = self._read(request, index if len(requests) > 1 else None)
             except ValidationError as error:
@@ -597,6 +596,11 @@ class RewardService:
             self._telemetry.unrecorded.inc(len(records))
             return error
         return None
+
+
+def _normalizes(request: RewardRequest | ValidationError, otherwise: bool) -> bool:
+    said = None if isinstance(request, ValidationError) else request.normalize
+    return otherwise if said is None else said
 
 
 def _counted(keys: Iterable[_Key]) -> dict[_Key, int]:

@@ -137,8 +137,7 @@ async def test_a_field_that_occurs_twice_is_422_and_named(gateway: Gateway, path
 
 async def test_a_field_that_occurs_twice_within_an_item_is_422(gateway: Gateway) -> None:
     bodies = {
-        "/reward/batch": '{"items": [{"prompt": "p", "responses": ["a"], "prompt": "q"}]}',
-        "/feedback/batch": '{"items": [{"decision_id": "d", "reward": 0, "reward": 1}]}',
+        "/reward": '{"prompt": "p", "responses": ["a"], "metadata": {"a": 1, "a": 2}}',
         "/remote_rm": '{"prompt": [{"role": "user", "role": "system", "content": "c"}], "response": "r"}',
         "/get_reward": '{"query": [], "labels": [{"a": 1, "a": 2}]}',
     }

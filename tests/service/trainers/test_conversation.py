@@ -88,7 +88,7 @@ def test_other_dialects_say_the_same(messages: list[dict[str, Any]]) -> None:
         ([{"role": "user", "content": []}], r"\[0\].content is \[\]: give text, or at least one part"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"content\[0\].text is None: give the part's text"),
         ([{"role": None, "content": "x"}], r"\[0\].role is None: give system, user, assistant or tool"),
-        ([{"role": " ", "content": "x"}], r"\[0\].role is ' ': give system"),
+        ([{"role": " ", "content": "x"}], r"\[0\].role is blank: give system"),
         ([{"role": 3, "content": "x"}], r"\[0\].role is 3: give system"),
         ([{"content": "x"}], r"\[0\] has no role, but content: say who speaks"),
         ([{}], r"\[0\] has no role, but nothing: say who speaks"),
@@ -120,8 +120,11 @@ def test_images_are_refused_with_a_remedy() -> None:
     [
         ({"role": "user", "content": 5}, "content that is 5"),
         ({"role": "user", "content": [5]}, "part that is 5"),
-        ({"role": "user", "content": "x", "tool_calls": ["a"]}, "tool call that is 'a'"),
+        ({"role": "user", "content": "x", "tool_calls": ["a"]}, "tool call that is str"),
         ({"role": "user", "content": "x", "tool_calls": [{"function": "f"}]}, "tool call that is"),
+        ({"role": "user", "content": "x", "tool_calls": 5}, "tool_calls is int: give a list"),
+        ({"role": "user", "content": "x", "tool_calls": {"function": "f"}}, "tool_calls is dict: give a list"),
+        ({"role": "user", "content": "x", "tool_calls": {}}, "tool_calls is dict: give a list"),
     ],
 )
 def test_what_no_message_may_hold_is_named(message: dict[str, Any], words: str) -> None:
