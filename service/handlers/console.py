@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Annotated, Final
+from typing import Final
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
 from service.console import console_files
 from service.errors import NotFoundError, ServiceError
 from service.handlers.keys import key_of, require
+from service.handlers.queries import RunQuery
 from service.keys.access import Access, Scope
 from service.keys.ring import KeyRing
 from service.usecases.watch import Watcher
@@ -80,9 +81,7 @@ def console_router() -> APIRouter:
             429: {"description": "Enough pages are open (`console_viewers`)."},
         },
     )
-    async def events(
-        request: Request, run: Annotated[str | None, Query(description="The run; by default the gateway's.")] = None
-    ) -> StreamingResponse:
+    async def events(request: Request, run: RunQuery = None) -> StreamingResponse:
         """First `history`, the points of the last hour; then `state`, every two seconds, and `report`, what
         `/report` answers, when audits have said something new. Made for the console; fields may change.
         """

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PATHS = {
     "/beliefs": "post",
     "/events": "get",
+    "/runs": "get",
     "/reward": "post",
     "/reward/batch": "post",
     "/feedback": "post",
