@@ -76,7 +76,7 @@ class Job(Inquiry):
         Args:
             scales: what the run's score log tells of its RMs; needed only by plans with `needs_scale`.
         """
-        known = self.run.template.score_scale
+        known = self.chosen.template.score_scale
 
         def scale_of(arms: Sequence[int], rewards: NDArray[np.float64]) -> ScoreScale | None:
             if known is not None:
@@ -94,7 +94,7 @@ class Job(Inquiry):
 
     def _right(self, given: Given) -> float | None:
         """Return the probability that a verdict is right which no learned votes have made; None where nothing says."""
-        combination, n = self.run.template.combination, len(self.instance.responses)
+        combination, n = self.chosen.template.combination, len(self.instance.responses)
         if combination is None or n == 1 or self.run.prior.form is not PriorForm.CALIBRATED:
             return None
         if given.verdict == TIE:
@@ -123,13 +123,12 @@ def own_draw(job: Job) -> StickyChoice:
     )
 
 
-def beliefs_of(chosen: Chosen, row: int, pool: Sequence[str], followed: StickyChoice | None = None) -> list[Belief]:
+def beliefs_of(chosen: Chosen, row: int, followed: StickyChoice | None = None) -> list[Belief]:
     """Return what was believed and drawn, by arm.
 
     Args:
         chosen: the draws of a pass.
         row: the instance's place there.
-        pool: names of the arms.
         followed: an earlier draw that stands in the place of this one's own.
     """
     choices, rows = chosen.choices, slice(row, row + 1)
@@ -149,7 +148,8 @@ def beliefs_of(chosen: Chosen, row: int, pool: Sequence[str], followed: StickyCh
             draw=_finite(draws[arm]),
             propensity=propensities[arm],
         )
-        for arm, model in enumerate(pool)
+        # An earlier draw may be of a smaller pool.
+        for arm, model in enumerate(chosen.template.pool[: len(means)])
     ]
 
 
@@ -231,7 +231,7 @@ def reply_of(
         store_seconds: time of saving.
         started: `time.perf_counter()` at the beginning of the request.
     """
-    pool, raw, normalised, attempts = job.run.template.pool, decision.rewards, job.normalised, job.attempts
+    pool, raw, normalised, attempts = job.chosen.template.pool, decision.rewards, job.normalised, job.attempts
     rewards = _told_rewards(raw if normalised is None else normalised)
     valid = [reward is not None for reward in rewards]
     ordered = sorted([reward for reward in rewards if reward is not None], reverse=True)
@@ -267,7 +267,7 @@ def reply_of(
         sticky=msgspec.UNSET if job.followed is None else True,
         raw_rewards=msgspec.UNSET if normalised is None else _told_rewards(raw),
         scale_version=msgspec.UNSET if normalised is None else job.scale_version,
-        beliefs=beliefs_of(job.chosen, job.row, pool, job.followed) if job.explain else msgspec.UNSET,
+        beliefs=beliefs_of(job.chosen, job.row, job.followed) if job.explain else msgspec.UNSET,
     )
 
 

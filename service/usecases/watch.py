@@ -27,9 +27,8 @@ from router_core.records import TIE
 from service.errors import NotFoundError, OverCapacityError, ServiceError
 from service.keys.access import Access
 from service.schemas import AttemptReply
-from service.scorers.status import ScorerStatus
 from service.stores.protocol import Store
-from service.usecases.audit_choice import is_audited
+from service.usecases.audit_choice import is_audited, is_audited_run
 from service.usecases.history import Decided
 from service.usecases.reply import told_attempts
 from service.usecases.report import Reporter
@@ -159,7 +158,7 @@ class _Channel:
     def __init__(self) -> None:
         self.viewers = 0
         self.points: deque[Point] = deque(maxlen=POINTS)
-        self.counted = (0, 0.0, [0])
+        self.counted: tuple[int, float, list[int]] = (0, 0.0, [])
         self.state = b""
         self.report = b""
         self.reported_version = -1
@@ -180,7 +179,6 @@ class Watcher:
         status: workers, encoder and store.
         reporter: reports on audits.
         store: logs and audits.
-        audits: True if decisions are audited.
         texts: True if the console may show texts beside decisions.
         viewers: how many may watch at once.
         executor: where beliefs are computed.
@@ -195,7 +193,6 @@ class Watcher:
         reporter: Reporter,
         store: Store,
         *,
-        audits: bool,
         texts: bool,
         viewers: int,
         executor: Executor,
@@ -206,7 +203,6 @@ class Watcher:
         self._status = status
         self._reporter = reporter
         self._store = store
-        self._audits = audits
         self._texts = texts
         self._viewers = viewers
         self._executor = executor
@@ -317,7 +313,7 @@ class Watcher:
         """Return how long the log is and how many audits wait; None for what cannot be had."""
         try:
             appended = (await self._store.log_status(run.name)).appended
-            return appended, await self._store.audits_waiting(run.name) if self._audits else None
+            return appended, await self._store.audits_waiting(run.name) if is_audited_run(run) else None
         except ServiceError:
             return None, None
 
@@ -358,7 +354,10 @@ class Watcher:
             )
             for k, model in enumerate(template.pool)
         ]
-        models = [*self._status.models(), *self._status.referees()]
+        workers = [
+            *(one.model_copy(update={"referee": False}) for one in self._status.models()),
+            *(one.model_copy(update={"referee": True}) for one in self._status.referees()),
+        ]
         return RunState(
             run=run.name,
             time_ms=int(time.time() * 1000),
@@ -372,11 +371,11 @@ class Watcher:
             decisions=history.decisions,
             price=history.price / history.decisions if history.decisions else None,
             budgets=[Budget(name, pacer.budget, pacer.multiplier) for name, pacer in run.budgets.items()],
-            audits=self._audits,
+            audits=is_audited_run(run),
             audits_waiting=waiting,
             texts=self._texts,
             arms=arms,
-            workers=[_worker(one, len(arms) <= index) for index, one in enumerate(models)],
+            workers=[one.model_dump(mode="json") for one in workers],
             encoder=[{"url": one.url, "up": one.up, "problem": one.problem} for one in self._status.encoder_servers()],
             store_problems=[*self._status.store_findings()],
             newest=[
@@ -398,12 +397,12 @@ class _Beliefs(msgspec.Struct):
 
 def _believed(run: Run, newest: list[Decided]) -> _Beliefs:
     """Return what the run's posterior says now; one pass over all these contexts."""
-    recent = list(run.recent)
-    contexts = [x for x, _ in recent] + [np.frombuffer(one.stored.x, "<f4") for one in newest]
+    recent, posterior = list(run.recent), run.posterior
+    contexts = [*recent, *[np.frombuffer(one.stored.x, "<f4") for one in newest]]
     if not contexts:
         return _Beliefs(None, None, [], [])
-    offsets = np.array([offsets for _, offsets in recent] + [one.stored.offsets for one in newest])
-    means, sds = posterior_moments(np.stack(contexts), offsets, run.posterior)
+    x = np.stack(contexts)
+    means, sds = posterior_moments(x, posterior.prior.offsets(x), posterior)
     n = len(recent)
     return _Beliefs(
         means[:n].mean(axis=0).tolist() if n else None,
@@ -419,10 +418,11 @@ def _point(run: Run, channel: _Channel, beliefs: _Beliefs, lag: int | None) -> P
     asked = [history.asked[k] for k in range(len(pool))]
     decisions, price, before = channel.counted
     channel.counted = (history.decisions, history.price, asked)
-    # A run that was closed and opened again counts anew.
+    # A run that was closed and opened again counts anew; an arm that came to the pool was asked about nothing before.
     count = history.decisions - decisions
-    if count < 0 or len(before) != len(asked):
-        count, price, before = history.decisions, 0.0, [0] * len(asked)
+    if count < 0:
+        count, price, before = history.decisions, 0.0, []
+    before = [*before, *[0] * (len(asked) - len(before))]
     return Point(
         time_ms=int(time.time() * 1000),
         decisions=count,
@@ -458,10 +458,6 @@ def _decision(decided: Decided, pool: tuple[str, ...], now_means: list[float], n
         prompt=None if texts is None else texts.prompt,
         responses=None if texts is None else texts.responses,
     )
-
-
-def _worker(status: ScorerStatus, referee: bool) -> dict[str, Any]:
-    return status.model_copy(update={"referee": referee}).model_dump(mode="json")
 
 
 def _number(value: float) -> float | None:

@@ -43,6 +43,8 @@ PATHS = {
     "/metrics": "get",
     "/models": "get",
     "/posterior": "get",
+    "/pool": "get",
+    "/admin/pool": "post",
 }
 
 
