@@ -262,10 +262,13 @@ async def test_every_answer_has_the_security_headers(gateway: Gateway, keys: Key
     for path in (*required(), "/nothing"):
         for headers in ({}, keys.headers(ALL)):
             for method in ("GET", "POST"):
+                if path in STREAMS and headers:
+                    continue  # Without an end; what comes to it without a key has one.
                 said = (await gateway.client.request(method, path, b"{}", headers=headers)).headers
                 where = (method, path, bool(headers))
                 assert said["x-content-type-options"] == "nosniff", where
-                assert said["cache-control"] == "no-store", where
+                kept = "no-cache" if (method, path) == ("GET", "/") else "no-store"
+                assert said["cache-control"] == kept, where
                 assert said["referrer-policy"] == "no-referrer", where
                 assert said["cross-origin-resource-policy"] == "same-origin", where
                 assert "default-src 'none'" in said["content-security-policy"], where
