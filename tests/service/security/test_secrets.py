@@ -16,7 +16,7 @@ from service.pool import PoolFile
 from service.scorers.transport.http import HttpPool
 from service.settings import Settings
 from service.telemetry import JsonFormatter
-from tests.service.scorers.worker_servers import ScriptedWorker, Serve, error
+from tests.service.scorers.worker_servers import ScriptedWorker, Serve, error, is_probe
 from tests.support.asgi import running
 from tests.support.gateway import fresh_run, small_encoder
 
@@ -61,9 +61,15 @@ def assert_none(text: str, where: str) -> None:
         assert secret not in text, f"{where}: {text[:600]}"
 
 
-def echo(status: int, form: Any) -> Any:
-    """What a server answers that quotes its input."""
-    return lambda request: (status, error(f"cannot read {form(request)}", status))
+def echo(worker: ScriptedWorker, status: int, form: Any) -> Any:
+    """What a server answers that is well, and quotes its input."""
+
+    def answer(request: Any) -> Any:
+        if is_probe(request):
+            return worker.lengths(request)
+        return status, error(f"cannot read {form(request)}", status)
+
+    return answer
 
 
 ECHOES = {
@@ -81,7 +87,7 @@ async def test_a_worker_that_quotes_its_input_tells_nobody(
 ) -> None:
     from service.app import create_app
 
-    worker = ScriptedWorker()
+    worker = ScriptedWorker("rm-a")
     url = serve(worker)
     pool = PoolFile.model_validate({"models": [{"name": "rm-a", "urls": [url]}]})
     settings = Settings(
@@ -94,7 +100,7 @@ async def test_a_worker_that_quotes_its_input_tells_nobody(
     headers = {"authorization": f"Bearer {KEY}"}
     with logged() as lines:
         async with running(create_app(settings, pool, encoder=small_encoder())) as client:
-            worker.answer = echo(status, form)
+            worker.answer = echo(worker, status, form)
             body = {"prompt": PROMPT, "responses": [RESPONSE, "b"]}
             bodies = {
                 "/reward": body,
@@ -118,6 +124,7 @@ async def test_a_worker_that_quotes_its_input_tells_nobody(
             wrong = await client.get("/models", authorization=f"Bearer {PASSWORD}")
             assert wrong.status == 401
             assert_none(wrong.body.decode(), "401")
+    assert worker.questions
     assert lines
     assert_none("\n".join(lines), "log")
 
