@@ -19,6 +19,7 @@ from service.encoders.protocol import AwaitedEncoder
 from service.errors import ServiceError
 from service.gateway import Gateway, build_gateway, package_version
 from service.handlers import openapi
+from service.handlers.admin import admin_router
 from service.handlers.audits import audits_router
 from service.handlers.docs_page import DOCS_POLICY, docs_page
 from service.handlers.errors import render
@@ -99,8 +100,10 @@ def _operators_app(gateway: Gateway) -> ASGIApp:
     app.state.status = gateway.status
     app.state.people = gateway.people
     app.state.reporter = gateway.reporter
+    app.state.pools = gateway.pools
     app.include_router(system_router())
     app.include_router(audits_router())
+    app.include_router(admin_router(keyed=gateway.keys.needed, max_body_bytes=gateway.settings.max_body_bytes))
     app.add_exception_handler(ServiceError, render)
     app.add_exception_handler(HTTPException, render)
     app.add_exception_handler(RequestValidationError, render)

@@ -104,6 +104,20 @@ class GoneError(ServiceError):
     code = "decision_expired"
 
 
+class ArchivedError(ServiceError):
+    """The run is archived: it is neither asked nor taught any more."""
+
+    status = 410
+    code = "run_archived"
+
+
+class PoolConflictError(ServiceError):
+    """The run's pool was changed since the caller looked at it."""
+
+    status = 409
+    code = "pool_conflict"
+
+
 class PayloadTooLargeError(ServiceError):
     """The body is larger than the limit."""
 

@@ -447,6 +447,14 @@ class Telemetry:
         self.decided.cache_clear()
         self.paid.cache_clear()
 
+    def forget_scorers(self, run: str, names: Sequence[str]) -> None:
+        """Drop what was believed of a run's scorers that are asked no more; what they were asked stays counted."""
+        if self._shared:
+            return
+        for name in names:
+            for metric in (self.mean_reward, self.posterior_mean, self.posterior_sd, self.audited_accuracy):
+                metric.remove_by_labels({"run": run, "model": name})
+
     def render(self) -> bytes:
         """The metrics in Prometheus' text format, of all processes at the port."""
         if not self._shared:

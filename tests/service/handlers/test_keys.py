@@ -138,7 +138,7 @@ def test_a_route_that_says_no_scope_does_not_start() -> None:
 async def test_every_route_takes_keys_of_its_scope_only(gateway: Gateway, keys: Keys) -> None:
     hot = application()[0].scopes
     for path, needed in required().items():
-        method = "POST" if path in hot else "GET"
+        method = "POST" if path in hot or path.startswith("/admin") else "GET"
         if needed == "open":
             assert (await gateway.client.request(method, path)).status == 200
             continue
@@ -162,6 +162,7 @@ async def test_a_run_of_others_is_refused_on_every_route(gateway: Gateway, keys:
         "/feedback": {"decision_id": "d", "preferred": 0, "run": other},
         "/feedback/batch": {"items": [{"decision_id": "d", "preferred": 0}], "run": other},
         "/audits/judge": {"decision_id": "d", "preferred": 0, "run": other},
+        "/admin/pool": {"dry_run": True, "run": other},
         "/get_reward": {"query": ["q"], "prompts": ["p"], "responses": ["r"]},
     }
     for path, body in bodies.items():
@@ -169,7 +170,7 @@ async def test_a_run_of_others_is_refused_on_every_route(gateway: Gateway, keys:
             response = await client.post(path, document, **mine)
             assert (response.status, response.error["code"]) == (403, "forbidden"), (path, response.body)
             assert "mine-*" in response.error["message"]
-    for path in ("/posterior", "/report", "/audits"):
+    for path in ("/posterior", "/report", "/audits", "/pool"):
         for query in ("", f"?run={other}"):
             assert (await client.get(path + query, **mine)).status == 403
 
