@@ -241,13 +241,11 @@ def _train_checkpoint(folder: Path, out: Path) -> None:
 
 
 def _with_rule(pair: LabelledPair) -> LabelledPair:
-    """Return the pair with what the rule says, where it applies."""
-    if pair.domain != RULE_DOMAIN:
-        return pair
+    """Return the pair with what the rule says, or that it does not apply."""
     said = [sums_rule([], response, None, {}) for response in pair.instance.responses]
     scores = tuple(float(one) for one in said if one is not None)
-    if len(scores) < len(said):
-        return pair
+    if pair.domain != RULE_DOMAIN or len(scores) < len(said):
+        return replace(pair, abstained=pair.abstained | {RULE})
     return replace(pair, scores={**pair.scores, RULE: scores}, verdicts={**pair.verdicts, RULE: verdict_of(scores)})
 
 
