@@ -240,13 +240,14 @@ def _train_checkpoint(folder: Path, out: Path) -> None:
 
 
 def _with_rule(pair: LabelledPair) -> LabelledPair:
-    """Return the pair with what the rule says, where it applies."""
+    """Return the pair with what the rule says; it abstains where it does not apply."""
+    silent = replace(pair, abstained=frozenset({RULE}))
     if pair.domain != RULE_DOMAIN:
-        return pair
+        return silent
     said = [sums_rule([], response, None, {}) for response in pair.instance.responses]
     scores = tuple(float(one) for one in said if one is not None)
     if len(scores) < len(said):
-        return pair
+        return silent
     return replace(pair, scores={**pair.scores, RULE: scores}, verdicts={**pair.verdicts, RULE: verdict_of(scores)})
 
 
