@@ -310,3 +310,17 @@ class JudgementReply(msgspec.Struct):
     decision_id: str
     event_id: Annotated[str, Meta(description="Its id in the run's log.")]
     duplicate: Annotated[bool, Meta(description="True if the same judgement was there before; nothing changed.")]
+
+
+class PoolRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """A change of a run's pool."""
+
+    pool: Annotated[
+        dict[str, Any] | None,
+        Meta(description="A pool file as JSON: every scorer of the pool to be. Null: the gateway's own."),
+    ] = None
+    run: str | None = None
+    expect: Annotated[
+        Annotated[int, Meta(ge=0)] | None, Meta(description="Version that the caller has seen; 409 if it is another.")
+    ] = None
+    dry_run: Annotated[bool, Meta(description="Answer what would change, and change nothing.")] = False

@@ -65,6 +65,11 @@ class Settings(BaseSettings):
         description="File of hashed keys with scopes, runs and limits, which `reward-router keys` writes. It is read "
         "again when it changes (docs/security.md).",
     )
+    acts_file: Path | None = Field(
+        None,
+        description="File to which every administrative act is appended before it is done, one JSON line each, beside "
+        "the process's log (docs/security.md).",
+    )
     allow_unauthenticated: bool = Field(False, description="Listen beyond loopback without a key.")
 
     run: str = Field("default", pattern=RUN_PATTERN, description="Name of the run that requests without `run` mean.")

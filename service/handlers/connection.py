@@ -28,6 +28,7 @@ from service.errors import (
 )
 from service.handlers.corked import CorkedProtocol
 from service.handlers.errors import error_reply, headers_of
+from service.handlers.headers import SECURITY_HEADERS
 
 MAX_HEAD_BYTES = 16 << 10
 """Request line and headers together, trailers included."""
@@ -254,6 +255,7 @@ def _response(error: ServiceError) -> bytes:
     body = msgspec.json.encode(error_reply(error))
     headers = {
         "content-type": "application/json",
+        **{name.decode(): value.decode() for name, value in SECURITY_HEADERS},
         **headers_of(error),
         "content-length": str(len(body)),
         "connection": "close",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,12 +18,13 @@ from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.routing import BaseRoute, Router
-from starlette.types import ASGIApp, Receive, Send
+from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from service.errors import ConfigurationError, ServiceError
 from service.handlers.errors import render
 from service.keys.access import Access, Scope
+from service.keys.acts import ActLog
 from service.keys.ring import KeyRing
 
 OPEN_PATHS: Final = {
@@ -134,9 +136,10 @@ class KeyGuard:
     The server leaves out the body of an answer to HEAD.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, acts: ActLog) -> None:
         self._app = app
         self._keys = keys
+        self._acts = acts
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it."""
@@ -156,6 +159,38 @@ class KeyGuard:
             await response(scope, receive, send)
             return
         try:
-            await self._app({**scope, ACCESS: access}, receive, send)
+            scope = {**scope, ACCESS: access}
+            if scope["method"] in ("GET", "OPTIONS"):
+                await self._app(scope, receive, send)
+            else:
+                await self._act(access, scope, receive, send)
         finally:
             access.leave()
+
+    async def _act(self, access: Access, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        """Serve what may change the gateway: written down before, and with its status after."""
+        about = {
+            "key": access.name,
+            "method": scope["method"],
+            "path": scope["path"][:200],
+            "query": scope["query_string"][:200].decode("latin-1"),
+        }
+        status = 500
+
+        async def seen(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            self._acts.write("asked", **about)
+        except ServiceError as error:
+            response = await render(Request(scope), error)
+            await response(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, seen)
+        finally:
+            with contextlib.suppress(ServiceError):
+                self._acts.write("answered", **about, status=status)

@@ -52,6 +52,7 @@ def install(app: FastAPI) -> None:
                 schemas.FeedbackReply,
                 schemas.JudgementRequest,
                 schemas.JudgementReply,
+                schemas.PoolRequest,
                 schemas.ErrorReply,
                 schemas.NoReward,
                 *TYPES,

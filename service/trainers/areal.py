@@ -28,12 +28,15 @@ from service.trainers.client import AsyncRouterClient, RouterClient
 from service.trainers.coalesce import Coalescer
 from service.trainers.conversation import as_sent
 from service.trainers.options import ClientOptions, from_environment
-from service.trainers.samples import samples_of
+from service.trainers.samples import reference_text
 from service.trainers.templated import UNKNOWN, split_prompt
 from service.trainers.values import FATAL_CODES, RewardItem, RouterRefusedError, RouterUnavailableError
-from service.trainers.verl import score_single
+from service.trainers.verl import score_of, score_single
 
 logger = logging.getLogger("reward_router")
+
+REFERENCES = ("answer", "ground_truth", "solution")
+"""Columns in which AReaL's data sets keep the right answer; the first that is a text counts."""
 
 DEADLINE_SECONDS = 12.0
 """Below the 15 s after which AReaL gives up on a call."""
@@ -53,7 +56,7 @@ def reward_fn(
         completions: the response, special tokens included.
         prompt_ids: not used.
         completion_ids: not used.
-        columns: of the data set; `messages` is read.
+        columns: of the data set; `messages` is read, and a text in one of `REFERENCES` as the reference.
 
     Returns:
         The reward.
@@ -62,7 +65,7 @@ def reward_fn(
         RouterUnavailableError: no reward before the deadline: AReaL tries again, then rejects the trajectory.
         RouterRefusedError: a final refusal.
     """
-    return score(client_of(_options(), os.getpid()), prompt, completions, columns.get("messages"))
+    return score(client_of(_options(), os.getpid()), prompt, completions, columns)
 
 
 def make_reward_fn(options: ClientOptions) -> ConfiguredReward:
@@ -81,34 +84,34 @@ class ConfiguredReward:
         self.options = options
 
     def __call__(self, prompt: str, completions: str, *_: Any, **columns: Any) -> float:
-        return score(client_of(self.options, os.getpid()), prompt, completions, columns.get("messages"))
+        return score(client_of(self.options, os.getpid()), prompt, completions, columns)
 
 
-def score(client: RouterClient, prompt: str, completion: str, messages: Any = None) -> float:
+def score(client: RouterClient, prompt: str, completion: str, columns: Mapping[str, Any]) -> float:
     """The reward of one sample.
 
     Args:
         client: who asks.
         prompt: templated text.
         completion: the response, special tokens included.
-        messages: the prompt's messages, if known.
+        columns: see `reward_fn`.
 
     Raises:
         RouterUnavailableError: there is none; names the stable code of the reason.
+        RouterRefusedError: a final refusal.
     """
-    item = item_of(prompt, completion, messages)
-    [sample] = samples_of(client.reward(item.prompt, item.responses), 1)
-    return sample.require()
+    [result] = client.reward_many([item_of(prompt, completion, columns)])
+    return float(score_of(result)["score"])
 
 
-def item_of(prompt: str, completion: str, messages: Any = None) -> RewardItem:
-    """The sample without its chat template; the arguments are those of `score`."""
+def item_of(prompt: str, completion: str, columns: Mapping[str, Any]) -> RewardItem:
+    """The sample without its chat template, with its reference; the arguments are those of `score`."""
     split = split_prompt(prompt, completion)
-    if messages is not None:
-        return RewardItem(as_sent(messages), (split.response,))
-    if split.template == UNKNOWN:
+    messages = columns.get("messages")
+    reference = next((text for name in REFERENCES if (text := reference_text(columns.get(name)))), None)
+    if messages is None and split.template == UNKNOWN:
         _warn_once()
-    return RewardItem(split.said, (split.response,))
+    return RewardItem(split.said if messages is None else as_sent(messages), (split.response,), reference=reference)
 
 
 @cache
@@ -174,7 +177,7 @@ class AwaitedReward:
             RouterUnavailableError: no reward before the deadline.
             RouterRefusedError: a final refusal.
         """
-        item = item_of(prompt, completions, columns.get("messages"))
+        item = item_of(prompt, completions, columns)
         return float((await score_single(self._coalescer, item))["score"])
 
     async def close(self) -> None:

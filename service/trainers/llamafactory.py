@@ -30,6 +30,7 @@ class LlamaFactoryReply(msgspec.Struct):
 
     scores: list[float]
     models: Annotated[list[str], Meta(description="The RM that gave each.")]
+    components: Annotated[list[dict[str, float]], Meta(description="What each scorer said of each, by name.")]
 
 
 def read(request: LlamaFactoryRequest, options: ShimOptions, templates: Templates) -> list[Sample]:
@@ -42,7 +43,11 @@ def read(request: LlamaFactoryRequest, options: ShimOptions, templates: Template
 
 def write(scored: Sequence[ScoredSample], pool: Sequence[str], options: ShimOptions) -> LlamaFactoryReply:
     """Return the reply."""
-    return LlamaFactoryReply([sample.reward for sample in scored], [sample.model for sample in scored])
+    return LlamaFactoryReply(
+        [sample.reward for sample in scored],
+        [sample.model for sample in scored],
+        [dict(sample.components) for sample in scored],
+    )
 
 
 PROTOCOL = UrlProtocol(

@@ -27,6 +27,9 @@ from service.trainers.trl import AsyncRouterReward
 NAME = "reward_router"
 """Under which ms-swift finds the function."""
 
+REFERENCE = "solution"
+"""Column in which ms-swift's data sets keep the right answer; sent as the reference where there is one."""
+
 PLUGIN = Path(__file__).with_name("plugins") / "reward_router_swift.py"
 """The file for `--external_plugins`."""
 
@@ -72,9 +75,8 @@ class RouterORM:
         prompts = [split_messages(conversation)[0] for conversation in messages]
         # ms-swift runs every step in an event loop of its own, which connections would not outlive.
         async with AsyncRouterClient(self.options) as client:
-            reward = AsyncRouterReward(
-                client=client, judge=self.judge, row_options=RowOptions(on_missing=OnMissing.GROUP)
-            )
+            options = RowOptions(on_missing=OnMissing.GROUP, reference=REFERENCE if REFERENCE in columns else None)
+            reward = AsyncRouterReward(client=client, judge=self.judge, row_options=options)
             return await reward(prompts, completions, **columns)
 
 

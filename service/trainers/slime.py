@@ -57,6 +57,7 @@ def write(scored: Sequence[ScoredSample], pool: Sequence[str], options: ShimOpti
         "propensity": one.propensity,
         "raw_reward": one.raw_reward,
         "fallback": one.fallback,
+        "components": dict(one.components),
     }
     return {**about, options.reward_key: one.reward}
 

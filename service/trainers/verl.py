@@ -34,7 +34,7 @@ from service.trainers.client import AsyncRouterClient, RouterClient
 from service.trainers.coalesce import Coalescer
 from service.trainers.conversation import Said, as_sent
 from service.trainers.options import ClientOptions, from_environment
-from service.trainers.samples import samples_of
+from service.trainers.samples import reference_text, samples_of
 from service.trainers.values import (
     NO_REWARD,
     RETRIED_CODES,
@@ -62,7 +62,7 @@ def compute_score(
     Args:
         data_source: not used.
         solution_str: the response.
-        ground_truth: not used.
+        ground_truth: a text is sent as the reference: what a right answer looks like.
         extra_info: holds `prompt`.
         options: `reward_kwargs` of verl's configuration: `url`, `run`, `api_key`, `deadline_seconds`, …; they win over
             the environment's `REWARD_ROUTER_CLIENT_…`.
@@ -75,8 +75,9 @@ def compute_score(
         RouterUnavailableError: no reward before the deadline.
         RouterRefusedError: a final refusal.
     """
-    client, prompt, response = client_of(_options(options), os.getpid()), _prompt_of(extra_info), _given(solution_str)
-    return score_of(client.reward(prompt, [response]))
+    item = RewardItem(_prompt_of(extra_info), (_given(solution_str),), reference=reference_text(ground_truth))
+    [result] = client_of(_options(options), os.getpid()).reward_many([item])
+    return score_of(result)
 
 
 async def compute_score_async(
@@ -88,7 +89,10 @@ async def compute_score_async(
 ) -> dict[str, Any]:
     """`compute_score` for verl's event loop: concurrent samples travel in one request. Prefer it."""
     coalescer = coalescer_of(_options(options), os.getpid())
-    return await score_single(coalescer, RewardItem(_prompt_of(extra_info), (_given(solution_str),)))
+    reference = reference_text(ground_truth)
+    return await score_single(
+        coalescer, RewardItem(_prompt_of(extra_info), (_given(solution_str),), reference=reference)
+    )
 
 
 class RouterRewardManager:
@@ -114,7 +118,8 @@ class RouterRewardManager:
         """The reward of one sample.
 
         Args:
-            data: verl's `DataProto` of one sample; of a longer trajectory the last one counts.
+            data: verl's `DataProto` of one sample; of a longer trajectory the last one counts. A text in
+                `reward_model["ground_truth"]` is the reference.
 
         Returns:
             `{"reward_score": float, "reward_extra_info": {…}}`.
@@ -134,7 +139,8 @@ class RouterRewardManager:
         fields = sample.non_tensor_batch
         raw = fields.get("raw_prompt")
         prompt = as_sent(_plain(raw)) if raw is not None else _prompt_of(fields.get("extra_info"))
-        found = await score_single(self._coalescer, RewardItem(prompt, (str(response),)))
+        reference = reference_text((fields.get("reward_model") or {}).get("ground_truth"))
+        found = await score_single(self._coalescer, RewardItem(prompt, (str(response),), reference=reference))
         return {"reward_score": found["score"], "reward_extra_info": found}
 
     @classmethod

@@ -73,7 +73,7 @@ class Job(Inquiry):
         Args:
             scales: what the run's score log tells of its RMs; needed only by plans with `needs_scale`.
         """
-        known = self.run.template.score_scale
+        known = self.chosen.template.score_scale
 
         def scale_of(arms: Sequence[int], rewards: NDArray[np.float64]) -> ScoreScale | None:
             if known is not None:
@@ -91,7 +91,7 @@ class Job(Inquiry):
 
     def _right(self, given: Given) -> float | None:
         """Return the probability that a verdict is right which no learned votes have made; None where nothing says."""
-        combination, n = self.run.template.combination, len(self.instance.responses)
+        combination, n = self.chosen.template.combination, len(self.instance.responses)
         if combination is None or n == 1 or self.run.prior.form is not PriorForm.CALIBRATED:
             return None
         if given.verdict == TIE:
@@ -194,7 +194,7 @@ def reply_of(
         store_seconds: time of saving.
         started: `time.perf_counter()` at the beginning of the request.
     """
-    pool, raw, normalised, attempts = job.run.template.pool, decision.rewards, job.normalised, job.attempts
+    pool, raw, normalised, attempts = job.chosen.template.pool, decision.rewards, job.normalised, job.attempts
     rewards = _told_rewards(raw if normalised is None else normalised)
     valid = [reward is not None for reward in rewards]
     ordered = sorted([reward for reward in rewards if reward is not None], reverse=True)

@@ -22,6 +22,8 @@ from router_core.audits.summary import Audited
 from router_core.records import TIE, Source, credit
 from service.errors import NotFoundError
 from service.keys.access import EVERYTHING, Access
+from service.stores.acts import is_act
+from service.stores.ids import event_order
 from service.stores.protocol import LogEntry, Store
 from service.telemetry import Telemetry
 from service.usecases.decisions import StoredDecision, decode_decision, told_by
@@ -160,7 +162,7 @@ class Reporter:
             raise NotFoundError(f"run {name!r} is not open here: send it a request first", details={"run": name})
         rows = await self._read(run)
         waiting = await self._store.audits_waiting(name)
-        audited = list(rows.by_decision.values())
+        audited = [_of_arms(row, len(run.template.pool)) for row in rows.by_decision.values()]
         found = await asyncio.to_thread(report_of, name, run.template.pool, audited, run.posterior.referees)
         found.waiting = waiting
         return found
@@ -198,7 +200,10 @@ class Reporter:
         pool = len(run.template.pool)
         async with rows.lock:
             while True:
-                entries = await self._store.read_log(run.name, rows.position, count=READ_COUNT, block_ms=0)
+                found = await self._store.read_log(run.name, rows.position, count=READ_COUNT, block_ms=0)
+                # No farther than the learner, which knows the pool there.
+                end = event_order(run.last_event_id)
+                entries = [entry for entry in found if event_order(entry.event_id) <= end]
                 if not entries:
                     return rows
                 await asyncio.to_thread(_take, rows.by_decision, entries, pool)
@@ -208,17 +213,33 @@ class Reporter:
 def _take(rows: dict[str, Audited], entries: Sequence[LogEntry], n_arms: int) -> None:
     """Add what entries of the log say to the rows by decision; the oldest beyond `MAX_ROWS` go."""
     for entry in entries:
+        if is_act(entry):
+            continue
         decision = decode_decision(entry.payload)
         if decision.audit is None:
             continue
         told = told_by(decision, entry.value)
-        row = rows.get(entry.decision_id) or row_of(decision, n_arms)
+        row = rows.get(entry.decision_id) or row_of(decision, max(n_arms, len(decision.offsets)))
         gold = int(told.feedback.value)
         if (told.source is not Source.AUDIT or told.after_gold) and gold != TIE and row.gold is None:
-            row = replace(row, gold=gold, gold_credits=_credits(decision, gold, n_arms))
+            row = replace(row, gold=gold, gold_credits=_credits(decision, gold, len(row.credits)))
         rows[entry.decision_id] = row
     for name in list(rows)[: max(len(rows) - MAX_ROWS, 0)]:
         del rows[name]
+
+
+def _of_arms(row: Audited, n_arms: int) -> Audited:
+    """The row with arms that came to the pool after it: they said nothing."""
+    missing = n_arms - len(row.credits)
+    if missing <= 0:
+        return row
+    gold = row.gold_credits
+    return replace(
+        row,
+        rewards=np.pad(row.rewards, ((0, missing), (0, 0)), constant_values=np.nan),
+        credits=np.pad(row.credits, (0, missing), constant_values=np.nan),
+        gold_credits=None if gold is None else np.pad(gold, (0, n_arms - len(gold)), constant_values=np.nan),
+    )
 
 
 def row_of(decision: StoredDecision, n_arms: int) -> Audited:

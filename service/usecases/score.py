@@ -28,14 +28,14 @@ from service.stores.ids import RANDOM_BYTES, new_decision_id
 from service.stores.protocol import DecisionRecord, Store
 from service.telemetry import Telemetry
 from service.usecases.ask import Asker, Tickets, too_late
-from service.usecases.audit_choice import AuditChooser, ChosenAudits
+from service.usecases.audit_choice import AuditChooser, ChosenAudits, is_audited_run
 from service.usecases.choose import Chooser
 from service.usecases.converse import instance_of
 from service.usecases.decisions import content_key, encode_decision
 from service.usecases.normalise import Normaliser
 from service.usecases.pieces import PIECES_ASKED, Piece, cut, divide
 from service.usecases.reply import Job, decision_of, own_draw, reply_of
-from service.usecases.runs import RunRegistry, Wish
+from service.usecases.runs import RunRegistry, RunTemplate, Wish
 from service.usecases.shadow import Shadowable, Shadower
 from service.usecases.sticky import StickyChoices, sticky_key
 
@@ -138,7 +138,7 @@ class RewardService:
         self._under_way = 0
         self._idle = idle or asyncio.Event()
         self._idle.set()
-        self._asker = Asker(telemetry.called, runs.template.prices, timeout_seconds=limits.worker_timeout_seconds)
+        self._asker = Asker(telemetry.called, timeout_seconds=limits.worker_timeout_seconds)
         self._entropy = _Entropy()
 
     async def score(self, request: RewardRequest, access: Access = EVERYTHING) -> RewardReply:
@@ -248,7 +248,7 @@ class RewardService:
         for (run_name, policy_name, signal_name), indices in groups.items():
             try:
                 access.check_run(run_name or self._runs.default)
-                template = self._runs.template
+                template = self._runs.template_of(run_name)
                 chosen_policy = template.policy(policy_name) if policy_name else template.default_policy
                 wish = Wish(chosen_policy.prior, None if signal_name is None else Signal(signal_name))
                 found = self._runs.opened(run_name, wish)
@@ -278,9 +278,7 @@ class RewardService:
         """
         if not wholes:
             return {}
-        arms = self._runs.template.arms
         if len(wholes) == 1 and len(wholes[0]) == 1:
-            tickets = Tickets(arms)
             piece = wholes[0][0]
             try:
                 jobs = await self._choose(piece, deadline)
@@ -290,10 +288,11 @@ class RewardService:
                     raise
                 refused.update(dict.fromkeys(bad.indices, error))
                 return await self._route([[rest]], deadline, refused)
-            await self._ask(jobs, tickets, deadline)
+            template = jobs[0].chosen.template
+            await self._ask(jobs, Tickets(template.arms, template.prices), deadline)
             return dict(zip(piece.indices, jobs, strict=True))
-        tickets = Tickets(arms, shared=True)
-        routed = await asyncio.gather(*(self._route_whole(pieces, tickets, deadline) for pieces in wholes))
+        shared: dict[RunTemplate, Tickets] = {}
+        routed = await asyncio.gather(*(self._route_whole(pieces, shared, deadline) for pieces in wholes))
         outcomes = [outcome for part in routed for outcome in part]
         failed = [outcome for _, outcome in outcomes if isinstance(outcome, ServiceError)]
         if len(failed) == len(outcomes):
@@ -307,14 +306,17 @@ class RewardService:
         return found
 
     async def _route_whole(
-        self, pieces: Sequence[Piece], tickets: Tickets, deadline: float
+        self, pieces: Sequence[Piece], shared: dict[RunTemplate, Tickets], deadline: float
     ) -> list[tuple[Piece, list[Job] | ServiceError]]:
         """Choose piece after piece; each is asked about while the next ones are chosen."""
         room = asyncio.Semaphore(PIECES_ASKED)
 
         async def ask(jobs: list[Job]) -> list[Job]:
+            template = jobs[0].chosen.template
+            if template not in shared:
+                shared[template] = Tickets(template.arms, template.prices, shared=True)
             try:
-                await self._ask(jobs, tickets, deadline)
+                await self._ask(jobs, shared[template], deadline)
             finally:
                 room.release()
             return jobs
@@ -347,12 +349,14 @@ class RewardService:
         Raises:
             ServiceError: the encoder is away, or the time is over.
         """
-        run, policy = piece.run, piece.policy
+        run = piece.run
+        # Of the pool as it is now; the piece may have waited.
+        policy = run.template.policy(piece.policy.name)
         try:
             async with asyncio.timeout_at(deadline):
                 chosen = await self._chooser.choose(run, policy, piece.instances)
-                # Copies: a row of a batch would keep the whole batch.
-                run.recent.append((chosen.x[0].copy(), chosen.offsets[0].copy()))
+                # A copy: a row of a batch would keep the whole batch.
+                run.recent.append(chosen.x[0].copy())
                 rankings, draws = chosen.choices.ranking.tolist(), chosen.choices.draws.tolist()
                 for row, drawn in enumerate(draws):
                     if _NEVER in drawn:
@@ -360,7 +364,7 @@ class RewardService:
                 means = chosen.choices.means.tolist()
                 jobs = []
                 for row, instance in enumerate(piece.instances):
-                    view = run.view(len(instance.responses), means[row], chosen.multiplier)
+                    view = run.view(len(instance.responses), means[row], chosen.multiplier, chosen.template)
                     jobs.append(
                         Job(
                             policy.plan_for(view),
@@ -377,7 +381,7 @@ class RewardService:
                     if self._sticky.seconds:
                         await self._stick(jobs)
                     for arm, count in _counted([job.order[0] for job in jobs if job.order]).items():
-                        self._telemetry.drawn(run.name, run.template.pool[arm]).inc(count)
+                        self._telemetry.drawn(run.name, chosen.template.pool[arm]).inc(count)
         except TimeoutError as error:
             raise too_late() from error
         return jobs
@@ -386,7 +390,8 @@ class RewardService:
         """Carry out the plans: every job has its reward or its error afterwards."""
         await self._asker.ask(jobs, tickets, deadline)
         scaled = [job for job in jobs if job.plan.needs_scale]
-        scales = await self._observed(scaled) if scaled and self._runs.template.score_scale is None else {}
+        unknown = [job for job in scaled if job.chosen.template.score_scale is None]
+        scales = await self._observed(unknown) if unknown else {}
         for job in jobs:
             job.conclude(scales.get(job.run.name))
 
@@ -407,14 +412,20 @@ class RewardService:
             return
         for job in singles:
             job.sticky = sticky_key(job.policy.name, job.instance.prompt)
-        if self._audits is not None:
-            await self._offer_groups(self._audits, singles)
+        audits = self._audits if is_audited_run(singles[0].run) else None
+        if audits is not None:
+            await self._offer_groups(audits, singles)
         standing = await self._sticky.settle(singles[0].run.name, [(job.sticky, own_draw(job)) for job in singles])
         for job, followed in zip(singles, standing, strict=True):
-            if followed is not None:
+            # A draw that is older than a change of the pool, and would ask a retired scorer, is followed no more.
+            if followed is None:
+                continue
+            if any(job.chosen.template.retired[arm] for arm in followed.order):
+                job.sticky = ""
+            else:
                 job.followed, job.order = followed, followed.order
-        if self._audits is not None:
-            self._audits.met(singles[0].run, [job.chosen.x[job.row] for job in singles if job.followed is None])
+        if audits is not None:
+            audits.met(singles[0].run, [job.chosen.x[job.row] for job in singles if job.followed is None])
 
     async def _offer_groups(self, audits: AuditChooser, singles: Sequence[Job]) -> None:
         """Give each single the audit that it would begin; all of one run."""

@@ -12,11 +12,20 @@ import asyncio
 import importlib.abc
 import importlib.machinery
 import json
-import socket
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
+
+from tests.conftest import free_port
+
+APP = """
+from service.trainers.nemo_gym_server import RouterResourcesServer
+
+RouterResourcesServer.run_webserver()
+"""
+"""NeMo Gym's `app.py`, as on its page."""
 
 RESPONSES = ["a b", "c d e f", "g"]
 REFUSED = "x" * 50
@@ -158,12 +167,13 @@ async def atropos() -> Any:
 
 
 async def nemo_gym() -> Any:
-    """A `SimpleResourcesServer` of ours on a port, called by NeMo Gym's own client: singles, a cohort, `/compare`."""
-    import nemo_gym.server_utils as http
-    import uvicorn
-    from omegaconf import OmegaConf
+    """NeMo Gym's head server, two servers of ours as processes of their own, and its own client that asks them.
 
-    from service.trainers.nemo_gym_server import RouterConfig, RouterResourcesServer
+    One judges singles, the other cohorts. Each runs the page's `app.py` as NeMo Gym starts it: `run_webserver` of a
+    `SimpleResourcesServer`, told its configuration by NeMo Gym's environment variables.
+    """
+    import nemo_gym.server_utils as http
+    from omegaconf import OmegaConf
 
     def body(response: str, **words: Any) -> dict[str, Any]:
         message = {
@@ -177,55 +187,60 @@ async def nemo_gym() -> Any:
         more = {"parallel_tool_calls": False, "tool_choice": "auto", "tools": []}
         return {"responses_create_params": {"input": PROMPT}, "response": {**answer, **more}, **words}
 
-    async def serve(size: int, seconds: float) -> tuple[Any, Any, Any]:
-        sock = socket.socket()
-        sock.bind(("127.0.0.1", 0))
-        host, port = sock.getsockname()
-        names = {"router": {"resources_servers": {"router": {"host": host, "port": port}}}}
-        client = http.ServerClient.model_construct(global_config_dict=OmegaConf.create(names))
-        config = RouterConfig(
-            host=host,
-            port=port,
-            entrypoint="app.py",
-            name="router",
-            num_rollouts_per_prompt=size,
-            cohort_seconds=seconds,
-        )
-        instance = RouterResourcesServer(config=config, server_client=client)
-        app = instance.setup_webserver()
-        instance.setup_exception_middleware(app)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
-        task = asyncio.create_task(server.serve(sockets=[sock]))
-        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
-            await asyncio.sleep(0.01)
-        return client, server, task
-
-    async def ask(client: Any, path: str, document: Any) -> Any:
-        response = await client.post(server_name="router", url_path=path, json=document)
-        return await response.json()
-
     keys = ("reward", "reward_components", "mask_sample", "failure_kind", "failure_reason", "decision_id")
 
-    async def verify(client: Any, bodies: list[Any]) -> list[Any]:
-        found = await asyncio.gather(*(ask(client, "/verify", one) for one in bodies))
+    async def ask(client: Any, name: str, path: str, document: Any) -> Any:
+        response = await client.post(server_name=name, url_path=path, json=document)
+        return await response.json()
+
+    async def verify(client: Any, name: str, bodies: list[Any]) -> list[Any]:
+        found = await asyncio.gather(*(ask(client, name, "/verify", one) for one in bodies))
         return [{key: one.get(key) for key in keys} for one in found]
 
-    http.set_global_aiohttp_client(http.GlobalAIOHTTPAsyncClientConfig())
-    single, first, one = await serve(1, 10)
-    cohort, second, two = await serve(3, 0.5)
-    answers = [body(response, expected_answer="c d e f") for response in RESPONSES]
-    group = [body(text, _ng_task_index=7, _ng_rollout_index=index) for index, text in enumerate(RESPONSES)]
-    lonely = [body("a b", _ng_task_index=8, _ng_rollout_index=0)]
-    compared = {"conversation_history": PROMPT, "response_objs": [one["response"] for one in answers]}
-    found = {
-        "single": await verify(single, answers),
-        "cohort": await verify(cohort, group),
-        "incomplete": await verify(cohort, lonely),
-        "compare": await ask(single, "/compare", compared),
-    }
-    first.should_exit = second.should_exit = True
-    await asyncio.gather(one, two)
-    return found
+    async def asked(children: Sequence[asyncio.subprocess.Process]) -> Any:
+        http.HeadServer.run_webserver()
+        head = http.ServerClient.load_head_server_config()
+        del os.environ["NEMO_GYM_CONFIG_DICT"]  # The client asks the head server for the configuration, as a trainer's.
+        probe = http.ServerClient(head_server_config=head, global_config_dict=http.get_global_config_dict())
+        for name in ("head_server", "single", "cohort"):
+            while probe.poll_for_status(name) != "success":
+                assert all(child.returncode is None for child in children), "a server ended"
+                await asyncio.sleep(0.1)
+        client = http.ServerClient.load_from_global_config(head)
+        http.set_global_aiohttp_client(http.GlobalAIOHTTPAsyncClientConfig())
+        answers = [body(response, expected_answer="c d e f") for response in RESPONSES]
+        group = [body(text, _ng_task_index=7, _ng_rollout_index=index) for index, text in enumerate(RESPONSES)]
+        lonely = [body("a b", _ng_task_index=8, _ng_rollout_index=0)]
+        compared = {"conversation_history": PROMPT, "response_objs": [one["response"] for one in answers]}
+        return {
+            "single": await verify(client, "single", answers),
+            "cohort": await verify(client, "cohort", group),
+            "incomplete": await verify(client, "cohort", lonely),
+            "compare": await ask(client, "single", "/compare", compared),
+        }
+
+    def server(size: int, seconds: float) -> dict[str, Any]:
+        cohort = {"num_rollouts_per_prompt": size, "cohort_seconds": seconds}
+        inner = {"host": "127.0.0.1", "port": free_port(), "entrypoint": "app.py", "domain": "other", **cohort}
+        return {"resources_servers": {"router": inner}}
+
+    head = {"host": "127.0.0.1", "port": free_port()}
+    config = {"head_server": head, "dry_run": False, "single": server(1, 10), "cohort": server(3, 0.5)}
+    os.environ["NEMO_GYM_CONFIG_DICT"] = OmegaConf.to_yaml(OmegaConf.create(config))
+    app = f"import sys; sys.path.append({sys.path[-1]!r})\n{APP}"
+    children = [
+        await asyncio.create_subprocess_exec(
+            sys.executable, "-c", app, env={**os.environ, "NEMO_GYM_CONFIG_PATH": name}, stdout=sys.stderr
+        )
+        for name in ("single", "cohort")
+    ]
+    try:
+        return await asked(children)
+    finally:
+        for child in children:
+            child.terminate()
+        for child in children:
+            await child.wait()
 
 
 FRAMEWORKS = {"verifiers": verifiers, "skyrl": skyrl, "atropos": atropos, "nemo_gym": nemo_gym}

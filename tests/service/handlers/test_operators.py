@@ -40,6 +40,8 @@ PATHS = {
     "/metrics": "get",
     "/models": "get",
     "/posterior": "get",
+    "/pool": "get",
+    "/admin/pool": "post",
 }
 
 
@@ -312,7 +314,7 @@ async def test_the_examples_fit_their_schemas_and_the_structs_that_parse_them(ga
         struct = getattr(schemas, name, None) or next(found for found in TYPES if found.__name__ == name)
         msgspec.json.decode(msgspec.json.encode(content["example"]), type=struct)
         seen += 1
-    assert seen == 11
+    assert seen == 12
 
 
 async def test_the_reward_example_can_be_sent_and_every_reply_fits_its_schema(gateway: Gateway) -> None:

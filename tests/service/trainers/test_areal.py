@@ -178,8 +178,8 @@ async def test_awaited_samples_travel_together(gateway: LiveGateway) -> None:
 def test_an_unknown_template_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     _warn_once.cache_clear()
     for _ in range(2):
-        assert item_of("<|new|>user\nWhy?<|new|>assistant\n", "So.").prompt.startswith("<|new|>")
-        item_of("<|new|>user\nWhy?<|new|>assistant\n", "So.", [{"role": "user", "content": "Why?"}])
+        assert item_of("<|new|>user\nWhy?<|new|>assistant\n", "So.", {}).prompt.startswith("<|new|>")
+        item_of("<|new|>user\nWhy?<|new|>assistant\n", "So.", {"messages": [{"role": "user", "content": "Why?"}]})
     assert [record.message.partition(":")[0] for record in caplog.records] == [
         "the policy's chat template is not known"
     ]
