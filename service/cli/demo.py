@@ -241,11 +241,14 @@ def _train_checkpoint(folder: Path, out: Path) -> None:
 
 
 def _with_rule(pair: LabelledPair) -> LabelledPair:
-    """Return the pair with what the rule says, or that it does not apply."""
+    """Return the pair with what the rule says; it abstains where it does not apply."""
+    silent = replace(pair, abstained=pair.abstained | {RULE})
+    if pair.domain != RULE_DOMAIN:
+        return silent
     said = [sums_rule([], response, None, {}) for response in pair.instance.responses]
     scores = tuple(float(one) for one in said if one is not None)
-    if pair.domain != RULE_DOMAIN or len(scores) < len(said):
-        return replace(pair, abstained=pair.abstained | {RULE})
+    if len(scores) < len(said):
+        return silent
     return replace(pair, scores={**pair.scores, RULE: scores}, verdicts={**pair.verdicts, RULE: verdict_of(scores)})
 
 
