@@ -230,18 +230,68 @@ class Checkpoint:
         """
         if tuple(names) == self.pool:
             return self
-        unknown = [name for name in names if name not in self.pool]
-        if unknown:
-            raise CheckpointError(
-                f"the checkpoint knows no RM {unknown}; it was trained for {list(self.pool)}; "
-                "correct the names, or train with pairs that these RMs have judged"
-            )
+        self.require_known(names)
         rows = [self.pool.index(name) for name in names]
         per_arm = [*_ARM_TENSORS, *(_SCORE_TENSORS if self.score_shift is not None else ())]
         arrays = {name: getattr(self, name)[rows] for name in per_arm}
         votes = None if self.votes is None else self.votes.select(rows)
         practice = None if self.practice is None else self.practice.select(rows)
         return replace(self, pool=tuple(names), metrics={}, votes=votes, multipliers=None, practice=practice, **arrays)
+
+    def column(self, name: str | None) -> NDArray[np.float32]:
+        """What the checkpoint knows of one arm, as numbers that `extended` reads: (2r + 3,).
+
+        Args:
+            name: the arm; None for what an average arm of the checkpoint would be, which says how hard a text is for
+                such scorers, and of no kind of text that this arm is better at it than the others.
+
+        Raises:
+            CheckpointError: the arm is unknown.
+        """
+        if name is not None:
+            self.require_known([name])
+            k = self.pool.index(name)
+            numbers = (self.calibration_scale[k], self.calibration_shift[k], self.cls_bias[k])
+            return np.concatenate([self.bt_embeddings[k], self.cls_weight[k], numbers]).astype(np.float32)
+        weight = (self.calibration_scale[:, None] * self.cls_weight).mean(axis=0)
+        shift = (self.calibration_scale * self.cls_bias + self.calibration_shift).mean()
+        return np.concatenate([self.bt_embeddings.mean(axis=0), weight, [1.0, shift, 0.0]]).astype(np.float32)
+
+    def extended(self, columns: Mapping[str, NDArray[np.float32]]) -> Checkpoint:
+        """The checkpoint with more arms behind its own, each as `column` told it. Votes and scales are dropped.
+
+        Raises:
+            CheckpointError: a column has another length, or its name is there.
+        """
+        if not columns:
+            return self
+        r = self.fuse.features
+        for name, column in columns.items():
+            if column.shape != (2 * r + 3,):
+                raise CheckpointError(
+                    f"what scorer {name!r} starts from holds {column.size} numbers, this checkpoint's arms have "
+                    f"{2 * r + 3}: serve the run with the checkpoint that it was started with"
+                )
+        rows = np.stack([*columns.values()])
+        added = {
+            "bt_embeddings": rows[:, :r],
+            "cls_weight": rows[:, r : 2 * r],
+            "calibration_scale": rows[:, 2 * r],
+            "calibration_shift": rows[:, 2 * r + 1],
+            "cls_bias": rows[:, 2 * r + 2],
+        }
+        arrays: dict[str, Any] = {name: np.concatenate([getattr(self, name), more]) for name, more in added.items()}
+        dropped: dict[str, Any] = dict.fromkeys(("votes", "multipliers", "practice", *_SCORE_TENSORS))
+        return replace(self, pool=(*self.pool, *columns), metrics={}, **arrays, **dropped)
+
+    def require_known(self, names: Sequence[str]) -> None:
+        """Raises CheckpointError if a name is no arm of the checkpoint."""
+        unknown = [name for name in names if name not in self.pool]
+        if unknown:
+            raise CheckpointError(
+                f"the checkpoint knows no RM {unknown}; it was trained for {list(self.pool)}; "
+                "correct the names, or train with pairs that these RMs have judged"
+            )
 
     def save(self, directory: str | os.PathLike[str]) -> str:
         """Write the checkpoint and return its digest.
@@ -306,7 +356,7 @@ class Checkpoint:
                 score_shift=tensors.get("score_shift"),
                 score_scale=tensors.get("score_scale"),
                 landmarks=_landmarks(tensors, metadata),
-                votes=Votes(*_float64(tensors, _VOTES)) if _VOTES[0] in tensors else None,
+                votes=_votes(tensors),
                 multipliers=Multipliers(*_float64(tensors, _MULTIPLIERS)) if _MULTIPLIERS[0] in tensors else None,
                 practice=Practice.of_arrays(*_float64(tensors, _PRACTICE)) if _PRACTICE[0] in tensors else None,
                 prior_form=PriorForm(metadata["prior_form"]),
@@ -388,6 +438,13 @@ class Checkpoint:
 
 def _landmarks(tensors: Mapping[str, NDArray[np.float32]], metadata: Mapping[str, Any]) -> Landmarks | None:
     return Landmarks(tensors[_LANDMARKS], metadata["landmark_radius"]) if _LANDMARKS in tensors else None
+
+
+def _votes(tensors: Mapping[str, NDArray[np.float32]]) -> Votes | None:
+    if _VOTES[0] not in tensors:
+        return None
+    weights, deviations, margins, level = _float64(tensors, _VOTES)
+    return Votes(weights, deviations, margins, level)
 
 
 def _float64(tensors: Mapping[str, NDArray[np.float32]], names: Sequence[str]) -> list[NDArray[np.float64]]:

@@ -8,7 +8,7 @@ Called by `posterior.fold`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -86,6 +86,13 @@ class SignalStatistics:
         """No feedback yet for any of K arms."""
         zeros = np.zeros(n_arms)
         return cls(zeros, zeros, zeros, zeros, zeros)
+
+    def extended(self, added: int) -> SignalStatistics:
+        """The same, with so many arms more that have no feedback yet."""
+        if not added:
+            return self
+        named = ("count", "reward_sum", "reward_count", "loss_mean", "loss_square")
+        return replace(self, **{name: np.append(getattr(self, name), np.zeros(added)) for name in named})
 
     def mean_reward(self) -> NDArray[np.float64]:
         """Mean learned reward per arm (K,); NaN for an arm without any."""

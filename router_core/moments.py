@@ -133,6 +133,11 @@ class ScoreScales:
     last_id: str
     arms: tuple[Moments, ...]
 
+    def of_arms(self, n_arms: int) -> ScoreScales:
+        """The same with at least so many arms, of whose scores nothing is known: a pool only grows."""
+        missing = n_arms - len(self.arms)
+        return self if missing <= 0 else ScoreScales(self.count, self.last_id, (*self.arms, *[Moments()] * missing))
+
     def observe(self, entry_id: str, seen: Sequence[tuple[int, Moments]]) -> ScoreScales:
         """One entry more. Moments that no usable scores have, or of no RM of the pool, are left out.
 

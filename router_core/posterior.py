@@ -16,7 +16,9 @@ equals fold(s, a + b) wherever the log is cut, because floating-point sums are g
 * with `Hyperparameters.alarm_rate`, an event after which an arm's rewards contradict the posterior too much resets the
   arm to its prior, with the λ₀ that the run started from (`router_core.changes`);
 * a discount γ < 1 falls at every `block_size`-th event of the log, for all arms at once, and inverts each Λ: O(K d³);
-* Σ's drift from Λ⁻¹ is probed at each block, and Σ inverted afresh at once when it exceeds `drift_tolerance`.
+* Σ's drift from Λ⁻¹ is probed at each block, and Σ inverted afresh at once when it exceeds `drift_tolerance`;
+* a change of the pool (`router_core.pools`) counts as one event: it adds arms at their prior, and from its position on
+  it says who is asked, and with which γ and v. An arm that was retired keeps its place and its posterior.
 
 A block that arrives whole never takes the one-by-one way. Λ, b, Σ and μ are float64; draws and the tail's corrections
 read a float32 copy of Σ, so that between blocks μ and Σ_now are good to single precision. States are immutable and
@@ -41,6 +43,7 @@ from router_core.evidence import level_precisions, most_probable_precision
 from router_core.feedback import SignalAccumulator, SignalStatistics
 from router_core.linalg import inverse_probe, inverse_residual, inverse_spd
 from router_core.novelty import AUDITED_NOISE, AUDITED_PRECISION, NOISE, Tally, loosened
+from router_core.pools import Mark, PoolChange, PoolState
 from router_core.prior import Prior
 from router_core.records import TIE, Audit, Event, Feedback, Signal, Source
 
@@ -135,6 +138,7 @@ class Posterior:
         watches: (K,) what tells that an arm has changed; as at the start unless `Hyperparameters.alarm_rate`.
         referees: what gold has said of each referee, by name; those of whom it has said anything.
         spoken: events, and how many of them spoke of the asked arm alone or of some; the rest are audits of all arms.
+        pool: who is asked; the prior's arms, all of them, unless the pool was changed.
     """
 
     prior: Prior
@@ -148,13 +152,28 @@ class Posterior:
     watches: tuple[Watch, ...] = ()
     referees: Mapping[str, Standing] = field(default_factory=dict)
     spoken: Tally = field(default_factory=Tally)
+    pool: PoolState = field(default_factory=PoolState)
     _means: list[Array] = field(default_factory=list, repr=False, compare=False)
     _events: list[Array] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def n_arms(self) -> int:
-        """K."""
+        """K, retired arms included."""
         return len(self.arms)
+
+    @property
+    def active(self) -> NDArray[np.bool_]:
+        """(K,) True for the arms that are asked."""
+        retired = self.pool.retired
+        return ~np.array(retired, dtype=np.bool_) if retired else np.ones(self.n_arms, dtype=np.bool_)
+
+    @property
+    def on_probation(self) -> NDArray[np.bool_] | None:
+        """(K,) True for arms that are asked of a bounded share only (`pools.PoolState.probation`); None for none."""
+        if not any(self.pool.probation):
+            return None
+        waiting = (self.events < np.array(self.pool.probation)) & self.active
+        return waiting if waiting.any() else None
 
     @property
     def dim(self) -> int:
@@ -202,6 +221,7 @@ class Posterior:
         h = hashlib.sha256(np.int64(self.count).tobytes() + np.array(scalars).tobytes())
         h.update(np.array(self.watches).tobytes())
         h.update(np.array([self.spoken.met, self.spoken.novel]).tobytes())
+        h.update(self.pool.specification)
         for name in sorted(self.referees):
             h.update(name.encode() + np.array(self.referees[name]).tobytes())
         for arm in self.arms:
@@ -258,6 +278,7 @@ def restore(
     watches: Sequence[Watch],
     referees: Mapping[str, Standing],
     spoken: Tally,
+    pool: PoolState,
 ) -> Posterior:
     """The posterior at a refresh position, from what a snapshot holds; bit for bit what the fold had there.
 
@@ -274,6 +295,7 @@ def restore(
         watches: (K,) as they were there.
         referees: as they were there.
         spoken: as it was there.
+        pool: as it was there; the prior is that of its last change.
 
     Raises:
         ShapeMismatchError: `count` is no refresh position, or the arrays do not fit the prior.
@@ -291,11 +313,22 @@ def restore(
         covariance = inverse_spd(lam)
         arms.append(_arm(lam, b.copy(), covariance, covariance @ b))
     return Posterior(
-        prior, settings, count, tuple(arms), statistics, precisions, drift, tally, tuple(watches), referees, spoken
+        prior,
+        settings,
+        count,
+        tuple(arms),
+        statistics,
+        precisions,
+        drift,
+        tally,
+        tuple(watches),
+        referees,
+        spoken,
+        pool,
     )
 
 
-def fold(state: Posterior, events: Sequence[Event]) -> Posterior:
+def fold(state: Posterior, events: Sequence[Event | PoolChange | Mark]) -> Posterior:
     """Apply events in log order: Λ_k += x xᵀ/σ², b_k += (r − o)x/σ² for the asked arm k (arXiv 2510.02850, online
     stage).
 
@@ -320,8 +353,41 @@ def fold(state: Posterior, events: Sequence[Event]) -> Posterior:
         return state
     folding = _Folding(state)
     for event in events:
-        folding.apply(event)
+        if isinstance(event, Event):
+            folding.apply(event)
+            continue
+        if isinstance(event, PoolChange):
+            folding = _Folding(_changed(folding.freeze(), event))
+        folding.advance()
     return folding.freeze()
+
+
+def _changed(state: Posterior, change: PoolChange) -> Posterior:
+    """The state with the arms, hyper-parameters and offsets of a changed pool, at the same position.
+
+    Raises:
+        ShapeMismatchError: the change takes arms away, or moves what earlier arms started from.
+    """
+    prior, K = change.prior, state.n_arms
+    if prior.n_arms < K or prior.d != state.dim or not np.array_equal(prior.means[:K], state.prior.means):
+        raise ShapeMismatchError(
+            f"a change of the pool has a prior of {prior.n_arms} arms over {prior.d} weights, the run one of {K} over "
+            f"{state.dim}: a change only adds arms behind those that are there"
+        )
+    added, lambda0 = prior.n_arms - K, prior.hyper.lambda0
+    precision, covariance = np.eye(state.dim) * lambda0, np.eye(state.dim) / lambda0
+    arms = [_arm(precision, lambda0 * mean, covariance, mean.copy()) for mean in prior.means[K:]]
+    return replace(
+        state,
+        prior=prior,
+        arms=(*state.arms, *arms),
+        statistics=state.statistics.extended(added),
+        precisions=np.concatenate([state.precisions, np.full((added, state.dim), lambda0)]),
+        watches=(*state.watches, *[Watch()] * added),
+        pool=change.state,
+        _means=[],
+        _events=[],
+    )
 
 
 def events_to_refresh(state: Posterior) -> int:
@@ -361,6 +427,7 @@ class _Folding:
         self._landmarks = state.prior.landmarks if state.prior.watches_novelty else None
         self._signal = SignalAccumulator(state.statistics, state.prior.loss_scale)
         self._touched: dict[int, _ArmFolding] = {}
+        self._n_active = int(state.active.sum())
 
     def apply(self, event: Event) -> None:
         x = np.frombuffer(event.x, dtype="<f4")
@@ -368,7 +435,6 @@ class _Folding:
         if self._landmarks is not None:
             self._tally = self._tally.add(self._landmarks.is_novel(x))
         x = self._state.prior.learned(x)
-        settings = self._state.settings
         lesson = None if event.audit is None else self._lesson(event.audit)
         if event.arm != NO_ARM:
             self._learn(event.arm, x, event.offset, event.credit, event, lesson)
@@ -377,13 +443,18 @@ class _Folding:
             self._learn(arm, x, offset, credit, event, lesson)
         if event.audit is not None:
             self._judge(event, event.audit)
-        full = event.source is Source.AUDIT and (event.arm != NO_ARM) + len(event.shadows) == self._state.n_arms
+        full = event.source is Source.AUDIT and (event.arm != NO_ARM) + len(event.shadows) >= self._n_active
         self._spoken = self._spoken.add(not full)
+        self.advance(audited=event.source is Source.AUDIT)
+
+    def advance(self, *, audited: bool = False) -> None:
+        """Count an event, and do what falls due at its position."""
+        settings = self._state.settings
         self._count += 1
         if self._count % settings.block_size == 0:
             self._spoken = self._spoken.faded()
             self._discount()
-        if event.source is Source.AUDIT or settings.adapts_at(self._count):
+        if audited or settings.adapts_at(self._count):
             self._adapt()
         if self._count % settings.refresh_events == 0:
             self._drift = max(self._arm(k).refresh() for k in range(self._state.n_arms))

@@ -7,8 +7,11 @@ Called by `service.usecases.learn`.
 
 from __future__ import annotations
 
+import base64
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -19,10 +22,11 @@ from router_core.changes import Watch
 from router_core.errors import SnapshotError
 from router_core.feedback import SignalStatistics
 from router_core.novelty import Tally
+from router_core.pools import PoolState
 from router_core.posterior import FoldSettings, Posterior, restore
 from router_core.prior import Prior
 
-FORMAT = "reward-router-snapshot/5"
+FORMAT = "reward-router-snapshot/6"
 """A run of another version has another fingerprint, too."""
 
 
@@ -68,6 +72,7 @@ def dump(snapshot: Snapshot, fingerprint: str) -> bytes:
         "drift": posterior.drift.hex(),
         # Only where it is kept, so that snapshots of other runs are what they always were.
         **({"tally": [tally.met.hex(), tally.novel.hex()]} if posterior.prior.watches_novelty else {}),
+        **({"pool": _pool_header(posterior.pool)} if posterior.pool.specification else {}),
         "spoken": [posterior.spoken.met.hex(), posterior.spoken.novel.hex()],
         "referees": {
             name: [number.hex() for number in posterior.referees[name]] for name in sorted(posterior.referees)
@@ -78,8 +83,39 @@ def dump(snapshot: Snapshot, fingerprint: str) -> bytes:
     )
 
 
-def parse(data: bytes, fingerprint: str, prior: Prior, settings: FoldSettings) -> Snapshot:
+def _pool_header(pool: PoolState) -> dict[str, Any]:
+    return {
+        "retired": list(pool.retired),
+        "probation": [events.hex() for events in pool.probation],
+        "specification": base64.b64encode(pool.specification).decode(),
+    }
+
+
+def _pool_of(header: Mapping[str, Any] | None) -> PoolState:
+    if header is None:
+        return PoolState()
+    return PoolState(
+        tuple(header["retired"]),
+        tuple(map(float.fromhex, header["probation"])),
+        base64.b64decode(header["specification"]),
+    )
+
+
+def parse(
+    data: bytes,
+    fingerprint: str,
+    prior: Prior,
+    settings: FoldSettings,
+    prior_of: Callable[[bytes], Prior] | None = None,
+) -> Snapshot:
     """Read what `dump` wrote, for the same run.
+
+    Args:
+        data: the bytes.
+        fingerprint: the run's.
+        prior: the one that the run started from.
+        settings: where the log is cut.
+        prior_of: the prior of a changed pool, by its specification; None where no pool changes.
 
     Raises:
         SnapshotError: not a snapshot, of another format, or of another run.
@@ -109,6 +145,9 @@ def parse(data: bytes, fingerprint: str, prior: Prior, settings: FoldSettings) -
         tensors["loss_history"],
         tensors["pooled"],
     )
+    pool = _pool_of(header.get("pool"))
+    if pool.specification and prior_of is not None:
+        prior = prior_of(pool.specification)
     posterior = restore(
         prior,
         settings,
@@ -122,5 +161,6 @@ def parse(data: bytes, fingerprint: str, prior: Prior, settings: FoldSettings) -
         watches=[Watch(*row) for row in tensors["watches"].tolist()],
         spoken=Tally(*map(float.fromhex, header["spoken"])),
         referees={name: Standing(*map(float.fromhex, row)) for name, row in header["referees"].items()},
+        pool=pool,
     )
     return Snapshot(posterior, header["last_event_id"])

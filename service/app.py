@@ -19,9 +19,12 @@ from service.encoders.protocol import AwaitedEncoder
 from service.errors import ServiceError
 from service.gateway import Gateway, build_gateway, package_version
 from service.handlers import openapi
+from service.handlers.admin import admin_router
 from service.handlers.audits import audits_router
-from service.handlers.docs_page import docs_page
+from service.handlers.console import console_router
+from service.handlers.docs_page import DOCS_POLICY, docs_page
 from service.handlers.errors import render
+from service.handlers.headers import SecureAnswers
 from service.handlers.keys import KeyGuard, check_routes, require
 from service.handlers.system import system_router
 from service.keys.access import Scope
@@ -89,7 +92,7 @@ def _operators_app(gateway: Gateway) -> ASGIApp:
 
     @app.get("/docs", include_in_schema=False, dependencies=[require(Scope.READ)])
     async def docs() -> HTMLResponse:
-        return HTMLResponse(docs_page(app.openapi()))
+        return HTMLResponse(docs_page(app.openapi()), headers={"content-security-policy": DOCS_POLICY})
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=[require(Scope.READ)])
     async def document() -> JSONResponse:
@@ -98,12 +101,17 @@ def _operators_app(gateway: Gateway) -> ASGIApp:
     app.state.status = gateway.status
     app.state.people = gateway.people
     app.state.reporter = gateway.reporter
+    app.state.watcher = gateway.watcher
+    app.state.keys = gateway.keys
+    app.include_router(console_router())
+    app.state.pools = gateway.pools
     app.include_router(system_router())
     app.include_router(audits_router())
+    app.include_router(admin_router(keyed=gateway.keys.needed, max_body_bytes=gateway.settings.max_body_bytes))
     app.add_exception_handler(ServiceError, render)
     app.add_exception_handler(HTTPException, render)
     app.add_exception_handler(RequestValidationError, render)
     app.add_exception_handler(Exception, render)
     openapi.install(app)
     check_routes(app)
-    return KeyGuard(app, gateway.keys)
+    return SecureAnswers(KeyGuard(app, gateway.keys, gateway.acts))

@@ -7,7 +7,7 @@
     ├── PayloadTooLargeError 413 · UnsupportedMediaTypeError 415 · HeadersTooLargeError 431
     ├── ValidationError 422 · OverCapacityError 429 · KeyLimitError 429 · TooManyConnectionsError 429
     ├── StoreUnavailableError 503 (and its child UnsafeStoreError) · NotReadyError 503 · NoWorkerError 503
-    ├── DeadlineExceededError 503 · NoRewardError 503
+    ├── DeadlineExceededError 503 · NoRewardError 503 · ActsUnavailableError 503
     ├── ConfigurationError (start-up only: printed by the CLI, never sent)
     └── service.scorers.protocol.WorkerError and its children
 
@@ -104,6 +104,20 @@ class GoneError(ServiceError):
     code = "decision_expired"
 
 
+class ArchivedError(ServiceError):
+    """The run is archived: it is neither asked nor taught any more."""
+
+    status = 410
+    code = "run_archived"
+
+
+class PoolConflictError(ServiceError):
+    """The run's pool was changed since the caller looked at it."""
+
+    status = 409
+    code = "pool_conflict"
+
+
 class PayloadTooLargeError(ServiceError):
     """The body is larger than the limit."""
 
@@ -191,6 +205,13 @@ class NotReadyError(ServiceError):
 
     status = 503
     code = "not_ready"
+
+
+class ActsUnavailableError(ServiceError):
+    """The log of acts cannot be written, so that nothing is changed."""
+
+    status = 503
+    code = "acts_unavailable"
 
 
 class DeadlineExceededError(ServiceError):

@@ -9,7 +9,9 @@ lifespan.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,27 +22,33 @@ from starlette.types import ASGIApp
 
 from router_core.encoder.fuse import PairEncoder
 from router_core.policies import ScoreScale
-from router_core.posterior import FoldSettings
-from router_core.records import Signal
-from service.audit_entry import STACKED
+from service.assembly import Assembly, scorers_of
 from service.encoders.build import load_pair_encoder
 from service.encoders.protocol import AwaitedEncoder
-from service.errors import ConfigurationError, RunConflictError, StoreUnavailableError
+from service.errors import (
+    ActsUnavailableError,
+    ArchivedError,
+    ConfigurationError,
+    RunConflictError,
+    StoreUnavailableError,
+)
 from service.handlers.hot import HotLimits, HotRoutes
 from service.handlers.templates import build_trainer_texts
 from service.handlers.trainers import TrainerRoutes, TrainerTexts
+from service.keys.acts import ActLog
 from service.keys.ring import KeyRing
 from service.pool import PoolFile
-from service.priors import build_prior, form_of, load_checkpoint
+from service.priors import load_checkpoint
 from service.scorers.protocol import Scorer
-from service.scorers.registry import build_scorer
+from service.scorers.roster import Roster
 from service.settings import EMBEDDED, OnStoreUnavailable, Settings
+from service.specification import pool_fields
 from service.stores.build import open_store
 from service.stores.embedded import EmbeddedStore
 from service.stores.protocol import FeedbackStatus, NameNotFreeError, Store
 from service.stores.requirements import RequirementsWatch
 from service.telemetry import Telemetry
-from service.usecases.audit import Auditor, AuditPlan, Referee
+from service.usecases.audit import Auditor
 from service.usecases.audit_choice import AuditChooser
 from service.usecases.choose import Chooser
 from service.usecases.follow import Learner
@@ -48,18 +56,23 @@ from service.usecases.hold import NameHolder
 from service.usecases.learn import FeedbackService
 from service.usecases.normalise import Normaliser
 from service.usecases.people import PeopleService
+from service.usecases.pools import PoolService
 from service.usecases.report import Reporter
 from service.usecases.runs import NAME_POLL_SECONDS, Run, RunRegistry, RunTemplate, Wish
 from service.usecases.score import RewardService, limits_of
 from service.usecases.shadow import Shadower
 from service.usecases.status import StatusService
 from service.usecases.sticky import StickyChoices
+from service.usecases.watch import Watcher
 
 if TYPE_CHECKING:
     # OpenTelemetry is optional, and not imported where it is off.
     from service.tracing import Tracing
 
 logger = logging.getLogger(__name__)
+
+LET_GO_SECONDS = 5.0
+"""Pause between two looks at which scorers are still asked."""
 
 
 @dataclass(slots=True)
@@ -69,6 +82,7 @@ class Gateway:
     settings: Settings
     telemetry: Telemetry
     keys: KeyRing
+    acts: ActLog
     store: Store
     runs: RunRegistry
     scorer: RewardService
@@ -76,10 +90,11 @@ class Gateway:
     status: StatusService
     people: PeopleService
     reporter: Reporter
+    watcher: Watcher
     shadower: Shadower
-    auditor: Auditor | None
-    """Lets referees look at chosen decisions; None where the pool file has no `audit`."""
-    audits: AuditChooser | None
+    auditor: Auditor
+    audits: AuditChooser
+    pools: PoolService
     normaliser: Normaliser
     tracing: Tracing | None
     """Wraps the parts in spans; None where it is off."""
@@ -87,31 +102,40 @@ class Gateway:
     encoder: AwaitedEncoder | None
     """The encoder over a network; None where contexts are computed here."""
     trainer_texts: TrainerTexts
-    arms: tuple[Scorer, ...]
-    referees: tuple[Scorer, ...]
-    """Scorers that are asked about audits only."""
+    assembly: Assembly
     chooser_thread: ThreadPoolExecutor
     learner_thread: ThreadPoolExecutor
     embedded: EmbeddedStore | None
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    failed_tasks: list[str] = field(default_factory=list)
+    """Background tasks that ended by a fault of ours; shared with `status`."""
 
     async def start(self) -> None:
         """Probe the workers, begin health checks, and begin to load the default run. A wrong worker gets no traffic."""
         await self.watch.check()
-        self._spawn(self.watch.run_forever())
-        self._spawn(self.keys.follow_forever())
-        scorers = (*self.arms, *self.referees)
-        await asyncio.gather(*(scorer.check() for scorer in scorers))
-        for scorer in scorers:
-            scorer.start()
+        self._spawn("store watch", self.watch.run_forever())
+        self._spawn("keys file", self.keys.follow_forever(self._keys_changed))
+        await self.assembly.begin(self.runs.template)
+        self._spawn("old scorers", self._let_go_forever())
         if self.encoder is not None:
             await self.encoder.start()
-        self._spawn(self._open_default_run())
-        self._spawn(NameHolder(self.runs.runs, self.store).run_forever())
-        if self.auditor is not None:
-            self._spawn(self.auditor.run_forever())
+        self._spawn("default run", self._open_default_run())
+        self._spawn("run names", NameHolder(self.runs.runs, self.store).run_forever())
+        self._spawn("auditor", self.auditor.run_forever())
+        self._spawn("console", self.watcher.run_forever())
         if self.settings.workers > 1:
-            self._spawn(self.status.tell_forever())
+            self._spawn("metrics", self.status.tell_forever())
+
+    def used(self) -> list[Scorer]:
+        """Everybody who is asked by an open run, or by new ones."""
+        templates = dict.fromkeys([self.runs.template, *(run.template for run in self.runs.runs.values())])
+        return [scorer for template in templates for scorer in scorers_of(template)]
+
+    async def _let_go_forever(self) -> None:
+        """Close connections to scorers that no run asks any more."""
+        while True:
+            await asyncio.sleep(LET_GO_SECONDS)
+            await self.assembly.roster.let_go(self.used(), time.monotonic())
 
     async def _open_default_run(self) -> None:
         """Open it as soon as the store answers; readiness is false until then."""
@@ -124,22 +148,29 @@ class Gateway:
             except (StoreUnavailableError, ConfigurationError) as error:
                 logger.warning("store away, default run waits", extra={"fields": {"error": str(error)}})
                 await asyncio.sleep(0.5)
-            except RunConflictError as error:
+            except (RunConflictError, ArchivedError) as error:
                 logger.error("default run refused", extra={"fields": {"error": error.message, **error.details}})
                 return
             else:
                 return
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
+    def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work, name=name)
         self.tasks.add(task)
         task.add_done_callback(self._ended)
         return task
 
+    def _keys_changed(self, changes: Sequence[str]) -> None:
+        with contextlib.suppress(ActsUnavailableError):
+            self.acts.write("keys file taken", changes=list(changes))
+
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self.tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            logger.error("background task failed", exc_info=task.exception())
+            name = task.get_name()
+            self.failed_tasks.append(name)
+            self.telemetry.background_failures.labels(name).inc()
+            logger.error("background task failed", extra={"fields": {"task": name}}, exc_info=task.exception())
 
     def follow(self, run: Run) -> Callable[[], None]:
         """Start the learner of an opened run; what is returned ends it and forgets the run's metrics."""
@@ -152,18 +183,31 @@ class Gateway:
             self.telemetry,
             keep_events=self.settings.log_keep_events,
             replicated=self.settings.store_replicas > 0,
+            templates=self.assembly,
+            on_pool=self._pool_changed,
+            on_archived=lambda ended: self.runs.close(ended.name),
         )
-        task = self._spawn(learner.run_forever())
+        task = self._spawn("learner", learner.run_forever())
 
         def close() -> None:
             task.cancel()
             self.telemetry.forget_run(run.name)
             self.normaliser.forget(run.name)
             self.reporter.forget(run.name)
-            if self.audits is not None:
-                self.audits.forget(run.name)
+            self.watcher.forget(run.name)
+            self.audits.forget(run.name)
 
         return close
+
+    def _pool_changed(self, run: Run) -> None:
+        """Say what a run's pool is now; the metrics of scorers that it asks no more end."""
+        template = run.template
+        names = [template.pool[k] for k in template.asked]
+        self.telemetry.open_run(run.name, template.default_policy.name, names, [*FeedbackStatus, "invalid"])
+        self.telemetry.forget_scorers(run.name, [template.pool[k] for k, gone in enumerate(template.retired) if gone])
+        self.runs.propose(run)
+        if run.ready.is_set():
+            logger.info("pool changed", extra={"fields": {"run": run.name, "scorers": names}})
 
     async def stop(self) -> None:
         """Stop in the order in which things depend on each other; what is being asked in the shadow is waited for."""
@@ -172,7 +216,7 @@ class Gateway:
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
-        await asyncio.gather(*(scorer.close() for scorer in (*self.arms, *self.referees)))
+        await self.assembly.roster.close()
         if self.encoder is not None:
             await self.encoder.close()
         await self.store.close()
@@ -197,7 +241,7 @@ class Gateway:
             trainers=TrainerRoutes(
                 self.scorer,
                 self.feedback,
-                pool=tuple(arm.name for arm in self.arms),
+                pool=lambda run: self.runs.template_of(run).pool,
                 patience_seconds=settings.trainer_patience_seconds,
                 texts=self.trainer_texts,
             ).routes(),
@@ -232,48 +276,6 @@ def package_version() -> str:
         return "0+unknown"
 
 
-def default_policy(settings: Settings, pool: PoolFile) -> str:
-    """Return the policy of requests that name none: the setting where it is given, else the pool's `combine`."""
-    if "policy" in settings.model_fields_set or pool.combine in (None, "route"):
-        return settings.policy
-    return str(pool.combine)
-
-
-def build_referees(
-    settings: Settings, pool: PoolFile, arms: Sequence[Scorer]
-) -> tuple[tuple[Scorer, ...], AuditPlan | None]:
-    """Return the scorers that are asked about audits only, and how decisions are audited.
-
-    Raises:
-        ConfigurationError: a referee cannot be used, or the runs' signal says nothing of a referee's verdicts.
-    """
-    audit = pool.audit
-    if audit is None:
-        return (), None
-    if settings.signal is not Signal.PREFERENCE:
-        raise ConfigurationError(
-            f"the pool file has an `audit`, and signal is {settings.signal.value!r}: a referee's verdict is a "
-            "preference; set the signal to 'preference', or leave `audit` out"
-        )
-    built = {entry.name: build_scorer(entry, settings, pool) for entry in pool.referees}
-    names = [arm.name for arm in arms]
-    cheapest = min(model.price for model in pool.models)
-    price = {entry.name: entry.price / cheapest for entry in pool.scorers}
-    referees = tuple(
-        Referee(name, None, None, 0.0)
-        if name == STACKED and name not in price
-        else Referee(
-            name,
-            built.get(name) or arms[names.index(name)],
-            names.index(name) if name in names else None,
-            price[name],
-        )
-        for name in audit.referee
-    )
-    plan = AuditPlan(referees, audit.ask == "all", audit.budget, audit.trust, audit.keep)
-    return tuple(built.values()), plan
-
-
 def build_gateway(
     settings: Settings,
     pool: PoolFile,
@@ -299,38 +301,24 @@ def build_gateway(
     Raises:
         ConfigurationError: settings, pool and checkpoint do not fit each other.
     """
-    names = [model.name for model in pool.models]
-    checkpoint = load_checkpoint(settings, names)
+    checkpoint = load_checkpoint(settings)
     telemetry = Telemetry(shared=settings.workers > 1)
     trainer_texts = build_trainer_texts(settings, telemetry)
     encoder = encoder or load_pair_encoder(settings, checkpoint, telemetry)
-    dim = encoder.dim
     awaited = encoder if isinstance(encoder, AwaitedEncoder) else None
-    built = tuple(arms) if arms is not None else tuple(build_scorer(model, settings, pool) for model in pool.models)
     tracing = tracing or load_tracing(settings)
-    if tracing is not None:
-        built = tuple(map(tracing.scorer, built))
-        if awaited is not None:
-            awaited.intercept(tracing.exchange)
-    origin = checkpoint.digest if checkpoint is not None else f"untrained:{encoder.spec}:{encoder.dim}"
-    template = RunTemplate(
-        arms=built,
-        encoder=encoder,
-        priors=lambda terms: build_prior(settings, checkpoint, len(names), dim, terms.form, terms.signal),
-        form=form_of(settings, checkpoint),
-        score_scale=score_scale or (None if checkpoint is None else checkpoint.scores),
-        combination=None if checkpoint is None else checkpoint.combination,
-        prices=[model.price for model in pool.models],
-        max_calls=settings.max_calls_per_instance,
-        parallel_calls=settings.parallel_calls,
-        max_rounds=settings.max_rounds_per_instance,
-        fold_settings=FoldSettings(settings.block_size, settings.refresh_events),
-        signal=settings.signal,
-        policy=default_policy(settings, pool),
-        origin=origin,
-        blas_threads=settings.blas_threads,
-        seed=settings.seed,
-    )
+    if tracing is not None and awaited is not None:
+        awaited.intercept(tracing.exchange)
+    wrap: Callable[[Scorer], Scorer] = (lambda scorer: scorer) if tracing is None else tracing.scorer
+    given = {arm.name: wrap(arm) for arm in arms or ()}
+    grace = settings.request_timeout_seconds + settings.worker_timeout_seconds
+    roster = Roster(settings, pool, given=given, wrap=wrap, grace_seconds=grace)
+    for entry in pool.scorers:
+        if entry.name not in given:
+            # What cannot be asked at all is said at once, and not when a run asks it.
+            roster.keep(entry, roster.build(entry, pool_fields(pool)), pool_fields(pool))
+    assembly = Assembly(settings, pool, checkpoint, encoder, roster, score_scale=score_scale)
+    template = assembly.template(assembly.own)
     if settings.prior not in ("auto", template.form.value):
         raise ConfigurationError(
             f"prior is {settings.prior!r}, and the policy {settings.policy!r} insists on {template.form.value!r}: "
@@ -359,39 +347,51 @@ def build_gateway(
         ),
         # An embedded store serves this gateway's own processes only.
         free_seconds=0.0 if settings.store_url == EMBEDDED else settings.new_run_wait_seconds,
+        templates=assembly,
     )
     shadower = Shadower(
         store,
         telemetry,
-        template.prices,
         rate=settings.shadow_rate,
         timeout_seconds=settings.worker_timeout_seconds,
     )
-    referees, audit_plan = build_referees(settings, pool, built)
-    audits = None
-    if pool.audit is not None and audit_plan is not None:
-        audits = AuditChooser(store, pool.audit.plan, sticky_seconds=settings.sticky_seconds)
-    auditor, idle = None, asyncio.Event()
-    if audit_plan is not None:
-        auditor = Auditor(
-            store,
-            lambda: runs.runs,
-            built,
-            template.prices,
-            audit_plan,
-            telemetry,
-            timeout_seconds=settings.worker_timeout_seconds,
-            idle=idle,
-        )
+    audits, idle = AuditChooser(store, sticky_seconds=settings.sticky_seconds), asyncio.Event()
+    auditor = Auditor(store, lambda: runs.runs, telemetry, timeout_seconds=settings.worker_timeout_seconds, idle=idle)
     reporter = Reporter(runs, store, telemetry)
     required = settings.on_store_unavailable is OnStoreUnavailable.REFUSE
     sticky = StickyChoices(store, telemetry, seconds=settings.sticky_seconds, required=required)
     normaliser = Normaliser(store, telemetry, required=required)
     watch = RequirementsWatch(store, allow_unsafe=settings.allow_unsafe_store)
+    status = StatusService(
+        runs,
+        store,
+        telemetry,
+        models=lambda: [scorer.status() for scorer in models_of(runs)],
+        referees=lambda: [scorer.status() for scorer in referees_of(runs)],
+        tell_audits=reporter.tell,
+        executor=learner_thread,
+        failed_tasks=lambda: gateway.failed_tasks,
+        health_check_errors=lambda: sum(scorer.unexpected_errors for scorer in roster.scorers),
+        answers_without_store=settings.on_store_unavailable is OnStoreUnavailable.ANSWER,
+        scales=normaliser.scales,
+        encoder=awaited,
+        store_findings=lambda: watch.findings,
+        store_refused=lambda: bool(watch.verdict.refusals),
+    )
+    watcher = Watcher(
+        runs,
+        status,
+        reporter,
+        store,
+        texts=settings.console_texts,
+        viewers=settings.console_viewers,
+        executor=learner_thread,
+    )
     gateway = Gateway(
         settings=settings,
         telemetry=telemetry,
         keys=KeyRing(settings.api_keys, settings.keys_file),
+        acts=ActLog(settings.acts_file),
         store=store,
         runs=runs,
         scorer=RewardService(
@@ -404,27 +404,14 @@ def build_gateway(
             sticky,
             normaliser,
             audits,
-            (lambda: None) if auditor is None else auditor.notify,
+            auditor.notify,
             idle,
         ),
         feedback=FeedbackService(runs, store, telemetry, max_batch=settings.max_batch),
-        status=StatusService(
-            runs,
-            store,
-            telemetry,
-            models=lambda: [scorer.status() for scorer in built],
-            referees=lambda: [scorer.status() for scorer in referees],
-            tell_audits=None if auditor is None else reporter.tell,
-            executor=learner_thread,
-            health_check_errors=lambda: sum(scorer.unexpected_errors for scorer in (*built, *referees)),
-            answers_without_store=settings.on_store_unavailable is OnStoreUnavailable.ANSWER,
-            scales=normaliser.scales,
-            encoder=awaited,
-            store_findings=lambda: watch.findings,
-            store_refused=lambda: bool(watch.verdict.refusals),
-        ),
+        status=status,
         people=PeopleService(runs, store, telemetry),
         reporter=reporter,
+        watcher=watcher,
         shadower=shadower,
         auditor=auditor,
         audits=audits,
@@ -433,10 +420,27 @@ def build_gateway(
         watch=watch,
         encoder=awaited,
         trainer_texts=trainer_texts,
-        arms=built,
-        referees=referees,
+        assembly=assembly,
+        pools=PoolService(runs, store, assembly),
         chooser_thread=chooser_thread,
         learner_thread=learner_thread,
         embedded=embedded,
     )
     return gateway
+
+
+def _templates_of(runs: RunRegistry) -> list[RunTemplate]:
+    """The default run's pool, or that of new runs, then those of the other open runs."""
+    others = [run.template for run in runs.runs.values()]
+    return [*dict.fromkeys([runs.template_of(None), *others])]
+
+
+def models_of(runs: RunRegistry) -> list[Scorer]:
+    """Every scorer that an open run asks, or a new one would."""
+    return [*dict.fromkeys(template.arms[k] for template in _templates_of(runs) for k in template.asked)]
+
+
+def referees_of(runs: RunRegistry) -> list[Scorer]:
+    """Every scorer that is asked about audits only."""
+    found = [template.audits.apart for template in _templates_of(runs) if template.audits is not None]
+    return [*dict.fromkeys(scorer for apart in found for scorer in apart)]

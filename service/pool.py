@@ -6,6 +6,7 @@
     device: cuda                             # where vLLM runs: cuda (default) or cpu
     vllm_command: ../.venv-vllm/bin/vllm     # a vLLM that is installed elsewhere
     combine: gate:sums,skywork               # several scorers make one reward: docs/scorers.md
+    routing: {policy: cascade:1.5, v: 0.2}   # what runs are routed by: policy, v, gamma, max_calls (docs/pools-live.md)
     models:
       - name: sums                           # another kind than `rm`: docs/scorers.md
         kind: rule
@@ -165,6 +166,17 @@ Entry = Annotated[
 """One scorer of the pool file, by its kind."""
 
 
+class RoutingEntry(BaseModel):
+    """What runs are routed by, where the settings do not say it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    policy: str | None = Field(default=None, min_length=1)
+    v: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    gamma: float | None = Field(default=None, gt=0, le=1)
+    max_calls: int | None = Field(default=None, ge=1)
+
+
 class PoolFile(BaseModel):
     """A pool: the scorers, in arm order."""
 
@@ -176,6 +188,7 @@ class PoolFile(BaseModel):
     device: Literal["cuda", "cpu"] = "cuda"
     vllm_command: Annotated[tuple[str, ...], BeforeValidator(words)] = ()
     combine: str | None = Field(default=None, pattern=r"^(route|(sum|min)(:.+)?|(gate|within):.+)$")
+    routing: RoutingEntry | None = None
     models: tuple[Entry, ...] = Field(min_length=1)
     referees: tuple[Entry, ...] = ()
     audit: AuditEntry | None = None

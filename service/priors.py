@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from router_core.checkpoint import Checkpoint
@@ -23,18 +24,33 @@ from service.errors import ConfigurationError
 from service.settings import Settings
 
 
-def load_checkpoint(settings: Settings, names: list[str]) -> Checkpoint | None:
-    """Return the settings' checkpoint, for a pool of that order; None where none is named.
+def load_checkpoint(settings: Settings) -> Checkpoint | None:
+    """Return the settings' checkpoint, with every arm that it knows; None where none is named.
 
     Raises:
-        ConfigurationError: it cannot be read, or does not know a scorer of the pool.
+        ConfigurationError: it cannot be read.
     """
     if settings.checkpoint is None:
         return None
     try:
-        return Checkpoint.load(settings.checkpoint).select_pool(names)
+        return Checkpoint.load(settings.checkpoint)
     except RouterCoreError as error:
         raise ConfigurationError(str(error)) from error
+
+
+def check_known(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
+    """Return the scorers that a checkpoint knows nothing of: they start as an average one.
+
+    Raises:
+        ConfigurationError: it knows none of them, so that it is another pool's.
+    """
+    strange = [name for name in names if name not in checkpoint.pool]
+    if len(strange) == len(names):
+        try:
+            checkpoint.require_known(strange)
+        except RouterCoreError as error:
+            raise ConfigurationError(str(error)) from error
+    return strange
 
 
 def build_prior(

@@ -65,6 +65,11 @@ class Settings(BaseSettings):
         description="File of hashed keys with scopes, runs and limits, which `reward-router keys` writes. It is read "
         "again when it changes (docs/security.md).",
     )
+    acts_file: Path | None = Field(
+        None,
+        description="File to which every administrative act is appended before it is done, one JSON line each, beside "
+        "the process's log (docs/security.md).",
+    )
     allow_unauthenticated: bool = Field(False, description="Listen beyond loopback without a key.")
 
     run: str = Field("default", pattern=RUN_PATTERN, description="Name of the run that requests without `run` mean.")
@@ -132,6 +137,15 @@ class Settings(BaseSettings):
         "learned afresh (docs/math/router.md); 0: changes are not looked for. Not for losses.",
     )
     policy: str = Field("bayesian", description="Policy of requests that name none.")
+    console_texts: bool = Field(
+        False,
+        description="Keep the beginnings of the newest prompts and responses in memory and show them in the console "
+        "beside their decisions. Audits are shown with their texts either way.",
+    )
+    console_viewers: int = Field(
+        16, ge=1, description="Open console pages that one gateway sends its state to; one more is answered 429."
+    )
+
     signal: Signal = Field(
         Signal.PREFERENCE,
         description="Kind of feedback of new runs whose first request names none: preference, loss or reward. A run "

@@ -286,6 +286,9 @@ class Telemetry:
             **common,
         )
         self.snapshots = Counter("snapshots_total", "Snapshots written.", ["run"], **common)
+        self.background_failures = Counter(
+            "background_failures_total", "Background tasks that ended by a fault of the gateway.", ["task"], **common
+        )
         self.health_check_errors = Gauge(
             "health_check_errors",
             "Health checks that failed by a fault of the gateway, so far.",
@@ -443,6 +446,14 @@ class Telemetry:
         self.drawn.cache_clear()
         self.decided.cache_clear()
         self.paid.cache_clear()
+
+    def forget_scorers(self, run: str, names: Sequence[str]) -> None:
+        """Drop what was believed of a run's scorers that are asked no more; what they were asked stays counted."""
+        if self._shared:
+            return
+        for name in names:
+            for metric in (self.mean_reward, self.posterior_mean, self.posterior_sd, self.audited_accuracy):
+                metric.remove_by_labels({"run": run, "model": name})
 
     def render(self) -> bytes:
         """The metrics in Prometheus' text format, of all processes at the port."""

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ELSEWHERE = {"index.md": "README.md", "loadtests/README.md": "loadtests/README.md"}
 """Pages of the site that are not in docs/: where they stand, and the file that they are."""
 
-BADGE = re.compile(r"!\[[^\]]*\]\(https://img\.shields\.io/[^)]*\)")
+BADGE = re.compile(r"\[?!\[[^\]]*\]\(https://img\.shields\.io/[^)]*\)(?:\]\([^)]*\))?")
 """Pictures of another server, which the site does without."""
 
 LINK = re.compile(r"(!?\[[^\]]*\]\()((?!https?:|mailto:|#)[^)\s#]+)((?:#[^)\s]*)?\))")

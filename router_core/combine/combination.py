@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -59,6 +60,23 @@ class Combination:
         if self.practice is None:
             return replace(made, multipliers=None)
         return replace(made, multipliers=Multipliers.practised(self.votes, self.practice, made.costs))
+
+    def placed(self, rows: Sequence[int | None], prices: Array) -> Combination:
+        """Return the votes of a pool that has changed, at its prices.
+
+        Args:
+            rows: per arm its row here; None for an arm without a vote.
+            prices: (K,) in units of the cheapest arm that is asked.
+        """
+        there = [arm for arm, row in enumerate(rows) if row is not None]
+        index = [row for row in rows if row is not None]
+        multipliers = None
+        if there and self.practice is not None:
+            costs = prices[there] / prices[there].min()
+            part = Combination(self.votes.select(index), None, self.practice.select(index)).priced(costs)
+            multipliers = part.multipliers
+        uneven = None if (prices == prices[0]).all() else prices
+        return Combination(self.votes.placed(rows), multipliers, None, uneven)
 
     def multiplier(self, budget: float) -> float:
         """Return the μ at which instances cost the budget on average, as the training pairs had it."""

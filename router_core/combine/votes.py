@@ -45,12 +45,15 @@ class Votes:
         margins: (Q, K), equally likely values of m_k, rising; all 0 for an arm without scores. An unknown margin of an
             arm that had some is taken to be their mean.
         level: (1,), ℓ̄; (0,) where logits are taken as they are.
+        known: (K,) False for an arm that has no vote here: it came to the pool later, or was retired. Its logit is
+            taken to be the mean of the others'. Empty where all have one.
     """
 
     weights: Array
     deviations: Array
     margins: Array
     level: Array = field(default_factory=lambda: np.zeros(0))
+    known: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         K = len(self.deviations)
@@ -73,7 +76,8 @@ class Votes:
 
     def rounded(self) -> Votes:
         """The same numbers as a checkpoint's float32 tensors hold them."""
-        return Votes(*(array.astype(np.float32).astype(np.float64) for array in self.arrays))
+        weights, deviations, margins, level = (a.astype(np.float32).astype(np.float64) for a in self.arrays)
+        return Votes(weights, deviations, margins, level)
 
     @property
     def arrays(self) -> tuple[Array, Array, Array, Array]:
@@ -84,6 +88,20 @@ class Votes:
         """The weights of these arms, in this order: they were fitted on random subsets."""
         index = list(arms)
         return Votes(self.weights[:, :, index], self.deviations[index], self.margins[:, index], self.level)
+
+    def placed(self, rows: Sequence[int | None]) -> Votes:
+        """The weights of a pool that has changed: per arm its row here, None for an arm without a vote."""
+        if all(row is not None for row in rows):
+            return self.select([row for row in rows if row is not None])
+        index = [row or 0 for row in rows]
+        known = np.array([row is not None for row in rows])
+        return Votes(
+            np.where(known, self.weights[:, :, index], 0.0),
+            np.where(known, self.deviations[index], 1.0),
+            np.where(known, self.margins[:, index], 0.0),
+            self.level,
+            tuple(known.tolist()),
+        )
 
     def strengths(self, offsets: Array, margins: Array) -> tuple[Array, Array]:
         """c_k and g_k of what each arm would say: offsets and margins (B, K) to (B, K) and (B, K)."""
@@ -126,7 +144,7 @@ class Votes:
             n: number of responses, at least 2.
         """
         if len(self.level):
-            logit = float(informed_logits(offsets, self.level)[arm])
+            logit = float(informed_logits(offsets, self.level, self.known)[arm])
         else:
             p = min(max(float(offsets[arm]), _SURE), 1.0 - _SURE)
             logit = math.log(p) - math.log1p(-p)
@@ -139,7 +157,7 @@ class Votes:
         return 1.0 / (1.0 + (n - 1) * math.exp(-weight))
 
     def _strengths(self, offsets: Array, m: Array) -> tuple[Array, Array]:
-        logits = informed_logits(offsets, self.level)
+        logits = informed_logits(offsets, self.level, self.known)
         w = self.weights[:, :, None, :]
         both = w[:, 0] + w[:, 1] * logits + (w[:, 2] + w[:, 3] * logits) * m
         return both[0], both[1]
@@ -177,9 +195,11 @@ def logits_of(offsets: Array) -> Array:
     return logits
 
 
-def informed_logits(offsets: Array, level: Array) -> Array:
+def informed_logits(offsets: Array, level: Array, known: Sequence[bool] = ()) -> Array:
     """ℓ: what a verdict says about one response against each other one, (…, K); see `Votes`."""
     logits = logits_of(offsets)
+    if known and any(known):
+        logits = np.where(known, logits, logits[..., list(known)].mean(axis=-1, keepdims=True))
     return logits - logits.mean(axis=-1, keepdims=True) + level[0] if len(level) else logits
 
 

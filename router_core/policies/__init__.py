@@ -77,26 +77,30 @@ _BY_NAME: Mapping[str, Callable[[], Policy]] = MappingProxyType(
 _SEVERAL = ("sum", "min", "gate", "within")
 
 
-def make_policy(name: str, pool: Sequence[str], combination: Combination | None = None) -> Policy:
+def make_policy(
+    name: str, pool: Sequence[str], combination: Combination | None = None, asked: Sequence[int] | None = None
+) -> Policy:
     """The policy of that name.
 
     Args:
         name: one of the table above.
         pool: model names, in arm order.
         combination: what a checkpoint learned about votes, which `stacked` and `cascade:B` need.
+        asked: arms that may be asked, the others are retired; None: all.
 
     Raises:
         UnknownPolicyError: no such policy, or `single:` of a model that is not in the pool.
     """
+    arms = {pool[k]: k for k in (range(len(pool)) if asked is None else asked)}
     if name.startswith(_SINGLE):
         model = name.removeprefix(_SINGLE)
-        if model not in pool:
+        if model not in arms:
             raise UnknownPolicyError(
-                f"policy {name!r}: no model {model!r} in the pool; choose one of {', '.join(pool)}"
+                f"policy {name!r}: no model {model!r} in the pool; choose one of {', '.join(arms)}"
             )
-        return SinglePolicy(name, list(pool).index(model))
+        return SinglePolicy(name, arms[model])
     if name.partition(":")[0] in _SEVERAL:
-        return _several(name, list(pool))
+        return _several(name, arms)
     if is_combined(name):
         if combination is None:
             raise UnknownPolicyError(
@@ -106,12 +110,12 @@ def make_policy(name: str, pool: Sequence[str], combination: Combination | None 
             budget_of(name)
         return CombinedPolicy(name, combination)
     if name not in _BY_NAME:
-        known = ", ".join([*_BY_NAME, *(f"{_SINGLE}{model}" for model in pool)])
+        known = ", ".join([*_BY_NAME, *(f"{_SINGLE}{model}" for model in arms)])
         raise UnknownPolicyError(f"policy {name!r} is unknown: choose one of {known}")
     return _BY_NAME[name]()
 
 
-def _several(name: str, pool: Sequence[str]) -> Policy:
+def _several(name: str, pool: Mapping[str, int]) -> Policy:
     kind, _, words = name.partition(":")
     named = [word.strip() for word in words.split(",")] if words else [] if kind in ("gate", "within") else [*pool]
     weights = [1.0] * len(named)
@@ -126,7 +130,7 @@ def _several(name: str, pool: Sequence[str]) -> Policy:
             if unknown
             else f"policy {name!r} names a model twice: name each once"
         )
-    arms = tuple(pool.index(model) for model in named)
+    arms = tuple(pool[model] for model in named)
     if kind == "sum":
         return SumPolicy(name, arms, tuple(weights))
     if kind == "min":

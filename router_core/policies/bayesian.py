@@ -11,11 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_core.policies.base import Array, Beliefs, OneCall
+from router_core.pools import PROBATION_SHARE
 from router_core.posterior import ArmPosterior, Posterior
 from router_core.prior import PriorForm
 
 FLOOR_EVENTS = 16.0
 """Events of an arm after which its weight among the floors is halved."""
+
+PROBATION_DROP = 10.0
+"""Taken from the mean of an arm on probation: rewards lie in [0, 1], so that it is never the largest."""
 
 FLOOR_GAP = 0.1
 """Difference of the means over which the weight falls by a factor of e."""
@@ -32,8 +36,8 @@ class BayesianPolicy(OneCall):
     prior: PriorForm | None = None
 
     def beliefs(self, x: NDArray[np.float32], offsets: Array, posterior: Posterior) -> Beliefs:
-        """The posterior's means, and v times its standard deviations."""
-        return posterior_beliefs(x, offsets, posterior)
+        """The posterior's means, and v times its standard deviations; arms on probation have their share instead."""
+        return on_probation(posterior_beliefs(x, offsets, posterior), posterior)
 
 
 def posterior_beliefs(x: NDArray[np.float32], offsets: Array, posterior: Posterior) -> Beliefs:
@@ -43,6 +47,18 @@ def posterior_beliefs(x: NDArray[np.float32], offsets: Array, posterior: Posteri
     is learned by asking, and u v and the floors u ε fall to 0.
 
     One GEMM per arm for the batch, (B, d) by (d, d); one matrix-vector product per arm for one instance.
+    """
+    means, sds = posterior_moments(x, offsets, posterior)
+    hyper = posterior.prior.hyper
+    partial = posterior.partial
+    floors = floors_of(means, _events_in_floor(posterior), partial * hyper.floor) if hyper.floor else None
+    return Beliefs(means, partial * hyper.v * sds, floors)
+
+
+def posterior_moments(x: NDArray[np.float32], offsets: Array, posterior: Posterior) -> tuple[Array, Array]:
+    """Means o_k(x) + xᵀμ_k and standard deviations √(xᵀΣ_k x) of what each arm is worth, (B, K) each.
+
+    The posterior's own, whatever policies make of them: v and u are not in them.
     """
     x = posterior.prior.learned(x)
     precise = x.astype(np.float64)
@@ -56,10 +72,33 @@ def posterior_beliefs(x: NDArray[np.float32], offsets: Array, posterior: Posteri
             if len(arm.corrections):
                 variances[:, k] -= np.square(precise @ arm.corrections.T).sum(axis=1)
         means = offsets + precise @ posterior.means.T
-    hyper = posterior.prior.hyper
-    partial = posterior.partial
-    floors = floors_of(means, posterior.events, partial * hyper.floor) if hyper.floor else None
-    return Beliefs(means, partial * hyper.v * np.sqrt(np.maximum(variances, 0.0)), floors)
+    return means, np.sqrt(np.maximum(variances, 0.0))
+
+
+def _events_in_floor(posterior: Posterior) -> Array:
+    """n_k (K,); infinite for arms that are retired or on probation: they take no part of the floor."""
+    if not posterior.pool.specification:
+        return posterior.events
+    out, waiting = ~posterior.active, posterior.on_probation
+    return np.where(out if waiting is None else out | waiting, np.inf, posterior.events)
+
+
+def on_probation(beliefs: Beliefs, posterior: Posterior) -> Beliefs:
+    """Take new arms of which nothing is known out of the draw, and give them a share of the instances instead.
+
+    The share is u·`PROBATION_SHARE` for all of them together. Their means are lowered rather than removed, so that they
+    are still there to fall back on when everybody else is away.
+    """
+    waiting = posterior.on_probation
+    if waiting is None or waiting.sum() == posterior.active.sum():
+        return beliefs
+    share = posterior.partial * PROBATION_SHARE / float(waiting.sum())
+    floors = np.zeros_like(beliefs.means) if beliefs.floors is None else beliefs.floors
+    return Beliefs(
+        np.where(waiting, beliefs.means - PROBATION_DROP, beliefs.means),
+        beliefs.sds,
+        np.where(waiting, share, floors),
+    )
 
 
 def floors_of(means: Array, events: Array, floor: float) -> Array:

@@ -25,7 +25,7 @@ from router_core.combine import (
     verdicts_of,
 )
 from router_core.policies.base import Array, Beliefs
-from router_core.policies.bayesian import posterior_beliefs
+from router_core.policies.bayesian import on_probation, posterior_beliefs
 from router_core.policies.plan import AskBest, Given, Plan, ScaleOf, View
 from router_core.posterior import Posterior
 from router_core.prior import PriorForm
@@ -50,7 +50,7 @@ class CombinedPolicy:
 
     def beliefs(self, x: NDArray[np.float32], offsets: Array, posterior: Posterior) -> Beliefs:
         """Return those of `bayesian`, less what each arm costs beyond the cheapest."""
-        beliefs = posterior_beliefs(x, offsets, posterior)
+        beliefs = on_probation(posterior_beliefs(x, offsets, posterior), posterior)
         if self.combination.prices is None:
             return beliefs
         return Beliefs(

@@ -29,6 +29,7 @@ from service.cli import (
     models,
     ope,
     pin,
+    pool,
     replay,
     report,
     runs,
@@ -67,7 +68,8 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("frontier")(frontier.frontier)
 app.command("replay")(replay.replay)
 app.command("models")(models.models)
-app.command("runs")(runs.runs)
+app.add_typer(pool.app, name="pool")
+app.add_typer(runs.app, name="runs")
 app.command("audit")(audit.audit)
 app.command("report")(report.report)
 app.command("export")(export.export)

@@ -155,8 +155,8 @@ def demo(
     if json_out is not None:
         json_out.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
     console.print(
-        f"done in {time.perf_counter() - started:.0f} s. `make up` (reward-router up) keeps serving this pool; "
-        "README.md says how to plug in your trainer.",
+        f"done in {time.perf_counter() - started:.0f} s. `reward-router up --run {result.report.run}` goes on with "
+        "what was learned here, `make up` begins a new run; README.md says how to plug in your trainer.",
         highlight=False,
     )
 

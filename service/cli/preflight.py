@@ -12,17 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import typer
 from numpy.typing import NDArray
 
 from router_core.checkpoint import Checkpoint
 from router_core.encoder.base import Block
 from router_core.encoder.fuse import PairEncoder
+from service.assembly import Assembly
 from service.errors import ConfigurationError, RunConflictError
 from service.gateway import build_gateway
 from service.pool import PoolFile
-from service.priors import load_checkpoint
+from service.priors import check_known, load_checkpoint
 from service.settings import Settings, read_settings
+from service.specification import Specification
+from service.stores.acts import is_archived
 from service.stores.redis import RedisStore
+from service.usecases.pools import standing_pool
+from service.usecases.runs import archived
 
 NOWHERE = "http://127.0.0.1:9"
 """Stands for the address of a scorer that is not started yet."""
@@ -64,6 +70,7 @@ class Preflight:
         Raises:
             ConfigurationError: settings, pool and checkpoint do not fit each other.
             RunConflictError: the run was started with something else; says with what.
+            ArchivedError: the run is archived.
             StoreUnavailableError: the store does not answer.
         """
         asyncio.run(self._check(url, stands=True))
@@ -86,10 +93,25 @@ class Preflight:
             found = (await store.check_run(settings.run, ())).identity if stands else None
             if found is not None:
                 gateway.runs.check_default(found.fingerprint.decode())
+                acts = await store.acts(settings.run)
+                if is_archived(acts):
+                    raise archived(settings.run)
+                _tell_proposal(settings.run, gateway.assembly, standing_pool(found.fingerprint, acts))
         except RunConflictError as error:
             raise RunConflictError(f"{error.message}. Nothing was started", details=error.details) from error
         finally:
             await gateway.stop()
+
+
+def _tell_proposal(run: str, assembly: Assembly, standing: Specification | None) -> None:
+    """Say what the pool file would change in a run that has begun with another."""
+    changes = [] if standing is None else assembly.propose(standing)
+    if standing is not None and changes:
+        names = ", ".join(arm.name for arm in standing.asked)
+        typer.echo(
+            f"run {run!r} goes on with the pool that it has ({names}). This file would change it: "
+            f"{'; '.join(map(str, changes))}. Apply it with `reward-router pool apply`"
+        )
 
 
 def check_start(pool: PoolFile, checkpoint: Path | None, run: str | None, **given: Any) -> Preflight:
@@ -107,7 +129,9 @@ def check_start(pool: PoolFile, checkpoint: Path | None, run: str | None, **give
     settings = read_settings(checkpoint=checkpoint, run=run, **given)
     names = [model.name for model in pool.models]
     try:
-        loaded = load_checkpoint(settings, names)
+        loaded = load_checkpoint(settings)
+        if loaded is not None:
+            check_known(loaded, names)
     except ConfigurationError as error:
         raise ConfigurationError(
             f"--checkpoint {settings.checkpoint} does not fit the pool ({', '.join(names)}): {error.message}. Give the "

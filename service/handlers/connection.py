@@ -28,6 +28,7 @@ from service.errors import (
 )
 from service.handlers.corked import CorkedProtocol
 from service.handlers.errors import error_reply, headers_of
+from service.handlers.headers import SECURITY_HEADERS
 
 MAX_HEAD_BYTES = 16 << 10
 """Request line and headers together, trailers included."""
@@ -130,6 +131,12 @@ class GatewayProtocol(CorkedProtocol):
                 del self._open_by_address[self._address]
             self._address = None
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """Begin to end: a reply is finished, a stream, which has no end of its own, is cut. Called by uvicorn."""
+        super().shutdown()
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         """Parse what came. A request that is not whole by then has a deadline; small ones never get a timer."""
@@ -254,6 +261,7 @@ def _response(error: ServiceError) -> bytes:
     body = msgspec.json.encode(error_reply(error))
     headers = {
         "content-type": "application/json",
+        **{name.decode(): value.decode() for name, value in SECURITY_HEADERS},
         **headers_of(error),
         "content-length": str(len(body)),
         "connection": "close",

@@ -6,7 +6,9 @@ Called by `service.app`; knows only the document.
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Mapping
+from hashlib import sha256
 from html import escape
 from typing import Any, Final
 
@@ -16,6 +18,11 @@ STYLE: Final = (
     "td,th{border:1px solid #ddd;padding:.2rem .6rem;text-align:left;vertical-align:top}"
     "summary{cursor:pointer;padding:.3rem 0}code{background:#f4f4f4}"
 )
+
+
+_DIGEST = b64encode(sha256(STYLE.encode()).digest()).decode()
+DOCS_POLICY: Final = f"default-src 'none'; style-src 'sha256-{_DIGEST}'; base-uri 'none'; frame-ancestors 'none'"
+"""The page's Content-Security-Policy: its own style, and nothing else."""
 
 
 def docs_page(document: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from starlette.types import Scope as AsgiScope
 from service.errors import OverCapacityError, ServiceError
 from service.handlers.body import BatchReader, ClientDisconnectedError, check_sender, parse_body, read_body
 from service.handlers.errors import as_service_error, error_reply, headers_of, wrong_method
+from service.handlers.headers import with_security_headers
 from service.handlers.keys import key_of
 from service.keys.access import Access, Scope
 from service.keys.ring import KeyRing
@@ -39,7 +40,7 @@ from service.usecases.people import PeopleService
 from service.usecases.score import RewardService
 
 _ENCODER = msgspec.json.Encoder()
-_JSON_HEADER = (b"content-type", b"application/json")
+_JSON_HEADERS = with_security_headers([(b"content-type", b"application/json")])
 
 Handler = Callable[[bytes, Access], Awaitable[Any]]
 """Takes the body, and what the caller may do."""
@@ -101,6 +102,7 @@ class HotRoutes:
         self._routes: dict[str, tuple[Scope, Handler]] = {
             "/reward": (Scope.REWARD, self._score),
             "/reward/batch": (Scope.REWARD, self._score_batch),
+            "/beliefs": (Scope.REWARD, self._believe),
             "/feedback": (Scope.FEEDBACK, self._accept),
             "/feedback/batch": (Scope.FEEDBACK, self._accept_batch),
             "/audits/judge": (Scope.FEEDBACK, self._judge),
@@ -138,7 +140,7 @@ class HotRoutes:
         self._telemetry.refused_connections.labels(code).inc()
 
     async def _serve(self, scope: AsgiScope, receive: Receive, send: Send, needed: Scope, handler: Handler) -> None:
-        path, status, headers = scope["path"], 200, [_JSON_HEADER]
+        path, status, headers = scope["path"], 200, _JSON_HEADERS
         try:
             reply = await self._answer(scope, receive, needed, handler)
             self._ok[path].inc()
@@ -148,7 +150,7 @@ class HotRoutes:
         except Exception as error:  # noqa: BLE001 - the boundary: everything becomes an answer
             shown = as_service_error(error)
             reply, status = error_reply(shown), shown.status
-            headers = [_JSON_HEADER, *((k.encode(), v.encode()) for k, v in headers_of(shown).items())]
+            headers = [*_JSON_HEADERS, *((k.encode(), v.encode()) for k, v in headers_of(shown).items())]
             self._telemetry.requests.labels(path, str(status)).inc()
         body = _ENCODER.encode(reply)
         headers = [*headers, (b"content-length", str(len(body)).encode())]
@@ -198,6 +200,9 @@ class HotRoutes:
             access=access,
         )
         return RewardBatchReply([_reward_item(result) for result in results])
+
+    async def _believe(self, body: bytes, access: Access) -> Any:
+        return await self._scorer.believe(parse_body(self._reward, body), access)
 
     async def _accept(self, body: bytes, access: Access) -> Any:
         return await self._feedback.accept(parse_body(self._feedback_one, body), access)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,20 +18,28 @@ from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.routing import BaseRoute, Router
-from starlette.types import ASGIApp, Receive, Send
+from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from service.errors import ConfigurationError, ServiceError
 from service.handlers.errors import render
 from service.keys.access import Access, Scope
+from service.keys.acts import ActLog
 from service.keys.ring import KeyRing
 
 OPEN_PATHS: Final = {
     "/healthz": "liveness probe; says whether the process serves",
     "/readyz": "readiness probe; names the default run and what is wrong",
     "/metrics": "Prometheus' scrape; names of runs, scorers and their addresses are labels",
+    "/": "the console's page, which holds no data and asks for a key",
+    "/console/{digest}/{name:path}": "what the console's page is made of: files of the package",
 }
 """Paths that need no API key, and why: docs/security.md says it to operators. Keep the port off public networks."""
+
+_OPEN_FOLDERS: Final = tuple(path.partition("{")[0] for path in OPEN_PATHS if "{" in path)
+
+STREAMS: Final = frozenset({"/events"})
+"""Answers without an end, which an answer to HEAD would wait for."""
 
 ACCESS: Final = "reward_router.access"
 """Key of the ASGI scope that holds the caller's `Access`."""
@@ -123,9 +132,14 @@ def check_routes(app: FastAPI) -> None:
     """
     for route in routes_of(app.router):
         path = getattr(route, "path", "?")
-        if path in OPEN_PATHS or (isinstance(route, APIRoute) and scope_of(route) is not None):
+        if is_open(path) or (isinstance(route, APIRoute) and scope_of(route) is not None):
             continue
         raise ConfigurationError(f"route {path} says no scope: give it `require(Scope.…)`, or a line in OPEN_PATHS")
+
+
+def is_open(path: str) -> bool:
+    """Return True if a path needs no API key."""
+    return path in OPEN_PATHS or path.startswith(_OPEN_FOLDERS)
 
 
 class KeyGuard:
@@ -134,18 +148,19 @@ class KeyGuard:
     The server leaves out the body of an answer to HEAD.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, acts: ActLog) -> None:
         self._app = app
         self._keys = keys
+        self._acts = acts
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["method"] == "HEAD":
+        if scope["method"] == "HEAD" and scope["path"] not in STREAMS:
             scope = {**scope, "method": "GET"}
-        if scope["path"] in OPEN_PATHS:
+        if is_open(scope["path"]):
             await self._app(scope, receive, send)
             return
         try:
@@ -156,6 +171,38 @@ class KeyGuard:
             await response(scope, receive, send)
             return
         try:
-            await self._app({**scope, ACCESS: access}, receive, send)
+            scope = {**scope, ACCESS: access}
+            if scope["method"] in ("GET", "OPTIONS"):
+                await self._app(scope, receive, send)
+            else:
+                await self._act(access, scope, receive, send)
         finally:
             access.leave()
+
+    async def _act(self, access: Access, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        """Serve what may change the gateway: written down before, and with its status after."""
+        about = {
+            "key": access.name,
+            "method": scope["method"],
+            "path": scope["path"][:200],
+            "query": scope["query_string"][:200].decode("latin-1"),
+        }
+        status = 500
+
+        async def seen(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            self._acts.write("asked", **about)
+        except ServiceError as error:
+            response = await render(Request(scope), error)
+            await response(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, seen)
+        finally:
+            with contextlib.suppress(ServiceError):
+                self._acts.write("answered", **about, status=status)

@@ -19,6 +19,9 @@ class Live(BaseModel):
     """The process serves."""
 
     status: str = Field("live", examples=["live"])
+    failed_tasks: list[str] = Field(
+        default=[], description="Background tasks that ended by a fault of the gateway; a restart begins them again."
+    )
 
 
 class Ready(BaseModel):
@@ -40,9 +43,9 @@ def system_router() -> APIRouter:
     router = APIRouter()
 
     @router.get("/healthz", tags=["operations"], summary="Is the process alive?")
-    async def healthz() -> Live:
+    async def healthz(request: Request) -> Live:
         """Always 200 while the process serves; says nothing of its surroundings."""
-        return Live(status="live")
+        return Live(status="live", failed_tasks=list(_status(request).failed_tasks()))
 
     @router.get(
         "/readyz",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -104,7 +104,7 @@ class TrainerRoutes:
     Args:
         scorer: the use case behind `/reward/batch`.
         feedback: the use case behind `/feedback/batch`.
-        pool: names of the RMs, in arm order.
+        pool: names of the RMs of a run (None: the default one), in arm order.
         patience_seconds: how long to try in the stead of a client that does not.
         texts: how their texts come apart.
     """
@@ -114,14 +114,13 @@ class TrainerRoutes:
         scorer: RewardService,
         feedback: FeedbackService,
         *,
-        pool: Sequence[str],
+        pool: Callable[[str | None], Sequence[str]],
         patience_seconds: float,
         texts: TrainerTexts,
     ) -> None:
         self._scorer = scorer
         self._feedback = feedback
-        self._pool = tuple(pool)
-        self._index = {name: k for k, name in enumerate(self._pool)}
+        self._pool = pool
         self._patience_seconds = patience_seconds
         self._texts = texts
         self._told: dict[tuple[str, str], float] = {}
@@ -147,7 +146,7 @@ class TrainerRoutes:
             except ServiceError as error:
                 self._log(protocol, error, options)
                 raise
-            return protocol.write(scored, self._pool, options)
+            return protocol.write(scored, tuple(self._pool(options.run)), options)
 
         return rewards
 
@@ -244,6 +243,7 @@ class TrainerRoutes:
 
     def _scored(self, reply: RewardReply) -> ScoredSample | NoRewardError:
         (reward,) = reply.rewards
+        pool = self._pool(reply.run)
         if (
             reward is None
             and not isinstance(reply.failure, msgspec.UnsetType)
@@ -265,7 +265,7 @@ class TrainerRoutes:
             reward=reward,
             raw_reward=reward if raw is None else raw,
             model=reply.model,
-            index=self._index.get(reply.model, -1),
+            index=pool.index(reply.model) if reply.model in pool else -1,
             propensity=reply.propensity,
             fallback=reply.fallback,
             decision_id=reply.decision_id,

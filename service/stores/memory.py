@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from service.errors import ConflictError
 from service.stores.ids import check_run
 from service.stores.protocol import (
     AuditedDecision,
@@ -75,6 +76,7 @@ class _Run:
     spent: tuple[float, int] = (0.0, 0)
     audited: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
     judged: dict[str, tuple[str, bytes]] = field(default_factory=dict)
+    acts: list[LogEntry] = field(default_factory=list)
 
 
 def _feedback_before(state: _Run, decision_id: str, now: int) -> bytes:
@@ -95,6 +97,7 @@ class MemoryStore:
         self._window_ms = round(window_seconds * 1000)
         self._now_ms = now_ms
         self._runs: dict[str, _Run] = {}
+        self._notes: list[LogEntry] = []
 
     def _run(self, run: str) -> _Run:
         return self._runs.setdefault(check_run(run), _Run())
@@ -388,6 +391,51 @@ class MemoryStore:
         if state.scale is None or state.scale[0] <= position:
             state.scale = (position, data)
         state.scores = [e for e in state.scores if _parse_id(e.entry_id) >= _parse_id(trim_before)]
+
+    async def append_act(
+        self, run: str, name: str, payload: bytes, value: bytes, *, identity: RunIdentity, expected: int | None = None
+    ) -> str | None:
+        """Append an act to the run's log and to its acts; its event's id, None where others were first."""
+        state = self._run(run)
+        if state.identity != identity:
+            raise lost_run(run)
+        if expected is not None and expected != len(state.acts):
+            return None
+        event_id = self._append(state, name, payload, value, self._now_ms())
+        state.acts.append(state.log[-1])
+        return event_id
+
+    async def acts(self, run: str) -> list[LogEntry]:
+        """Every act of the run, oldest first."""
+        return [*self._run(run).acts]
+
+    async def drop_run(self, run: str) -> None:
+        """Delete everything of a run."""
+        self._runs.pop(run, None)
+
+    async def write_entries(self, run: str, entries: Sequence[LogEntry], *, acts: bool = False) -> None:
+        """Append entries with their ids."""
+        state = self._run(run)
+        (state.acts if acts else state.log).extend(entries)
+
+    async def finish_run(
+        self, run: str, fingerprint: bytes, status: LogStatus, snapshot: tuple[int, bytes] | None
+    ) -> RunIdentity:
+        """Give a run whose entries were written its counts, snapshot and identity."""
+        state = self._run(run)
+        if state.identity is not None:
+            raise ConflictError(f"run {run!r} was opened meanwhile: import it under another name")
+        state.appended, state.last, state.snapshot = status.appended, _parse_id(status.last_id), snapshot
+        state.identity = RunIdentity(secrets.token_hex(8), fingerprint)
+        return state.identity
+
+    async def note(self, run: str, payload: bytes, value: bytes) -> None:
+        """Keep an act on a run that is gone."""
+        self._notes.append(LogEntry(f"{self._now_ms()}-{len(self._notes)}", run, payload, value))
+
+    async def notes(self) -> list[LogEntry]:
+        """The acts on runs that are gone, oldest first."""
+        return [*self._notes]
 
     async def close(self) -> None:
         """Nothing to close."""

@@ -409,5 +409,49 @@ class Store(Protocol):
     async def save_scale(self, run: str, position: int, data: bytes, *, trim_before: str) -> None:
         """Keep the snapshot of the first `position` entries unless a newer one is kept; drop those before that id."""
 
+    async def append_act(
+        self, run: str, name: str, payload: bytes, value: bytes, *, identity: RunIdentity, expected: int | None = None
+    ) -> str | None:
+        """Append an operator's act to the run's log, and to the list of its acts, which is never trimmed.
+
+        Args:
+            run: whose.
+            name: of the act, in the place of a decision's id.
+            payload: of the event.
+            value: of the event.
+            identity: of the run.
+            expected: how many acts the caller has seen; None: it does not matter.
+
+        Returns:
+            The event's id; None where there are other acts than the caller has seen.
+
+        Raises:
+            NotReadyError: the store has lost the run.
+        """
+
+    async def acts(self, run: str) -> list[LogEntry]:
+        """Return every act of the run as it stands in the log, oldest first."""
+
+    async def drop_run(self, run: str) -> None:
+        """Delete everything of a run. Gateways that hold it would take it for lost: archive it first."""
+
+    async def write_entries(self, run: str, entries: Sequence[LogEntry], *, acts: bool = False) -> None:
+        """Append entries with their ids to the log of a run that has no identity yet, or to its acts."""
+
+    async def finish_run(
+        self, run: str, fingerprint: bytes, status: LogStatus, snapshot: tuple[int, bytes] | None
+    ) -> RunIdentity:
+        """Give a run whose entries were written its counts, snapshot and identity: it can be opened then.
+
+        Raises:
+            ConflictError: the name was taken meanwhile.
+        """
+
+    async def note(self, run: str, payload: bytes, value: bytes) -> None:
+        """Keep an act on a run that is gone."""
+
+    async def notes(self) -> list[LogEntry]:
+        """Return the acts on runs that are gone, oldest first; `decision_id` is the run's name."""
+
     async def close(self) -> None:
         """Close connections."""

@@ -15,7 +15,7 @@ Keys of a run R. All share the hash tag {R}, so a run lives on one node of a clu
     rr:watched        since when gateways have watched this server, ms      some seconds after the last look; in a
                       cluster rr:{R}:watched                                 cluster the run's own
 
-and those of `service.stores.redis_scores` and `service.stores.redis_audits`.
+and those of `service.stores.redis_scores`, `service.stores.redis_audits` and `service.stores.redis_acts`.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from service.stores.protocol import (
     name_not_free,
 )
 from service.stores.records import check_reference, is_expired, response_count, system_ms
+from service.stores.redis_acts import RedisActs
 from service.stores.redis_audits import RedisAudits
 from service.stores.redis_scores import RedisScores
 from service.stores.requirements import QUESTIONS, ServerFacts, read_facts
@@ -67,7 +68,7 @@ def _is_noscript(reply: Reply) -> bool:
     return isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT")
 
 
-class RedisStore(RedisAudits, RedisScores):
+class RedisStore(RedisActs, RedisAudits, RedisScores):
     """`Store` on one Redis >= 7.0 or Valkey server, or on a cluster of them.
 
     Three kinds of connection to a single server: pipelined ones for the hot path, one for snapshots (large values would
@@ -118,6 +119,8 @@ class RedisStore(RedisAudits, RedisScores):
         self._finish = Script.load("finish_audit.lua")
         self._collect = Script.load("collect_audit.lua")
         self._judge = Script.load("judge_audit.lua")
+        self._append_act = Script.load("append_act.lua")
+        self._drop = Script.load("drop_run.lua")
 
     def _client(self, connections: int = 1) -> Client:
         return self._cluster or RespClient(self._url, timeout_seconds=self._timeout, connections=connections)

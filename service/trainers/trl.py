@@ -28,7 +28,7 @@ from service.trainers.rowwise import (
     plan,
     report_feedback,
 )
-from service.trainers.values import Feedback, FeedbackResult, RewardResult, RouterUnavailableError
+from service.trainers.values import Feedback, FeedbackResult, RewardResult, RouterUnavailableError, Scored
 
 NOT_COLUMNS = frozenset({"trainer_state", "log_extra", "log_metric", "environments", "completion_ids"})
 """Keyword arguments of TRL's that are no columns of the data set."""
@@ -80,6 +80,44 @@ class _TrlReward:
         return rewards, feedback
 
 
+class ComponentReward:
+    """What one scorer said of the batch that the router was just asked about: another function for `reward_funcs`.
+
+        router = RouterReward(url="http://router:8080", run="my-run", policy="sum")
+        trainer = GRPOTrainer(..., reward_funcs=[router, router.component("verifier")])   # reward_weights=[1.0, 0.0]
+
+    TRL logs it as `rewards/reward_router_NAME/mean`. Nobody is asked again.
+
+    Args:
+        router: stands before it in the list.
+        name: a key of the reply's `components`: a scorer, or `SCORER.PART`.
+    """
+
+    def __init__(self, router: RouterReward, name: str) -> None:
+        self.router = router
+        self.name = name
+        self.__name__ = f"reward_router_{name}"
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """Return (n,) numbers of the batch's rows; None where the scorer said nothing.
+
+        Raises:
+            ValueError: the router was not asked about as many rows just before.
+        """
+        rows = sum(len(group.rows) for group, _ in self.router.last)
+        if rows != len(completions):
+            raise ValueError(
+                f"{self.__name__}: the router was last asked about {rows} rows, and these are {len(completions)}: put "
+                "it behind its router in reward_funcs"
+            )
+        said: list[float | None] = [None] * rows
+        for group, result in self.router.last:
+            parts = (result.extra.get("components") or {}) if isinstance(result, Scored) else {}
+            for row, value in zip(group.rows, parts.get(self.name, ()), strict=False):
+                said[row] = value
+        return said
+
+
 class RouterReward(_TrlReward):
     """A reward function for `reward_funcs`: one instance per prompt, all its completions scored by one reward model.
 
@@ -128,6 +166,10 @@ class RouterReward(_TrlReward):
         rewards, feedback = self._finish(planned, results, columns)
         self.give(feedback)
         return rewards
+
+    def component(self, name: str) -> ComponentReward:
+        """Return a reward function of what one scorer said of the batch, to stand behind this one in `reward_funcs`."""
+        return ComponentReward(self, name)
 
     def give(self, feedback: Sequence[Feedback]) -> list[FeedbackResult]:
         """Post feedback; where the gateway is away, say so and go on.

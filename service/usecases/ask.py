@@ -72,13 +72,15 @@ class Tickets:
 
     Args:
         arms: the pool's scorers.
+        prices: of one asking, by arm, in units of the cheapest scorer.
         shared: see `Ticket`.
     """
 
-    __slots__ = ("_by_arm", "arms", "shared")
+    __slots__ = ("_by_arm", "arms", "prices", "shared")
 
-    def __init__(self, arms: Sequence[Scorer], *, shared: bool = False) -> None:
+    def __init__(self, arms: Sequence[Scorer], prices: Sequence[float], *, shared: bool = False) -> None:
         self.arms = arms
+        self.prices = prices
         self.shared = shared
         self._by_arm: dict[int, Ticket] = {}
 
@@ -105,15 +107,11 @@ class Asker:
 
     Args:
         called: counter of calls by scorer and outcome (`ok`, or a failure's code).
-        prices: of one asking, by arm, in units of the cheapest scorer.
         timeout_seconds: a scorer that says no time of its own may take so long for every `PATIENT_INSTANCES` instances.
     """
 
-    def __init__(
-        self, called: Callable[[str, str], Counter], prices: Sequence[float], *, timeout_seconds: float
-    ) -> None:
+    def __init__(self, called: Callable[[str, str], Counter], *, timeout_seconds: float) -> None:
         self._called = called
-        self._prices = prices
         self._timeout_seconds = timeout_seconds
 
     async def ask(self, inquiries: Sequence[Inquiry], tickets: Tickets, deadline: float) -> None:
@@ -172,7 +170,7 @@ class Asker:
             ticket.take_back(len(group), lost=lost)
         seconds = time.perf_counter() - started
         told = [
-            _told(arm, turn, outcome, seconds, self._prices[arm], inquiry.plan.chance(arm, inquiry.attempts))
+            _told(arm, turn, outcome, seconds, tickets.prices[arm], inquiry.plan.chance(arm, inquiry.attempts))
             for inquiry, outcome in zip(group, outcomes, strict=True)
         ]
         answered = sum([error is None for _, error in told])

@@ -13,12 +13,14 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
 from router_core.attempts import Attempt, Outcome
+from router_core.audits.schedule import Schedule
 from router_core.audits.signs import SIGNS, signs_of, words_of
 from router_core.policies import AskRest, answers_of
 from router_core.records import Instance, verdict_of
@@ -31,7 +33,7 @@ from service.usecases.ask import Asker, Inquiry, Tickets
 from service.usecases.audit_choice import decode_task
 from service.usecases.audit_groups import Part, grouped
 from service.usecases.decisions import AUDITED, StoredAudit, StoredDecision, encode_decision
-from service.usecases.runs import Run
+from service.usecases.runs import Run, RunTemplate
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,21 @@ class AuditPlan:
     keep: int
 
 
+@dataclass(frozen=True, slots=True)
+class Audits:
+    """The audits of a run's pool.
+
+    Attributes:
+        plan: how decisions are audited.
+        schedule: with which probability.
+        apart: scorers that are asked about audits only.
+    """
+
+    plan: AuditPlan
+    schedule: Schedule
+    apart: tuple[Scorer, ...] = ()
+
+
 class Case(NamedTuple):
     """One claimed decision: its id, what was stored, its texts."""
 
@@ -135,10 +152,7 @@ class Auditor:
 
     Args:
         store: where it waits.
-        runs: the open runs by name; read at each turn.
-        arms: the pool's scorers.
-        prices: of one asking, by arm.
-        plan: whom to ask.
+        runs: the open runs by name; read at each turn. The template of each says how it is audited.
         telemetry: counters.
         timeout_seconds: how long a scorer without a time of its own may take.
         idle: set while no request is being answered here.
@@ -148,26 +162,24 @@ class Auditor:
         self,
         store: Store,
         runs: Callable[[], Mapping[str, Run]],
-        arms: Sequence[Scorer],
-        prices: Sequence[float],
-        plan: AuditPlan,
         telemetry: Telemetry,
         *,
         timeout_seconds: float,
         idle: asyncio.Event,
     ) -> None:
-        self.plan = plan
         self._store = store
         self._runs = runs
-        self._arms = arms
         self._telemetry = telemetry
         self._timeout_seconds = timeout_seconds
         self._idle = idle
-        self._asker = Asker(telemetry.audit_calls.labels, prices, timeout_seconds=timeout_seconds)
+        self._asker = Asker(telemetry.audit_calls.labels, timeout_seconds=timeout_seconds)
         self._chosen = asyncio.Event()
-        asked = [*arms, *(referee.scorer for referee in plan.referees if referee.scorer is not None)]
-        patience = sum(scorer.timeout_seconds or timeout_seconds for scorer in asked)
-        self._lease_seconds = patience + RETRY_SECONDS
+
+    def _patience_seconds(self, template: RunTemplate, plan: AuditPlan) -> float:
+        """Time that everybody may take who is asked about an audit, one after the other."""
+        referees = [referee.scorer for referee in plan.referees if referee.scorer is not None]
+        asked = [*(template.arms[k] for k in template.asked), *referees]
+        return sum(scorer.timeout_seconds or self._timeout_seconds for scorer in asked)
 
     def notify(self) -> None:
         """Say that a decision was chosen, so that nobody waits for the next look."""
@@ -205,32 +217,34 @@ class Auditor:
         """
         worked = False
         for run in list(self._runs().values()):
-            if run.failure is not None or not run.ready.is_set():
+            template = run.template
+            if template.audits is None or run.failure is not None or not run.ready.is_set():
                 continue
+            plan = template.audits.plan
             await self._wait_for_requests()
             queue = await self._store.claim_audits(
                 run.name,
                 count=AT_ONCE,
-                lease_seconds=self._lease_seconds,
+                lease_seconds=self._patience_seconds(template, plan) + RETRY_SECONDS,
                 keep=MAX_WAITING,
-                budget=self.plan.budget,
+                budget=plan.budget,
             )
             self._telemetry.audits_waiting.labels(run.name).set(queue.waiting)
             if queue.dropped:
                 self._count(run, "dropped", queue.dropped)
             if queue.tasks:
                 worked = True
-                await self._audit_apart(run, queue.tasks)
+                await self._audit_apart(run, template, plan, queue.tasks)
         return worked
 
-    async def _audit_apart(self, run: Run, tasks: Sequence[AuditTask]) -> None:
+    async def _audit_apart(self, run: Run, template: RunTemplate, plan: AuditPlan, tasks: Sequence[AuditTask]) -> None:
         """Audit; where that fails unexpectedly, one by one, so that only a decision that fails alone is given up.
 
         Raises:
             ServiceError: the store does not answer, or has lost the run.
         """
         try:
-            await self._audit(run, tasks)
+            await self._audit(run, template, plan, tasks)
         except ServiceError:
             raise
         except Exception:
@@ -238,10 +252,10 @@ class Auditor:
             logger.exception("audit failed")
             if len(tasks) > 1:
                 for task in tasks:
-                    await self._audit_apart(run, [task])
+                    await self._audit_apart(run, template, plan, [task])
                 return
             given_up = [AuditVerdict(task.decision_id, 0.0) for task in tasks]
-            await self._store.finish_audits(run.name, given_up, identity=run.identity, keep=self.plan.keep)
+            await self._store.finish_audits(run.name, given_up, identity=run.identity, keep=plan.keep)
             self._count(run, "failed", len(tasks))
 
     async def _wait_for_requests(self) -> None:
@@ -249,7 +263,7 @@ class Auditor:
             async with asyncio.timeout(YIELD_SECONDS):
                 await self._idle.wait()
 
-    async def _audit(self, run: Run, tasks: Sequence[AuditTask]) -> None:
+    async def _audit(self, run: Run, template: RunTemplate, plan: AuditPlan, tasks: Sequence[AuditTask]) -> None:
         """Ask about some decisions of one run, and finish those that somebody, or nobody for good, has judged."""
         cases: list[Case] = []
         verdicts: list[AuditVerdict] = []
@@ -266,15 +280,16 @@ class Auditor:
                 verdicts.append(AuditVerdict(task.decision_id, 0.0))
             else:
                 cases.append(case)
-        rest = _Rest(cases, self._ask_rest) if self.plan.ask_all else None
-        opinions = await self._refer(run, cases, rest)
+        deadline = asyncio.get_running_loop().time() + self._patience_seconds(template, plan)
+        rest = _Rest(cases, partial(self._ask_rest, template, deadline)) if plan.ask_all else None
+        opinions = await self._refer(template, plan, cases, rest)
         if rest is not None:
             await rest.ask([i for i, opinion in enumerate(opinions) if isinstance(opinion, Opinion)])
         told = [()] * len(cases) if rest is None else rest.told
         away = 0
         for case, attempts, opinion in zip(cases, told, opinions, strict=True):
             if isinstance(opinion, Opinion):
-                verdicts.append(self._verdict(case, attempts, opinion))
+                verdicts.append(_verdict(plan, case, attempts, opinion))
             elif opinion:
                 away += 1
             else:
@@ -282,7 +297,7 @@ class Auditor:
         self._count(run, "away", away)
         self._count(run, "unreadable", unreadable)
         self._count(run, "alone", alone)
-        results = await self._store.finish_audits(run.name, verdicts, identity=run.identity, keep=self.plan.keep)
+        results = await self._store.finish_audits(run.name, verdicts, identity=run.identity, keep=plan.keep)
         for verdict, result in zip(verdicts, results, strict=True):
             if result.status is not FeedbackStatus.APPLIED:
                 self._count(run, "late")
@@ -292,37 +307,38 @@ class Auditor:
                 self._count(run, "abstained")
         self._telemetry.audit_price.labels(run.name).inc(sum(verdict.price for verdict in verdicts))
 
-    async def _ask_rest(self, cases: Sequence[Case]) -> list[Sequence[Attempt]]:
+    async def _ask_rest(self, template: RunTemplate, deadline: float, cases: Sequence[Case]) -> list[Sequence[Attempt]]:
         """Ask every RM that was not asked before the reply; what it said, or why it said nothing."""
-        inquiries = [Inquiry(AskRest(case.decision.attempts), case.instance, range(len(self._arms))) for case in cases]
-        deadline = asyncio.get_running_loop().time() + self._lease_seconds - RETRY_SECONDS
-        await self._asker.ask(inquiries, Tickets(self._arms), deadline)
+        inquiries = [Inquiry(AskRest(case.decision.attempts), case.instance, template.asked) for case in cases]
+        await self._asker.ask(inquiries, Tickets(template.arms, template.prices), deadline)
         return [inquiry.attempts for inquiry in inquiries]
 
-    async def _refer(self, run: Run, cases: Sequence[Case], rest: _Rest | None) -> list[Opinion | bool]:
+    async def _refer(
+        self, template: RunTemplate, plan: AuditPlan, cases: Sequence[Case], rest: _Rest | None
+    ) -> list[Opinion | bool]:
         """Return each case's opinion; True where a referee that might have one is away, False where all abstain.
 
         The other RMs are asked before a referee that is one of them, or their vote; otherwise nobody is asked in vain.
         """
         opinions: list[Opinion | bool] = [False] * len(cases)
         pending = list(range(len(cases)))
-        for referee in self.plan.referees:
+        for referee in plan.referees:
             if not pending:
                 break
             if rest is not None and (referee.scorer is None or referee.arm is not None):
                 await rest.ask(pending)
             attempts = [[*cases[i].decision.attempts, *(rest.told[i] if rest is not None else ())] for i in pending]
-            found = await self._ask(referee, run, [cases[i] for i in pending], attempts)
+            found = await self._ask(referee, template, [cases[i] for i in pending], attempts)
             for i, opinion in zip(pending, found, strict=True):
                 opinions[i] = opinion
             pending = [i for i in pending if opinions[i] is False]
         return opinions
 
     async def _ask(
-        self, referee: Referee, run: Run, cases: Sequence[Case], attempts: Sequence[Sequence[Attempt]]
+        self, referee: Referee, template: RunTemplate, cases: Sequence[Case], attempts: Sequence[Sequence[Attempt]]
     ) -> list[Opinion | bool]:
         if referee.scorer is None:
-            return [_vote(referee, run, case, made) for case, made in zip(cases, attempts, strict=True)]
+            return [_vote(referee, template, case, made) for case, made in zip(cases, attempts, strict=True)]
         opinions: list[Opinion | bool] = [False] * len(cases)
         asked: list[int] = []
         for i, (case, made) in enumerate(zip(cases, attempts, strict=True)):
@@ -358,25 +374,6 @@ class Auditor:
             self._telemetry.audit_calls.labels(scorer.name, code).inc()
         return outcomes
 
-    def _verdict(self, case: Case, attempts: Sequence[Attempt], opinion: Opinion) -> AuditVerdict:
-        price = _price(attempts) + opinion.price
-        signs = zip(*map(signs_of, case.instance.responses), strict=True)
-        decision = msgspec.structs.replace(
-            case.decision,
-            shadows=[*attempts] if self.plan.ask_all else case.decision.shadows,
-            audit=StoredAudit(
-                opinion.referee,
-                verdict_of(opinion.rewards),
-                self.plan.trust,
-                opinion.rewards,
-                price,
-                signs={name: [*counts] for name, counts in zip(SIGNS, signs, strict=True)},
-                words=words_of(case.instance.prompt),
-            ),
-        )
-        shown = msgspec.msgpack.encode(case.instance) if self.plan.keep else b""
-        return AuditVerdict(case.decision_id, price, encode_decision(decision), AUDITED, shown)
-
     def _count(self, run: Run, outcome: str, count: int = 1) -> None:
         if count:
             self._telemetry.audits.labels(run.name, outcome).inc(count)
@@ -390,15 +387,38 @@ def _case(name: str, parts: Sequence[Part]) -> Case | None:
     return None if group is None else Case(name, *group)
 
 
+def _verdict(plan: AuditPlan, case: Case, attempts: Sequence[Attempt], opinion: Opinion) -> AuditVerdict:
+    price = _price(attempts) + opinion.price
+    signs = zip(*map(signs_of, case.instance.responses), strict=True)
+    decision = msgspec.structs.replace(
+        case.decision,
+        shadows=[*attempts] if plan.ask_all else case.decision.shadows,
+        audit=StoredAudit(
+            opinion.referee,
+            verdict_of(opinion.rewards),
+            plan.trust,
+            opinion.rewards,
+            price,
+            signs={name: [*counts] for name, counts in zip(SIGNS, signs, strict=True)},
+            words=words_of(case.instance.prompt),
+        ),
+    )
+    shown = msgspec.msgpack.encode(case.instance) if plan.keep else b""
+    return AuditVerdict(case.decision_id, price, encode_decision(decision), AUDITED, shown)
+
+
 def _price(attempts: Sequence[Attempt]) -> float:
     return sum([attempt.price for attempt in attempts])
 
 
-def _vote(referee: Referee, run: Run, case: Case, attempts: Sequence[Attempt]) -> Opinion | bool:
+def _vote(referee: Referee, template: RunTemplate, case: Case, attempts: Sequence[Attempt]) -> Opinion | bool:
     """Return the learned vote of all who answered; False where the checkpoint has learned none, or nobody did."""
-    combination, n = run.template.combination, case.decision.n
-    told = answers_of(attempts, len(run.template.arms), n)
+    combination, n, K = template.combination, case.decision.n, len(template.arms)
+    told = answers_of(attempts, K, n)
     if combination is None or not any(attempt.outcome is Outcome.ANSWERED for attempt in attempts):
         return False
-    rewards = combination.votes.probabilities(np.array(case.decision.offsets)[None], told)[0]
+    # The decision may be older than the last arms.
+    offsets = np.full((1, K), 0.5)
+    offsets[0, : len(case.decision.offsets)] = case.decision.offsets
+    rewards = combination.votes.probabilities(offsets, told)[0]
     return Opinion(referee.name, rewards.tolist(), 0.0)

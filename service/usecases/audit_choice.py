@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.audits.schedule import Progress, Schedule, is_chosen
+from router_core.audits.schedule import Progress, is_chosen
 from router_core.posterior import Posterior
 from router_core.records import Instance, Signal
 from service.errors import StoreUnavailableError
@@ -103,14 +103,12 @@ class AuditChooser:
     """Gives decisions their inclusion probability.
 
     Args:
-        store: where the run's progress stands.
-        schedule: probability by number of the decision.
+        store: where the runs' progress stands.
         sticky_seconds: how long singles of a prompt share a draw.
     """
 
-    def __init__(self, store: Store, schedule: Schedule, *, sticky_seconds: float) -> None:
+    def __init__(self, store: Store, *, sticky_seconds: float) -> None:
         self._store = store
-        self._schedule = schedule
         self._collect_seconds = sticky_seconds + GRACE_SECONDS
         self._standings: dict[str, _Standing] = {}
 
@@ -124,7 +122,7 @@ class AuditChooser:
         """
         by_run: dict[str, list[Decided]] = {}
         for one in decided:
-            if (one.stored.n > 1 or one.stored.group) and one.run.signal is Signal.PREFERENCE:
+            if (one.stored.n > 1 or one.stored.group) and is_audited_run(one.run):
                 by_run.setdefault(one.run.name, []).append(one)
         out = {}
         for name, group in by_run.items():
@@ -189,8 +187,11 @@ class AuditChooser:
         if standing.posterior is not run.posterior:
             standing.posterior, standing.alarms = run.posterior, _alarms(run.posterior)
         landmarks = run.prior.landmarks if run.prior.watches_novelty else None
+        audits = run.template.audits
+        if audits is None:
+            return standing.progress, [0.0] * len(contexts)
         novel = [None if landmarks is None else landmarks.is_novel(x) for x in contexts]
-        return self._schedule.advance(standing.progress, novel, standing.alarms)
+        return audits.schedule.advance(standing.progress, novel, standing.alarms)
 
     def _probabilities(self, standing: _Standing, run: Run, contexts: Sequence[bytes]) -> list[float]:
         """Count a run's next decisions; return the probability of each."""
@@ -229,6 +230,11 @@ class AuditChooser:
     def forget(self, run: str) -> None:
         """Forget a run that was closed."""
         self._standings.pop(run, None)
+
+
+def is_audited_run(run: Run) -> bool:
+    """Return True if decisions of a run are audited now: its pool says how, and its signal is preferences."""
+    return run.template.audits is not None and run.signal is Signal.PREFERENCE
 
 
 def is_audited(decision_id: str, decision: StoredDecision) -> bool:

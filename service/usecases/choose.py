@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from router_core.policies import Choices, Policy, draw_batch
 from router_core.posterior import Posterior
+from router_core.prior import Prior
 from router_core.records import Instance
 from service.encoders.protocol import AwaitedEncoder, Encoded
 from service.telemetry import Telemetry
-from service.usecases.runs import Run
+from service.usecases.runs import Current, Run, RunTemplate
 
 MAX_CHOICE_BATCH = 512
 """Instances per pass; above this, memory grows and nothing gets faster."""
@@ -45,6 +46,7 @@ class Chosen:
         offsets: (B, K) float64.
         choices: the draws.
         posterior: the posterior they were drawn from.
+        template: of the pool that they were drawn with.
         multiplier: price of a call in units of P(right) that they were drawn at; None where price does not matter.
         encode_seconds: time of the encode batch they were part of.
         draw_seconds: time of the draw they were part of.
@@ -56,12 +58,14 @@ class Chosen:
     posterior: Posterior
     encode_seconds: float
     draw_seconds: float
+    template: RunTemplate
     multiplier: float | None = None
 
 
 @dataclass(slots=True)
 class _Waiting:
     run: Run
+    current: Current
     policy: Policy
     instances: Sequence[Instance]
     future: asyncio.Future[Chosen]
@@ -120,18 +124,18 @@ class Chooser:
 
         Args:
             run: theirs.
-            policy: who draws.
+            policy: who draws; of the run's template, as it is now.
             instances: (B,), at least one.
 
         Raises:
             RouterCoreError: the encoder or the draw failed.
             EncoderUnavailableError: the encoder is elsewhere, and gave no answer.
         """
-        loop = asyncio.get_running_loop()
-        encoder = run.template.encoder
+        loop, current = asyncio.get_running_loop(), run.current
+        encoder = current.template.encoder
         encoded = await encoder.encode(instances) if isinstance(encoder, AwaitedEncoder) else None
         future: asyncio.Future[Chosen] = loop.create_future()
-        self._waiting.append(_Waiting(run, policy, instances, future, encoded))
+        self._waiting.append(_Waiting(run, current, policy, instances, future, encoded))
         if not self._running and not self._scheduled:
             # Not at once: whoever else is ready in this turn of the loop joins the batch.
             self._scheduled = True
@@ -215,38 +219,45 @@ def _characters(instances: Sequence[Instance]) -> int:
 def _choose_all(batch: list[_Waiting]) -> list[Chosen]:
     """Encode everything at once, then draw per (run, policy), or per request where the policy draws once for a request.
 
-    All runs share one template, and so one pool.
+    Each run's posterior is read once: the learner may replace it, and the pool with it. A request that has met one pool
+    stays with it.
     """
     started = time.perf_counter()
     x = _contexts(batch)
-    offsets = _offsets(batch, x)
+    latest = {id(waiting.run): waiting.run.current for waiting in batch}
+    currents = [
+        found if (found := latest[id(waiting.run)]).template is waiting.current.template else waiting.current
+        for waiting in batch
+    ]
+    offsets = _offsets([current.posterior.prior for current in currents], batch, x)
     encoded = time.perf_counter()
-    pieces: list[tuple[Posterior, Choices, float | None]] = []
+    pieces: list[tuple[Current, Choices, float | None]] = []
     position = 0
     while len(pieces) < len(batch):
-        first = batch[len(pieces)]
+        first, current = batch[len(pieces)], currents[len(pieces)]
         alike = [first]
-        for waiting in batch[len(pieces) + 1 :]:
-            if waiting.run is not first.run or waiting.policy is not first.policy or first.policy.one_arm_per_batch:
+        for waiting, its in zip(batch[len(pieces) + 1 :], currents[len(pieces) + 1 :], strict=True):
+            if its is not current or waiting.policy is not first.policy or first.policy.one_arm_per_batch:
                 break
             alike.append(waiting)
         size = sum(len(waiting.instances) for waiting in alike)
         rows = slice(position, position + size)
-        posterior = first.run.posterior
         multiplier = first.run.multiplier(first.policy)
-        barred = first.run.template.barred([instance for waiting in alike for instance in waiting.instances])
+        barred = current.template.barred([instance for waiting in alike for instance in waiting.instances])
         policy = first.policy.at(multiplier)
-        choices = draw_batch(policy, x[rows], offsets[rows], posterior, first.run.rng, barred)
+        choices = draw_batch(policy, x[rows], _rows(offsets, rows), current.posterior, first.run.rng, barred)
         parts = _split(choices, [len(waiting.instances) for waiting in alike])
-        pieces.extend((posterior, part, multiplier) for part in parts)
+        pieces.extend((current, part, multiplier) for part in parts)
         position += size
     drawn = time.perf_counter()
     out = []
     position = 0
-    for waiting, (posterior, choices, multiplier) in zip(batch, pieces, strict=True):
+    for waiting, (current, choices, multiplier) in zip(batch, pieces, strict=True):
         rows = slice(position, position + len(waiting.instances))
         encode_seconds = encoded - started if waiting.encoded is None else waiting.encoded.seconds
-        out.append(Chosen(x[rows], offsets[rows], choices, posterior, encode_seconds, drawn - encoded, multiplier))
+        own = _rows(offsets, rows)
+        seconds = (encode_seconds, drawn - encoded)
+        out.append(Chosen(x[rows], own, choices, current.posterior, *seconds, current.template, multiplier))
         position = rows.stop
     return out
 
@@ -260,18 +271,24 @@ def _contexts(batch: Sequence[_Waiting]) -> NDArray[np.float32]:
     return encoder.encode([instance for waiting in batch for instance in waiting.instances])
 
 
-def _offsets(batch: Sequence[_Waiting], x: NDArray[np.float32]) -> NDArray[np.float64]:
-    """o(x) (B, K): one call where all runs have the same prior, the usual case."""
-    prior = batch[0].run.prior
-    if all(waiting.run.prior is prior for waiting in batch):
-        return prior.offsets(x)
-    parts = []
+def _offsets(
+    priors: Sequence[Prior], batch: Sequence[_Waiting], x: NDArray[np.float32]
+) -> NDArray[np.float64] | list[NDArray[np.float64]]:
+    """o(x) (B, K): one call where all runs have the same prior, the usual case; else a row (K,) for each instance."""
+    if all(prior is priors[0] for prior in priors):
+        return priors[0].offsets(x)
+    out: list[NDArray[np.float64]] = []
     position = 0
-    for waiting in batch:
+    for prior, waiting in zip(priors, batch, strict=True):
         rows = slice(position, position + len(waiting.instances))
-        parts.append(waiting.run.prior.offsets(x[rows]))
+        out.extend(prior.offsets(x[rows]))
         position = rows.stop
-    return np.concatenate(parts)
+    return out
+
+
+def _rows(offsets: NDArray[np.float64] | list[NDArray[np.float64]], rows: slice) -> NDArray[np.float64]:
+    """Rows of `_offsets`, which are of one pool."""
+    return np.stack(offsets[rows]) if isinstance(offsets, list) else offsets[rows]
 
 
 def _split(choices: Choices, sizes: Sequence[int]) -> list[Choices]:

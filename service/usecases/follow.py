@@ -10,19 +10,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
 from router_core.errors import RouterCoreError
+from router_core.pools import Mark, PoolChange
 from router_core.posterior import Posterior, events_to_refresh, fold, start
+from router_core.prior import Prior
 from router_core.records import Event
 from router_core.snapshot import Snapshot, dump, parse
-from service.errors import ServiceError
+from service.errors import ConfigurationError, ServiceError, ValidationError
+from service.specification import decode
+from service.stores.acts import ARCHIVE, POOL, is_act, is_archived
 from service.stores.ids import event_order
 from service.stores.protocol import ForeignEntryError, LogEntry, LogStatus, RunCheck, Store
 from service.telemetry import Telemetry
 from service.usecases.decisions import event_of
-from service.usecases.runs import Run, differences
+from service.usecases.runs import Run, Templates, differences
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +139,9 @@ class Learner:
         telemetry: gauges.
         keep_events: events left in the log behind the newest snapshot.
         replicated: see `check_held`.
+        templates: of changed pools; None where no pool changes.
+        on_pool: called when the run's pool is another one than before.
+        on_archived: called when the run was archived; the learner ends.
     """
 
     def __init__(
@@ -146,7 +153,13 @@ class Learner:
         *,
         keep_events: int,
         replicated: bool = False,
+        templates: Templates | None = None,
+        on_pool: Callable[[Run], None] = lambda _: None,
+        on_archived: Callable[[Run], None] = lambda _: None,
     ) -> None:
+        self._templates = templates
+        self._on_pool = on_pool
+        self._on_archived = on_archived
         self._run = run
         self._store = store
         self._executor = executor
@@ -173,6 +186,7 @@ class Learner:
                     await self._load()
                     self._loaded = True
                 await self._follow()
+                return
             except LogGapError as error:
                 self._loaded = False
                 self._reloads += 1
@@ -244,7 +258,8 @@ class Learner:
                 f"the snapshot of run {run.name!r} holds {snapshot.posterior.count} events and its log has seen "
                 f"{status.appended}: the store has lost events; {RESTORE}"
             )
-        run.posterior, run.last_event_id = snapshot.posterior, snapshot.last_event_id
+        await self._advance(snapshot.posterior)
+        run.last_event_id = snapshot.last_event_id
         self._marks.clear()
         if snapshot.posterior.count:
             self._marks.append((snapshot.posterior.count, snapshot.last_event_id))
@@ -254,10 +269,36 @@ class Learner:
         run, settings = self._run, self._run.template.fold_settings
         data = await self._store.load_snapshot(run.name)
         if data is None:
-            return Snapshot(start(run.prior, settings), "0-0")
+            return Snapshot(start(run.founding.prior(run.terms), settings), "0-0")
+        prior = run.founding.prior(run.terms)
         return await asyncio.get_running_loop().run_in_executor(
-            self._executor, parse, data, run.fingerprint, run.prior, settings
+            self._executor, parse, data, run.fingerprint, prior, settings, self._prior_of
         )
+
+    def _prior_of(self, specification: bytes) -> Prior:
+        """The prior of a changed pool."""
+        if self._templates is None:
+            raise RouterCoreError(f"the pool of run {self._run.name!r} was changed, which this process cannot follow")
+        try:
+            return self._templates.prior(decode(specification), self._run.terms)
+        except ConfigurationError as error:
+            raise RouterCoreError(f"the pool of run {self._run.name!r} was changed: {error.message}") from error
+
+    async def _advance(self, posterior: Posterior) -> None:
+        """Take a posterior; where the pool is another one, with the scorers and plans of that, in one step."""
+        run, specification = self._run, posterior.pool.specification
+        if specification == run.posterior.pool.specification:
+            run.advance(posterior)
+            return
+        template = run.founding
+        if specification and self._templates is not None:
+            try:
+                template = self._templates.template(decode(specification))
+            except ConfigurationError as error:
+                raise RouterCoreError(f"the pool of run {run.name!r} was changed: {error.message}") from error
+            await self._templates.begin(template)
+        run.advance(posterior, template)
+        self._on_pool(run)
 
     async def _follow(self) -> None:
         run = self._run
@@ -270,6 +311,10 @@ class Learner:
             status = await self._check()
             for piece in self._cut_at_refresh(entries):
                 await self._fold(piece)
+            if any(entry.value == ARCHIVE for entry in entries) and is_archived(await self._store.acts(run.name)):
+                run.archived = True
+                self._on_archived(run)
+                return
             self._check_tail(status)
             if not caught_up and len(entries) < READ_COUNT:
                 self._set_ready()
@@ -323,7 +368,8 @@ class Learner:
     async def _fold(self, entries: list[LogEntry]) -> None:
         run = self._run
         loop = asyncio.get_running_loop()
-        run.posterior = await loop.run_in_executor(self._executor, _fold_entries, run.posterior, entries)
+        posterior = await loop.run_in_executor(self._executor, _fold_entries, run.posterior, entries, self._prior_of)
+        await self._advance(posterior)
         run.last_event_id = entries[-1].event_id
         if run.posterior.at_refresh:
             # Never a snapshot into a store that has lost the run.
@@ -350,16 +396,23 @@ class Learner:
         statistics = run.posterior.statistics
         self._telemetry.version.labels(run.name).set(run.posterior.count)
         self._telemetry.drift.labels(run.name).set(run.posterior.drift)
-        for name, mean in zip(run.template.pool, statistics.mean_reward().tolist(), strict=True):
+        template, means = run.template, statistics.mean_reward().tolist()
+        for k in template.asked:
+            name, mean = template.pool[k], means[k]
             if mean == mean:
                 self._telemetry.mean_reward.labels(run.name, name).set(mean)
 
 
-def _fold_entries(posterior: Posterior, entries: Sequence[LogEntry]) -> Posterior:
-    events: list[Event] = []
+def _fold_entries(posterior: Posterior, entries: Sequence[LogEntry], prior_of: Callable[[bytes], Prior]) -> Posterior:
+    events: list[Event | PoolChange | Mark] = []
     for entry in entries:
         try:
-            events.append(event_of(entry.decision_id, entry.payload, entry.value))
-        except ValueError as error:
+            if entry.value == POOL:
+                events.append(PoolChange(prior_of(entry.payload), decode(entry.payload).state))
+            elif is_act(entry):
+                events.append(Mark())
+            else:
+                events.append(event_of(entry.decision_id, entry.payload, entry.value))
+        except (ValueError, ValidationError) as error:
             raise RouterCoreError(f"log entry {entry.event_id} cannot be read: {error}") from error
     return fold(posterior, events)

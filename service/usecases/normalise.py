@@ -105,7 +105,8 @@ class Normaliser:
         """
         followed = self._runs.get(run.name)
         if followed is None:
-            followed = self._runs[run.name] = _Followed(first_scales(len(run.template.arms), run.template.score_scale))
+            followed = self._runs[run.name] = _Followed(_first_scales_of(run))
+        followed.scales = followed.scales.of_arms(len(run.template.arms))
         seen = moments_by_arm(scored)
         try:
             scales = await self._exchange(run, followed, encode_entry(seen))
@@ -162,8 +163,12 @@ class Normaliser:
 
     async def _load(self, run: Run, followed: _Followed) -> None:
         data = await self._store.load_scale(run.name)
-        first = first_scales(len(run.template.arms), run.template.score_scale)
-        followed.scales = first if data is None else healed(parse_scales(data, len(run.template.arms)), first)
+        first = _first_scales_of(run)
+        if data is not None:
+            stored = parse_scales(data)
+            arms = max(len(stored.arms), len(first.arms))
+            first = healed(stored.of_arms(arms), first.of_arms(arms))
+        followed.scales = first
         followed.mark = None if data is None else followed.scales.last_id
         followed.loaded = True
 
@@ -173,7 +178,10 @@ class Normaliser:
         scales, snapshot, mark = followed.scales, None, followed.mark
         trim_before = mark
         for entry in entries:
-            scales = scales.observe(entry.entry_id, decode_entry(entry))
+            seen = decode_entry(entry)
+            # Another gateway may have met an arm before this one.
+            met = max([arm + 1 for arm, _ in seen if arm < MAX_ARMS], default=0)
+            scales = scales.of_arms(met).observe(entry.entry_id, seen)
             if scales.count % every == 0:
                 trim_before, mark, snapshot = mark, scales.last_id, scales
         followed.scales, followed.mark = scales, mark
@@ -188,6 +196,10 @@ class Normaliser:
             self._telemetry.store_errors.labels("save_scale").inc()
 
 
+MAX_ARMS = 1024
+"""Arms beyond this are nobody's: an entry that names one is damaged."""
+
+
 def _settle(batch: Sequence[tuple[bytes, asyncio.Future[ScoreScales]]], outcome: ScoreScales | Exception) -> None:
     for _, future in batch:
         if future.done():
@@ -196,6 +208,12 @@ def _settle(batch: Sequence[tuple[bytes, asyncio.Future[ScoreScales]]], outcome:
             future.set_exception(outcome)
         else:
             future.set_result(outcome)
+
+
+def _first_scales_of(run: Run) -> ScoreScales:
+    """Before any entry: what the checkpoint knew when the run began; of arms that were added, nothing."""
+    founding = run.founding
+    return first_scales(len(founding.arms), founding.first_scale).of_arms(len(run.template.arms))
 
 
 def first_scales(n_arms: int, known: ScoreScale | None) -> ScoreScales:
@@ -243,19 +261,17 @@ def dump_scales(scales: ScoreScales) -> bytes:
     return json.dumps({"format": FORMAT, "count": scales.count, "last_id": scales.last_id, "arms": arms}).encode()
 
 
-def parse_scales(data: bytes, n_arms: int) -> ScoreScales:
+def parse_scales(data: bytes) -> ScoreScales:
     """Read `dump_scales` back.
 
     Raises:
-        ScoreLogError: another format, or of another pool.
+        ScoreLogError: another format.
     """
     try:
         document = json.loads(data)
         arms = tuple(Moments(*(float.fromhex(number) for number in numbers)) for numbers in document["arms"])
-        if document["format"] != FORMAT or len(arms) != n_arms:
-            raise ValueError(f"format {document['format']!r} of {len(arms)} RMs")
+        if document["format"] != FORMAT:
+            raise ValueError(f"format {document['format']!r}")
         return ScoreScales(int(document["count"]), str(document["last_id"]), arms)
     except (ValueError, OverflowError, KeyError, TypeError) as error:
-        raise ScoreLogError(
-            f"the snapshot of the score log is no {FORMAT!r} of {n_arms} RMs ({error}): use a new run name"
-        ) from error
+        raise ScoreLogError(f"the snapshot of the score log is no {FORMAT!r} ({error}): use a new run name") from error

@@ -59,7 +59,8 @@ class PeopleService:
         """Return the newest audits that are kept, newest first."""
         name = run or self._runs.default
         access.check_run(name)
-        return [_shown(kept, self._runs.template.pool) for kept in await self._store.newest_audits(name, count)]
+        pool = self._runs.template_of(name).pool
+        return [_shown(kept, pool) for kept in await self._store.newest_audits(name, count)]
 
     async def judge(self, judgement: JudgementRequest, access: Access = EVERYTHING) -> JudgementReply:
         """Append what a person says. When this returns, the event is in the log, once.

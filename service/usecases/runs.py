@@ -2,7 +2,8 @@
 
 The prior's form and the signal are the run's own: a policy may insist on a form (`bayesian:none`, `laser`), a request
 on a signal, and whoever opens the run first decides. They stand in the run's fingerprint, where every other gateway
-finds them.
+finds them, and so does the pool that the run begins with. A gateway that was started with another pool takes the run's,
+and proposes its own (`usecases.pools`).
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.combine import Combination, Pacer, relative_prices
+from router_core.combine import Combination, Pacer
 from router_core.encoder.fuse import PairEncoder
 from router_core.errors import UnknownPolicyError
 from router_core.policies import Policy, ScoreScale, View, make_policy
@@ -30,6 +33,7 @@ from router_core.prior import Prior, PriorForm
 from router_core.records import Instance, Signal
 from service.encoders.protocol import AwaitedEncoder
 from service.errors import (
+    ArchivedError,
     ConfigurationError,
     NotFoundError,
     NotReadyError,
@@ -39,8 +43,16 @@ from service.errors import (
 )
 from service.keys.access import EVERYTHING, Access
 from service.scorers.protocol import Scorer
+from service.specification import Change, Specification
+from service.stores.acts import is_archived
 from service.stores.ids import check_run
 from service.stores.protocol import NameNotFreeError, RunIdentity, Store
+from service.usecases.history import DecisionHistory
+
+if TYPE_CHECKING:
+    from service.usecases.audit import Audits
+
+logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 60.0
 """A run that no request has named for so long may be closed to make room; its next request opens it again."""
@@ -79,11 +91,35 @@ NO_WISH = Wish()
 """Whatever the run has."""
 
 
+class Templates(Protocol):
+    """Makes run templates of specifications."""
+
+    def template(self, specification: Specification) -> RunTemplate:
+        """Return the template of a pool, the same one for equal specifications.
+
+        Raises:
+            ConfigurationError: it does not fit the gateway's checkpoint.
+        """
+
+    def prior(self, specification: Specification, terms: Terms) -> Prior:
+        """Return the prior of a pool. Pure: called in the learner's thread.
+
+        Raises:
+            ConfigurationError: it does not fit the gateway's checkpoint.
+        """
+
+    def propose(self, standing: Specification) -> Sequence[Change]:
+        """Return the differences of the gateway's own pool from a run's."""
+
+    async def begin(self, template: RunTemplate) -> None:
+        """Probe and watch the scorers of a template that are new here."""
+
+
 class RunTemplate:
-    """What all runs of a gateway share: the pool, the encoder, the priors by terms.
+    """What runs of one pool share: the pool, the encoder, the priors by terms.
 
     Args:
-        arms: the pool, in arm order.
+        arms: the pool, in arm order, retired ones included.
         encoder: text of a pair to x.
         priors: what is believed before any feedback; called once per terms. May raise ConfigurationError.
         form: of the runs that no policy insists on another one for.
@@ -99,9 +135,14 @@ class RunTemplate:
         max_rounds: rounds of a cascade, at most; None for no bound.
         blas_threads: of the linear algebra library; sums are grouped by them.
         seed: of the draws; None for the operating system's entropy.
+        specification: the pool in words; None where no pool changes.
+        rows: per arm its row in the combination, None for an arm that has none there; None: arm k has row k.
+        first_scale: what score logs begin with; None: `score_scale`.
+        audits: how decisions are audited, and with which probability; None for not at all.
 
     Attributes:
         form: the prior form of new runs: the default policy's, if it insists on one.
+        retired: (K,) True for arms that are asked no more.
 
     Raises:
         ConfigurationError: pool, prior and encoder do not fit each other, or there is no such policy.
@@ -126,16 +167,29 @@ class RunTemplate:
         max_rounds: int | None = None,
         blas_threads: int = 1,
         seed: int | None = None,
+        specification: Specification | None = None,
+        rows: Sequence[int | None] | None = None,
+        first_scale: ScoreScale | None = None,
+        audits: Audits | None = None,
     ) -> None:
         self.arms = tuple(arms)
-        self.pool = tuple(arm.name for arm in arms)
-        self._choosy = any(arm.choosy for arm in arms)
+        self.specification = specification
+        self.pool = tuple(arm.name for arm in arms) if specification is None else specification.names
+        self.retired = (False,) * len(self.arms) if specification is None else specification.state.retired
+        self.asked = tuple([k for k, retired in enumerate(self.retired) if not retired])
+        self._gone = np.array(self.retired) if any(self.retired) else None
+        self._choosy = any(self.arms[k].choosy for k in self.asked)
         self.encoder = encoder
         self.score_scale = score_scale
-        relative = relative_prices([1.0] * len(self.arms) if prices is None else prices)
+        self.first_scale = first_scale or score_scale
+        self.audits = audits
+        costs = np.array([1.0] * len(self.arms) if prices is None else prices, dtype=np.float64)
+        relative = costs / costs[list(self.asked)].min()
         self.prices: tuple[float, ...] = tuple(relative.tolist())
-        self.combination = None if combination is None else combination.priced(relative)
-        self.max_calls = len(self.arms) if max_calls is None else max_calls
+        self.combination = None
+        if combination is not None:
+            self.combination = combination.priced(relative) if rows is None else combination.placed(rows, relative)
+        self.max_calls = len(self.asked) if max_calls is None else max_calls
         self.parallel_calls = parallel_calls
         self.max_rounds = sys.maxsize if max_rounds is None else max_rounds
         self.fold_settings = fold_settings
@@ -167,16 +221,17 @@ class RunTemplate:
                     details={"policy": name},
                 )
             try:
-                self._policies[name] = make_policy(name, self.pool, self.combination)
+                self._policies[name] = make_policy(name, self.pool, self.combination, self.asked)
             except UnknownPolicyError as error:
                 raise NotFoundError(str(error), details={"policy": name}) from error
         return self._policies[name]
 
     def barred(self, instances: Sequence[Instance]) -> NDArray[np.bool_] | None:
-        """Return (B, K), True where a scorer is known not to apply to an instance; None where all apply to all."""
+        """Return (B, K), True where a scorer is retired, or known not to apply to an instance; None for nowhere."""
         if not self._choosy:
-            return None
-        return np.array([[arm.choosy and not arm.applies(instance) for arm in self.arms] for instance in instances])
+            return None if self._gone is None else np.broadcast_to(self._gone, (len(instances), len(self.arms)))
+        barred = np.array([[arm.choosy and not arm.applies(instance) for arm in self.arms] for instance in instances])
+        return barred if self._gone is None else barred | self._gone
 
     def terms(self, wish: Wish = NO_WISH) -> Terms:
         """Return the terms of a new run that is opened with that wish."""
@@ -212,8 +267,10 @@ class RunTemplate:
             ConfigurationError: as `prior`.
         """
         prior, settings = self.prior(terms), self.fold_settings
+        founding = {} if self.specification is None else {"founding": msgspec.to_builtins(self.specification)}
         identity = {
             "pool": self.pool,
+            **founding,
             "signal": terms.signal,
             "prior": prior.form,
             "d": prior.dim,
@@ -258,10 +315,17 @@ class RunTemplate:
         return terms
 
 
+class Current(NamedTuple):
+    """What requests are answered with: a posterior, and the template of its pool."""
+
+    posterior: Posterior
+    template: RunTemplate
+
+
 class Run:
     """One run's mutable state: which posterior is current, up to which event, and the generator of its draws.
 
-    The learner replaces `posterior`; requests read the reference once and keep to it.
+    The learner replaces `current`; requests read the reference once and keep to it.
 
     Args:
         name: its name.
@@ -270,6 +334,11 @@ class Run:
         terms: its own; None: the template's.
 
     Attributes:
+        founding: the template that it began with.
+        current: the posterior and the pool's template, which change together.
+        terms: form of its prior, and kind of its feedback.
+        proposal: the differences of the gateway's own pool from the run's; empty where there are none.
+        archived: nothing is asked or learned any more.
         failure: why the run does not learn, and takes no feedback; None while it does.
         stalled: why its log cannot be read for some time now; None while it can.
         acknowledged: id of the newest event that was acknowledged to a caller of this gateway.
@@ -277,26 +346,50 @@ class Run:
 
     def __init__(self, name: str, template: RunTemplate, identity: RunIdentity, terms: Terms | None = None) -> None:
         self.name = name
-        self.template = template
+        self.founding = template
         self.identity = identity
-        terms = terms or template.terms()
-        self.signal = terms.signal
-        self.prior = template.prior(terms)
-        self.fingerprint = template.fingerprint(terms)
-        self.posterior: Posterior = start(self.prior, template.fold_settings)
+        self.terms = terms or template.terms()
+        self.signal = self.terms.signal
+        self.fingerprint = template.fingerprint(self.terms)
+        self.current = Current(start(template.prior(self.terms), template.fold_settings), template)
         self.last_event_id = "0-0"
         self.ready = asyncio.Event()
+        self.proposal: Sequence[Change] = ()
+        self.archived = False
         self.failure: str | None = None
         self.stalled: str | None = None
         self.acknowledged = "0-0"
-        self.recent: deque[tuple[NDArray[np.float32], NDArray[np.float64]]] = deque(maxlen=RECENT_INSTANCES)
-        """Context (d,) and offsets (K,) of the first instance of each of the newest requests, for the metrics."""
+        self.recent: deque[NDArray[np.float32]] = deque(maxlen=RECENT_INSTANCES)
+        """Context (d,) of the first instance of each of the newest requests, for the metrics."""
+        self.history = DecisionHistory()
         self.last_used = time.monotonic()
         entropy = None if template.seed is None else [template.seed, *name.encode()]
         self.rng = np.random.default_rng(entropy)
         self.next_rng = np.random.default_rng(None if entropy is None else [*entropy, 1])
         """Generator of further draws, on the event loop; the first ones are drawn in the chooser's thread."""
         self._pacers: dict[str, Pacer] = {}
+
+    @property
+    def posterior(self) -> Posterior:
+        """What was learned so far. A request that needs the template too reads `current` once."""
+        return self.current.posterior
+
+    @property
+    def template(self) -> RunTemplate:
+        """Its pool, as it is now."""
+        return self.current.template
+
+    @property
+    def prior(self) -> Prior:
+        """Of its pool, as it is now."""
+        return self.current.posterior.prior
+
+    def advance(self, posterior: Posterior, template: RunTemplate | None = None) -> None:
+        """Take a new posterior, with the template of its pool where the pool has changed."""
+        self.current = Current(posterior, template or self.current.template)
+        if template is not None:
+            # Budgets are paced anew, at the prices of the new pool.
+            self._pacers.clear()
 
     def multiplier(self, policy: Policy) -> float | None:
         """Return what a call costs now under the policy's budget, in units of P(right); None where it has none."""
@@ -305,15 +398,20 @@ class Run:
             return None
         return self._pacers.setdefault(policy.name, pacer).multiplier
 
-    def view(self, n: int, means: Sequence[float], multiplier: float | None) -> View:
+    @property
+    def budgets(self) -> dict[str, Pacer]:
+        """What keeps each policy to its budget, by name, of those that were used and have one."""
+        return dict(self._pacers)
+
+    def view(self, n: int, means: Sequence[float], multiplier: float | None, template: RunTemplate) -> View:
         """Return what a policy may know of one instance.
 
         Args:
             n: number of responses.
             means: of the draws (K,).
             multiplier: that they were drawn at.
+            template: that they were drawn with.
         """
-        template = self.template
         return View(
             n, means, multiplier, template.max_calls, self.next_rng, template.parallel_calls, template.max_rounds
         )
@@ -337,6 +435,7 @@ class RunRegistry:
         timeout_seconds: how long a request waits for a run that is being opened.
         default_wish: what the operator insists on for the default run.
         free_seconds: how long the store must have been watched before an unused name is taken, see `Store.open_run`.
+        templates: of other pools than the gateway's own; None: a run of another pool is refused.
     """
 
     def __init__(
@@ -350,8 +449,10 @@ class RunRegistry:
         timeout_seconds: float = 10.0,
         default_wish: Wish = NO_WISH,
         free_seconds: float = 0.0,
+        templates: Templates | None = None,
     ) -> None:
         self.template = template
+        self.templates = templates
         self.default = default
         self._store = store
         self._max_runs = max_runs
@@ -367,6 +468,11 @@ class RunRegistry:
     def runs(self) -> Mapping[str, Run]:
         """The open runs by name."""
         return self._runs
+
+    def template_of(self, name: str | None) -> RunTemplate:
+        """The template of a run's pool as it is now; of one that is not open, the gateway's own."""
+        run = self._runs.get(name or self.default)
+        return self.template if run is None else run.template
 
     def opened(self, name: str | None, wish: Wish = NO_WISH) -> Run | None:
         """Return the run if it is open and its posterior loaded; None if it must be waited for.
@@ -425,7 +531,8 @@ class RunRegistry:
             RunConflictError: this gateway could not open it.
         """
         name, wish = self._named(None, NO_WISH)
-        terms = self.template.standing_terms(name, standing, self.template.terms(wish))
+        template = self._founding_template(standing)
+        terms = template.standing_terms(name, standing, self.template.terms(wish))
         _insist(name, terms, wish)
         return terms.signal
 
@@ -481,11 +588,43 @@ class RunRegistry:
         except ConfigurationError as error:
             raise ValidationError(error.message, details={"field": "policy"}) from error
         identity = await self._store.open_run(name, fingerprint.encode(), free_seconds=self._free_seconds)
-        terms = self.template.standing_terms(name, identity.fingerprint.decode(), terms)
-        run = Run(name, self.template, identity, terms)
+        standing = identity.fingerprint.decode()
+        template = self.template if standing == fingerprint else self._founding_template(standing)
+        terms = template.standing_terms(name, standing, terms)
+        if is_archived(await self._store.acts(name)):
+            raise archived(name)
+        if self.templates is not None:
+            await self.templates.begin(template)
+        run = Run(name, template, identity, terms)
         self._runs[name] = run
+        self.propose(run)
         self._closers[name] = self._on_open(run)
         return run
+
+    def _founding_template(self, fingerprint: str) -> RunTemplate:
+        """The template of the pool that stands in a fingerprint; the gateway's own where that cannot be had."""
+        with contextlib.suppress(ConfigurationError, msgspec.ValidationError, KeyError):
+            if self.templates is not None:
+                return self.templates.template(msgspec.convert(json.loads(fingerprint)["founding"], Specification))
+        return self.template
+
+    def propose(self, run: Run) -> None:
+        """Note what the gateway's own pool would change, and log it once."""
+        standing = run.template.specification
+        if self.templates is None or standing is None:
+            return
+        before, run.proposal = run.proposal, self.templates.propose(standing)
+        if run.proposal and run.proposal != before:
+            logger.warning(
+                "the run's pool is another one than this gateway's: apply it with `reward-router pool apply`, or start "
+                "the gateway with the run's",
+                extra={"fields": {"run": run.name, "changes": [str(change) for change in run.proposal]}},
+            )
+
+    def close(self, name: str) -> None:
+        """Close a run; its next request opens it again, unless it is archived."""
+        if self._runs.pop(name, None) is not None:
+            self._closers.pop(name)()
 
     def _longest_unused(self) -> Run | None:
         """The run that may be closed first. The default one stays open."""
@@ -503,8 +642,7 @@ class RunRegistry:
         oldest = self._longest_unused()
         if oldest is None or time.monotonic() - oldest.last_used < IDLE_SECONDS:
             return False
-        del self._runs[oldest.name]
-        self._closers.pop(oldest.name)()
+        self.close(oldest.name)
         return True
 
     async def _wait_until_ready(self, run: Run) -> None:
@@ -516,6 +654,15 @@ class RunRegistry:
             raise NotReadyError(
                 f"run {run.name!r} is still replaying its log: try again in a moment", retry_after_seconds=1
             ) from error
+
+
+def archived(name: str) -> ArchivedError:
+    """The refusal of a run that was archived."""
+    return ArchivedError(
+        f"run {name!r} is archived: use a new run name, or take it back with `reward-router runs archive {name} "
+        "--undo`",
+        details={"run": name},
+    )
 
 
 def known_runs(names: Sequence[str]) -> str:
@@ -546,6 +693,8 @@ def changed_words(changed: Mapping[str, Any]) -> str:
     words = []
     for key, values in changed.items():
         old, new = values["run"], values["gateway"]
+        if key == "founding":
+            continue
         if key == "pool":
             words.append(f"its scorers are {', '.join(old or ())}, the gateway has {', '.join(new or ())}")
         elif key in ("origin", "means", "d", "columns"):

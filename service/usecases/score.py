@@ -22,20 +22,21 @@ from router_core.records import Instance, Signal
 from service.encoders.protocol import EncoderInputError
 from service.errors import NoWorkerError, ServiceError, StoreUnavailableError, ValidationError
 from service.keys.access import EVERYTHING, Access
-from service.schemas import RewardReply, RewardRequest
+from service.schemas import BeliefsReply, RewardReply, RewardRequest
 from service.settings import OnStoreUnavailable, Settings
 from service.stores.ids import RANDOM_BYTES, new_decision_id
 from service.stores.protocol import DecisionRecord, Store
 from service.telemetry import Telemetry
 from service.usecases.ask import Asker, Tickets, too_late
-from service.usecases.audit_choice import AuditChooser, ChosenAudits
+from service.usecases.audit_choice import AuditChooser, ChosenAudits, is_audited_run
 from service.usecases.choose import Chooser
 from service.usecases.converse import instance_of
-from service.usecases.decisions import content_key, encode_decision
+from service.usecases.decisions import StoredDecision, content_key, encode_decision
+from service.usecases.history import Decided, beginnings
 from service.usecases.normalise import Normaliser
 from service.usecases.pieces import PIECES_ASKED, Piece, cut, divide
-from service.usecases.reply import Job, decision_of, own_draw, reply_of
-from service.usecases.runs import RunRegistry, Wish
+from service.usecases.reply import Job, beliefs_of, decision_of, own_draw, reply_of
+from service.usecases.runs import RunRegistry, RunTemplate, Wish
 from service.usecases.shadow import Shadowable, Shadower
 from service.usecases.sticky import StickyChoices, sticky_key
 
@@ -59,6 +60,8 @@ class ScoreLimits:
     normalize: bool = False
     piece_responses: int = 0
     """Responses per piece of a batch, 0 for one piece; see `service.usecases.pieces`."""
+    keep_texts: bool = False
+    """Keep the beginnings of the newest texts for the console."""
 
 
 def limits_of(settings: Settings) -> ScoreLimits:
@@ -73,6 +76,7 @@ def limits_of(settings: Settings) -> ScoreLimits:
         content_keys=settings.content_keys,
         normalize=settings.normalize,
         piece_responses=settings.batch_piece_responses,
+        keep_texts=settings.console_texts,
     )
 
 
@@ -138,7 +142,7 @@ class RewardService:
         self._under_way = 0
         self._idle = idle or asyncio.Event()
         self._idle.set()
-        self._asker = Asker(telemetry.called, runs.template.prices, timeout_seconds=limits.worker_timeout_seconds)
+        self._asker = Asker(telemetry.called, timeout_seconds=limits.worker_timeout_seconds)
         self._entropy = _Entropy()
 
     async def score(self, request: RewardRequest, access: Access = EVERYTHING) -> RewardReply:
@@ -198,6 +202,23 @@ class RewardService:
             if not self._under_way:
                 self._idle.set()
 
+    async def believe(self, request: RewardRequest, access: Access = EVERYTHING) -> BeliefsReply:
+        """Return what is believed of every scorer on an instance now. Asks nobody and saves nothing.
+
+        Raises:
+            ServiceError: the instance cannot be read, or its run or policy is wrong.
+        """
+        instance = self._read(request, None)
+        known = await self._runs.find(request.run, access)
+        policy = known.template.policy(request.policy) if request.policy else known.template.default_policy
+        try:
+            async with asyncio.timeout(self._limits.request_timeout_seconds):
+                run = await self._runs.get(known.name, Wish(policy.prior, None))
+                chosen = await self._chooser.choose(run, policy, [instance])
+        except TimeoutError as error:
+            raise too_late() from error
+        return BeliefsReply(run.name, policy.name, chosen.posterior.count, beliefs_of(chosen, 0))
+
     async def _answer(
         self,
         requests: Sequence[RewardRequest | ValidationError],
@@ -209,6 +230,9 @@ class RewardService:
     ) -> list[RewardReply | ServiceError]:
         """Route, normalise, save and reply."""
         jobs = await self._route(wholes, deadline, refused)
+        for index, job in jobs.items():
+            request = requests[index]
+            job.explain = isinstance(request, RewardRequest) and request.explain
         normalize = self._limits.normalize if normalize is None else normalize
         wanted = [job for index, job in jobs.items() if _normalizes(requests[index], normalize)]
         if wanted:
@@ -248,7 +272,7 @@ class RewardService:
         for (run_name, policy_name, signal_name), indices in groups.items():
             try:
                 access.check_run(run_name or self._runs.default)
-                template = self._runs.template
+                template = self._runs.template_of(run_name)
                 chosen_policy = template.policy(policy_name) if policy_name else template.default_policy
                 wish = Wish(chosen_policy.prior, None if signal_name is None else Signal(signal_name))
                 found = self._runs.opened(run_name, wish)
@@ -278,9 +302,7 @@ class RewardService:
         """
         if not wholes:
             return {}
-        arms = self._runs.template.arms
         if len(wholes) == 1 and len(wholes[0]) == 1:
-            tickets = Tickets(arms)
             piece = wholes[0][0]
             try:
                 jobs = await self._choose(piece, deadline)
@@ -290,10 +312,11 @@ class RewardService:
                     raise
                 refused.update(dict.fromkeys(bad.indices, error))
                 return await self._route([[rest]], deadline, refused)
-            await self._ask(jobs, tickets, deadline)
+            template = jobs[0].chosen.template
+            await self._ask(jobs, Tickets(template.arms, template.prices), deadline)
             return dict(zip(piece.indices, jobs, strict=True))
-        tickets = Tickets(arms, shared=True)
-        routed = await asyncio.gather(*(self._route_whole(pieces, tickets, deadline) for pieces in wholes))
+        shared: dict[RunTemplate, Tickets] = {}
+        routed = await asyncio.gather(*(self._route_whole(pieces, shared, deadline) for pieces in wholes))
         outcomes = [outcome for part in routed for outcome in part]
         failed = [outcome for _, outcome in outcomes if isinstance(outcome, ServiceError)]
         if len(failed) == len(outcomes):
@@ -307,14 +330,17 @@ class RewardService:
         return found
 
     async def _route_whole(
-        self, pieces: Sequence[Piece], tickets: Tickets, deadline: float
+        self, pieces: Sequence[Piece], shared: dict[RunTemplate, Tickets], deadline: float
     ) -> list[tuple[Piece, list[Job] | ServiceError]]:
         """Choose piece after piece; each is asked about while the next ones are chosen."""
         room = asyncio.Semaphore(PIECES_ASKED)
 
         async def ask(jobs: list[Job]) -> list[Job]:
+            template = jobs[0].chosen.template
+            if template not in shared:
+                shared[template] = Tickets(template.arms, template.prices, shared=True)
             try:
-                await self._ask(jobs, tickets, deadline)
+                await self._ask(jobs, shared[template], deadline)
             finally:
                 room.release()
             return jobs
@@ -347,12 +373,14 @@ class RewardService:
         Raises:
             ServiceError: the encoder is away, or the time is over.
         """
-        run, policy = piece.run, piece.policy
+        run = piece.run
+        # Of the pool as it is now; the piece may have waited.
+        policy = run.template.policy(piece.policy.name)
         try:
             async with asyncio.timeout_at(deadline):
                 chosen = await self._chooser.choose(run, policy, piece.instances)
-                # Copies: a row of a batch would keep the whole batch.
-                run.recent.append((chosen.x[0].copy(), chosen.offsets[0].copy()))
+                # A copy: a row of a batch would keep the whole batch.
+                run.recent.append(chosen.x[0].copy())
                 rankings, draws = chosen.choices.ranking.tolist(), chosen.choices.draws.tolist()
                 for row, drawn in enumerate(draws):
                     if _NEVER in drawn:
@@ -360,7 +388,7 @@ class RewardService:
                 means = chosen.choices.means.tolist()
                 jobs = []
                 for row, instance in enumerate(piece.instances):
-                    view = run.view(len(instance.responses), means[row], chosen.multiplier)
+                    view = run.view(len(instance.responses), means[row], chosen.multiplier, chosen.template)
                     jobs.append(
                         Job(
                             policy.plan_for(view),
@@ -377,7 +405,7 @@ class RewardService:
                     if self._sticky.seconds:
                         await self._stick(jobs)
                     for arm, count in _counted([job.order[0] for job in jobs if job.order]).items():
-                        self._telemetry.drawn(run.name, run.template.pool[arm]).inc(count)
+                        self._telemetry.drawn(run.name, chosen.template.pool[arm]).inc(count)
         except TimeoutError as error:
             raise too_late() from error
         return jobs
@@ -386,7 +414,8 @@ class RewardService:
         """Carry out the plans: every job has its reward or its error afterwards."""
         await self._asker.ask(jobs, tickets, deadline)
         scaled = [job for job in jobs if job.plan.needs_scale]
-        scales = await self._observed(scaled) if scaled and self._runs.template.score_scale is None else {}
+        unknown = [job for job in scaled if job.chosen.template.score_scale is None]
+        scales = await self._observed(unknown) if unknown else {}
         for job in jobs:
             job.conclude(scales.get(job.run.name))
 
@@ -407,14 +436,20 @@ class RewardService:
             return
         for job in singles:
             job.sticky = sticky_key(job.policy.name, job.instance.prompt)
-        if self._audits is not None:
-            await self._offer_groups(self._audits, singles)
+        audits = self._audits if is_audited_run(singles[0].run) else None
+        if audits is not None:
+            await self._offer_groups(audits, singles)
         standing = await self._sticky.settle(singles[0].run.name, [(job.sticky, own_draw(job)) for job in singles])
         for job, followed in zip(singles, standing, strict=True):
-            if followed is not None:
+            # A draw that is older than a change of the pool, and would ask a retired scorer, is followed no more.
+            if followed is None:
+                continue
+            if any(job.chosen.template.retired[arm] for arm in followed.order):
+                job.sticky = ""
+            else:
                 job.followed, job.order = followed, followed.order
-        if self._audits is not None:
-            self._audits.met(singles[0].run, [job.chosen.x[job.row] for job in singles if job.followed is None])
+        if audits is not None:
+            audits.met(singles[0].run, [job.chosen.x[job.row] for job in singles if job.followed is None])
 
     async def _offer_groups(self, audits: AuditChooser, singles: Sequence[Job]) -> None:
         """Give each single the audit that it would begin; all of one run."""
@@ -505,6 +540,9 @@ class RewardService:
             # A loss or a reward says nothing of scorers that were not asked.
             compared = [one for one in decided if one.run.signal is Signal.PREFERENCE]
             self._shadower.offer([one for one in compared if one.run.name not in unsaved])
+        for job in jobs:
+            if job.decision is not None:
+                job.run.history.add(self._decided(job, job.decision, job.run.name not in unsaved))
         self._count(jobs)
         replies: list[RewardReply | ServiceError] = [
             job.error or NoWorkerError("no reward model answered")
@@ -520,6 +558,11 @@ class RewardService:
         ]
         self._telemetry.stage["total"].observe(time.perf_counter() - started)
         return replies
+
+    def _decided(self, job: Job, decision: StoredDecision, recorded: bool) -> Decided:
+        draws = None if job.followed is not None else job.chosen.choices.draws[job.row].tolist()
+        texts = beginnings(job.instance) if self._limits.keep_texts else None
+        return Decided(job.decision_id, decision, draws, recorded, texts)
 
     def _count(self, jobs: Sequence[Job]) -> None:
         telemetry = self._telemetry

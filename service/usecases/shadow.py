@@ -25,7 +25,7 @@ from service.telemetry import Telemetry
 from service.usecases.ask import PATIENT_INSTANCES, Asker, Inquiry, Tickets
 from service.usecases.audit_choice import is_audited
 from service.usecases.decisions import StoredDecision, encode_decision
-from service.usecases.runs import Run
+from service.usecases.runs import Run, RunTemplate
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,6 @@ class Shadower:
     Args:
         store: where decisions wait for feedback.
         telemetry: counters.
-        prices: of one asking, by arm.
         rate: fraction of the instances, 0 to 1.
         timeout_seconds: deadline of asking one RM about up to `PATIENT_INSTANCES` instances.
         max_instances: how many may be under way at once.
@@ -68,7 +67,6 @@ class Shadower:
         self,
         store: Store,
         telemetry: Telemetry,
-        prices: Sequence[float],
         *,
         rate: float,
         timeout_seconds: float,
@@ -79,7 +77,7 @@ class Shadower:
         self._telemetry = telemetry
         self._timeout_seconds = timeout_seconds
         self._max_instances = max_instances
-        self._asker = Asker(telemetry.shadow_calls.labels, prices, timeout_seconds=timeout_seconds)
+        self._asker = Asker(telemetry.shadow_calls.labels, timeout_seconds=timeout_seconds)
         self._in_flight = 0
         self._tasks: set[asyncio.Task[None]] = set()
         telemetry.watch(telemetry.shadows_in_flight, lambda: self._in_flight)
@@ -123,13 +121,17 @@ class Shadower:
             logger.error("shadowing failed", exc_info=task.exception())
 
     async def _shadow(self, taken: Sequence[Shadowable]) -> None:
-        """Ask every other RM, one call per RM, and add what came back to the decisions, one write per run."""
-        arms = taken[0].run.template.arms
-        inquiries = [
-            Inquiry(AskRest(item.stored.attempts), item.instance, range(len(item.run.template.arms))) for item in taken
-        ]
+        """Ask every other RM, one call per RM and pool, and add what came back to the decisions, one write per run."""
+        pools: dict[RunTemplate, list[Shadowable]] = {}
+        for item in taken:
+            pools.setdefault(item.run.template, []).append(item)
+        await asyncio.gather(*(self._shadow_pool(template, items) for template, items in pools.items()))
+
+    async def _shadow_pool(self, template: RunTemplate, taken: list[Shadowable]) -> None:
+        inquiries = [Inquiry(AskRest(item.stored.attempts), item.instance, template.asked) for item in taken]
         patience = self._timeout_seconds * -(-len(taken) // PATIENT_INSTANCES)
-        await self._asker.ask(inquiries, Tickets(arms), asyncio.get_running_loop().time() + patience)
+        tickets = Tickets(template.arms, template.prices)
+        await self._asker.ask(inquiries, tickets, asyncio.get_running_loop().time() + patience)
         by_run: dict[str, list[tuple[Shadowable, Inquiry]]] = {}
         for item, inquiry in zip(taken, inquiries, strict=True):
             by_run.setdefault(item.run.name, []).append((item, inquiry))

@@ -12,12 +12,14 @@ from pydantic import BaseModel, Field
 
 from router_core.moments import ScoreScales
 from router_core.policies.bayesian import posterior_beliefs
-from service.encoders.protocol import AwaitedEncoder
+from service.encoders.protocol import AwaitedEncoder, ServerStatus
 from service.errors import NotFoundError, NotReadyError, RunConflictError, ServiceError, StoreUnavailableError
 from service.keys.access import EVERYTHING, Access
 from service.scorers.status import ScorerStatus
+from service.stores.acts import is_archived
 from service.stores.protocol import Store
 from service.telemetry import Telemetry
+from service.usecases.pools import standing_pool
 from service.usecases.runs import Run, RunRegistry, failure_of, known_runs
 
 TELL_SECONDS = 5.0
@@ -66,7 +68,8 @@ class RunStatus(BaseModel):
     events: int = Field(description="Events ever appended to its log.")
     signal: str | None = Field(description="Kind of feedback that it learns from.")
     prior: str | None = Field(description="Form of its prior.")
-    pool: list[str] = Field(description="Its scorers, in arm order.")
+    pool: list[str] = Field(description="The scorers that it asks now, in arm order.")
+    archived: bool = Field(description="Closed by an operator: neither asked nor taught.")
 
 
 async def stored_runs(store: Store, names: Sequence[str]) -> list[RunStatus]:
@@ -77,17 +80,20 @@ async def stored_runs(store: Store, names: Sequence[str]) -> list[RunStatus]:
     """
     found = []
     for name in names:
-        check = await store.check_run(name, ())
+        check, acts = await store.check_run(name, ()), await store.acts(name)
         if check.identity is None:
             continue
         identity = json.loads(check.identity.fingerprint)
+        standing = standing_pool(check.identity.fingerprint, acts)
+        pool = identity.get("pool") or () if standing is None else [arm.name for arm in standing.asked]
         found.append(
             RunStatus(
                 run=name,
                 events=check.status.appended,
                 signal=identity.get("signal"),
                 prior=identity.get("prior"),
-                pool=list(identity.get("pool") or ()),
+                pool=list(pool),
+                archived=is_archived(acts),
             )
         )
     return found
@@ -102,6 +108,7 @@ class StatusService:
         telemetry: rendered.
         models: describes the pool's workers.
         referees: describes the workers of scorers that are asked about audits only.
+        failed_tasks: names of background tasks that ended by a fault of ours.
         tell_audits: sets the gauges of a run's audits; None where there are none.
         executor: where digests are computed.
         health_check_errors: health checks that failed by a fault of ours, so far.
@@ -127,6 +134,7 @@ class StatusService:
         store_findings: Callable[[], Sequence[str]] = tuple,
         store_refused: Callable[[], bool] = lambda: False,
         referees: Callable[[], list[ScorerStatus]] = list,
+        failed_tasks: Callable[[], Sequence[str]] = tuple,
         tell_audits: Callable[[Run], Awaitable[None]] | None = None,
     ) -> None:
         self._runs = runs
@@ -135,6 +143,7 @@ class StatusService:
         self.models = models
         self.referees = referees
         self._tell_audits = tell_audits
+        self.failed_tasks = failed_tasks
         self._executor = executor
         self._health_check_errors = health_check_errors
         self._answers_without_store = answers_without_store
@@ -142,6 +151,10 @@ class StatusService:
         self._encoder = encoder
         self.store_findings = store_findings
         self._store_refused = store_refused
+
+    def encoder_servers(self) -> list[ServerStatus]:
+        """Return the encoder's servers; none where contexts are computed here."""
+        return [] if self._encoder is None else [*self._encoder.servers()]
 
     async def render_metrics(self) -> bytes:
         """Prometheus' text format, with the workers' states, the logs' lag and the posteriors as they are now."""
@@ -163,7 +176,7 @@ class StatusService:
         runs = list(self._runs.runs.values())
         self._telemetry.store_up.set(await self._measure_lags(runs))
         if self._tell_audits is not None:
-            for run in runs:
+            for run in [run for run in runs if run.template.audits is not None]:
                 try:
                     await self._tell_audits(run)
                 except ServiceError:
@@ -172,7 +185,10 @@ class StatusService:
         for run, means, sds in expected:
             if run.name not in self._runs.runs:
                 continue
-            for model, mean, sd in zip(run.template.pool, means, sds, strict=True):
+            # The pool may have grown since; retired scorers are shown no more.
+            for model, mean, sd, retired in zip(run.template.pool, means, sds, run.template.retired, strict=False):
+                if retired:
+                    continue
                 self._telemetry.posterior_mean.labels(run.name, model).set(mean)
                 self._telemetry.posterior_sd.labels(run.name, model).set(sd)
         for arm in [*self.models(), *self.referees()]:
@@ -275,12 +291,13 @@ class StatusService:
             known = access.seen(await self._store.list_runs())
             remedy = "send it a request first" if name in known else known_runs(known)
             raise NotFoundError(f"run {name!r} is not open here: {remedy}", details={"run": name})
-        posterior, last_event_id = run.posterior, run.last_event_id
+        (posterior, template), last_event_id = run.current, run.last_event_id
         status = await self._store.log_status(name)
         digest = await asyncio.get_running_loop().run_in_executor(self._executor, posterior.digest)
         statistics, scales = posterior.statistics, self._scales(name)
+        moments = (ScoreScales(0, "0-0", ()) if scales is None else scales).of_arms(posterior.n_arms).arms
         models = []
-        for k, model in enumerate(run.template.pool):
+        for k, model in enumerate(template.pool):
             mean_reward = float(statistics.mean_reward()[k])
             arm = posterior.arms[k]
             variance = (arm.covariance.trace() - (arm.corrections**2).sum()) / posterior.dim
@@ -289,8 +306,8 @@ class StatusService:
                     model=model,
                     feedbacks=int(statistics.count[k]),
                     mean_reward=None if mean_reward != mean_reward else mean_reward,
-                    score_mean=scales.arms[k].mean if scales is not None and scales.arms[k].count else None,
-                    score_sd=None if scales is None else scales.arms[k].sd,
+                    score_mean=moments[k].mean if moments[k].count else None,
+                    score_sd=moments[k].sd if scales is not None else None,
                     alarms=int(posterior.watches[k].alarms),
                     mean_norm=float((arm.mean @ arm.mean) ** 0.5),
                     sd=float(max(variance, 0.0) ** 0.5),
@@ -302,7 +319,7 @@ class StatusService:
             last_event_id=last_event_id,
             digest=digest,
             prior=posterior.prior.form,
-            policy=run.template.default_policy.name,
+            policy=template.default_policy.name,
             signal=run.signal,
             dim=posterior.dim,
             drift=posterior.drift,
@@ -318,9 +335,9 @@ def _expectations(runs: Sequence[Run]) -> list[tuple[Run, list[float], list[floa
     """Per run that has been asked: mean and sd per RM (K,) of what the posterior expects on the newest instances."""
     found = []
     for run in runs:
-        recent = list(run.recent)
+        recent, posterior = list(run.recent), run.posterior
         if recent:
-            x, offsets = (np.stack(rows) for rows in zip(*recent, strict=True))
-            beliefs = posterior_beliefs(x, offsets, run.posterior)
+            x = np.stack(recent)
+            beliefs = posterior_beliefs(x, posterior.prior.offsets(x), posterior)
             found.append((run, beliefs.means.mean(axis=0).tolist(), beliefs.sds.mean(axis=0).tolist()))
     return found

@@ -54,13 +54,13 @@ def built() -> Iterator[dict[str, BuiltImage]]:
 def stack(
     built: dict[str, BuiltImage], valkey_binary: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ContainerStack]:
-    """The profile `cpu`, up."""
+    """The profile `cpu`, up, with two processes of the gateway."""
     folder = tmp_path_factory.mktemp("containers")
     if made := os.environ.get("DEMO_POOL"):
         shutil.copytree(made, folder / "volumes" / "demo" / "demo")
     images: dict[str, Image] = {name: image.image() for name, image in built.items()}
     images["valkey/valkey"] = valkey_image(valkey_binary, tmp_path_factory.mktemp("valkey-image"))
-    config = copy.deepcopy(compose_config("cpu", variables=SECRETS))
+    config = copy.deepcopy(compose_config("cpu", variables={**SECRETS, "WORKERS": "2"}))
     with ContainerStack(config, folder, images, network=os.getpid() % 120).of(built) as stack:
         stack.up(UP_SECONDS)
         yield stack

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from router_core.records import Fact, Instance
+from service.assembly import routing_given
 from service.errors import ConfigurationError
-from service.gateway import default_policy
 from service.pool import PoolFile, dump_pool, load_pool
 from service.scorers.rm.build import build_reward_model
 from service.scorers.vllm_entry import RESERVED_ARGUMENTS
@@ -132,10 +132,11 @@ def test_kinds_are_read_back_as_written(tmp_path: Path) -> None:
 def test_combine_is_the_policy_of_requests_that_name_none(tmp_path: Path) -> None:
     models = "models: [{name: rule, kind: rule, builtin: math}, {name: rm, path: rm}]"
     pool = load(tmp_path, f"combine: 'gate:rule,rm'\n{models}")
-    assert default_policy(Settings(), pool) == "gate:rule,rm"
-    assert default_policy(Settings(policy="random"), pool) == "random"
-    assert default_policy(Settings(), load(tmp_path, f"combine: route\n{models}")) == Settings().policy
-    assert default_policy(Settings(), load(tmp_path, models)) == Settings().policy
+    assert routing_given(Settings(), pool) == {"policy": "gate:rule,rm"}
+    assert routing_given(Settings(policy="random"), pool) == {"policy": "random"}
+    assert routing_given(Settings(), load(tmp_path, f"combine: route\n{models}")) == {}
+    routed = load(tmp_path, f"combine: sum\nrouting: {{policy: random, v: 0.3}}\n{models}")
+    assert routing_given(Settings(gamma=0.9), routed) == {"policy": "random", "v": 0.3, "gamma": 0.9}
     with pytest.raises(ConfigurationError, match="combine"):
         load(tmp_path, f"combine: average\n{models}")
 

@@ -21,6 +21,7 @@ from router_core.records import Event
 from service.app import create_app
 from service.pool import PoolFile
 from service.settings import Settings
+from service.stores.acts import PREFIX
 from service.stores.protocol import Store
 from service.usecases.decisions import StoredDecision, event_of
 from tests.support.arms import ScriptedArm
@@ -58,10 +59,11 @@ async def until(condition: Callable[[], Any], what: str, seconds: float = WAIT_S
 
 
 def read_events(server_url: str, run: str) -> list[Event]:
-    """Every event of a run's log, read from the server without any code of the store."""
+    """Every feedback and audit of a run's log, read from the server without any code of the store."""
     with redis.Redis.from_url(server_url) as client:
         entries: Any = client.xrange(f"rr:{{{run}}}:log")
-    return [event_of(words[b"d"].decode(), words[b"p"], words[b"s"]) for _, words in entries]
+    told = [words for _, words in entries if not words[b"s"].startswith(PREFIX)]
+    return [event_of(words[b"d"].decode(), words[b"p"], words[b"s"]) for words in told]
 
 
 def read_decision(server_url: str, run: str, decision_id: str) -> StoredDecision | None:

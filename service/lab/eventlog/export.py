@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from router_core.records import Signal
 from service.errors import ConfigurationError, NotFoundError
 from service.lab.eventlog.jsonl import JsonlWriter, read_jsonl, read_jsonl_header
 from service.lab.eventlog.record import Header, LoggedEvent, RewardFollower, new_header, require_same_run
+from service.stores.acts import is_act
 from service.stores.protocol import LogEntry, LogStatus, Store
 from service.usecases.runs import known_runs
 
@@ -90,23 +91,28 @@ async def export_log(
         )
     fingerprint, status = check.identity.fingerprint, check.status
     old = _standing_header(out) if resume else None
-    header = _header(run, fingerprint, status, since, old)
+    acts = await store.acts(run)
+    header = _header(run, fingerprint, status, since, old, acts)
     if old is not None:
         require_same_run(old, header, out)
     follower = RewardFollower(header)
     with _replacing(out) as file, closing(open_writer(out, file, header)) as writer:
         kept, last = _keep(out, writer, follower) if old is not None else (0, None)
+        last_kept = last
         after = last or (since if since is not None and header.signal is not Signal.LOSS else FIRST)
         added, read = 0, 0
         async for entries in _chunks(store, run, after, status.last_id):
-            events = [follower.event(entry) for entry in entries]
+            events = [follower.event(entry) for entry in entries if not is_act(entry)]
             wanted = events if since is None else [e for e in events if _order(e.event_id) > _order(since)]
             writer.write(wanted)
-            read, added = read + len(events), added + len(wanted)
+            read, added = read + len(entries), added + len(wanted)
             last = wanted[-1].event_id if wanted else last
             if on_events is not None:
                 on_events(len(events))
-        _check_complete(run, header, status, kept, read)
+        # Acts teach nothing and are no rows; those before the last row were read by the export that wrote it.
+        passed = [act for act in acts if last_kept is not None and _order(act.event_id) < _order(last_kept)]
+        if not passed or header.first_position == 0:
+            _check_complete(run, header, status, kept + len(passed), read)
     return Exported(header, kept + added, added, last)
 
 
@@ -166,12 +172,19 @@ def _standing_header(out: Path) -> Header | None:
     return read_header(out) if out.exists() else None
 
 
-def _header(run: str, fingerprint: bytes, status: LogStatus, since: str | None, old: Header | None) -> Header:
+def _header(
+    run: str,
+    fingerprint: bytes,
+    status: LogStatus,
+    since: str | None,
+    old: Header | None,
+    acts: Sequence[LogEntry],
+) -> Header:
     if old is not None:
-        new = new_header(run, fingerprint, old.first_position, from_first_event=old.first_position == 0)
+        new = new_header(run, fingerprint, old.first_position, from_first_event=old.first_position == 0, acts=acts)
         return replace(new, exact_rewards=old.exact_rewards)
     position = status.trimmed if since is None else None
-    return new_header(run, fingerprint, position, from_first_event=status.trimmed == 0)
+    return new_header(run, fingerprint, position, from_first_event=status.trimmed == 0, acts=acts)
 
 
 def _keep(out: Path, writer: EventWriter, follower: RewardFollower) -> tuple[int, str | None]:

@@ -5,10 +5,12 @@ Knows files of this package and the arrays of `router_core.ope`. Called by the c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -64,7 +66,25 @@ def load_log(path: Path) -> EventLog:
     if not path.is_file():
         raise ConfigurationError(f"{path} does not exist: write it with `reward-router export RUN --out {path}`")
     header = read_header(path)
-    return EventLog(header, tuple(read_events(path)))
+    K = len(header.pool)
+    return EventLog(header, tuple(_of_pool(event, K) for event in read_events(path)))
+
+
+def _of_pool(event: LoggedEvent, K: int) -> LoggedEvent:
+    """The event with every arm of the run: one that came later was never asked, and nobody knew what it is worth."""
+    decision = event.decision
+    missing = K - len(decision.offsets)
+    if missing <= 0:
+        return event
+    wide = msgspec.structs.replace(
+        decision,
+        offsets=[*decision.offsets, *[0.5] * missing],
+        means=[*decision.means, *[-math.inf] * (K - len(decision.means))],
+        sds=[*decision.sds, *[0.0] * (K - len(decision.sds))],
+        propensities=[*decision.propensities, *[0.0] * (K - len(decision.propensities))],
+        floors=[*decision.floors, *[0.0] * (K - len(decision.floors))] if decision.floors else [],
+    )
+    return replace(event, decision=wide)
 
 
 def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
@@ -86,6 +106,7 @@ def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
     arm = np.array([_first_arm(decision.attempts) for decision in decisions], dtype=np.int64)
     available = np.ones((len(chosen), k), dtype=np.bool_)
     for row, decision in enumerate(decisions):
+        available[row] = _in_pool(log.header, decision)
         available[row, excluded(decision.attempts, 0)] = False
     rewards = one_reward_per_row(arm, np.array([event.first_reward for event in chosen], dtype=np.float64), k)
     for row, event in enumerate(chosen):
@@ -112,6 +133,14 @@ def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
         numbered(decision.sticky or row for row, decision in enumerate(decisions)),
         inclusion,
     )
+
+
+def _in_pool(header: Header, decision: StoredDecision) -> NDArray[np.bool_]:
+    """(K,) True for the arms that were in the pool, and for those that were asked all the same."""
+    inside = np.zeros(len(header.pool), dtype=np.bool_)
+    inside[list(header.asked_at(decision.time_ms))] = True
+    inside[[attempt.arm for attempt in decision.attempts]] = True
+    return inside
 
 
 def _chances(
@@ -145,11 +174,16 @@ def _chances(
     return inclusion, np.where(alone, 1.0, p + (1.0 - p) * rate)
 
 
-def complete(decision: StoredDecision) -> bool:
+def complete(decision: StoredDecision, inside: NDArray[np.bool_] | None = None) -> bool:
     """Return True if every arm that could be asked has answered, whatever the policy believed: it was shadowed, or asks
     everyone.
+
+    Args:
+        decision: what was stored.
+        inside: (K,) True for the arms that were in the pool; None: all.
     """
-    there = set(range(len(decision.offsets))) - set(_closed(decision.attempts))
+    arms = range(len(decision.offsets)) if inside is None else np.flatnonzero(inside).tolist()
+    there = set(arms) - set(_closed(decision.attempts))
     chosen = decision.shadows is not None or asks_everyone(decision)
     return chosen and there <= {answer.arm for answer in decision.heard}
 
@@ -176,6 +210,7 @@ def sequence_log(log: EventLog) -> tuple[SequenceLog, NDArray[np.int64]]:
     scores, there = np.full((N, K, n), np.nan), np.ones((N, K), np.bool_)
     arms, chances = np.full((N, K), -1, np.int64), np.ones((N, K))
     for row, decision in enumerate(decisions):
+        there[row] = _in_pool(log.header, decision)
         there[row, _closed(decision.attempts)] = False
         asked = [attempt.arm for attempt in answers(decision.attempts)]
         arms[row, : len(asked)] = asked
@@ -184,7 +219,7 @@ def sequence_log(log: EventLog) -> tuple[SequenceLog, NDArray[np.int64]]:
         for answer in decision.heard:
             verdicts[row, answer.arm], answered[row, answer.arm] = answer.verdict, True
             scores[row, answer.arm, : decision.n] = answer.rewards
-    whole = np.array([complete(decision) for decision in decisions], dtype=np.bool_)
+    whole = np.array([complete(decision, _in_pool(log.header, decision)) for decision in decisions], dtype=np.bool_)
     everyone = np.array([asks_everyone(decision) for decision in decisions], dtype=np.bool_)
     share = float(whole[~everyone].mean()) if (~everyone).any() else 0.0
     numbers = np.array([decision.n for decision in decisions], dtype=np.int64)

@@ -14,16 +14,20 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
+import msgspec
+
 from router_core.attempts import Attempt, Outcome, answers
 from router_core.feedback import SignalAccumulator, SignalStatistics
 from router_core.posterior import NO_ARM
 from router_core.prior import LOSS_SCALES, PriorForm
 from router_core.records import Feedback, Signal, Source
 from service.errors import ConfigurationError
+from service.specification import decode
+from service.stores.acts import POOL
 from service.stores.protocol import LogEntry
 from service.usecases.decisions import StoredAudit, StoredDecision, Told, decode_decision, event_from, told_by
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Version of the exported files' schema."""
 
 
@@ -38,6 +42,8 @@ class Header:
         exact_rewards: whether the column `reward` is what the fold learned from. Losses are scaled by what came
             before, so a log whose beginning is gone cannot tell; its rewards are empty then.
         created_by: program and version.
+        pools: the changes of the run's pool that the store knows of, oldest first: `time_ms`, `version`, the names of
+            all arms by index, the arms that are asked from then on, prices and terms.
         schema_version: `SCHEMA_VERSION` of the program that wrote it.
     """
 
@@ -46,12 +52,18 @@ class Header:
     first_position: int | None
     exact_rewards: bool
     created_by: str
+    pools: Sequence[Mapping[str, Any]] = ()
     schema_version: int = SCHEMA_VERSION
 
     @property
     def pool(self) -> tuple[str, ...]:
-        """Model names, in arm order."""
-        return tuple(self.fingerprint["pool"])
+        """Model names, in arm order: of every arm that the run ever asked."""
+        return tuple(self.pools[-1]["names"] if self.pools else self.fingerprint["pool"])
+
+    def asked_at(self, time_ms: int) -> frozenset[int]:
+        """Return the arms that were in the pool at a time."""
+        before = [change for change in self.pools if change["time_ms"] <= time_ms]
+        return frozenset(before[-1]["asked"] if before else range(len(self.fingerprint["pool"])))
 
     @property
     def dim(self) -> int:
@@ -70,7 +82,7 @@ class Header:
 
     def to_json(self) -> str:
         """One line."""
-        names = ("run", "fingerprint", "first_position", "exact_rewards", "created_by", "schema_version")
+        names = ("run", "fingerprint", "first_position", "exact_rewards", "created_by", "pools", "schema_version")
         return json.dumps({name: getattr(self, name) for name in names}, sort_keys=True)
 
     @classmethod
@@ -194,7 +206,35 @@ class RewardFollower:
         return tuple(out)
 
 
-def new_header(run: str, fingerprint: bytes, first_position: int | None, *, from_first_event: bool) -> Header:
+def pools_of(acts: Sequence[LogEntry]) -> list[dict[str, Any]]:
+    """Return what a header says of changes of the pool."""
+    found = []
+    for act in acts:
+        if act.value != POOL:
+            continue
+        specification = decode(act.payload)
+        found.append(
+            {
+                "time_ms": int(act.event_id.partition("-")[0]),
+                "version": specification.version,
+                "names": specification.names,
+                "asked": [k for k, arm in enumerate(specification.arms) if not arm.retired],
+                "prices": [arm.entry.get("price", 1.0) for arm in specification.arms],
+                "routing": msgspec.structs.asdict(specification.routing),
+                "audit": specification.pool.get("audit"),
+            }
+        )
+    return found
+
+
+def new_header(
+    run: str,
+    fingerprint: bytes,
+    first_position: int | None,
+    *,
+    from_first_event: bool,
+    acts: Sequence[LogEntry] = (),
+) -> Header:
     """The header of a new file.
 
     Args:
@@ -202,6 +242,7 @@ def new_header(run: str, fingerprint: bytes, first_position: int | None, *, from
         fingerprint: as the store keeps it.
         first_position: see `Header`.
         from_first_event: whether every event of the run will be read, though not all need be written.
+        acts: of the run's operators.
 
     Raises:
         ConfigurationError: the fingerprint is another program's.
@@ -212,6 +253,7 @@ def new_header(run: str, fingerprint: bytes, first_position: int | None, *, from
             "fingerprint": json.loads(fingerprint),
             "first_position": first_position,
             "exact_rewards": True,
+            "pools": pools_of(acts),
             "created_by": f"reward-router {importlib.metadata.version('reward-router')}",
         }
     )

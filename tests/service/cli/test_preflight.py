@@ -66,11 +66,11 @@ def _up(folder: Path, *words: str) -> str:
     return str(done.exception) if done.exception is not None else f"fits\n{done.output}"
 
 
-@pytest.mark.parametrize("dry", [["--dry-run"], []])
-def test_another_pool_than_the_runs_is_said_before_anything_starts(kept: Path, dry: list[str]) -> None:
+def test_another_pool_than_the_runs_is_said_before_anything_starts(kept: Path) -> None:
     _pool(kept, "a", "c")
-    said = _up(kept, *dry)
-    assert "run 'mine' was started otherwise: its scorers are a, b, the gateway has a, c" in said
+    said = _up(kept, "--dry-run")
+    assert "run 'mine' goes on with the pool that it has (a, b)" in said
+    assert "retire b; add c (starts from nothing)" in said
     assert not (kept / "data" / "logs").exists()
 
 

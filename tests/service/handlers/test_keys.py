@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import json
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,9 +16,11 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from service.app import create_app
+from service.console import console_files
 from service.errors import ConfigurationError
+from service.handlers.headers import SecureAnswers
 from service.handlers.hot import HotRoutes
-from service.handlers.keys import OPEN_PATHS, KeyGuard, check_routes, require, routes_of, scope_of
+from service.handlers.keys import OPEN_PATHS, STREAMS, KeyGuard, check_routes, require, routes_of, scope_of
 from service.keys.access import Scope
 from service.keys.file import KeyFile, KeyLimits, entry_of, new_key, write_key_file
 from service.pool import PoolFile
@@ -23,7 +28,10 @@ from service.settings import Settings
 from service.stores.memory import MemoryStore
 from tests.docs.tables import ROOT
 from tests.support.arms import ScriptedArm
+from tests.support.events import watch
 from tests.support.gateway import Gateway, fresh_run, open_gateway, pair, small_encoder, until
+from tests.support.live import live_gateway
+from tests.support.rules import call
 
 if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
@@ -81,7 +89,10 @@ def application() -> tuple[HotRoutes, FastAPI]:
     hot = create_app(
         settings, pool, encoder=small_encoder(), arms=[ScriptedArm("rm-a")], store=MemoryStore(window_seconds=9.0)
     )
-    guard = hot._rest
+    assert isinstance(hot, HotRoutes)
+    secure = hot._rest
+    assert isinstance(secure, SecureAnswers)
+    guard = secure._app
     assert isinstance(guard, KeyGuard)
     app = guard._app
     assert isinstance(app, FastAPI)
@@ -131,14 +142,17 @@ def test_a_route_that_says_no_scope_does_not_start() -> None:
 async def test_every_route_takes_keys_of_its_scope_only(gateway: Gateway, keys: Keys) -> None:
     hot = application()[0].scopes
     for path, needed in required().items():
-        method = "POST" if path in hot else "GET"
+        method = "POST" if path in hot or path.startswith("/admin") else "GET"
         if needed == "open":
-            assert (await gateway.client.request(method, path)).status == 200
+            named = path.replace("{digest}", console_files().digest).replace("{name:path}", "app.js")
+            assert (await gateway.client.request(method, named)).status == 200
             continue
         without = await gateway.client.request(method, path, b"{}")
         assert (without.status, without.error["code"]) == (401, "unauthorized"), path
         for scope in Scope:
-            response = await gateway.client.request(method, path, b"{}", headers=keys.headers(scope.value))
+            response = await gateway.client.request(
+                method, path, b"{}", headers=keys.headers(scope.value), disconnect=path in STREAMS
+            )
             if scope.value == needed:
                 assert response.status not in (401, 403), (path, scope, response.body)
             else:
@@ -152,9 +166,11 @@ async def test_a_run_of_others_is_refused_on_every_route(gateway: Gateway, keys:
     bodies = {
         "/reward": {**pair(), "run": other},
         "/reward/batch": {"items": [pair()], "run": other},
+        "/beliefs": {**pair(), "run": other},
         "/feedback": {"decision_id": "d", "preferred": 0, "run": other},
         "/feedback/batch": {"items": [{"decision_id": "d", "preferred": 0}], "run": other},
         "/audits/judge": {"decision_id": "d", "preferred": 0, "run": other},
+        "/admin/pool": {"dry_run": True, "run": other},
         "/get_reward": {"query": ["q"], "prompts": ["p"], "responses": ["r"]},
     }
     for path, body in bodies.items():
@@ -162,7 +178,7 @@ async def test_a_run_of_others_is_refused_on_every_route(gateway: Gateway, keys:
             response = await client.post(path, document, **mine)
             assert (response.status, response.error["code"]) == (403, "forbidden"), (path, response.body)
             assert "mine-*" in response.error["message"]
-    for path in ("/posterior", "/report", "/audits"):
+    for path in ("/posterior", "/report", "/audits", "/pool", "/events"):
         for query in ("", f"?run={other}"):
             assert (await client.get(path + query, **mine)).status == 403
 
@@ -201,6 +217,17 @@ async def test_a_revoked_key_is_refused_without_a_restart(gateway: Gateway, keys
     assert (await gateway.client.post("/reward", pair(), **keys.headers("next"))).status == 200
 
 
+def test_a_stream_tells_no_other_runs_and_ends_with_its_key(valkey_server: ValkeyProcess, keys: Keys) -> None:
+    with live_gateway(valkey_server.url, keys_file=keys.path) as gateway:
+        headers = keys.headers("mine")
+        assert call(f"{gateway.url}/reward", {**pair(), "run": MINE}, **headers)[0] == 200
+        with watch(f"{gateway.url}/events?run={MINE}", **headers) as stream:
+            assert stream.next("runs") == [MINE]
+            assert gateway.run not in json.dumps(stream.next("state"))
+            keys.drop("mine")
+            stream.read_to_the_end()
+
+
 async def test_limits_of_a_key_are_its_own(gateway: Gateway, keys: Keys) -> None:
     keys.add("few", [Scope.REWARD], limits=KeyLimits(instances_per_minute=3))
     keys.add("narrow", list(Scope), limits=KeyLimits(max_in_flight=1))
@@ -229,3 +256,63 @@ async def test_limits_of_a_key_are_its_own(gateway: Gateway, keys: Keys) -> None
         arm.gate.set()
     assert (await slow).status == (await other).status == 200
     assert (await gateway.client.get("/models", **keys.headers("narrow"))).status == 200
+
+
+async def test_every_answer_has_the_security_headers(gateway: Gateway, keys: Keys) -> None:
+    for path in (*required(), "/nothing"):
+        for headers in ({}, keys.headers(ALL)):
+            for method in ("GET", "POST"):
+                if path in STREAMS and headers:
+                    continue  # Without an end; what comes to it without a key has one.
+                said = (await gateway.client.request(method, path, b"{}", headers=headers)).headers
+                where = (method, path, bool(headers))
+                assert said["x-content-type-options"] == "nosniff", where
+                kept = "no-cache" if (method, path) == ("GET", "/") else "no-store"
+                assert said["cache-control"] == kept, where
+                assert said["referrer-policy"] == "no-referrer", where
+                assert said["cross-origin-resource-policy"] == "same-origin", where
+                assert "default-src 'none'" in said["content-security-policy"], where
+                assert "frame-ancestors 'none'" in said["content-security-policy"], where
+                assert "server" not in said
+
+
+async def test_the_docs_page_allows_its_own_style_alone(gateway: Gateway, keys: Keys) -> None:
+    response = await gateway.client.get("/docs", **keys.headers(ALL))
+    (style,) = re.findall("<style>(.*?)</style>", response.body.decode(), re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"style-src 'sha256-{digest}'" in response.headers["content-security-policy"]
+    assert b"<script" not in response.body
+    assert b" style=" not in response.body
+
+
+async def test_acts_are_written_before_and_after_they_are_done(
+    valkey_server: ValkeyProcess, keys: Keys, tmp_path: Path
+) -> None:
+    path = tmp_path / "acts.jsonl"
+    async with open_gateway(valkey_server.url, keys_file=keys.path, acts_file=path) as gateway:
+        await gateway.client.post("/reward", pair(), **keys.headers(ALL))
+        await gateway.client.get("/models", **keys.headers(ALL))
+        await gateway.client.post("/admin/nothing?run=r", {"text": "a secret"}, **keys.headers("admin"))
+        await gateway.client.post("/admin/nothing", {}, authorization="Bearer wrong")
+        keys.drop("reward")
+
+        async def taken() -> bool:
+            return "keys file taken" in path.read_text("utf-8")
+
+        await until(taken, "the changed file")
+    text = path.read_text("utf-8")
+    asked, answered, changed = map(json.loads, text.splitlines())
+    assert (asked["act"], asked["key"], asked["path"], asked["query"]) == ("asked", "admin", "/admin/nothing", "run=r")
+    assert (answered["act"], answered["status"]) == ("answered", 404)
+    assert changed["changes"][0].startswith("removed reward (")
+    assert "secret" not in text
+    assert not any(key in text for key in keys.by_name.values())
+
+
+async def test_an_act_that_cannot_be_written_is_not_done(
+    valkey_server: ValkeyProcess, keys: Keys, tmp_path: Path
+) -> None:
+    async with open_gateway(valkey_server.url, keys_file=keys.path, acts_file=tmp_path) as gateway:
+        response = await gateway.client.post("/admin/nothing", {}, **keys.headers("admin"))
+        assert (response.status, response.error["code"]) == (503, "acts_unavailable")
+        assert (await gateway.client.get("/models", **keys.headers("read"))).status == 200

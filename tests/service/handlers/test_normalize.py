@@ -216,7 +216,7 @@ async def test_a_gateway_that_starts_later_goes_on_from_the_snapshot(valkey_serv
             once_more = await gateway.client.ok("/reward", probe)
     assert [r["scale_version"] for r in (before, after, once_more)] == [31, 32, 33]
     # One and the same log: the later gateway's reply lies between, and all of it is one sequence of folds.
-    scales = normalise.parse_scales(snapshot, 2)
+    scales = normalise.parse_scales(snapshot)
     with raw(valkey_server) as client:
         rest: Any = client.xrange(f"rr:{{{run}}}:scores", min=f"({scales.last_id}")
     for entry_id, words in rest:

@@ -43,7 +43,7 @@ async def test_a_ticket_stays_open_until_the_scorer_is_lost() -> None:
 
 async def test_a_call_asks_who_has_room_or_took_a_piece_of_it() -> None:
     full, free = FullArm(), FullArm()
-    tickets = Tickets([cast(Any, full), cast(Any, free)])
+    tickets = Tickets([cast(Any, full), cast(Any, free)], [1.0, 1.0])
     await tickets[0].bring(1)
     full.available = free.available = False
     assert tickets.closed() == {1}

@@ -20,7 +20,7 @@ from router_core.prior import no_prior
 from router_core.records import Instance
 from service.telemetry import Telemetry
 from service.usecases.choose import Chooser, PassTimes
-from service.usecases.runs import Run
+from service.usecases.runs import Current, Run, RunTemplate
 
 POLICY = make_policy("random", ("a", "b", "c"))
 PAIR = Instance("prompt", ("one", "two"))
@@ -49,8 +49,7 @@ def run_with(encoder: RecordingEncoder) -> Run:
     template = SimpleNamespace(encoder=encoder, barred=lambda instances: None)
     state = SimpleNamespace(
         template=template,
-        prior=prior,
-        posterior=start(prior),
+        current=Current(start(prior), cast(RunTemplate, template)),
         rng=np.random.default_rng(0),
         multiplier=lambda policy: None,
     )

@@ -74,6 +74,12 @@ async def test_verdicts_mean_something_and_begging_does_not(tmp_path: Path, serv
         return sum(hits) / PAIRS
 
     assert await right([pair.instance for pair in pairs]) >= 0.95
+    # The demo labels its offline pairs without a server, by the same rewards.
+    labelled = await asyncio.to_thread(judge.judge_pairs, pairs[:5], directory)
+    for pair in labelled:
+        (outcome,) = await scorer.score([pair.instance], deadline=asyncio.get_running_loop().time() + 30)
+        assert isinstance(outcome, Scored)
+        assert outcome.rewards == pytest.approx(pair.scores["judge-safety"], abs=1e-3)
     judging = scorer.status().judging
     assert judging is not None
     assert judging.consistency is not None
