@@ -247,6 +247,8 @@ def load_pool(path: Path) -> PoolFile:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "too_short":
+            message = f"give at least {first['ctx']['min_length']}"
         if first["type"] == "union_tag_invalid":
             message = f"kind {first['ctx']['tag']!r} is unknown; use one of {first['ctx']['expected_tags']}"
         raise ConfigurationError(f"pool file {path}: {where}{message} (fields: docs/scorers.md)") from error

@@ -74,6 +74,7 @@ class Audited:
         words: of the prompt.
         served: credit of what the caller got, against the referee's verdict; NaN where there is nothing to compare.
         trust: how often the referee was expected to be right.
+        asked: arms that were asked before the reply.
         gold: preferred response of the trainer or a person; None where there is no gold.
         gold_credits: (K,) against gold; NaN without.
     """
@@ -90,6 +91,7 @@ class Audited:
     words: Sequence[str]
     served: float
     trust: float
+    asked: tuple[int, ...] = ()
     gold: int | None = None
     gold_credits: Array | None = None
 

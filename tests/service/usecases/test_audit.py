@@ -253,6 +253,16 @@ async def test_a_decision_that_fails_alone_is_given_up_and_the_others_are_not(
     assert len(gateway.events()) == 2
 
 
+async def test_runs_of_another_signal_are_not_audited(gateway: Gateway) -> None:
+    run = gateway.run + "-verified"
+    first = await gateway.client.ok("/reward", {**sum_of(0), "run": run, "signal": "reward"})
+    await gateway.client.ok("/reward", sum_of(1))
+    # The later one has been audited; the first one was given no probability of it.
+    await counted(gateway, recorded=1.0)
+    assert gateway.events(run) == []
+    assert gateway.decision(first["decision_id"], run).inclusion is None
+
+
 async def test_singles_that_share_no_draw_are_not_audited(valkey_server: ValkeyProcess, rule_url: str) -> None:
     async with open_gateway(valkey_server.url, audit=EVERY, referees=sums(rule_url), sticky_seconds=0.0) as gateway:
         reply = await gateway.client.ok("/reward", {"prompt": "What is 7 + 5?", "responses": ["12"]})
