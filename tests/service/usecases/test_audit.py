@@ -253,9 +253,9 @@ async def test_a_decision_that_fails_alone_is_given_up_and_the_others_are_not(
     assert len(gateway.events()) == 2
 
 
-async def test_runs_of_another_signal_are_not_audited(gateway: Gateway) -> None:
-    run = gateway.run + "-verified"
-    first = await gateway.client.ok("/reward", {**sum_of(0), "run": run, "signal": "reward"})
+async def test_runs_of_losses_are_not_audited(gateway: Gateway) -> None:
+    run = gateway.run + "-losses"
+    first = await gateway.client.ok("/reward", {**sum_of(0), "run": run, "signal": "loss"})
     await gateway.client.ok("/reward", sum_of(1))
     # The later one has been audited; the first one was given no probability of it.
     await counted(gateway, recorded=1.0)
