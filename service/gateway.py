@@ -37,7 +37,7 @@ from service.handlers.templates import build_trainer_texts
 from service.handlers.trainers import TrainerRoutes, TrainerTexts
 from service.keys.acts import ActLog
 from service.keys.ring import KeyRing
-from service.pool import PoolFile
+from service.pool import PoolFile, with_audit
 from service.priors import load_checkpoint
 from service.scorers.protocol import Scorer
 from service.scorers.roster import Roster
@@ -301,6 +301,7 @@ def build_gateway(
     Raises:
         ConfigurationError: settings, pool and checkpoint do not fit each other.
     """
+    pool = pool if settings.audit is None else with_audit(pool, settings.audit)
     checkpoint = load_checkpoint(settings)
     telemetry = Telemetry(shared=settings.workers > 1)
     trainer_texts = build_trainer_texts(settings, telemetry)

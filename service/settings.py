@@ -161,6 +161,11 @@ class Settings(BaseSettings):
         "learns of all of them. Only in runs with the signal `preference`.",
     )
 
+    audit: dict[str, Any] | None = Field(
+        None,
+        description="Audits, as JSON with the fields of the pool file's `audit` (docs/audits.md), for example "
+        '`{"referee": "stacked", "rate": 0.1}`; each field stands in the place of the file\'s.',
+    )
     sticky_seconds: float = Field(
         600.0,
         ge=0,

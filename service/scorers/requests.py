@@ -38,7 +38,6 @@ from service.scorers.transport.exchange import (
 )
 from service.scorers.transport.http import HttpError
 from service.scorers.transport.replica import Replica
-from service.scorers.wire import error_message
 
 WHOLESALE_STATUSES: Final = frozenset({401, 403, 405, 501})
 """Refusals of whoever asks or of the endpoint, not of an input: asking in halves would only repeat them."""
@@ -333,7 +332,7 @@ class Requester:
                 model=self._limits.name,
             )
         except RefusedError as error:
-            raise self._rejection(dialogue, replica, error.status, error.body) from error
+            raise self._rejection(dialogue, replica, error) from error
         except FailedError as failure:
             history.reasons.append(self._where(replica, str(failure)))
             history.unreadable += failure.unreadable
@@ -449,14 +448,12 @@ class Requester:
         count = len(self._replicas)
         return reason if count == 1 else f"replica {self._replicas.index(replica) + 1} of {count}: {reason}"
 
-    def _rejection(
-        self, dialogue: Dialogue[Answered], replica: Replica, status: int, body: bytes
-    ) -> WorkerRejectedError:
-        words = error_message(body)
+    def _rejection(self, dialogue: Dialogue[Answered], replica: Replica, refused: RefusedError) -> WorkerRejectedError:
+        status, words = refused.status, refused.words
         fields = {"model": self._limits.name, "url": replica.url, "reason": f"{status} {words}"}
         _log.info("a worker refused an input", extra={"fields": fields})
         message = f"{self._limits.title} refused the input ({status}): {words}"
-        return dialogue.refusal(message, {"model": self._limits.name, "worker_status": status}, status, body)
+        return dialogue.refusal(message, {"model": self._limits.name, "worker_status": status}, status, refused.body)
 
     def _input_error(self, sentence: str) -> WorkerInputError:
         return WorkerInputError(

@@ -6,8 +6,10 @@ Unknown fields are ignored, as vLLM does.
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Iterator
 from typing import Final
 
 import msgspec
@@ -20,6 +22,15 @@ METRICS_PATH: Final = "/metrics"
 
 UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What `msgspec` raises for bytes that are not what was asked for: other fields or no JSON, no UTF-8, too deep."""
+
+UNTOLD: Final = frozenset({"model", "role", "type", "task", "encoding_format"})
+"""Fields of requests whose values are words of the protocol, and no texts."""
+
+QUOTED_CHARS: Final = 16
+"""Characters in a row that make a quotation."""
+
+SHORTEST_QUOTE: Final = 5
+"""Of texts that are shorter, an answer may hold one by chance."""
 
 PROBE_PROMPT: Final = "ping"
 PROBE_RESPONSE: Final = "pong"
@@ -182,6 +193,46 @@ def error_message(body: bytes, *, limit: int = 500) -> str:
     if text is None:
         text = body[: 4 * limit].decode("utf-8", "replace")
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def safe_words(body: bytes, sent: bytes) -> str:
+    """Return `error_message`, unless it quotes texts of the request: these belong into no log and no error.
+
+    Args:
+        body: of the answer.
+        sent: the request's body; of the strings in it, all count but those of `UNTOLD`.
+    """
+    words = error_message(body)
+    try:
+        texts = list(_texts(msgspec.json.decode(sent)))
+    except UNREADABLE:
+        return "(its words are not shown)"
+    for text in texts:
+        # An answer may quote JSON, or Python, where quotes and lines are written otherwise.
+        for form in {text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1], repr(text)[1:-1]}:
+            if _shares(words, form):
+                return "(its words quote the input, and are not shown)"
+    return words
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield the strings of JSON that may hold what people wrote."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
+    elif isinstance(value, dict):
+        for name, one in value.items():
+            if name not in UNTOLD:
+                yield from _texts(one)
+
+
+def _shares(words: str, text: str) -> bool:
+    """Return True if words hold a text, or `QUOTED_CHARS` of it in a row."""
+    if len(text) <= QUOTED_CHARS:
+        return len(text) >= SHORTEST_QUOTE and text in words
+    return any(words[at : at + QUOTED_CHARS] in text for at in range(len(words) - QUOTED_CHARS + 1))
 
 
 def says_too_long(status: int, body: bytes) -> bool:

@@ -691,7 +691,11 @@ def changed_words(changed: Mapping[str, Any]) -> str:
     'its signal is loss, the gateway has preference; its checkpoint is another one'
     """
     words = []
-    for key, values in changed.items():
+    first = [key for key in ("pool", "signal", "prior") if key in changed]
+    # Another prior or checkpoint brings its own scalars.
+    told = {"hyper", *first} if {"origin", "prior"} & changed.keys() else {*first}
+    for key in [*first, *(key for key in changed if key not in told)]:
+        values = changed[key]
         old, new = values["run"], values["gateway"]
         if key == "founding":
             continue

@@ -24,7 +24,7 @@ from service.scorers.transport.http import (
     ResponseTooLargeError,
 )
 from service.scorers.transport.replica import FAULTY_STATUSES, Replica
-from service.scorers.wire import error_message
+from service.scorers.wire import safe_words
 
 RETRIED_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
 """Statuses that another replica may answer differently; what we ask is idempotent. 501 is not one of them."""
@@ -68,12 +68,13 @@ class FailedError(Exception):
 
 
 class RefusedError(Exception):
-    """The replica refused the request for good."""
+    """The replica refused the request for good; `words` are its own, without what they quote of the request."""
 
-    def __init__(self, status: int, body: bytes) -> None:
-        super().__init__(f"{status} {error_message(body)}")
+    def __init__(self, status: int, body: bytes, words: str) -> None:
+        super().__init__(f"{status} {words}")
         self.status = status
         self.body = body
+        self.words = words
 
 
 async def attempt(
@@ -131,9 +132,10 @@ async def attempt(
                 replica.accept(permit, number)
                 return answer
         else:
-            reason = detail = f"{response.status} {error_message(response.body)}"
+            words = safe_words(response.body, body)
+            reason = detail = f"{response.status} {words}"
             if response.status not in RETRIED_STATUSES:
-                raise RefusedError(response.status, response.body)
+                raise RefusedError(response.status, response.body, words)
             if response.status == 429:
                 replica.rest(response.retry_after_seconds)
             if response.status not in FAULTY_STATUSES:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import re
 import ssl
 from collections import deque
 from collections.abc import Mapping
@@ -119,7 +120,8 @@ class HttpPool:
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError(f"worker URL {url!r} is not http(s)://host[:port][/base]")
+            shown = re.sub(r"//.*@", "//…@", url, flags=re.DOTALL)
+            raise ValueError(f"worker URL {shown!r} is not http(s)://host[:port][/base]")
         if parts.username is not None:
             raise ValueError("worker URLs hold no credentials; give the API key separately")
         if api_key is not None and not _is_header_value(api_key):

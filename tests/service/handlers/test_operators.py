@@ -44,6 +44,7 @@ PATHS = {
     "/models": "get",
     "/posterior": "get",
     "/pool": "get",
+    "/runs": "get",
     "/admin/pool": "post",
 }
 
