@@ -44,7 +44,6 @@ PATHS = {
     "/models": "get",
     "/posterior": "get",
     "/pool": "get",
-    "/runs": "get",
     "/admin/pool": "post",
 }
 
