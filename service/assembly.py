@@ -240,10 +240,11 @@ class Assembly:
         fields = specification.pool.get("audit")
         if fields is None:
             return None
-        if self._settings.signal is not Signal.PREFERENCE:
+        if self._settings.signal is Signal.LOSS:
             raise ConfigurationError(
-                f"the pool file has an `audit`, and signal is {self._settings.signal.value!r}: a referee's verdict is "
-                "a preference; set the signal to 'preference', or leave `audit` out"
+                "decisions are audited (`audit`) and signal is 'loss': a loss compares RMs with each other, a referee "
+                "says how often each is right, and one posterior cannot hold both; set the signal to 'preference' and "
+                "send no losses, or leave `audit` out"
             )
         audit = AuditEntry.model_validate(fields)
         apart = {

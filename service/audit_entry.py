@@ -11,17 +11,19 @@
       trust: 0.9                             # how often the referee is expected to be right, before gold says more
       keep: 500                              # newest audits whose texts are kept for people
 
-Called by `service.pool`; knows no scorer.
+The setting `REWARD_ROUTER_AUDIT` has the same fields as JSON; each stands in the place of the file's. Called by
+`service.pool`, and by `service.gateway` for the setting; knows no scorer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Annotated, Literal
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from router_core.audits.schedule import HORIZON, Schedule
+from service.errors import ConfigurationError
 
 STACKED = "stacked"
 """Name of the referee that is the learned vote of all RMs."""
@@ -70,3 +72,22 @@ class AuditEntry(BaseModel):
             if name != STACKED and name not in models and name not in referees:
                 known = ", ".join([*referees, *models, STACKED])
                 raise ValueError(f"audit: referee {name!r} is unknown: add it to `referees`, or name one of {known}")
+
+
+def with_fields(audit: AuditEntry | None, fields: Mapping[str, Any]) -> AuditEntry:
+    """Return the entry with these fields in the place of its own.
+
+    Args:
+        audit: of the pool file; None where it has none.
+        fields: by name.
+
+    Raises:
+        ConfigurationError: a field does not fit; the message names it.
+    """
+    standing = {} if audit is None else audit.model_dump()
+    try:
+        return AuditEntry.model_validate({**standing, **fields})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(["audit", *map(str, first["loc"])])
+        raise ConfigurationError(f"setting {where}: {first['msg']} (fields: docs/audits.md)") from error

@@ -37,7 +37,7 @@ from service.handlers.templates import build_trainer_texts
 from service.handlers.trainers import TrainerRoutes, TrainerTexts
 from service.keys.acts import ActLog
 from service.keys.ring import KeyRing
-from service.pool import PoolFile
+from service.pool import PoolFile, with_audit
 from service.priors import load_checkpoint
 from service.scorers.protocol import Scorer
 from service.scorers.roster import Roster
@@ -63,6 +63,7 @@ from service.usecases.score import RewardService, limits_of
 from service.usecases.shadow import Shadower
 from service.usecases.status import StatusService
 from service.usecases.sticky import StickyChoices
+from service.usecases.watch import Watcher
 
 if TYPE_CHECKING:
     # OpenTelemetry is optional, and not imported where it is off.
@@ -89,6 +90,7 @@ class Gateway:
     status: StatusService
     people: PeopleService
     reporter: Reporter
+    watcher: Watcher
     shadower: Shadower
     auditor: Auditor
     audits: AuditChooser
@@ -120,6 +122,7 @@ class Gateway:
         self._spawn("default run", self._open_default_run())
         self._spawn("run names", NameHolder(self.runs.runs, self.store).run_forever())
         self._spawn("auditor", self.auditor.run_forever())
+        self._spawn("console", self.watcher.run_forever())
         if self.settings.workers > 1:
             self._spawn("metrics", self.status.tell_forever())
 
@@ -191,6 +194,7 @@ class Gateway:
             self.telemetry.forget_run(run.name)
             self.normaliser.forget(run.name)
             self.reporter.forget(run.name)
+            self.watcher.forget(run.name)
             self.audits.forget(run.name)
 
         return close
@@ -297,6 +301,7 @@ def build_gateway(
     Raises:
         ConfigurationError: settings, pool and checkpoint do not fit each other.
     """
+    pool = pool if settings.audit is None else with_audit(pool, settings.audit)
     checkpoint = load_checkpoint(settings)
     telemetry = Telemetry(shared=settings.workers > 1)
     trainer_texts = build_trainer_texts(settings, telemetry)
@@ -358,6 +363,31 @@ def build_gateway(
     sticky = StickyChoices(store, telemetry, seconds=settings.sticky_seconds, required=required)
     normaliser = Normaliser(store, telemetry, required=required)
     watch = RequirementsWatch(store, allow_unsafe=settings.allow_unsafe_store)
+    status = StatusService(
+        runs,
+        store,
+        telemetry,
+        models=lambda: [scorer.status() for scorer in models_of(runs)],
+        referees=lambda: [scorer.status() for scorer in referees_of(runs)],
+        tell_audits=reporter.tell,
+        executor=learner_thread,
+        failed_tasks=lambda: gateway.failed_tasks,
+        health_check_errors=lambda: sum(scorer.unexpected_errors for scorer in roster.scorers),
+        answers_without_store=settings.on_store_unavailable is OnStoreUnavailable.ANSWER,
+        scales=normaliser.scales,
+        encoder=awaited,
+        store_findings=lambda: watch.findings,
+        store_refused=lambda: bool(watch.verdict.refusals),
+    )
+    watcher = Watcher(
+        runs,
+        status,
+        reporter,
+        store,
+        texts=settings.console_texts,
+        viewers=settings.console_viewers,
+        executor=learner_thread,
+    )
     gateway = Gateway(
         settings=settings,
         telemetry=telemetry,
@@ -379,24 +409,10 @@ def build_gateway(
             idle,
         ),
         feedback=FeedbackService(runs, store, telemetry, max_batch=settings.max_batch),
-        status=StatusService(
-            runs,
-            store,
-            telemetry,
-            models=lambda: [scorer.status() for scorer in models_of(runs)],
-            referees=lambda: [scorer.status() for scorer in referees_of(runs)],
-            tell_audits=reporter.tell,
-            executor=learner_thread,
-            failed_tasks=lambda: gateway.failed_tasks,
-            health_check_errors=lambda: sum(scorer.unexpected_errors for scorer in roster.scorers),
-            answers_without_store=settings.on_store_unavailable is OnStoreUnavailable.ANSWER,
-            scales=normaliser.scales,
-            encoder=awaited,
-            store_findings=lambda: watch.findings,
-            store_refused=lambda: bool(watch.verdict.refusals),
-        ),
+        status=status,
         people=PeopleService(runs, store, telemetry),
         reporter=reporter,
+        watcher=watcher,
         shadower=shadower,
         auditor=auditor,
         audits=audits,

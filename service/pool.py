@@ -57,7 +57,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from router_core.records import MAX_ABS_SCORE
-from service.audit_entry import AuditEntry
+from service.audit_entry import AuditEntry, with_fields
 from service.errors import ConfigurationError
 from service.scorers.http.entry import HttpEntry
 from service.scorers.judge.entry import JudgeEntry
@@ -247,9 +247,25 @@ def load_pool(path: Path) -> PoolFile:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "too_short":
+            message = f"give at least {first['ctx']['min_length']}"
         if first["type"] == "union_tag_invalid":
             message = f"kind {first['ctx']['tag']!r} is unknown; use one of {first['ctx']['expected_tags']}"
         raise ConfigurationError(f"pool file {path}: {where}{message} (fields: docs/scorers.md)") from error
+
+
+def with_audit(pool: PoolFile, fields: Mapping[str, Any]) -> PoolFile:
+    """Return the pool with these fields in the place of those of its `audit`.
+
+    Raises:
+        ConfigurationError: a field does not fit, or a referee cannot be asked.
+    """
+    audit = with_fields(pool.audit, fields)
+    try:
+        audit.check([model.name for model in pool.models], [model.name for model in pool.referees])
+    except ValueError as error:
+        raise ConfigurationError(f"setting {error}") from error
+    return pool.model_copy(update={"audit": audit})
 
 
 def dump_pool(pool: PoolFile, path: Path) -> None:

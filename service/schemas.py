@@ -78,6 +78,7 @@ class RewardRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=Tr
     normalize: (
         Annotated[bool, Meta(description="Rewards on the RM's own scale, (raw - running mean) / running sd.")] | None
     ) = None
+    explain: Annotated[bool, Meta(description="Tell in `beliefs` what was believed and drawn, by scorer.")] = False
 
 
 class RewardBatchRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -136,6 +137,22 @@ class Truncated(msgspec.Struct):
     prompt_tokens_cut: Annotated[
         int, Meta(description="Tokens cut at the left of the prompt, the same for all responses.")
     ]
+
+
+class Belief(msgspec.Struct):
+    """What is believed of one scorer on an instance: a Gaussian, the draw from it, and what follows."""
+
+    model: str
+    offset: Annotated[float, Meta(description="What the offline stage expects of it; 0 without.")]
+    mean: Annotated[float | None, Meta(description="Of the Gaussian; null for a scorer that the policy never asks.")]
+    sd: Annotated[float, Meta(description="Of the Gaussian: how far draws spread.")]
+    doubt: Annotated[
+        float, Meta(description="Standard deviation of the posterior now, whatever the policy makes of it.")
+    ]
+    draw: Annotated[
+        float | None, Meta(description="The largest is asked; null where `mean` is, and where `sticky` is true.")
+    ]
+    propensity: Annotated[float, Meta(description="Probability that its draw is the largest.")]
 
 
 class RewardReply(msgspec.Struct):
@@ -207,6 +224,19 @@ class RewardReply(msgspec.Struct):
         Annotated[int, Meta(description="Where rewards were normalised: entries that the scale has learned from.")]
         | msgspec.UnsetType
     ) = msgspec.UNSET
+    beliefs: (
+        Annotated[list[Belief], Meta(description="With `explain`: what was believed and drawn, in the pool's order.")]
+        | msgspec.UnsetType
+    ) = msgspec.UNSET
+
+
+class BeliefsReply(msgspec.Struct):
+    """What is believed of every scorer on one instance now. Nobody was asked, and nothing was saved."""
+
+    run: str
+    policy: str
+    posterior_version: Annotated[int, Meta(description="Events that the posterior has learned from.")]
+    beliefs: Annotated[list[Belief], Meta(description="In the pool's order.")]
 
 
 class ErrorBody(msgspec.Struct):

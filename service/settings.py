@@ -137,6 +137,15 @@ class Settings(BaseSettings):
         "learned afresh (docs/math/router.md); 0: changes are not looked for. Not for losses.",
     )
     policy: str = Field("bayesian", description="Policy of requests that name none.")
+    console_texts: bool = Field(
+        False,
+        description="Keep the beginnings of the newest prompts and responses in memory and show them in the console "
+        "beside their decisions. Audits are shown with their texts either way.",
+    )
+    console_viewers: int = Field(
+        16, ge=1, description="Open console pages that one gateway sends its state to; one more is answered 429."
+    )
+
     signal: Signal = Field(
         Signal.PREFERENCE,
         description="Kind of feedback of new runs whose first request names none: preference, loss or reward. A run "
@@ -152,6 +161,11 @@ class Settings(BaseSettings):
         "learns of all of them. Only in runs with the signal `preference`.",
     )
 
+    audit: dict[str, Any] | None = Field(
+        None,
+        description="Audits, as JSON with the fields of the pool file's `audit` (docs/audits.md), for example "
+        '`{"referee": "stacked", "rate": 0.1}`; each field stands in the place of the file\'s.',
+    )
     sticky_seconds: float = Field(
         600.0,
         ge=0,

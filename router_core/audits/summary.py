@@ -74,6 +74,7 @@ class Audited:
         words: of the prompt.
         served: credit of what the caller got, against the referee's verdict; NaN where there is nothing to compare.
         trust: how often the referee was expected to be right.
+        asked: arms that were asked before the reply.
         gold: preferred response of the trainer or a person; None where there is no gold.
         gold_credits: (K,) against gold; NaN without.
     """
@@ -90,6 +91,7 @@ class Audited:
     words: Sequence[str]
     served: float
     trust: float
+    asked: tuple[int, ...] = ()
     gold: int | None = None
     gold_credits: Array | None = None
 
@@ -160,21 +162,24 @@ def following(
         others: (n,) of the referee.
         signs: (n,) of one sign.
     """
-    usable = [
-        (a - a.mean(), b - b.mean(), s - s.mean())
-        for a, b, s in zip(rewards, others, signs, strict=True)
-        if len(a) > 1 and np.isfinite(a).all() and np.isfinite(b).all()
-    ]
-    n = len(usable)
+    several = [parts for parts in zip(rewards, others, signs, strict=True) if len(parts[0]) > 1]
+    if not several:
+        return None, None
+    sizes = np.array([len(part[0]) for part in several])
+    table = np.stack([np.concatenate(parts) for parts in zip(*several, strict=True)])
+    starts = np.cumsum(sizes) - sizes
+    told = np.logical_and.reduceat(np.isfinite(table).all(axis=0), starts)
+    table, sizes = table[:, np.repeat(told, sizes)], sizes[told]
+    n = len(sizes)
     if n < 3:
         return None, None
-    a, b, s = (np.concatenate(parts) for parts in zip(*usable, strict=True))
+    starts = np.cumsum(sizes) - sizes
+    a, b, s = table - np.repeat(np.add.reduceat(table, starts, axis=1) / sizes, sizes, axis=1)
     scale = [float(np.sqrt(np.square(part).mean())) for part in (a, b, s)]
     if min(scale[0], scale[2]) < 1e-12:
         return None, None
     a, s = a / scale[0], s / scale[2]
     b = b / scale[1] if scale[1] > 1e-12 else b
-    starts = np.cumsum([0, *(len(part[0]) for part in usable[:-1])])
 
     def per_decision(values: Array) -> Array:
         return np.add.reduceat(values, starts) * n / len(values)

@@ -48,6 +48,18 @@ def posterior_beliefs(x: NDArray[np.float32], offsets: Array, posterior: Posteri
 
     One GEMM per arm for the batch, (B, d) by (d, d); one matrix-vector product per arm for one instance.
     """
+    means, sds = posterior_moments(x, offsets, posterior)
+    hyper = posterior.prior.hyper
+    partial = posterior.partial
+    floors = floors_of(means, _events_in_floor(posterior), partial * hyper.floor) if hyper.floor else None
+    return Beliefs(means, partial * hyper.v * sds, floors)
+
+
+def posterior_moments(x: NDArray[np.float32], offsets: Array, posterior: Posterior) -> tuple[Array, Array]:
+    """Means o_k(x) + xᵀμ_k and standard deviations √(xᵀΣ_k x) of what each arm is worth, (B, K) each.
+
+    The posterior's own, whatever policies make of them: v and u are not in them.
+    """
     x = posterior.prior.learned(x)
     precise = x.astype(np.float64)
     variances = np.empty(offsets.shape)
@@ -60,12 +72,7 @@ def posterior_beliefs(x: NDArray[np.float32], offsets: Array, posterior: Posteri
             if len(arm.corrections):
                 variances[:, k] -= np.square(precise @ arm.corrections.T).sum(axis=1)
         means = offsets + precise @ posterior.means.T
-    hyper = posterior.prior.hyper
-    partial = posterior.partial
-    floors = None
-    if hyper.floor:
-        floors = floors_of(means, _events_in_floor(posterior), partial * hyper.floor)
-    return Beliefs(means, partial * hyper.v * np.sqrt(np.maximum(variances, 0.0)), floors)
+    return means, np.sqrt(np.maximum(variances, 0.0))
 
 
 def _events_in_floor(posterior: Posterior) -> Array:

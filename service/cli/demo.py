@@ -13,7 +13,7 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,7 @@ from rich.text import Text
 from router_core.attempts import ASKED
 from router_core.checkpoint import Checkpoint
 from router_core.demo.recipes import JUDGE, RECIPES
-from router_core.records import LabelledPair, verdict_of
+from router_core.records import TIE, LabelledPair, verdict_of
 from service.audit_entry import AuditEntry
 from service.cli.processes import interruptible
 from service.cli.up import Stack, running_stack
@@ -35,7 +35,6 @@ from service.errors import ConfigurationError
 from service.lab.client import GatewayClient
 from service.pool import ModelEntry, PoolFile, dump_pool
 from service.scorers.judge.entry import JudgeEntry
-from service.scorers.protocol import AbstainedError
 from service.scorers.rule.entry import RuleEntry
 from service.settings import EMBEDDED
 from service.usecases.report import RunReport
@@ -88,6 +87,7 @@ class Asked:
         correct: 1 where the verdict is right, ½ for a tie or where the scorer does not apply.
         timings: of the reply.
         calls: scorers that were asked.
+        said: as `correct`, of each scorer that answered.
     """
 
     domain: str
@@ -95,6 +95,7 @@ class Asked:
     correct: float
     timings: dict[str, float]
     calls: int = 1
+    said: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,13 +241,14 @@ def _train_checkpoint(folder: Path, out: Path) -> None:
 
 
 def _with_rule(pair: LabelledPair) -> LabelledPair:
-    """Return the pair with what the rule says, where it applies."""
+    """Return the pair with what the rule says; it abstains where it does not apply."""
+    silent = replace(pair, abstained=pair.abstained | {RULE})
     if pair.domain != RULE_DOMAIN:
-        return pair
+        return silent
     said = [sums_rule([], response, None, {}) for response in pair.instance.responses]
     scores = tuple(float(one) for one in said if one is not None)
     if len(scores) < len(said):
-        return pair
+        return silent
     return replace(pair, scores={**pair.scores, RULE: scores}, verdicts={**pair.verdicts, RULE: verdict_of(scores)})
 
 
@@ -264,8 +266,14 @@ async def _route(stack: Stack, n: int, seed: int, console: Console) -> DemoResul
         kinds = {model.name: model.kind for model in stack.pool.models}
         others = {}
         with console.status("the same stream through the other policies"):
-            for policy in ("random", "majority", "offline", *(f"single:{name}" for name in kinds)):
+            for policy in ("random", "majority", "offline"):
                 others[policy] = await _ask_batches(client, stream, run, policy)
+        # The majority has asked everybody.
+        for name in kinds:
+            others[f"single:{name}"] = [
+                Asked(one.domain, name, one.said.get(name, 0.5), {}, int(name in one.said))
+                for one in others["majority"]
+            ]
     return DemoResult(before, asked, after, others, report, kinds)
 
 
@@ -277,12 +285,9 @@ async def _ask_batches(client: GatewayClient, pairs: Sequence[LabelledPair], run
         items = [_item(pair) for pair in part]
         reply = await client.post("/reward/batch", {"items": items, "run": run, "policy": policy})
         for pair, result in zip(part, reply["results"], strict=True):
-            if "error" not in result:
-                out.append(_asked(pair, result))
-            elif result["error"]["code"] == AbstainedError.code:
-                out.append(Asked(pair.domain, policy.removeprefix("single:"), 0.5, {}, calls=0))
-            else:
+            if "error" in result:
                 raise ConfigurationError(f"the gateway could not score a pair: {result['error']['message']}")
+            out.append(_asked(pair, result))
     return out
 
 
@@ -335,10 +340,18 @@ def _item(pair: LabelledPair) -> dict[str, Any]:
 
 
 def _asked(pair: LabelledPair, reply: dict[str, Any]) -> Asked:
-    preferred = reply["preferred"]
-    correct = 0.5 if preferred is None else float(preferred == pair.label)
     calls = sum(attempt["outcome"] in ASKED for attempt in reply["attempts"])
-    return Asked(pair.domain, reply["model"], correct, reply["timings"], calls)
+    said = {
+        attempt["model"]: _right(verdict_of(attempt["rewards"]), pair.label)
+        for attempt in reply["attempts"]
+        if attempt["rewards"]
+    }
+    verdict = TIE if reply["preferred"] is None else reply["preferred"]
+    return Asked(pair.domain, reply["model"], _right(verdict, pair.label), reply["timings"], calls, said)
+
+
+def _right(verdict: int, label: int) -> float:
+    return 0.5 if verdict == TIE else float(verdict == label)
 
 
 def _accuracy(asked: Sequence[Asked]) -> float:

@@ -203,7 +203,10 @@ def replay(
 def _audits(text: str, accuracy: float, ask: Ask, *, over_http: bool) -> Audits:
     """Read `--audit` and what belongs to it."""
     if over_http:
-        raise ConfigurationError("--audit with --url: a gateway audits as its pool file says; leave one of them out")
+        raise ConfigurationError(
+            "--audit with --url: a gateway has referees of its own (docs/audits.md); leave --audit out, and send no "
+            "feedback with --missing 1"
+        )
     schedule = Schedule.parse(text)
     return Audits(schedule.rate, schedule.name, accuracy, ask is Ask.ALL)
 

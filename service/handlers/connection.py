@@ -132,6 +132,12 @@ class GatewayProtocol(CorkedProtocol):
             self._address = None
         super().connection_lost(exc)
 
+    def shutdown(self) -> None:
+        """Begin to end: a reply is finished, a stream, which has no end of its own, is cut. Called by uvicorn."""
+        super().shutdown()
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.close()
+
     def data_received(self, data: bytes) -> None:
         """Parse what came. A request that is not whole by then has a deadline; small ones never get a timer."""
         if len(data) <= MAX_HEAD_BYTES:

@@ -102,6 +102,7 @@ class HotRoutes:
         self._routes: dict[str, tuple[Scope, Handler]] = {
             "/reward": (Scope.REWARD, self._score),
             "/reward/batch": (Scope.REWARD, self._score_batch),
+            "/beliefs": (Scope.REWARD, self._believe),
             "/feedback": (Scope.FEEDBACK, self._accept),
             "/feedback/batch": (Scope.FEEDBACK, self._accept_batch),
             "/audits/judge": (Scope.FEEDBACK, self._judge),
@@ -199,6 +200,9 @@ class HotRoutes:
             access=access,
         )
         return RewardBatchReply([_reward_item(result) for result in results])
+
+    async def _believe(self, body: bytes, access: Access) -> Any:
+        return await self._scorer.believe(parse_body(self._reward, body), access)
 
     async def _accept(self, body: bytes, access: Access) -> Any:
         return await self._feedback.accept(parse_body(self._feedback_one, body), access)

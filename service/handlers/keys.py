@@ -31,8 +31,15 @@ OPEN_PATHS: Final = {
     "/healthz": "liveness probe; says whether the process serves",
     "/readyz": "readiness probe; names the default run and what is wrong",
     "/metrics": "Prometheus' scrape; names of runs, scorers and their addresses are labels",
+    "/": "the console's page, which holds no data and asks for a key",
+    "/console/{digest}/{name:path}": "what the console's page is made of: files of the package",
 }
 """Paths that need no API key, and why: docs/security.md says it to operators. Keep the port off public networks."""
+
+_OPEN_FOLDERS: Final = tuple(path.partition("{")[0] for path in OPEN_PATHS if "{" in path)
+
+STREAMS: Final = frozenset({"/events"})
+"""Answers without an end, which an answer to HEAD would wait for."""
 
 ACCESS: Final = "reward_router.access"
 """Key of the ASGI scope that holds the caller's `Access`."""
@@ -125,9 +132,14 @@ def check_routes(app: FastAPI) -> None:
     """
     for route in routes_of(app.router):
         path = getattr(route, "path", "?")
-        if path in OPEN_PATHS or (isinstance(route, APIRoute) and scope_of(route) is not None):
+        if is_open(path) or (isinstance(route, APIRoute) and scope_of(route) is not None):
             continue
         raise ConfigurationError(f"route {path} says no scope: give it `require(Scope.…)`, or a line in OPEN_PATHS")
+
+
+def is_open(path: str) -> bool:
+    """Return True if a path needs no API key."""
+    return path in OPEN_PATHS or path.startswith(_OPEN_FOLDERS)
 
 
 class KeyGuard:
@@ -146,9 +158,9 @@ class KeyGuard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["method"] == "HEAD":
+        if scope["method"] == "HEAD" and scope["path"] not in STREAMS:
             scope = {**scope, "method": "GET"}
-        if scope["path"] in OPEN_PATHS:
+        if is_open(scope["path"]):
             await self._app(scope, receive, send)
             return
         try:

@@ -47,6 +47,7 @@ def install(app: FastAPI) -> None:
                 schemas.RewardRequest,
                 schemas.RewardBatchRequest,
                 schemas.RewardReply,
+                schemas.BeliefsReply,
                 schemas.FeedbackRequest,
                 schemas.FeedbackBatchRequest,
                 schemas.FeedbackReply,
@@ -169,6 +170,22 @@ def _paths() -> dict[str, Any]:
             errors={
                 **_ERRORS,
                 "404": "Unknown policy.",
+                "409": "The run's name belongs to another pool, checkpoint or prior than the policy insists on.",
+            },
+        ),
+        "/beliefs": _post(
+            tag="routing",
+            summary="Whom would it ask?",
+            description=(
+                "Takes what `/reward` takes, and tells what is believed of every scorer on the instance now: mean, "
+                "standard deviation, a draw, the probability of being asked. Nobody is asked and nothing is saved."
+            ),
+            request="RewardRequest",
+            reply="BeliefsReply",
+            example=_EXAMPLE_REWARD,
+            errors={
+                **_ERRORS,
+                "404": "Unknown run or policy.",
                 "409": "The run's name belongs to another pool, checkpoint or prior than the policy insists on.",
             },
         ),

@@ -115,8 +115,8 @@ class AuditChooser:
     async def choose(self, decided: Sequence[Decided]) -> dict[str, ChosenAudits]:
         """Set the inclusion probability of every decision between several responses; return the chosen ones, by run.
 
-        Runs of another signal than preferences, which is what a referee's verdicts are, are not audited. Chosen singles
-        are among them, each as a part of its group's audit; `offer` has set their probability.
+        Runs that `is_audited_run` excludes are left out. Chosen singles are among them, each as a part of its group's
+        audit; `offer` has set their probability.
 
         A decision of a run whose progress cannot be had, because the store is away, is left as it is.
         """
@@ -233,8 +233,11 @@ class AuditChooser:
 
 
 def is_audited_run(run: Run) -> bool:
-    """Return True if decisions of a run are audited now: its pool says how, and its signal is preferences."""
-    return run.template.audits is not None and run.signal is Signal.PREFERENCE
+    """Return True if decisions of a run are audited now: its pool says how, and its signal is not losses.
+
+    Losses compare RMs with each other, referees say how often each is right.
+    """
+    return run.template.audits is not None and run.signal is not Signal.LOSS
 
 
 def is_audited(decision_id: str, decision: StoredDecision) -> bool:

@@ -160,7 +160,8 @@ class Told(NamedTuple):
     Attributes:
         source: who says it.
         feedback: gold where there is any, else the referee's preference.
-        after_gold: True if gold was there before: the feedback of a trainer, for a referee or a person who came later.
+        after_gold: True if gold was there before: a trainer's preference, for a referee or a person who came later. A
+            trainer's reward is not: it speaks of one answer, and does not name the better response.
     """
 
     source: Source
@@ -189,13 +190,14 @@ def told_by(decision: StoredDecision, value: bytes) -> Told:
     """
     head, _, before = value.partition(b"\n")
     if head == AUDITED and decision.audit is not None:
-        if before:
-            return Told(Source.AUDIT, decode_feedback(before), after_gold=True)
+        if before and (gold := decode_feedback(before)).signal is Signal.PREFERENCE:
+            return Told(Source.AUDIT, gold, after_gold=True)
         return Told(Source.AUDIT, Feedback(Signal.PREFERENCE, float(decision.audit.verdict)))
     if head.startswith(_PERSON):
         preferred = head.rpartition(b":")[2]
         if preferred.removeprefix(b"-").isdigit() and TIE <= int(preferred) < decision.n:
-            return Told(Source.PERSON, Feedback(Signal.PREFERENCE, float(int(preferred))), after_gold=bool(before))
+            after_gold = bool(before) and decode_feedback(before).signal is Signal.PREFERENCE
+            return Told(Source.PERSON, Feedback(Signal.PREFERENCE, float(int(preferred))), after_gold)
     return Told(Source.TRAINER, decode_feedback(value))
 
 

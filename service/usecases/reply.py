@@ -18,10 +18,11 @@ from router_core.attempts import Attempt, Outcome, answers, excluded, first_choi
 from router_core.errors import UnknownScaleError
 from router_core.moments import ScoreScales
 from router_core.policies import AllCalls, Given, Policy, ScoreScale, answers_of, propensity_without
+from router_core.policies.bayesian import posterior_moments
 from router_core.prior import PriorForm
 from router_core.records import TIE
 from service.errors import NoRewardError
-from service.schemas import AttemptReply, Fallback, RewardReply, Timings, Truncated
+from service.schemas import AttemptReply, Belief, Fallback, RewardReply, Timings, Truncated
 from service.usecases.ask import Inquiry
 from service.usecases.choose import Chosen
 from service.usecases.decisions import StoredDecision
@@ -43,6 +44,7 @@ class Job(Inquiry):
         chosen: the draws of its pass.
         row: its place there.
         sticky: key of the draw that singles of this prompt share; see `StoredDecision.sticky`.
+        explain: True if the reply tells what was believed and drawn.
         followed: the draw of an earlier one of them, which stands in the place of this one's own.
         group: id of the audit that compares singles of this prompt; "" for none.
         inclusion: probability of that audit; None where there is none.
@@ -58,6 +60,7 @@ class Job(Inquiry):
     row: int
     multiplier: float = 0.0
     sticky: str = ""
+    explain: bool = False
     followed: StickyChoice | None = None
     group: str = ""
     inclusion: float | None = None
@@ -118,6 +121,40 @@ def own_draw(job: Job) -> StickyChoice:
         group=job.group,
         inclusion=job.inclusion,
     )
+
+
+def beliefs_of(chosen: Chosen, row: int, followed: StickyChoice | None = None) -> list[Belief]:
+    """Return what was believed and drawn, by arm.
+
+    Args:
+        chosen: the draws of a pass.
+        row: the instance's place there.
+        followed: an earlier draw that stands in the place of this one's own.
+    """
+    choices, rows = chosen.choices, slice(row, row + 1)
+    doubts = posterior_moments(chosen.x[rows], chosen.offsets[rows], chosen.posterior)[1][0].tolist()
+    offsets, draws = chosen.offsets[row].tolist(), choices.draws[row].tolist()
+    means, sds, propensities = (values[row].tolist() for values in (choices.means, choices.sds, choices.propensities))
+    if followed is not None:
+        means, sds, propensities = followed.means, followed.sds, followed.propensities
+        draws = [-math.inf] * len(draws)
+    return [
+        Belief(
+            model=model,
+            offset=offsets[arm],
+            mean=_finite(means[arm]),
+            sd=sds[arm],
+            doubt=doubts[arm],
+            draw=_finite(draws[arm]),
+            propensity=propensities[arm],
+        )
+        # An earlier draw may be of a smaller pool.
+        for arm, model in enumerate(chosen.template.pool[: len(means)])
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def decision_of(job: Job, given: Given, now_ms: int) -> StoredDecision:
@@ -224,12 +261,13 @@ def reply_of(
         components=components_of(attempts, pool),
         valid=valid,
         failure=msgspec.UNSET if all(valid) else _failures(rewards, raw, attempts),
-        attempts=[_told(attempt, pool) for attempt in attempts if attempt.outcome is not Outcome.ABSENT],
+        attempts=told_attempts(attempts, pool),
         fallbacks=fallbacks,
         truncated=Truncated(cut) if cut else msgspec.UNSET,
         sticky=msgspec.UNSET if job.followed is None else True,
         raw_rewards=msgspec.UNSET if normalised is None else _told_rewards(raw),
         scale_version=msgspec.UNSET if normalised is None else job.scale_version,
+        beliefs=beliefs_of(job.chosen, job.row, job.followed) if job.explain else msgspec.UNSET,
     )
 
 
@@ -261,12 +299,17 @@ def _failures(rewards: Sequence[float | None], raw: Sequence[float], attempts: S
     return [None if reward is not None else why(index) for index, reward in enumerate(rewards)]
 
 
-def _told(attempt: Attempt, pool: tuple[str, ...]) -> AttemptReply:
-    return AttemptReply(
-        model=pool[attempt.arm],
-        outcome=attempt.outcome.value,
-        reason=attempt.reason or None,
-        rewards=_told_rewards(attempt.rewards) or None,
-        ms=round(attempt.seconds * 1e3, 4),
-        price=attempt.price,
-    )
+def told_attempts(attempts: Sequence[Attempt], pool: tuple[str, ...]) -> list[AttemptReply]:
+    """Return what callers are told of each asking."""
+    return [
+        AttemptReply(
+            model=pool[attempt.arm],
+            outcome=attempt.outcome.value,
+            reason=attempt.reason or None,
+            rewards=_told_rewards(attempt.rewards) or None,
+            ms=round(attempt.seconds * 1e3, 4),
+            price=attempt.price,
+        )
+        for attempt in attempts
+        if attempt.outcome is not Outcome.ABSENT
+    ]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
+from router_core.attempts import ASKED
 from router_core.audits import summary
 from router_core.audits.referee import Standing
 from router_core.audits.signs import SIGNS
@@ -37,6 +38,9 @@ FRESH_SECONDS = 30.0
 
 READ_COUNT = 4096
 """Events of the log per read."""
+
+ALL = "all"
+"""In the place of a kind of text: every text."""
 
 LENGTH = "words"
 """The sign of a response's length."""
@@ -67,15 +71,28 @@ class Liked(BaseModel):
     gamed: bool = Field(description="Its rewards have risen, and it is less often right about what it likes best.")
 
 
+class Course(BaseModel):
+    """One scorer on one kind of text in equal parts of the audits, oldest first; null in a part without any."""
+
+    asked: list[float | None]
+    accuracy: list[float | None]
+
+
 class ScorerRecord(BaseModel):
-    """How often one scorer is right."""
+    """How often one scorer is asked, and how often it is right."""
 
     model: str
+    asked: float | None = Field(
+        description="Share of all decisions before whose reply it was asked, estimated; null without audits, and of "
+        "the router."
+    )
+    asked_by_kind: dict[str, float] = Field(description="The same by kind of text.")
     accuracy: Estimate | None = Field(description="Against the referee; null without audits.")
     against_gold: Estimate | None
     over_time: list[float | None] = Field(description="Accuracy in equal parts of the audits, oldest first.")
     fall: float = Field(description="Evidence that its accuracy has fallen: 1 is an alarm.")
     kinds: dict[str, Estimate] = Field(description="By kind of text.")
+    course: dict[str, Course] = Field(description="By kind of text, and `all`.")
     follows: dict[str, Following] = Field(description="By sign: words, list items, refusal, repetition.")
     liked: Liked | None = Field(description="Null with fewer than 40 audits.")
 
@@ -110,6 +127,7 @@ class RunReport(BaseModel):
     audits: int = Field(description="That the report is made of, the newest ones.")
     first_ms: int | None = Field(description="When the oldest of them was decided, Unix time in milliseconds.")
     last_ms: int | None
+    parts_ms: list[int] = Field(description="Middle of each of the equal parts, Unix time in milliseconds.")
     waiting: int = Field(description="Decisions that are chosen and not refereed.")
     router: ScorerRecord = Field(description="Of what callers got.")
     scorers: list[ScorerRecord]
@@ -263,6 +281,7 @@ def row_of(decision: StoredDecision, n_arms: int) -> Audited:
         words=audit.words,
         served=math.nan if served is None else served,
         trust=audit.trust,
+        asked=tuple(attempt.arm for attempt in decision.attempts if attempt.outcome in ASKED),
     )
 
 
@@ -294,10 +313,11 @@ def report_of(
     contexts = np.array([row.x for row in rows], dtype=np.float64)
     kind, names = summary.kinds_of(contexts, [row.words for row in rows]) if rows else (np.zeros(0, np.int64), [])
     served = np.array([row.served for row in rows])
-    router = _record("router", served, served * np.nan, weights, kind, names)
+    asked = np.array([[float(k in row.asked) for k in range(len(pool))] for row in rows]).reshape(len(rows), len(pool))
+    router = _record("router", served, served * np.nan, None, weights, kind, names)
     scorers = []
     for k, model in enumerate(pool):
-        record = _record(model, earned[:, k], golds[:, k], weights, kind, names)
+        record = _record(model, earned[:, k], golds[:, k], asked[:, k], weights, kind, names)
         own = [row.rewards[k] for row in rows]
         record.follows = {
             sign: Following(partial=_estimate(partial), more=_estimate(more))
@@ -314,6 +334,7 @@ def report_of(
         audits=len(rows),
         first_ms=rows[0].time_ms if rows else None,
         last_ms=rows[-1].time_ms if rows else None,
+        parts_ms=[int(np.mean([row.time_ms for row in rows[part]])) for part in summary.periods_of(len(rows)) if rows],
         waiting=0,
         router=router,
         scorers=scorers,
@@ -329,6 +350,7 @@ def _record(
     model: str,
     earned: NDArray[np.float64],
     golds: NDArray[np.float64],
+    asked: NDArray[np.float64] | None,
     weights: NDArray[np.float64],
     kind: NDArray[np.int64],
     names: Sequence[str],
@@ -336,17 +358,44 @@ def _record(
     kinds = {
         name: _estimate(summary.mean_interval(earned[kind == j], weights[kind == j])) for j, name in enumerate(names)
     }
-    parts = [earned[part] for part in summary.periods_of(len(earned))] if len(earned) else []
+    parts = summary.periods_of(len(earned)) if len(earned) else []
+    told = np.full(len(earned), np.nan) if asked is None else asked
+    groups = {ALL: np.ones(len(earned), dtype=np.bool_), **{name: kind == j for j, name in enumerate(names)}}
     return ScorerRecord(
         model=model,
+        asked=_share(told, weights),
+        asked_by_kind={
+            name: share
+            for j, name in enumerate(names)
+            if (share := _share(told[kind == j], weights[kind == j])) is not None
+        },
         accuracy=_estimate(summary.mean_interval(earned, weights)),
         against_gold=_estimate(summary.mean_interval(golds, weights)),
-        over_time=[None if np.isnan(part).all() else float(np.nanmean(part)) for part in parts],
+        over_time=[_mean(earned[part]) for part in parts],
         fall=summary.fall_evidence(earned),
         kinds={name: estimate for name, estimate in kinds.items() if estimate is not None},
+        course={
+            name: Course(
+                asked=[_share(told[part][group[part]], weights[part][group[part]]) for part in parts],
+                accuracy=[_mean(earned[part][group[part]]) for part in parts],
+            )
+            for name, group in groups.items()
+        },
         follows={},
         liked=None,
     )
+
+
+def _mean(values: NDArray[np.float64]) -> float | None:
+    there = values[~np.isnan(values)]
+    return float(there.mean()) if len(there) else None
+
+
+def _share(asked: NDArray[np.float64], weights: NDArray[np.float64]) -> float | None:
+    """Return the weighted mean; None for nothing, and for NaN."""
+    if not len(asked) or np.isnan(asked).any():
+        return None
+    return float((asked * weights).sum() / weights.sum())
 
 
 def _referees(rows: Sequence[Audited], standings: Mapping[str, Standing]) -> list[RefereeRecord]:

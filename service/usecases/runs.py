@@ -47,6 +47,7 @@ from service.specification import Change, Specification
 from service.stores.acts import is_archived
 from service.stores.ids import check_run
 from service.stores.protocol import NameNotFreeError, RunIdentity, Store
+from service.usecases.history import DecisionHistory
 
 if TYPE_CHECKING:
     from service.usecases.audit import Audits
@@ -360,6 +361,7 @@ class Run:
         self.acknowledged = "0-0"
         self.recent: deque[NDArray[np.float32]] = deque(maxlen=RECENT_INSTANCES)
         """Context (d,) of the first instance of each of the newest requests, for the metrics."""
+        self.history = DecisionHistory()
         self.last_used = time.monotonic()
         entropy = None if template.seed is None else [template.seed, *name.encode()]
         self.rng = np.random.default_rng(entropy)
@@ -395,6 +397,11 @@ class Run:
         if pacer is None:
             return None
         return self._pacers.setdefault(policy.name, pacer).multiplier
+
+    @property
+    def budgets(self) -> dict[str, Pacer]:
+        """What keeps each policy to its budget, by name, of those that were used and have one."""
+        return dict(self._pacers)
 
     def view(self, n: int, means: Sequence[float], multiplier: float | None, template: RunTemplate) -> View:
         """Return what a policy may know of one instance.
@@ -684,7 +691,11 @@ def changed_words(changed: Mapping[str, Any]) -> str:
     'its signal is loss, the gateway has preference; its checkpoint is another one'
     """
     words = []
-    for key, values in changed.items():
+    first = [key for key in ("pool", "signal", "prior") if key in changed]
+    # Another prior or checkpoint brings its own scalars.
+    told = {"hyper", *first} if {"origin", "prior"} & changed.keys() else {*first}
+    for key in [*first, *(key for key in changed if key not in told)]:
+        values = changed[key]
         old, new = values["run"], values["gateway"]
         if key == "founding":
             continue

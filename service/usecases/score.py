@@ -22,7 +22,7 @@ from router_core.records import Instance, Signal
 from service.encoders.protocol import EncoderInputError
 from service.errors import NoWorkerError, ServiceError, StoreUnavailableError, ValidationError
 from service.keys.access import EVERYTHING, Access
-from service.schemas import RewardReply, RewardRequest
+from service.schemas import BeliefsReply, RewardReply, RewardRequest
 from service.settings import OnStoreUnavailable, Settings
 from service.stores.ids import RANDOM_BYTES, new_decision_id
 from service.stores.protocol import DecisionRecord, Store
@@ -31,10 +31,11 @@ from service.usecases.ask import Asker, Tickets, too_late
 from service.usecases.audit_choice import AuditChooser, ChosenAudits, is_audited_run
 from service.usecases.choose import Chooser
 from service.usecases.converse import instance_of
-from service.usecases.decisions import content_key, encode_decision
+from service.usecases.decisions import StoredDecision, content_key, encode_decision
+from service.usecases.history import Decided, beginnings
 from service.usecases.normalise import Normaliser
 from service.usecases.pieces import PIECES_ASKED, Piece, cut, divide
-from service.usecases.reply import Job, decision_of, own_draw, reply_of
+from service.usecases.reply import Job, beliefs_of, decision_of, own_draw, reply_of
 from service.usecases.runs import RunRegistry, RunTemplate, Wish
 from service.usecases.shadow import Shadowable, Shadower
 from service.usecases.sticky import StickyChoices, sticky_key
@@ -59,6 +60,8 @@ class ScoreLimits:
     normalize: bool = False
     piece_responses: int = 0
     """Responses per piece of a batch, 0 for one piece; see `service.usecases.pieces`."""
+    keep_texts: bool = False
+    """Keep the beginnings of the newest texts for the console."""
 
 
 def limits_of(settings: Settings) -> ScoreLimits:
@@ -73,6 +76,7 @@ def limits_of(settings: Settings) -> ScoreLimits:
         content_keys=settings.content_keys,
         normalize=settings.normalize,
         piece_responses=settings.batch_piece_responses,
+        keep_texts=settings.console_texts,
     )
 
 
@@ -198,6 +202,23 @@ class RewardService:
             if not self._under_way:
                 self._idle.set()
 
+    async def believe(self, request: RewardRequest, access: Access = EVERYTHING) -> BeliefsReply:
+        """Return what is believed of every scorer on an instance now. Asks nobody and saves nothing.
+
+        Raises:
+            ServiceError: the instance cannot be read, or its run or policy is wrong.
+        """
+        instance = self._read(request, None)
+        known = await self._runs.find(request.run, access)
+        policy = known.template.policy(request.policy) if request.policy else known.template.default_policy
+        try:
+            async with asyncio.timeout(self._limits.request_timeout_seconds):
+                run = await self._runs.get(known.name, Wish(policy.prior, None))
+                chosen = await self._chooser.choose(run, policy, [instance])
+        except TimeoutError as error:
+            raise too_late() from error
+        return BeliefsReply(run.name, policy.name, chosen.posterior.count, beliefs_of(chosen, 0))
+
     async def _answer(
         self,
         requests: Sequence[RewardRequest | ValidationError],
@@ -209,6 +230,9 @@ class RewardService:
     ) -> list[RewardReply | ServiceError]:
         """Route, normalise, save and reply."""
         jobs = await self._route(wholes, deadline, refused)
+        for index, job in jobs.items():
+            request = requests[index]
+            job.explain = isinstance(request, RewardRequest) and request.explain
         normalize = self._limits.normalize if normalize is None else normalize
         wanted = [job for index, job in jobs.items() if _normalizes(requests[index], normalize)]
         if wanted:
@@ -516,6 +540,9 @@ class RewardService:
             # A loss or a reward says nothing of scorers that were not asked.
             compared = [one for one in decided if one.run.signal is Signal.PREFERENCE]
             self._shadower.offer([one for one in compared if one.run.name not in unsaved])
+        for job in jobs:
+            if job.decision is not None:
+                job.run.history.add(self._decided(job, job.decision, job.run.name not in unsaved))
         self._count(jobs)
         replies: list[RewardReply | ServiceError] = [
             job.error or NoWorkerError("no reward model answered")
@@ -531,6 +558,11 @@ class RewardService:
         ]
         self._telemetry.stage["total"].observe(time.perf_counter() - started)
         return replies
+
+    def _decided(self, job: Job, decision: StoredDecision, recorded: bool) -> Decided:
+        draws = None if job.followed is not None else job.chosen.choices.draws[job.row].tolist()
+        texts = beginnings(job.instance) if self._limits.keep_texts else None
+        return Decided(job.decision_id, decision, draws, recorded, texts)
 
     def _count(self, jobs: Sequence[Job]) -> None:
         telemetry = self._telemetry

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from router_core.moments import ScoreScales
 from router_core.policies.bayesian import posterior_beliefs
-from service.encoders.protocol import AwaitedEncoder
+from service.encoders.protocol import AwaitedEncoder, ServerStatus
 from service.errors import NotFoundError, NotReadyError, RunConflictError, ServiceError, StoreUnavailableError
 from service.keys.access import EVERYTHING, Access
 from service.scorers.status import ScorerStatus
@@ -151,6 +151,10 @@ class StatusService:
         self._encoder = encoder
         self.store_findings = store_findings
         self._store_refused = store_refused
+
+    def encoder_servers(self) -> list[ServerStatus]:
+        """Return the encoder's servers; none where contexts are computed here."""
+        return [] if self._encoder is None else [*self._encoder.servers()]
 
     async def render_metrics(self) -> bytes:
         """Prometheus' text format, with the workers' states, the logs' lag and the posteriors as they are now."""

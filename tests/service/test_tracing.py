@@ -155,6 +155,26 @@ def test_probes_and_background_work_make_no_spans(traced: Traced) -> None:
     assert names == {"POST /reward", "choose", "score rm", "POST", "save_decisions"}
 
 
+def test_an_audit_is_a_trace_of_its_own(valkey_server: ValkeyProcess, serve: Serve) -> None:
+    worker, referee, exporter = ScriptedWorker("rm"), ScriptedWorker("ref"), InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    pool = PoolFile.model_validate(
+        {
+            "models": [{"name": "rm", "urls": [serve(worker)], "rendering": "messages"}],
+            "referees": [{"name": "ref", "urls": [serve(referee)], "rendering": "messages"}],
+            "audit": {"referee": "ref", "rate": 1},
+        }
+    )
+    with live_gateway(valkey_server.url, pool=pool, tracing=Tracing(provider), new_run_wait_seconds=0) as gateway:
+        traced = Traced(gateway, worker, exporter)
+        traced.post("/reward", pair(), traceparent=f"00-{TRACE}-{CALLER}-01")
+        asked = traced.span("score ref")
+    assert parent_of(asked) is None
+    assert f"{asked.context.trace_id:032x}" != TRACE
+    assert referee.headers[-1]["traceparent"].startswith(f"00-{asked.context.trace_id:032x}-")
+
+
 WITHOUT = """
 import sys
 

@@ -42,9 +42,9 @@ def rule_worker(*words: str, **environment: str) -> Iterator[str]:
         process.wait(20)
 
 
-def call(url: str, body: Any) -> tuple[int, Any]:
+def call(url: str, body: Any, **headers: str) -> tuple[int, Any]:
     """POST: status and document."""
-    request = Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    request = Request(url, json.dumps(body).encode(), {"content-type": "application/json", **headers})
     try:
         with urlopen(request, timeout=30) as response:
             return response.status, json.load(response)

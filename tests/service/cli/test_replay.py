@@ -291,5 +291,5 @@ def test_audits_stand_for_feedback(data: Path, checkpoint: Path) -> None:
 
 
 def test_audits_that_cannot_be_are_refused(data: Path) -> None:
-    assert "pool file" in str(run(data, "--audit", "0.1", "--url", "http://127.0.0.1:1").exception)
+    assert "--missing 1" in str(run(data, "--audit", "0.1", "--url", "http://127.0.0.1:1").exception)
     assert "RATE" in str(run(data, "--audit", "often").exception)

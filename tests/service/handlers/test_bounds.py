@@ -133,7 +133,7 @@ async def test_an_operators_route_takes_get_only_and_says_so(gateway: Gateway) -
 
 
 async def test_an_unknown_path_is_404_in_the_same_words(gateway: Gateway) -> None:
-    for path in ("/", "/rewards", "/reward/", "/reward/batch/x", "/posterior/x"):
+    for path in ("/index.html", "/console", "/rewards", "/reward/", "/reward/batch/x", "/posterior/x"):
         for method in ("GET", "POST"):
             response = await gateway.client.request(method, path)
             assert (response.status, response.error["code"]) == (404, "not_found"), (method, path)

@@ -16,10 +16,11 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from service.app import create_app
+from service.console import console_files
 from service.errors import ConfigurationError
 from service.handlers.headers import SecureAnswers
 from service.handlers.hot import HotRoutes
-from service.handlers.keys import OPEN_PATHS, KeyGuard, check_routes, require, routes_of, scope_of
+from service.handlers.keys import OPEN_PATHS, STREAMS, KeyGuard, check_routes, require, routes_of, scope_of
 from service.keys.access import Scope
 from service.keys.file import KeyFile, KeyLimits, entry_of, new_key, write_key_file
 from service.pool import PoolFile
@@ -27,7 +28,10 @@ from service.settings import Settings
 from service.stores.memory import MemoryStore
 from tests.docs.tables import ROOT
 from tests.support.arms import ScriptedArm
+from tests.support.events import watch
 from tests.support.gateway import Gateway, fresh_run, open_gateway, pair, small_encoder, until
+from tests.support.live import live_gateway
+from tests.support.rules import call
 
 if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
@@ -140,12 +144,15 @@ async def test_every_route_takes_keys_of_its_scope_only(gateway: Gateway, keys: 
     for path, needed in required().items():
         method = "POST" if path in hot or path.startswith("/admin") else "GET"
         if needed == "open":
-            assert (await gateway.client.request(method, path)).status == 200
+            named = path.replace("{digest}", console_files().digest).replace("{name:path}", "app.js")
+            assert (await gateway.client.request(method, named)).status == 200
             continue
         without = await gateway.client.request(method, path, b"{}")
         assert (without.status, without.error["code"]) == (401, "unauthorized"), path
         for scope in Scope:
-            response = await gateway.client.request(method, path, b"{}", headers=keys.headers(scope.value))
+            response = await gateway.client.request(
+                method, path, b"{}", headers=keys.headers(scope.value), disconnect=path in STREAMS
+            )
             if scope.value == needed:
                 assert response.status not in (401, 403), (path, scope, response.body)
             else:
@@ -159,6 +166,7 @@ async def test_a_run_of_others_is_refused_on_every_route(gateway: Gateway, keys:
     bodies = {
         "/reward": {**pair(), "run": other},
         "/reward/batch": {"items": [pair()], "run": other},
+        "/beliefs": {**pair(), "run": other},
         "/feedback": {"decision_id": "d", "preferred": 0, "run": other},
         "/feedback/batch": {"items": [{"decision_id": "d", "preferred": 0}], "run": other},
         "/audits/judge": {"decision_id": "d", "preferred": 0, "run": other},
@@ -170,7 +178,7 @@ async def test_a_run_of_others_is_refused_on_every_route(gateway: Gateway, keys:
             response = await client.post(path, document, **mine)
             assert (response.status, response.error["code"]) == (403, "forbidden"), (path, response.body)
             assert "mine-*" in response.error["message"]
-    for path in ("/posterior", "/report", "/audits", "/pool"):
+    for path in ("/posterior", "/report", "/audits", "/pool", "/events"):
         for query in ("", f"?run={other}"):
             assert (await client.get(path + query, **mine)).status == 403
 
@@ -209,6 +217,17 @@ async def test_a_revoked_key_is_refused_without_a_restart(gateway: Gateway, keys
     assert (await gateway.client.post("/reward", pair(), **keys.headers("next"))).status == 200
 
 
+def test_a_stream_tells_no_other_runs_and_ends_with_its_key(valkey_server: ValkeyProcess, keys: Keys) -> None:
+    with live_gateway(valkey_server.url, keys_file=keys.path) as gateway:
+        headers = keys.headers("mine")
+        assert call(f"{gateway.url}/reward", {**pair(), "run": MINE}, **headers)[0] == 200
+        with watch(f"{gateway.url}/events?run={MINE}", **headers) as stream:
+            assert stream.next("runs") == [MINE]
+            assert gateway.run not in json.dumps(stream.next("state"))
+            keys.drop("mine")
+            stream.read_to_the_end()
+
+
 async def test_limits_of_a_key_are_its_own(gateway: Gateway, keys: Keys) -> None:
     keys.add("few", [Scope.REWARD], limits=KeyLimits(instances_per_minute=3))
     keys.add("narrow", list(Scope), limits=KeyLimits(max_in_flight=1))
@@ -243,10 +262,13 @@ async def test_every_answer_has_the_security_headers(gateway: Gateway, keys: Key
     for path in (*required(), "/nothing"):
         for headers in ({}, keys.headers(ALL)):
             for method in ("GET", "POST"):
+                if path in STREAMS and headers:
+                    continue  # Without an end; what comes to it without a key has one.
                 said = (await gateway.client.request(method, path, b"{}", headers=headers)).headers
                 where = (method, path, bool(headers))
                 assert said["x-content-type-options"] == "nosniff", where
-                assert said["cache-control"] == "no-store", where
+                kept = "no-cache" if (method, path) == ("GET", "/") else "no-store"
+                assert said["cache-control"] == kept, where
                 assert said["referrer-policy"] == "no-referrer", where
                 assert said["cross-origin-resource-policy"] == "same-origin", where
                 assert "default-src 'none'" in said["content-security-policy"], where

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
 
 PATHS = {
+    "/beliefs": "post",
+    "/events": "get",
+    "/runs": "get",
     "/reward": "post",
     "/reward/batch": "post",
     "/feedback": "post",
@@ -58,7 +61,7 @@ async def test_liveness_says_nothing_of_the_surroundings(own_valkey_server: Valk
         for arm in gateway.arms:
             arm.available = False
         response = await gateway.client.get("/healthz")
-        assert (response.status, response.json) == (200, {"status": "live"})
+        assert (response.status, response.json) == (200, {"status": "live", "failed_tasks": []})
 
 
 async def test_readiness_names_the_run_and_its_version(gateway: Gateway) -> None:
@@ -310,11 +313,13 @@ async def test_the_examples_fit_their_schemas_and_the_structs_that_parse_them(ga
         if content is None:
             continue
         validator(document, content["schema"]).validate(content["example"])
-        name = content["schema"]["$ref"].rsplit("/", 1)[1]
+        # A trainer's path for feedback takes its protocol's struct, and values besides.
+        schema = content["schema"].get("allOf", [content["schema"]])[0]
+        name = schema["$ref"].rsplit("/", 1)[1]
         struct = getattr(schemas, name, None) or next(found for found in TYPES if found.__name__ == name)
         msgspec.json.decode(msgspec.json.encode(content["example"]), type=struct)
         seen += 1
-    assert seen == 12
+    assert seen == 13
 
 
 async def test_the_reward_example_can_be_sent_and_every_reply_fits_its_schema(gateway: Gateway) -> None:
@@ -327,6 +332,8 @@ async def test_the_reward_example_can_be_sent_and_every_reply_fits_its_schema(ga
     example = document["paths"]["/reward"]["post"]["requestBody"]["content"]["application/json"]["example"]
     reply = await gateway.client.ok("/reward", example)
     check("/reward", 200, reply)
+    check("/reward", 200, await gateway.client.ok("/reward", {**example, "explain": True}))
+    check("/beliefs", 200, await gateway.client.ok("/beliefs", example))
     items = {"items": [pair(0), {**pair(1), "policy": "nonsense"}, {"prompt": "p", "responses": ["one"]}]}
     check("/reward/batch", 200, await gateway.client.ok("/reward/batch", items))
     feedback = {"decision_id": reply["decision_id"], "preferred": 0}

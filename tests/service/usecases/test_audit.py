@@ -253,6 +253,16 @@ async def test_a_decision_that_fails_alone_is_given_up_and_the_others_are_not(
     assert len(gateway.events()) == 2
 
 
+async def test_runs_of_another_signal_are_not_audited(gateway: Gateway) -> None:
+    run = gateway.run + "-verified"
+    first = await gateway.client.ok("/reward", {**sum_of(0), "run": run, "signal": "reward"})
+    await gateway.client.ok("/reward", sum_of(1))
+    # The later one has been audited; the first one was given no probability of it.
+    await counted(gateway, recorded=1.0)
+    assert gateway.events(run) == []
+    assert gateway.decision(first["decision_id"], run).inclusion is None
+
+
 async def test_singles_that_share_no_draw_are_not_audited(valkey_server: ValkeyProcess, rule_url: str) -> None:
     async with open_gateway(valkey_server.url, audit=EVERY, referees=sums(rule_url), sticky_seconds=0.0) as gateway:
         reply = await gateway.client.ok("/reward", {"prompt": "What is 7 + 5?", "responses": ["12"]})
@@ -403,3 +413,58 @@ async def test_singles_are_audited_in_their_share(valkey_server: ValkeyProcess, 
         assert sorted(event.decision_id for event in gateway.events()) == sorted(chosen)
         with redis.Redis.from_url(valkey_server.url) as client:
             assert client.hget(f"rr:{{{gateway.run}}}:schedule", "count") == b"60", "a group counts once"
+
+
+async def test_audits_by_environment(valkey_server: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REWARD_ROUTER_AUDIT", '{"referee": "rm-c", "rate": 1.0, "schedule": "even"}')
+    async with open_gateway(valkey_server.url) as gateway:
+        await gateway.client.ok("/reward", pair(0))
+        await counted(gateway, recorded=1.0)
+        assert [event.audit.referee for event in gateway.events() if event.audit is not None] == ["rm-c"]
+
+
+async def test_the_environment_changes_single_fields(
+    valkey_server: ValkeyProcess, rule_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REWARD_ROUTER_AUDIT", '{"rate": 0.25}')
+    async with open_gateway(valkey_server.url, audit=EVERY, referees=sums(rule_url)) as gateway:
+        reply = await gateway.client.ok("/reward", sum_of(0))
+        assert gateway.decision(reply["decision_id"]).inclusion == 0.25
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [('{"rate": 2}', "audit.referee"), ('{"referee": "rm-a", "rate": 2}', "audit.rate"), ('{"referee": "x"}', "'x'")],
+)
+async def test_an_environment_that_cannot_be_names_its_field(
+    valkey_server: ValkeyProcess, monkeypatch: pytest.MonkeyPatch, fields: str, sentence: str
+) -> None:
+    monkeypatch.setenv("REWARD_ROUTER_AUDIT", fields)
+    with pytest.raises(ConfigurationError, match=sentence):
+        async with open_gateway(valkey_server.url):
+            pass
+
+
+async def test_a_run_learns_from_rewards_and_from_audits(valkey_server: ValkeyProcess, rule_url: str) -> None:
+    run = fresh_run()
+    words: dict[str, Any] = {"run": run, "audit": EVERY, "signal": "reward"}
+    async with open_gateway(valkey_server.url, referees=sums("http://127.0.0.1:9"), **words) as gateway:
+        first = await gateway.client.ok("/reward", {**sum_of(0), "policy": "single:rm-a"})
+        await counted(gateway, away=1.0)
+        await gateway.client.ok("/feedback", {"decision_id": first["decision_id"], "reward": 0.75})
+    unlease(valkey_server.url, run)
+    async with open_gateway(valkey_server.url, referees=sums(rule_url), **words) as gateway:
+        await counted(gateway, recorded=1.0)
+        second = await gateway.client.ok("/reward", {**sum_of(1), "policy": "single:rm-b"})
+        await counted(gateway, recorded=2.0)
+        await gateway.client.ok("/feedback", {"decision_id": second["decision_id"], "reward": 0.25})
+        rewarded, audited, again, corrected = gateway.events()
+        assert (rewarded.arm, rewarded.feedback.value, rewarded.audit) == (0, 0.75, None)
+        assert audited.audit is not None
+        assert (audited.source, audited.audit.after_gold, audited.feedback.value) == (Source.AUDIT, False, 0.0)
+        assert len({audited.arm, *(arm for arm, _, _ in audited.shadows)}) == 3, "the referee speaks of all"
+        assert again.source is Source.AUDIT
+        assert corrected.audit is not None
+        assert (corrected.arm, corrected.feedback.value, len(corrected.audit.taught)) == (1, 0.25, 3)
+        learned = await gateway.learned(4)
+        assert learned["digest"] == gateway.folded().digest()

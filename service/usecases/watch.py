@@ -1,0 +1,469 @@
+"""Watch: what a run does now, as a stream of snapshots for the console.
+
+One snapshot is made for all who watch a run, every `INTERVAL_SECONDS` and only while somebody does; viewers are
+bounded. A point for the charts is kept of the default run and of watched ones, so that a page that opens shows the
+past. Everything is this gateway's own view, but for what comes from the store: the log, audits, the report.
+
+Called by `handlers.console`; reads, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Executor
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from router_core.policies.bayesian import posterior_moments
+from router_core.records import TIE
+from service.errors import NotFoundError, OverCapacityError, ServiceError
+from service.keys.access import Access
+from service.schemas import AttemptReply
+from service.stores.protocol import Store
+from service.usecases.audit_choice import is_audited, is_audited_run
+from service.usecases.history import Decided
+from service.usecases.reply import told_attempts
+from service.usecases.report import Reporter
+from service.usecases.runs import Run, RunRegistry
+from service.usecases.status import StatusService
+
+logger = logging.getLogger(__name__)
+
+INTERVAL_SECONDS = 2.0
+"""Pause between two snapshots of a run that is watched."""
+
+POINT_SECONDS = 10.0
+"""Time between two points of the charts."""
+
+POINTS = 360
+"""Points that are kept of a run: an hour."""
+
+REPORT_SECONDS = 15.0
+"""Pause between two reports on audits, which take a second where there are thousands."""
+
+_ENCODER = msgspec.json.Encoder()
+
+
+class Point(msgspec.Struct):
+    """One run at one time; lists by arm, in the pool's order.
+
+    Attributes:
+        time_ms: Unix time in milliseconds.
+        decisions: since the point before.
+        price: mean price of these; None where there were none.
+        asked: share of these that each arm was asked about; None where there were none.
+        means: what each arm is expected to be worth on recent instances; None before the first one.
+        sds: how unsure that is, the root mean square over these instances.
+        lag: events of the log that the posterior has not learned from yet; None while the store is away.
+    """
+
+    time_ms: int
+    decisions: int
+    price: float | None
+    asked: list[float] | None
+    means: list[float] | None
+    sds: list[float] | None
+    lag: int | None
+
+
+class ArmState(msgspec.Struct):
+    """What is known of one arm: `ArmLearned`, the means of `Point`, and how often this gateway has asked it."""
+
+    model: str
+    price: float
+    asked: int
+    feedbacks: int
+    mean_reward: float | None
+    alarms: int
+    mean: float | None
+    sd: float | None
+
+
+class Budget(msgspec.Struct):
+    """What keeps a policy to its budget, in units of the cheapest scorer."""
+
+    policy: str
+    budget: float
+    multiplier: float
+
+
+class DecisionState(msgspec.Struct):
+    """One of the newest decisions; lists by arm, in the pool's order, null for arms that the policy never asks.
+
+    Attributes:
+        means: believed when it was made; `now_means` are the posterior's at this time.
+        draws: None where an earlier draw of its prompt was followed.
+        prompt: only where texts may be shown, as `responses`.
+    """
+
+    decision_id: str
+    time_ms: int
+    policy: str
+    version: int
+    model: str
+    preferred: int | None
+    rewards: list[float | None]
+    p_right: float | None
+    propensity: float
+    means: list[float | None]
+    sds: list[float]
+    draws: list[float | None] | None
+    propensities: list[float]
+    now_means: list[float]
+    now_sds: list[float]
+    attempts: list[AttemptReply]
+    audited: bool
+    recorded: bool
+    prompt: str | None = None
+    responses: list[str] | None = None
+
+
+class RunState(msgspec.Struct):
+    """The event `state`."""
+
+    run: str
+    time_ms: int
+    policy: str
+    signal: str
+    prior: str
+    version: int
+    ready: bool
+    problem: str | None
+    lag: int | None
+    decisions: int
+    price: float | None
+    budgets: list[Budget]
+    audits: bool
+    audits_waiting: int | None
+    texts: bool
+    arms: list[ArmState]
+    workers: list[dict[str, Any]]
+    encoder: list[dict[str, Any]]
+    store_problems: list[str]
+    newest: list[DecisionState]
+    point: Point | None
+
+
+class _Channel:
+    """One run that is watched, or whose past is kept."""
+
+    def __init__(self) -> None:
+        self.viewers = 0
+        self.points: deque[Point] = deque(maxlen=POINTS)
+        self.counted: tuple[int, float, list[int]] = (0, 0.0, [])
+        self.state = b""
+        self.report = b""
+        self.reported_version = -1
+        self.reported_at = -math.inf
+        self.changed = asyncio.Event()
+
+    def publish(self) -> None:
+        """Wake everybody who waits for something new."""
+        changed, self.changed = self.changed, asyncio.Event()
+        changed.set()
+
+
+class Watcher:
+    """The use case behind `/events`.
+
+    Args:
+        runs: the registry.
+        status: workers, encoder and store.
+        reporter: reports on audits.
+        store: logs and audits.
+        texts: True if the console may show texts beside decisions.
+        viewers: how many may watch at once.
+        executor: where beliefs are computed.
+        interval_seconds: pause between two snapshots.
+        point_seconds: time between two points.
+    """
+
+    def __init__(
+        self,
+        runs: RunRegistry,
+        status: StatusService,
+        reporter: Reporter,
+        store: Store,
+        *,
+        texts: bool,
+        viewers: int,
+        executor: Executor,
+        interval_seconds: float = INTERVAL_SECONDS,
+        point_seconds: float = POINT_SECONDS,
+    ) -> None:
+        self._runs = runs
+        self._status = status
+        self._reporter = reporter
+        self._store = store
+        self._texts = texts
+        self._viewers = viewers
+        self._executor = executor
+        self._interval = interval_seconds
+        self._point_seconds = point_seconds
+        self._channels: dict[str, _Channel] = {}
+        self._asked_for = asyncio.Event()
+
+    def forget(self, run: str) -> None:
+        """Forget the past of a run that was closed; those who watch it are told that it is not open."""
+        channel = self._channels.get(run)
+        if channel is not None:
+            channel.points.clear()
+
+    async def frames(self, name: str | None, access: Callable[[], Access]) -> AsyncIterator[bytes]:
+        """Yield server-sent events of a run without end: `history`, then `runs`, `report` and `state` as they change.
+
+        Args:
+            name: of the run; None: the default one.
+            access: what the viewer may see now, asked before every event; raises where its key has ended.
+
+        Raises:
+            ServiceError: the key has ended, or may not see the run.
+            NotFoundError: no such run is open here.
+            OverCapacityError: enough people watch.
+        """
+        name = name or self._runs.default
+        access().check_run(name)
+        if name not in self._runs.runs:
+            raise NotFoundError(f"run {name!r} is not open here: send it a request first", details={"run": name})
+        with self._seat(name) as channel:
+            yield _event("history", _ENCODER.encode([*channel.points]))
+            state = report = runs = b""
+            while True:
+                changed = channel.changed
+                seen = access()
+                seen.check_run(name)
+                # The only word of other runs, and so the only one that viewers do not share.
+                others = _event("runs", _ENCODER.encode(sorted(seen.seen(self._runs.runs))))
+                if others != runs:
+                    runs = others
+                    yield runs
+                if channel.report and channel.report is not report:
+                    report = channel.report
+                    yield report
+                if channel.state and channel.state is not state:
+                    state = channel.state
+                    yield state
+                await changed.wait()
+
+    @contextlib.contextmanager
+    def _seat(self, name: str) -> Iterator[_Channel]:
+        if sum(channel.viewers for channel in self._channels.values()) >= self._viewers:
+            raise OverCapacityError(
+                f"{self._viewers} console pages are open (console_viewers): close one, or raise the setting",
+                retry_after_seconds=10,
+            )
+        channel = self._channels.setdefault(name, _Channel())
+        channel.viewers += 1
+        self._asked_for.set()
+        try:
+            yield channel
+        finally:
+            channel.viewers -= 1
+            if not channel.viewers:
+                channel.state = b""
+            if not channel.viewers and name != self._runs.default:
+                self._channels.pop(name, None)
+
+    async def run_forever(self) -> None:
+        """Make snapshots and points until cancelled."""
+        loop, next_point = asyncio.get_running_loop(), 0.0
+        self._channels.setdefault(self._runs.default, _Channel())
+        while True:
+            self._asked_for.clear()
+            watched = any(channel.viewers for channel in self._channels.values())
+            due = loop.time() >= next_point
+            if due:
+                next_point = loop.time() + self._point_seconds
+            for name, channel in list(self._channels.items()):
+                run = self._runs.runs.get(name)
+                if run is not None and (due or channel.viewers):
+                    try:
+                        await self._renew(run, channel, due)
+                    except ServiceError as error:
+                        logger.warning("console", extra={"fields": {"run": name, "error": error.message}})
+            if watched:
+                await asyncio.sleep(self._interval)
+            else:
+                # A first viewer need not wait for the next point.
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._asked_for.wait(), max(next_point - loop.time(), 0.0))
+
+    async def _renew(self, run: Run, channel: _Channel, due: bool) -> None:
+        appended, waiting = await self._log_of(run)
+        lag = None if appended is None else max(appended - run.posterior.count, 0)
+        newest = [*run.history.newest] if channel.viewers else []
+        beliefs = await asyncio.get_running_loop().run_in_executor(self._executor, _believed, run, newest)
+        if due or not channel.points:
+            channel.points.append(_point(run, channel, beliefs, lag))
+        if channel.viewers:
+            state = self._state(run, channel, newest, beliefs, lag, waiting)
+            channel.state = _event("state", _ENCODER.encode(state))
+            await self._renew_report(run, channel)
+            channel.publish()
+
+    async def _log_of(self, run: Run) -> tuple[int | None, int | None]:
+        """Return how long the log is and how many audits wait; None for what cannot be had."""
+        try:
+            appended = (await self._store.log_status(run.name)).appended
+            return appended, await self._store.audits_waiting(run.name) if is_audited_run(run) else None
+        except ServiceError:
+            return None, None
+
+    async def _renew_report(self, run: Run, channel: _Channel) -> None:
+        now = asyncio.get_running_loop().time()
+        # Without new events the report is the same.
+        if run.posterior.count == channel.reported_version or now - channel.reported_at < REPORT_SECONDS:
+            return
+        channel.reported_version, channel.reported_at = run.posterior.count, now
+        try:
+            found = await self._reporter.report(run.name)
+        except ServiceError:
+            return
+        channel.report = _event("report", found.model_dump_json().encode())
+
+    def _state(
+        self,
+        run: Run,
+        channel: _Channel,
+        newest: list[Decided],
+        beliefs: _Beliefs,
+        lag: int | None,
+        waiting: int | None,
+    ) -> RunState:
+        template, posterior, history = run.template, run.posterior, run.history
+        statistics = posterior.statistics
+        rewards = statistics.mean_reward().tolist()
+        arms = [
+            ArmState(
+                model=model,
+                price=template.prices[k],
+                asked=history.asked[k],
+                feedbacks=int(statistics.count[k]),
+                mean_reward=_number(rewards[k]),
+                alarms=int(posterior.watches[k].alarms),
+                mean=None if beliefs.means is None else beliefs.means[k],
+                sd=None if beliefs.sds is None else beliefs.sds[k],
+            )
+            for k, model in enumerate(template.pool)
+        ]
+        workers = [
+            *(one.model_copy(update={"referee": False}) for one in self._status.models()),
+            *(one.model_copy(update={"referee": True}) for one in self._status.referees()),
+        ]
+        return RunState(
+            run=run.name,
+            time_ms=int(time.time() * 1000),
+            policy=template.default_policy.name,
+            signal=run.signal.value,
+            prior=run.prior.form.value,
+            version=posterior.count,
+            ready=run.ready.is_set(),
+            problem=run.failure or run.stalled,
+            lag=lag,
+            decisions=history.decisions,
+            price=history.price / history.decisions if history.decisions else None,
+            budgets=[Budget(name, pacer.budget, pacer.multiplier) for name, pacer in run.budgets.items()],
+            audits=is_audited_run(run),
+            audits_waiting=waiting,
+            texts=self._texts,
+            arms=arms,
+            workers=[one.model_dump(mode="json") for one in workers],
+            encoder=[{"url": one.url, "up": one.up, "problem": one.problem} for one in self._status.encoder_servers()],
+            store_problems=[*self._status.store_findings()],
+            newest=[
+                _decision(decided, template.pool, beliefs.now_means[i], beliefs.now_sds[i])
+                for i, decided in enumerate(newest)
+            ][::-1],
+            point=channel.points[-1] if channel.points else None,
+        )
+
+
+class _Beliefs(msgspec.Struct):
+    """What the posterior says: on the mean over recent instances, by arm, and per newest decision and arm."""
+
+    means: list[float] | None
+    sds: list[float] | None
+    now_means: list[list[float]]
+    now_sds: list[list[float]]
+
+
+def _believed(run: Run, newest: list[Decided]) -> _Beliefs:
+    """Return what the run's posterior says now; one pass over all these contexts."""
+    recent, posterior = list(run.recent), run.posterior
+    contexts = [*recent, *[np.frombuffer(one.stored.x, "<f4") for one in newest]]
+    if not contexts:
+        return _Beliefs(None, None, [], [])
+    x = np.stack(contexts)
+    means, sds = posterior_moments(x, posterior.prior.offsets(x), posterior)
+    n = len(recent)
+    return _Beliefs(
+        means[:n].mean(axis=0).tolist() if n else None,
+        np.sqrt(np.square(sds[:n]).mean(axis=0)).tolist() if n else None,
+        means[n:].tolist(),
+        sds[n:].tolist(),
+    )
+
+
+def _point(run: Run, channel: _Channel, beliefs: _Beliefs, lag: int | None) -> Point:
+    """Return the run's point now, and remember up to where it counts."""
+    history, pool = run.history, run.template.pool
+    asked = [history.asked[k] for k in range(len(pool))]
+    decisions, price, before = channel.counted
+    channel.counted = (history.decisions, history.price, asked)
+    # A run that was closed and opened again counts anew; an arm that came to the pool was asked about nothing before.
+    count = history.decisions - decisions
+    if count < 0:
+        count, price, before = history.decisions, 0.0, []
+    before = [*before, *[0] * (len(asked) - len(before))]
+    return Point(
+        time_ms=int(time.time() * 1000),
+        decisions=count,
+        price=(history.price - price) / count if count else None,
+        asked=[(now - then) / count for now, then in zip(asked, before, strict=True)] if count else None,
+        means=beliefs.means,
+        sds=beliefs.sds,
+        lag=lag,
+    )
+
+
+def _decision(decided: Decided, pool: tuple[str, ...], now_means: list[float], now_sds: list[float]) -> DecisionState:
+    stored, texts = decided.stored, decided.texts
+    return DecisionState(
+        decision_id=decided.decision_id,
+        time_ms=stored.time_ms,
+        policy=stored.policy,
+        version=stored.version,
+        model=stored.policy if stored.arm is None else pool[stored.arm],
+        preferred=None if stored.verdict == TIE else stored.verdict,
+        rewards=[_number(reward) for reward in stored.rewards],
+        p_right=stored.p_right,
+        propensity=stored.propensity,
+        means=[_number(mean) for mean in stored.means],
+        sds=stored.sds,
+        draws=None if decided.draws is None else [_number(draw) for draw in decided.draws],
+        propensities=stored.propensities,
+        now_means=now_means,
+        now_sds=now_sds,
+        attempts=told_attempts(stored.attempts, pool),
+        audited=is_audited(decided.decision_id, stored),
+        recorded=decided.recorded,
+        prompt=None if texts is None else texts.prompt,
+        responses=None if texts is None else texts.responses,
+    )
+
+
+def _number(value: float) -> float | None:
+    """Return None for NaN and infinities, which JSON does not have."""
+    return value if np.isfinite(value) else None
+
+
+def _event(kind: str, data: bytes) -> bytes:
+    return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
