@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import msgspec
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 
 from service.handlers.body import check_sender, parse_body, read_body
 from service.handlers.keys import require
+from service.handlers.queries import RunQuery
 from service.keys.access import Access, Scope
 from service.schemas import PoolRequest
 from service.usecases.pools import PoolReply, PoolService, PoolShown
@@ -45,7 +46,7 @@ def admin_router(*, keyed: bool, max_body_bytes: int) -> APIRouter:
     async def show(
         request: Request,
         access: Annotated[Access, require(Scope.READ)],
-        run: Annotated[str | None, Query(description="The run; by default the gateway's.")] = None,
+        run: RunQuery = None,
     ) -> PoolShown:
         """Every arm that the run ever asked, what it is routed by, and what this gateway's own pool file would change
         (docs/pools-live.md).
@@ -57,16 +58,20 @@ def admin_router(*, keyed: bool, max_body_bytes: int) -> APIRouter:
         tags=["admin"],
         summary="Change a run's pool",
         responses={
+            400: {"description": "The body is not JSON."},
             404: {"description": "No such run."},
             409: {"description": "The pool has another version than was expected."},
+            413: {"description": "The body is too large."},
+            415: {"description": "The body is not declared as JSON."},
             422: {"description": "The pool file cannot be read, or this gateway could not ask by it."},
             503: {"description": "The run does not learn, or the store is away."},
         },
         openapi_extra={
             "requestBody": {
+                "required": True,
                 "content": {
                     "application/json": {"schema": {"$ref": "#/components/schemas/PoolRequest"}, "example": _EXAMPLE}
-                }
+                },
             }
         },
     )

@@ -106,6 +106,8 @@ class RowOptions:
         completion_text: the same for responses.
         reference: the data set's column that is sent as each prompt's `reference`, what a right answer looks like, for
             rules and judges that compare; None for none.
+        metadata: the data set's columns that are sent as each prompt's `metadata`, flat facts by which scorers apply
+            (`applies: {metadata.task: math}` in the pool file) or judge.
     """
 
     rows: Rows = Rows.PROMPTS
@@ -114,6 +116,7 @@ class RowOptions:
     prompt_text: Callable[[Any], str] = prompt_text
     completion_text: Callable[[Any], str] = completion_text
     reference: str | None = None
+    metadata: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,7 @@ class Plan:
         prompts: (n,) what is sent of each row.
         completions: (n,) the same.
         references: (n,) each prompt's reference, None for none; empty where no column holds them.
+        metadata: (n,) each prompt's facts; empty where no column holds any.
     """
 
     groups: tuple[Group, ...]
@@ -135,6 +139,7 @@ class Plan:
     prompts: Sequence[Said]
     completions: Sequence[Said]
     references: Sequence[str | None] = ()
+    metadata: Sequence[Mapping[str, Any]] = ()
 
     def items(self) -> list[RewardItem]:
         """Return the instances as the client takes them."""
@@ -143,6 +148,7 @@ class Plan:
                 self.prompts[group.rows[0]],
                 tuple(self.completions[row] for row in group.rows),
                 reference=self.references[group.rows[0]] if self.references else None,
+                metadata=self.metadata[group.rows[0]] or None if self.metadata else None,
             )
             for group in self.groups
         ]
@@ -214,8 +220,8 @@ def plan(
         columns: of the data set, (n,) values each.
 
     Raises:
-        ValueError: there is no such column of references, not as many completions as prompts, or something that cannot
-            be put into text.
+        ValueError: there is no such column of references or facts, not as many completions as prompts, or something
+            that cannot be put into text.
     """
     if len(prompts) != len(completions):
         raise ValueError(
@@ -232,21 +238,27 @@ def plan(
         sent_completions: Sequence[Said] = [as_sent(one, "completion", "assistant") for one in completions]
     else:
         sent_completions = said
-    references = _references(options.reference, columns or {}, len(prompts))
-    return Plan(tuple(groups), len(prompts), options.on_missing, sent_prompts, sent_completions, references)
+    count, held = len(prompts), columns or {}
+    references: list[str | None] = []
+    if options.reference is not None:
+        values = _column("reference", options.reference, held, count)
+        references = [None if value is None or value == "" else str(value) for value in values]
+    facts = [(name, _column("metadata", name, held, count)) for name in options.metadata]
+    metadata = [
+        {name: values[row] for name, values in facts if values[row] is not None} for row in range(count) if facts
+    ]
+    return Plan(tuple(groups), count, options.on_missing, sent_prompts, sent_completions, references, metadata)
 
 
-def _references(column: str | None, columns: Mapping[str, Any], count: int) -> list[str | None]:
-    """The column's values as texts; None, or an empty one, stays None."""
-    if column is None:
-        return []
-    values = columns.get(column)
+def _column(field: str, name: str, columns: Mapping[str, Any], count: int) -> Sequence[Any]:
+    """Return the column's values, (n,)."""
+    values = columns.get(name)
     if not isinstance(values, list | tuple) or len(values) != count:
         raise ValueError(
-            f"reference is {column!r}, and the trainer hands over no such column with a value per row; it has "
+            f"{field} is {name!r}, and the trainer hands over no such column with a value per row; it has "
             f"{', '.join(sorted(columns)) or 'no column'}"
         )
-    return [None if value is None or value == "" else str(value) for value in values]
+    return values
 
 
 def metrics(results: Sequence[RewardResult]) -> dict[str, float]:

@@ -40,10 +40,13 @@ class _TrlReward:
     __name__ = "reward_router"
     """TRL names its metrics `rewards/reward_router/…` after it."""
 
-    def __init__(self, judge: Judge | None, row_options: RowOptions | None, reference: str | None) -> None:
+    def __init__(
+        self, judge: Judge | None, row_options: RowOptions | None, reference: str | None, metadata: Sequence[str]
+    ) -> None:
         self.judge = judge
         self.row_options = row_options
         self.reference = reference
+        self.metadata = tuple(metadata)
         self._silence = Silence()
         self.last: tuple[tuple[Group, RewardResult], ...] = ()
 
@@ -52,6 +55,8 @@ class _TrlReward:
         options = self.row_options or RowOptions()
         if self.reference is not None:
             options = replace(options, reference=self.reference)
+        if self.metadata:
+            options = replace(options, metadata=self.metadata)
         planned = plan(prompts, completions, options, columns)
         if self.row_options is not None:
             return planned
@@ -127,6 +132,7 @@ class RouterReward(_TrlReward):
         row_options: overrides which rows belong together and what becomes of missing rewards.
         client: instead of one made from the options.
         reference: the data set's column that is sent as each prompt's `reference`, for rules and judges that compare.
+        metadata: columns that are sent as each prompt's `metadata`, by which scorers apply.
         fields: of `ClientOptions`.
 
     Attributes:
@@ -140,10 +146,11 @@ class RouterReward(_TrlReward):
         judge: Judge | None = None,
         row_options: RowOptions | None = None,
         reference: str | None = None,
+        metadata: Sequence[str] = (),
         client: RouterClient | None = None,
         **fields: Any,
     ) -> None:
-        super().__init__(judge, row_options, reference)
+        super().__init__(judge, row_options, reference, metadata)
         self.client = client if client is not None else RouterClient(options, **fields)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -201,10 +208,11 @@ class AsyncRouterReward(_TrlReward):
         judge: Judge | None = None,
         row_options: RowOptions | None = None,
         reference: str | None = None,
+        metadata: Sequence[str] = (),
         client: AsyncRouterClient | None = None,
         **fields: Any,
     ) -> None:
-        super().__init__(judge, row_options, reference)
+        super().__init__(judge, row_options, reference, metadata)
         self.client = client if client is not None else AsyncRouterClient(options, **fields)
 
     async def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:

@@ -65,9 +65,13 @@ def fuzz(server_url: str, folder: Path, *, per_route: int, seed: int, phases: st
         words += ["run", f"{gateway.url}/openapi.json", "--header", f"Authorization: Bearer {key}"]
         words += ["--seed", str(seed), "-n", str(per_route), "--phases", phases, "--no-color"]
         words += ["--generation-database", "none", "--no-shrink"]
-        environment = {**os.environ, "FUZZ_DECISIONS": ",".join(decisions), "NO_COLOR": "1"}
+        environment = {
+            **os.environ,
+            "FUZZ_DECISIONS": ",".join(decisions),
+            "SCHEMATHESIS_HOOKS": str(FOLDER / "hooks.py"),
+        }
         done = subprocess.run(
-            words, cwd=FOLDER, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+            words, cwd=folder, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
         )
     sent = re.search(r"(\d+) generated", done.stdout)
     return Fuzzed(done.returncode == 0, int(sent[1]) if sent else 0, done.stdout + done.stderr)

@@ -175,3 +175,18 @@ async def test_the_report_says_who_was_asked(valkey_server: ValkeyProcess) -> No
     course = report["scorers"][0]["course"]["all"]
     assert len(course["asked"]) == len(course["accuracy"]) == len(report["parts_ms"]) == 8
     assert report["router"]["asked"] is None
+
+
+def test_the_stream_follows_a_pool_that_changes(valkey_server: ValkeyProcess) -> None:
+    with live_gateway(valkey_server.url, models=("rm-a", "rm-b")) as gateway:
+        send(gateway, 2)
+        with watch(gateway.url + "/events") as stream:
+            assert len(stream.next("state")["arms"]) == 2
+            entries = [{"name": "rm-a"}, {"name": "rm-b"}, {"name": "rm-d", "urls": ["http://127.0.0.1:9"]}]
+            status, document = call(f"{gateway.url}/admin/pool", {"pool": {"models": entries}})
+            assert status == 200, document
+            while len((state := stream.next("state"))["arms"]) == 2:
+                pass
+    assert [arm["model"] for arm in state["arms"]] == ["rm-a", "rm-b", "rm-d"]
+    assert [len(one["means"]) for one in state["newest"]] == [2, 2]
+    assert [len(one["now_means"]) for one in state["newest"]] == [3, 3]

@@ -186,6 +186,16 @@ def test_a_column_becomes_the_reference_of_its_prompt() -> None:
         plan(PROMPTS, TEXTS, RowOptions(reference="answer"), {"solution": TEXTS})
 
 
+def test_columns_become_the_metadata_of_their_prompt() -> None:
+    columns = {"task": ["math", "math", None, None], "level": [3, 3, 1, 1]}
+    planned = plan(PROMPTS, TEXTS, RowOptions(metadata=("task", "level")), columns)
+    assert [item.document().get("metadata") for item in planned.items()] == [{"task": "math", "level": 3}, {"level": 1}]
+    with pytest.raises(ValueError, match=r"metadata is 'kind'.* it has level, task"):
+        plan(PROMPTS, TEXTS, RowOptions(metadata=("kind",)), columns)
+    reward = RouterReward(url="http://127.0.0.1:1", run="r", metadata=["task"])
+    assert reward._plan(PROMPTS, TEXTS, columns).metadata == [{"task": "math"}, {"task": "math"}, {}, {}]
+
+
 def test_the_gateway_is_sent_reference_and_signal(gateway: LiveGateway, options: ClientOptions) -> None:
     asked: list[RewardItem] = []
     fields = {"reference": "answer", "judge": lambda judged: judged.right_over_wrong([0])}
