@@ -309,7 +309,10 @@ class Auditor:
 
     async def _ask_rest(self, template: RunTemplate, deadline: float, cases: Sequence[Case]) -> list[Sequence[Attempt]]:
         """Ask every RM that was not asked before the reply; what it said, or why it said nothing."""
-        inquiries = [Inquiry(AskRest(case.decision.attempts), case.instance, template.asked) for case in cases]
+        inquiries = [
+            Inquiry(AskRest(case.decision.attempts), case.instance, case.decision.known_of(template.asked))
+            for case in cases
+        ]
         await self._asker.ask(inquiries, Tickets(template.arms, template.prices), deadline)
         return [inquiry.attempts for inquiry in inquiries]
 
@@ -412,13 +415,18 @@ def _price(attempts: Sequence[Attempt]) -> float:
 
 
 def _vote(referee: Referee, template: RunTemplate, case: Case, attempts: Sequence[Attempt]) -> Opinion | bool:
-    """Return the learned vote of all who answered; False where the checkpoint has learned none, or nobody did."""
+    """Return the learned vote of all who answered; False where the checkpoint has learned none, or nobody did.
+
+    True, to be tried again, where the decision's pool is not known here yet.
+    """
     combination, n, K = template.combination, case.decision.n, len(template.arms)
-    told = answers_of(attempts, K, n)
+    if len(case.decision.offsets) > K:
+        # Another gateway has met a change of the pool first.
+        return True
     if combination is None or not any(attempt.outcome is Outcome.ANSWERED for attempt in attempts):
         return False
     # The decision may be older than the last arms.
     offsets = np.full((1, K), 0.5)
     offsets[0, : len(case.decision.offsets)] = case.decision.offsets
-    rewards = combination.votes.probabilities(offsets, told)[0]
+    rewards = combination.votes.probabilities(offsets, answers_of(attempts, K, n))[0]
     return Opinion(referee.name, rewards.tolist(), 0.0)

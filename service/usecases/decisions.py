@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import msgspec
@@ -112,6 +113,10 @@ class StoredDecision(msgspec.Struct, omit_defaults=True):
     def heard(self) -> list[Attempt]:
         """Every answer to this instance, those of the shadow included, in order."""
         return answers([*self.attempts, *(self.shadows or ())])
+
+    def known_of(self, arms: Iterable[int]) -> list[int]:
+        """Return those of the arms that were in the pool when this was decided."""
+        return [arm for arm in arms if arm < len(self.offsets)]
 
 
 _ENCODER = msgspec.msgpack.Encoder()
@@ -221,6 +226,8 @@ def event_from(decision_id: str, decision: StoredDecision, told: Told) -> Event:
     if twice or (source is Source.PERSON and feedback.value == TIE):
         return Event(NO_ARM, decision.x, 0.0, None, feedback, decision_id, (), source)
     earned = _credits(decision, int(feedback.value)) if feedback.signal is Signal.PREFERENCE else {}
+    # Of an arm that came to the pool after the decision its offset is not known, and it teaches nothing.
+    earned = {other: credit for other, credit in earned.items() if other < len(decision.offsets)}
     arm = NO_ARM if decision.arm is None else decision.arm
     first = earned.get(answers(decision.attempts)[0].arm)
     if after_gold:

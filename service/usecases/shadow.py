@@ -128,7 +128,10 @@ class Shadower:
         await asyncio.gather(*(self._shadow_pool(template, items) for template, items in pools.items()))
 
     async def _shadow_pool(self, template: RunTemplate, taken: list[Shadowable]) -> None:
-        inquiries = [Inquiry(AskRest(item.stored.attempts), item.instance, template.asked) for item in taken]
+        inquiries = [
+            Inquiry(AskRest(item.stored.attempts), item.instance, item.stored.known_of(template.asked))
+            for item in taken
+        ]
         patience = self._timeout_seconds * -(-len(taken) // PATIENT_INSTANCES)
         tickets = Tickets(template.arms, template.prices)
         await self._asker.ask(inquiries, tickets, asyncio.get_running_loop().time() + patience)

@@ -1,0 +1,72 @@
+"""What meets a change of the pool half-way: requests, audits, draws, snapshots, gateways that open the run later."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+from service import gateway as parts
+from service.pool import PoolFile
+from service.settings import Settings
+from service.usecases.decisions import encode_decision, event_of
+from tests.service.scorers.worker_servers import ScriptedWorker
+from tests.support.arms import ScriptedArm
+from tests.support.gateway import fresh_run, open_gateway, pair, small_encoder, until
+
+if TYPE_CHECKING:
+    from tests.conftest import ValkeyProcess
+    from tests.service.scorers.worker_servers import Serve
+
+THREE = ("rm-a", "rm-b", "rm-c")
+EVERY = {"referee": "rm-c", "rate": 1.0, "schedule": "even", "ask": "all", "keep": 10}
+
+
+@pytest.fixture
+def four(serve: Serve) -> list[dict[str, Any]]:
+    """Entries of the three reward models and of a fourth, which is a real worker."""
+    return [*({"name": name} for name in THREE), {"name": "rm-d", "urls": [serve(ScriptedWorker("rm-d"))]}]
+
+
+@asynccontextmanager
+async def open_parts(server_url: str) -> AsyncIterator[parts.Gateway]:
+    """The parts of a gateway of three scripted reward models, started."""
+    settings = Settings(store_url=server_url, run=fresh_run(), seed=0, new_run_wait_seconds=0)
+    pool = PoolFile.model_validate({"models": [{"name": name} for name in THREE]})
+    arms = [ScriptedArm(name) for name in THREE]
+    gateway = parts.build_gateway(settings, pool, encoder=small_encoder(), arms=arms)
+    await gateway.start()
+    try:
+        yield gateway
+    finally:
+        await gateway.stop()
+
+
+async def test_arms_newer_than_a_decision_are_not_asked_behind_it(
+    valkey_server: ValkeyProcess, four: list[dict[str, Any]]
+) -> None:
+    async with open_gateway(valkey_server.url, shadow_rate=1.0) as gateway:
+        first = gateway.arm("rm-a")
+        first.gate = asyncio.Event()
+        asked = asyncio.create_task(gateway.client.ok("/reward", {**pair(), "policy": "single:rm-a"}))
+        await until(lambda: first.calls, "asked")
+        await gateway.client.ok("/admin/pool", {"pool": {"models": four}})
+        first.gate.set()
+        decision_id = (await asked)["decision_id"]
+        await until(lambda: gateway.decision(decision_id).shadows is not None, "shadowed")
+        assert {answer.arm for answer in gateway.decision(decision_id).shadows or ()} == {1, 2}
+        await gateway.client.ok("/feedback", {"decision_id": decision_id, "preferred": 1})
+        await gateway.learned(2)
+
+
+async def test_answers_of_newer_arms_in_a_log_teach_nothing(valkey_server: ValkeyProcess) -> None:
+    async with open_gateway(valkey_server.url) as gateway:
+        reply = await gateway.client.ok("/reward", {**pair(), "policy": "single:rm-a"})
+        stored = gateway.decision(reply["decision_id"])
+    late = msgspec.structs.replace(stored, shadows=[stored.attempts[0]._replace(arm=arm) for arm in (2, 3)])
+    event = event_of("d", encode_decision(late), b"preference:1")
+    assert (event.arm, [arm for arm, _, _ in event.shadows]) == (0, [2])
