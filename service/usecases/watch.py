@@ -21,8 +21,10 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from router_core.policies.bayesian import posterior_moments
+from router_core.posterior import Posterior
 from router_core.records import TIE
 from service.errors import NotFoundError, OverCapacityError, ServiceError
 from service.keys.access import Access
@@ -32,7 +34,7 @@ from service.usecases.audit_choice import is_audited, is_audited_run
 from service.usecases.history import Decided
 from service.usecases.reply import told_attempts
 from service.usecases.report import Reporter
-from service.usecases.runs import Run, RunRegistry
+from service.usecases.runs import Current, Run, RunRegistry
 from service.usecases.status import StatusService
 
 logger = logging.getLogger(__name__)
@@ -298,13 +300,17 @@ class Watcher:
 
     async def _renew(self, run: Run, channel: _Channel, due: bool) -> None:
         appended, waiting = await self._log_of(run)
-        lag = None if appended is None else max(appended - run.posterior.count, 0)
+        # Read once: the pool may change while beliefs are computed.
+        current = run.current
+        lag = None if appended is None else max(appended - current.posterior.count, 0)
         newest = [*run.history.newest] if channel.viewers else []
-        beliefs = await asyncio.get_running_loop().run_in_executor(self._executor, _believed, run, newest)
+        beliefs = await asyncio.get_running_loop().run_in_executor(
+            self._executor, _believed, current.posterior, [*run.recent], newest
+        )
         if due or not channel.points:
-            channel.points.append(_point(run, channel, beliefs, lag))
+            channel.points.append(_point(run, len(current.template.pool), channel, beliefs, lag))
         if channel.viewers:
-            state = self._state(run, channel, newest, beliefs, lag, waiting)
+            state = self._state(run, current, channel, newest, beliefs, lag, waiting)
             channel.state = _event("state", _ENCODER.encode(state))
             await self._renew_report(run, channel)
             channel.publish()
@@ -332,13 +338,14 @@ class Watcher:
     def _state(
         self,
         run: Run,
+        current: Current,
         channel: _Channel,
         newest: list[Decided],
         beliefs: _Beliefs,
         lag: int | None,
         waiting: int | None,
     ) -> RunState:
-        template, posterior, history = run.template, run.posterior, run.history
+        (posterior, template), history = current, run.history
         statistics = posterior.statistics
         rewards = statistics.mean_reward().tolist()
         arms = [
@@ -395,9 +402,8 @@ class _Beliefs(msgspec.Struct):
     now_sds: list[list[float]]
 
 
-def _believed(run: Run, newest: list[Decided]) -> _Beliefs:
-    """Return what the run's posterior says now; one pass over all these contexts."""
-    recent, posterior = list(run.recent), run.posterior
+def _believed(posterior: Posterior, recent: list[NDArray[np.float32]], newest: list[Decided]) -> _Beliefs:
+    """Return what a posterior says of recent instances and the newest decisions; one pass over all these contexts."""
     contexts = [*recent, *[np.frombuffer(one.stored.x, "<f4") for one in newest]]
     if not contexts:
         return _Beliefs(None, None, [], [])
@@ -412,10 +418,10 @@ def _believed(run: Run, newest: list[Decided]) -> _Beliefs:
     )
 
 
-def _point(run: Run, channel: _Channel, beliefs: _Beliefs, lag: int | None) -> Point:
+def _point(run: Run, arms: int, channel: _Channel, beliefs: _Beliefs, lag: int | None) -> Point:
     """Return the run's point now, and remember up to where it counts."""
-    history, pool = run.history, run.template.pool
-    asked = [history.asked[k] for k in range(len(pool))]
+    history = run.history
+    asked = [history.asked[k] for k in range(arms)]
     decisions, price, before = channel.counted
     channel.counted = (history.decisions, history.price, asked)
     # A run that was closed and opened again counts anew; an arm that came to the pool was asked about nothing before.

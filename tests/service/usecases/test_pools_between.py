@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, Future
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,9 @@ import pytest
 
 from service import gateway as parts
 from service.pool import PoolFile
+from service.schemas import PoolRequest, RewardRequest
 from service.settings import Settings
+from service.usecases import watch
 from service.usecases.decisions import encode_decision, event_of
 from tests.service.scorers.worker_servers import ScriptedWorker
 from tests.support.arms import ScriptedArm
@@ -70,3 +73,35 @@ async def test_answers_of_newer_arms_in_a_log_teach_nothing(valkey_server: Valke
     late = msgspec.structs.replace(stored, shadows=[stored.attempts[0]._replace(arm=arm) for arm in (2, 3)])
     event = event_of("d", encode_decision(late), b"preference:1")
     assert (event.arm, [arm for arm, _, _ in event.shadows]) == (0, [2])
+
+
+class _Between(Executor):
+    """Runs a call, and something else before its result comes back."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self._then = then
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(fn(*args, **kwargs))
+        self._then()
+        return done
+
+
+async def test_a_pool_may_change_under_a_snapshot(valkey_server: ValkeyProcess, four: list[dict[str, Any]]) -> None:
+    async with open_parts(valkey_server.url) as gateway:
+        run = await gateway.runs.get(None)
+        await gateway.scorer.score(RewardRequest("p", ["r", "longer"]))
+        before = run.current
+        await gateway.pools.apply(PoolRequest(pool={"models": four}))
+        after, run.current = run.current, before
+
+        def change() -> None:
+            run.current = after
+
+        channel = watch._Channel()
+        channel.viewers = 1
+        gateway.watcher._executor = _Between(change)
+        await gateway.watcher._renew(run, channel, True)
+        state = msgspec.json.decode(channel.state.split(b"data: ")[1])
+        assert [arm["model"] for arm in state["arms"]] == [*THREE]
