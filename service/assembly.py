@@ -150,9 +150,11 @@ class Assembly:
             ConfigurationError: it does not fit the gateway's checkpoint, or its policy does not fit the pool.
         """
         key = digest_of(specification)
-        if key not in self._templates:
-            self._templates[key] = self._build(specification)
-        return self._templates[key]
+        found = self._templates.get(key)
+        # Connections of a pool that no run has asked by for a while are closed.
+        if found is None or not self.roster.holds(scorers_of(found)):
+            found = self._templates[key] = self._build(specification)
+        return found
 
     def _build(self, specification: Specification) -> RunTemplate:
         settings, routing = self._settings, specification.routing

@@ -1,7 +1,7 @@
 """Roster: this gateway's connections to the scorers of all runs, built when a run's pool first names them.
 
 A scorer of one name and one entry is connected to once, however many runs ask it. One that no open run asks any more is
-closed when nobody can still be waiting for it. Built by `service.gateway`, called by `service.templates`.
+closed when nobody can still be waiting for it. Built by `service.gateway`, called by `service.assembly`.
 """
 
 from __future__ import annotations
@@ -101,6 +101,11 @@ class Roster:
     def scorers(self) -> Sequence[Scorer]:
         """Everybody who is connected to."""
         return tuple(self._built.values())
+
+    def holds(self, scorers: Iterable[Scorer]) -> bool:
+        """Return True if none of them was closed by `let_go`."""
+        held = {id(scorer) for scorer in self._built.values()}
+        return all(id(scorer) in held for scorer in scorers)
 
     async def begin(self, scorers: Iterable[Scorer]) -> None:
         """Probe the scorers that are new here, and begin their health checks. A wrong worker gets no traffic."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, Future
 from contextlib import asynccontextmanager
@@ -105,3 +106,17 @@ async def test_a_pool_may_change_under_a_snapshot(valkey_server: ValkeyProcess, 
         await gateway.watcher._renew(run, channel, True)
         state = msgspec.json.decode(channel.state.split(b"data: ")[1])
         assert [arm["model"] for arm in state["arms"]] == [*THREE]
+
+
+async def test_a_run_that_comes_back_asks_again(valkey_server: ValkeyProcess, four: list[dict[str, Any]]) -> None:
+    async with open_parts(valkey_server.url) as gateway:
+        other = fresh_run()
+        request = RewardRequest("p", ["r", "longer"], run=other, policy="single:rm-d")
+        await gateway.runs.get(other)
+        await gateway.pools.apply(PoolRequest(pool={"models": four}, run=other))
+        assert (await gateway.scorer.score(request)).model == "rm-d"
+        gateway.runs.close(other)
+        for later in (0.0, 1000.0):
+            await gateway.assembly.roster.let_go(gateway.used(), time.monotonic() + later)
+        await gateway.runs.get(other)
+        assert (await gateway.scorer.score(request)).model == "rm-d"
