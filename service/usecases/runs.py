@@ -559,13 +559,23 @@ class RunRegistry:
         """
         name = name or self.default
         access.check_run(name)
-        if name not in self._runs and not await self._store.has_run(check_run(name)):
+        if not await self.known(name):
             known = access.seen(await self._store.list_runs())
             raise NotFoundError(
                 f"run {name!r} is unknown: send the run of the decision, as `/reward` answered it; {known_runs(known)}",
                 details={"run": name, "known": known[:MAX_NAMED_RUNS]},
             )
         return await self.open(name)
+
+    async def known(self, name: str | None) -> bool:
+        """Return True if the run is open here, or some gateway has opened it before.
+
+        Raises:
+            ValidationError: the name is malformed.
+            StoreUnavailableError: the store does not answer.
+        """
+        name = name or self.default
+        return name in self._runs or await self._store.has_run(check_run(name))
 
     async def _open_once(self, name: str, wish: Wish) -> Run:
         check_run(name)

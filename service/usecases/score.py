@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from router_core.attempts import answers, passed_over, waited_seconds
 from router_core.moments import ScoreScales
-from router_core.policies import AllCalls, OneCall
+from router_core.policies import AllCalls, OneCall, Policy
 from router_core.records import Instance, Signal
 from service.encoders.protocol import EncoderInputError
 from service.errors import NoWorkerError, ServiceError, StoreUnavailableError, ValidationError
@@ -36,7 +36,7 @@ from service.usecases.history import Decided, beginnings
 from service.usecases.normalise import Normaliser
 from service.usecases.pieces import PIECES_ASKED, Piece, cut, divide
 from service.usecases.reply import Job, beliefs_of, decision_of, own_draw, reply_of
-from service.usecases.runs import RunRegistry, RunTemplate, Wish
+from service.usecases.runs import Run, RunRegistry, RunTemplate, Wish
 from service.usecases.shadow import Shadowable, Shadower
 from service.usecases.sticky import StickyChoices, sticky_key
 
@@ -210,10 +210,9 @@ class RewardService:
         """
         instance = self._read(request, None)
         known = await self._runs.find(request.run, access)
-        policy = known.template.policy(request.policy) if request.policy else known.template.default_policy
         try:
             async with asyncio.timeout(self._limits.request_timeout_seconds):
-                run = await self._runs.get(known.name, Wish(policy.prior, None))
+                run, policy = await self._open(known.name, request.policy, None)
                 chosen = await self._chooser.choose(run, policy, [instance])
         except TimeoutError as error:
             raise too_late() from error
@@ -272,13 +271,11 @@ class RewardService:
         for (run_name, policy_name, signal_name), indices in groups.items():
             try:
                 access.check_run(run_name or self._runs.default)
-                template = self._runs.template_of(run_name)
-                chosen_policy = template.policy(policy_name) if policy_name else template.default_policy
-                wish = Wish(chosen_policy.prior, None if signal_name is None else Signal(signal_name))
-                found = self._runs.opened(run_name, wish)
-                if found is None:
+                signal_wished = None if signal_name is None else Signal(signal_name)
+                found, chosen_policy = self._opened(run_name, policy_name, signal_wished) or (None, None)
+                if found is None or chosen_policy is None:
                     async with asyncio.timeout_at(deadline):
-                        found = await self._runs.get(run_name, wish)
+                        found, chosen_policy = await self._open(run_name, policy_name, signal_wished)
             except TimeoutError as error:
                 raise too_late() from error
             except StoreUnavailableError:
@@ -291,6 +288,35 @@ class RewardService:
             instances = [read[i] for i in indices]
             wholes.append(cut(Piece(found, chosen_policy, indices, instances), self._limits.piece_responses))
         return wholes
+
+    def _opened(self, name: str | None, policy: str | None, signal: Signal | None) -> tuple[Run, Policy] | None:
+        """Return the run and the policy of its pool; None where the run must be waited for.
+
+        Raises:
+            ServiceError: there is no such policy, or the run is not what is wished for.
+        """
+        run = self._runs.opened(name, Wish(None, signal))
+        if run is None:
+            return None
+        chosen = run.template.policy(policy) if policy else run.template.default_policy
+        self._runs.opened(name, Wish(chosen.prior, signal))
+        return run, chosen
+
+    async def _open(self, name: str | None, policy: str | None, signal: Signal | None) -> tuple[Run, Policy]:
+        """As `_opened`, waiting for the run. A new one is opened as the policy of the gateway's own pool wishes.
+
+        Raises:
+            ServiceError: there is no such policy, or the run is not what is wished for, or cannot be opened.
+        """
+        form = None
+        if not await self._runs.known(name):
+            template = self._runs.template
+            form = (template.policy(policy) if policy else template.default_policy).prior
+        run = await self._runs.get(name, Wish(form, signal))
+        # Of the run's own pool, which is known now.
+        chosen = run.template.policy(policy) if policy else run.template.default_policy
+        self._runs.opened(name, Wish(chosen.prior, signal))
+        return run, chosen
 
     async def _route(
         self, wholes: Sequence[Sequence[Piece]], deadline: float, refused: dict[int, ServiceError]
@@ -441,15 +467,18 @@ class RewardService:
             await self._offer_groups(audits, singles)
         standing = await self._sticky.settle(singles[0].run.name, [(job.sticky, own_draw(job)) for job in singles])
         for job, followed in zip(singles, standing, strict=True):
-            # A draw that is older than a change of the pool, and would ask a retired scorer, is followed no more.
             if followed is None:
                 continue
-            if any(job.chosen.template.retired[arm] for arm in followed.order):
+            # A draw that is older than a change of the pool, and would ask a retired scorer, is followed no more; nor
+            # is one of another gateway that has met a change before this one.
+            retired = job.chosen.template.retired
+            if len(followed.means) > len(retired) or any(retired[arm] for arm in followed.order):
                 job.sticky = ""
             else:
                 job.followed, job.order = followed, followed.order
         if audits is not None:
-            audits.met(singles[0].run, [job.chosen.x[job.row] for job in singles if job.followed is None])
+            begun = [job for job in singles if job.followed is None and job.sticky]
+            audits.met(singles[0].run, [job.chosen.x[job.row] for job in begun])
 
     async def _offer_groups(self, audits: AuditChooser, singles: Sequence[Job]) -> None:
         """Give each single the audit that it would begin; all of one run."""
@@ -569,7 +598,7 @@ class RewardService:
         for job in jobs:
             if len(job.attempts) > 1 or job.given is None:
                 for attempt in passed_over(job.attempts):
-                    telemetry.fallbacks.labels(job.run.template.pool[attempt.arm], attempt.reason).inc()
+                    telemetry.fallbacks.labels(job.chosen.template.pool[attempt.arm], attempt.reason).inc()
             if job.given is not None:
                 telemetry.stage["worker"].observe(waited_seconds(job.attempts))
             telemetry.paid(job.run.name, job.policy.name).inc(sum([attempt.price for attempt in job.attempts]))

@@ -16,8 +16,10 @@ from service import gateway as parts
 from service.pool import PoolFile
 from service.schemas import PoolRequest, RewardRequest
 from service.settings import Settings
+from service.stores.redis import RedisStore
 from service.usecases import watch
 from service.usecases.decisions import encode_decision, event_of
+from service.usecases.sticky import StickyChoice, sticky_key
 from tests.service.scorers.worker_servers import ScriptedWorker
 from tests.support.arms import ScriptedArm
 from tests.support.gateway import fresh_run, open_gateway, pair, small_encoder, until
@@ -76,6 +78,18 @@ async def test_answers_of_newer_arms_in_a_log_teach_nothing(valkey_server: Valke
     assert (event.arm, [arm for arm, _, _ in event.shadows]) == (0, [2])
 
 
+async def test_a_draw_of_a_pool_not_met_yet_is_not_followed(valkey_server: ValkeyProcess) -> None:
+    async with open_gateway(valkey_server.url, policy="random") as gateway:
+        drawn = StickyChoice([3, 0, 1, 2], [0.5] * 4, [0.1] * 4, [0.25] * 4, 9, [])
+        store = RedisStore(valkey_server.url, window_seconds=60)
+        await store.stick(gateway.run, [(sticky_key("random", "p"), msgspec.msgpack.encode(drawn))], seconds=60.0)
+        await store.close()
+        reply = await gateway.client.ok("/reward", {"prompt": "p", "responses": ["r"]})
+        assert reply["model"] in THREE
+        assert "sticky" not in reply
+        assert len(gateway.decision(reply["decision_id"]).propensities) == 3
+
+
 class _Between(Executor):
     """Runs a call, and something else before its result comes back."""
 
@@ -120,3 +134,23 @@ async def test_a_run_that_comes_back_asks_again(valkey_server: ValkeyProcess, fo
             await gateway.assembly.roster.let_go(gateway.used(), time.monotonic() + later)
         await gateway.runs.get(other)
         assert (await gateway.scorer.score(request)).model == "rm-d"
+
+
+async def test_whoever_opens_a_changed_run_asks_by_its_pool(
+    valkey_server: ValkeyProcess, four: list[dict[str, Any]]
+) -> None:
+    other, third = fresh_run(), fresh_run()
+    pool = {"models": four, "routing": {"policy": "random"}}
+    async with open_gateway(valkey_server.url) as one:
+        for run in (other, third):
+            await one.client.ok("/reward", {**pair(), "run": run})
+            await one.client.ok("/admin/pool", {"pool": pool, "run": run})
+    async with open_gateway(valkey_server.url) as two:
+        beliefs = await two.client.ok("/beliefs", {**pair(), "run": other, "policy": "single:rm-d"})
+        assert len(beliefs["beliefs"]) == 4
+        assert (await two.client.ok("/reward", {**pair(), "run": third}))["policy"] == "random"
+    async with open_gateway(valkey_server.url) as three:
+        named = await three.client.ok("/reward", {**pair(), "run": other, "policy": "single:rm-d"})
+        assert named["model"] == "rm-d"
+        typo = await three.client.post("/reward", {**pair(), "run": fresh_run(), "policy": "single:rm-d"})
+        assert typo.status == 404
