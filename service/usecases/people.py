@@ -17,6 +17,7 @@ from service.stores.ids import event_order
 from service.stores.protocol import AuditedDecision, DecisionRecord, FeedbackStatus, Store
 from service.telemetry import Telemetry
 from service.usecases.decisions import decode_decision, encode_decision, encode_person, told_by
+from service.usecases.pools import names_of
 from service.usecases.runs import RunRegistry, failure_of
 
 MAX_SHOWN = 200
@@ -59,8 +60,10 @@ class PeopleService:
         """Return the newest audits that are kept, newest first."""
         name = run or self._runs.default
         access.check_run(name)
-        pool = self._runs.template_of(name).pool
-        return [_shown(kept, pool) for kept in await self._store.newest_audits(name, count)]
+        found = await self._store.newest_audits(name, count)
+        # As the store has them: the run may not be open here, or its pool may have grown elsewhere first.
+        pool = await names_of(self._store, name) if found else ()
+        return [_shown(kept, pool) for kept in found]
 
     async def judge(self, judgement: JudgementRequest, access: Access = EVERYTHING) -> JudgementReply:
         """Append what a person says. When this returns, the event is in the log, once.

@@ -117,8 +117,7 @@ class PoolService:
         Raises:
             NotFoundError: no such run.
         """
-        access.check_run(name or self._runs.default)
-        run = await self._runs.find(name)
+        run = await self._runs.find(name, access)
         posterior, template = run.current
         specification = _specification(template)
         waiting, hyper = posterior.on_probation, posterior.prior.hyper
@@ -157,8 +156,7 @@ class PoolService:
             PoolConflictError: the pool has another version than the caller expects.
             NotReadyError: the run does not learn.
         """
-        access.check_run(request.run or self._runs.default)
-        run = await self._runs.find(request.run)
+        run = await self._runs.find(request.run, access)
         if run.failure is not None:
             raise NotReadyError(failure_of(run), details={"run": run.name}, retry_after_seconds=1)
         pool, given = self._read(request)
@@ -246,6 +244,19 @@ def standing_pool(fingerprint: bytes, acts: Sequence[LogEntry]) -> Specification
         return decode(changes[-1].payload)
     founding = json.loads(fingerprint).get("founding")
     return None if founding is None else msgspec.convert(founding, Specification)
+
+
+async def names_of(store: Store, run: str) -> tuple[str, ...]:
+    """Return the names of every scorer that a run ever asked, in arm order, as the store has them; none of no such run.
+
+    Raises:
+        StoreUnavailableError: the store does not answer.
+    """
+    check, acts = await store.check_run(run, ()), await store.acts(run)
+    if check.identity is None:
+        return ()
+    standing = standing_pool(check.identity.fingerprint, acts)
+    return tuple(json.loads(check.identity.fingerprint)["pool"]) if standing is None else standing.names
 
 
 def _specification(template: RunTemplate) -> Specification:

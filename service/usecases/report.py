@@ -215,12 +215,11 @@ class Reporter:
         rows = self._rows.get(run.name)
         if rows is None or rows.born != run.identity.born:
             rows = self._rows[run.name] = _Rows(run.identity.born)
-        pool = len(run.template.pool)
         async with rows.lock:
             while True:
                 found = await self._store.read_log(run.name, rows.position, count=READ_COUNT, block_ms=0)
                 # No farther than the learner, which knows the pool there.
-                end = event_order(run.last_event_id)
+                end, pool = event_order(run.last_event_id), len(run.template.pool)
                 entries = [entry for entry in found if event_order(entry.event_id) <= end]
                 if not entries:
                     return rows

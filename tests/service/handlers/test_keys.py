@@ -202,6 +202,13 @@ async def test_names_of_other_runs_are_in_no_message(gateway: Gateway, keys: Key
     assert response.status == 404
     assert MINE in response.body.decode()
     assert gateway.run not in response.body.decode()
+    change = {"dry_run": True, "run": "mine-unknown"}
+    for response in (
+        await gateway.client.get("/pool?run=mine-unknown", **keys.headers("mine")),
+        await gateway.client.post("/admin/pool", change, **keys.headers("mine")),
+    ):
+        assert response.status == 404
+        assert gateway.run not in response.body.decode()
 
 
 async def test_a_revoked_key_is_refused_without_a_restart(gateway: Gateway, keys: Keys) -> None:

@@ -154,3 +154,18 @@ async def test_whoever_opens_a_changed_run_asks_by_its_pool(
         assert named["model"] == "rm-d"
         typo = await three.client.post("/reward", {**pair(), "run": fresh_run(), "policy": "single:rm-d"})
         assert typo.status == 404
+
+
+async def test_audits_are_shown_by_gateways_without_the_run(
+    valkey_server: ValkeyProcess, four: list[dict[str, Any]]
+) -> None:
+    other = fresh_run()
+    async with open_gateway(valkey_server.url) as one, open_gateway(valkey_server.url) as two:
+        await one.client.ok("/reward", {**pair(), "run": other})
+        await one.client.ok("/admin/pool", {"pool": {"models": four, "audit": EVERY}, "run": other})
+        await one.client.ok("/reward", {**pair(1), "run": other, "policy": "single:rm-a"})
+        await one.learned(2, other)
+        response = await two.client.get(f"/audits?run={other}")
+        assert response.status == 200, response.body
+        assert set(response.json[0]["verdicts"]) == {*THREE, "rm-d"}
+        assert (await two.client.get(f"/audits?run={fresh_run()}")).json == []
