@@ -42,7 +42,12 @@ def admin_router(*, keyed: bool, max_body_bytes: int) -> APIRouter:
     """
     router = APIRouter()
 
-    @router.get("/pool", tags=["routing"], summary="A run's pool", responses={404: {"description": "No such run."}})
+    @router.get(
+        "/pool",
+        tags=["routing"],
+        summary="A run's pool",
+        responses={404: {"description": "No such run."}, 503: {"description": "Its log is still being replayed."}},
+    )
     async def show(
         request: Request,
         access: Annotated[Access, require(Scope.READ)],

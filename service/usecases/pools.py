@@ -116,8 +116,9 @@ class PoolService:
 
         Raises:
             NotFoundError: no such run.
+            NotReadyError: its log is still being replayed: the pool may have changed in it.
         """
-        run = await self._runs.find(name, access)
+        run = await self._runs.get((await self._runs.find(name, access)).name)
         posterior, template = run.current
         specification = _specification(template)
         waiting, hyper = posterior.on_probation, posterior.prior.hyper

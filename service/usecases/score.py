@@ -15,6 +15,8 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import msgspec
+
 from router_core.attempts import answers, passed_over, waited_seconds
 from router_core.moments import ScoreScales
 from router_core.policies import AllCalls, OneCall, Policy
@@ -475,6 +477,9 @@ class RewardService:
             if len(followed.means) > len(retired) or any(retired[arm] for arm in followed.order):
                 job.sticky = ""
             else:
+                if audits is None:
+                    # The draw may be older than the end of the run's audits.
+                    followed = msgspec.structs.replace(followed, group="", inclusion=None)
                 job.followed, job.order = followed, followed.order
         if audits is not None:
             begun = [job for job in singles if job.followed is None and job.sticky]

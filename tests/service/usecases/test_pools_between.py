@@ -90,6 +90,17 @@ async def test_a_draw_of_a_pool_not_met_yet_is_not_followed(valkey_server: Valke
         assert len(gateway.decision(reply["decision_id"]).propensities) == 3
 
 
+async def test_singles_after_audits_have_no_probability(valkey_server: ValkeyProcess) -> None:
+    async with open_gateway(valkey_server.url, audit={**EVERY, "rate": 0.5}) as gateway:
+        single, entries = {"prompt": "p", "responses": ["r"]}, [{"name": name} for name in THREE]
+        for fields, inclusion in (({"audit": {**EVERY, "rate": 0.5}}, 0.5), ({}, None)):
+            await gateway.client.ok("/admin/pool", {"pool": {"models": entries, **fields}})
+            reply = await gateway.client.ok("/reward", single)
+            stored = gateway.decision(reply["decision_id"])
+            assert (stored.inclusion, bool(stored.group)) == (inclusion, inclusion is not None)
+        assert reply["sticky"]
+
+
 class _Between(Executor):
     """Runs a call, and something else before its result comes back."""
 
@@ -146,6 +157,7 @@ async def test_whoever_opens_a_changed_run_asks_by_its_pool(
             await one.client.ok("/reward", {**pair(), "run": run})
             await one.client.ok("/admin/pool", {"pool": pool, "run": run})
     async with open_gateway(valkey_server.url) as two:
+        assert (await two.client.get(f"/pool?run={third}")).json["version"] == 1
         beliefs = await two.client.ok("/beliefs", {**pair(), "run": other, "policy": "single:rm-d"})
         assert len(beliefs["beliefs"]) == 4
         assert (await two.client.ok("/reward", {**pair(), "run": third}))["policy"] == "random"
