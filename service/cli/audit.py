@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 
+from service.cli.key_option import key_option
 from service.lab.client import GatewayClient
 
 CHOICES = "1, 2, … the better response · t tie · s skip · q quit"
@@ -22,7 +23,7 @@ CHOICES = "1, 2, … the better response · t tie · s skip · q quit"
 def audit(
     run: Annotated[str, typer.Argument(help="Name of the run.")],
     url: Annotated[str, typer.Option(help="Origin of the gateway.")] = "http://127.0.0.1:8080",
-    api_key: Annotated[str | None, typer.Option(envvar="REWARD_ROUTER_API_KEY", help="Key of the gateway.")] = None,
+    api_key: Annotated[str | None, key_option()] = None,
     count: Annotated[int, typer.Option(min=1, max=200, help="Audits to look at, at most.")] = 20,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the order of responses; by default another each time.")

@@ -8,6 +8,7 @@ import httpx2 as httpx
 import typer
 from rich.console import Console
 
+from service.cli.key_option import key_option
 from service.errors import ConfigurationError
 from service.lab.trainer_conformance import Replayed, replay
 
@@ -19,7 +20,7 @@ def check_trainer(
     url: Annotated[str, typer.Argument(metavar="URL", help="Origin of the gateway.", show_default=False)],
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="REWARD_ROUTER_CLIENT_API_KEY", show_envvar=True, help="Its key.", show_default=False),
+        key_option("Its key."),
     ] = None,
     run: Annotated[str, typer.Option(help="Training run that the requests are counted to.")] = "check-trainer",
     timeout_seconds: Annotated[float, typer.Option(min=0.001, help="Longest time of one answer.")] = 30.0,

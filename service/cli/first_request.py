@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from router_core.dataset import load_rows
+from service.cli.key_option import KEY_VARIABLE
 from service.lab.client import GatewayClient, GatewayError
 from service.pool import PoolFile
-
-KEY_VARIABLE: Final = "REWARD_ROUTER_API_KEY"
-"""Environment variable from which the commands and the trainers' clients read their key."""
 
 EXAMPLE: Final = {"prompt": "What is 7 + 5?", "responses": ["7 + 5 = 12", "7 + 5 = 13"]}
 

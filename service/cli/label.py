@@ -31,6 +31,7 @@ from router_core.records import Instance
 from router_core.rows import Row
 from service.cli.data import DataReader, SkipBadRows, parse_pool
 from service.cli.fitting import fitting_table
+from service.cli.key_option import key_option
 from service.cli.processes import interruptible
 from service.errors import ConfigurationError, ServiceError
 from service.lab.client import GatewayClient
@@ -62,9 +63,7 @@ def label(
         Path | None, typer.Option(help="Pool file (YAML) with the workers' URLs, such as the one that `up` writes.")
     ] = None,
     url: Annotated[str | None, typer.Option(help="A running gateway, whose pool is asked, instead of --pool.")] = None,
-    api_key: Annotated[
-        str | None, typer.Option(help="API key of that gateway.", envvar="REWARD_ROUTER_API_KEY")
-    ] = None,
+    api_key: Annotated[str | None, key_option("API key of that gateway.")] = None,
     models: Annotated[str | None, typer.Option(help="Only these RMs of the pool, comma-separated.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Batches in flight per RM.")] = 4,
     batch: Annotated[int, typer.Option(min=1, help="Pairs per batch, where the rendering takes several.")] = 16,

@@ -14,6 +14,7 @@ from rich.console import Console
 from service.cli.export import export_run, running_store
 from service.cli.first_request import askable_lines
 from service.cli.fitting import fitting_table
+from service.cli.key_option import key_option
 from service.cli.store_option import store_option
 from service.lab.client import GatewayClient
 from service.lab.eventlog.load import load_log
@@ -27,7 +28,7 @@ def models(
         Path | None, typer.Option(help="No gateway, but the store in this directory (or --store): what a log says.")
     ] = None,
     run: Annotated[str | None, typer.Option(help="The run whose posterior is shown.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="API key.", envvar="REWARD_ROUTER_CLIENT_API_KEY")] = None,
+    api_key: Annotated[str | None, key_option()] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show each reward model of a running gateway: its workers, feedbacks so far, mean reward.

@@ -10,6 +10,7 @@ from urllib.parse import urlencode
 import typer
 from rich.console import Console
 
+from service.cli.key_option import key_option
 from service.lab.client import GatewayClient
 from service.pool import load_pool
 from service.usecases.pools import PoolReply, PoolShown
@@ -21,7 +22,7 @@ app = typer.Typer(
 
 Run = Annotated[str | None, typer.Option(help="Name of the run. (default: the gateway's)")]
 Url = Annotated[str, typer.Option(help="Origin of the gateway.")]
-Key = Annotated[str | None, typer.Option(envvar="REWARD_ROUTER_API_KEY", help="Key of the gateway.")]
+Key = Annotated[str | None, key_option()]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")]
 Pool = Annotated[
     Path | None, typer.Argument(help="Pool file (YAML) with every scorer of the pool to be. (default: the gateway's)")

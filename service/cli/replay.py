@@ -39,6 +39,7 @@ from router_core.replay import replay as replay_in_process
 from router_core.replay.plot import plot_curves
 from service.cli.cache import encodings_directory
 from service.cli.data import DataReader, SkipBadRows, parse_pool
+from service.cli.key_option import key_option
 from service.cli.prices import Price, parse_prices
 from service.cli.replay_output import curves_json, describe, gaps_sentence, headline, publish
 from service.errors import ConfigurationError
@@ -128,9 +129,7 @@ def replay(
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="With --url: requests in flight.")] = 4,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many pairs.")] = None,
-    api_key: Annotated[
-        str | None, typer.Option(help="With --url: API key.", envvar="REWARD_ROUTER_CLIENT_API_KEY")
-    ] = None,
+    api_key: Annotated[str | None, key_option("With --url: API key.")] = None,
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file; `-` for standard output.")
     ] = None,

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from service.cli.key_option import key_option
 from service.errors import ConfigurationError
 from service.lab.client import GatewayClient
 from service.usecases.report import LENGTH, Estimate, RunReport, ScorerRecord
@@ -19,7 +20,7 @@ from service.usecases.report import LENGTH, Estimate, RunReport, ScorerRecord
 def report(
     run: Annotated[str, typer.Argument(help="Name of the run.")],
     url: Annotated[str, typer.Option(help="Origin of the gateway.")] = "http://127.0.0.1:8080",
-    api_key: Annotated[str | None, typer.Option(envvar="REWARD_ROUTER_API_KEY", help="Key of the gateway.")] = None,
+    api_key: Annotated[str | None, key_option()] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Picture of the accuracies over time (PNG).")] = None,
 ) -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from service.cli.export import running_store
 from service.cli.fitting import fitting_table
+from service.cli.key_option import key_option
 from service.cli.store_option import store_option
 from service.errors import ConfigurationError
 from service.lab.client import GatewayClient
@@ -56,7 +57,7 @@ DataDir = Annotated[
     Path | None, typer.Option(help="Directory of everything that is kept, as of `up` and `serve`. (default: .data)")
 ]
 GatewayUrl = Annotated[str | None, typer.Option(help="A running gateway, whose store is meant, instead of --store.")]
-Key = Annotated[str | None, typer.Option(help="With --url: API key.", envvar="REWARD_ROUTER_CLIENT_API_KEY")]
+Key = Annotated[str | None, key_option("With --url: API key.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

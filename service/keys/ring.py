@@ -72,7 +72,8 @@ class KeyRing:
         if access is None or not key:
             raise UnauthorizedError(
                 "API key missing or wrong: send `Authorization: Bearer KEY` or `X-API-Key: KEY`. `reward-router keys` "
-                "makes keys; commands and trainers' clients read theirs from REWARD_ROUTER_API_KEY"
+                "makes keys; commands read theirs from REWARD_ROUTER_API_KEY, trainers' clients from "
+                "REWARD_ROUTER_CLIENT_API_KEY"
             )
         if access.expires != math.inf and time.time() >= access.expires:
             raise UnauthorizedError(f"the key {access.name!r} has expired: make another with `reward-router keys new`")

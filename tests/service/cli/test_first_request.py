@@ -9,7 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from service.cli.first_request import EXAMPLE, KEY_VARIABLE, example_of, ready_lines
+from service.cli.first_request import EXAMPLE, example_of, ready_lines
+from service.cli.key_option import KEY_VARIABLE
 from service.pool import ModelEntry, PoolFile, load_pool
 from tests.support.arms import ScriptedArm
 from tests.support.live import live_gateway
