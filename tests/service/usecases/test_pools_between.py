@@ -78,7 +78,7 @@ async def test_answers_of_newer_arms_in_a_log_teach_nothing(valkey_server: Valke
     assert (event.arm, [arm for arm, _, _ in event.shadows]) == (0, [2])
 
 
-async def test_a_draw_of_a_pool_not_met_yet_is_not_followed(valkey_server: ValkeyProcess) -> None:
+async def test_a_draw_of_an_unknown_pool_is_not_followed(valkey_server: ValkeyProcess) -> None:
     async with open_gateway(valkey_server.url, policy="random") as gateway:
         drawn = StickyChoice([3, 0, 1, 2], [0.5] * 4, [0.1] * 4, [0.25] * 4, 9, [])
         store = RedisStore(valkey_server.url, window_seconds=60)
