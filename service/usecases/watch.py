@@ -218,6 +218,7 @@ class Watcher:
         channel = self._channels.get(run)
         if channel is not None:
             channel.points.clear()
+            channel.publish()
 
     async def frames(self, name: str | None, access: Callable[[], Access]) -> AsyncIterator[bytes]:
         """Yield server-sent events of a run without end: `history`, then `runs`, `report` and `state` as they change.
@@ -228,13 +229,12 @@ class Watcher:
 
         Raises:
             ServiceError: the key has ended, or may not see the run.
-            NotFoundError: no such run is open here.
+            NotFoundError: no such run is open here, or it was closed.
             OverCapacityError: enough people watch.
         """
         name = name or self._runs.default
         access().check_run(name)
-        if name not in self._runs.runs:
-            raise NotFoundError(f"run {name!r} is not open here: send it a request first", details={"run": name})
+        self._check_open(name)
         with self._seat(name) as channel:
             yield _event("history", _ENCODER.encode([*channel.points]))
             state = report = runs = b""
@@ -242,6 +242,7 @@ class Watcher:
                 changed = channel.changed
                 seen = access()
                 seen.check_run(name)
+                self._check_open(name)
                 # The only word of other runs, and so the only one that viewers do not share.
                 others = _event("runs", _ENCODER.encode(sorted(seen.seen(self._runs.runs))))
                 if others != runs:
@@ -254,6 +255,10 @@ class Watcher:
                     state = channel.state
                     yield state
                 await changed.wait()
+
+    def _check_open(self, name: str) -> None:
+        if name not in self._runs.runs:
+            raise NotFoundError(f"run {name!r} is not open here: send it a request first", details={"run": name})
 
     @contextlib.contextmanager
     def _seat(self, name: str) -> Iterator[_Channel]:

@@ -13,6 +13,8 @@ import msgspec
 import pytest
 
 from service import gateway as parts
+from service.errors import NotFoundError
+from service.keys.access import EVERYTHING
 from service.pool import PoolFile
 from service.schemas import PoolRequest, RewardRequest
 from service.settings import Settings
@@ -131,6 +133,17 @@ async def test_a_pool_may_change_under_a_snapshot(valkey_server: ValkeyProcess, 
         await gateway.watcher._renew(run, channel, True)
         state = msgspec.json.decode(channel.state.split(b"data: ")[1])
         assert [arm["model"] for arm in state["arms"]] == [*THREE]
+
+
+async def test_who_watches_a_run_is_told_of_its_end(valkey_server: ValkeyProcess) -> None:
+    async with open_parts(valkey_server.url) as gateway:
+        other = fresh_run()
+        await gateway.runs.get(other)
+        frames = gateway.watcher.frames(other, lambda: EVERYTHING)
+        assert (await anext(frames)).startswith(b"event: history")
+        gateway.runs.close(other)
+        with pytest.raises(NotFoundError, match="not open"):
+            await asyncio.wait_for(anext(frames), 20.0)
 
 
 async def test_a_run_that_comes_back_asks_again(valkey_server: ValkeyProcess, four: list[dict[str, Any]]) -> None:
