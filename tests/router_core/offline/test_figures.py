@@ -46,7 +46,7 @@ def test_the_document_has_the_keys_of_replay_and_the_figures_by_hand() -> None:
     assert (document["n"], document["left_out"], document["oracle"]) == (4, 3, 1.0)
     assert document["best_single"] == {"model": "B", "accuracy": 0.625}
     row = document["policies"]["offline"]
-    assert set(row) == {"accuracy", "ci95", "calls_per_instance", "price_per_instance", "regret"}
+    assert set(row) == {"accuracy", "ci95", "calls_per_instance", "price_per_instance", "regret", "coverage"}
     assert (row["accuracy"], row["regret"], row["calls_per_instance"]) == (0.875, 0.125, 1.0)
     assert row["price_per_instance"] == 1.75
     assert (document["per_seed"]["offline"], document["asked"]["offline"]) == ([1.0, 0.75], {"A": 0.625, "B": 0.375})

@@ -20,7 +20,7 @@ from service.cli.supervise import Supervisor
 from service.cli.up import port_sequence
 from service.errors import ConfigurationError
 from service.pool import ModelEntry, PoolFile
-from tests.conftest import free_port
+from tests.conftest import ValkeyProcess, free_port
 
 SERVER = """#!/usr/bin/env python3
 import http.server, os, sys, time
@@ -153,9 +153,11 @@ def test_a_worker_that_fails_is_shown_with_the_cause_and_the_last_lines(
     assert sentence.rstrip().endswith("See root cause above.")
 
 
-def test_the_brackets_of_a_log_survive_the_way_to_the_operator(tmp_path: Path, vllm: tuple[str, ...]) -> None:
+def test_the_brackets_of_a_log_survive_the_way_to_the_operator(
+    tmp_path: Path, vllm: tuple[str, ...], valkey_server: ValkeyProcess
+) -> None:
     (tmp_path / "pool.yaml").write_text(f"{{vllm_command: {vllm[0]}, models: [{{name: broken, path: m}}]}}")
-    words = ["up", "--pool", "pool.yaml", "--data-dir", "data", "--port", "0", "--store", "redis://127.0.0.1:1"]
+    words = ["up", "--pool", "pool.yaml", "--data-dir", "data", "--port", "0", "--store", valkey_server.url]
     done = subprocess.run(
         [sys.executable, "-m", "service.cli", *words],
         cwd=tmp_path,

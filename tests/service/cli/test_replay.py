@@ -62,7 +62,7 @@ def test_the_document_has_todays_keys_and_the_new_ones(data: Path, checkpoint: P
         "bayesian:paper", "bayesian",
     }  # fmt: skip
     for row in found["policies"].values():
-        assert set(row) == {"accuracy", "ci95", "calls_per_instance", "price_per_instance", "regret"}
+        assert set(row) == {"accuracy", "ci95", "calls_per_instance", "price_per_instance", "regret", "coverage"}
         assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
         assert row["regret"] == pytest.approx(found["oracle"] - row["accuracy"])
     assert set(found["best_single"]) == {"model", "accuracy"}
