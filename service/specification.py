@@ -10,6 +10,7 @@ and `service.usecases.pools`.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -31,6 +32,9 @@ LOCAL = SECRETS | {
     *("gpus", "gpu_share", "tensor_parallel", "dtype", "vllm_args", "processes", "memory_mb"),
 }
 """Fields that say where a scorer is and how it is started: each gateway's own, as its pool file has them."""
+
+REACH = LOCAL | {"rubric"}
+"""Fields by which a gateway sends texts and keys somewhere, or reads a file or variable of its machine."""
 
 IDENTITY = ("kind", "model", "revision", "head", "heads", "builtin", "rubric", "mode", "options")
 """Fields that make a scorer another one: what was learned of it says nothing any more."""
@@ -164,6 +168,11 @@ def entry_fields(entry: Entry) -> dict[str, Any]:
     if entry.urls:
         fields["urls"] = [_without_password(url) for url in entry.urls]
     return {"name": entry.name, "kind": entry.kind, **fields}
+
+
+def reach(fields: Mapping[str, Any]) -> str:
+    """Return what an entry says of `REACH`, in one form: whom a gateway that asks it talks to, with what."""
+    return json.dumps({name: fields[name] for name in sorted(REACH & fields.keys())}, sort_keys=True)
 
 
 def _without_password(url: str) -> str:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 
 from service.errors import (
     ConfigurationError,
+    ForbiddenError,
     NotReadyError,
     PoolConflictError,
     ServiceError,
@@ -26,7 +27,7 @@ from service.errors import (
 from service.keys.access import EVERYTHING, Access
 from service.pool import PoolFile
 from service.schemas import PoolRequest
-from service.specification import Change, Specification, decode, encode, read_entry
+from service.specification import Change, Specification, decode, encode, entry_fields, reach, read_entry
 from service.stores.acts import POOL
 from service.stores.ids import event_order
 from service.stores.protocol import LogEntry, Store
@@ -153,6 +154,7 @@ class PoolService:
 
         Raises:
             NotFoundError: no such run.
+            ForbiddenError: the key may name some runs only, and the change names an address that is new here.
             ValidationError: the pool file cannot be read, or the change cannot be made here.
             PoolConflictError: the pool has another version than the caller expects.
             NotReadyError: the run does not learn.
@@ -175,6 +177,8 @@ class PoolService:
             wanted, changes = self._assembly.changed(standing, pool, given, time.time_ns() // 1_000_000)
             if changes:
                 wanted = msgspec.structs.replace(wanted, by=access.name)
+                if access.runs is not None:
+                    self._check_reach(wanted, standing, access)
                 self._check(wanted, template)
             if request.dry_run or not changes:
                 version = wanted.version if changes else standing.version
@@ -187,6 +191,23 @@ class PoolService:
             run.acknowledged = max(run.acknowledged, event_id, key=event_order)
             await self._caught_up(run, [event_id], patient=False)
             return PoolReply(run=run.name, version=wanted.version, changes=changes, applied=True, event_id=event_id)
+
+    def _check_reach(self, wanted: Specification, standing: Specification, access: Access) -> None:
+        """Return if the change talks to nobody new: all runs share what this gateway reads and knows.
+
+        Raises:
+            ForbiddenError: it does.
+        """
+        own = [entry_fields(entry) for entry in self._assembly.pool.scorers]
+        known = {reach(fields) for fields in (*own, *_entries(standing))}
+        for fields in _entries(wanted):
+            if reach(fields) not in known:
+                raise ForbiddenError(
+                    f"scorer {fields['name']!r} has an address, key variable or file that neither this gateway's pool "
+                    f"file nor the run has, and the key {access.name!r} may name some runs only: name the scorer in "
+                    "the gateway's pool file, or send a key for all runs",
+                    details={"field": "pool", "scorer": fields["name"]},
+                )
 
     def _read(self, request: PoolRequest) -> tuple[PoolFile, dict[str, Any]]:
         """Return the pool file and routing that are asked for."""
@@ -264,3 +285,8 @@ def _specification(template: RunTemplate) -> Specification:
     if template.specification is None:
         raise ConfigurationError("the pool of this gateway is fixed")
     return template.specification
+
+
+def _entries(specification: Specification) -> list[dict[str, Any]]:
+    """Return the entries of everybody who is asked."""
+    return [*[arm.entry for arm in specification.asked], *specification.referees]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from router_core.pools import PROBATION_SHARE
+from service.keys.access import Scope
+from service.keys.file import KeyFile, entry_of, new_key, write_key_file
 from tests.service.scorers.worker_servers import ScriptedWorker
 from tests.support.gateway import Gateway, fresh_run, open_gateway, pair
 
@@ -201,6 +204,40 @@ async def test_a_change_is_looked_at_before_it_is_made(valkey_server: ValkeyProc
             assert response.status == status, response.body
             assert words in response.error["message"]
         assert (await shown(gateway))["version"] == 0
+
+
+async def test_a_key_for_some_runs_names_no_new_address(
+    valkey_server: ValkeyProcess, fourth: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_SECRET", "s3cret")
+    keys = {"some": new_key(), "all": new_key()}
+    entries = [
+        entry_of(keys["some"], "some", list(Scope), runs=["t-*"]),
+        entry_of(keys["all"], "all", list(Scope)),
+    ]
+    write_key_file(tmp_path / "keys.json", KeyFile(entries))
+    headers = {name: {"authorization": f"Bearer {key}"} for name, key in keys.items()}
+    rubric = tmp_path / "rubric.jinja"
+    rubric.write_text("{{ prompt }}")
+    added: list[dict[str, Any]] = [
+        {"name": "rm-d", "urls": [fourth]},
+        {"name": "rm-a", "urls": [fourth], "api_key_env": "SOME_SECRET"},
+        {"name": "j", "kind": "judge", "urls": [fourth], "model": "m", "rubric": str(rubric)},
+    ]
+    async with open_gateway(valkey_server.url, keys_file=tmp_path / "keys.json") as gateway:
+        assert gateway.run.startswith("t-")
+        assert (await gateway.client.post("/reward", pair(0), **headers["all"])).status == 200
+        for entry in added:
+            pool = {"models": [*models("rm-b", "rm-c"), entry]}
+            refused = await gateway.client.post("/admin/pool", {"pool": pool}, **headers["some"])
+            assert (refused.status, refused.error["code"]) == (403, "forbidden"), entry
+            assert "send a key for all runs" in refused.error["message"]
+        cheaper = {"pool": {"models": models("rm-a", "rm-b", rm_a=3)}}
+        assert (await gateway.client.post("/admin/pool", cheaper, **headers["some"])).status == 200
+        whole = {"pool": {"models": [*models("rm-a"), added[0]]}}
+        assert (await gateway.client.post("/admin/pool", whole, **headers["all"])).status == 200
+        # What the run has by now is known.
+        assert (await gateway.client.post("/admin/pool", whole, **headers["some"])).status == 200
 
 
 async def test_changes_at_once_through_two_gateways_are_both_made(valkey_server: ValkeyProcess) -> None:
