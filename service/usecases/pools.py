@@ -119,7 +119,7 @@ class PoolService:
             NotFoundError: no such run.
             NotReadyError: its log is still being replayed: the pool may have changed in it.
         """
-        run = await self._runs.get((await self._runs.find(name, access)).name)
+        run = await self._runs.loaded(name, access)
         posterior, template = run.current
         specification = _specification(template)
         waiting, hyper = posterior.on_probation, posterior.prior.hyper

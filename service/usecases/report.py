@@ -21,7 +21,6 @@ from router_core.audits.referee import Standing
 from router_core.audits.signs import SIGNS
 from router_core.audits.summary import Audited
 from router_core.records import TIE, Source, credit
-from service.errors import NotFoundError
 from service.keys.access import EVERYTHING, Access
 from service.stores.acts import is_act
 from service.stores.ids import event_order
@@ -170,14 +169,11 @@ class Reporter:
         """Return what the run's audits say now.
 
         Raises:
-            NotFoundError: no such run is open here.
+            NotFoundError: there is no such run.
             StoreUnavailableError: the log cannot be read.
         """
-        name = name or self._runs.default
-        access.check_run(name)
-        run = self._runs.runs.get(name)
-        if run is None:
-            raise NotFoundError(f"run {name!r} is not open here: send it a request first", details={"run": name})
+        run = await self._runs.loaded(name, access)
+        name = run.name
         rows = await self._read(run)
         waiting = await self._store.audits_waiting(name)
         audited = [_of_arms(row, len(run.template.pool)) for row in rows.by_decision.values()]

@@ -567,6 +567,14 @@ class RunRegistry:
             )
         return await self.open(name)
 
+    async def loaded(self, name: str | None, access: Access = EVERYTHING) -> Run:
+        """As `get`, for a run that some gateway has opened before: looking at a run never makes one.
+
+        Raises:
+            ServiceError: see `find` and `get`.
+        """
+        return await self.get((await self.find(name, access)).name)
+
     async def known(self, name: str | None) -> bool:
         """Return True if the run is open here, or some gateway has opened it before.
 

@@ -13,14 +13,14 @@ from pydantic import BaseModel, Field
 from router_core.moments import ScoreScales
 from router_core.policies.bayesian import posterior_beliefs
 from service.encoders.protocol import AwaitedEncoder, ServerStatus
-from service.errors import NotFoundError, NotReadyError, RunConflictError, ServiceError, StoreUnavailableError
+from service.errors import NotReadyError, RunConflictError, ServiceError, StoreUnavailableError
 from service.keys.access import EVERYTHING, Access
 from service.scorers.status import ScorerStatus
 from service.stores.acts import is_archived
 from service.stores.protocol import Store
 from service.telemetry import Telemetry
 from service.usecases.pools import standing_pool
-from service.usecases.runs import Run, RunRegistry, failure_of, known_runs
+from service.usecases.runs import Run, RunRegistry, failure_of
 
 TELL_SECONDS = 5.0
 """How old what one process says of another may be."""
@@ -279,18 +279,13 @@ class StatusService:
         return await stored_runs(self._store, access.seen(await self._store.list_runs()))
 
     async def posterior(self, name: str | None, access: Access = EVERYTHING) -> PosteriorStatus:
-        """What a run has learned.
+        """What a run has learned; one of the store's is opened.
 
         Raises:
-            NotFoundError: no such run is open.
+            NotFoundError: there is no such run.
         """
-        name = name or self._runs.default
-        access.check_run(name)
-        run = self._runs.runs.get(name)
-        if run is None:
-            known = access.seen(await self._store.list_runs())
-            remedy = "send it a request first" if name in known else known_runs(known)
-            raise NotFoundError(f"run {name!r} is not open here: {remedy}", details={"run": name})
+        run = await self._runs.loaded(name, access)
+        name = run.name
         (posterior, template), last_event_id = run.current, run.last_event_id
         status = await self._store.log_status(name)
         digest = await asyncio.get_running_loop().run_in_executor(self._executor, posterior.digest)

@@ -232,9 +232,7 @@ class Watcher:
             NotFoundError: no such run is open here, or it was closed.
             OverCapacityError: enough people watch.
         """
-        name = name or self._runs.default
-        access().check_run(name)
-        self._check_open(name)
+        name = (await self._runs.loaded(name, access())).name
         with self._seat(name) as channel:
             yield _event("history", _ENCODER.encode([*channel.points]))
             state = report = runs = b""
@@ -258,7 +256,7 @@ class Watcher:
 
     def _check_open(self, name: str) -> None:
         if name not in self._runs.runs:
-            raise NotFoundError(f"run {name!r} is not open here: send it a request first", details={"run": name})
+            raise NotFoundError(f"run {name!r} is not open here any more: watch it again", details={"run": name})
 
     @contextlib.contextmanager
     def _seat(self, name: str) -> Iterator[_Channel]:
