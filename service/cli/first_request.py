@@ -58,8 +58,22 @@ async def ready_lines(url: str, pool: PoolFile, data_dir: Path, api_key: str | N
         api_key: of the gateway; None where it has none.
 
     Returns:
-        Lines. A request is printed only after it was answered with rewards.
+        Lines. A request is printed only after it was answered with rewards; where the key is missing or not enough,
+        they say so.
     """
+    try:
+        return await _asked(url, pool, data_dir, api_key)
+    except GatewayError as error:
+        if error.answered not in (401, 403):
+            raise
+        return [
+            f"keys are needed, and {'the one given is not enough' if api_key else 'none is given'}: set {KEY_VARIABLE} "
+            "to one with the scopes read and reward (`reward-router keys new --scope read --scope reward`), and a "
+            "first request is made and shown here"
+        ]
+
+
+async def _asked(url: str, pool: PoolFile, data_dir: Path, api_key: str | None) -> list[str]:
     async with GatewayClient(url, api_key=api_key) as client:
         posterior = await client.get("/posterior")
         lines = [
@@ -97,7 +111,7 @@ def _curl(url: str, body: Mapping[str, Any], data_dir: Path, *, keyed: bool) -> 
     head = f"  curl -s {url}/reward -H 'content-type: application/json' \\"
     lines = [head, *key, f"    -d {data}"]
     if keyed:
-        lines.insert(0, f"  export {KEY_VARIABLE}=...    # one of the gateway's REWARD_ROUTER_API_KEYS")
+        lines.insert(0, f"  export {KEY_VARIABLE}=...    # a key with the scope reward")
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shlex
 import signal
 import threading
@@ -19,6 +20,7 @@ from rich.console import Console
 from service.cli.encoder_launch import ENCODER_SHARE, SERVED, EncoderPlan, ensure_exported, plan_encoder
 from service.cli.export import running_store
 from service.cli.first_request import ready_lines
+from service.cli.key_option import KEY_VARIABLE
 from service.cli.launch import WORKER_SECONDS, WorkerStart, plan_workers, shares_of, start_workers
 from service.cli.pin import warn_moving
 from service.cli.preflight import Preflight, check_start
@@ -154,7 +156,7 @@ def up(
         wanted, checkpoint, data_dir=data_dir, host=host, port=chosen, worker_port=worker_port, store_url=store,
         console=console, run=settings.run, signal=signal, encoder=served or encoder, check=preflight.check_store,
     ) as stack:  # fmt: skip
-        key = next(iter(settings.api_keys), None)
+        key = os.environ.get(KEY_VARIABLE) or next(iter(settings.api_keys), None)
         for line in asyncio.run(ready_lines(stack.url, stack.pool, data_dir, key)):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         console.print(

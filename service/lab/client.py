@@ -15,9 +15,14 @@ TIMEOUT_SECONDS = 30.0
 
 
 class GatewayError(ServiceError):
-    """The gateway did not answer, or answered with an error."""
+    """The gateway did not answer, or answered with an error.
+
+    Attributes:
+        answered: the status of the answer; 0 where there was none.
+    """
 
     code = "gateway"
+    answered = 0
 
 
 class GatewayClient:
@@ -67,10 +72,12 @@ class GatewayClient:
         deadline = asyncio.get_running_loop().time() + TIMEOUT_SECONDS
         try:
             response = await self._pool.request(method, path, body, deadline=deadline)
-        except HttpError as error:
-            raise GatewayError(f"no answer from {self._url}{path}: {error}; is the gateway running?") from error
+        except HttpError as failure:
+            raise GatewayError(f"no answer from {self._url}{path}: {failure}; is the gateway running?") from failure
         if response.status != 200:
-            raise GatewayError(f"{self._url}{path} answered {response.status}: {_message(response.body)}")
+            error = GatewayError(f"{self._url}{path} answered {response.status}: {_message(response.body)}")
+            error.answered = response.status
+            raise error
         return response.body
 
 

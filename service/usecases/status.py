@@ -293,7 +293,8 @@ class StatusService:
         moments = (ScoreScales(0, "0-0", ()) if scales is None else scales).of_arms(posterior.n_arms).arms
         models = []
         for k, model in enumerate(template.pool):
-            mean_reward = float(statistics.mean_reward()[k])
+            # A referee that errs has its errors taken out, which may lead beyond either end.
+            mean_reward = float(np.clip(statistics.mean_reward()[k], 0.0, 1.0))
             arm = posterior.arms[k]
             variance = (arm.covariance.trace() - (arm.corrections**2).sum()) / posterior.dim
             models.append(

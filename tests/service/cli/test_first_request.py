@@ -41,6 +41,14 @@ def test_the_printed_command_works_with_a_key(valkey_url: str, tmp_path: Path) -
     assert lines[-1].startswith("its answer: model rm-")
 
 
+def test_a_missing_key_is_said_and_ends_nothing(valkey_url: str, tmp_path: Path) -> None:
+    with live_gateway(valkey_url, api_keys=("secret",)) as gateway:
+        for key, words in ((None, "none is given"), ("wrong", "the one given is not enough")):
+            (line,) = printed(gateway.url, tmp_path, key)
+            assert words in line
+            assert KEY_VARIABLE in line
+
+
 def test_no_command_is_printed_where_it_failed(valkey_url: str, tmp_path: Path) -> None:
     with live_gateway(valkey_url, arms=[ScriptedArm("rm-a")], api_keys=("secret",)) as gateway:
         gateway.arms[0].available = False
