@@ -75,6 +75,10 @@ def parse_row(file: Path, number: int, line: bytes) -> Row:
         raise complaint(file, number, "(row)", line[:60], f"write one JSON object a line ({error})") from error
     if not isinstance(fields, dict):
         raise complaint(file, number, "(row)", fields, "write one JSON object a line")
+    if "chosen" in fields and "rejected" in fields:
+        raise complaint(
+            file, number, "chosen", fields["chosen"], "run `reward-router convert`, which makes rows of published data"
+        )
     return _Reader(file, number, fields).read()
 
 

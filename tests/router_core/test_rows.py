@@ -60,6 +60,12 @@ def test_a_verdict_without_scores_is_enough(judged: dict[str, object]) -> None:
     assert (dict(row.verdicts), dict(row.scores)) == ({"R": 1, "S": 0}, {"S": (2.0, 1.0)})
 
 
+def test_published_preference_data_is_sent_to_convert() -> None:
+    line = json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}).encode()
+    with pytest.raises(DatasetError, match=r"field 'chosen' = 'a': run `reward-router convert`"):
+        parse_row(Path("x.jsonl"), 1, line)
+
+
 def test_ids_groups_and_names_may_be_whole_numbers() -> None:
     row = parse(several(id=7, group=3, subset=2, domain=1))
     assert (row.id, row.group, row.subset, row.domain) == ("7", "3", "2", "1")
