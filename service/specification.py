@@ -250,8 +250,8 @@ def changed(
         changes[:] = [one for one in changes if not (replaced and one.action == "retire" and one.scorer == name)]
         changes.append(Change(action="replace" if replaced else "add", scorer=name, after=start.source))
         arms.append(Arm(name, fields, False, *start, since=version, changed_ms=now_ms))
-    referees = tuple(entry_fields(one) for one in pool.referees)
     before = {one["name"]: one for one in standing.referees}
+    referees = tuple(_placed(entry_fields(one), before.get(one.name)) for one in pool.referees)
     _compare(None, {"referees": sorted(before)}, {"referees": sorted(one["name"] for one in referees)}, changes)
     for one in referees:
         if one["name"] in before:
@@ -271,8 +271,7 @@ def _moved(arm: Arm, fields: dict[str, Any] | None, changes: list[Change], now_m
         if not arm.retired:
             changes.append(Change(action="retire", scorer=arm.name))
         return msgspec.structs.replace(arm, retired=True)
-    # A file that does not say where a scorer is leaves it where it was.
-    fields = {**{name: value for name, value in arm.entry.items() if name in LOCAL}, **fields}
+    fields = _placed(fields, arm.entry)
     if arm.retired:
         changes.append(Change(action="add", scorer=arm.name, after="its history"))
     _compare(arm.name, _shared(arm.entry), _shared(fields), changes)
@@ -281,6 +280,13 @@ def _moved(arm: Arm, fields: dict[str, Any] | None, changes: list[Change], now_m
     if fields == arm.entry:
         return msgspec.structs.replace(arm, retired=False)
     return msgspec.structs.replace(arm, retired=False, entry=fields, changed_ms=now_ms)
+
+
+def _placed(fields: dict[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """An entry with where its scorer is: a file that does not say so leaves it where it was."""
+    if before is None or not same_scorer(fields, before):
+        return fields
+    return {**{name: value for name, value in before.items() if name in LOCAL}, **fields}
 
 
 def _shared(fields: Mapping[str, Any]) -> dict[str, Any]:

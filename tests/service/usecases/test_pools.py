@@ -264,6 +264,19 @@ async def test_the_audit_rate_changes_in_a_live_run(valkey_server: ValkeyProcess
         assert gateway.decision(later["decision_id"]).inclusion == 0.0
 
 
+async def test_a_referee_stays_where_it_was_unless_the_file_says(valkey_server: ValkeyProcess, fourth: str) -> None:
+    audit = {"referee": "rm-d", "rate": 1.0, "schedule": "even"}
+    async with open_gateway(valkey_server.url) as gateway:
+        await apply(gateway, models(*THREE), fields={"audit": audit, "referees": [{"name": "rm-d", "urls": [fourth]}]})
+        said = {"audit": {**audit, "trust": 0.8}, "referees": [{"name": "rm-d"}]}
+        changed = await apply(gateway, models(*THREE), fields=said)
+        assert [one["field"] for one in changed["changes"]] == ["audit.trust"]
+        assert (await shown(gateway))["pool"]["referees"] == [{"name": "rm-d", "urls": [fourth]}]
+        await gateway.client.ok("/reward", pair(1))
+        await gateway.learned(3)
+        assert gateway.events()[-1].audit is not None
+
+
 async def test_a_gateway_with_another_pool_file_takes_the_runs_and_proposes_its_own(
     valkey_server: ValkeyProcess,
 ) -> None:
