@@ -49,7 +49,7 @@ Message = Annotated[
         extra_json_schema={
             "required": ["role", "content"],
             "properties": {
-                "role": {"type": "string", "pattern": r"\S", "examples": ["user"]},
+                "role": {"type": "string", "pattern": r"[^\s\x1c-\x1f\x85]", "examples": ["user"]},
                 "content": _CONTENT,
                 "name": {"type": ["string", "null"]},
                 "tool_calls": {"type": ["array", "null"], "items": _TOOL_CALL},

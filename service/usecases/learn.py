@@ -21,7 +21,7 @@ from service.errors import (
 )
 from service.keys.access import EVERYTHING, Access
 from service.schemas import FeedbackReply, FeedbackRequest
-from service.stores.ids import event_order
+from service.stores.ids import check_run, event_order
 from service.stores.protocol import FeedbackRecord, FeedbackResult, FeedbackStatus, Store
 from service.telemetry import Telemetry
 from service.usecases.converse import instance_of
@@ -77,6 +77,8 @@ class FeedbackService:
                 f"items holds {len(requests)} feedbacks: send at most {self._max_batch} at once",
                 details={"field": "items", "limit": self._max_batch},
             )
+        if run:
+            check_run(run)  # Also where there are no items, and so nobody to ask for it.
         results: list[FeedbackReply | ServiceError | None] = [None] * len(requests)
         by_run: dict[str, list[tuple[int, FeedbackRequest, FeedbackRecord]]] = {}
         runs: dict[str | None, Run | ServiceError] = {}

@@ -286,3 +286,9 @@ async def test_the_posterior_learns_of_the_rm_that_was_asked(gateway: Gateway) -
     assert models["rm-a"]["mean_reward"] is None
     assert models["rm-b"]["sd"] < models["rm-a"]["sd"]
     assert learned["digest"] == gateway.folded().digest()
+
+
+async def test_a_malformed_run_is_refused_with_no_items_too(gateway: Gateway) -> None:
+    response = await gateway.client.post("/feedback/batch", {"items": [], "run": "no such\x00name"})
+    assert response.status == 422
+    assert "run" in response.error["message"]
