@@ -83,8 +83,13 @@ async def stored_runs(store: Store, names: Sequence[str]) -> list[RunStatus]:
         check, acts = await store.check_run(name, ()), await store.acts(name)
         if check.identity is None:
             continue
-        identity = json.loads(check.identity.fingerprint)
-        standing = standing_pool(check.identity.fingerprint, acts)
+        try:
+            identity = json.loads(check.identity.fingerprint)
+        except ValueError:
+            # Of another program, or another time: it is there, and no more is known of it.
+            identity, standing = {}, None
+        else:
+            standing = standing_pool(check.identity.fingerprint, acts)
         pool = identity.get("pool") or () if standing is None else [arm.name for arm in standing.asked]
         found.append(
             RunStatus(

@@ -11,7 +11,9 @@ import redis
 from router_core.encoder.fuse import Fuse, PairEncoder
 from router_core.encoder.surface import SurfaceBackbone
 from router_core.prior import linucb_prior
+from service.stores.memory import MemoryStore
 from service.usecases import runs
+from service.usecases.status import stored_runs
 from tests.support.gateway import DIM, Gateway, fresh_run, open_gateway, pair, until
 
 if TYPE_CHECKING:
@@ -195,7 +197,6 @@ async def test_an_idle_run_is_closed_to_make_room_and_opens_again_where_it_was(
         digest = (await gateway.learned(1, idle))["digest"]
         monkeypatch.setattr(runs, "IDLE_SECONDS", 0.0)
         await gateway.client.ok("/reward", {**pair(), "run": new})
-        assert (await gateway.client.get(f"/posterior?run={idle}")).status == 404
         assert f'run="{idle}"' not in (await gateway.client.get("/metrics")).body.decode()
         await gateway.client.ok("/reward", {**pair(), "run": idle})
         assert (await gateway.learned(1, idle))["digest"] == digest
@@ -335,3 +336,10 @@ async def test_a_default_run_keeps_its_signal_unless_the_gateway_insists(valkey_
     async with open_gateway(valkey_server.url, run=run, signal="loss", wait=False) as gateway:
         response = await gateway.client.post("/reward", pair())
         assert (response.status, response.error["details"]["changed"]["signal"]["run"]) == (409, "reward")
+
+
+async def test_a_run_of_another_program_is_listed_and_spoils_nothing() -> None:
+    store = MemoryStore(window_seconds=60.0)
+    await store.open_run("foreign", b"no JSON")
+    (found,) = await stored_runs(store, ["foreign", "absent"])
+    assert (found.run, found.events, found.signal, found.pool, found.archived) == ("foreign", 0, None, [], False)
