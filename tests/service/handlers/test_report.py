@@ -29,6 +29,7 @@ async def test_a_report_counts_who_agrees_with_the_referee_and_gold(valkey_serve
         ids = [result["decision_id"] for result in results]
         await gateway.client.ok("/feedback", {"decision_id": ids[0], "preferred": 1})
         await gateway.client.ok("/audits/judge", {"decision_id": ids[1], "preferred": 0})
+        await gateway.learned(22)  # The report says what was learned, and no more.
         report = (await gateway.client.get("/report")).json
         text = (await gateway.client.get("/metrics")).body.decode()
     accuracy = {one["model"]: one["accuracy"]["value"] for one in report["scorers"]}
