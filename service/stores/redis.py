@@ -21,13 +21,9 @@ and those of `service.stores.redis_scores`, `service.stores.redis_audits` and `s
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import hiredis
-
-from service.errors import ConfigurationError, UnsafeStoreError
-from service.stores.cluster import Client, ClusterClient, is_cluster_url
-from service.stores.ids import check_run
+from service.stores.cluster import Client
 from service.stores.protocol import (
     WATCH_SECONDS,
     DecisionRecord,
@@ -42,88 +38,27 @@ from service.stores.protocol import (
     lost_run,
     name_not_free,
 )
-from service.stores.records import check_reference, is_expired, response_count, system_ms
+from service.stores.records import check_reference, is_expired
 from service.stores.redis_acts import RedisActs
 from service.stores.redis_audits import RedisAudits
+from service.stores.redis_base import decision_value, run_prefix
 from service.stores.redis_scores import RedisScores
 from service.stores.requirements import QUESTIONS, ServerFacts, read_facts
-from service.stores.resp import Arg, Reply, RespClient
+from service.stores.resp import Arg, Reply
 from service.stores.scripts import Script, identity_value
-
-BULK_TIMEOUT_FACTOR = 10
-"""Snapshots of tens of megabytes may take this many times longer than an ordinary call."""
 
 PROBE_MILLISECONDS = 60_000
 """How long the key of `probe` lives: it is there to be written, not to be read."""
 
-REPLICATED_CONNECTIONS = 4
-"""Connections for feedback that waits for replicas: each stands still for one round trip to them."""
-
+OPEN = Script.load("open_run.lua")
+APPLY = Script.load("apply_feedback.lua")
 
 RUNS_KEY = "rr:runs"
 """Set of the names of all runs; one that was refused or lost has a name here and nothing else."""
 
 
-def _is_noscript(reply: Reply) -> bool:
-    return isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT")
-
-
 class RedisStore(RedisActs, RedisAudits, RedisScores):
-    """`Store` on one Redis >= 7.0 or Valkey server, or on a cluster of them.
-
-    Three kinds of connection to a single server: pipelined ones for the hot path, one for snapshots (large values would
-    hold up the others), and one per reader of a log that is blocked at the same time. `ClusterClient` has its own.
-
-    Args:
-        url: `redis://`, `rediss://` or `unix://`, see `parse_endpoint`; of a cluster `redis+cluster://`, see
-            `parse_seeds`.
-        window_seconds: feedback window: how long a decision waits for its feedback.
-        timeout_seconds: how long a call waits before it counts as unavailable.
-        connections: pipelined connections for the hot path.
-        replicas: replicas of the server that must hold a feedback before it is acknowledged; a failover to one that
-            does not would lose it.
-        now_ms: clock, milliseconds since 1970; read only to tell an expired decision id from an unknown one.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        window_seconds: float,
-        timeout_seconds: float = 1.0,
-        connections: int = 1,
-        replicas: int = 0,
-        now_ms: Callable[[], int] = system_ms,
-    ) -> None:
-        if window_seconds < 0.001:
-            raise ConfigurationError(f"window_seconds = {window_seconds} must be at least 0.001")
-        if replicas < 0:
-            raise ConfigurationError(f"replicas = {replicas} must be 0 or more")
-        self._url = url
-        self._window_ms = round(window_seconds * 1000)
-        self._timeout = timeout_seconds
-        self._now_ms = now_ms
-        self._cluster = ClusterClient(url, timeout_seconds=timeout_seconds) if is_cluster_url(url) else None
-        self._replicas = replicas
-        self._hot = self._client(connections)
-        self._feedback = self._client(REPLICATED_CONNECTIONS) if replicas else self._hot
-        self._bulk_timeout = timeout_seconds * BULK_TIMEOUT_FACTOR
-        self._bulk = self._client()
-        self._refusal: str | None = None
-        self._idle_readers: list[Client] = []
-        self._readers: list[Client] = []
-        self._apply = Script.load("apply_feedback.lua")
-        self._save_snapshot = Script.load("save_snapshot.lua")
-        self._open = Script.load("open_run.lua")
-        self._claim = Script.load("claim_audits.lua")
-        self._finish = Script.load("finish_audit.lua")
-        self._collect = Script.load("collect_audit.lua")
-        self._judge = Script.load("judge_audit.lua")
-        self._append_act = Script.load("append_act.lua")
-        self._drop = Script.load("drop_run.lua")
-
-    def _client(self, connections: int = 1) -> Client:
-        return self._cluster or RespClient(self._url, timeout_seconds=self._timeout, connections=connections)
+    """`Store` on one Redis >= 7.0 or Valkey server, or on a cluster of them; arguments as `RedisBase`."""
 
     async def ping(self) -> None:
         """Return when the server answers; of a cluster, when it serves all slots that it wants to."""
@@ -132,7 +67,7 @@ class RedisStore(RedisActs, RedisAudits, RedisScores):
     async def probe(self, run: str) -> None:
         """Return when something of the run could be saved: a server that is full or read-only answers a ping too."""
         self._check_safe()
-        await self._hot.execute("SET", _prefix(run) + "probe", "", "PX", PROBE_MILLISECONDS)
+        await self._hot.execute("SET", run_prefix(run) + "probe", "", "PX", PROBE_MILLISECONDS)
 
     async def survey(self) -> Sequence[ServerFacts]:
         """Ask every server of the store that takes writes what it is.
@@ -150,25 +85,17 @@ class RedisStore(RedisActs, RedisAudits, RedisScores):
                 client.disconnect("is a replica")
         return found
 
-    def refuse(self, reason: str | None) -> None:
-        """Save no decision and take no feedback from now on, for this reason; None: as usual again."""
-        self._refusal = reason
-
-    def _check_safe(self) -> None:
-        if self._refusal is not None:
-            raise UnsafeStoreError(f"nothing is saved: {self._refusal}", where=self._hot.shown)
-
     async def open_run(self, run: str, fingerprint: bytes, *, free_seconds: float = 0.0) -> RunIdentity:
         """Give the run an identity with this fingerprint if it has none; return the one that stands.
 
         Raises:
             NameNotFreeError: it has none, and the store has not been watched for `free_seconds`.
         """
-        key, milliseconds = _prefix(run) + "meta", round(WATCH_SECONDS * 1000)
+        key, milliseconds = run_prefix(run) + "meta", round(WATCH_SECONDS * 1000)
         fresh = identity_value(RunIdentity(secrets.token_hex(8), fingerprint))
         # All keys of a script lie on one node, so each run of a cluster has a mark of its own, for newcomers only.
         shared = self._cluster is None
-        mark = "rr:watched" if shared else _prefix(run) + "watched"
+        mark = "rr:watched" if shared else run_prefix(run) + "watched"
         commands: list[tuple[Arg, ...]] = [("PEXPIRE", mark, milliseconds)] if shared else []
         commands += [] if free_seconds else [("SET", key, fresh, "NX")]
         *marked, standing = await self._hot.pipeline([*commands, ("GET", key)])
@@ -177,14 +104,14 @@ class RedisStore(RedisActs, RedisAudits, RedisScores):
         if standing is not None and (not shared or marked[0] == 1):
             return _identity(bytes(standing))
         words = (2, key, mark, fresh, round(free_seconds * 1000), milliseconds)
-        (reply,) = await self._run_script(self._hot, self._open, [words], self._timeout)
+        (reply,) = await self._run_script(self._hot, OPEN, [words], self._timeout)
         if reply[0] is None:
             raise name_not_free(run, reply[1] / 1000)
         return _identity(bytes(reply[0]))
 
     async def check_run(self, run: str, event_ids: Sequence[str]) -> RunCheck:
         """Say what the store holds of a run, and which of these events its log does not hold. Changes nothing."""
-        prefix = _prefix(run)
+        prefix = run_prefix(run)
         key = prefix + "log"
         # The log's status comes last, so that what is trimmed meanwhile shows in it.
         commands: list[tuple[Arg, ...]] = [("GET", prefix + "meta")]
@@ -198,7 +125,7 @@ class RedisStore(RedisActs, RedisAudits, RedisScores):
 
     async def has_run(self, run: str) -> bool:
         """Return True if `open_run` was ever called for the run, by any gateway."""
-        return bool(await self._hot.execute("EXISTS", _prefix(run) + "meta"))
+        return bool(await self._hot.execute("EXISTS", run_prefix(run) + "meta"))
 
     async def list_runs(self) -> list[str]:
         """Names of the runs that were opened and are still here, sorted."""
@@ -215,18 +142,6 @@ class RedisStore(RedisActs, RedisAudits, RedisScores):
         for reply in await self._hot.pipeline(self._save_commands(run, decisions)):
             self._hot.checked(reply)
 
-    def _save_commands(self, run: str, decisions: Sequence[DecisionRecord]) -> list[tuple[Arg, ...]]:
-        prefix = _prefix(run)
-        window, alias_window = self._window_ms, 2 * self._window_ms
-        commands: list[tuple[Arg, ...]] = []
-        for decision in decisions:
-            value = _decision_value(decision)
-            commands.append(("SET", f"{prefix}d:{decision.decision_id}", value, "PX", window))
-            if decision.content_key is not None:
-                key = f"{prefix}c:{decision.content_key}"
-                commands.append(("SET", key, decision.decision_id, "PX", alias_window))
-        return commands
-
     async def update_decisions(self, run: str, decisions: Sequence[DecisionRecord]) -> list[bool]:
         """Replace the payloads of those that still wait for feedback, each for the rest of its window; which they were.
 
@@ -235,9 +150,9 @@ class RedisStore(RedisActs, RedisAudits, RedisScores):
         Raises:
             ValueError: a payload without `n`; nothing was sent.
         """
-        prefix = _prefix(run)
+        prefix = run_prefix(run)
         commands: list[tuple[Arg, ...]] = [
-            ("SET", f"{prefix}d:{decision.decision_id}", _decision_value(decision), "XX", "KEEPTTL")
+            ("SET", f"{prefix}d:{decision.decision_id}", decision_value(decision), "XX", "KEEPTTL")
             for decision in decisions
         ]
         return [self._hot.checked(reply) is not None for reply in await self._hot.pipeline(commands)]
@@ -253,10 +168,10 @@ class RedisStore(RedisActs, RedisAudits, RedisScores):
             ValueError: not exactly one reference; nothing was sent.
         """
         self._check_safe()
-        prefix = _prefix(run)
+        prefix = run_prefix(run)
         expected = b"" if identity is None else identity_value(identity)
         words = [self._feedback_words(prefix, item, expected) for item in feedback]
-        replies = await self._run_script(self._feedback, self._apply, words, self._timeout, self._replicas)
+        replies = await self._run_script(self._feedback, APPLY, words, self._timeout, self._replicas)
         if any(reply[0] == b"lost" for reply in replies):
             raise lost_run(run)
         return [self._feedback_result(item, reply) for item, reply in zip(feedback, replies, strict=True)]
@@ -283,33 +198,12 @@ class RedisStore(RedisActs, RedisAudits, RedisScores):
             FeedbackStatus((status or b"").decode()), found, None if event_id is None else event_id.decode(), standing
         )
 
-    async def _run_script(
-        self,
-        client: Client,
-        script: Script,
-        calls: Sequence[tuple[Arg, ...]],
-        timeout_seconds: float,
-        replicas: int = 0,
-    ) -> list[Reply]:
-        """EVALSHA for each call in one write; those that the server has no script for go again with its text."""
-        replies = await client.pipeline(
-            [("EVALSHA", script.sha1, *words) for words in calls], timeout_seconds=timeout_seconds, replicas=replicas
-        )
-        while again := [index for index, reply in enumerate(replies) if _is_noscript(reply)]:
-            # The first one brings the text, so the others need its name only.
-            commands = [("EVAL", script.text, *calls[again[0]])]
-            commands += [("EVALSHA", script.sha1, *calls[index]) for index in again[1:]]
-            found = await client.pipeline(commands, timeout_seconds=timeout_seconds, replicas=replicas)
-            for index, reply in zip(again, found, strict=True):
-                replies[index] = reply
-        return [client.checked(reply) for reply in replies]
-
     async def read_log(self, run: str, after: str, *, count: int, block_ms: int) -> list[LogEntry]:
         """Events after id `after` ("0-0": from the first), oldest first; waits up to `block_ms` when there are none.
 
         Cancelling it closes the connection that it blocked; the next call makes another.
         """
-        key = _prefix(run) + "log"
+        key = run_prefix(run) + "log"
         # BLOCK 0 would wait for ever.
         block: tuple[Arg, ...] = ("BLOCK", block_ms) if block_ms > 0 else ()
         reader = self._idle_readers.pop() if self._idle_readers else self._new_reader()
@@ -337,40 +231,23 @@ class RedisStore(RedisActs, RedisAudits, RedisScores):
         Raises:
             ConfigurationError: the server is older than Redis 7.0 and does not count.
         """
-        (reply,) = await self._hot.pipeline([("XINFO", "STREAM", _prefix(run) + "log")])
+        (reply,) = await self._hot.pipeline([("XINFO", "STREAM", run_prefix(run) + "log")])
         return self._log_status(reply)[0]
-
-    def _log_status(self, reply: Reply) -> tuple[LogStatus, str]:
-        """Status of a log and the id of its first event, from the reply to XINFO STREAM."""
-        if isinstance(reply, hiredis.ReplyError) and "no such key" in str(reply):
-            return LogStatus(0, "0-0"), "0-0"
-        info = self._hot.checked(reply)
-        fields = dict(zip(info[::2], info[1::2], strict=True))
-        if b"entries-added" not in fields:
-            raise ConfigurationError(f"store {self._hot.shown} is too old; use Valkey, or Redis 7.0 or newer")
-        appended, first = int(fields[b"entries-added"]), fields[b"first-entry"]
-        status = LogStatus(appended, fields[b"last-generated-id"].decode(), appended - int(fields[b"length"]))
-        return status, "0-0" if first is None else first[0].decode()
 
     async def load_snapshot(self, run: str) -> bytes | None:
         """The newest snapshot, or None."""
         snapshot: bytes | None = await self._bulk.execute(
-            "HGET", _prefix(run) + "snap", "data", timeout_seconds=self._bulk_timeout
+            "HGET", run_prefix(run) + "snap", "data", timeout_seconds=self._bulk_timeout
         )
         return snapshot
 
     async def save_snapshot(self, run: str, position: int, snapshot: bytes) -> bool:
         """Keep the snapshot of the first `position` events unless a newer one is kept; True if it was kept."""
-        return await self._keep_newest(_prefix(run) + "snap", position, snapshot)
-
-    async def _keep_newest(self, key: str, position: int, data: bytes) -> bool:
-        words = (1, key, position, data)
-        (kept,) = await self._run_script(self._bulk, self._save_snapshot, [words], self._bulk_timeout)
-        return bool(kept)
+        return await self._keep_newest(run_prefix(run) + "snap", position, snapshot)
 
     async def trim_log(self, run: str, before: str) -> int:
         """Drop the events with ids lower than `before`; returns how many."""
-        key = _prefix(run) + "log"
+        key = run_prefix(run) + "log"
         # "=": exactly. The default trims whole nodes and leaves some of the older events.
         return int(await self._bulk.execute("XTRIM", key, "MINID", "=", before, timeout_seconds=self._bulk_timeout))
 
@@ -380,18 +257,9 @@ class RedisStore(RedisActs, RedisAudits, RedisScores):
             await client.close()
 
 
-def _prefix(run: str) -> str:
-    return f"rr:{{{check_run(run)}}}:"
-
-
 def _identity(value: bytes) -> RunIdentity:
     born, _, fingerprint = value.partition(b" ")
     return RunIdentity(born.decode(errors="replace"), fingerprint)
-
-
-def _decision_value(decision: DecisionRecord) -> bytes:
-    """`<n> <payload>`, as `apply_feedback.lua` reads it."""
-    return b"%d %b" % (response_count(decision), decision.payload)
 
 
 def _log_entry(entry: Reply) -> LogEntry:

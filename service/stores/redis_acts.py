@@ -5,40 +5,29 @@ Keys of a run R, beside those of `service.stores.redis`:
     rr:{R}:acts       stream of acts, as they stand in the log             for ever
     rr:acts           stream of acts on runs that are gone: r run, p payload, s value
 
-The half of `RedisStore` that commands and `service.usecases.pools` need; see `service.stores.protocol.Store`.
+The part of `RedisStore` that commands and `service.usecases.pools` need; see `service.stores.protocol.Store`.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from service.errors import ConflictError
 from service.stores.protocol import LogEntry, LogStatus, RunIdentity, lost_run
-from service.stores.redis_scores import run_prefix
+from service.stores.redis_base import RedisBase, run_prefix
 from service.stores.resp import Arg, Reply
 from service.stores.scripts import Script, identity_value
 
-if TYPE_CHECKING:
-    from service.stores.cluster import ClusterClient
-    from service.stores.resp import RespClient
+APPEND_ACT = Script.load("append_act.lua")
+DROP = Script.load("drop_run.lua")
 
 NOTES_KEY = "rr:acts"
 """Stream of acts on runs that are gone."""
 
 
-class RedisActs:
+class RedisActs(RedisBase):
     """Acts and whole runs."""
-
-    _hot: RespClient | ClusterClient
-    _bulk: RespClient | ClusterClient
-    _feedback: RespClient | ClusterClient
-    _timeout: float
-    _bulk_timeout: float
-    _replicas: int
-    _append_act: Script
-    _drop: Script
 
     async def append_act(
         self, run: str, name: str, payload: bytes, value: bytes, *, identity: RunIdentity, expected: int | None = None
@@ -50,7 +39,7 @@ class RedisActs:
             *(3, prefix + "log", prefix + "acts", prefix + "meta", identity_value(identity)),
             *("" if expected is None else expected, name, payload, value),
         )
-        (reply,) = await self._run_script(self._feedback, self._append_act, [words], self._timeout, self._replicas)
+        (reply,) = await self._run_script(self._feedback, APPEND_ACT, [words], self._timeout, self._replicas)
         if reply[0] == b"lost":
             raise lost_run(run)
         return None if reply[0] == b"conflict" else bytes(reply[1]).decode()
@@ -67,7 +56,7 @@ class RedisActs:
         prefix, cursor = run_prefix(run), b"0"
         while True:
             words: tuple[Arg, ...] = (1, prefix + "meta", prefix, cursor)
-            (cursor,) = await self._run_script(self._bulk, self._drop, [words], self._bulk_timeout)
+            (cursor,) = await self._run_script(self._bulk, DROP, [words], self._bulk_timeout)
             if cursor == b"0":
                 break
         await self._hot.execute("SREM", "rr:runs", run)
@@ -115,19 +104,6 @@ class RedisActs:
     async def notes(self) -> list[LogEntry]:
         """Return the acts on runs that are gone, oldest first; the run's name is the entry's `decision_id`."""
         return [_act(entry, b"r") for entry in await self._hot.execute("XRANGE", NOTES_KEY, "-", "+")]
-
-    def _check_safe(self) -> None:
-        raise NotImplementedError
-
-    async def _run_script(
-        self,
-        client: RespClient | ClusterClient,
-        script: Script,
-        calls: Sequence[tuple[Arg, ...]],
-        timeout_seconds: float,
-        replicas: int = 0,
-    ) -> list[Reply]:
-        raise NotImplementedError
 
 
 def _act(entry: Reply, name: bytes = b"d") -> LogEntry:

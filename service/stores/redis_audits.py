@@ -17,7 +17,6 @@ Keys of a run R, beside those of `service.stores.redis`:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from service.stores.protocol import (
     AuditedDecision,
@@ -32,25 +31,18 @@ from service.stores.protocol import (
     lost_run,
 )
 from service.stores.records import response_count
-from service.stores.redis_scores import run_prefix
-from service.stores.resp import Arg, Reply
+from service.stores.redis_base import RedisBase, run_prefix
+from service.stores.resp import Arg
 from service.stores.scripts import Script, identity_value
 
-if TYPE_CHECKING:
-    from service.stores.cluster import ClusterClient
-    from service.stores.resp import RespClient
+CLAIM = Script.load("claim_audits.lua")
+COLLECT = Script.load("collect_audit.lua")
+FINISH = Script.load("finish_audit.lua")
+JUDGE = Script.load("judge_audit.lua")
 
 
-class RedisAudits:
+class RedisAudits(RedisBase):
     """See `service.stores.protocol.Store` for the methods."""
-
-    _hot: RespClient | ClusterClient
-    _timeout: float
-    _window_ms: int
-    _claim: Script
-    _collect: Script
-    _finish: Script
-    _judge: Script
 
     async def save_audited(
         self, run: str, decisions: Sequence[DecisionRecord], tasks: Sequence[AuditTask], *, counted: int, seconds: float
@@ -82,7 +74,7 @@ class RedisAudits:
             if it.collect_seconds is not None
         ]
         if parts:
-            await self._run_script(self._hot, self._collect, parts, self._timeout)
+            await self._run_script(self._hot, COLLECT, parts, self._timeout)
         return AuditProgress(int(count), int(start or 0))
 
     async def audit_progress(self, run: str) -> AuditProgress:
@@ -105,7 +97,7 @@ class RedisAudits:
             *(2, prefix + "waiting", prefix + "spent"),
             *(prefix, count, round(lease_seconds * 1000), keep, "" if budget is None else repr(budget)),
         )
-        (reply,) = await self._run_script(self._hot, self._claim, [words], self._timeout)
+        (reply,) = await self._run_script(self._hot, CLAIM, [words], self._timeout)
         waiting, dropped, *found = reply
         tasks = [AuditTask(name.decode(), task) for name, task in zip(found[::2], found[1::2], strict=True)]
         return AuditQueue(tasks, waiting, dropped)
@@ -125,7 +117,7 @@ class RedisAudits:
             (*keys, prefix, it.decision_id, it.payload, it.value, expected, repr(it.price), it.shown, keep, _n(it))
             for it in verdicts
         ]
-        replies = await self._run_script(self._hot, self._finish, words, self._timeout)
+        replies = await self._run_script(self._hot, FINISH, words, self._timeout)
         if any(reply[0] == b"lost" for reply in replies):
             raise lost_run(run)
         return [_result(it.decision_id, reply) for it, reply in zip(verdicts, replies, strict=True)]
@@ -168,26 +160,10 @@ class RedisAudits:
             *(prefix, record.decision_id, record.payload, value, identity_value(identity), 2 * self._window_ms),
             response_count(record),
         )
-        (reply,) = await self._run_script(self._hot, self._judge, [words], self._timeout)
+        (reply,) = await self._run_script(self._hot, JUDGE, [words], self._timeout)
         if reply[0] == b"lost":
             raise lost_run(run)
         return _result(record.decision_id, reply)
-
-    def _check_safe(self) -> None:
-        raise NotImplementedError
-
-    def _save_commands(self, run: str, decisions: Sequence[DecisionRecord]) -> list[tuple[Arg, ...]]:
-        raise NotImplementedError
-
-    async def _run_script(
-        self,
-        client: RespClient | ClusterClient,
-        script: Script,
-        calls: Sequence[tuple[Arg, ...]],
-        timeout_seconds: float,
-        replicas: int = 0,
-    ) -> list[Reply]:
-        raise NotImplementedError
 
 
 def _n(verdict: AuditVerdict) -> int:

@@ -1,4 +1,4 @@
-"""The half of `RedisStore` that groups and normalised scores need: sticky choices, and the log of score moments.
+"""The part of `RedisStore` that groups and normalised scores need: sticky choices, and the log of score moments.
 
 Knows their keys; never looks inside a value. `service.stores.redis.RedisStore` inherits it.
 
@@ -12,30 +12,14 @@ Keys of a run R, beside those of `service.stores.redis`:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-import hiredis
-
-from service.stores.ids import check_run
-from service.stores.protocol import LogStatus, ScoreEntry, ScoreLogPart
+from service.stores.protocol import ScoreEntry, ScoreLogPart
+from service.stores.redis_base import RedisBase, run_prefix
 from service.stores.resp import Arg, Reply
 
-if TYPE_CHECKING:
-    from service.stores.cluster import ClusterClient
-    from service.stores.resp import RespClient
 
-
-def run_prefix(run: str) -> str:
-    """What the keys of a run begin with, its hash tag included."""
-    return f"rr:{{{check_run(run)}}}:"
-
-
-class RedisScores:
+class RedisScores(RedisBase):
     """See `service.stores.protocol.Store` for the methods."""
-
-    _hot: RespClient | ClusterClient
-    _bulk: RespClient | ClusterClient
-    _bulk_timeout: float
 
     async def stick(self, run: str, choices: Sequence[tuple[str, bytes]], *, seconds: float) -> list[bytes | None]:
         """Set each choice if none stands, all in one write; None where it was set, else the one that stands."""
@@ -56,7 +40,7 @@ class RedisScores:
         for reply in added:
             self._hot.checked(reply)
         found = self._hot.checked(read)
-        status = LogStatus(0, "0-0") if _is_missing(info) else _status(self._hot.checked(info))
+        status, _ = self._log_status(info)
         return ScoreLogPart([_entry(reply) for reply in found[0][1]] if found else [], status)
 
     async def load_scale(self, run: str) -> bytes | None:
@@ -72,20 +56,7 @@ class RedisScores:
             "XTRIM", prefix + "scores", "MINID", "=", trim_before, timeout_seconds=self._bulk_timeout
         )
 
-    async def _keep_newest(self, key: str, position: int, data: bytes) -> bool:
-        raise NotImplementedError
-
-
-def _is_missing(reply: Reply) -> bool:
-    return isinstance(reply, hiredis.ReplyError) and "no such key" in str(reply)
-
 
 def _entry(reply: Reply) -> ScoreEntry:
     entry_id, words = reply
     return ScoreEntry(entry_id.decode(), words[1])
-
-
-def _status(info: Reply) -> LogStatus:
-    fields = dict(zip(info[::2], info[1::2], strict=True))
-    appended = int(fields[b"entries-added"])
-    return LogStatus(appended, fields[b"last-generated-id"].decode(), appended - int(fields[b"length"]))
