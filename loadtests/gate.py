@@ -15,23 +15,18 @@ import argparse
 import asyncio
 import json
 import statistics
-import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from loadtests.client import load, request_bytes
-from loadtests.gateway import Children
 from loadtests.report import describe, machine, table, use_one_blas_thread, write_json
+from loadtests.scene import rule_worker, scene
 from loadtests.stub import MODELS
-from service.cli.processes import ProcessGroup, free_port
-from service.cli.rule_serve import rule_words
 from service.pool import ModelEntry, PoolFile, dump_pool
 from service.scorers.rule.entry import RuleEntry
-from service.stores.embedded import EmbeddedStore
 
 RULE, RM = "exact", MODELS[0]
 POLICIES = {"rule first": f"gate:{RULE},{RM}", "both at once": f"sum:{RULE}=1,{RM}=1"}
@@ -85,21 +80,15 @@ def main() -> None:
     use_one_blas_thread()
     facts = machine()
     print(describe(facts))
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loadtest-")))
-        store = stack.enter_context(EmbeddedStore(folder / "store"))
-        children = stack.enter_context(Children(folder, None))
-        workers = stack.enter_context(ProcessGroup(folder / "logs"))
-        rule = RuleEntry(name=RULE, kind="rule", builtin="exact", processes=2)
-        rule_port = free_port(0)
-        workers.start("rule", rule_words(rule, host="127.0.0.1", port=rule_port))
-        workers.wait_until_ready(f"http://127.0.0.1:{rule_port}/health", "rule", 60.0, lambda: None)
+    rule = RuleEntry(name=RULE, kind="rule", builtin="exact", processes=2)
+    with scene() as place, rule_worker(place.folder, rule) as rule_url:
+        children = place.children
         speed = ("--pairs-per-second", f"{RM_PAIRS_PER_SECOND:g}")
         children.start("stub", "stub", "/v1/models", *speed, tested=False)
         rm = ModelEntry(name=RM, urls=(f"http://127.0.0.1:{children.ports['stub']}",), rendering="template")
-        pool = folder / "pool.yaml"
-        dump_pool(PoolFile(name="gate", models=(rm, rule.served_at([f"http://127.0.0.1:{rule_port}"]))), pool)
-        words = ("--pool", str(pool), "--store", store.url, "--run", "gate", "--encoder", "hash:64")
+        pool = place.folder / "pool.yaml"
+        dump_pool(PoolFile(name="gate", models=(rm, rule.served_at([rule_url]))), pool)
+        words = ("--pool", str(pool), "--store", place.store_url, "--run", "gate", "--encoder", "hash:64")
         children.start("gateway", "gateway", "/readyz", *words, tested=True)
         figures = {
             f"{share:g}": asyncio.run(measure(children.ports["gateway"], share, options.rounds))

@@ -16,9 +16,7 @@ import argparse
 import asyncio
 import json
 import statistics
-import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,9 @@ import aiohttp
 import numpy as np
 
 from loadtests.client import load, request_bytes
-from loadtests.gateway import Children, Pair, short_pairs
+from loadtests.gateway import Pair, short_pairs
 from loadtests.report import describe, machine, table, use_one_blas_thread, write_json
+from loadtests.scene import Scene, StubServer, scene
 from loadtests.stub import MODELS, Device
 from router_core.records import Instance
 from service.pool import ModelEntry, PoolFile, dump_pool
@@ -36,7 +35,6 @@ from service.scorers.judge.entry import JudgeEntry
 from service.scorers.judge.rubrics import Style, load_rubric
 from service.scorers.judge.verdicts import LABEL_MASS
 from service.scorers.judge.wire import CHAT_PATH
-from service.stores.embedded import EmbeddedStore
 
 JUDGE = "judge"
 IN_FLIGHT = 32
@@ -79,7 +77,7 @@ ANSWER = json.dumps(
 ).encode()
 
 
-class StubJudge:
+class StubJudge(StubServer):
     """Answers every comparison alike, at a steady rate.
 
     Attributes:
@@ -88,40 +86,22 @@ class StubJudge:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.hangs = False
         self._device = Device(1.0)
-        self._server: asyncio.Server | None = None
 
     def set_rate(self, comparisons_per_second: float) -> None:
         """Be as fast as that from now on."""
         self._device = Device(comparisons_per_second)
 
-    async def start(self) -> int:
-        """Serve on a free port of loopback, and return it."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        return int(self._server.sockets[0].getsockname()[1])
-
-    def stop(self) -> None:
-        """Accept no more connections."""
-        if self._server is not None:
-            self._server.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                mark = head.lower().find(b"content-length:")
-                length = int(head[mark + 15 : head.find(b"\r\n", mark)]) if mark >= 0 else 0
-                await reader.readexactly(length)
-                body = b'{"data":[{"id":"stub"}]}'
-                if head.startswith(b"POST"):
-                    while self.hangs:  # noqa: ASYNC110 - ends with the connection, or when the next turn begins
-                        await asyncio.sleep(0.05)
-                    await asyncio.sleep(self._device.done_at(1) - asyncio.get_running_loop().time())
-                    body = ANSWER
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            writer.close()
+    async def answer(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
+        """See `StubServer`."""
+        if method != "POST":
+            return 200, b'{"data":[{"id":"stub"}]}'
+        while self.hangs:  # noqa: ASYNC110 - ends with the connection, or when the next turn begins
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(self._device.done_at(1) - asyncio.get_running_loop().time())
+        return 200, ANSWER
 
 
 def comparisons(pairs: Sequence[Pair], options: ChatOptions) -> list[bytes]:
@@ -188,20 +168,21 @@ async def hanging(judge: StubJudge, gateway_port: int, pairs: Sequence[Pair], ro
     return {**found, "ratios": [hang / quiet for hang, quiet in zip(found["hangs"], found["quiet"], strict=True)]}
 
 
-def start_gateway(folder: Path, store_url: str, children: Children, entry: JudgeEntry) -> int:
+def start_gateway(place: Scene, entry: JudgeEntry) -> int:
     """Start a gateway with stub reward models and the judge; returns its port."""
+    children = place.children
     if "stub" not in children.ports:
         children.start("stub", "stub", "/v1/models", tested=False)
     rm_url = f"http://127.0.0.1:{children.ports['stub']}"
     models = [ModelEntry(name=name, urls=(rm_url,), rendering="template") for name in MODELS]
-    pool = folder / "pool.yaml"
+    pool = place.folder / "pool.yaml"
     dump_pool(PoolFile(name="judge", models=(*models, entry)), pool)
-    options = ("--pool", str(pool), "--store", store_url, "--run", "judge", "--encoder", "hash:64")
+    options = ("--pool", str(pool), "--store", place.store_url, "--run", "judge", "--encoder", "hash:64")
     children.start("gateway", "gateway", "/readyz", *options, tested=True)
     return children.ports["gateway"]
 
 
-async def measure(folder: Path, store_url: str, children: Children, options: argparse.Namespace) -> dict[str, Any]:
+async def measure(place: Scene, options: argparse.Namespace) -> dict[str, Any]:
     """All figures."""
     figures: dict[str, Any] = {}
     chat = ChatOptions(options.model, label_mass=options.label_mass)
@@ -214,22 +195,23 @@ async def measure(folder: Path, store_url: str, children: Children, options: arg
             verdict="logprobs",
             label_mass=options.label_mass,
         )
-        port = await asyncio.to_thread(start_gateway, folder, store_url, children, entry)
+        port = await asyncio.to_thread(start_gateway, place, entry)
         judge_port = int(options.url.rstrip("/").rpartition(":")[2])
         figures["real"] = await rates(judge_port, port, short_pairs(options.pairs), chat, options.rounds)
         return figures
     judge = StubJudge()
-    judge_port = await judge.start()
+    judge_url = await judge.start()
+    judge_port = int(judge_url.rpartition(":")[2])
     judge.set_rate(1e4)
     entry = JudgeEntry(
         name=JUDGE,
         kind="judge",
-        urls=(f"http://127.0.0.1:{judge_port}",),
+        urls=(judge_url,),
         model=options.model,
         verdict="logprobs",
         timeout_seconds=JUDGE_SECONDS,
     )
-    port = await asyncio.to_thread(start_gateway, folder, store_url, children, entry)
+    port = await asyncio.to_thread(start_gateway, place, entry)
     for rate in options.pairs_per_second:
         judge.set_rate(2 * rate)
         pairs = short_pairs(max(4 * IN_FLIGHT, round(4 * rate)))
@@ -253,11 +235,8 @@ def main() -> None:
     use_one_blas_thread()
     facts = machine()
     print(describe(facts))
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loadtest-")))
-        store = stack.enter_context(EmbeddedStore(folder / "store"))
-        children = stack.enter_context(Children(folder, None))
-        figures = asyncio.run(measure(folder, store.url, children, options))
+    with scene() as place:
+        figures = asyncio.run(measure(place, options))
     rows: list[Sequence[object]] = [
         (name, *(statistics.median(one[key]) for key in ("direct", "gateway", "ratios")))
         for name, one in figures.items()

@@ -17,10 +17,8 @@ import argparse
 import asyncio
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -31,11 +29,11 @@ import numpy as np
 import uvloop
 
 from loadtests.client import load, request_bytes
-from loadtests.gateway import Children, Pair, long_pairs
+from loadtests.gateway import Pair, long_pairs
 from loadtests.report import describe, machine, table, write_json
+from loadtests.scene import scene
 from loadtests.stub import MODELS
 from service.pool import ModelEntry, PoolFile, dump_pool
-from service.stores.embedded import EmbeddedStore
 
 SINGLE_PAUSE_SECONDS = 0.02
 """Between two single requests beside the batches."""
@@ -132,10 +130,8 @@ async def run(rounds: int, pieces: Sequence[int], settings: Sequence[Setting]) -
     pinned = (cores[0], cores[-1]) if len(cores) > 1 else None
     out = []
     for setting in settings:
-        with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loadtest-")))
-            store = stack.enter_context(EmbeddedStore(folder / "store"))
-            children = stack.enter_context(Children(folder, pinned))
+        with scene(pinned) as place:
+            folder, children = place.folder, place.children
             children.start("stub", "stub", "/health", *_words(pairs_per_second=setting.pairs_per_second), tested=False)
             pool = folder / "pool.yaml"
             urls = (f"http://127.0.0.1:{children.ports['stub']}",)
@@ -143,7 +139,8 @@ async def run(rounds: int, pieces: Sequence[int], settings: Sequence[Setting]) -
             dump_pool(PoolFile(name="bench", models=models), pool)
             taken = {piece: Taken([], [], []) for piece in pieces}
             for piece in pieces:
-                words = _words(pool=pool, store=store.url, run=f"piece{piece}", encoder=setting.encoder, piece=piece)
+                run = f"piece{piece}"
+                words = _words(pool=pool, store=place.store_url, run=run, encoder=setting.encoder, piece=piece)
                 children.start(f"piece{piece}", "gateway", "/readyz", *words, tested=True)
             batches = batch_messages(pairs, setting.batch)
             for piece in pieces:

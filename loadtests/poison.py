@@ -19,11 +19,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -33,12 +31,11 @@ import aiohttp
 import msgspec
 import numpy as np
 
-from loadtests.gateway import Children
 from loadtests.report import describe, machine, table, use_one_blas_thread, write_json
+from loadtests.scene import Scene, StubServer, scene
 from loadtests.stub import MODELS
 from service.pool import ModelEntry, PoolFile, dump_pool
 from service.scorers.wire import CLASSIFY_PATH, MODELS_PATH, ModelList, ServedModel, sigmoid
-from service.stores.embedded import EmbeddedStore
 
 MARK = "POISON"
 """The word on which every RM fails."""
@@ -71,7 +68,7 @@ class _Question(msgspec.Struct):
     use_activation: bool | None = None
 
 
-class StubWorker:
+class StubWorker(StubServer):
     """Scores a text by its length, and fails on requests that hold `MARK`.
 
     Args:
@@ -80,36 +77,16 @@ class StubWorker:
     """
 
     def __init__(self, model: str, fault: str) -> None:
+        super().__init__()
         self.items = 0
         self._model = model
         self._fault = fault
-        self._server: asyncio.Server | None = None
 
-    async def start(self) -> str:
-        """Serve on a free port of loopback; returns the URL."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    def stop(self) -> None:
-        """Accept no more connections."""
-        if self._server is not None:
-            self._server.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                mark = head.lower().find(b"content-length:")
-                length = int(head[mark + 15 : head.find(b"\r\n", mark)]) if mark >= 0 else 0
-                status, body = await self._answer(head, await reader.readexactly(length))
-                writer.write(b"HTTP/1.1 %d -\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body))
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            writer.close()
-
-    async def _answer(self, head: bytes, body: bytes) -> tuple[int, bytes]:
-        if head.startswith(b"GET " + MODELS_PATH.encode()):
+    async def answer(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
+        """See `StubServer`."""
+        if path == MODELS_PATH:
             return 200, msgspec.json.encode(ModelList([ServedModel(self._model)]))
-        if not head.startswith(b"POST " + CLASSIFY_PATH.encode()):
+        if path != CLASSIFY_PATH:
             return 404, b"{}"
         question = msgspec.json.decode(body, type=_Question)
         if question.input is None:
@@ -198,18 +175,16 @@ class Traffic:
                 self.batches.note(poisoned, result["error"]["code"] if result.get("error") else "ok")
 
 
-async def measure(
-    folder: Path, store_url: str, children: Children, seconds: float, share: float, *, repeat: bool
-) -> dict[str, Any]:
+async def measure(place: Scene, seconds: float, share: float, *, repeat: bool) -> dict[str, Any]:
     """Both phases; the figures of each."""
     workers = [StubWorker(model, fault) for model, fault in zip(MODELS, FAULTS, strict=True)]
     urls = [await worker.start() for worker in workers]
     entries = [ModelEntry(name=n, urls=(url,), rendering="template") for n, url in zip(MODELS, urls, strict=True)]
-    pool = folder / "pool.yaml"
+    pool = place.folder / "pool.yaml"
     dump_pool(PoolFile(name="poison", models=tuple(entries)), pool)
-    options = ("--pool", str(pool), "--store", store_url, "--run", "poison", "--encoder", "hash:64")
-    await asyncio.to_thread(lambda: children.start("gateway", "gateway", "/readyz", *options, tested=True))
-    url = f"http://127.0.0.1:{children.ports['gateway']}"
+    options = ("--pool", str(pool), "--store", place.store_url, "--run", "poison", "--encoder", "hash:64")
+    await asyncio.to_thread(lambda: place.children.start("gateway", "gateway", "/readyz", *options, tested=True))
+    url = f"http://127.0.0.1:{place.children.ports['gateway']}"
     phases = {}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         for name, phase_share in (("clean", 0.0), ("poisoned", share)):
@@ -267,13 +242,8 @@ def main() -> None:
         return
     facts = machine()
     print(describe(facts))
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loadtest-")))
-        store = stack.enter_context(EmbeddedStore(folder / "store"))
-        children = stack.enter_context(Children(folder, None))
-        phases = asyncio.run(
-            measure(folder, store.url, children, options.seconds, options.share, repeat=options.repeat)
-        )
+    with scene() as place:
+        phases = asyncio.run(measure(place, options.seconds, options.share, repeat=options.repeat))
     columns = ("traffic", "innocent instances", "lost their reward", "poisoned instances", "items per response")
     table(
         f"{100 * options.share:g} % poisoned on every RM; goal: at most {100 * GOAL:g} % lost", columns, _rows(phases)

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +19,16 @@ import aiohttp
 import msgspec
 import numpy as np
 
-from loadtests.gateway import Children
 from loadtests.judge import ANSWER
 from loadtests.poison import BATCH, BATCHES_AT_ONCE, MARK, SINGLES_AT_ONCE, StubWorker, Tally
 from loadtests.report import describe, machine, table, write_json
-from service.cli.processes import ProcessGroup, free_port
-from service.cli.rule_serve import rule_words
+from loadtests.scene import Scene, StubServer, rule_worker, scene
 from service.pool import ModelEntry, PoolFile, dump_pool
 from service.scorers.http.entry import HttpEntry
 from service.scorers.http.wire import HEALTH_PATH, Result, ScoreReply, ScoreRequest
 from service.scorers.judge.entry import JudgeEntry
 from service.scorers.rule.entry import RuleEntry
 from service.scorers.wire import MODELS_PATH, ModelList, ServedModel
-from service.stores.embedded import EmbeddedStore
 
 IN_BATCHES = 0.8
 """Share of the instances that come in batches."""
@@ -65,36 +60,18 @@ Respond = Callable[[str, bytes], bytes]
 """(path, body) to the body of a 200."""
 
 
-class Stub:
+class Stub(StubServer):
     """An HTTP server that answers 500 to whatever holds `MARK`."""
 
     def __init__(self, respond: Respond) -> None:
+        super().__init__()
         self._respond = respond
-        self._server: asyncio.Server | None = None
 
-    async def start(self) -> str:
-        """Serve on a free port of loopback; returns the URL."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    def stop(self) -> None:
-        """Accept no more connections."""
-        if self._server is not None:
-            self._server.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                mark = head.lower().find(b"content-length:")
-                length = int(head[mark + 15 : head.find(b"\r\n", mark)]) if mark >= 0 else 0
-                body = await reader.readexactly(length)
-                status, said = 500, b'{"error":{"message":"internal error"}}'
-                if MARK.encode() not in body:
-                    status, said = 200, self._respond(head.split(b" ", 2)[1].decode(), body)
-                writer.write(b"HTTP/1.1 %d -\r\nContent-Length: %d\r\n\r\n%b" % (status, len(said), said))
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            writer.close()
+    async def answer(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
+        """See `StubServer`."""
+        if MARK.encode() in body:
+            return 500, b'{"error":{"message":"internal error"}}'
+        return 200, self._respond(path, body)
 
 
 def judged(path: str, body: bytes) -> bytes:
@@ -157,12 +134,10 @@ async def send(session: aiohttp.ClientSession, url: str, kind: str, texts: int, 
     return tally
 
 
-async def measure(
-    folder: Path, store_url: str, children: Children, rule_url: str, texts: int, share: float
-) -> dict[str, Tally]:
+async def measure(place: Scene, rule_url: str, texts: int, share: float) -> dict[str, Tally]:
     """Return what became of the instances, by kind."""
     rm, judge, http = StubWorker("rm", "500"), Stub(judged), Stub(scored)
-    pool = folder / "pool.yaml"
+    pool = place.folder / "pool.yaml"
     models = (
         ModelEntry(name="rm", urls=(await rm.start(),), rendering="template"),
         JudgeEntry(name="judge", kind="judge", urls=(await judge.start(),), model="stub", verdict="logprobs"),
@@ -170,9 +145,9 @@ async def measure(
         HttpEntry(name="http", kind="http", urls=(await http.start(),)),
     )
     dump_pool(PoolFile(name="poison", models=models), pool)
-    options = ("--pool", str(pool), "--store", store_url, "--run", "poison", "--encoder", "hash:64")
-    await asyncio.to_thread(lambda: children.start("gateway", "gateway", "/readyz", *options, tested=True))
-    url = f"http://127.0.0.1:{children.ports['gateway']}"
+    options = ("--pool", str(pool), "--store", place.store_url, "--run", "poison", "--encoder", "hash:64")
+    await asyncio.to_thread(lambda: place.children.start("gateway", "gateway", "/readyz", *options, tested=True))
+    url = f"http://127.0.0.1:{place.children.ports['gateway']}"
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         tallies = {model.name: await send(session, url, model.name, texts, share) for model in models}
     for stub in (rm, judge, http):
@@ -190,20 +165,17 @@ def run(texts: int, share: float, out: Path | None) -> None:
     """
     facts = machine()
     print(describe(facts))
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loadtest-")))
-        store = stack.enter_context(EmbeddedStore(folder / "store"))
-        children = stack.enter_context(Children(folder, None))
-        workers = stack.enter_context(ProcessGroup(folder / "logs"))
-        (folder / "rule.py").write_text(RULE, "utf-8")
+    with scene() as place:
+        (place.folder / "rule.py").write_text(RULE, "utf-8")
         rule = RuleEntry(
-            name="rule", kind="rule", file=f"{folder / 'rule.py'}:fragile", processes=2, rule_seconds=RULE_SECONDS
+            name="rule",
+            kind="rule",
+            file=f"{place.folder / 'rule.py'}:fragile",
+            processes=2,
+            rule_seconds=RULE_SECONDS,
         )
-        port = free_port(0)
-        workers.start("rule", rule_words(rule, host="127.0.0.1", port=port))
-        rule_url = f"http://127.0.0.1:{port}"
-        workers.wait_until_ready(f"{rule_url}/health", "rule", 60.0, lambda: None)
-        tallies = asyncio.run(measure(folder, store.url, children, rule_url, texts, share))
+        with rule_worker(place.folder, rule) as rule_url:
+            tallies = asyncio.run(measure(place, rule_url, texts, share))
     rows: list[Sequence[object]] = [
         (
             kind,

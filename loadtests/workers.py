@@ -14,7 +14,6 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -26,12 +25,12 @@ from typing import Any
 import uvloop
 
 from loadtests.client import load, request_bytes
-from loadtests.gateway import Children, cpu_seconds, long_pairs
+from loadtests.gateway import cpu_seconds, long_pairs
 from loadtests.report import describe, machine, table, write_json
+from loadtests.scene import scene
 from loadtests.stub import MODELS
 from service.cli.processes import free_port
 from service.pool import ModelEntry, PoolFile, dump_pool
-from service.stores.embedded import EmbeddedStore
 
 CONNECTIONS = 32
 """The kernel divides them among the processes by chance; with many, no process is left out."""
@@ -116,15 +115,14 @@ async def run(counts: Sequence[int], rounds: int, requests: int) -> dict[int, di
     """Start all, measure in turn, end all; medians by number of processes."""
     messages = [request_bytes("/reward", pair.reward()) for pair in long_pairs(1024)]
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loadtest-")))
-        store = stack.enter_context(EmbeddedStore(folder / "store"))
-        children = stack.enter_context(Children(folder, None))
+        place = stack.enter_context(scene())
+        folder, children = place.folder, place.children
         children.start("stub", "stub", "/health", tested=False)
         url = f"http://127.0.0.1:{children.ports['stub']}"
         pool = folder / "pool.yaml"
         models = [ModelEntry(name=name, urls=(url,), rendering="template") for name in MODELS]
         dump_pool(PoolFile(name="bench", models=tuple(models)), pool)
-        served = {count: Served(count, pool, store.url, folder) for count in counts}
+        served = {count: Served(count, pool, place.store_url, folder) for count in counts}
         for one in served.values():
             stack.callback(one.close)
         for one in served.values():

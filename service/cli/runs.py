@@ -145,13 +145,12 @@ def archive(
     """Close a run: gateways ask and teach it no more, and answer 410. It keeps everything."""
 
     async def act(opened: RedisStore) -> bool:
-        check = await known(opened, run)
-        assert check.identity is not None
+        identity, _ = await known(opened, run)
         acts = await opened.acts(run)
         if is_archived(acts) is not undo:
             return False
         value = UNARCHIVE if undo else ARCHIVE
-        return await opened.append_act(run, "run", _said(), value, identity=check.identity) is not None
+        return await opened.append_act(run, "run", _said(), value, identity=identity) is not None
 
     done = _with_store(store, data_dir, act)
     state = "open" if undo else "archived"
@@ -172,9 +171,8 @@ def export_run(
 
     async def act(opened: RedisStore) -> int:
         count = await write_run(opened, run, out)
-        check = await known(opened, run)
-        assert check.identity is not None
-        await opened.append_act(run, "run", _said(out.name), EXPORT, identity=check.identity)
+        identity, _ = await known(opened, run)
+        await opened.append_act(run, "run", _said(out.name), EXPORT, identity=identity)
         return count
 
     typer.echo(f"run {run}: {_with_store(store, data_dir, act)} entries in {out}")
@@ -192,9 +190,8 @@ def import_run(
     async def act(opened: RedisStore) -> tuple[str, int]:
         origin = read_header(file).run
         run, count = await read_run(opened, file, name)
-        check = await known(opened, run)
-        assert check.identity is not None
-        await opened.append_act(run, "run", _said(origin), IMPORT, identity=check.identity)
+        identity, _ = await known(opened, run)
+        await opened.append_act(run, "run", _said(origin), IMPORT, identity=identity)
         return run, count
 
     run, count = _with_store(store, data_dir, act)

@@ -18,7 +18,7 @@ import msgspec
 
 from service.errors import ConfigurationError, ConflictError, NotFoundError
 from service.stores.ids import event_order
-from service.stores.protocol import LogEntry, LogStatus, RunCheck, Store
+from service.stores.protocol import LogEntry, LogStatus, RunIdentity, Store
 from service.usecases.runs import known_runs
 
 FORMAT = "reward-router-run/1"
@@ -55,16 +55,16 @@ _HEADER = msgspec.msgpack.Decoder(RunHeader)
 _ENTRY = msgspec.msgpack.Decoder(tuple[str, str, bytes, bytes])
 
 
-async def known(store: Store, run: str) -> RunCheck:
-    """Return what the store holds of a run.
+async def known(store: Store, run: str) -> tuple[RunIdentity, LogStatus]:
+    """Return a run's identity and the status of its log.
 
     Raises:
-        NotFoundError: nothing.
+        NotFoundError: the store holds nothing of it.
     """
     check = await store.check_run(run, ())
     if check.identity is None:
         raise NotFoundError(f"run {run!r} is unknown in this store ({known_runs(await store.list_runs())})")
-    return check
+    return check.identity, check.status
 
 
 async def write_run(store: Store, run: str, out: Path) -> int:
@@ -74,14 +74,12 @@ async def write_run(store: Store, run: str, out: Path) -> int:
         NotFoundError: no such run.
         ConfigurationError: the file cannot be written, or the log was trimmed before it was read.
     """
-    check = await known(store, run)
-    assert check.identity is not None
-    status = check.status
+    identity, status = await known(store, run)
     acts = [act for act in await store.acts(run) if event_order(act.event_id) <= event_order(status.last_id)]
     snapshot = await store.load_snapshot(run)
     position = 0 if snapshot is None else _position_of(snapshot)
     header = RunHeader(
-        FORMAT, run, check.identity.fingerprint, status.appended, status.trimmed, status.last_id, position,
+        FORMAT, run, identity.fingerprint, status.appended, status.trimmed, status.last_id, position,
         snapshot or b"", [(act.event_id, act.decision_id, act.payload, act.value) for act in acts],
     )  # fmt: skip
     part, count, after = out.with_name(f".{out.name}.{os.getpid()}.part"), 0, "0-0"

@@ -52,8 +52,6 @@ SETTINGS: Final[dict[str, object]] = {
 AUDIT: Final = {"referee": MODELS[0], "rate": 0.3, "schedule": "even"}
 CALLERS: Final = 4
 WAIT_SECONDS: Final = 90.0
-LAG_SECONDS: Final = 5.0
-"""How far a replica may be behind its primary on a busy machine, and how long gateways may believe an old one."""
 STEPPED: Final = Path(__file__).parents[1] / "support" / "stepped"
 
 
@@ -221,8 +219,10 @@ class Calm:
         while not stop.is_set():
             pair = rng.choice(self._pairs)
             body = {"prompt": pair.instance.prompt, "responses": pair.instance.responses}
+            clock = asyncio.get_running_loop().time
+            asked = clock()
             reply = await self._insist(callers, "/reward", body, rng)
-            saved = asyncio.get_running_loop().time()
+            answered = clock()
             self.seen.answered += 1
             assert reply["model"] in MODELS, reply
             if not reply["recorded"]:
@@ -235,7 +235,7 @@ class Calm:
                     {"decision_id": decision, "preferred": pair.label},
                     rng,
                     # Otherwise a decision that was said to be recorded is there.
-                    may_be_unknown=any(begin <= saved <= end for begin, end in self.fail_overs),
+                    may_be_unknown=any(begin <= answered and asked <= end for begin, end in self.fail_overs),
                 )
                 if told is None:
                     self.seen.forgotten += 1
@@ -450,14 +450,20 @@ class ClusterStorm(Calm):
 
     async def _fail_over(self, begin: Callable[[Node], None], end: Callable[[Node], None]) -> None:
         clock, place = asyncio.get_running_loop().time, len(self.fail_overs)
-        began = clock() - LAG_SECONDS
+        # What the primary has by now, its replica has before anything happens to it; and in the end nobody is left who
+        # would take a decision as the old primary.
+        began = clock()
         self.fail_overs.append((began, math.inf))
         await asyncio.to_thread(self._take_over, begin, end)
-        self.fail_overs[place] = (began, clock() + LAG_SECONDS)
+        self.fail_overs[place] = (began, clock())
 
     def _take_over(self, begin: Callable[[Node], None], end: Callable[[Node], None]) -> None:
         primary = self._cluster.owner(RUN)
         heir = self._cluster.replica_of(primary)
+        written = int(primary.info("INFO", "replication")["master_repl_offset"])
+        until_in_thread(
+            lambda: int(heir.info("INFO", "replication")["slave_repl_offset"]) >= written, "the replica to catch up"
+        )
         begin(primary)
         until_in_thread(lambda: heir.info("INFO", "replication").get("role") == "master", "the replica to take over")
         end(primary)
