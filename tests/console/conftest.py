@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_asyncio
+from playwright.async_api import async_playwright
 
 from tests.console.pages import Story, open_story
 
@@ -21,11 +22,10 @@ if TYPE_CHECKING:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncIterator[Any]:
     """A headless Chromium."""
-    api = pytest.importorskip("playwright.async_api", reason="needs playwright: make setup")
     binary = shutil.which("chromium")
     if binary is None:
         pytest.skip("needs Chromium: `make setup-chromium` installs Debian's as root")
-    async with api.async_playwright() as playwright:
+    async with async_playwright() as playwright:
         opened = await playwright.chromium.launch(executable_path=binary, args=["--no-sandbox", "--disable-gpu"])
         yield opened
         await opened.close()

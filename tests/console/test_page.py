@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from playwright.async_api import expect
 
 from tests.console.pages import DECISIONS, HOSTILE, Story, open_story, watched
 from tests.support.live import live_gateway
@@ -52,7 +53,7 @@ async def test_a_decision_appears_without_reloading(browser: Any, story: Story) 
         text = newest.locator("pre").filter(has_text="what now?").first
         assert await text.inner_text() == f"{HOSTILE} what now?"
         beliefs = newest.get_by_role("region", name="Beliefs and draws")
-        assert await beliefs.locator("circle").count() == 3
+        await expect(beliefs.locator("circle")).to_have_count(3)
         attempts = await newest.get_by_role("region", name="Attempts").inner_text()
         assert reply["model"] in attempts
         assert await seen.page.evaluate("window.hacked") is None
@@ -69,7 +70,7 @@ async def test_a_word_moves_the_posterior(browser: Any, story: Story) -> None:
         verdict = await page.locator(".verdict").inner_text()
         assert "prefers response 2" in verdict
         assert "was the largest, which had a chance of" in verdict
-        assert await page.get_by_role("region", name="What was believed and drawn").locator("circle").count() == 3
+        await expect(page.get_by_role("region", name="What was believed and drawn").locator("circle")).to_have_count(3)
         before = story.get("/posterior")["version"]
         await page.get_by_role("button", name="This one is better").first.click()
         moved = page.get_by_role("region", name="Before and after your word")
@@ -86,7 +87,7 @@ async def test_a_run_of_rewards_is_told_how_its_rm_did(browser: Any, valkey_serv
             await seen.page.get_by_role("button", name="Ask for rewards").click()
             await seen.page.get_by_role("button", name="Badly").click()
             await seen.page.get_by_role("region", name="Before and after your word").wait_for()
-            assert await seen.page.get_by_role("button", name="This one is better").count() == 0
+            await expect(seen.page.get_by_role("button", name="This one is better")).to_have_count(0)
         assert gateway.posterior()["models"][0]["mean_reward"] in (0.0, None)
         assert gateway.posterior()["version"] == 1
 
@@ -107,7 +108,7 @@ async def test_whom_it_would_ask_costs_no_call(browser: Any, story: Story) -> No
         await seen.page.get_by_label("Prompt").fill("asked of nobody")
         await seen.page.get_by_role("button", name="Whom would it ask?").click()
         table = seen.page.get_by_role("region", name="nobody was asked")
-        assert await table.get_by_role("row").count() == 4
+        await expect(table.get_by_role("row")).to_have_count(4)
     asked = [prompt for arm in story.gateway.arms for items in arm.calls for prompt, _ in items]
     assert asked
     assert "asked of nobody" not in asked
@@ -147,7 +148,7 @@ async def test_every_view_can_be_reached_by_keyboard(browser: Any, story: Story)
         line = page.locator(".decisions button").first
         await line.focus()
         await page.keyboard.press("Space")
-        assert await line.get_attribute("aria-expanded") == "true"
+        await expect(line).to_have_attribute("aria-expanded", "true")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -218,5 +219,5 @@ async def test_a_gateway_that_goes_away_is_told(browser: Any, valkey_server: Val
     # The stream did not hold up the gateway's end.
     assert not [one for one in caplog.messages if "graceful shutdown exceeded" in one]
     await page.get_by_role("alert").filter(has_text="Not connected").wait_for()
-    assert await page.get_by_text(f"{DECISIONS}", exact=True).first.is_visible()
+    await expect(page.get_by_text(f"{DECISIONS}", exact=True).first).to_be_visible()
     await context.close()

@@ -33,10 +33,14 @@ def escapes(messages, response, reference, metadata):
 '''
 
 INSIDE = """
-mount --bind {root} {root}
-mount -o remount,bind,ro {root}
+mount --bind {root} /mnt
+mount -o remount,bind,ro /mnt
 mount -o remount,bind,ro /
 mount -t tmpfs tmpfs /tmp
+# A checkout below /tmp is hidden by now.
+mkdir -p {root}
+mount --bind /mnt {root}
+mount -o remount,bind,ro {root}
 {python} -c 'import fcntl,socket,struct; s=socket.socket(); \
 fcntl.ioctl(s,0x8914,struct.pack("16sh",b"lo",0x49))'
 printf '%s' "$RULE" > /tmp/rule.py
