@@ -90,13 +90,13 @@ def _fails(*command: str) -> bool:
 def main() -> None:
     """Build what is asked for."""
     parser = argparse.ArgumentParser(prog="python -m deploy.images.build", description=__doc__.partition("\n")[0])
-    parser.add_argument("targets", nargs="*", choices=[[], *IMAGES], default=list(IMAGES), help="[default: both]")
+    parser.add_argument("--only", choices=tuple(IMAGES), help="one image [default: both]")
     parser.add_argument("--audit", choices=("report", "strict"), default="report", help="see the Dockerfile")
     options = parser.parse_args()
     base = base_image()
     with tempfile.TemporaryDirectory() as folder:
         given = [*pip_options(Path(folder)), "--build-arg", f"AUDIT={options.audit}"]
-        for target in options.targets:
+        for target in [options.only] if options.only else IMAGES:
             build(target, base, given)
 
 
