@@ -50,6 +50,12 @@ class DataReader:
         if read.ties:
             self.ties += read.ties
             self._note(f"{path}: {read.ties} pairs are labelled a tie and left out: no RM is right or wrong on them")
+        for name in read.unheard:
+            self._note(
+                f"{path}: scorer {name!r} has no score on any pair, and is left out. A checkpoint would know nothing "
+                f"of it, and a gateway starts it as an average one: `rm_missing` in {path.name} says why, and "
+                "`reward-router label … --retry-missing` asks it again"
+            )
         return read.pairs
 
     def rows(self, path: Path) -> list[Row]:
