@@ -105,6 +105,12 @@ def show(found: RunReport, console: Console) -> None:
     columns = ("referee", "audits", "ties", "trust", "judged", "accuracy", "scorers there", "teaches")
     drop = ("ties", "trust", "scorers there")
     console.print(fitting_table(console, columns, rows, drop=drop, title="Referees against gold"))
+    console.print(
+        "over time: accuracy in equal parts of the audits, oldest first; fall: evidence that it became worse, 1 is an "
+        "alarm; docs/audits.md explains every column",
+        highlight=False,
+        soft_wrap=True,
+    )
     for record in found.scorers:
         if record.liked is not None and record.liked.gamed:
             console.print(

@@ -166,8 +166,9 @@ def train(
         pairs, known = partly_labelled(reader.rows(data))
     else:
         pairs = reader.pairs(data)
+    asked = pool_names(pairs)
     _require_enough(len(pairs), notes)
-    names = parse_pool(pool) or pool_names(pairs)
+    names = parse_pool(pool) or asked
     losses: dict[str, Any] = {
         "lambda_bt": lambda_bt,
         "lambda_cls": 0.0 if no_cls else lambda_cls,
