@@ -55,7 +55,8 @@ class TrainConfig:
         components: leading directions kept of each dense block of the backbone, per branch.
         lambda_bt, lambda_cls: weights of the two losses; `lambda_cls = 0` is the paper's "w/o CLS".
         soft_share, soft_width: of `targets.soft_targets`; share 0 learns from verdicts alone.
-        kernel: add what a kernel says of similar training pairs (`offline.kernel`) to the correctness logits.
+        kernel_from: pairs from which what a kernel says of similar training pairs (`offline.kernel`) is added to the
+            correctness logits, unless that routes worse; with 64 to 256 it is as likely to lose; 0: never.
         blend: share of an arm's Bradley-Terry score over the arms' mean that is added to its correctness logit before
             the calibration; ranking is what the one head learns and level what the other does.
         balanced: every couple (RM j right where l is wrong) counts alike, however often it occurs.
@@ -80,7 +81,7 @@ class TrainConfig:
     lambda_cls: float = 1.0
     soft_share: float = 0.5
     soft_width: float = 0.5
-    kernel: bool = True
+    kernel_from: int = 512
     blend: float = 0.75
     balanced: bool = False
     learning_rate: float = 3e-3

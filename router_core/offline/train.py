@@ -154,7 +154,7 @@ def _fit_checkpoint(
     """Cross-fit to choose the epochs and to calibrate, then fit on everything."""
     rng = np.random.default_rng(config.seed)
     predicted, similar = np.zeros((config.max_epochs, 2, *correctness.shape)), np.zeros(correctness.shape)
-    kernel = config.kernel and config.lambda_cls > 0
+    kernel = config.lambda_cls > 0 and 0 < config.kernel_from <= len(pairs)
     folds = grouped_folds(pairs, config.folds, rng)
     steps = math.ceil(min(len(inside) for inside, _ in folds) / config.batch_size)
     for fold, (inside, outside) in enumerate(folds):

@@ -17,6 +17,7 @@ from router_core.prior import CALIBRATED_HYPERPARAMETERS, PriorForm  # noqa: E40
 from tests.support.offline import POOL, two_domains  # noqa: E402
 
 FAST = TrainConfig(max_epochs=6, folds=2, d=2, context=2, members=2, member_dim=4, hidden=8)
+NEAR = replace(FAST, kernel_from=80)
 
 
 def test_the_online_stage_gets_the_settings_of_the_replays() -> None:
@@ -27,21 +28,22 @@ def test_the_online_stage_gets_the_settings_of_the_replays() -> None:
 
 def test_a_checkpoint_keeps_the_heads_exact_and_says_which_columns_each_form_reads() -> None:
     pairs = two_domains(80)
-    checkpoint, _ = fit(pairs, POOL, SurfaceBackbone(), FAST)
+    checkpoint, _ = fit(pairs, POOL, SurfaceBackbone(), NEAR)
     features, learned = checkpoint.fuse.features, checkpoint.fuse.learned
     assert features == learned + len(POOL)
     assert checkpoint.columns(PriorForm.PAPER) == (0, learned)
     assert checkpoint.columns(PriorForm.CALIBRATED) == (features, 3)
     np.testing.assert_allclose(np.linalg.norm(checkpoint.bt_embeddings, axis=1), 1.0, rtol=1e-5)
     assert checkpoint.scores is not None
-    papers = fit(pairs, POOL, SurfaceBackbone(), replace(FAST, lambda_cls=0.0))[0]
+    assert fit(pairs, POOL, SurfaceBackbone(), FAST)[0].fuse.kernel is None
+    papers = fit(pairs, POOL, SurfaceBackbone(), replace(NEAR, lambda_cls=0.0))[0]
     assert papers.prior_form is PriorForm.PAPER
     assert papers.fuse.kernel is None
 
 
 def test_offsets_are_the_networks_and_the_kernel_together() -> None:
     pairs = two_domains(80)
-    checkpoint, _ = fit(pairs, POOL, SurfaceBackbone(), FAST)
+    checkpoint, _ = fit(pairs, POOL, SurfaceBackbone(), NEAR)
     kernel, learned = checkpoint.fuse.kernel, checkpoint.fuse.learned
     assert kernel is not None
     x = checkpoint.fuse.apply(pair_features(pairs, SurfaceBackbone()))
