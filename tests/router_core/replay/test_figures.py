@@ -79,7 +79,9 @@ def test_the_report_has_the_promised_keys_and_figures_by_hand() -> None:
     assert figures["best_single"] == {"model": "left", "accuracy": 0.5}
     assert figures["seeds"] == [0, 1]
     assert figures["pool"] == list(POOL)
-    assert figures["subsets"][""]["n"] == 400
+    # The pairs have domains and no subsets.
+    assert {name: part["n"] for name, part in figures["subsets"].items()} == {"even": 200, "odd": 200}
+    assert figures["best_per_subset"] == 1.0
     assert figures["asked"]["single:left"] == {"left": 1.0, "right": 0.0}
     assert "majority" not in figures["asked"]
     assert figures["last_third"]["bayesian"] > 0.95
