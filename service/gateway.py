@@ -213,6 +213,7 @@ class Gateway:
         """Stop in the order in which things depend on each other; what is being asked in the shadow is waited for."""
         await self.shadower.drain()
         self.telemetry.tell_watched()
+        await self.watcher.tell()
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)

@@ -11,7 +11,7 @@ function Tiles({ state, report, points }) {
   const budget = state.budgets[0], last = points[points.length - 1];
   const right = report?.router.accuracy;
   return html`<dl class="tiles">
-    <${Tile} label="Decisions here" value=${count(state.decisions)} hint=${last ? `${count(last.decisions)} in the last 10 s` : "since the start"}/>
+    <${Tile} label="Decisions" value=${count(state.decisions)} hint=${last ? `${count(last.decisions)} in the last 10 s` : "since the start"}/>
     <${Tile} label="Callers got the right one" value=${right ? percent(right.value) : "–"} hint=${right ? `${percent(right.low)} to ${percent(right.high)}, ${count(right.audits)} audits` : "needs audits"}/>
     <${Tile} label="Price per decision" value=${number(state.price)} hint=${budget ? `budget ${number(budget.budget)}, a call is worth it above ${budget.multiplier.toPrecision(2)}` : "in units of the cheapest"}/>
     <${Tile} label="Audits waiting" value=${state.audits ? count(state.audits_waiting) : "off"} hint=${state.audits ? "for a referee" : "none in the pool file"}/>
@@ -91,7 +91,7 @@ function Live({ state, points, theme }) {
   const price = [{ label: "price", tone: "accent", values: rolling(points, (point) => point.price) }];
   if (state.budgets[0]) price.push({ label: "budget", tone: "muted", dash: true, values: points.map(() => state.budgets[0].budget) });
   const share = state.arms.map((arm, index) => ({ label: arm.model, tone: hue(index), values: rolling(points, (point) => point.asked[index] ?? 0) }));
-  return html`<h3>The last hour, on this gateway</h3><div class="charts">
+  return html`<h3>The last hour</h3><div class="charts">
     <${Chart} title="What each is expected to be worth" hint="posterior mean, ± one standard deviation, on recent texts" times=${times} series=${expected} format=${number} theme=${theme} empty="Nothing was asked yet."/>
     <${Chart} title="Who is asked" hint="share of the decisions, over 30 or more" times=${times} series=${share} range=${[0, 1]} theme=${theme}/>
     <${Chart} title="Price per decision" hint="in units of the cheapest scorer" times=${times} series=${price} format=${number} theme=${theme}/>
@@ -102,7 +102,7 @@ function Posterior({ state }) {
   const learns = state.signal === "preference" ? "Right in" : "Mean reward";
   return html`<${Scroll} label="What is known of each scorer"><table class="plain">
     <caption>What is known of each scorer</caption>
-    <thead><tr><th scope="col">Scorer</th><th scope="col" class="num">Price</th><th scope="col" class="num">Asked here</th><th scope="col" class="num">Feedbacks</th><th scope="col" class="num">${learns}</th><th scope="col" class="num">Expected now</th><th scope="col" class="num">Doubt</th><th scope="col" class="num">Found changed</th></tr></thead>
+    <thead><tr><th scope="col">Scorer</th><th scope="col" class="num">Price</th><th scope="col" class="num">Asked</th><th scope="col" class="num">Feedbacks</th><th scope="col" class="num">${learns}</th><th scope="col" class="num">Expected now</th><th scope="col" class="num">Doubt</th><th scope="col" class="num">Found changed</th></tr></thead>
     <tbody>${state.arms.map((arm, index) => html`<tr><th scope="row"><${Swatch} index=${index}/>${arm.model}</th><td class="num">${number(arm.price)}</td>
       <td class="num">${count(arm.asked)} <span class="muted">${state.decisions ? percent(arm.asked / state.decisions) : ""}</span></td><td class="num">${count(arm.feedbacks)}</td>
       <td class="num">${state.signal === "preference" ? percent(arm.mean_reward) : number(arm.mean_reward)}</td><td class="num">${number(arm.mean, 3)}</td><td class="num">± ${number(arm.sd, 3)}</td><td class="num">${arm.alarms ? html`<span class="badge bad">${arm.alarms}×</span>` : "–"}</td></tr>`)}</tbody>

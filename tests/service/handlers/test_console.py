@@ -11,7 +11,7 @@ import pytest
 
 from service.console import STATIC, console_files
 from tests.support.events import watch
-from tests.support.gateway import open_gateway, pair
+from tests.support.gateway import fresh_run, open_gateway, pair
 from tests.support.live import LiveGateway, live_gateway
 from tests.support.processes import fetch
 from tests.support.rules import call
@@ -190,3 +190,35 @@ def test_the_stream_follows_a_pool_that_changes(valkey_server: ValkeyProcess) ->
     assert [arm["model"] for arm in state["arms"]] == ["rm-a", "rm-b", "rm-d"]
     assert [len(one["means"]) for one in state["newest"]] == [2, 2]
     assert [len(one["now_means"]) for one in state["newest"]] == [3, 3]
+
+
+def test_every_gateway_shows_what_all_have_decided(valkey_server: ValkeyProcess) -> None:
+    run = fresh_run()
+    with (
+        live_gateway(valkey_server.url, run=run, console_texts=True) as one,
+        live_gateway(valkey_server.url, run=run) as other,
+    ):
+        made = {reply["decision_id"] for reply in send(one, 3, policy="single:rm-a")}
+        made |= {reply["decision_id"] for reply in send(other, 2, policy="single:rm-b")}
+        shown = []
+        for gateway in (one, other):
+            with watch(gateway.url + "/events") as stream:
+                while (state := stream.next("state"))["decisions"] < 5:
+                    pass
+                shown.append(state)
+    for state in shown:
+        assert (state["decisions"], state["price"]) == (5, 1.0)
+        assert [arm["asked"] for arm in state["arms"]] == [3, 2, 0]
+        assert {decision["decision_id"] for decision in state["newest"]} == made
+    assert sum(decision["prompt"] is not None for decision in shown[0]["newest"]) == 3
+    assert all(decision["prompt"] is None for decision in shown[1]["newest"])
+
+
+def test_a_new_gateway_counts_on_and_shows_the_same_past(valkey_server: ValkeyProcess) -> None:
+    run = fresh_run()
+    with live_gateway(valkey_server.url, run=run) as gateway:
+        send(gateway, 4)
+    with live_gateway(valkey_server.url, run=run) as gateway, watch(gateway.url + "/events") as stream:
+        state = stream.next("state")
+    assert state["decisions"] == 4
+    assert len(state["newest"]) == 4
