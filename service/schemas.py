@@ -224,6 +224,13 @@ class RewardReply(msgspec.Struct):
         Annotated[int, Meta(description="Where rewards were normalised: entries that the scale has learned from.")]
         | msgspec.UnsetType
     ) = msgspec.UNSET
+    arm: Annotated[
+        int | None,
+        Meta(
+            description="Index of that RM in decisions and exports, which a change of the pool never moves; null where "
+            "several were asked for one answer."
+        ),
+    ] = None
     beliefs: (
         Annotated[list[Belief], Meta(description="With `explain`: what was believed and drawn, in the pool's order.")]
         | msgspec.UnsetType

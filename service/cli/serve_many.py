@@ -216,7 +216,7 @@ class _Crew:
         with theirs:
             process = subprocess.Popen(
                 dies_with_parent([sys.executable, "-m", "service.cli.serve_one"]),
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._metrics)},
                 # Ctrl-C is for us, who end them in order.
                 start_new_session=True,

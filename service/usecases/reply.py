@@ -267,6 +267,7 @@ def reply_of(
         sticky=msgspec.UNSET if job.followed is None else True,
         raw_rewards=msgspec.UNSET if normalised is None else _told_rewards(raw),
         scale_version=msgspec.UNSET if normalised is None else job.scale_version,
+        arm=decision.arm,
         beliefs=beliefs_of(job.chosen, job.row, job.followed) if job.explain else msgspec.UNSET,
     )
 
