@@ -411,7 +411,8 @@ class Watcher:
     ) -> RunState:
         (posterior, template), totals = current, run.history.totals
         statistics = posterior.statistics
-        rewards = statistics.mean_reward().tolist()
+        # A referee that errs has its errors taken out, which may lead beyond either end.
+        rewards = np.clip(statistics.mean_reward(), 0.0, 1.0).tolist()
         arms = [
             ArmState(
                 model=model,

@@ -32,6 +32,8 @@ function Cell({ asked, estimate, best, index }) {
   </td>`;
 }
 
+const ENOUGH_AUDITS = 10; // Fewer name nobody the best.
+
 function Matrix({ report }) {
   const kinds = report.kinds.length > 1 ? report.kinds : [];
   const best = (pick) => Math.max(...report.scorers.map((one) => pick(one)?.value ?? -1));
@@ -45,7 +47,7 @@ function Matrix({ report }) {
       <tbody>
         ${report.scorers.map((one, index) => html`<tr><th scope="row"><${Swatch} index=${index}/>${one.model}
           ${one.fall >= 1 && html` <span class="badge bad">fell</span>`}${one.liked?.gamed && html` <span class="badge bad">gamed</span>`}</th>
-          ${columns.map((column) => html`<${Cell} key=${column.of} index=${index} asked=${column.asked(one)} estimate=${column.right(one)} best=${column.right(one) && column.right(one).value === column.top && report.scorers.length > 1}/>`)}</tr>`)}
+          ${columns.map((column) => html`<${Cell} key=${column.of} index=${index} asked=${column.asked(one)} estimate=${column.right(one)} best=${column.right(one)?.audits >= ENOUGH_AUDITS && column.right(one).value === column.top && report.scorers.length > 1}/>`)}</tr>`)}
         <tr class="router"><th scope="row">what callers got</th>${columns.map((column) => html`<${Cell} key=${column.of} asked=${null} estimate=${column.right(report.router)}/>`)}</tr>
       </tbody>
     </table><//>
