@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from service.cli.fitting import fitting_table
 from service.cli.runs import told, with_store
 from service.cli.store_option import store_option
 from service.errors import ConfigurationError
@@ -37,7 +35,7 @@ def acts(
             envvar="REWARD_ROUTER_ACTS_FILE", help="A gateway's log of acts, its setting acts_file; may be repeated."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:
     """List what operators did, oldest first: pools changed, runs archived, exported, imported or deleted, requests to
     /admin, keys files taken.
@@ -56,20 +54,11 @@ def acts(
     if as_json:
         typer.echo(json.dumps(rows))
         return
-    console = Console()
-    columns = ("time", "by", "act", "run", "about", "status")
-    cells = [
-        (
-            datetime.fromtimestamp(row["time_ms"] / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S"),
-            row["by"] or "unknown",
-            row["act"],
-            row["run"],
-            row["about"],
-            row.get("status", ""),
-        )
-        for row in rows
-    ]
-    console.print(fitting_table(console, columns, cells, title=f"{len(rows)} acts"))
+    for row in rows:
+        when = datetime.fromtimestamp(row["time_ms"] / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        told_of = [row["act"], row["run"], row["about"], row.get("status", "")]
+        by = f"by {row['by']}" if row["by"] else ""
+        typer.echo("  ".join(word for word in (when, *told_of, by) if word))
 
 
 def requests_in(path: Path) -> list[dict[str, Any]]:
