@@ -96,6 +96,8 @@ class ArmState(msgspec.Struct):
 
     model: str
     price: float
+    retired: bool
+    on_probation: bool
     asked: int
     feedbacks: int
     mean_reward: float | None
@@ -410,13 +412,15 @@ class Watcher:
         waiting: int | None,
     ) -> RunState:
         (posterior, template), totals = current, run.history.totals
-        statistics = posterior.statistics
+        statistics, waiting_arms = posterior.statistics, posterior.on_probation
         # A referee that errs has its errors taken out, which may lead beyond either end.
         rewards = np.clip(statistics.mean_reward(), 0.0, 1.0).tolist()
         arms = [
             ArmState(
                 model=model,
                 price=template.prices[k],
+                retired=template.retired[k],
+                on_probation=waiting_arms is not None and bool(waiting_arms[k]),
                 asked=totals.asked.get(k, 0),
                 feedbacks=int(statistics.count[k]),
                 mean_reward=_number(rewards[k]),

@@ -34,7 +34,10 @@ function Cell({ asked, estimate, best, index }) {
 
 const ENOUGH_AUDITS = 10; // Fewer name nobody the best.
 
-function Matrix({ report }) {
+// What became of a scorer's place in the pool, as a badge.
+const Place = ({ arm }) => (arm?.retired ? html` <span class="badge">retired</span>` : arm?.on_probation ? html` <span class="badge" title="asked of a bounded share until more is known of it">on probation</span>` : null);
+
+function Matrix({ report, state }) {
   const kinds = report.kinds.length > 1 ? report.kinds : [];
   const best = (pick) => Math.max(...report.scorers.map((one) => pick(one)?.value ?? -1));
   const columns = [
@@ -45,7 +48,7 @@ function Matrix({ report }) {
     <table class="matrix">
       <thead><tr><th scope="col">Scorer</th>${columns.map(({ name, share }) => html`<th scope="col"><span class="kind">${name}</span>${share != null && html` <span class="muted small">${percent(share)} of the texts</span>`}</th>`)}</tr></thead>
       <tbody>
-        ${report.scorers.map((one, index) => html`<tr><th scope="row"><${Swatch} index=${index}/>${one.model}
+        ${report.scorers.map((one, index) => html`<tr><th scope="row"><${Swatch} index=${index}/>${one.model}<${Place} arm=${state.arms[index]}/>
           ${one.fall >= 1 && html` <span class="badge bad">fell</span>`}${one.liked?.gamed && html` <span class="badge bad">gamed</span>`}</th>
           ${columns.map((column) => html`<${Cell} key=${column.of} index=${index} asked=${column.asked(one)} estimate=${column.right(one)} best=${column.right(one)?.audits >= ENOUGH_AUDITS && column.right(one).value === column.top && report.scorers.length > 1}/>`)}</tr>`)}
         <tr class="router"><th scope="row">what callers got</th>${columns.map((column) => html`<${Cell} key=${column.of} asked=${null} estimate=${column.right(report.router)}/>`)}</tr>
@@ -105,7 +108,7 @@ function Posterior({ state }) {
   return html`<${Scroll} label="What is known of each scorer"><table class="plain">
     <caption>What is known of each scorer</caption>
     <thead><tr><th scope="col">Scorer</th><th scope="col" class="num">Price</th><th scope="col" class="num">Asked</th><th scope="col" class="num">Feedbacks</th><th scope="col" class="num">${learns}</th><th scope="col" class="num">Expected now</th><th scope="col" class="num">Doubt</th><th scope="col" class="num">Found changed</th></tr></thead>
-    <tbody>${state.arms.map((arm, index) => html`<tr><th scope="row"><${Swatch} index=${index}/>${arm.model}</th><td class="num">${number(arm.price)}</td>
+    <tbody>${state.arms.map((arm, index) => html`<tr><th scope="row"><${Swatch} index=${index}/>${arm.model}<${Place} arm=${arm}/></th><td class="num">${number(arm.price)}</td>
       <td class="num">${count(arm.asked)} <span class="muted">${state.decisions ? percent(arm.asked / state.decisions) : ""}</span></td><td class="num">${count(arm.feedbacks)}</td>
       <td class="num">${state.signal === "preference" ? percent(arm.mean_reward) : number(arm.mean_reward)}</td><td class="num">${number(arm.mean, 3)}</td><td class="num">± ${number(arm.sd, 3)}</td><td class="num">${arm.alarms ? html`<span class="badge bad">${arm.alarms}×</span>` : "–"}</td></tr>`)}</tbody>
   </table><//>`;
@@ -124,7 +127,7 @@ export function Overview({ state, report, points, theme }) {
   const audited = report && report.audits > 0;
   return html`<${Tiles} state=${state} report=${report} points=${points}/>
     <section class="card"><h2>Who is asked for what, and who is right</h2>
-      ${audited ? html`<${Matrix} report=${report}/><${Course} report=${report} theme=${theme}/><${Referees} report=${report}/>`
+      ${audited ? html`<${Matrix} report=${report} state=${state}/><${Course} report=${report} theme=${theme}/><${Referees} report=${report}/>`
         : state.audits ? html`<${Note}>No audit is done yet. Decisions are chosen as they come; ${count(state.audits_waiting)} wait for a referee.<//>`
         : html`<${Note}>Audits are off, so nobody says who is right but the feedback, and kinds of text are not told apart. Put <code>audit</code> into the pool file: <code>docs/audits.md</code>.<//>`}
     </section>

@@ -187,7 +187,15 @@ def test_the_stream_follows_a_pool_that_changes(valkey_server: ValkeyProcess) ->
             assert status == 200, document
             while len((state := stream.next("state"))["arms"]) == 2:
                 pass
+            call(f"{gateway.url}/admin/pool", {"pool": {"models": entries[1:]}})
+            while not (last := stream.next("state"))["arms"][0]["retired"]:
+                pass
     assert [arm["model"] for arm in state["arms"]] == ["rm-a", "rm-b", "rm-d"]
+    assert [(arm["retired"], arm["on_probation"]) for arm in last["arms"]] == [
+        (True, False),
+        (False, False),
+        (False, True),
+    ]
     assert [len(one["means"]) for one in state["newest"]] == [2, 2]
     assert [len(one["now_means"]) for one in state["newest"]] == [3, 3]
 
