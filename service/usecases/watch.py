@@ -91,6 +91,9 @@ class Sample(msgspec.Struct):
     lag: int | None
 
 
+_NOTHING = Sample(0, 0, 0.0, [], None, None, None)
+
+
 class ArmState(msgspec.Struct):
     """What is known of one arm: `ArmLearned`, the means of `Point`, and how often it was asked."""
 
@@ -187,8 +190,9 @@ class _Channel:
 
     @property
     def points(self) -> list[Point]:
-        """The points of the charts, oldest first."""
-        return [_point(before, now) for before, now in itertools.pairwise(self.samples)]
+        """The points of the charts, oldest first; the first one is of all that was before it."""
+        whole = self.samples if len(self.samples) == POINTS else [_NOTHING, *self.samples]
+        return [_point(before, now) for before, now in itertools.pairwise(whole)]
 
     def publish(self) -> None:
         """Wake everybody who waits for something new."""
@@ -511,7 +515,7 @@ def _samples(kept: Sequence[bytes]) -> list[Sample]:
 
 
 def _newest_point(samples: Sequence[Sample]) -> Point | None:
-    return _point(samples[-2], samples[-1]) if len(samples) > 1 else None
+    return _point(samples[-2] if len(samples) > 1 else _NOTHING, samples[-1]) if samples else None
 
 
 def _point(before: Sample, now: Sample) -> Point:

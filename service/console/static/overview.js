@@ -11,7 +11,7 @@ function Tiles({ state, report, points }) {
   const budget = state.budgets[0], last = points[points.length - 1];
   const right = report?.router.accuracy;
   return html`<dl class="tiles">
-    <${Tile} label="Decisions" value=${count(state.decisions)} hint=${last ? `${count(last.decisions)} in the last 10 s` : "since the start"}/>
+    <${Tile} label="Decisions" value=${count(state.decisions)} hint=${points.length > 1 ? `${count(last.decisions)} in the last 10 s` : "since the run began"}/>
     <${Tile} label="Callers got the right one" value=${right ? percent(right.value) : "–"} hint=${right ? `${percent(right.low)} to ${percent(right.high)}, ${count(right.audits)} audits` : "needs audits"}/>
     <${Tile} label="Price per decision" value=${number(state.price)} hint=${budget ? `budget ${number(budget.budget)}, a call is worth it above ${budget.multiplier.toPrecision(2)}` : "in units of the cheapest"}/>
     <${Tile} label="Audits waiting" value=${state.audits ? count(state.audits_waiting) : "off"} hint=${state.audits ? "for a referee" : "none in the pool file"}/>
