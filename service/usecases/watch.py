@@ -434,9 +434,10 @@ class Watcher:
             )
             for k, model in enumerate(template.pool)
         ]
+        audits = template.audits
         workers = [
-            *(one.model_copy(update={"referee": False}) for one in self._status.models()),
-            *(one.model_copy(update={"referee": True}) for one in self._status.referees()),
+            *(template.arms[k].status() for k in template.asked),
+            *(one.status().model_copy(update={"referee": True}) for one in (audits.apart if audits else ())),
         ]
         return RunState(
             run=run.name,

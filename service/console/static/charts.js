@@ -101,7 +101,7 @@ export function Beliefs({ rows, caption, chosen, word = "doubt" }) {
       </svg></td>
       <td class="num">${row.mean == null ? "not asked here" : html`${number(row.mean)} <span class="muted">± ${number(row.sd)}</span>`}</td>
       ${drawn && html`<td class="num">${number(row.draw)}</td>`}
-      ${moved && html`<td class="num">${number(row.after)} <span class="muted">± ${number(row.afterSd)}</span></td>`}
+      ${moved && html`<td class="num">${row.after == null ? "–" : html`${number(row.after)} <span class="muted">± ${number(row.afterSd)}</span>`}</td>`}
       <td class="num">${percent(row.chance)}</td>
     </tr>`)}</tbody>
   </table><//>`;

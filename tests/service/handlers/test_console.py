@@ -180,6 +180,8 @@ async def test_the_report_says_who_was_asked(valkey_server: ValkeyProcess) -> No
 def test_the_stream_follows_a_pool_that_changes(valkey_server: ValkeyProcess) -> None:
     with live_gateway(valkey_server.url, models=("rm-a", "rm-b")) as gateway:
         send(gateway, 2)
+        other = fresh_run()
+        send(gateway, 1, run=other)
         with watch(gateway.url + "/events") as stream:
             assert len(stream.next("state")["arms"]) == 2
             entries = [{"name": "rm-a"}, {"name": "rm-b"}, {"name": "rm-d", "urls": ["http://127.0.0.1:9"]}]
@@ -187,6 +189,8 @@ def test_the_stream_follows_a_pool_that_changes(valkey_server: ValkeyProcess) ->
             assert status == 200, document
             while len((state := stream.next("state"))["arms"]) == 2:
                 pass
+            with watch(f"{gateway.url}/events?run={other}") as beside:
+                assert [one["name"] for one in beside.next("state")["workers"]] == ["rm-a", "rm-b"]
             call(f"{gateway.url}/admin/pool", {"pool": {"models": entries[1:]}})
             while not (last := stream.next("state"))["arms"][0]["retired"]:
                 pass
