@@ -31,6 +31,7 @@ from router_core.records import TIE
 from service.errors import NotFoundError, OverCapacityError, ServiceError
 from service.keys.access import Access
 from service.schemas import AttemptReply
+from service.stores.acts import is_archived
 from service.stores.protocol import Store
 from service.usecases.audit_choice import is_audited, is_audited_run
 from service.usecases.history import Decided
@@ -52,6 +53,9 @@ POINTS = 360
 
 REPORT_SECONDS = 15.0
 """Pause between two reports on audits, which take a second where there are thousands."""
+
+NAMES_SECONDS = 15.0
+"""Pause between two looks at which runs the store has."""
 
 _ENCODER = msgspec.json.Encoder()
 _PACKER = msgspec.msgpack.Encoder()
@@ -239,6 +243,8 @@ class Watcher:
         self._point_seconds = point_seconds
         self._channels: dict[str, _Channel] = {}
         self._asked_for = asyncio.Event()
+        self._names: list[str] = []
+        self._named_at = -math.inf
 
     def forget(self, run: str) -> None:
         """Forget the past of a run that was closed; those who watch it are told that it is not open."""
@@ -271,7 +277,8 @@ class Watcher:
                 seen.check_run(name)
                 self._check_open(name)
                 # The only word of other runs, and so the only one that viewers do not share.
-                others = _event("runs", _ENCODER.encode(sorted(seen.seen(self._runs.runs))))
+                names = sorted(seen.seen({*self._names, *self._runs.runs}))
+                others = _event("runs", _ENCODER.encode(names))
                 if others != runs:
                     runs = others
                     yield runs
@@ -319,6 +326,8 @@ class Watcher:
             self._asked_for.clear()
             await self.tell()
             watched = any(channel.viewers for channel in self._channels.values())
+            if watched:
+                await self._renew_names()
             for name, channel in list(self._channels.items()):
                 run = self._runs.runs.get(name)
                 due = self._slot() != channel.slot
@@ -333,6 +342,16 @@ class Watcher:
                 # A first viewer need not wait.
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._asked_for.wait(), self._interval)
+
+    async def _renew_names(self) -> None:
+        """Look which runs the store has, without the archived ones; whoever chooses one opens it here."""
+        now = asyncio.get_running_loop().time()
+        if now - self._named_at < NAMES_SECONDS:
+            return
+        self._named_at = now
+        with contextlib.suppress(ServiceError):
+            names = await self._store.list_runs()
+            self._names = [name for name in names if not is_archived(await self._store.acts(name))]
 
     def _slot(self) -> int:
         """Number of the present point: all gateways count alike."""

@@ -226,6 +226,16 @@ def test_every_gateway_shows_what_all_have_decided(valkey_server: ValkeyProcess)
     assert all(decision["prompt"] is None for decision in shown[1]["newest"])
 
 
+def test_runs_that_only_another_gateway_has_open_can_be_chosen(valkey_server: ValkeyProcess) -> None:
+    with live_gateway(valkey_server.url) as one, live_gateway(valkey_server.url) as other:
+        send(one)
+        with watch(other.url + "/events") as stream:
+            while one.run not in stream.next("runs"):
+                pass
+        with watch(f"{other.url}/events?run={one.run}") as stream:
+            assert stream.next("state")["decisions"] == 1
+
+
 def test_a_new_gateway_counts_on_and_shows_the_same_past(valkey_server: ValkeyProcess) -> None:
     run = fresh_run()
     with live_gateway(valkey_server.url, run=run) as gateway:
