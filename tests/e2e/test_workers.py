@@ -64,13 +64,14 @@ class Crew:
 
 
 @pytest.fixture
-def crew(tmp_path: Path, own_valkey_server: ValkeyProcess) -> Iterator[Crew]:
+def crew(request: pytest.FixtureRequest, tmp_path: Path, own_valkey_server: ValkeyProcess) -> Iterator[Crew]:
+    """Two processes; a test's parameter is their `hang_seconds`."""
     pytest.importorskip("wordllama", reason="needs reward-router[embedded]")
     pairs = write_recorded_pairs(tmp_path / "pairs.jsonl", 24)
     with Services(tmp_path) as services:
         worker = services.worker(tmp_path / "pairs.jsonl")
         worker.wait_until_ready()
-        settings = {"block_size": 4, "refresh_events": 8, "hang_seconds": HANG_SECONDS}
+        settings = {"block_size": 4, "refresh_events": 8, "hang_seconds": getattr(request, "param", 30)}
         gateway = services.gateway("gateway", worker, own_valkey_server.url, workers=2, **settings)
         gateway.wait_until_ready()
         yield Crew(gateway, pairs)
@@ -154,6 +155,7 @@ def test_a_killed_process_is_replaced_and_the_port_keeps_answering(crew: Crew) -
     assert "gateway process left" in crew.gateway.log.read_text()
 
 
+@pytest.mark.parametrize("crew", [HANG_SECONDS], indirect=True)
 def test_a_process_that_hangs_is_killed_and_replaced(crew: Crew) -> None:
     first, second = crew.both()
     os.kill(first, signal.SIGSTOP)
@@ -165,6 +167,7 @@ def test_a_process_that_hangs_is_killed_and_replaced(crew: Crew) -> None:
     assert "gateway process left" in log
 
 
+@pytest.mark.parametrize("crew", [HANG_SECONDS], indirect=True)
 def test_processes_that_were_stopped_with_their_parent_live_on(crew: Crew) -> None:
     pids = crew.both()
     together = [crew.pid, *pids]
