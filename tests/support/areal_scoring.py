@@ -25,6 +25,7 @@ RESPONSES = ["a b", "c d e f", "g"]
 WAYS = {
     "function": ("areal.workflow.rlvr.RLVRWorkflow", {"reward_fn": "service.trainers.areal.reward_fn"}),
     "workflow": ("service.trainers.areal_workflow.RouterWorkflow", {}),
+    "turns": ("tests.support.areal_turns.RouterTurns", {"max_turns": 2, "turn_discount": 0.5}),
 }
 UNUSED = ("areal.utils.name_resolve", "areal.utils.seqpack")
 
@@ -68,22 +69,24 @@ async def episodes(way: str, model: str, column: str) -> dict[str, Any]:
     """Each prompt's reward, and what AReaL logs of them.
 
     Args:
-        way: `function`, AReaL's workflow with ours by name; `workflow`, ours.
+        way: `function`, AReaL's workflow with ours by name; `workflow`, ours; `turns`, AReaL's of several turns with
+            `RouterRewards` before it.
         model: folder of the tokenizer.
         column: in which the data set has the conversations; ours reads `messages`, else it takes the prompt's template
             apart.
+
+    The workflow of several turns knows its column by itself, and asks again where a reward is 0.
     """
     from areal.api.cli_args import GenerationHyperparameters
     from areal.utils import stats_tracker
     from areal.utils.dynamic_import import import_from_string
+    from areal.utils.hf_utils import load_hf_tokenizer
 
-    path, function = WAYS[way]
-    workflow = import_from_string(path)(
-        gconfig=GenerationHyperparameters(),
-        tokenizer=model,
-        data_extract_prompt_fn=lambda row: row[column],
-        **function,
-    )
+    path, given = WAYS[way]
+    words = {"tokenizer": load_hf_tokenizer(model)} if way == "turns" else {"tokenizer": model}
+    if way != "turns":
+        words["data_extract_prompt_fn"] = lambda row: row[column]
+    workflow = import_from_string(path)(gconfig=GenerationHyperparameters(), **words, **given)
     engine = Engine(workflow.tokenizer, dict(zip(PROMPTS, RESPONSES, strict=True)))
     rows = [{column: [{"role": "user", "content": prompt}], "answer": "x"} for prompt in PROMPTS]
     found = await asyncio.gather(*(workflow.arun_episode(engine, row) for row in rows), return_exceptions=True)
