@@ -250,8 +250,9 @@ def test_the_frameworks_snippets_run(page: str, folder: str, gateway: LiveGatewa
     config = "".join(blocks(f"{page}.md", "yaml"))
     lines = [
         "import sys",
-        "from tests.support.gym_scoring import Stubs",
-        "sys.meta_path.insert(0, Stubs())",
+        "from tests.support.gym_scoring import REMOTE",
+        "from tests.support.stubs import Stubs",
+        "sys.meta_path.insert(0, Stubs(REMOTE))",
         f"sys.path.append({str(clients)!r})",
         f"CONFIG = {config!r}",
         "__name__ = 'page'",

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.abc
-import importlib.machinery
 import json
 import os
 import sys
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 from tests.conftest import free_port
+from tests.support.stubs import Stubs
 
 APP = """
 from service.trainers.nemo_gym_server import RouterResourcesServer
@@ -31,36 +29,13 @@ RESPONSES = ["a b", "c d e f", "g"]
 REFUSED = "x" * 50
 """A response that the RM of the tests gives no reward."""
 PROMPT = [{"role": "user", "content": "Say something."}]
-REMOTE = frozenset({"prime_runs", "prime_sandboxes", "prime_tunnel"})
-
-
-class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds packages for remote sandboxes, with every name that is asked of them."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        """Return a package for the names of `REMOTE`."""
-        if name.split(".")[0] in REMOTE:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        """Return a module whose every name is an exception."""
-
-        class Stub(ModuleType):
-            def __getattr__(self, name: str) -> Any:
-                if name.startswith("__"):
-                    raise AttributeError(name)
-                return type(name, (Exception,), {})
-
-        return Stub(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Do nothing."""
+REMOTE = ("prime_runs", "prime_sandboxes", "prime_tunnel")
+"""Packages for remote sandboxes."""
 
 
 async def verifiers() -> Any:
     """`Task.score` with the plugged function, and a group in the `finalize` of an environment."""
-    sys.meta_path.insert(0, Stubs())
+    sys.meta_path.insert(0, Stubs(REMOTE))
     import verifiers.v1 as vf
     from verifiers.v1.graph import MessageNode
 
