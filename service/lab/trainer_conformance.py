@@ -18,6 +18,8 @@ import msgspec
 from service.trainers.protocols import PROTOCOLS
 
 USER = "<|im_start|>user\nWhat is 7 + 5?<|im_end|>\n<|im_start|>assistant\n"
+LATER = f"<|im_start|>system\nBe brief.<|im_end|>\n{USER}12<|im_end|>\n{USER.replace('What is 7 + 5?', 'And doubled?')}"
+"""The prompt `TURNS` as a policy's template writes it."""
 TURNS = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What is 7 + 5?"},
@@ -61,7 +63,7 @@ class Replayed:
     problem: str | None
 
 
-HELPERS = "TRL, verl, ms-swift, AReaL, verifiers, SkyRL, ROLL, Atropos, NeMo"
+HELPERS = "TRL, verl, ms-swift, AReaL, verifiers, SkyRL, ROLL, Atropos, NeMo Gym, NeMo RL"
 """Who asks through the client, by `/reward/batch`."""
 
 
@@ -80,6 +82,13 @@ def recordings() -> list[Recording]:
             {"query": [f"{USER}12<|im_end|>", f"{USER}13<|im_end|>"], "prompts": [USER, USER], "labels": ["12", "12"]},
             2,
         ),
+        Recording(
+            "OpenRLHF",
+            "templated text, several turns",
+            "/get_reward",
+            {"query": [f"{LATER}24<|im_end|>"], "prompts": [LATER], "labels": ["24"]},
+            1,
+        ),
         Recording("OpenRLHF", "an empty batch", "/get_reward", {"query": [], "prompts": [], "labels": []}, 0),
         Recording(
             "LLaMA-Factory",
@@ -89,11 +98,33 @@ def recordings() -> list[Recording]:
             2,
         ),
         Recording(
+            "LLaMA-Factory",
+            "templated text, several turns",
+            "/v1/score/evaluation",
+            {"model": "model", "messages": [f"{LATER}24<|im_end|>\n"]},
+            1,
+        ),
+        Recording(
+            "slime",
+            "templated text, several turns",
+            "/remote_rm",
+            {"prompt": LATER, "response": "24<|im_end|>", "label": "24"},
+            1,
+        ),
+        Recording(
+            "slime",
+            "messages, calls of tools",
+            "/remote_rm",
+            {"prompt": [TURNS[1], *TOOLS[:2]], "response": "It is 12.", "label": None},
+            1,
+        ),
+        Recording(
             "slime", "messages, several turns", "/remote_rm", {"prompt": TURNS, "response": "24", "label": ""}, 1
         ),
         Recording(HELPERS, "a group with a reference", "/reward/batch", {"items": [group]}, 3),
         Recording(HELPERS, "several turns", "/reward/batch", {"items": [turns]}, 1),
         Recording(HELPERS, "calls of tools", "/reward/batch", {"items": [tools]}, 1),
+        Recording(HELPERS, "a batch of both", "/reward/batch", {"items": [turns, tools]}, 2),
     ]
 
 

@@ -2,7 +2,7 @@
 
 `python -m tests.support.areal_scoring --clients DIR --model DIR` prints one JSON line; the gateway is named by the
 environment, as for the function. DIR is filled by `make trainer-wheels`. What runs is AReaL's `RLVRWorkflow`, its
-`AsyncRewardWrapper` with its pool of processes, and its statistics; what generates is scripted, and the trajectories
+`MultiTurnWorkflow` as our page extends it, its `AsyncRewardWrapper` with its pool of processes, and its statistics; what generates is scripted, and the trajectories
 are not trained on. AReaL's top packages, which import schedulers and launchers for GPU clusters, are stubs, and so are
 its name service (it imports ray) and its packing of batches (it imports numba).
 """
@@ -18,14 +18,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tests.support.trainer_clients import Anything
+from tests.support.trainer_clients import Anything, page_block
 
 PROMPTS = ["a b c", "d e f", "g h i"]
 RESPONSES = ["a b", "c d e f", "g"]
 WAYS = {
     "function": ("areal.workflow.rlvr.RLVRWorkflow", {"reward_fn": "service.trainers.areal.reward_fn"}),
     "workflow": ("service.trainers.areal_workflow.RouterWorkflow", {}),
-    "turns": ("tests.support.areal_turns.RouterTurns", {"max_turns": 2, "turn_discount": 0.5}),
+    "turns": ("__main__.RouterTurns", {"max_turns": 2, "turn_discount": 0.5}),
 }
 UNUSED = ("areal.utils.name_resolve", "areal.utils.seqpack")
 
@@ -82,6 +82,8 @@ async def episodes(way: str, model: str, column: str) -> dict[str, Any]:
     from areal.utils.dynamic_import import import_from_string
     from areal.utils.hf_utils import load_hf_tokenizer
 
+    if way == "turns":
+        exec(page_block("areal.md", "class RouterTurns"), globals())
     path, given = WAYS[way]
     words = {"tokenizer": load_hf_tokenizer(model)} if way == "turns" else {"tokenizer": model}
     if way != "turns":

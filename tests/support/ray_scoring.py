@@ -22,6 +22,7 @@ from typing import Any
 
 from tests.conftest import free_port
 from tests.support import stubs
+from tests.support.trainer_clients import page_block
 
 RESPONSES = ["a b", "c d e f", "g"]
 REFUSED = "x" * 50
@@ -60,12 +61,14 @@ def nemo_rl() -> Any:
     ray = start()
     import torch
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict  # type: ignore[import-not-found, unused-ignore]
-    from nemo_rl.environments.utils import create_env, register_env  # type: ignore[import-not-found, unused-ignore]
+    from nemo_rl.environments.utils import create_env  # type: ignore[import-not-found, unused-ignore]
     from nemo_rl.experience.failures import classify_rollout_failure  # type: ignore[import-not-found, unused-ignore]
     from nemo_rl.experience.rollouts import calculate_rewards  # type: ignore[import-not-found, unused-ignore]
 
-    register_env("reward_router", "service.trainers.nemo_rl_env.RouterEnvironment")
-    environment = create_env("reward_router", {"policy": "single:rm-long"})
+    page = page_block("nemo-gym.md", "register_env")
+    named: dict[str, Any] = {}
+    exec(page.replace("http://127.0.0.1:8080", os.environ["REWARD_ROUTER_CLIENT_URL"]), named)
+    environment = named["env"]
     apart = create_env("reward_router", {"policy": "majority", "reward_components": True})
 
     def batch(responses: list[str]) -> Any:
@@ -83,13 +86,13 @@ def nemo_rl() -> Any:
 
     found = calculate_rewards(batch(RESPONSES), {"math": environment})
     _, means = ray.get(environment.global_post_process_and_metrics.remote({}))
-    named = calculate_rewards(batch(RESPONSES), {"math": apart}).rewards
+    components = calculate_rewards(batch(RESPONSES), {"math": apart}).rewards
     nobody = create_env("reward_router", {"url": f"http://127.0.0.1:{free_port()}", "deadline_seconds": 0.3})
     return {
         "rewards": found.rewards.tolist(),
         "ended": found.terminateds.tolist(),
         "means": means,
-        "components": {name: values.tolist() for name, values in named.items()},
+        "components": {name: values.tolist() for name, values in components.items()},
         "refused": failure([*RESPONSES, REFUSED], environment),
         "away": failure(RESPONSES, nobody),
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,13 @@ def source_folder(source: Source) -> Path:
             "repository can be reached"
         )
     return FOLDER / source.name
+
+
+def page_block(page: str, words: str) -> str:
+    """The Python on a trainer's page that holds these words."""
+    text = (Path(__file__).resolve().parents[2] / "docs/trainers" / page).read_text("utf-8")
+    [found] = [one for one in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) if words in one]
+    return str(found)
 
 
 class Anything(ModuleType):
