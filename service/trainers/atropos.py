@@ -40,8 +40,8 @@ async def score_group(
         ValueError: there are no messages, or the members begin with different prompts.
     """
     samples = await samples_of_group(group, reference, **options)
-    for sample in samples if metrics is not None else ():
-        for name, value in sample.metrics().items():
+    if metrics is not None:
+        for name, value in (entry for sample in samples for entry in sample.metrics().items()):
             metrics.setdefault(name, []).append(value)
     missing = [sample for sample in samples if sample.reward is None]
     if missing:

@@ -23,9 +23,12 @@ from service.trainers.nemo_rl import component_rewards, is_passing, samples_of_l
 from service.trainers.values import RouterUnavailableError
 
 try:
-    from nemo_rl.experience.failures import RolloutDataFailure, RolloutInfraFailure
+    from nemo_rl.experience.failures import (  # type: ignore[import-not-found, unused-ignore]
+        RolloutDataFailure,
+        RolloutInfraFailure,
+    )
 except ModuleNotFoundError:
-    # NeMo RL's releases up to 0.5 know no kinds of failures.
+    # Releases before NeMo RL knew kinds of failures.
     RolloutDataFailure = RolloutInfraFailure = RouterUnavailableError
 
 # NeMo RL starts no actor whose Python it is not told; it looks here after it has imported this module.

@@ -2,9 +2,10 @@
 
 `python -m tests.support.areal_scoring --clients DIR --model DIR` prints one JSON line; the gateway is named by the
 environment, as for the function. DIR is filled by `make trainer-wheels`. What runs is AReaL's `RLVRWorkflow`, its
-`MultiTurnWorkflow` as our page extends it, its `AsyncRewardWrapper` with its pool of processes, and its statistics; what generates is scripted, and the trajectories
-are not trained on. AReaL's top packages, which import schedulers and launchers for GPU clusters, are stubs, and so are
-its name service (it imports ray) and its packing of batches (it imports numba).
+`MultiTurnWorkflow` as our page extends it, its `AsyncRewardWrapper` with its pool of processes, and its statistics;
+what generates is scripted, and the trajectories are not trained on. AReaL's top packages, which import schedulers and
+launchers for GPU clusters, are stubs, and so are its name service (it imports ray) and its packing of batches (it
+imports numba).
 """
 
 from __future__ import annotations
