@@ -265,8 +265,12 @@ async def skyrl_gym(options: ClientOptions, case: Case) -> Got:
         # Actions are texts: what a policy calls is in them.
         actions = [templated([one])[len(HEAD) : -len(TAIL)] for one in response if one["role"] == "assistant"]
         environment = Episode(case, [one for one in response if one["role"] != "assistant"])
-        environment.init(case.prompt)
-        rewards.append([environment.step(action)["reward"] for action in actions][-1])
+        history, _ = environment.init([*case.prompt])
+        for action in actions:
+            step = environment.step(action)
+            # As SkyRL's generator does, in place.
+            history += [{"role": "assistant", "content": action}, *step["observations"]]
+        rewards.append(step["reward"])
         components.append(environment.get_metrics().get("reward_router/rm-a"))
     return Got(rewards, components)
 
