@@ -60,7 +60,7 @@ FETCH_TRAINERS := $(BIN)/python -m tests.support.fetch_trainers
 # NAME=REPOSITORY …, to fetch slime, nemo_rl and roll from somewhere else.
 MIRRORS ?=
 
-trainer-wheels: $(VENV)/.development  ## Fetch OpenRLHF's, LLaMA-Factory's, AReaL's and SkyRL's clients (12 MB); `make test` does it
+trainer-wheels: $(VENV)/.development  ## Fetch OpenRLHF's, LLaMA-Factory's, AReaL's and SkyRL's clients (14 MB); `make test` does it
 	@$(FETCH_TRAINERS) light --pip-args='$(PIP_ARGS)'
 
 trainer-clients: $(VENV)/.development  ## Those, slime, NeMo RL, ROLL, verl, ms-swift, verifiers, Atropos and NeMo Gym (800 MB), so that `make test` runs their code too
