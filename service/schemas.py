@@ -108,8 +108,7 @@ class Fallback(msgspec.Struct):
     reason: Annotated[
         str,
         Meta(
-            description="Stable code: worker_unavailable, worker_timeout, worker_rejected, worker_too_long, "
-            "worker_protocol."
+            description="Stable code: worker_unavailable, worker_timeout, worker_rejected, too_long, worker_protocol."
         ),
     ]
 

@@ -57,6 +57,10 @@ logger = logging.getLogger(__name__)
 IDLE_SECONDS = 60.0
 """A run that no request has named for so long may be closed to make room; its next request opens it again."""
 
+CHARACTERS_PER_TOKEN = 2
+"""Texts of fewer characters per token that a scorer reads are not counted before the draw; written words have four or
+five. One that is too long all the same is found to be when its scorer is asked."""
+
 NAME_POLL_SECONDS = 0.5
 """How often an unused name that may not be taken yet is looked at: another gateway may claim it."""
 
@@ -232,6 +236,14 @@ class RunTemplate:
             return None if self._gone is None else np.broadcast_to(self._gone, (len(instances), len(self.arms)))
         barred = np.array([[arm.choosy and not arm.applies(instance) for arm in self.arms] for instance in instances])
         return barred if self._gone is None else barred | self._gone
+
+    async def readable(self, instances: Sequence[Instance]) -> NDArray[np.int64] | None:
+        """Return (B, K), responses that each scorer can read whole, as far as is known; None where all are short."""
+        limits = [limit for k in self.asked if (limit := self.arms[k].counts_to) is not None]
+        if not limits or max(map(_longest, instances)) <= CHARACTERS_PER_TOKEN * min(limits):
+            return None
+        told = await asyncio.gather(*(arm.readable(instances) for arm in self.arms))
+        return np.array(told, np.int64).T
 
     def terms(self, wish: Wish = NO_WISH) -> Terms:
         """Return the terms of a new run that is opened with that wish."""
@@ -751,3 +763,9 @@ def _terms_in(fingerprint: str) -> Terms | None:
         identity = json.loads(fingerprint)
         return Terms(PriorForm(identity["prior"]), Signal(identity["signal"]))
     return None
+
+
+def _longest(instance: Instance) -> int:
+    """Return the characters of the prompt and the longest response; one that is not ASCII counts as three."""
+    texts = [instance.prompt, max(instance.responses, key=len)]
+    return sum([len(text) if text.isascii() else 3 * len(text) for text in texts])

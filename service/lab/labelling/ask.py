@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from router_core.attempts import TOO_LONG
 from router_core.records import Instance
 from service.errors import ConfigurationError, NoWorkerError
 from service.lab.labelling.journal import Answer
@@ -209,6 +210,9 @@ class ModelAsker:
     def _answer(self, item: _Work, scored: Scored) -> Answer:
         """Return the scores; a reason where some response has none, since a row needs them all."""
         failures = sorted({code for code in scored.failures if code})
+        if failures == [TOO_LONG]:
+            reason = f"{REFUSED}: some response is longer than it reads"
+            return Answer(item.content, self.arm.name, reason=reason)
         if failures:
             reason = f"{FAILED}: no score of some response ({', '.join(failures)})"
             return Answer(item.content, self.arm.name, reason=reason)
