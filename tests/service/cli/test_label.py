@@ -127,7 +127,7 @@ def test_a_real_transformer_scores_what_fits_and_refuses_the_rest(tmp_path: Path
     pool = pool_file(tmp_path, {"tiny": place(cpu_app([directory], threads=1), told=True)})
     out = tmp_path / "out.jsonl"
     done = summary(label(bare(tmp_path, pairs), pool, out, "--json", "-"))
-    assert (done["models"]["tiny"]["scored"], done["models"]["tiny"]["missing"]) == (5, {"refused (400)": 1})
+    assert (done["models"]["tiny"]["scored"], done["models"]["tiny"]["missing"]) == (5, {"refused": 1})
     for found, expected in zip(load_pairs(out)[1:], label_pairs(pairs[1:], [directory]), strict=True):
         assert found.scores["tiny"] == pytest.approx(expected.scores["tiny"], abs=1e-4)
 
