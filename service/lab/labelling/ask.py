@@ -137,7 +137,13 @@ class ModelAsker:
         """One call, once the RM is there; returns what must be asked again."""
         await self._until_available()
         loop = asyncio.get_running_loop()
-        asked = await self._without_hopeless(batch)
+        asked: list[_Work] = []
+        silent: list[_Work] = []
+        for item in await self._without_hopeless(batch):
+            (asked if self.arm.applies(item.instance) else silent).append(item)
+        if silent:
+            reason = f"{ABSTAINED}: it does not apply (`applies` of the pool file, or what its rubric requires)"
+            self.record([Answer(item.content, self.arm.name, reason=reason) for item in silent])
         if not asked:
             return []
         instances = [item.instance for item in asked]

@@ -166,6 +166,24 @@ def test_judges_and_rules_are_asked_like_reward_models(tmp_path: Path, place: Pl
     assert done["models"]["judge"]["scored"] == 2
 
 
+def test_a_scorer_is_asked_only_where_it_applies(tmp_path: Path, place: Place) -> None:
+    worker = ScriptedWorker()
+    data, out, pool = tmp_path / "bare.jsonl", tmp_path / "labelled.jsonl", tmp_path / "pool.yaml"
+    row = {"response_a": "a", "response_b": "bb", "label": "a", "rm": {}}
+    facts = [{"metadata": {"task": task}} for task in ("math", "chat")]
+    data.write_text(
+        "".join(json.dumps({"id": f"{i}", "prompt": f"question {i}", **row, **facts[i]}) + "\n" for i in (0, 1))
+    )
+    entry = {"name": "rm", "urls": [place(worker)], "applies": {"metadata.task": "math"}}
+    pool.write_text(yaml.safe_dump({"models": [entry]}))
+    done = summary(label(data, pool, out, "--json", "-"))
+    assert (done["models"]["rm"]["scored"], done["models"]["rm"]["missing"]) == (1, {"refused (abstained)": 1})
+    maths, chat = (json.loads(line) for line in out.read_text().splitlines())
+    assert "score_a" in maths["rm"]["rm"]
+    assert chat["rm"]["rm"] == {"abstained": True}
+    assert sorted(prompts_asked(worker)) == ["question 0\na", "question 0\nbb"]
+
+
 def test_a_model_that_is_added_later_is_the_only_one_that_is_asked(tmp_path: Path, place: Place) -> None:
     first, second = ScriptedWorker("rm-a"), ScriptedWorker("rm-b")
     urls = {"rm-a": place(first), "rm-b": place(second)}
