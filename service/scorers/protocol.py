@@ -71,7 +71,7 @@ class Scorer(Admission, Protocol):
         """Tokens that it reads at most, where `readable` can count them and it abstains from more; else None."""
 
     async def readable(self, instances: Sequence[Instance]) -> list[int]:
-        """Return how many responses of each instance it can read whole, as far as is known; nothing is sent."""
+        """Return how many responses of each instance it can read whole, where it counts; nothing is sent."""
 
     async def score(
         self, instances: Sequence[Instance], *, deadline: float, ticket: Ticket | None = None

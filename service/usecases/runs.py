@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 IDLE_SECONDS = 60.0
 """A run that no request has named for so long may be closed to make room; its next request opens it again."""
 
-CHARACTERS_PER_TOKEN = 2
+CHARACTERS_PER_TOKEN = 3
 """Texts of fewer characters per token that a scorer reads are not counted before the draw; written words have four or
 five. One that is too long all the same is found to be when its scorer is asked."""
 
@@ -238,12 +238,19 @@ class RunTemplate:
         return barred if self._gone is None else barred | self._gone
 
     async def readable(self, instances: Sequence[Instance]) -> NDArray[np.int64] | None:
-        """Return (B, K), responses that each scorer can read whole, as far as is known; None where all are short."""
-        limits = [limit for k in self.asked if (limit := self.arms[k].counts_to) is not None]
-        if not limits or max(map(_longest, instances)) <= CHARACTERS_PER_TOKEN * min(limits):
+        """Return (B, K), responses that each scorer can read whole; None where all are short, or nobody counts.
+
+        Of a scorer that does not count it is taken that it reads as many as those that do, and one at least: it is
+        neither preferred to them nor passed over, but for those that can read nothing.
+        """
+        limits = {k: limit for k in self.asked if (limit := self.arms[k].counts_to) is not None}
+        if not limits or max(map(_longest, instances)) <= CHARACTERS_PER_TOKEN * min(limits.values()):
             return None
-        told = await asyncio.gather(*(arm.readable(instances) for arm in self.arms))
-        return np.array(told, np.int64).T
+        told = await asyncio.gather(*(self.arms[k].readable(instances) for k in limits))
+        known = np.array(told, np.int64).T
+        out = np.repeat(np.maximum(known.max(axis=1, keepdims=True), 1), len(self.arms), axis=1)
+        out[:, list(limits)] = known
+        return out
 
     def terms(self, wish: Wish = NO_WISH) -> Terms:
         """Return the terms of a new run that is opened with that wish."""

@@ -14,10 +14,11 @@ from service.scorers.rm.client import ArmConfig, VllmArm
 from tests.service.scorers.rm.test_tokens import byte_rendering
 from tests.service.scorers.transport.test_load import steady
 from tests.service.scorers.worker_servers import ScriptedWorker, Serve
+from tests.support.arms import ScriptedArm
 from tests.support.gateway import Gateway, open_gateway
 from tests.support.story import away_first, failed
 
-LONG = {"prompt": "p" * 150, "responses": ["a", "bb"]}
+LONG = {"prompt": "p" * 250, "responses": ["a", "bb"]}
 SHORT = {"prompt": "p", "responses": ["a", "bb"]}
 
 
@@ -25,10 +26,11 @@ def gateway_of(
     serve: Serve,
     valkey_url: str,
     over_long: OverLong,
+    *others: ScriptedArm,
     **limits: int,
 ) -> AbstractAsyncContextManager[Gateway]:
     """A gateway whose RMs read so many tokens."""
-    arms: list[Any] = []
+    arms: list[Any] = [*others]
     for name, limit in limits.items():
         worker = ScriptedWorker(name)
         worker.answer = steady
@@ -65,7 +67,7 @@ async def test_who_cannot_read_a_text_is_not_drawn(serve: Serve, valkey_url: str
 
 
 async def test_who_turns_out_not_to_read_a_text_abstains(serve: Serve, valkey_url: str) -> None:
-    # Two characters per token: too short to be counted before the draw.
+    # Less than three characters per token: too short to be counted before the draw.
     item = {"prompt": "p" * 90, "responses": ["a", "bb"]}
     async with gateway_of(serve, valkey_url, OverLong.SKIP, small=60, large=500) as gateway:
         results = await rewards_of(gateway, *[item] * 24)
@@ -108,6 +110,19 @@ async def test_the_rm_that_reads_most_responses_is_drawn(serve: Serve, valkey_ur
         assert {result["propensity"] for result in results} == {1.0}
 
 
+async def test_who_does_not_count_is_no_better_for_it(serve: Serve, valkey_url: str) -> None:
+    group = {"prompt": "p", "responses": ["a", "b" * 900, "c"]}
+    far = ScriptedArm("far")
+    far.too_long = lambda _: True
+    async with gateway_of(serve, valkey_url, OverLong.SKIP, far, small=60) as gateway:
+        results = await rewards_of(gateway, *[group] * 24)
+        assert {(result["model"], *result["valid"]) for result in results} == {("small", True, False, True)}
+        assert {result["attempts"][0]["model"] for result in results} == {"small", "far"}
+        # Who is known to read nothing is not drawn.
+        far.too_long = lambda _: False
+        assert {result["propensity"] for result in await rewards_of(gateway, *[LONG] * 8)} == {1.0}
+
+
 async def test_a_part_too_long_leaves_a_sum_without_reward(serve: Serve, valkey_url: str) -> None:
     long = {"prompt": "p" * 300, "responses": ["a", "bb"]}
     async with gateway_of(serve, valkey_url, OverLong.SKIP, small=60, large=500) as gateway:
@@ -143,7 +158,7 @@ async def test_cut_prompt_says_how_much_was_cut(serve: Serve, valkey_url: str) -
         items = [LONG, SHORT, {"prompt": "p", "responses": ["a", "b" * 99]}, {"prompt": "p", "responses": ["b" * 99]}]
         long, short, group, response = await rewards_of(gateway, *items)
         # One token a byte, and one for each of <s>, </s> and </s>.
-        assert long["truncated"] == {"prompt_tokens_cut": len("<user>" + "p" * 150 + "<assistant>bb") + 3 - 60}
+        assert long["truncated"] == {"prompt_tokens_cut": len("<user>" + "p" * 250 + "<assistant>bb") + 3 - 60}
         assert long["rewards"] == [1.5, 1.5]
         assert "truncated" not in short
         cut = [gateway.decision(result["decision_id"]).attempts[0].prompt_tokens_cut for result in (long, short)]
