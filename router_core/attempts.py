@@ -104,7 +104,7 @@ def excluded(attempts: Sequence[Attempt], turn: int) -> list[int]:
     ]
 
 
-def complete(answer: Attempt) -> bool:
+def reads_all(answer: Attempt) -> bool:
     """Return False if an answer lacks the reward of a response that another scorer may be able to read."""
     return TOO_LONG not in answer.failures
 

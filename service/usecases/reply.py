@@ -19,9 +19,9 @@ from router_core.attempts import (
     Attempt,
     Outcome,
     answers,
-    complete,
     excluded,
     first_choice,
+    reads_all,
     waited_seconds,
 )
 from router_core.errors import UnknownScaleError
@@ -284,7 +284,7 @@ def _fallbacks(attempts: Sequence[Attempt], arm: int | None, pool: tuple[str, ..
     """Return who was wanted and gave no reward, or not to all responses where another one's reward was taken."""
     told = [
         it._replace(reason=TOO_LONG)
-        if it.outcome is Outcome.ANSWERED and not complete(it) and arm is not None and it.arm != arm
+        if it.outcome is Outcome.ANSWERED and not reads_all(it) and arm is not None and it.arm != arm
         else it
         for it in attempts
     ]
