@@ -7,6 +7,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -41,6 +43,13 @@ from service.cli import (
 )
 from service.errors import ServiceError
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"reward-router {version('reward-router')}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="reward-router",
     no_args_is_help=True,
@@ -52,6 +61,17 @@ app = typer.Typer(
         "[bold]reward-router up[/] keeps serving. Then POST /reward, and send what you find out to POST /feedback."
     ),
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
+
 app.command("demo")(demo.demo)
 app.command("up")(up.up)
 app.command("serve")(serve.serve)

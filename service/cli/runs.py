@@ -47,6 +47,8 @@ T = TypeVar("T")
 CLOSED_SECONDS = 10.0
 """After this time every gateway that reaches the store has closed an archived run."""
 
+EVENTS = "events: accepted feedback, verdicts of audits, and changes of the run, each learned exactly once"
+
 app = typer.Typer(
     invoke_without_command=True, help="List the runs of a store; archive, export, import and delete them."
 )
@@ -101,6 +103,7 @@ def list_runs(
     console = Console()
     columns = ("run", "events", "signal", "prior", "scorers")
     console.print(fitting_table(console, columns, rows, drop=("scorers", "prior"), title=f"{len(rows)} runs"))
+    console.print(EVENTS, highlight=False, soft_wrap=True)
 
 
 async def _asked(url: str, api_key: str | None) -> list[dict[str, Any]]:

@@ -16,11 +16,14 @@ from starlette.types import ASGIApp
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from uvicorn.config import STARTUP_FAILURE
 
+from service.cli.dry_run import REMOTE_ENCODER, encoder_check, fit_check, port_check, scorer_checks, tell
+from service.cli.preflight import Preflight
 from service.cli.serve_many import serve_many
 from service.cli.store_option import store_option
 from service.errors import ConfigurationError
 from service.memory import keep_freed_memory, leave_loaded_objects_alone
 from service.pool import PoolFile, load_pool
+from service.priors import load_checkpoint
 from service.settings import Settings, read_settings
 from service.telemetry import configure_logging
 
@@ -45,6 +48,13 @@ def serve(
     ] = None,
     signal: Annotated[str | None, typer.Option(help="Kind of feedback: preference, loss or reward.")] = None,
     prior: Annotated[str | None, typer.Option(help="auto, paper, calibrated or none.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print a line a check (port, servers, checkpoint, run) and serve nothing. Exit status 1 if one fails.",
+        ),
+    ] = False,
 ) -> None:
     """Serve POST /reward and POST /feedback for a pool whose workers already run.
 
@@ -64,6 +74,9 @@ def serve(
         signal=signal,
         prior=prior,
     )
+    if dry_run:
+        _check_dry(settings, _pool_of(settings))
+        return
     if settings.workers == 1:
         run_gateway(settings)
         return
@@ -72,6 +85,23 @@ def serve(
     _pool_of(settings)
     if status := serve_many(settings):
         raise typer.Exit(status)
+
+
+def _check_dry(settings: Settings, pool: PoolFile) -> None:
+    """Print what a start would find.
+
+    Raises:
+        typer.Exit: with status 1 where a check fails.
+    """
+    encoder = settings.encoder or ""
+    tell(
+        [
+            fit_check(lambda: Preflight(settings, pool, load_checkpoint(settings))),
+            port_check(settings.port, settings.host, moves=False),
+            *([encoder_check(encoder)] if encoder.startswith(REMOTE_ENCODER) else []),
+            *scorer_checks(pool, settings, starts=False),
+        ]
+    )
 
 
 def _pool_of(settings: Settings) -> PoolFile:
