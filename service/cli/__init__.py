@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from router_core.errors import RouterCoreError
 from service.cli import (
+    acts,
     audit,
     check_scorer,
     check_trainer,
@@ -90,6 +91,7 @@ app.command("replay")(replay.replay)
 app.command("models")(models.models)
 app.add_typer(pool.app, name="pool")
 app.add_typer(runs.app, name="runs")
+app.command("acts")(acts.acts)
 app.command("audit")(audit.audit)
 app.command("report")(report.report)
 app.command("export")(export.export)

@@ -92,6 +92,9 @@ def _tell(reply: PoolReply, as_json: bool) -> None:
     done = f"applied as event {reply.event_id}" if reply.applied else "would be"
     console.print(f"run {reply.run}: pool version {reply.version} {done}", highlight=False, soft_wrap=True)
     _print(console, [str(change) for change in reply.changes])
+    if reply.away:
+        console.print("cannot be asked now, and others are until it can:", highlight=False)
+        _print(console, reply.away)
 
 
 def _print(console: Console, changes: list[str]) -> None:

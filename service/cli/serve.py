@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,12 +110,18 @@ def _pool_of(settings: Settings) -> PoolFile:
     return load_pool(settings.pool)
 
 
-def run_gateway(settings: Settings, sockets: list[socket.socket] | None = None) -> None:
+def run_gateway(
+    settings: Settings,
+    sockets: list[socket.socket] | None = None,
+    *,
+    alive: Callable[[], Awaitable[None]] | None = None,
+) -> None:
     """Serve until a signal, with `blas_threads` threads of linear algebra.
 
     Args:
         settings: of the gateway.
         sockets: where to listen, instead of the settings' address.
+        alive: called in the event loop every second while it serves.
 
     The number decides how BLAS groups its sums, and so the last bits of a fold: replicas of a run must have the same.
     """
@@ -126,7 +132,7 @@ def run_gateway(settings: Settings, sockets: list[socket.socket] | None = None) 
     threadpool_limits(settings.blas_threads, user_api="blas")
     configure_logging(settings.log_level)
     app = create_app(settings, _pool_of(settings))
-    serve_app(app, settings, refused=app.count_refusal, sockets=sockets)
+    serve_app(app, settings, refused=app.count_refusal, sockets=sockets, alive=alive)
 
 
 def serve_app(
@@ -135,6 +141,7 @@ def serve_app(
     *,
     refused: Callable[[str], None] = lambda _: None,
     sockets: list[socket.socket] | None = None,
+    alive: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
     """uvicorn, as the gateway is served; returns when a signal has ended it and requests are drained.
 
@@ -143,10 +150,12 @@ def serve_app(
         settings: of the gateway.
         refused: told the error's code of each connection that was closed before its request was whole.
         sockets: where to listen, instead of the settings' address.
+        alive: see `run_gateway`.
     """
     keep_freed_memory()
     leave_loaded_objects_alone()
-    server = uvicorn.Server(uvicorn.Config(app, **server_options(settings, refused)))
+    beat: dict[str, Any] = {} if alive is None else {"callback_notify": alive, "timeout_notify": 1}
+    server = uvicorn.Server(uvicorn.Config(app, **server_options(settings, refused), **beat))
     # uvicorn raises Ctrl-C again when all is drained.
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets)

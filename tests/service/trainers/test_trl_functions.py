@@ -167,7 +167,7 @@ def test_a_null_among_rewards_stays_none() -> None:
     assert stopped.value.code == "worker_rejected"
 
 
-@pytest.mark.parametrize("code", ["no_worker", "unavailable", "worker_rejected", "worker_too_long", "validation"])
+@pytest.mark.parametrize("code", ["no_worker", "unavailable", "worker_rejected", "too_long", "validation"])
 def test_a_code_that_is_about_one_instance_is_none(code: str) -> None:
     assert plan(["p"], ["a"], RowOptions()).finish([Missing(code, "because")]) == [None]
 
