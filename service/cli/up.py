@@ -162,6 +162,7 @@ def up(
             return None
         return plan_encoder(wanted, checkpoint, data_dir / "encoder", share=encoder_share, gpu=encoder_gpu)
 
+    warn_moving(wanted, given)
     if dry_run:
         own = [port_check(port, host, moves=True), directory_check(data_dir)]
         if encoder is not None and encoder.startswith(REMOTE_ENCODER):
@@ -170,7 +171,6 @@ def up(
         return
     preflight = checked()
     settings = preflight.settings
-    warn_moving(wanted, given)
     served = planned()
     chosen, warning = gateway_port(port, host)
     if warning is not None:
