@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from router_core.attempts import Attempt, Outcome
+from router_core.feedback import SignalStatistics
+from router_core.records import Signal
 from service.errors import StoreUnavailableError
 from service.stores.memory import MemoryStore
 from service.stores.protocol import Activity
@@ -100,3 +104,11 @@ def test_a_point_is_what_happened_since_the_one_before() -> None:
     assert (point.decisions, point.price, point.asked) == (4, 2.5, [0.0, 0.5, 0.5])
     quiet = watch._point(now, now)
     assert (quiet.decisions, quiet.price, quiet.asked) == (0, None, None)
+
+
+def test_only_means_of_preferences_are_kept_between_the_ends() -> None:
+    seen = replace(
+        SignalStatistics.empty(3), reward_sum=np.array([-2.0, 3.0, 0.0]), reward_count=np.array([4.0, 2.0, 0.0])
+    )
+    assert watch.mean_rewards(seen, Signal.LOSS) == [-0.5, 1.5, None]
+    assert watch.mean_rewards(seen, Signal.PREFERENCE) == [0.0, 1.0, None]
