@@ -315,10 +315,16 @@ class Watcher:
                 self._channels.pop(name, None)
 
     async def tell(self) -> None:
-        """Tell the store what this gateway has decided since the last time. What it cannot take now is told later."""
-        for name, run in list(self._runs.runs.items()):
+        """Tell the store what this gateway has decided since the last time. What it cannot take now is told later.
+
+        Runs do not wait for each other: a store that is away costs one timeout, however many runs are open.
+        """
+
+        async def of_run(name: str, run: Run) -> None:
             with contextlib.suppress(ServiceError):
                 await run.history.tell(self._store, name)
+
+        await asyncio.gather(*(of_run(name, run) for name, run in self._runs.runs.items()))
 
     async def run_forever(self) -> None:
         """Tell, and make snapshots and points, until cancelled."""

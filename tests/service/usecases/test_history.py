@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,6 +81,28 @@ async def test_what_the_store_could_not_take_is_told_once_later() -> None:
     assert [one.decision_id for one in await history.read(store, "r", newest=True)] == ["d1", "d2", "d3"]
     totals = history.totals
     assert (totals.decisions, totals.price, totals.asked) == (3, 1.5, {0: 2, 1: 1})
+
+
+class BarrierStore(MemoryStore):
+    """A store that takes nothing until two tellers are there."""
+
+    async def tell_activity(self, *args: Any, **options: Any) -> None:
+        if not hasattr(self, "both"):
+            self.both = asyncio.Barrier(2)
+        await self.both.wait()
+        await super().tell_activity(*args, **options)
+
+
+async def test_a_run_does_not_wait_until_another_is_told() -> None:
+    store, histories = BarrierStore(window_seconds=60), {"r": DecisionHistory(), "s": DecisionHistory()}
+    for history in histories.values():
+        history.add(decided(1))
+    runs: Any = SimpleNamespace(runs={name: SimpleNamespace(history=it) for name, it in histories.items()})
+    other: Any = None
+    watcher = watch.Watcher(runs, other, other, store, texts=False, viewers=1, executor=other)
+    async with asyncio.timeout(10):
+        await watcher.tell()
+    assert [(await store.activity(name, newest=1)).counts["decisions"] for name in histories] == [1, 1]
 
 
 async def test_only_the_newest_are_told_and_all_are_counted() -> None:
