@@ -196,10 +196,17 @@ def logits_of(offsets: Array) -> Array:
 
 
 def informed_logits(offsets: Array, level: Array, known: Sequence[bool] = ()) -> Array:
-    """ℓ: what a verdict says about one response against each other one, (…, K); see `Votes`."""
+    """ℓ: what a verdict says about one response against each other one, (…, K); see `Votes`.
+
+    An arm that is barred from an instance (−inf) says nothing of how hard it is: its logit is the mean of the others'.
+    """
     logits = logits_of(offsets)
+    told = ~np.isneginf(offsets)
     if known and any(known):
-        logits = np.where(known, logits, logits[..., list(known)].mean(axis=-1, keepdims=True))
+        told &= np.array(known)
+    if not told.all():
+        mean = logits.mean(axis=-1, keepdims=True, where=told | ~told.any(axis=-1, keepdims=True))
+        logits = np.where(told, logits, mean)
     return logits - logits.mean(axis=-1, keepdims=True) + level[0] if len(level) else logits
 
 

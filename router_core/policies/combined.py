@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.attempts import ASKED, Attempt, Outcome, answers
+from router_core.attempts import ASKED, Attempt, Outcome, answers, reads_all
 from router_core.combine import (
     Answers,
     Combination,
@@ -94,6 +94,8 @@ class VotePlan:
     def next_arms(self, order: Sequence[int], attempts: Sequence[Attempt]) -> Sequence[int]:
         """Return the draw first, the next best while nobody has answered, then the arm that is worth asking.
 
+        Who cannot read all responses whole is followed by the next best, too, within the bounds of calls.
+
         With `View.parallel` = 2 the second arm is asked beside the draw, where it is worth its price whatever the draw
         will say.
         """
@@ -102,12 +104,17 @@ class VotePlan:
         asked = sum([attempt.outcome in ASKED for attempt in attempts])
         if self.view.multiplier is None:
             return () if asked else sorted(left)
-        if not answers(attempts):
+        told = _voters(attempts)
+        if not told:
+            self.shares = None
             second = self._beside(left) if not asked and self._may_ask(2, 1) and self.view.parallel > 1 else ()
             return (*left[:1], *second)
         if not left or not self._may_ask(asked + 1, attempts[-1].turn + 2):
             return ()
-        return self._draw(left, answers_of(attempts, self.combination.votes.n_arms, self.view.n))
+        if not reads_all(told[0]):
+            self.shares = None
+            return left[:1]
+        return self._draw(left, answers_of(told, self.combination.votes.n_arms, self.view.n))
 
     def chance(self, arm: int, attempts: Sequence[Attempt]) -> float:
         """Return the probability with which a further arm was drawn among those that could be asked; 1 for others."""
@@ -120,13 +127,15 @@ class VotePlan:
     def conclude(self, attempts: Sequence[Attempt], scale_of: ScaleOf) -> Given:
         """Make the probability that each response is best the reward. One answer alone keeps its scorer's name.
 
-        A response to which nobody gave a reward has none (NaN).
+        A response to which nobody gave a reward has none (NaN). Who read a part of the responses has a vote only where
+        nobody read all: it has not compared its best one with the others.
         """
-        told, votes = answers(attempts), self.combination.votes
-        probabilities = votes.probabilities(self._offsets(), answers_of(attempts, votes.n_arms, self.view.n))
-        verdicts = verdicts_of(probabilities)
-        arm = told[0].arm if len(told) == 1 else None
+        told, votes = _voters(attempts), self.combination.votes
+        probabilities = votes.probabilities(self._offsets(), answers_of(told, votes.n_arms, self.view.n))
         unread = np.isnan([answer.rewards for answer in told]).all(axis=0)
+        # Votes against those that were read do not prefer the others.
+        verdicts = verdicts_of(np.where(unread & ((~unread).sum() > 1), 0.0, probabilities))
+        arm = told[0].arm if len(answers(attempts)) == 1 else None
         rewards = np.where(unread, np.nan, probabilities[0]).tolist()
         return Given(arm, rewards, int(verdicts.preferred[0]), float(verdicts.right[0]))
 
@@ -152,6 +161,12 @@ class VotePlan:
         if self.combination.prices is None or self.view.multiplier is None:
             return means
         return means + surcharges(self.combination.prices, self.view.multiplier)
+
+
+def _voters(attempts: Sequence[Attempt]) -> list[Attempt]:
+    """Return the answers of those who read all responses; where nobody did, all answers."""
+    told = answers(attempts)
+    return [answer for answer in told if reads_all(answer)] or told
 
 
 def further_shares(

@@ -69,7 +69,11 @@ def requests_in(path: Path) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     asked: dict[tuple[object, ...], list[dict[str, Any]]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} cannot be read ({error}): give the file that acts_file names") from error
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             row = _row(record)

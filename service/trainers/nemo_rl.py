@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from service.trainers.samples import Sample, reference_text, scorer_from_environment, split_turns
-from service.trainers.values import RETRIED_CODES, UNAVAILABLE, RouterUnavailableError
+from service.trainers.values import NO_REWARD, RETRIED_CODES, UNAVAILABLE, RouterUnavailableError
 
 COMPONENT = "reward/"
 """Before a component's name, by which NeMo RL's GDPO finds its rewards."""
@@ -41,11 +41,15 @@ def component_rewards(samples: Sequence[Sample]) -> dict[str, list[float]]:
     """Return what each scorer said of each sample, by NeMo RL's name of a reward: `reward/NAME`, (B,) numbers.
 
     Raises:
-        ValueError: a scorer said nothing of one of them.
+        RouterUnavailableError: a scorer that was asked said nothing of one of them: it is too long, or it failed.
+        ValueError: a scorer was not asked about one of them, since the policy chooses among them.
     """
     names = sorted({name for sample in samples for name in sample.components})
     for sample in samples:
         if lacking := [name for name in names if name not in sample.components]:
+            # Where all are asked, the policy gives the reward, and no scorer.
+            if sample.model and sample.model not in names:
+                raise RouterUnavailableError(f"no reward of {lacking[0]!r} for a response ({NO_REWARD})", NO_REWARD)
             raise ValueError(
                 f"reward_components is set, and {lacking[0]!r} was not asked about every response: choose a policy "
                 "that asks every scorer, such as `majority`"

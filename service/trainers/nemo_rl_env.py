@@ -61,11 +61,11 @@ class Environment(EnvironmentInterface):  # type: ignore[misc, unused-ignore]
         samples = samples_of_logs(message_log_batch, metadata, **self.options)
         try:
             rewards: Any = torch.tensor([sample.require() for sample in samples], dtype=torch.float32)
+            if self.reward_components:
+                rewards = {name: torch.tensor(values) for name, values in component_rewards(samples).items()}
         except RouterUnavailableError as error:
             failure = RolloutInfraFailure if is_passing(error) else RolloutDataFailure
             raise failure(str(error)) from error
-        if self.reward_components:
-            rewards = {name: torch.tensor(values) for name, values in component_rewards(samples).items()}
         for sample in samples:
             for name, value in sample.metrics().items():
                 self.metrics.setdefault(name, []).append(value)

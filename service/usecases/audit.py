@@ -19,7 +19,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from router_core.attempts import TOO_LONG, Attempt, Outcome, reads_all
+from router_core.attempts import TOO_LONG, Attempt, Outcome, answers, reads_all
 from router_core.audits.schedule import Schedule
 from router_core.audits.signs import SIGNS, signs_of, words_of
 from router_core.policies import AskRest, answers_of
@@ -420,7 +420,7 @@ def _price(attempts: Sequence[Attempt]) -> float:
 
 
 def _vote(referee: Referee, template: RunTemplate, case: Case, attempts: Sequence[Attempt]) -> Opinion | bool:
-    """Return the learned vote of all who answered; False where the checkpoint has learned none, or nobody did.
+    """Return the learned vote of all who read every response; False where none is learned, or nobody did.
 
     True, to be tried again, where the decision's pool is not known here yet.
     """
@@ -428,10 +428,11 @@ def _vote(referee: Referee, template: RunTemplate, case: Case, attempts: Sequenc
     if len(case.decision.offsets) > K:
         # Another gateway has met a change of the pool first.
         return True
-    if combination is None or not any(attempt.outcome is Outcome.ANSWERED for attempt in attempts):
+    told = [answer for answer in answers(attempts) if reads_all(answer)]
+    if combination is None or not told:
         return False
     # The decision may be older than the last arms.
     offsets = np.full((1, K), 0.5)
     offsets[0, : len(case.decision.offsets)] = case.decision.offsets
-    rewards = combination.votes.probabilities(offsets, answers_of(attempts, K, n))[0]
+    rewards = combination.votes.probabilities(offsets, answers_of(told, K, n))[0]
     return Opinion(referee.name, rewards.tolist(), 0.0)

@@ -245,7 +245,7 @@ def reply_of(
     valid = [reward is not None for reward in rewards]
     ordered = sorted([reward for reward in rewards if reward is not None], reverse=True)
     fallbacks = [] if len(attempts) == 1 else _fallbacks(attempts, decision.arm, pool)
-    cut = max([attempt.prompt_tokens_cut for attempt in attempts])
+    cut = max([it.prompt_tokens_cut for it in attempts if decision.arm in (None, it.arm)])
     return RewardReply(
         decision_id=job.decision_id,
         run=job.run.name,

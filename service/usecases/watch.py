@@ -25,9 +25,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from router_core.feedback import SignalStatistics
 from router_core.policies.bayesian import posterior_moments
 from router_core.posterior import Posterior
-from router_core.records import TIE
+from router_core.records import TIE, Signal
 from service.errors import NotFoundError, OverCapacityError, ServiceError
 from service.keys.access import Access
 from service.schemas import AttemptReply
@@ -314,10 +315,16 @@ class Watcher:
                 self._channels.pop(name, None)
 
     async def tell(self) -> None:
-        """Tell the store what this gateway has decided since the last time. What it cannot take now is told later."""
-        for name, run in list(self._runs.runs.items()):
+        """Tell the store what this gateway has decided since the last time. What it cannot take now is told later.
+
+        Runs do not wait for each other: a store that is away costs one timeout, however many runs are open.
+        """
+
+        async def of_run(name: str, run: Run) -> None:
             with contextlib.suppress(ServiceError):
                 await run.history.tell(self._store, name)
+
+        await asyncio.gather(*(of_run(name, run) for name, run in self._runs.runs.items()))
 
     async def run_forever(self) -> None:
         """Tell, and make snapshots and points, until cancelled."""
@@ -436,8 +443,7 @@ class Watcher:
     ) -> RunState:
         (posterior, template), totals = current, run.history.totals
         statistics, waiting_arms = posterior.statistics, posterior.on_probation
-        # A referee that errs has its errors taken out, which may lead beyond either end.
-        rewards = np.clip(statistics.mean_reward(), 0.0, 1.0).tolist()
+        rewards = mean_rewards(statistics, run.signal)
         arms = [
             ArmState(
                 model=model,
@@ -446,7 +452,7 @@ class Watcher:
                 on_probation=waiting_arms is not None and bool(waiting_arms[k]),
                 asked=totals.asked.get(k, 0),
                 feedbacks=int(statistics.count[k]),
-                mean_reward=_number(rewards[k]),
+                mean_reward=rewards[k],
                 alarms=int(posterior.watches[k].alarms),
                 mean=None if beliefs.means is None else beliefs.means[k],
                 sd=None if beliefs.sds is None else beliefs.sds[k],
@@ -581,6 +587,13 @@ def _decision(
         prompt=None if shown is None else shown.prompt,
         responses=None if shown is None else shown.responses,
     )
+
+
+def mean_rewards(statistics: SignalStatistics, signal: Signal) -> list[float | None]:
+    """Return what is shown of each arm's mean reward (K,); None for an arm without any."""
+    means = statistics.mean_reward()
+    # A referee that errs has its errors taken out of preferences, which may lead beyond either end.
+    return [_number(float(mean)) for mean in (np.clip(means, 0.0, 1.0) if signal is Signal.PREFERENCE else means)]
 
 
 def _number(value: float) -> float | None:

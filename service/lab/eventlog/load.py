@@ -196,7 +196,8 @@ def asks_everyone(decision: StoredDecision) -> bool:
 def sequence_log(log: EventLog) -> tuple[SequenceLog, NDArray[np.int64]]:
     """The decisions of the log as sequences of arms, without its logging policy; and which events they are.
 
-    Left out are single responses, ties, and decisions at which an arm that was asked before the reply did not answer.
+    Left out are single responses, ties, and decisions at which an arm that was asked before the reply did not answer,
+    or not about all responses.
 
     Args:
         log: of a run with preferences.
@@ -285,7 +286,8 @@ def _untold(attempts: Sequence[Attempt], shadows: Sequence[Attempt]) -> list[int
 def _tells_sequences(event: LoggedEvent) -> bool:
     decision = event.decision
     told = [attempt for attempt in decision.attempts if attempt.outcome in ASKED]
-    return decision.n > 1 and event.feedback.value >= 0 and all(one.outcome is Outcome.ANSWERED for one in told)
+    whole = all(one.outcome is Outcome.ANSWERED and reads_all(one) for one in told)
+    return decision.n > 1 and event.feedback.value >= 0 and whole
 
 
 def _first_chance(decision: StoredDecision) -> float:

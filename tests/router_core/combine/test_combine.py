@@ -270,3 +270,13 @@ def test_doubts_of_one_arm_do_not_depend_on_who_else_is_in_the_pool() -> None:
     part = Answers(said.verdicts[:, kept], said.answered[:, kept], said.margins[:, kept], said.responses)
     only = said.only(np.isin(np.arange(5), kept)[None].repeat(6, axis=0))
     assert votes.select(kept).probabilities(offsets[:, kept], part) == pytest.approx(votes.probabilities(offsets, only))
+
+
+def test_a_barred_arm_says_nothing_of_how_hard_a_text_is() -> None:
+    votes = replace(naive(3), level=np.array([0.8]))
+    said = Answers(np.zeros((1, 3), np.int64), np.array([[True, True, False]]), np.full((1, 3), np.nan), np.array([2]))
+    barred = np.array([[0.8, 0.7, -np.inf]])
+    logits = np.log(barred[0, :2] / (1 - barred[0, :2]))
+    odds = float((logits - logits.mean() + 0.8).sum())
+    assert votes.probabilities(barred, said)[0, 0] == pytest.approx(1 / (1 + math.exp(-odds)))
+    assert np.isfinite(votes.probabilities(np.full((1, 3), -np.inf), said)).all()

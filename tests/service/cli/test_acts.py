@@ -68,3 +68,10 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
     path.write_text('{"keys": []}\n')
     with pytest.raises(ConfigurationError, match="line 1"):
         requests_in(path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\x00")
+    for path in (tmp_path / "none", tmp_path / "binary"):
+        with pytest.raises(ConfigurationError, match=f"{path} cannot be read"):
+            requests_in(path)

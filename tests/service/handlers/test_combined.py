@@ -136,6 +136,18 @@ async def test_a_cascade_goes_on_past_an_rm_that_fails(gateway: Gateway) -> None
     assert any(attempt["outcome"] == "failed" for reply in replies for attempt in reply["attempts"])
 
 
+async def test_a_cascade_goes_on_past_an_rm_that_reads_a_part(gateway: Gateway) -> None:
+    item = {"prompt": "p", "responses": ["a", "b" * 40, "ccc"], "policy": "cascade:1"}
+    gateway.arm("rm-a").too_long = lambda response: len(response) > 20
+    replies = [await gateway.client.ok("/reward", item) for _ in range(20)]
+    assert any(reply["attempts"][0]["model"] == "rm-a" for reply in replies)
+    assert {(*reply["valid"], reply["preferred"]) for reply in replies} == {(True, True, True, 1)}
+    for arm in gateway.arms:
+        arm.too_long = gateway.arm("rm-a").too_long
+    (reply,) = [await gateway.client.ok("/reward", item)]
+    assert (reply["valid"], reply["preferred"]) == ([True, False, True], 2)
+
+
 async def test_one_response_is_asked_about_once_and_keeps_its_raw_reward(gateway: Gateway) -> None:
     for policy in ("stacked", "cascade:3"):
         reply = await gateway.client.ok("/reward", {"prompt": "p", "responses": ["four"], "policy": policy})

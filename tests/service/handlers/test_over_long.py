@@ -166,3 +166,12 @@ async def test_cut_prompt_says_how_much_was_cut(serve: Serve, valkey_url: str) -
         assert group["failure"] == [None, "too_long"]
         assert response["error"]["code"] == "too_long"
         assert "never cut" in response["error"]["message"]
+
+
+async def test_a_cut_that_only_a_part_was_read_with_is_not_the_rewards(serve: Serve, valkey_url: str) -> None:
+    item = {"prompt": "p" * 90, "responses": ["a", "b" * 80]}
+    async with gateway_of(serve, valkey_url, OverLong.CUT_PROMPT, small=60, large=500) as gateway:
+        results = await rewards_of(gateway, *[item] * 24)
+        assert {result["model"] for result in results} == {"large"}
+        assert {len(result["attempts"]) for result in results} == {1, 2}
+        assert not any("truncated" in result for result in results)

@@ -10,13 +10,14 @@ import importlib
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 
-from service.trainers.nemo_rl import component_rewards, samples_of_logs
+from service.trainers.nemo_rl import component_rewards, is_passing, samples_of_logs
 from service.trainers.options import PREFIX
 from service.trainers.roll import samples_of_batch
 from service.trainers.samples import Sample, samples_of
@@ -196,6 +197,16 @@ def test_a_component_that_was_not_asked_for_names_the_policy() -> None:
     assert component_rewards(samples[:1]) == {"reward/rm-a": [1.0], "reward/rm-b": [2.0]}
     with pytest.raises(ValueError, match=r"'rm-b' was not asked .* `majority`"):
         component_rewards(samples)
+
+
+def test_a_component_that_has_no_reward_is_a_missing_reward() -> None:
+    whole = Sample(0.5, components={"rm-a": 1.0, "rm-b": 2.0}, model="majority")
+    part = Sample(0.5, components={"rm-a": 1.0}, model="majority")
+    with pytest.raises(RouterUnavailableError, match=r"no reward of 'rm-b'") as raised:
+        component_rewards([whole, part])
+    assert not is_passing(raised.value)
+    with pytest.raises(ValueError, match="was not asked"):
+        component_rewards([whole, replace(part, model="rm-a")])
 
 
 def test_a_log_without_a_reward_raises(monkeypatch: pytest.MonkeyPatch) -> None:

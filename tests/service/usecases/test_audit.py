@@ -223,6 +223,18 @@ async def test_the_vote_of_all_rms_may_be_the_referee(valkey_server: ValkeyProce
         await counted(gateway, abstained=1.0)
 
 
+async def test_a_vote_of_who_read_a_part_is_no_referee(valkey_server: ValkeyProcess, tmp_path: Path) -> None:
+    path, encoder = checkpoint(tmp_path, VOTES)
+    async with open_gateway(
+        valkey_server.url, models=MODELS, encoder=encoder, checkpoint=path, audit={**EVERY, "referee": "stacked"}
+    ) as gateway:
+        for arm in gateway.arms:
+            arm.too_long = lambda response: len(response) > 20
+        await gateway.client.ok("/reward", {"prompt": "p", "responses": ["a", "b" * 40, "ccc"]})
+        await counted(gateway, abstained=1.0)
+        assert gateway.events() == []
+
+
 async def test_where_all_abstain_nothing_is_learned(gateway: Gateway) -> None:
     await gateway.client.ok("/reward", pair())
     await counted(gateway, abstained=1.0)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from router_core.attempts import Attempt, Outcome
+from router_core.feedback import SignalStatistics
+from router_core.records import Signal
 from service.errors import StoreUnavailableError
 from service.stores.memory import MemoryStore
 from service.stores.protocol import Activity
@@ -76,6 +83,28 @@ async def test_what_the_store_could_not_take_is_told_once_later() -> None:
     assert (totals.decisions, totals.price, totals.asked) == (3, 1.5, {0: 2, 1: 1})
 
 
+class BarrierStore(MemoryStore):
+    """A store that takes nothing until two tellers are there."""
+
+    async def tell_activity(self, *args: Any, **options: Any) -> None:
+        if not hasattr(self, "both"):
+            self.both = asyncio.Barrier(2)
+        await self.both.wait()
+        await super().tell_activity(*args, **options)
+
+
+async def test_a_run_does_not_wait_until_another_is_told() -> None:
+    store, histories = BarrierStore(window_seconds=60), {"r": DecisionHistory(), "s": DecisionHistory()}
+    for history in histories.values():
+        history.add(decided(1))
+    runs: Any = SimpleNamespace(runs={name: SimpleNamespace(history=it) for name, it in histories.items()})
+    other: Any = None
+    watcher = watch.Watcher(runs, other, other, store, texts=False, viewers=1, executor=other)
+    async with asyncio.timeout(10):
+        await watcher.tell()
+    assert [(await store.activity(name, newest=1)).counts["decisions"] for name in histories] == [1, 1]
+
+
 async def test_only_the_newest_are_told_and_all_are_counted() -> None:
     store, history, reader = AwayStore(window_seconds=60), DecisionHistory(), DecisionHistory()
     for number in range(NEWEST + 5):
@@ -100,3 +129,11 @@ def test_a_point_is_what_happened_since_the_one_before() -> None:
     assert (point.decisions, point.price, point.asked) == (4, 2.5, [0.0, 0.5, 0.5])
     quiet = watch._point(now, now)
     assert (quiet.decisions, quiet.price, quiet.asked) == (0, None, None)
+
+
+def test_only_means_of_preferences_are_kept_between_the_ends() -> None:
+    seen = replace(
+        SignalStatistics.empty(3), reward_sum=np.array([-2.0, 3.0, 0.0]), reward_count=np.array([4.0, 2.0, 0.0])
+    )
+    assert watch.mean_rewards(seen, Signal.LOSS) == [-0.5, 1.5, None]
+    assert watch.mean_rewards(seen, Signal.PREFERENCE) == [0.0, 1.0, None]

@@ -275,6 +275,7 @@ async def test_audits_and_gold_of_one_decision_are_rows_and_count_once(
     async with open_gateway(valkey_server.url, audit=audit) as gateway:
         gateway.arm("rm-b").score_of = lambda _, response: -float(len(response))
         first = await gateway.client.ok("/reward", {**pair(0), "policy": "single:rm-a"})
+        await gateway.learned(1)
         await gateway.client.ok("/reward", {**pair(1), "policy": "single:rm-a"})
         await gateway.learned(2)
         await gateway.client.ok("/feedback", {"decision_id": first["decision_id"], "preferred": 0})
@@ -292,6 +293,20 @@ async def test_audits_and_gold_of_one_decision_are_rows_and_count_once(
     data = logged_data(log)
     assert data.rewards.tolist() == [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
     assert len(sequence_log(log)[1]) == 2
+
+
+async def test_who_read_a_part_tells_no_sequence(
+    valkey_server: ValkeyProcess, store: RedisStore, tmp_path: Path
+) -> None:
+    async with open_gateway(valkey_server.url) as gateway:
+        gateway.arm("rm-a").too_long = lambda response: len(response) > 20
+        for count, longest in enumerate((10, 40), 1):
+            item = {"prompt": "p", "responses": ["a", "b" * longest, "ccc"], "policy": "single:rm-a"}
+            reply = await gateway.client.ok("/reward", item)
+            await gateway.client.ok("/feedback", {"decision_id": reply["decision_id"], "preferred": 2})
+            await gateway.learned(count)
+        log = await exported(gateway, store, tmp_path)
+    assert sequence_log(log)[1].tolist() == [0]
 
 
 async def exported(gateway: Gateway, store: RedisStore, tmp_path: Path) -> EventLog:
