@@ -228,7 +228,7 @@ def priors_of(
             return _joined(changed)
         if not variant.features:
             return changed
-        return replace(changed, means=np.zeros((K, checkpoint.fuse.features)), first=0, width=checkpoint.d)
+        return replace(changed, means=np.zeros((K, checkpoint.fuse.features)), first=0, d=checkpoint.d)
 
     return prior
 
@@ -240,7 +240,7 @@ def _joined(prior: Prior) -> Prior:
         known = prior.offsets(x)
         return np.hstack([known, known.mean(axis=1, keepdims=True)])
 
-    return replace(prior, means=np.zeros((prior.n_arms + 1, prior.d)), offset=offset)
+    return replace(prior, means=np.zeros((prior.n_arms + 1, prior.n_weights)), offset=offset)
 
 
 def _prepared(

@@ -125,7 +125,7 @@ class Fuse:
         return int(self.b2.shape[0] if self.rotation is None else self.rotation.shape[1])
 
     @property
-    def dim(self) -> int:
+    def d(self) -> int:
         """Columns of x."""
         return self.features + (0 if self.context is None else 1 + self.context.shape[1])
 
@@ -162,7 +162,7 @@ class Fuse:
             z: (B, 2 * input_dim) float32, finite but for unknown deviations.
 
         Returns:
-            (B, dim) float32; the features and the context of a row have norm 1 each.
+            (B, d) float32; the features and the context of a row have norm 1 each.
 
         Raises:
             ShapeMismatchError: z has another width.
@@ -228,9 +228,9 @@ class PairEncoder:
         return self._backbone.spec
 
     @property
-    def dim(self) -> int:
+    def d(self) -> int:
         """Columns of x."""
-        return self._fuse.dim
+        return self._fuse.d
 
     def encode(self, instances: Sequence[Instance]) -> NDArray[np.float32]:
         """Contexts of the instances.
