@@ -216,10 +216,12 @@ def priors_of(
         joining: one more arm, of which nothing is known: its offsets are the others' mean.
     """
 
+    settings = read_settings(prior="auto", signal=signal)
+
     def prior(form: str | None) -> Prior:
         named = None if form is None else PriorForm(form)
         K = len(checkpoint.pool)
-        built = build_prior(read_settings(prior="auto", signal=signal), checkpoint, K, checkpoint.d, named)
+        built = build_prior(settings, checkpoint, K, checkpoint.d, named)
         if form is not None:
             published = named is not PriorForm.PAPER or not paper
             return built if published else replace(built, hyper=replace(built.hyper, **dict(paper)))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from service.cli import app
 from service.errors import ServiceError
@@ -79,14 +78,8 @@ def readme_commands() -> list[str]:
 
 @pytest.mark.parametrize("command", readme_commands())
 def test_commands_of_the_readme_have_help(command: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "service.cli", command, "--help"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, [command, "--help"])
+    assert done.exit_code == 0, done.output
     assert "Usage" in done.stdout
 
 
