@@ -356,7 +356,7 @@ def test_a_described_backbone_never_embeds() -> None:
         Described("x", 2, ()).embed([("a", "b")])
 
 
-@pytest.mark.slow  # a hundred small fits and as many streams: a minute of one core
+@pytest.mark.long  # a hundred small fits and as many streams: a minute of one core
 def test_the_whole_command_writes_page_pictures_and_figures(tmp_path: Path) -> None:
     names = (*K6, "seventh", "eighth", "ninth")
     rows = []
