@@ -42,7 +42,7 @@ up: $(VENV)/.runtime  ## The same stack, kept serving until Ctrl-C
 	$(BIN)/reward-router up
 
 test: $(VENV)/.development trainer-wheels  ## All tests but the long ones
-	$(BIN)/python -m pytest tests -n 4 --dist loadfile --no-loadscope-reorder -m "not long"
+	$(BIN)/python -m pytest tests -n 3 --dist loadfile --no-loadscope-reorder -m "not long"
 
 test-long: $(VENV)/.development trainer-wheels  ## Benchmarks from end to end, whole trainings and real models
 	$(BIN)/python -m pytest tests --ignore tests/vllm -n 2 --dist load -m long
