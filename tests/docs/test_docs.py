@@ -71,6 +71,16 @@ def test_files_that_a_page_names_exist(name: str) -> None:
         assert (base.parent / path).exists(), f"{name} links to {path}, which does not exist"
 
 
+@pytest.mark.parametrize("folder", ["router_core", "service", "service/scorers", "service/usecases"])
+def test_the_map_names_every_room(folder: str) -> None:
+    text = (ROOT / "docs/architecture.md").read_text("utf-8")
+    drawn = text[text.index("    router_core/   ") : text.index("## The way of one pair")]
+    inside = [path for path in (ROOT / folder).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    rooms = [path.stem for path in inside if not path.stem.startswith("__")]
+    assert len(rooms) > 10
+    assert [room for room in rooms if not re.search(rf"\b{room}\b", drawn)] == []
+
+
 def readme_commands() -> list[str]:
     text = (ROOT / "README.md").read_text("utf-8")
     return sorted(set(re.findall(r"reward-router ([a-z]+)", text)))
