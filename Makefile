@@ -44,8 +44,8 @@ up: $(VENV)/.runtime  ## The same stack, kept serving until Ctrl-C
 test: $(VENV)/.development trainer-wheels  ## All tests but the long ones
 	$(BIN)/python -m pytest tests -n 3 --dist loadfile --no-loadscope-reorder -m "not long"
 
-test-long: $(VENV)/.development trainer-wheels  ## Benchmarks from end to end, whole trainings and real models
-	$(BIN)/python -m pytest tests --ignore tests/vllm -n 2 --dist load -m long
+test-long: $(VENV)/.development trainer-wheels  ## Whole stacks of the compose file, benchmarks from end to end, real trainings (five minutes)
+	$(BIN)/python -m pytest tests --ignore tests/vllm -n 2 --dist loadfile --no-loadscope-reorder -m long
 
 # An environment of its own: 3.5 GB, and vLLM pins its torch. The torchvision that it asks for does not match the CPU torch,
 # and its command line looks for a distribution of the name `vllm`: docs/models.md.
