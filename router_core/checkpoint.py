@@ -33,7 +33,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from router_core.combine import Combination, Multipliers, Practice, Votes
-from router_core.encoder.fuse import Fuse
+from router_core.encoder.fuse import Fuse, Kernel
 from router_core.errors import CheckpointError, HyperparameterError, NotFiniteError, ShapeMismatchError
 from router_core.novelty import Landmarks
 from router_core.policies.scale import ScoreScale
@@ -47,6 +47,7 @@ METADATA_FILE = "metadata.json"
 _ARM_TENSORS = ("bt_embeddings", "cls_weight", "cls_bias", "calibration_scale", "calibration_shift")
 _FUSE_TENSORS = ("shift", "projection", "w1", "b1", "w2", "b2")
 _OPTIONAL_FUSE_TENSORS = ("rotation", "context")
+_KERNEL = ("reach", "anchors", "weights")
 _SCORE_TENSORS = ("score_shift", "score_scale")
 _LANDMARKS = "landmark_positions"
 _LEVEL = "calibration_level"
@@ -57,13 +58,13 @@ _PRACTICE = ("practice_offsets", "practice_verdicts", "practice_margins", "pract
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """A trained offline stage for one pool and one encoder; K arms, r features that the heads read.
+    """A trained offline stage for one pool and one encoder; K arms, l learned features, r with what the kernel says.
 
     Fields:
         pool: K names, in the order of every per-arm array.
         encoder_spec: what `encoder.registry.load_backbone` takes.
-        fuse: backbone vectors to x, whose first r columns are the features f.
-        bt_embeddings: (K, r), unit-norm; fᵀe_k is the Bradley-Terry score of arm k.
+        fuse: backbone vectors to x, whose first l columns are learned, and first r the features f.
+        bt_embeddings: (K, l), unit-norm; their product with the first l of f is the Bradley-Terry score of arm k.
         cls_weight, cls_bias: (K, r), (K,); the logit of "arm k is right" before calibration is w_kᵀf + b_k.
         calibration_scale, calibration_shift: (K,), (K,), from held-out pairs; the calibrated logit is
             scale_k (w_kᵀf + b_k) + shift_k + cᵀQc.
@@ -110,6 +111,7 @@ class Checkpoint:
     def __post_init__(self) -> None:
         """Raises CheckpointError if a shape, a number or the pool cannot be."""
         K, r = len(self.pool), self.fuse.features
+        widths = {"bt_embeddings": (K, self.fuse.learned), "cls_weight": (K, r)}
         if not K or len(set(self.pool)) != K:
             raise CheckpointError(f"pool = {list(self.pool)}: needs at least one name, each once")
         if self.prior_form not in (PriorForm.PAPER, PriorForm.CALIBRATED):
@@ -118,10 +120,10 @@ class Checkpoint:
             )
         for name in _ARM_TENSORS:
             array = getattr(self, name)
-            expected = (K, r) if name in ("bt_embeddings", "cls_weight") else (K,)
+            expected = widths.get(name, (K,))
             if array.shape != expected:
                 raise CheckpointError(
-                    f"{name} has shape {array.shape}, expected {expected} for {K} arms and {r} features"
+                    f"{name} has shape {array.shape}, expected {expected} for {K} arms and {expected[-1]} features"
                 )
         width = self.d - r
         if self.calibration_level is not None and self.calibration_level.shape != (width, width):
@@ -158,10 +160,12 @@ class Checkpoint:
     def columns(self, form: PriorForm) -> tuple[int, int]:
         """First column of x and number of columns that the posterior of that prior form reads.
 
-        The paper's form reads the features; the others the low-rank context, where the fuse makes one.
+        The paper's form reads the learned features; the others the low-rank context, where the fuse makes one.
         """
         features = self.fuse.features
-        return (0, features) if form is PriorForm.PAPER or features == self.d else (features, self.d - features)
+        if form is PriorForm.PAPER or features == self.d:
+            return 0, self.fuse.learned
+        return features, self.d - features
 
     @property
     def scores(self) -> ScoreScale | None:
@@ -199,7 +203,7 @@ class Checkpoint:
 
     def bt_scores(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
         """fᵀe_k for each context and arm: (B, d) to (B, K) float64; only differences between arms mean anything."""
-        return np.asarray(self._features(x) @ self.bt_embeddings.T, dtype=np.float64)
+        return np.asarray(self._features(x)[:, : self.fuse.learned] @ self.bt_embeddings.T, dtype=np.float64)
 
     def require_pool(self, names: Sequence[str]) -> None:
         """Raises CheckpointError unless `names` is this pool, in this order."""
@@ -239,7 +243,7 @@ class Checkpoint:
         return replace(self, pool=tuple(names), metrics={}, votes=votes, multipliers=None, practice=practice, **arrays)
 
     def column(self, name: str | None) -> NDArray[np.float32]:
-        """What the checkpoint knows of one arm, as numbers that `extended` reads: (2r + 3,).
+        """What the checkpoint knows of one arm, as numbers that `extended` reads: (l + r + 3,).
 
         Args:
             name: the arm; None for what an average arm of the checkpoint would be, which says how hard a text is for
@@ -265,20 +269,20 @@ class Checkpoint:
         """
         if not columns:
             return self
-        r = self.fuse.features
+        learned, end = self.fuse.learned, self.fuse.learned + self.fuse.features
         for name, column in columns.items():
-            if column.shape != (2 * r + 3,):
+            if column.shape != (end + 3,):
                 raise CheckpointError(
                     f"what scorer {name!r} starts from holds {column.size} numbers, this checkpoint's arms have "
-                    f"{2 * r + 3}: serve the run with the checkpoint that it was started with"
+                    f"{end + 3}: serve the run with the checkpoint that it was started with"
                 )
         rows = np.stack([*columns.values()])
         added = {
-            "bt_embeddings": rows[:, :r],
-            "cls_weight": rows[:, r : 2 * r],
-            "calibration_scale": rows[:, 2 * r],
-            "calibration_shift": rows[:, 2 * r + 1],
-            "cls_bias": rows[:, 2 * r + 2],
+            "bt_embeddings": rows[:, :learned],
+            "cls_weight": rows[:, learned:end],
+            "calibration_scale": rows[:, end],
+            "calibration_shift": rows[:, end + 1],
+            "cls_bias": rows[:, end + 2],
         }
         arrays: dict[str, Any] = {name: np.concatenate([getattr(self, name), more]) for name, more in added.items()}
         dropped: dict[str, Any] = dict.fromkeys(("votes", "multipliers", "practice", *_SCORE_TENSORS))
@@ -349,6 +353,7 @@ class Checkpoint:
                     **{name: tensors[f"fuse.{name}"] for name in _FUSE_TENSORS},
                     rotation=tensors.get("fuse.rotation"),
                     context=tensors.get("fuse.context"),
+                    kernel=_kernel(tensors),
                     limit=metadata["fuse_limit"],
                 ),
                 **{name: tensors[name] for name in _ARM_TENSORS},
@@ -385,6 +390,8 @@ class Checkpoint:
 
     def _tensors(self) -> dict[str, NDArray[np.float32]]:
         named = {f"fuse.{name}": getattr(self.fuse, name) for name in (*_FUSE_TENSORS, *_OPTIONAL_FUSE_TENSORS)}
+        if self.fuse.kernel is not None:
+            named.update({f"fuse.kernel_{name}": getattr(self.fuse.kernel, name) for name in _KERNEL})
         named.update({name: getattr(self, name) for name in (*_ARM_TENSORS, *_SCORE_TENSORS)})
         named[_LEVEL] = self.calibration_level
         named[_LANDMARKS] = None if self.landmarks is None else self.landmarks.positions
@@ -438,6 +445,11 @@ class Checkpoint:
 
 def _landmarks(tensors: Mapping[str, NDArray[np.float32]], metadata: Mapping[str, Any]) -> Landmarks | None:
     return Landmarks(tensors[_LANDMARKS], metadata["landmark_radius"]) if _LANDMARKS in tensors else None
+
+
+def _kernel(tensors: Mapping[str, NDArray[np.float32]]) -> Kernel | None:
+    named = [f"fuse.kernel_{name}" for name in _KERNEL]
+    return Kernel(*(tensors[name] for name in named)) if named[0] in tensors else None
 
 
 def _votes(tensors: Mapping[str, NDArray[np.float32]]) -> Votes | None:

@@ -45,7 +45,7 @@ head. Its own fine-tunes the encoder.
 
 def papers_config(config: TrainConfig) -> TrainConfig:
     """The settings of `PAPERS`."""
-    return replace(config, members=1, kind_members=0, soft_share=0.0, blend=0.0, level=0.0)
+    return replace(config, members=1, kind_members=0, soft_share=0.0, kernel_from=0, blend=0.0, level=0.0)
 
 
 class TableTwo:

@@ -230,7 +230,7 @@ def priors_of(
             return _joined(changed)
         if not variant.features:
             return changed
-        return replace(changed, means=np.zeros((K, checkpoint.fuse.features)), first=0, d=checkpoint.d)
+        return replace(changed, means=np.zeros((K, checkpoint.fuse.learned)), first=0, d=checkpoint.d)
 
     return prior
 

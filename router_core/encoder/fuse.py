@@ -7,7 +7,7 @@ Knows two small dense layers in numpy; knows no backbone, no torch, no posterior
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,11 +63,41 @@ def two_branch(h: NDArray[np.floating], group_sizes: Sequence[int]) -> NDArray[n
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Kernel:
+    """e = Σ_a exp(−‖s∘u − a‖) w_a: what was seen of each RM on the training pairs most like this one, above its mean.
+
+    Fields: reach (p,) s, anchors (L, p) training pairs' s∘u, weights (L, K), all float32. Fitted by `offline.kernel`.
+    """
+
+    reach: NDArray[np.float32]
+    anchors: NDArray[np.float32]
+    weights: NDArray[np.float32]
+    _squares: NDArray[np.float32] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Raises ShapeMismatchError if the arrays do not fit each other."""
+        if self.anchors.shape != (len(self.weights), len(self.reach)) or not self.weights.size:
+            raise ShapeMismatchError(
+                f"fuse.kernel: reach {self.reach.shape}, anchors {self.anchors.shape} and weights "
+                f"{self.weights.shape} must be (p,), (L, p) and (L, K)"
+            )
+        object.__setattr__(self, "_squares", np.square(self.anchors).sum(axis=1))
+
+    def apply(self, u: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(B, p) to (B, K) float32. O(L p) for a row."""
+        rows = u * self.reach
+        squares = np.square(rows).sum(axis=1, keepdims=True) + self._squares - 2.0 * (rows @ self.anchors.T)
+        seen: NDArray[np.float32] = np.exp(-np.sqrt(np.maximum(squares, 0.0))) @ self.weights
+        return seen
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Fuse:
-    """x = [f ; c]: learned features f that the heads read, and a low-rank context c that the online residual reads.
+    """x = [f ; e ; c]: learned features f, what a kernel says e, and a low-rank context c for the online residual.
 
     u = clip((z − shift) P, ±limit), z from `two_branch`, its second half the shift's where it is unknown
     f = normalise([g_1 ; … ; g_M] R),  g_m = normalise(W₂ₘᵀ tanh(W₁ₘᵀ u + c₁ₘ) + c₂ₘ)
+    e = kernel(u)
     c = normalise([1 ; clip(uᵀV, ±3) / √q])
 
     P (2·dim, p) standardises measured features and projects dense ones on their leading directions; the limit keeps a
@@ -87,6 +117,7 @@ class Fuse:
     b2: NDArray[np.float32]
     rotation: NDArray[np.float32] | None = None
     context: NDArray[np.float32] | None = None
+    kernel: Kernel | None = None
     limit: float = 5.0
 
     def __post_init__(self) -> None:
@@ -103,6 +134,8 @@ class Fuse:
             expected["rotation"] = (out, self.rotation.shape[1])
         if self.context is not None:
             expected["context"] = (p, self.context.shape[1])
+        if self.kernel is not None and len(self.kernel.reach) != p:
+            raise ShapeMismatchError(f"fuse.kernel reads {len(self.kernel.reach)} inputs, the projection makes {p}")
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
                 raise ShapeMismatchError(f"fuse.{name} has shape {getattr(self, name).shape}, expected {shape}")
@@ -120,9 +153,14 @@ class Fuse:
         return int(self.projection.shape[0]) // 2
 
     @property
-    def features(self) -> int:
-        """r, the leading columns of x: what the heads read."""
+    def learned(self) -> int:
+        """r, columns of f, the leading ones of x: what the Bradley-Terry head reads, and the paper's posterior."""
         return int(self.b2.shape[0] if self.rotation is None else self.rotation.shape[1])
+
+    @property
+    def features(self) -> int:
+        """Columns of [f ; e], the leading ones of x: what the correctness head reads."""
+        return self.learned + (0 if self.kernel is None else self.kernel.weights.shape[1])
 
     @property
     def d(self) -> int:
@@ -162,7 +200,7 @@ class Fuse:
             z: (B, 2 * input_dim) float32, finite but for unknown deviations.
 
         Returns:
-            (B, d) float32; the features and the context of a row have norm 1 each.
+            (B, d) float32; f and c of a row have norm 1 each.
 
         Raises:
             ShapeMismatchError: z has another width.
@@ -171,6 +209,8 @@ class Fuse:
             raise ShapeMismatchError(f"z has shape {z.shape}, expected (B, {2 * self.input_dim})")
         u = self.standardise(z)
         features = self._learned(u)
+        if self.kernel is not None:
+            features = np.concatenate([features, self.kernel.apply(u)], axis=1)
         if self.context is None:
             return features
         position = np.clip(u @ self.context, -CONTEXT_LIMIT, CONTEXT_LIMIT) / np.float32(self.context.shape[1] ** 0.5)
@@ -236,7 +276,7 @@ class PairEncoder:
         """Contexts of the instances.
 
         Returns:
-            (B, d) float32 with rows of norm 1; (0, d) for no instances.
+            (B, d) float32, rows as `Fuse.apply` makes them; (0, d) for no instances.
 
         Raises:
             EncoderError: an instance has no response, or the backbone gave NaN or infinity.

@@ -138,6 +138,22 @@ def handicap(probabilities: Array, correctness: Array, groups: Sequence[str]) ->
     return np.where(others & _surely_positive(earned(chosen) - routed, names), -chosen, 0.0)
 
 
+def surely_worse(probabilities: Array, others: Array, correctness: Array, groups: Sequence[str]) -> bool:
+    """Return True if routing by `probabilities` earns less than by `others`, by more than a standard error over groups.
+
+    Args:
+        probabilities, others: (N, K) of fits that had not seen a pair's group.
+        correctness: (N, K), NaN where an RM was not asked; rows without any RM are left out.
+        groups: N names.
+    """
+    asked = ~np.isnan(correctness)
+    rows = np.flatnonzero(asked.any(axis=1))
+    earned = [
+        correctness[rows, np.where(asked, each, -np.inf)[rows].argmax(axis=1)] for each in (others, probabilities)
+    ]
+    return _surely_positive(earned[0] - earned[1], [groups[i] for i in rows.tolist()])
+
+
 def _surely_positive(gains: Array, groups: Sequence[str]) -> bool:
     """Return True if the mean gain (N,) is above its standard error over the groups."""
     return bool(gains.mean() > np.sqrt(mean_spread(gains[None], groups)[0]))

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from router_core.encoder.base import Block
-from router_core.encoder.fuse import Fuse
+from router_core.encoder.fuse import Fuse, Kernel
 from router_core.errors import DatasetError, ShapeMismatchError
 from router_core.offline.calibrate import LEVEL
+from router_core.offline.kernel import fit_kernel
 from router_core.offline.kinds import fit_kinds
 from router_core.offline.losses import balanced_couples, bradley_terry, correctness_bce
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, Hyperparameters
@@ -54,6 +55,8 @@ class TrainConfig:
         components: leading directions kept of each dense block of the backbone, per branch.
         lambda_bt, lambda_cls: weights of the two losses; `lambda_cls = 0` is the paper's "w/o CLS".
         soft_share, soft_width: of `targets.soft_targets`; share 0 learns from verdicts alone.
+        kernel_from: pairs from which what a kernel says of similar training pairs (`offline.kernel`) is added to the
+            correctness logits, unless that routes worse; with 64 to 256 it is as likely to lose; 0: never.
         blend: share of an arm's Bradley-Terry score over the arms' mean that is added to its correctness logit before
             the calibration; ranking is what the one head learns and level what the other does.
         balanced: every couple (RM j right where l is wrong) counts alike, however often it occurs.
@@ -78,6 +81,7 @@ class TrainConfig:
     lambda_cls: float = 1.0
     soft_share: float = 0.5
     soft_width: float = 0.5
+    kernel_from: int = 512
     blend: float = 0.75
     balanced: bool = False
     learning_rate: float = 3e-3
@@ -158,7 +162,7 @@ class MembersFit:
             columns: (N, C) targets of every RM that the kinds are learned from; those of the pool if None.
             kinds: (2 * dim, r) directions that were learned from other pairs, in the place of those.
         """
-        self._config = config
+        self._config, self._seed = config, seed
         self._shift, directions = input_projection(z, blocks, config.components)
         known = self._kinds(z, blocks, targets if columns is None else columns) if kinds is None else scaled(kinds, z)
         self._directions = directions.shape[1]
@@ -236,6 +240,15 @@ class MembersFit:
         with torch.inference_mode():
             scores, logits = torch.func.functional_call(self._network, self._average, (u, 0.0, None))
         return np.stack([scores.mean(0).double().numpy(), logits.mean(0).double().numpy()])
+
+    def kernel(self, z: NDArray[np.float32], targets: NDArray[np.float64]) -> tuple[Kernel, NDArray[np.float64]]:
+        """`fit_kernel` of the pairs of this fit, on the members' inputs; with the seed of the fit."""
+        kinds = self._projection.shape[1] - self._directions
+        return fit_kernel(self.inputs(z), targets, kinds, np.random.default_rng(self._seed))
+
+    def inputs(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the members read of encodings: (N, 2 * dim) to (N, p)."""
+        return np.asarray(self._inputs(z).numpy(), dtype=np.float32)
 
     def export(self, z: NDArray[np.float32]) -> tuple[Fuse, dict[str, NDArray[np.float32]]]:
         """The averaged weights as a fuse and the heads of a checkpoint.

@@ -34,7 +34,9 @@ from router_core.offline.calibrate import (
     handicap,
     handicapped,
     negative_log_likelihood,
+    surely_worse,
 )
+from router_core.offline.kernel import GAIN
 from router_core.offline.losses import bradley_terry, correctness_bce
 from router_core.offline.members import SCORE_SCALE, MembersFit, TrainConfig
 from router_core.offline.targets import score_margins, soft_targets
@@ -151,7 +153,8 @@ def _fit_checkpoint(
 ) -> tuple[Checkpoint, HeldOut]:
     """Cross-fit to choose the epochs and to calibrate, then fit on everything."""
     rng = np.random.default_rng(config.seed)
-    predicted = np.zeros((config.max_epochs, 2, *correctness.shape))
+    predicted, similar = np.zeros((config.max_epochs, 2, *correctness.shape)), np.zeros(correctness.shape)
+    kernel = config.lambda_cls > 0 and 0 < config.kernel_from <= len(pairs)
     folds = grouped_folds(pairs, config.folds, rng)
     steps = math.ceil(min(len(inside) for inside, _ in folds) / config.batch_size)
     for fold, (inside, outside) in enumerate(folds):
@@ -161,6 +164,9 @@ def _fit_checkpoint(
         for epoch in range(config.max_epochs):
             model.advance(steps)
             predicted[epoch][:, outside] = model.predict(z[outside])
+        if kernel:
+            near, means = model.kernel(z[inside], targets[inside])
+            similar[outside] = means + near.apply(model.inputs(z[outside]))
     epochs = _best_epoch(predicted, correctness, config)
     bt_scores, logits = predicted[epochs - 1]
     blend = config.blend if config.lambda_bt > 0 and config.lambda_cls > 0 else 0.0
@@ -170,12 +176,22 @@ def _fit_checkpoint(
     fuse, heads = final.export(z)
     embeddings = heads["bt_embeddings"]
     heads["cls_weight"] = heads["cls_weight"] + np.float32(blend * SCORE_SCALE) * (embeddings - embeddings.mean(axis=0))
-    contexts = fuse.apply(z)
     # The columns that the level reads are not trained on verdicts, so held-out pairs may have them of the final fuse.
-    c = contexts[:, fuse.features :]
-    calibration = fit_calibration(logits, correctness, c, config.level)
+    c = fuse.apply(z)[:, fuse.features :]
+    groups = [pair.group for pair in pairs]
     probabilities = cross_calibrated(logits, correctness, c, folds, config.level)
-    given_up = handicap(probabilities, correctness, [pair.group for pair in pairs])
+    if kernel:
+        with_it = cross_calibrated(logits + GAIN * similar, correctness, c, folds, config.level)
+        if not surely_worse(with_it, probabilities, correctness, groups):
+            logits, probabilities = logits + GAIN * similar, with_it
+            near, means = final.kernel(z, targets)
+            fuse = replace(fuse, kernel=near)
+            own = np.float32(GAIN) * np.eye(len(pool), dtype=np.float32)
+            heads["cls_weight"] = np.hstack([heads["cls_weight"], own])
+            heads["cls_bias"] = (heads["cls_bias"] + GAIN * means).astype(np.float32)
+    contexts = fuse.apply(z)
+    calibration = fit_calibration(logits, correctness, c, config.level)
+    given_up = handicap(probabilities, correctness, groups)
     held_out = HeldOut(handicapped(probabilities, given_up), bt_scores, correctness)
     scale = score_scale(pairs, pool)
     landmarks = context_landmarks(pairs, contexts, fuse, np.random.default_rng(config.seed))
@@ -227,7 +243,7 @@ def learned_votes(
 def context_landmarks(
     pairs: Sequence[LabelledPair], x: NDArray[np.float32], fuse: Fuse, rng: np.random.Generator
 ) -> Landmarks | None:
-    """Where the pairs lie, from their contexts x (N, dim); None without a low-rank context, or with too few pairs."""
+    """Where the pairs lie, from their contexts x (N, d); None without a low-rank context, or with too few pairs."""
     if fuse.context is None:
         return None
     return fit_landmarks(x[:, fuse.features :], [pair.group for pair in pairs], rng)

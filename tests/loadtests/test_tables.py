@@ -277,7 +277,7 @@ def test_a_variant_changes_the_prior_that_it_names_and_no_other(plan: Plan, fitt
     assert (tuned("paper").hyper.v, tuned("paper").hyper.lambda0) == (0.1, 1.0)
     assert tuned(None).hyper == default.hyper
     features = priors_of(checkpoint, Variant(features=True), Signal.PREFERENCE)(None)
-    assert (features.first, features.n_weights, features.d) == (0, checkpoint.fuse.features, checkpoint.d)
+    assert (features.first, features.n_weights, features.d) == (0, checkpoint.fuse.learned, checkpoint.d)
     assert default.first == checkpoint.fuse.features
 
 

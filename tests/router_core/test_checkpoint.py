@@ -11,7 +11,7 @@ import pytest
 
 from router_core.checkpoint import METADATA_FILE, WEIGHTS_FILE, Checkpoint
 from router_core.combine import Multipliers, Votes
-from router_core.encoder.fuse import Fuse
+from router_core.encoder.fuse import Fuse, Kernel
 from router_core.errors import CheckpointError, ShapeMismatchError
 from router_core.novelty import Landmarks
 from router_core.prior import Hyperparameters, PriorForm
@@ -53,6 +53,26 @@ def test_a_saved_checkpoint_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.bt_scores(x), saved.bt_scores(x))
     z = np.random.default_rng(2).standard_normal((3, 10)).astype(np.float32)
     np.testing.assert_array_equal(loaded.fuse.apply(z), saved.fuse.apply(z))
+
+
+def test_a_kernel_is_saved_with_its_fuse(tmp_path: Path) -> None:
+    base, rng = make(K=3, d=4), np.random.default_rng(3)
+    shapes = ((4,), (6, 4), (6, 3))
+    kernel = Kernel(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
+    weight = np.hstack([base.cls_weight, np.eye(3, dtype=np.float32)])
+    saved = replace(base, fuse=replace(base.fuse, kernel=kernel), cls_weight=weight)
+    saved.save(tmp_path / "ckpt")
+    loaded = Checkpoint.load(tmp_path / "ckpt")
+    z = rng.standard_normal((5, 10)).astype(np.float32)
+    x = saved.fuse.apply(z)
+    assert x.shape == (5, 7)
+    np.testing.assert_array_equal(loaded.fuse.apply(z), x)
+    np.testing.assert_array_equal(loaded.class_probabilities(x), saved.class_probabilities(x))
+    np.testing.assert_array_equal(saved.bt_scores(x), base.bt_scores(x[:, :4]))
+    joined = saved.select_pool(["R1"]).extended({"R0": saved.column("R0")})
+    np.testing.assert_allclose(joined.class_probabilities(x), saved.class_probabilities(x)[:, [1, 0]])
+    with pytest.raises(CheckpointError, match="cls_weight has shape"):
+        replace(saved, cls_weight=base.cls_weight)
 
 
 def test_transposed_views_survive_saving(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router_core.encoder.base import Backbone, Block, ConcatBackbone
-from router_core.encoder.fuse import Fuse, PairEncoder, two_branch
+from router_core.encoder.fuse import Fuse, Kernel, PairEncoder, two_branch
 from router_core.encoder.registry import load_backbone
 from router_core.encoder.relation import RelationBackbone
 from router_core.encoder.surface import FEATURES, LAYOUT, SurfaceBackbone, layout
@@ -157,6 +157,28 @@ def test_members_features_and_context_by_hand() -> None:
     np.testing.assert_allclose(x[3:], np.array([1, 1]) / np.sqrt(2), rtol=1e-6)
     far = fuse.apply(np.array([[50.0, 0.0]], dtype=np.float32))[0]
     np.testing.assert_allclose(far[3:], np.array([1, 3]) / np.sqrt(10), rtol=1e-6)
+
+
+def test_what_a_kernel_says_stands_between_features_and_context() -> None:
+    plain = replace(Fuse.identity(1, 2), context=np.eye(2, 1, dtype=np.float32))
+    anchors = np.array([[0, 0], [3, 4]], dtype=np.float32)
+    kernel = Kernel(np.ones(2, dtype=np.float32), anchors, np.array([[1, 0, 2], [0, 1, 0]], dtype=np.float32))
+    fuse = replace(plain, projection=np.eye(2, dtype=np.float32), kernel=kernel)
+    assert (fuse.learned, fuse.features, fuse.d) == (2, 5, 7)
+    z = np.array([[3, 4], [0, 0]], dtype=np.float32)
+    x = fuse.apply(z)
+    near, far = 1.0, np.exp(-5.0)
+    np.testing.assert_allclose(x[:, 2:5], [[far, near, 2 * far], [near, far, 2 * near]], rtol=1e-3)
+    without = replace(fuse, kernel=None).apply(z)
+    np.testing.assert_array_equal(x[:, [0, 1, 5, 6]], without)
+
+
+def test_a_kernel_that_does_not_fit_is_named() -> None:
+    kernel = Kernel(np.ones(3, dtype=np.float32), np.ones((4, 3), dtype=np.float32), np.ones((4, 2), dtype=np.float32))
+    with pytest.raises(ShapeMismatchError, match="kernel reads 3 inputs"):
+        replace(Fuse.identity(1, 2), kernel=kernel)
+    with pytest.raises(ShapeMismatchError, match=r"\(L, p\)"):
+        replace(kernel, anchors=np.ones((5, 3), dtype=np.float32))
 
 
 def test_a_zero_vector_becomes_a_unit_vector_instead_of_nan() -> None:

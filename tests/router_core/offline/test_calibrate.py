@@ -16,6 +16,7 @@ from router_core.offline.calibrate import (  # noqa: E402
     cross_calibrated,
     fit_calibration,
     negative_log_likelihood,
+    surely_worse,
 )
 from router_core.offline.train import TrainConfig, fit, pair_features  # noqa: E402
 from tests.support.offline import POOL, two_domains  # noqa: E402
@@ -109,3 +110,18 @@ def test_calibration_by_domain_by_hand() -> None:
     assert found["math"]["negative_log_likelihood"] == pytest.approx(-(np.log(0.6) + np.log(0.8)) / 2)
     everything = negative_log_likelihood(probabilities, outcomes)
     assert found[""]["negative_log_likelihood"] == pytest.approx(everything)
+
+
+def test_routing_is_surely_worse_only_beyond_a_standard_error() -> None:
+    right = np.tile([[1.0, 0.0]], (40, 1))
+    good, bad = np.tile([[0.8, 0.4]], (40, 1)), np.tile([[0.4, 0.8]], (40, 1))
+    groups = [str(i) for i in range(40)]
+    assert surely_worse(bad, good, right, groups)
+    assert not surely_worse(good, bad, right, groups)
+    assert not surely_worse(good, good, right, groups)
+    thrice, twice = good.copy(), good.copy()
+    thrice[:3], twice[3:5] = bad[:3], bad[3:5]
+    assert not surely_worse(thrice, twice, right, groups)
+    missing = right.copy()
+    missing[:, 1] = np.nan
+    assert not surely_worse(bad, good, missing, groups)

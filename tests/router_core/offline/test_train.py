@@ -10,12 +10,14 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from router_core.encoder.surface import SurfaceBackbone  # noqa: E402
+from router_core.offline.kernel import GAIN  # noqa: E402
 from router_core.offline.members import spanning, whitening  # noqa: E402
 from router_core.offline.train import TrainConfig, fit, pair_features  # noqa: E402
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, PriorForm  # noqa: E402
 from tests.support.offline import POOL, two_domains  # noqa: E402
 
 FAST = TrainConfig(max_epochs=6, folds=2, directions=2, context=2, members=2, member_dim=4, hidden=8)
+NEAR = replace(FAST, kernel_from=80)
 
 
 def test_the_online_stage_gets_the_settings_of_the_replays() -> None:
@@ -26,13 +28,37 @@ def test_the_online_stage_gets_the_settings_of_the_replays() -> None:
 
 def test_a_checkpoint_keeps_the_heads_exact_and_says_which_columns_each_form_reads() -> None:
     pairs = two_domains(80)
-    checkpoint, _ = fit(pairs, POOL, SurfaceBackbone(), FAST)
-    features = checkpoint.fuse.features
-    assert checkpoint.columns(PriorForm.PAPER) == (0, features)
+    checkpoint, _ = fit(pairs, POOL, SurfaceBackbone(), NEAR)
+    features, learned = checkpoint.fuse.features, checkpoint.fuse.learned
+    assert features == learned + len(POOL)
+    assert checkpoint.columns(PriorForm.PAPER) == (0, learned)
     assert checkpoint.columns(PriorForm.CALIBRATED) == (features, 3)
     np.testing.assert_allclose(np.linalg.norm(checkpoint.bt_embeddings, axis=1), 1.0, rtol=1e-5)
     assert checkpoint.scores is not None
-    assert fit(pairs, POOL, SurfaceBackbone(), replace(FAST, lambda_cls=0.0))[0].prior_form is PriorForm.PAPER
+    assert fit(pairs, POOL, SurfaceBackbone(), FAST)[0].fuse.kernel is None
+    papers = fit(pairs, POOL, SurfaceBackbone(), replace(NEAR, lambda_cls=0.0))[0]
+    assert papers.prior_form is PriorForm.PAPER
+    assert papers.fuse.kernel is None
+
+
+def test_offsets_are_the_networks_and_the_kernel_together() -> None:
+    pairs = two_domains(80)
+    checkpoint, _ = fit(pairs, POOL, SurfaceBackbone(), NEAR)
+    kernel, learned = checkpoint.fuse.kernel, checkpoint.fuse.learned
+    assert kernel is not None
+    x = checkpoint.fuse.apply(pair_features(pairs, SurfaceBackbone()))
+    said = x[:, learned : checkpoint.fuse.features]
+    alone = replace(
+        checkpoint, fuse=replace(checkpoint.fuse, kernel=None), cls_weight=checkpoint.cls_weight[:, :learned].copy()
+    )
+    features = np.delete(x, np.arange(learned, checkpoint.fuse.features), axis=1)
+
+    def logits(p: np.ndarray) -> np.ndarray:
+        return np.asarray(np.log(p) - np.log1p(-p))
+
+    difference = logits(checkpoint.class_probabilities(x)) - logits(alone.class_probabilities(features))
+    np.testing.assert_allclose(difference, checkpoint.calibration_scale * GAIN * said, atol=1e-4)
+    assert np.abs(difference).max() > 0.1
 
 
 def test_a_checkpoint_tells_texts_of_a_domain_that_it_never_saw_from_those_that_it_did() -> None:
