@@ -154,6 +154,21 @@ def surely_worse(probabilities: Array, others: Array, correctness: Array, groups
     return _surely_positive(earned[0] - earned[1], [groups[i] for i in rows.tolist()])
 
 
+def surely_gains(probabilities: Array, correctness: Array, groups: Sequence[str]) -> bool:
+    """Return True if routing earns more than the best RM on the same pairs, by more than a standard error over groups.
+
+    Args:
+        probabilities: (N, K) of fits that had not seen a pair's group.
+        correctness: (N, K), NaN where an RM was not asked; rows that lack the best RM are left out.
+        groups: N names.
+    """
+    best = np.zeros_like(correctness)
+    best[:, int(np.nanmean(correctness, axis=0).argmax())] = 1.0
+    rows = np.isfinite(correctness[best > 0])
+    names = [name for name, kept in zip(groups, rows, strict=True) if kept]
+    return surely_worse(best[rows], probabilities[rows], correctness[rows], names)
+
+
 def _surely_positive(gains: Array, groups: Sequence[str]) -> bool:
     """Return True if the mean gain (N,) is above its standard error over the groups."""
     return bool(gains.mean() > np.sqrt(mean_spread(gains[None], groups)[0]))

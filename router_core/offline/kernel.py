@@ -1,8 +1,8 @@
 """Which RM was right on the training pairs most like this one: kernel ridge regression on the standardised encodings.
 
 The networks of `offline.members` see a pair through a few directions; this sees which training pairs are near it. The
-two err differently, and their sum routes better than either (docs/experiments.md). Knows standardised encodings and
-targets; called by `offline.members`. What it fits is read by `encoder.fuse`.
+two err differently, and where routing pays their sum routes better than either (docs/experiments.md). Knows
+standardised encodings and targets; called by `offline.members`. What it fits is read by `encoder.fuse`.
 """
 
 from __future__ import annotations

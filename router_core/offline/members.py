@@ -56,7 +56,7 @@ class TrainConfig:
         lambda_bt, lambda_cls: weights of the two losses; `lambda_cls = 0` is the paper's "w/o CLS".
         soft_share, soft_width: of `targets.soft_targets`; share 0 learns from verdicts alone.
         kernel_from: pairs from which what a kernel says of similar training pairs (`offline.kernel`) is added to the
-            correctness logits, unless that routes worse; with 64 to 256 it is as likely to lose; 0: never.
+            correctness logits, where that routes well; with 64 to 256 it is as likely to lose; 0: never.
         blend: share of an arm's Bradley-Terry score over the arms' mean that is added to its correctness logit before
             the calibration; ranking is what the one head learns and level what the other does.
         balanced: every couple (RM j right where l is wrong) counts alike, however often it occurs.

@@ -34,6 +34,7 @@ from router_core.offline.calibrate import (
     handicap,
     handicapped,
     negative_log_likelihood,
+    surely_gains,
     surely_worse,
 )
 from router_core.offline.kernel import GAIN
@@ -182,7 +183,8 @@ def _fit_checkpoint(
     probabilities = cross_calibrated(logits, correctness, c, folds, config.level)
     if kernel:
         with_it = cross_calibrated(logits + GAIN * similar, correctness, c, folds, config.level)
-        if not surely_worse(with_it, probabilities, correctness, groups):
+        worse = surely_worse(with_it, probabilities, correctness, groups)
+        if not worse and surely_gains(with_it, correctness, groups):
             logits, probabilities = logits + GAIN * similar, with_it
             near, means = final.kernel(z, targets)
             fuse = replace(fuse, kernel=near)

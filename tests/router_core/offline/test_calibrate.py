@@ -16,6 +16,7 @@ from router_core.offline.calibrate import (  # noqa: E402
     cross_calibrated,
     fit_calibration,
     negative_log_likelihood,
+    surely_gains,
     surely_worse,
 )
 from router_core.offline.train import TrainConfig, fit, pair_features  # noqa: E402
@@ -125,3 +126,13 @@ def test_routing_is_surely_worse_only_beyond_a_standard_error() -> None:
     missing = right.copy()
     missing[:, 1] = np.nan
     assert not surely_worse(bad, good, missing, groups)
+
+
+def test_routing_surely_gains_only_beyond_the_best_rm() -> None:
+    right = np.tile([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]], (20, 1))
+    groups = [str(i) for i in range(60)]
+    assert surely_gains(right, right, groups)
+    always = np.tile([[0.9, 0.1]], (60, 1))
+    assert not surely_gains(always, right, groups)
+    right[1::3, 0] = np.nan
+    assert not surely_gains(np.nan_to_num(right), right, groups)

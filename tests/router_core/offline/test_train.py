@@ -17,7 +17,8 @@ from router_core.prior import CALIBRATED_HYPERPARAMETERS, PriorForm  # noqa: E40
 from tests.support.offline import POOL, two_domains  # noqa: E402
 
 FAST = TrainConfig(max_epochs=6, folds=2, directions=2, context=2, members=2, member_dim=4, hidden=8)
-NEAR = replace(FAST, kernel_from=80)
+NEAR = replace(FAST, kernel_from=160, max_epochs=20)
+"""For pairs enough that routing surely gains, without which there is no kernel."""
 
 
 def test_the_online_stage_gets_the_settings_of_the_replays() -> None:
@@ -27,7 +28,7 @@ def test_the_online_stage_gets_the_settings_of_the_replays() -> None:
 
 
 def test_a_checkpoint_keeps_the_heads_exact_and_says_which_columns_each_form_reads() -> None:
-    pairs = two_domains(80)
+    pairs = two_domains(160)
     checkpoint, _ = fit(pairs, POOL, SurfaceBackbone(), NEAR)
     features, learned = checkpoint.fuse.features, checkpoint.fuse.learned
     assert features == learned + len(POOL)
@@ -42,7 +43,7 @@ def test_a_checkpoint_keeps_the_heads_exact_and_says_which_columns_each_form_rea
 
 
 def test_offsets_are_the_networks_and_the_kernel_together() -> None:
-    pairs = two_domains(80)
+    pairs = two_domains(160)
     checkpoint, _ = fit(pairs, POOL, SurfaceBackbone(), NEAR)
     kernel, learned = checkpoint.fuse.kernel, checkpoint.fuse.learned
     assert kernel is not None
