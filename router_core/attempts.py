@@ -30,6 +30,9 @@ class Outcome(StrEnum):
     """The scorer could not have been asked in this turn; the plan wanted another one. Propensities exclude it."""
 
 
+TOO_LONG = "too_long"
+"""Code of an abstention, or of one response's failure: the scorer cannot read so long a text."""
+
 ASKED = frozenset({Outcome.ANSWERED, Outcome.FAILED, Outcome.ABSTAINED})
 """Outcomes of scorers that were asked."""
 
@@ -41,7 +44,7 @@ class Attempt(NamedTuple):
         arm: index of the scorer in the pool.
         turn: 0 for the plan's first choice, one more after each asking.
         outcome: how it ended.
-        reason: stable code of a failure, such as `worker_timeout`; empty otherwise.
+        reason: stable code of what brought nothing, such as `worker_timeout` or `TOO_LONG`; empty where it answered.
         rewards: raw reward per response (n,), NaN for one that has none; empty unless answered.
         verdict: the scorer's preferred response; TIE for a tie, a single response, or no answer.
         seconds: time it took.
@@ -99,6 +102,11 @@ def excluded(attempts: Sequence[Attempt], turn: int) -> list[int]:
         if (when < turn and outcome is not Outcome.ABSENT)
         or (when == turn and outcome in (Outcome.AWAY, Outcome.ABSENT))
     ]
+
+
+def reads_all(answer: Attempt) -> bool:
+    """Return False if an answer lacks the reward of a response that another scorer may be able to read."""
+    return TOO_LONG not in answer.failures
 
 
 def passed_over(attempts: Sequence[Attempt]) -> list[Attempt]:

@@ -474,6 +474,13 @@ def _read(source: Path) -> tuple[bytes, dict[str, Any]]:
     try:
         weights = (source / WEIGHTS_FILE).read_bytes()
         metadata = json.loads((source / METADATA_FILE).read_bytes())
+    except FileNotFoundError as error:
+        name = Path(str(error.filename)).name
+        missing = f"the file {name} is missing" if source.is_dir() else "there is no such directory"
+        raise CheckpointError(
+            f"checkpoint {source}: {missing}; correct the path, or train one "
+            "(`reward-router train PAIRS --out DIRECTORY`)"
+        ) from error
     except OSError as error:
         raise CheckpointError(
             f"{source}: {error.strerror} ({Path(str(error.filename)).name}); give the directory of a checkpoint"

@@ -44,11 +44,13 @@ class PairsFile:
         pairs: the pairs with a better response, in order.
         ties: how many more are labelled a tie. No RM is right or wrong about such a pair, so none is learned from.
         skipped: one complaint per row that was left out because it breaks the format.
+        unheard: scorers that rows name (in `rm` or `rm_missing`) and that have no verdict on any of the pairs.
     """
 
     pairs: list[LabelledPair]
     ties: int
     skipped: tuple[DatasetError, ...]
+    unheard: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def read_pairs(path: str | os.PathLike[str], *, skip_bad_rows: bool = False) -> 
     pairs = [_labelled(row, row.label) for row in found if row.label is not None and row.label != TIE]
     if not pairs:
         raise DatasetError(f"{path}: every row is labelled a tie; nothing can be learned or judged by ties alone")
-    return PairsFile(pairs, len(found) - len(pairs), tuple(bad))
+    return PairsFile(pairs, len(found) - len(pairs), tuple(bad), _unheard(found, pairs))
 
 
 def read_rows(path: str | os.PathLike[str], *, skip_bad_rows: bool = False) -> RowsFile:
@@ -92,6 +94,14 @@ def read_rows(path: str | os.PathLike[str], *, skip_bad_rows: bool = False) -> R
     found, bad = _rows(Path(path), labelled=False)
     _require_rows(Path(path), len(found), bad, skip_bad_rows)
     return RowsFile(found, tuple(bad))
+
+
+def _unheard(rows: Sequence[Row], pairs: Sequence[LabelledPair]) -> tuple[str, ...]:
+    """Return the scorers that rows name and that have no verdict on any of the pairs, in order of first appearance."""
+    named = [row.fields.get(field) for row in rows for field in ("rm", "rm_missing")]
+    heard = {name for pair in pairs for name in pair.verdicts}
+    listed = [name for names in named if isinstance(names, dict) for name in names]
+    return tuple(name for name in dict.fromkeys(listed) if name not in heard)
 
 
 def load_pairs(path: str | os.PathLike[str]) -> list[LabelledPair]:

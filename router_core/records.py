@@ -122,6 +122,11 @@ class LabelledPair:
     group: str = ""
     abstained: frozenset[str] = frozenset()
 
+    @property
+    def part(self) -> str:
+        """Return the name under which reports count the pair: its subset, else its domain, else `(none)`."""
+        return self.subset or self.domain or "(none)"
+
     def correctness(self, model: str) -> float:
         """Return the module's `correctness` of the RM.
 

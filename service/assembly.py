@@ -156,6 +156,11 @@ class Assembly:
             found = self._templates[key] = self._build(specification)
         return found
 
+    def keep(self, used: Iterable[RunTemplate]) -> None:
+        """Drop the templates that nobody works with any more; a pool that comes back is built again."""
+        kept = {id(template) for template in used}
+        self._templates = {key: found for key, found in self._templates.items() if id(found) in kept}
+
     def _build(self, specification: Specification) -> RunTemplate:
         settings, routing = self._settings, specification.routing
         checkpoint = self._checkpoint_of(specification)

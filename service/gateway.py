@@ -126,16 +126,20 @@ class Gateway:
         if self.settings.workers > 1:
             self._spawn("metrics", self.status.tell_forever())
 
-    def used(self) -> list[Scorer]:
-        """Everybody who is asked by an open run, or by new ones."""
-        templates = dict.fromkeys([self.runs.template, *(run.template for run in self.runs.runs.values())])
-        return [scorer for template in templates for scorer in scorers_of(template)]
+    async def let_go(self, now: float) -> None:
+        """Forget pools that no open run has any more, and close connections to scorers that nobody asks.
+
+        Args:
+            now: monotonic time.
+        """
+        used = [*dict.fromkeys([self.runs.template, *(run.template for run in self.runs.runs.values())])]
+        self.assembly.keep(used)
+        await self.assembly.roster.let_go([scorer for template in used for scorer in scorers_of(template)], now)
 
     async def _let_go_forever(self) -> None:
-        """Close connections to scorers that no run asks any more."""
         while True:
             await asyncio.sleep(LET_GO_SECONDS)
-            await self.assembly.roster.let_go(self.used(), time.monotonic())
+            await self.let_go(time.monotonic())
 
     async def _open_default_run(self) -> None:
         """Open it as soon as the store answers; readiness is false until then."""
@@ -213,6 +217,7 @@ class Gateway:
         """Stop in the order in which things depend on each other; what is being asked in the shadow is waited for."""
         await self.shadower.drain()
         self.telemetry.tell_watched()
+        await self.watcher.tell()
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)

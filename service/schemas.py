@@ -108,8 +108,8 @@ class Fallback(msgspec.Struct):
     reason: Annotated[
         str,
         Meta(
-            description="Stable code: worker_unavailable, worker_timeout, worker_rejected, worker_too_long, "
-            "worker_protocol."
+            description="Stable code: worker_unavailable, worker_timeout, worker_rejected, worker_protocol, "
+            "verdict_unreadable, or of who abstained: too_long, abstained."
         ),
     ]
 
@@ -120,7 +120,10 @@ class AttemptReply(msgspec.Struct):
     model: str
     outcome: Annotated[
         str,
-        Meta(description="`answered`, `failed`, `abstained` (it does not apply), or `away`: it could not be asked."),
+        Meta(
+            description="`answered`, `failed`, `abstained` (it does not apply, or the text is too long for it), or "
+            "`away`: it could not be asked."
+        ),
     ]
     reason: Annotated[str | None, Meta(description="Stable code where there is no answer; see `fallbacks`.")]
     rewards: Annotated[
@@ -202,7 +205,10 @@ class RewardReply(msgspec.Struct):
     failure: (
         Annotated[
             list[str | None],
-            Meta(description="Only where some response is not valid: its stable code, null for the valid ones."),
+            Meta(
+                description="Only where some response is not valid: its stable code, such as `too_long`; null for the "
+                "valid ones."
+            ),
         ]
         | msgspec.UnsetType
     ) = msgspec.UNSET
@@ -224,6 +230,13 @@ class RewardReply(msgspec.Struct):
         Annotated[int, Meta(description="Where rewards were normalised: entries that the scale has learned from.")]
         | msgspec.UnsetType
     ) = msgspec.UNSET
+    arm: Annotated[
+        int | None,
+        Meta(
+            description="Index of that RM in decisions and exports, which a change of the pool never moves; null where "
+            "several were asked for one answer."
+        ),
+    ] = None
     beliefs: (
         Annotated[list[Belief], Meta(description="With `explain`: what was believed and drawn, in the pool's order.")]
         | msgspec.UnsetType

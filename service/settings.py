@@ -54,6 +54,12 @@ class Settings(BaseSettings):
         description="Gateway processes at the port, each with its own copy of the posterior (docs/operations.md). "
         "Limits of requests and connections are each process's.",
     )
+    hang_seconds: float = Field(
+        30.0,
+        ge=1.0,
+        description="With several `workers`: one whose event loop has stood still for so long is killed and started "
+        "again. It counts from the first time that it serves.",
+    )
     api_keys: tuple[ApiKey, ...] = Field(
         (),
         repr=False,
@@ -139,8 +145,8 @@ class Settings(BaseSettings):
     policy: str = Field("bayesian", description="Policy of requests that name none.")
     console_texts: bool = Field(
         False,
-        description="Keep the beginnings of the newest prompts and responses in memory and show them in the console "
-        "beside their decisions. Audits are shown with their texts either way.",
+        description="Keep the beginnings of the newest prompts and responses, in memory and for an hour in the store, "
+        "and show them in the console beside their decisions. Audits are shown with their texts either way.",
     )
     console_viewers: int = Field(
         16, ge=1, description="Open console pages that one gateway sends its state to; one more is answered 429."

@@ -151,6 +151,8 @@ class Change(BaseModel):
 
     def __str__(self) -> str:
         """Return it as one line."""
+        if self.action == "change" and self.field == "audit":
+            return f"audits end (they had {self.before})" if self.after is None else f"audits begin: {self.after}"
         if self.action == "change":
             where = "" if self.scorer is None else f"{self.scorer}: "
             return f"{where}{self.field} {_shown(self.before)} -> {_shown(self.after)}"
@@ -257,7 +259,8 @@ def changed(
         if one["name"] in before:
             _compare(one["name"], _shared(before[one["name"]]), _shared(one), changes)
     fields = pool_fields(pool)
-    _compare(None, _flat(standing.pool), _flat(fields), changes)
+    was, will_be = _flat(standing.pool, fields)
+    _compare(None, was, will_be, changes)
     moved = msgspec.structs.replace(standing.routing, **given)
     _compare(None, msgspec.structs.asdict(standing.routing), msgspec.structs.asdict(moved), changes)
     if not changes:
@@ -294,11 +297,20 @@ def _shared(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in LOCAL}
 
 
-def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of the pool file, those of `audit` one by one."""
+def _flat(*pools: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Fields of pool files; those of `audit` one by one where all have it, else in one text."""
+    everywhere = all("audit" in fields for fields in pools)
+    return [_flattened(fields, fields.get("audit"), one_by_one=everywhere) for fields in pools]
+
+
+def _flattened(fields: Mapping[str, Any], audit: Mapping[str, Any] | None, *, one_by_one: bool) -> dict[str, Any]:
     out = {name: value for name, value in fields.items() if name != "audit"}
-    audit = fields.get("audit")
-    return out if audit is None else {**out, **{f"audit.{name}": value for name, value in audit.items()}}
+    if audit is None:
+        return out
+    if one_by_one:
+        return {**out, **{f"audit.{name}": value for name, value in audit.items()}}
+    told = {name: ", ".join(value) if isinstance(value, list | tuple) else value for name, value in audit.items()}
+    return {**out, "audit": "; ".join(f"{name} {value}" for name, value in told.items())}
 
 
 def _compare(scorer: str | None, before: Mapping[str, Any], after: Mapping[str, Any], changes: list[Change]) -> None:

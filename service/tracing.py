@@ -34,7 +34,7 @@ from starlette.types import Message, Receive, Scope, Send
 from router_core.policies import Policy
 from router_core.records import Instance
 from service.scorers.admission import Ticket
-from service.scorers.protocol import AbstainedError, Scored, Scorer, WorkerError
+from service.scorers.protocol import AbstainedError, Scored, Scorer, WorkerError, WorkerTooLongError
 from service.scorers.served import ServedScorer
 from service.scorers.transport.http import Response
 from service.scorers.transport.replica import Request
@@ -233,7 +233,7 @@ class _TracedScorer:
             outcomes = await scorer.score(instances, deadline=deadline, ticket=ticket)
             errors = [one for one in outcomes if isinstance(one, WorkerError)]
             span.set_attribute("reward_router.answered", len(outcomes) - len(errors))
-            failed = [one.code for one in errors if not isinstance(one, AbstainedError)]
+            failed = [one.code for one in errors if not isinstance(one, AbstainedError | WorkerTooLongError)]
             if failed:
                 span.set_attribute("error.type", failed[0])
                 span.set_status(Status(StatusCode.ERROR))

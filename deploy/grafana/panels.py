@@ -99,8 +99,11 @@ def quantile(q: float, by: str = "", matcher: str = "") -> str:
     return f"histogram_quantile({q}, {rate('stage_seconds_bucket', labels, matcher)})"
 
 
-FALLBACKS = f"({total('fallbacks_total')} or vector(0))"
-"""Attempts per second that went on to another RM; the metric is absent until the first one."""
+NOT_ABSTAINED = '{reason!~"abstained|too_long"}'
+"""Reasons of those that were wanted or asked and failed; who abstains does not."""
+
+FALLBACKS = f"({total('fallbacks_total', NOT_ABSTAINED)} or vector(0))"
+"""Attempts per second that failed and went on to another RM; the metric is absent until the first one."""
 
 ANSWERED = total("worker_calls_total", '{outcome="ok"}')
 """Attempts per second that an RM answered."""

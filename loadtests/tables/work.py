@@ -179,7 +179,7 @@ def best_arm_per_subset(
     was not learned from, nothing is known: the best RM of all learned pairs.
     """
     correctness = pool_matrix(learned, pool)
-    names = np.array([pair.subset or pair.domain for pair in learned])
+    names = np.array([pair.part for pair in learned])
     overall = best_arm(learned, pool)
     best: dict[str, int] = {}
     for name in np.unique(names).tolist():
@@ -189,12 +189,12 @@ def best_arm_per_subset(
             np.isnan(rows).all(axis=0), -1.0, np.nansum(rows, axis=0) / np.maximum((~np.isnan(rows)).sum(axis=0), 1)
         )
         best[name] = int(means.argmax())
-    return np.array([best.get(pair.subset or pair.domain, overall) for pair in judged], dtype=np.int64)
+    return np.array([best.get(pair.part, overall) for pair in judged], dtype=np.int64)
 
 
 def hindsight_arms(table: Table) -> NDArray[np.int64]:
     """The most accurate RM of each pair's subset on these very pairs: (N,)."""
-    names = np.array([subset or domain for subset, domain in zip(table.subsets, table.domains, strict=True)])
+    names = np.array(table.subsets)
     arms = np.empty(len(table), np.int64)
     for name in np.unique(names).tolist():
         rows = names == name

@@ -229,8 +229,8 @@ def _origin(checkpoint: Checkpoint, pairs: Sequence[LabelledPair]) -> list[tuple
 def _counts(pairs: Sequence[LabelledPair]) -> list[tuple[str, str]]:
     counts: dict[str, int] = {}
     for pair in pairs:
-        counts[pair.subset] = counts.get(pair.subset, 0) + 1
-    return [(name or "(none named)", str(count)) for name, count in sorted(counts.items())]
+        counts[pair.part] = counts.get(pair.part, 0) + 1
+    return [(name, str(count)) for name, count in sorted(counts.items())]
 
 
 def _accuracies(
@@ -242,7 +242,7 @@ def _accuracies(
     chosen = np.where(asked, scores, -np.inf).argmax(axis=1)
     right = correctness[np.arange(len(pairs)), chosen]
     majority = majority_correctness(pairs, pool)
-    subsets = np.array([pair.subset for pair in pairs])
+    subsets = np.array([pair.part for pair in pairs])
     rows: list[tuple[str, ...]] = []
     names = sorted(set(subsets.tolist()))
     parts = [("**all**", some)] + ([(name, some & (subsets == name)) for name in names] if len(names) > 1 else [])
@@ -252,7 +252,7 @@ def _accuracies(
             best, single = best_single(correctness[part])
             interval = f"{router.low:.3f} – {router.high:.3f}"
             rows.append(
-                (name or "(none named)", str(router.n), f"**{router.value:.3f}**", interval, pool[best],
+                (name, str(router.n), f"**{router.value:.3f}**", interval, pool[best],
                  f"{single:.3f}", f"{majority[part].mean():.3f}")
             )  # fmt: skip
     return rows

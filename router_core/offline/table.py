@@ -71,7 +71,7 @@ class Judged:
     """Every row on the same pairs.
 
     Attributes:
-        table: the N judged pairs as arrays; a pair without a subset stands under its domain, else "(none)".
+        table: the N judged pairs as arrays.
         rows: by name, (S, N): what seed s earned on pair i; S = 1 where nothing is fitted.
         calls: RM calls per instance, by name.
         asked: by router, (K,) the share of the judged pairs for which it asks each RM.
@@ -315,7 +315,6 @@ def _assemble(
         )
     chosen = [pairs[i] for i in kept]
     table = tabulate(chosen, pool)
-    table = replace(table, subsets=tuple(pair.subset or pair.domain or "(none)" for pair in chosen))
     rows = {f"single:{name}": table.correctness[None, :, k] for k, name in enumerate(pool)}
     rows["random"] = np.nanmean(table.correctness, axis=1)[None]
     rows["majority"] = majority_correctness(chosen, pool)[None]

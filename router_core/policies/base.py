@@ -51,6 +51,21 @@ class Beliefs:
         floors = None if self.floors is None else np.where(barred, 0.0, self.floors)
         return Beliefs(np.where(barred, -np.inf, self.means), self.sds, floors)
 
+    def reading_most(self, readable: NDArray[np.int64] | None) -> Beliefs:
+        """Return the beliefs without the arms that can read fewer of an instance's responses than another one.
+
+        Args:
+            readable: (B, K), responses that each arm can read whole; None where nothing is known.
+
+        >>> both = Beliefs(np.array([[0.9, 0.5]]), np.zeros((1, 2)))
+        >>> both.reading_most(np.array([[1, 2]])).means.tolist()
+        [[-inf, 0.5]]
+        """
+        if readable is None:
+            return self
+        asked = np.where(np.isneginf(self.means), -1, readable)
+        return self.without(asked < asked.max(axis=1, keepdims=True))
+
 
 @dataclass(frozen=True, slots=True)
 class Choices:
@@ -198,6 +213,7 @@ def draw_batch(
     posterior: Posterior,
     rng: np.random.Generator,
     barred: NDArray[np.bool_] | None = None,
+    readable: NDArray[np.int64] | None = None,
 ) -> Choices:
     """The draws of B instances that came together: one per instance, or one for all where the policy says so.
 
@@ -212,12 +228,15 @@ def draw_batch(
         rng: the run's generator.
         barred: (B, K), arms that do not apply to an instance and are never asked; None where all apply. One draw for
             all instances bars what does not apply to one of them.
+        readable: (B, K), see `Beliefs.reading_most`; one draw for all instances counts the responses of all.
     """
     if not policy.one_arm_per_batch:
-        return draw(policy.beliefs(x, offsets, posterior).without(barred), rng)
+        return draw(policy.beliefs(x, offsets, posterior).without(barred).reading_most(readable), rng)
     mean = x.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
     any_barred = None if barred is None else np.atleast_2d(barred.any(axis=0))
-    one = draw(policy.beliefs(mean, offsets.mean(axis=0, keepdims=True), posterior).without(any_barred), rng)
+    of_all = None if readable is None else readable.sum(axis=0, keepdims=True)
+    beliefs = policy.beliefs(mean, offsets.mean(axis=0, keepdims=True), posterior).without(any_barred)
+    one = draw(beliefs.reading_most(of_all), rng)
     size = len(x)
     return Choices(
         one.ranking.repeat(size, axis=0),

@@ -118,12 +118,17 @@ class VotePlan:
         return float(self.shares[arm] / np.delete(self.shares, closed).sum())
 
     def conclude(self, attempts: Sequence[Attempt], scale_of: ScaleOf) -> Given:
-        """Make the probability that each response is best the reward. One answer alone keeps its scorer's name."""
+        """Make the probability that each response is best the reward. One answer alone keeps its scorer's name.
+
+        A response to which nobody gave a reward has none (NaN).
+        """
         told, votes = answers(attempts), self.combination.votes
         probabilities = votes.probabilities(self._offsets(), answers_of(attempts, votes.n_arms, self.view.n))
         verdicts = verdicts_of(probabilities)
         arm = told[0].arm if len(told) == 1 else None
-        return Given(arm, probabilities[0].tolist(), int(verdicts.preferred[0]), float(verdicts.right[0]))
+        unread = np.isnan([answer.rewards for answer in told]).all(axis=0)
+        rewards = np.where(unread, np.nan, probabilities[0]).tolist()
+        return Given(arm, rewards, int(verdicts.preferred[0]), float(verdicts.right[0]))
 
     def _may_ask(self, calls: int, rounds: int) -> bool:
         return calls <= self.view.max_calls and rounds <= self.view.max_rounds

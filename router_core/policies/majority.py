@@ -14,14 +14,22 @@ from router_core.records import TIE, verdict_of
 
 @dataclass(frozen=True, slots=True)
 class MajorityPolicy(AllCalls):
-    """One vote per RM that answered; the rewards are the shares of the votes, so that the scale does not matter."""
+    """One vote per RM that answered; the rewards are the shares of the votes, so that the scale does not matter.
+
+    A response to which no RM gave a reward has none (NaN): nobody could vote for it.
+
+    >>> MajorityPolicy().combine(np.array([[1.0, 2.0, np.nan], [0.0, 5.0, np.nan]]), None).tolist()
+    [0.0, 1.0, nan]
+    """
 
     name: str = "majority"
 
     def combine(self, rewards: Array, scale: ScoreScale | None) -> Array:
         """`vote_shares` of the RMs' verdicts; see `AskAll.combine`."""
         verdicts = [verdict_of(row) for row in rewards.tolist()]
-        return np.array(vote_shares(verdicts, rewards.shape[1]))
+        shares = np.array(vote_shares(verdicts, rewards.shape[1]))
+        out: Array = np.where(np.isnan(rewards).all(axis=0), np.nan, shares)
+        return out
 
 
 def vote_shares(verdicts: Sequence[int], n_responses: int) -> list[float]:

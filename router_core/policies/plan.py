@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.attempts import ASKED, Attempt, Outcome, answers
+from router_core.attempts import ASKED, Attempt, Outcome, answers, reads_all
 from router_core.policies.scale import ScoreScale
 from router_core.records import verdict_of
 
@@ -116,7 +116,11 @@ class Certain:
 
 
 class AskBest(Certain):
-    """Ask the best draw; after a failure, the next best. Its answer is the reward. One call unless somebody fails."""
+    """Ask the best draw; after a failure, the next best. Its answer is the reward. One call unless somebody fails.
+
+    A scorer that cannot read all responses whole is followed by the next best, too. Where none can, the reward is the
+    answer about most of them.
+    """
 
     __slots__ = ()
 
@@ -124,14 +128,16 @@ class AskBest(Certain):
         """Return the best draw that was not tried yet, until one has answered."""
         if not attempts:
             return order[:1]
-        if attempts[-1].outcome is Outcome.ANSWERED:
+        if attempts[-1].outcome is Outcome.ANSWERED and reads_all(attempts[-1]):
             return ()
         tried = {attempt.arm for attempt in attempts if attempt.outcome is not Outcome.ABSENT}
         return next(((arm,) for arm in order if arm not in tried), ())
 
     def conclude(self, attempts: Sequence[Attempt], scale_of: ScaleOf) -> Given:
-        """Hand on the one answer."""
+        """Hand on the answer, the first of those about most responses."""
         answer = attempts[-1]
+        if answer.outcome is not Outcome.ANSWERED or not reads_all(answer):
+            answer = max(answers(attempts), key=lambda told: sum([reward == reward for reward in told.rewards]))
         return Given(answer.arm, answer.rewards, answer.verdict)
 
 

@@ -1,8 +1,8 @@
 """Policies that ask named scorers and make one reward of several: `sum`, `min`, `gate`, `within`.
 
-Unlike `majority` and `uwo` they say which scorer means what. A scorer that abstains has no part in the reward; one that
-failed leaves no reward (NaN), since a part that is missing would be taken for another reward. Made by name in
-`router_core.policies`.
+Unlike `majority` and `uwo` they say which scorer means what. A scorer that does not apply has no part in the reward;
+one that failed, or for which a response is too long, leaves no reward (NaN), since a part that is missing would be
+taken for another reward. Made by name in `router_core.policies`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.attempts import Attempt, Outcome, answers
+from router_core.attempts import TOO_LONG, Attempt, Outcome, answers
 from router_core.policies.base import AllCalls, Array, Beliefs
 from router_core.policies.plan import Given, ScaleOf
 from router_core.policies.scale import ScoreScale
@@ -41,9 +41,13 @@ class SeveralCalls(AllCalls):
         return Beliefs(means, np.zeros_like(offsets))
 
     def conclude(self, attempts: Sequence[Attempt], scale_of: ScaleOf) -> Given:
-        """Make the reward of those that answered; NaN everywhere where one that had to be heard failed."""
+        """Make the reward of those that answered; NaN everywhere where one that had to be heard failed.
+
+        One for which all responses are too long counts with NaN for each.
+        """
         told = {answer.arm: np.array(answer.rewards) for answer in answers(attempts)}
         n = len(next(iter(told.values())))
+        told |= {it.arm: np.full(n, np.nan) for it in attempts if it.reason == TOO_LONG and it.arm in self.arms}
         failed = {it.arm for it in attempts if it.outcome in (Outcome.FAILED, Outcome.AWAY)} - set(told)
         rewards = np.full(n, np.nan) if failed & set(self.arms) else self.made_of(told, n)
         return Given(None, rewards.tolist(), verdict_of(rewards.tolist()))
@@ -114,7 +118,7 @@ class GatePolicy(SeveralCalls):
     arms: tuple[int, ...]
 
     def next_arms(self, order: Sequence[int], attempts: Sequence[Attempt]) -> Sequence[int]:
-        """Return the rule, then the other, unless the rule lets no response pass."""
+        """Return the rule, then the other, unless the rule lets no response pass, or can read none."""
         rule, model = self.arms
         done = {attempt.arm: attempt for attempt in attempts if attempt.outcome is not Outcome.ABSENT}
         if rule in order and rule not in done:
@@ -122,7 +126,10 @@ class GatePolicy(SeveralCalls):
         if model in done or model not in order:
             return ()
         said = done.get(rule)
-        final = said is not None and said.outcome is Outcome.ANSWERED and not any(r > 0 for r in said.rewards)
+        if said is not None and said.outcome is Outcome.ANSWERED:
+            final = not any(reward > 0 for reward in said.rewards)
+        else:
+            final = said is not None and said.reason == TOO_LONG
         return () if final else (model,)
 
     def made_of(self, told: Mapping[int, Array], n: int) -> Array:

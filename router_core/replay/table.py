@@ -34,7 +34,7 @@ class Table:
         scores: (N, K, n) float64; NaN beyond a pair's own number of responses, and where only verdicts are recorded.
         responses: (N,) int64, each pair's number of responses.
         groups: N names; pairs of one group are right or wrong together. "": a group of its own.
-        subsets: N names, for reports; "" where there is none.
+        subsets: N names, for reports; see `LabelledPair.part`.
         domains: N names; "" where there is none.
     """
 
@@ -116,7 +116,7 @@ def tabulate(pairs: Sequence[LabelledPair], pool: Sequence[str]) -> Table:
         _scores(pairs, pool),
         np.array([len(pair.instance.responses) for pair in pairs], dtype=np.int64),
         tuple(pair.group for pair in pairs),
-        tuple(pair.subset for pair in pairs),
+        tuple(pair.part for pair in pairs),
         tuple(pair.domain for pair in pairs),
     )
 

@@ -10,7 +10,8 @@ from collections import UserDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -42,6 +43,7 @@ COMMANDS = (
     "models",
     "pool",
     "runs",
+    "acts",
     "audit",
     "report",
     "export",
@@ -79,10 +81,15 @@ def _load(name: str) -> Any:
     return get_group(shelf).commands[name]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"reward-router {version('reward-router')}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="reward-router",
     cls=_Group,
-    callback=lambda: None,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -92,6 +99,15 @@ app = typer.Typer(
         "[bold]reward-router up[/] keeps serving. Then POST /reward, and send what you find out to POST /feedback."
     ),
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.panel import Panel
 
 from service.cli.key_option import key_option
+from service.cli.url_option import Url
 from service.lab.client import GatewayClient
 
 CHOICES = "1, 2, … the better response · t tie · s skip · q quit"
@@ -22,7 +23,7 @@ CHOICES = "1, 2, … the better response · t tie · s skip · q quit"
 
 def audit(
     run: Annotated[str, typer.Argument(help="Name of the run.")],
-    url: Annotated[str, typer.Option(help="Origin of the gateway.")] = "http://127.0.0.1:8080",
+    url: Url,
     api_key: Annotated[str | None, key_option()] = None,
     count: Annotated[int, typer.Option(min=1, max=200, help="Audits to look at, at most.")] = 20,
     seed: Annotated[

@@ -50,6 +50,12 @@ class DataReader:
         if read.ties:
             self.ties += read.ties
             self._note(f"{path}: {read.ties} pairs are labelled a tie and left out: no RM is right or wrong on them")
+        for name in read.unheard:
+            self._note(
+                f"{path}: scorer {name!r} has no score on any pair (`rm` and `rm_missing` there say why), and is left "
+                "out: a checkpoint will know nothing of it, and a gateway starts it as an average one. Pairs to which "
+                "it applies, or `reward-router label … --retry-missing`, change that"
+            )
         return read.pairs
 
     def rows(self, path: Path) -> list[Row]:

@@ -31,7 +31,8 @@ def new(
     name: Annotated[str, typer.Argument(help="Who will have it. A name that is taken makes a key beside the first.")],
     file: File,
     scope: Annotated[
-        list[Scope] | None, typer.Option(help="What it is for; may be repeated. (default: reward and feedback)")
+        list[Scope] | None,
+        typer.Option(help="What it is for; may be repeated. (default: reward and feedback, what a trainer needs)"),
     ] = None,
     run: Annotated[
         list[str] | None,
@@ -57,6 +58,13 @@ def new(
         standing = read_key_file(file) if file.exists() else KeyFile()
         write_key_file(file, KeyFile([*standing.keys, made]))
     _hand_over(key, made)
+    if Scope.READ not in made.scopes:
+        Console(stderr=True).print(
+            "It reads nothing: `models`, `runs --url`, `report`, `pool show` and the console need a key with "
+            "--scope read, which shows prompts and responses of audits",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @app.command("rotate")

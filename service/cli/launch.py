@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -52,6 +52,22 @@ LAST_LINE: Final = 100
 """Characters shown of the last line of a log."""
 
 
+LARGEST_CPU_BYTES: Final = 4 << 30
+"""Weights beyond which a model goes to the CPU worker only where it was asked for: in float32 they take up to twice as
+much memory, and a text takes a minute."""
+
+SMALL_BYTES: Final = 256 << 20
+"""Weights below which nobody misses vLLM."""
+
+HUB_IGNORED: Final = ("*.bin", "*.pth")
+"""Files of a hub model that are not downloaded: its weights are there as safetensors."""
+
+VLLM_REMEDY: Final = (
+    "pip install 'reward-router[vllm]', or name the vLLM of another environment with `vllm_command`; `worker: cpu` in "
+    "the pool file says that the CPU worker is meant"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerStart:
     """One worker process that is to be started.
@@ -66,6 +82,7 @@ class WorkerStart:
         gpus: the GPUs that it must not share with another one that is starting.
         share: of the memory of each of these GPUs; None where it has none, or takes vLLM's default.
         seconds: how long it may take until it is healthy.
+        note: what a reader of the pool file would not expect of it; None for nothing.
     """
 
     name: str
@@ -77,6 +94,7 @@ class WorkerStart:
     gpus: tuple[int, ...] = ()
     share: float | None = None
     seconds: float = WORKER_SECONDS
+    note: str | None = None
 
     def shell(self) -> str:
         """The same as one line for a shell."""
@@ -137,8 +155,13 @@ def plan_workers(
                     f"model {model.name!r}: the CPU worker knows the tokenizer's own chat template only, not "
                     f"{model.chat_template}: use `rendering: template`, which renders in the gateway, or vLLM"
                 )
+            unasked = (model.worker or pool.worker) == "auto"
+            if unasked and model.path is None:
+                _require_small(model, hub_bytes(model))
             directory = model.path or (local or snapshot)(model)
-            starts += [_cpu_start(model, directory, name, next_port()) for name in _process_names(model)]
+            note = _without_vllm(model, weight_bytes(directory)) if unasked else None
+            cpu = [_cpu_start(model, directory, name, next_port()) for name in _process_names(model)]
+            starts += [replace(start, note=note) for start in cpu]
     for recorded in dict.fromkeys(model.recorded for model in waiting if model.recorded is not None):
         group = [model for model in waiting if model.recorded == recorded]
         starts.append(_recorded_start(recorded, group, next_port()))
@@ -227,10 +250,51 @@ def snapshot(model: ModelEntry) -> Path:
             "here: pip install 'reward-router[vllm]' or 'reward-router[train]'"
         ) from error
     try:
-        return Path(snapshot_download(str(model.model), revision=model.revision, ignore_patterns=["*.bin", "*.pth"]))
+        return Path(snapshot_download(str(model.model), revision=model.revision, ignore_patterns=[*HUB_IGNORED]))
     # The hub's errors are OSErrors (network, 404, gated) and ValueErrors (no such name).
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"model {model.name!r}: {model.model} cannot be had from the hub: {error}") from error
+
+
+def hub_bytes(model: ModelEntry) -> int | None:
+    """Return the size of a hub model's weights; None where the hub cannot be asked."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        files = snapshot_download(
+            str(model.model), revision=model.revision, ignore_patterns=[*HUB_IGNORED], dry_run=True
+        )
+    except (ImportError, OSError, ValueError):
+        return None
+    return sum(file.file_size or 0 for file in files if not isinstance(file, str))
+
+
+def weight_bytes(directory: Path) -> int | None:
+    """Return the size of the weights in a directory; None where there are none."""
+    sizes = [file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in directory.glob(pattern)]
+    return sum(sizes) if sizes else None
+
+
+def _without_vllm(model: ModelEntry, size: int | None) -> str | None:
+    """Return what to say of a model that has the CPU worker because vLLM is not there; None for a small one.
+
+    Raises:
+        ConfigurationError: it is too large for that.
+    """
+    _require_small(model, size)
+    if size is not None and size < SMALL_BYTES:
+        return None
+    told = "" if size is None else f" ({size / 1e9:.1f} GB of weights)"
+    return f"vLLM is not installed here, so that {model.name}{told} has the slow CPU worker, in float32: {VLLM_REMEDY}"
+
+
+def _require_small(model: ModelEntry, size: int | None) -> None:
+    """Raises ConfigurationError if the weights are too large for a CPU worker that nobody asked for."""
+    if size is not None and size > LARGEST_CPU_BYTES:
+        raise ConfigurationError(
+            f"model {model.name!r} has {size / 1e9:.1f} GB of weights and vLLM is not installed here: the CPU worker "
+            f"would take twice that memory, and a minute a text; {VLLM_REMEDY}"
+        )
 
 
 def _startable(pending: Sequence[WorkerStart], waiting: Iterable[_Waiting]) -> list[WorkerStart]:

@@ -16,13 +16,19 @@ from service.cli.first_request import askable_lines
 from service.cli.fitting import fitting_table
 from service.cli.key_option import key_option
 from service.cli.store_option import store_option
+from service.cli.url_option import Url
 from service.lab.client import GatewayClient
 from service.lab.eventlog.load import load_log
 from service.settings import Settings, read_settings
 
+FEEDBACKS = (
+    "events: what the run's log holds (feedback, verdicts of audits, changes of the pool); feedbacks: events that said "
+    "something of this scorer; mean reward: how well it did there, from 0 to 1"
+)
+
 
 def models(
-    url: Annotated[str, typer.Option(help="The gateway.")] = "http://127.0.0.1:8080",
+    url: Url,
     store: Annotated[str | None, store_option(variable=False)] = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="No gateway, but the store in this directory (or --store): what a log says.")
@@ -67,6 +73,7 @@ def models(
     title = f"run {posterior['run']}: {posterior['version']} events learned, prior {posterior['prior']}"
     drop = ("replicas", "sent", "reads", "weight sd", "mean reward")
     console.print(fitting_table(console, columns, rows, drop=drop, title=title))
+    console.print(FEEDBACKS, highlight=False, soft_wrap=True)
 
 
 def _show_log(settings: Settings, as_json: bool) -> None:
@@ -97,6 +104,7 @@ def _show_log(settings: Settings, as_json: bool) -> None:
     console = Console()
     title = f"run {settings.run}: {len(log.events)} events in the log, prior {log.header.form}"
     console.print(fitting_table(console, ("model", "feedbacks", "mean reward"), rows, title=title))
+    console.print(FEEDBACKS, highlight=False, soft_wrap=True)
 
 
 async def _ask(url: str, run: str | None, api_key: str | None) -> tuple[list[dict], dict]:  # type: ignore[type-arg]

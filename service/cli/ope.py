@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,11 +77,22 @@ def print_figures(figures: dict[str, Any], console: Console | None = None) -> No
     console.print(fitting_table(console, columns, rows, drop=drop, title=title))
     for note in _notes(figures):
         console.print(note, highlight=False, soft_wrap=True)
-    for name, row in figures["policies"].items():
-        if row["recommended"]:
-            console.print(f"{name}: use {row['recommended']}: {row['why']}", highlight=False, soft_wrap=True)
-        for line in ([row["problem"]] if row["problem"] else []) + row["warnings"]:
-            console.print(f"{name}: {line}", highlight=False, soft_wrap=True)
+    for line in _remarks(figures["policies"]):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _remarks(policies: Mapping[str, Any]) -> list[str]:
+    """What to know about each policy; a remark that holds for several is made once and names them."""
+    about: dict[str, list[str]] = {}
+    for name, row in policies.items():
+        told = [f"use {row['recommended']}: {row['why']}"] if row["recommended"] else []
+        for remark in [*told, *([row["problem"]] if row["problem"] else []), *row["warnings"]]:
+            about.setdefault(remark, []).append(name)
+    whole = len(policies)
+    return [
+        f"{'every policy' if len(names) == whole > 1 else ', '.join(names)}: {remark}"
+        for remark, names in about.items()
+    ]
 
 
 def _notes(figures: dict[str, Any]) -> list[str]:

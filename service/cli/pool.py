@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from service.cli.key_option import key_option
+from service.cli.url_option import Url
 from service.lab.client import GatewayClient
 from service.pool import load_pool
 from service.usecases.pools import PoolReply, PoolShown
@@ -21,18 +22,15 @@ app = typer.Typer(
 )
 
 Run = Annotated[str | None, typer.Option(help="Name of the run. (default: the gateway's)")]
-Url = Annotated[str, typer.Option(help="Origin of the gateway.")]
 Key = Annotated[str | None, key_option()]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")]
 Pool = Annotated[
     Path | None, typer.Argument(help="Pool file (YAML) with every scorer of the pool to be. (default: the gateway's)")
 ]
 
-GATEWAY = "http://127.0.0.1:8080"
-
 
 @app.command()
-def show(run: Run = None, url: Url = GATEWAY, api_key: Key = None, as_json: AsJson = False) -> None:
+def show(url: Url, run: Run = None, api_key: Key = None, as_json: AsJson = False) -> None:
     """Print a run's pool: every scorer that it ever asked, and what the gateway's own pool file would change."""
     query = "" if run is None else "?" + urlencode({"run": run})
     document = asyncio.run(_get("/pool" + query, url, api_key))
@@ -52,7 +50,7 @@ def show(run: Run = None, url: Url = GATEWAY, api_key: Key = None, as_json: AsJs
 
 
 @app.command()
-def diff(pool: Pool = None, run: Run = None, url: Url = GATEWAY, api_key: Key = None, as_json: AsJson = False) -> None:
+def diff(url: Url, pool: Pool = None, run: Run = None, api_key: Key = None, as_json: AsJson = False) -> None:
     """Print what a pool file would change in a run. Exit status 1 where it would change something."""
     reply = asyncio.run(_post(_body(pool, run, dry_run=True), url, api_key))
     _tell(reply, as_json)
@@ -62,10 +60,10 @@ def diff(pool: Pool = None, run: Run = None, url: Url = GATEWAY, api_key: Key = 
 
 @app.command("apply")
 def apply_file(
+    url: Url,
     pool: Pool = None,
     run: Run = None,
     expect: Annotated[int | None, typer.Option(help="Version of the run's pool that it must have now.")] = None,
-    url: Url = GATEWAY,
     api_key: Key = None,
     as_json: AsJson = False,
 ) -> None:
@@ -94,6 +92,9 @@ def _tell(reply: PoolReply, as_json: bool) -> None:
     done = f"applied as event {reply.event_id}" if reply.applied else "would be"
     console.print(f"run {reply.run}: pool version {reply.version} {done}", highlight=False, soft_wrap=True)
     _print(console, [str(change) for change in reply.changes])
+    if reply.away:
+        console.print("cannot be asked now, and others are until it can:", highlight=False)
+        _print(console, reply.away)
 
 
 def _print(console: Console, changes: list[str]) -> None:

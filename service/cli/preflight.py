@@ -128,8 +128,8 @@ def check_start(pool: PoolFile, checkpoint: Path | None, run: str | None, **give
     """
     settings = read_settings(checkpoint=checkpoint, run=run, **given)
     names = [model.name for model in pool.models]
+    loaded = load_checkpoint(settings)
     try:
-        loaded = load_checkpoint(settings)
         if loaded is not None:
             check_known(loaded, names)
     except ConfigurationError as error:

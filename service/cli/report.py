@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from service.cli.fitting import fitting_table
 from service.cli.key_option import key_option
+from service.cli.url_option import Url
 from service.errors import ConfigurationError
 from service.lab.client import GatewayClient
 from service.usecases.report import LENGTH, Estimate, RunReport, ScorerRecord
 
 
 def report(
-    run: Annotated[str, typer.Argument(help="Name of the run.")],
-    url: Annotated[str, typer.Option(help="Origin of the gateway.")] = "http://127.0.0.1:8080",
+    url: Url,
+    run: Annotated[str | None, typer.Argument(help="Name of the run. (default: the only one)")] = None,
     api_key: Annotated[str | None, key_option()] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Picture of the accuracies over time (PNG).")] = None,
@@ -37,10 +39,23 @@ def report(
         show(found, Console())
 
 
-async def _fetch(run: str, url: str, api_key: str | None) -> RunReport:
+async def _fetch(run: str | None, url: str, api_key: str | None) -> RunReport:
     async with GatewayClient(url, api_key=api_key) as gateway:
+        run = run or _only([one["run"] for one in await gateway.get("/runs")], url)
         document: Any = await gateway.get("/report?" + urlencode({"run": run}))
     return RunReport.model_validate(document)
+
+
+def _only(runs: Sequence[str], url: str) -> str:
+    """Return the one run that there is.
+
+    Raises:
+        ConfigurationError: there are none, or several; names them.
+    """
+    if len(runs) != 1:
+        known = f"the gateway at {url} has {', '.join(runs)}" if runs else f"the gateway at {url} has no run yet"
+        raise ConfigurationError(f"which run? {known}: `reward-router report RUN`")
+    return runs[0]
 
 
 def show(found: RunReport, console: Console) -> None:
@@ -49,39 +64,53 @@ def show(found: RunReport, console: Console) -> None:
     if not found.audits:
         console.print("Nothing was audited yet: see `audit` in the pool file, docs/audits.md", highlight=False)
         return
-    scorers = Table(title="How often each is right, by the referee")
-    for column in ("scorer", "accuracy", "against gold", "over time", "fall", "length, partial", "more than referee"):
-        scorers.add_column(column, justify="left" if column == "scorer" else "right")
+    rows: list[Sequence[str]] = []
     for record in [*found.scorers, found.router]:
         length = record.follows.get(LENGTH)
-        scorers.add_row(
-            record.model,
-            _shown(record.accuracy),
-            _shown(record.against_gold),
-            " ".join("–" if part is None else f"{part:.2f}"[1:] if part < 1 else "1.0" for part in record.over_time),
-            f"{record.fall:.2f}" + (" ALARM" if record.fall >= 1 else ""),
-            _shown(length.partial if length else None),
-            _shown(length.more if length else None),
+        rows.append(
+            (
+                record.model,
+                _shown(record.accuracy),
+                _shown(record.against_gold),
+                _over_time(record.over_time),
+                f"{record.fall:.2f}" + (" ALARM" if record.fall >= 1 else ""),
+                _shown(length.partial if length else None),
+                _shown(length.more if length else None),
+            )
         )
-    console.print(scorers)
+    columns: Sequence[str] = (
+        "scorer",
+        "accuracy",
+        "against gold",
+        "over time",
+        "fall",
+        "length, partial",
+        "more than referee",
+    )
+    drop: Sequence[str] = ("length, partial", "more than referee", "against gold", "over time")
+    console.print(fitting_table(console, columns, rows, drop=drop, title="How often each is right, by the referee"))
     if len(found.kinds) > 1:
-        kinds = Table(title="By kind of text")
-        kinds.add_column("kind")
-        kinds.add_column("share", justify="right")
-        for record in found.scorers:
-            kinds.add_column(record.model, justify="right")
+        by_kind: list[Sequence[str] | None] = []
         for kind in found.kinds:
-            cells = [_shown(record.kinds.get(kind.kind)) for record in found.scorers]
-            kinds.add_row(kind.kind, f"{kind.share:.0%}", *cells)
-        console.print(kinds)
-    referees = Table(title="Referees against gold")
-    for column in ("referee", "audits", "ties", "trust", "judged", "accuracy", "scorers there", "teaches"):
-        referees.add_column(column, justify="left" if column == "referee" else "right")
+            by_kind += [None, (f"{kind.kind}", f"{kind.share:.0%} of the decisions")]
+            by_kind += [(f"  {record.model}", _shown(record.kinds.get(kind.kind))) for record in found.scorers]
+        console.print(
+            fitting_table(console, ("kind of text, scorer", "accuracy"), by_kind[1:], title="By kind of text")
+        )
+    rows = []
     for one in found.referees:
         scorers_there = "–" if one.scorers is None else f"{one.scorers:.3f}"
         counts = (str(one.audits), str(one.ties), f"{one.trust:g}", str(one.judged))
-        referees.add_row(one.referee, *counts, _shown(one.accuracy), scorers_there, "yes" if one.teaches else "NO")
-    console.print(referees)
+        rows.append((one.referee, *counts, _shown(one.accuracy), scorers_there, "yes" if one.teaches else "NO"))
+    columns = ("referee", "audits", "ties", "trust", "judged", "accuracy", "scorers there", "teaches")
+    drop = ("ties", "trust", "scorers there")
+    console.print(fitting_table(console, columns, rows, drop=drop, title="Referees against gold"))
+    console.print(
+        "over time: accuracy in equal parts of the audits, oldest first; fall: evidence that it became worse, 1 is an "
+        "alarm; docs/audits.md explains every column",
+        highlight=False,
+        soft_wrap=True,
+    )
     for record in found.scorers:
         if record.liked is not None and record.liked.gamed:
             console.print(
@@ -90,6 +119,10 @@ def show(found: RunReport, console: Console) -> None:
                 highlight=False,
                 soft_wrap=True,
             )
+
+
+def _over_time(parts: Sequence[float | None]) -> str:
+    return " ".join("–" if part is None else f"{part:.2f}"[1:] if part < 1 else "1.0" for part in parts)
 
 
 def _shown(estimate: Estimate | None) -> str:

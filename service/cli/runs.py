@@ -47,6 +47,8 @@ T = TypeVar("T")
 CLOSED_SECONDS = 10.0
 """After this time every gateway that reaches the store has closed an archived run."""
 
+EVENTS = "events: accepted feedback, verdicts of audits, and changes of the run, each learned exactly once"
+
 app = typer.Typer(
     invoke_without_command=True, help="List the runs of a store; archive, export, import and delete them."
 )
@@ -84,7 +86,7 @@ def list_runs(
     as_json: AsJson = False,
 ) -> None:
     """List the runs of a store: events learned from, signal, prior, scorers. The gateway may keep running."""
-    found = asyncio.run(_asked(url, api_key)) if url is not None else _with_store(store, data_dir, _found)
+    found = asyncio.run(_asked(url, api_key)) if url is not None else with_store(store, data_dir, _found)
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -101,6 +103,7 @@ def list_runs(
     console = Console()
     columns = ("run", "events", "signal", "prior", "scorers")
     console.print(fitting_table(console, columns, rows, drop=("scorers", "prior"), title=f"{len(rows)} runs"))
+    console.print(EVENTS, highlight=False, soft_wrap=True)
 
 
 async def _asked(url: str, api_key: str | None) -> list[dict[str, Any]]:
@@ -121,18 +124,21 @@ def log(run: Run, store: StoreUrl = None, data_dir: DataDir = None, as_json: AsJ
         gone = [entry for entry in await opened.notes() if entry.decision_id == run]
         return [*gone, *await opened.acts(run)]
 
-    rows: list[dict[str, Any]] = []
-    for entry in _with_store(store, data_dir, read):
-        said = read_note(entry)
-        act = entry.value.removeprefix(PREFIX).decode()
-        about = f"version {decode(entry.payload).version}" if entry.value == POOL else said.about
-        rows.append({"event": entry.event_id, "time_ms": said.time_ms, "act": act, "by": said.by, "about": about})
+    rows = [told(entry) for entry in with_store(store, data_dir, read)]
     if as_json:
         typer.echo(json.dumps(rows))
         return
     for row in rows:
         when = datetime.fromtimestamp(int(row["time_ms"]) / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
         typer.echo(f"{when}  {row['act']}  {row['about']}  by {row['by'] or 'unknown'}  ({row['event']})")
+
+
+def told(entry: LogEntry) -> dict[str, Any]:
+    """Return an act on a run as a row: `event`, `time_ms`, `act`, `by`, `about`."""
+    said = read_note(entry)
+    act = entry.value.removeprefix(PREFIX).decode()
+    about = f"version {decode(entry.payload).version}" if entry.value == POOL else said.about
+    return {"event": entry.event_id, "time_ms": said.time_ms, "act": act, "by": said.by, "about": about}
 
 
 @app.command()
@@ -152,7 +158,7 @@ def archive(
         value = UNARCHIVE if undo else ARCHIVE
         return await opened.append_act(run, "run", _said(), value, identity=identity) is not None
 
-    done = _with_store(store, data_dir, act)
+    done = with_store(store, data_dir, act)
     state = "open" if undo else "archived"
     typer.echo(f"run {run} is {state}" if done else f"run {run} was {state} before")
 
@@ -175,7 +181,7 @@ def export_run(
         await opened.append_act(run, "run", _said(out.name), EXPORT, identity=identity)
         return count
 
-    typer.echo(f"run {run}: {_with_store(store, data_dir, act)} entries in {out}")
+    typer.echo(f"run {run}: {with_store(store, data_dir, act)} entries in {out}")
 
 
 @app.command("import")
@@ -194,7 +200,7 @@ def import_run(
         await opened.append_act(run, "run", _said(origin), IMPORT, identity=identity)
         return run, count
 
-    run, count = _with_store(store, data_dir, act)
+    run, count = with_store(store, data_dir, act)
     typer.echo(f"run {run}: {count} entries from {file}")
 
 
@@ -221,7 +227,7 @@ def delete(
 
     if not yes:
         typer.confirm(f"Delete run {run} for good?", abort=True)
-    _with_store(store, data_dir, act)
+    with_store(store, data_dir, act)
     typer.echo(f"run {run} is deleted")
 
 
@@ -229,7 +235,7 @@ def _said(about: str = "") -> bytes:
     return note(getpass.getuser(), about)
 
 
-def _with_store(url: str | None, data_dir: Path | None, act: Callable[[RedisStore], Awaitable[T]]) -> T:
+def with_store(url: str | None, data_dir: Path | None, act: Callable[[RedisStore], Awaitable[T]]) -> T:
     """Return what an act on the store of these options gives."""
     settings = read_settings(store_url=url, data_dir=data_dir)
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,11 +16,14 @@ from starlette.types import ASGIApp
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from uvicorn.config import STARTUP_FAILURE
 
+from service.cli.dry_run import REMOTE_ENCODER, encoder_check, fit_check, port_check, scorer_checks, tell
+from service.cli.preflight import Preflight
 from service.cli.serve_many import serve_many
 from service.cli.store_option import store_option
 from service.errors import ConfigurationError
 from service.memory import keep_freed_memory, leave_loaded_objects_alone
 from service.pool import PoolFile, load_pool
+from service.priors import load_checkpoint
 from service.settings import Settings, read_settings
 from service.telemetry import configure_logging
 
@@ -45,6 +48,13 @@ def serve(
     ] = None,
     signal: Annotated[str | None, typer.Option(help="Kind of feedback: preference, loss or reward.")] = None,
     prior: Annotated[str | None, typer.Option(help="auto, paper, calibrated or none.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print a line a check (port, servers, checkpoint, run) and serve nothing. Exit status 1 if one fails.",
+        ),
+    ] = False,
 ) -> None:
     """Serve POST /reward and POST /feedback for a pool whose workers already run.
 
@@ -64,6 +74,9 @@ def serve(
         signal=signal,
         prior=prior,
     )
+    if dry_run:
+        _check_dry(settings, _pool_of(settings))
+        return
     if settings.workers == 1:
         run_gateway(settings)
         return
@@ -74,18 +87,41 @@ def serve(
         raise typer.Exit(status)
 
 
+def _check_dry(settings: Settings, pool: PoolFile) -> None:
+    """Print what a start would find.
+
+    Raises:
+        typer.Exit: with status 1 where a check fails.
+    """
+    encoder = settings.encoder or ""
+    tell(
+        [
+            fit_check(lambda: Preflight(settings, pool, load_checkpoint(settings))),
+            port_check(settings.port, settings.host, moves=False),
+            *([encoder_check(encoder)] if encoder.startswith(REMOTE_ENCODER) else []),
+            *scorer_checks(pool, settings, starts=False),
+        ]
+    )
+
+
 def _pool_of(settings: Settings) -> PoolFile:
     if settings.pool is None:
         raise ConfigurationError("no pool file: give --pool, or set REWARD_ROUTER_POOL")
     return load_pool(settings.pool)
 
 
-def run_gateway(settings: Settings, sockets: list[socket.socket] | None = None) -> None:
+def run_gateway(
+    settings: Settings,
+    sockets: list[socket.socket] | None = None,
+    *,
+    alive: Callable[[], Awaitable[None]] | None = None,
+) -> None:
     """Serve until a signal, with `blas_threads` threads of linear algebra.
 
     Args:
         settings: of the gateway.
         sockets: where to listen, instead of the settings' address.
+        alive: called in the event loop every second while it serves.
 
     The number decides how BLAS groups its sums, and so the last bits of a fold: replicas of a run must have the same.
     """
@@ -96,7 +132,7 @@ def run_gateway(settings: Settings, sockets: list[socket.socket] | None = None) 
     threadpool_limits(settings.blas_threads, user_api="blas")
     configure_logging(settings.log_level)
     app = create_app(settings, _pool_of(settings))
-    serve_app(app, settings, refused=app.count_refusal, sockets=sockets)
+    serve_app(app, settings, refused=app.count_refusal, sockets=sockets, alive=alive)
 
 
 def serve_app(
@@ -105,6 +141,7 @@ def serve_app(
     *,
     refused: Callable[[str], None] = lambda _: None,
     sockets: list[socket.socket] | None = None,
+    alive: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
     """uvicorn, as the gateway is served; returns when a signal has ended it and requests are drained.
 
@@ -113,10 +150,12 @@ def serve_app(
         settings: of the gateway.
         refused: told the error's code of each connection that was closed before its request was whole.
         sockets: where to listen, instead of the settings' address.
+        alive: see `run_gateway`.
     """
     keep_freed_memory()
     leave_loaded_objects_alone()
-    server = uvicorn.Server(uvicorn.Config(app, **server_options(settings, refused)))
+    beat: dict[str, Any] = {} if alive is None else {"callback_notify": alive, "timeout_notify": 1}
+    server = uvicorn.Server(uvicorn.Config(app, **server_options(settings, refused), **beat))
     # uvicorn raises Ctrl-C again when all is drained.
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets)

@@ -2,7 +2,9 @@
 
 Each process is a replica like those on other machines: it tails the logs, and has a posterior of its own. The kernel
 divides connections among their listening sockets (SO_REUSEPORT), so that a process that ends takes only its own
-connections along. This one serves nothing: it holds the port, owns the embedded store, and starts again what leaves.
+connections along. This one serves nothing: it holds the port, owns the embedded store, and starts again what leaves or
+hangs. A process says once a second, from its event loop, that it lives (`service.cli.serve_one`), through the socket
+that its settings came by.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -41,6 +43,9 @@ STEADY_SECONDS: Final = 60.0
 DRAIN_SECONDS: Final = 10.0
 """What a process may take to end, besides answering what it has taken."""
 
+START_SECONDS: Final = 600.0
+"""What a process may take until it serves: it loads a checkpoint and an encoder."""
+
 HOPELESS: Final = frozenset({2, 3})
 """Statuses of a process that could not start: a configuration that does not fit, or uvicorn's own."""
 
@@ -54,12 +59,39 @@ class _Seat:
     Attributes:
         process: its present life; None while it pauses.
         since: when it was started last.
+        beats: where it says that it lives; None while it pauses.
+        silent: seconds since it last said so, or was started, as far as this process was awake to hear it.
+        served: it has said so at least once.
         failures: how often it has left since it was steady.
     """
 
     process: subprocess.Popen[bytes] | None
     since: float
+    beats: socket.socket | None
+    silent: float = 0.0
+    served: bool = False
     failures: int = 0
+
+    def listen(self, seconds: float) -> None:
+        """Note if it has said that it lives.
+
+        Args:
+            seconds: since the last look.
+        """
+        self.silent += seconds
+        with suppress(BlockingIOError, ConnectionError):
+            if self.beats is not None and self.beats.recv(4096):
+                self.silent, self.served = 0.0, True
+
+    def begin(self, process: subprocess.Popen[bytes], beats: socket.socket, now: float) -> None:
+        """Take a new process."""
+        self.process, self.beats, self.since, self.silent, self.served = process, beats, now, 0.0, False
+
+    def pause(self, now: float) -> None:
+        """Note that its process has left."""
+        if self.beats is not None:
+            self.beats.close()
+        self.process, self.beats, self.since = None, None, now
 
 
 def serve_many(settings: Settings) -> int:
@@ -163,52 +195,68 @@ class _Crew:
         self._stop = stop
 
     def run(self) -> int:
-        """Start them, start again those that leave, end them; return the exit status."""
-        seats = [_Seat(self._start(), time.monotonic()) for _ in range(self._settings.workers)]
-        status = 0
+        """Start them, start again those that leave or hang, end them; return the exit status."""
+        seats = [_Seat(None, time.monotonic(), None) for _ in range(self._settings.workers)]
+        for seat in seats:
+            seat.begin(*self._start(), time.monotonic())
+        status, looked = 0, time.monotonic()
         try:
             while not status and not self._stop.wait(LOOK_SECONDS):
+                before, looked = looked, time.monotonic()
+                # Where all of us were stopped, by a debugger or a container's pause, nobody was silent meanwhile.
+                for seat in seats:
+                    seat.listen(min(looked - before, 10 * LOOK_SECONDS))
                 status = next(filter(None, map(self._look, seats)), 0)
         finally:
             self._end([seat.process for seat in seats if seat.process is not None])
         return status
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            dies_with_parent([sys.executable, "-m", "service.cli.serve_one"]),
-            stdin=subprocess.PIPE,
-            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._metrics)},
-            # Ctrl-C is for us, who end them in order.
-            start_new_session=True,
-        )
-        assert process.stdin is not None
-        try:
+    def _start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                dies_with_parent([sys.executable, "-m", "service.cli.serve_one"]),
+                stdin=theirs.fileno(),
+                env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._metrics)},
+                # Ctrl-C is for us, who end them in order.
+                start_new_session=True,
+            )
+        with suppress(ConnectionError):  # it has left already, and said why
             # Not in arguments or the environment, where others could read the keys.
-            with process.stdin as stdin:
-                stdin.write(pickle.dumps(self._settings))
-        except BrokenPipeError:
-            pass  # it has left already, and said why
-        return process
+            ours.sendall(pickle.dumps(self._settings))
+            ours.shutdown(socket.SHUT_WR)
+        ours.setblocking(False)
+        return process, ours
 
     def _look(self, seat: _Seat) -> int:
         """Start again who has left and has paused; return the status with which all must end, 0 to go on."""
         now = time.monotonic()
         if seat.process is None:
             if now >= seat.since + self._pause(seat):
-                seat.process, seat.since = self._start(), now
+                seat.begin(*self._start(), now)
             return 0
         left = seat.process.poll()
         if left is None:
+            self._end_silence(seat)
             return 0
         mark_process_dead(seat.process.pid, str(self._metrics))  # type: ignore[no-untyped-call]
         if left in HOPELESS:
             return left
         lived = now - seat.since
         seat.failures = 0 if lived >= STEADY_SECONDS else seat.failures + 1
-        seat.process, seat.since = None, now
+        seat.pause(now)
         fields = {"status": left, "lived_seconds": round(lived, 1), "started_again_in_seconds": self._pause(seat)}
         logger.error("gateway process left", extra={"fields": fields})
         return 0
+
+    def _end_silence(self, seat: _Seat) -> None:
+        """Kill a process that hangs; the next look starts it again."""
+        allowed = self._settings.hang_seconds if seat.served else START_SECONDS
+        if seat.process is not None and seat.silent > allowed:
+            seat.process.kill()
+            seat.process.wait()
+            fields = {"pid": seat.process.pid, "silent_seconds": round(seat.silent, 1), "served": seat.served}
+            logger.error("gateway process hangs, was killed", extra={"fields": fields})
 
     def _pause(self, seat: _Seat) -> float:
         """Seconds before a process is started again: none for the first failure, then ever more."""

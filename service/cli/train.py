@@ -38,6 +38,12 @@ if TYPE_CHECKING:
 _FINE = "Fine-tuning"
 _CARD = "router_core.offline.card"
 """Written last; imported first, so that what it needs is missed before hours of training."""
+MIN_PAIRS = 16
+"""Labelled pairs below which nothing can be learned and held out as well."""
+
+FEW_PAIRS = 32
+"""The fewest that we measured; docs/feedback.md has the figures."""
+
 _NEEDS_TORCH = "training needs {name!r}: pip install 'reward-router[train]'"
 
 
@@ -157,7 +163,9 @@ def train(
         pairs, known = partly_labelled(reader.rows(data))
     else:
         pairs = reader.pairs(data)
-    names = parse_pool(pool) or pool_names(pairs)
+    asked = pool_names(pairs)
+    _require_enough(len(pairs), notes)
+    names = parse_pool(pool) or asked
     losses: dict[str, Any] = {
         "lambda_bt": lambda_bt,
         "lambda_cls": 0.0 if no_cls else lambda_cls,
@@ -190,6 +198,26 @@ def _check_options(
         raise ConfigurationError(
             "--lambda-bt 0 without the other loss leaves nothing to learn; give one of them a weight"
         )
+
+
+def _require_enough(count: int, notes: Console) -> None:
+    """Say how many pairs one needs where there are few.
+
+    Raises:
+        ConfigurationError: there are too few.
+    """
+    if count >= FEW_PAIRS:
+        return
+    needed = (
+        "four reward models that are good at different things needed 32 pairs to be ahead of the best of them, nine "
+        "published ones 128 to 256 (docs/feedback.md, How many labelled pairs)"
+    )
+    if count < MIN_PAIRS:
+        raise ConfigurationError(
+            f"{count} pairs are too few to learn from: give at least {MIN_PAIRS}; {needed}. Until then serve without a "
+            "checkpoint, or with policy majority"
+        )
+    notes.print(f"[yellow]note[/] {count} pairs are few: {needed}", highlight=False, soft_wrap=True)
 
 
 def _check_target(out: Path) -> None:

@@ -17,18 +17,28 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from service.cli.dry_run import (
+    REMOTE_ENCODER,
+    Check,
+    directory_check,
+    encoder_check,
+    fit_check,
+    port_check,
+    scorer_checks,
+    tell,
+    tried,
+)
 from service.cli.encoder_launch import ENCODER_SHARE, SERVED, EncoderPlan, ensure_exported, plan_encoder
-from service.cli.export import running_store
 from service.cli.first_request import ready_lines
 from service.cli.key_option import KEY_VARIABLE
 from service.cli.launch import WORKER_SECONDS, WorkerStart, plan_workers, shares_of, start_workers
 from service.cli.pin import warn_moving
 from service.cli.preflight import Preflight, check_start
-from service.cli.processes import Child, ProcessGroup, free_port, gateway_port, interruptible
+from service.cli.processes import USUAL_PORT, Child, ProcessGroup, free_port, gateway_port, interruptible
 from service.cli.store_option import STORE_VARIABLE, store_option
 from service.cli.supervise import Supervisor
+from service.cli.url_option import noted_url
 from service.cli.vllm_serve import share_lines
-from service.errors import StoreUnavailableError
 from service.pool import ModelEntry, PoolFile, dump_pool, load_pool
 from service.settings import EMBEDDED, read_settings, store_directory
 from service.stores.embedded import EmbeddedStore
@@ -119,7 +129,11 @@ def up(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print the commands, one a line, and who shares each GPU; start nothing."),
+        typer.Option(
+            "--dry-run",
+            help="Print the commands, who shares each GPU, and a line a check (port, paths, servers, checkpoint, run); "
+            "start nothing. Exit status 1 where a check fails.",
+        ),
     ] = False,
 ) -> None:
     """Start everything: store, workers for each reward model, gateway. Ctrl-C ends all; what was learned is kept.
@@ -136,19 +150,28 @@ def up(
         pool, checkpoint = ensure_demo_pool(data_dir, console, checkpoint)
         run = run or demo_run(checkpoint)
     wanted = _overridden(load_pool(pool), worker, device, vllm_command)
-    preflight = check_start(
-        wanted, checkpoint, run, signal=signal, store_url=store, data_dir=data_dir,
-        encoder=None if encoder == SERVED else encoder,
-    )  # fmt: skip
+
+    def checked() -> Preflight:
+        return check_start(
+            wanted, checkpoint, run, signal=signal, store_url=store, data_dir=data_dir,
+            encoder=None if encoder == SERVED else encoder,
+        )  # fmt: skip
+
+    def planned() -> EncoderPlan | None:
+        if encoder != SERVED:
+            return None
+        return plan_encoder(wanted, checkpoint, data_dir / "encoder", share=encoder_share, gpu=encoder_gpu)
+
+    if dry_run:
+        own = [port_check(port, host, moves=True), directory_check(data_dir)]
+        if encoder is not None and encoder.startswith(REMOTE_ENCODER):
+            own.append(encoder_check(encoder))
+        _show_dry(wanted, checked, planned, own, port_sequence(worker_port))
+        return
+    preflight = checked()
     settings = preflight.settings
     warn_moving(wanted, given)
-    served = None
-    if encoder == SERVED:
-        served = plan_encoder(wanted, checkpoint, data_dir / "encoder", share=encoder_share, gpu=encoder_gpu)
-    if dry_run:
-        _check_dry(preflight)
-        _show(wanted, served, port_sequence(worker_port))
-        return
+    served = planned()
     chosen, warning = gateway_port(port, host)
     if warning is not None:
         console.print(f"[yellow]warning[/]   {warning}", highlight=False, soft_wrap=True)
@@ -159,6 +182,8 @@ def up(
         key = os.environ.get(KEY_VARIABLE) or next(iter(settings.api_keys), None)
         for line in asyncio.run(ready_lines(stack.url, stack.pool, data_dir, key)):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if warning is not None:
+            console.print(_moved_words(stack, data_dir), style="yellow", highlight=False, markup=False, soft_wrap=True)
         console.print(
             f"\nserving on [bold]{stack.url}[/]\n"
             f"API: {stack.url}/docs   metrics: {stack.url}/metrics\n"
@@ -169,6 +194,17 @@ def up(
         )
         wait_for_signal(stack.processes, Supervisor(stack.workers, console))
     console.print("stopped; what was learned is kept in", str(data_dir))
+
+
+def _moved_words(stack: Stack, data_dir: Path) -> str:
+    """Return what to do where the gateway has another port than everybody expects."""
+    found = "" if data_dir == read_settings().data_dir else f" --url {stack.url}"
+    return (
+        f"\nNOT on the usual port {USUAL_PORT}, where something else listens. For other shells:\n"
+        f"  export REWARD_ROUTER_CLIENT_URL={stack.url}\n"
+        f"  reward-router models{found}\n"
+        f"  reward-router report {stack.run}{found}"
+    )
 
 
 @contextmanager
@@ -249,7 +285,8 @@ def running_stack(
             with console.status("gateway"):
                 processes.wait_until_ready(f"{url}/readyz", "gateway", GATEWAY_SECONDS, lambda: None)
             console.print(f"gateway   ready on {url}", highlight=False)
-            yield Stack(url, resolved, processes, workers, run or read_settings().run)
+            with noted_url(data_dir, url):
+                yield Stack(url, resolved, processes, workers, run or read_settings().run)
     finally:
         if embedded is not None:
             embedded.stop()
@@ -289,23 +326,32 @@ def _overridden(pool: PoolFile, worker: WorkerKind | None, device: Device | None
     return pool.model_copy(update=given)
 
 
-def _check_dry(preflight: Preflight) -> None:
-    """Check what can be checked without starting anything but, for a moment, an embedded store that is there.
+def _show_dry(
+    pool: PoolFile,
+    checked: Callable[[], Preflight],
+    planned: Callable[[], EncoderPlan | None],
+    own: Sequence[Check],
+    next_port: Callable[[], int],
+) -> None:
+    """Print the commands, who shares each GPU, and every check; nothing is started.
+
+    Args:
+        pool: the pool file.
+        checked: settings, pool and checkpoint as they fit each other; raises where they do not.
+        planned: the encoder's server, if one is to be started; raises where it cannot be.
+        own: checks of the gateway itself.
+        next_port: a free port, another one each time.
 
     Raises:
-        ServiceError: see `Preflight`.
+        typer.Exit: with status 1 where a check fails.
     """
-    settings = preflight.settings
-    kept = EmbeddedStore(store_directory(settings.data_dir))
-    if settings.store_url == EMBEDDED and not (kept.data_dir / "appendonlydir").is_dir():
-        preflight.check_parts(kept.url)
-        return
-    try:
-        with running_store(settings) as url:
-            preflight.check_store(url)
-    except StoreUnavailableError as error:
-        preflight.check_parts(settings.store_url)
-        typer.echo(f"# the store does not answer, so that run {settings.run!r} was not checked: {error.message}")
+    checks = [
+        fit_check(checked),
+        *own,
+        *scorer_checks(pool, read_settings(), starts=True),
+        tried("what is to be started can be", lambda: _show(pool, planned(), next_port)),
+    ]  # fmt: skip
+    tell(checks)
 
 
 def _unfetched(model: ModelEntry) -> Path:
@@ -335,6 +381,9 @@ def _planned(
 ) -> list[WorkerStart]:
     """What is to be started; the encoder's server, whose transformer is exported if need be, is the last."""
     starts = [*plan_workers(pool, next_port, others=encoder.claims if encoder is not None else ())]
+    for note in dict.fromkeys(start.note for start in starts if start.note is not None):
+        console.print("[yellow]warning[/]  ", end=" ")
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     if encoder is not None:
         with console.status("encoder: exporting its transformer"):
             ensure_exported(encoder.checkpoint, encoder.directory)
@@ -351,6 +400,8 @@ def _show(pool: PoolFile, encoder: EncoderPlan | None, next_port: Callable[[], i
             typer.echo(shlex.join(export))
         starts.append(encoder.start(next_port()))
     for start in starts:
+        if start.note is not None:
+            typer.echo(f"# note: {start.note}")
         typer.echo(start.shell())
     for line in share_lines(shares_of(starts)):
         typer.echo(f"# {line}")

@@ -243,7 +243,6 @@ class TrainerRoutes:
 
     def _scored(self, reply: RewardReply) -> ScoredSample | NoRewardError:
         (reward,) = reply.rewards
-        pool = self._pool(reply.run)
         if (
             reward is None
             and not isinstance(reply.failure, msgspec.UnsetType)
@@ -265,7 +264,7 @@ class TrainerRoutes:
             reward=reward,
             raw_reward=reward if raw is None else raw,
             model=reply.model,
-            index=pool.index(reply.model) if reply.model in pool else -1,
+            index=-1 if reply.arm is None else reply.arm,
             propensity=reply.propensity,
             fallback=reply.fallback,
             decision_id=reply.decision_id,

@@ -16,20 +16,7 @@ import httpx2 as httpx
 import msgspec
 
 from service.trainers.protocols import PROTOCOLS
-
-USER = "<|im_start|>user\nWhat is 7 + 5?<|im_end|>\n<|im_start|>assistant\n"
-TURNS = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "What is 7 + 5?"},
-    {"role": "assistant", "content": "12"},
-    {"role": "user", "content": "And doubled?"},
-]
-CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 7, "b": 5}'}}
-TOOLS = [
-    {"role": "assistant", "content": "", "tool_calls": [CALL]},
-    {"role": "tool", "content": "12"},
-    {"role": "assistant", "content": "It is 12."},
-]
+from service.trainers.recorded import TOOLS, TURNS
 
 Document = Mapping[str, Any]
 
@@ -61,39 +48,26 @@ class Replayed:
     problem: str | None
 
 
-HELPERS = "TRL, verl, ms-swift, AReaL, verifiers, SkyRL, ROLL, Atropos, NeMo"
+HELPERS = "TRL, verl, ms-swift, AReaL, verifiers, SkyRL, ROLL, Atropos, NeMo Gym, NeMo RL"
 """Who asks through the client, by `/reward/batch`."""
 
 
 def recordings() -> list[Recording]:
-    """Return all of them: every URL protocol's example, its variants, and what the helpers' client sends."""
-    examples = [Recording(one.trainer, "its example", one.path, one.example, _count(one.example)) for one in PROTOCOLS]
+    """Return all of them: every URL protocol's example and recorded requests, and what the helpers' client sends."""
+    asked = [
+        Recording(one.trainer, what, one.path, body, 1 if one.single else _count(body))
+        for one in PROTOCOLS
+        for what, body in {"its example": one.example, **one.recorded}.items()
+    ]
     group = {"prompt": "What is 7 + 5?", "responses": ["12", "13", "Twelve."], "reference": "12"}
     turns = {"prompt": TURNS, "responses": ["24"]}
     tools = {"prompt": "What is 7 + 5?", "responses": [TOOLS]}
     return [
-        *examples,
-        Recording(
-            "OpenRLHF",
-            "templated text, two samples",
-            "/get_reward",
-            {"query": [f"{USER}12<|im_end|>", f"{USER}13<|im_end|>"], "prompts": [USER, USER], "labels": ["12", "12"]},
-            2,
-        ),
-        Recording("OpenRLHF", "an empty batch", "/get_reward", {"query": [], "prompts": [], "labels": []}, 0),
-        Recording(
-            "LLaMA-Factory",
-            "a batch of two",
-            "/v1/score/evaluation",
-            {"model": "model", "messages": [f"{USER}12<|im_end|>\n", f"{USER}13<|im_end|>\n"]},
-            2,
-        ),
-        Recording(
-            "slime", "messages, several turns", "/remote_rm", {"prompt": TURNS, "response": "24", "label": ""}, 1
-        ),
+        *asked,
         Recording(HELPERS, "a group with a reference", "/reward/batch", {"items": [group]}, 3),
         Recording(HELPERS, "several turns", "/reward/batch", {"items": [turns]}, 1),
         Recording(HELPERS, "calls of tools", "/reward/batch", {"items": [tools]}, 1),
+        Recording(HELPERS, "a batch of both", "/reward/batch", {"items": [turns, tools]}, 2),
     ]
 
 
@@ -138,6 +112,6 @@ def _rewards(path: str, content: bytes) -> Sequence[Any]:
     return found
 
 
-def _count(example: Document) -> int:
-    lists = [value for value in example.values() if isinstance(value, list)]
-    return len(lists[0]) if lists else 1
+def _count(body: Document) -> int:
+    """Return how many samples a body of lists holds."""
+    return len(next(value for value in body.values() if isinstance(value, list)))

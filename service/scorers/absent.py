@@ -28,6 +28,7 @@ class AbsentScorer:
     choosy = False
     timeout_seconds: float | None = None
     unexpected_errors = 0
+    counts_to: int | None = None
 
     def __init__(self, name: str, kind: str, problem: str) -> None:
         self.name = name
@@ -37,6 +38,10 @@ class AbsentScorer:
     def applies(self, instance: Instance) -> bool:
         """Return True: nothing is known of it."""
         return True
+
+    async def readable(self, instances: Sequence[Instance]) -> list[int]:
+        """Return the number of responses of each instance: nothing is known of it."""
+        return [len(instance.responses) for instance in instances]
 
     def slots(self) -> asyncio.Semaphore:
         """Return a slot that nobody uses."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
+from router_core.attempts import TOO_LONG
 from router_core.records import Instance
 from service.errors import ServiceError
 from service.scorers.admission import Admission, Ticket
@@ -19,9 +20,10 @@ class OverLong(StrEnum):
     """What becomes of an instance that the RM cannot read whole. No response is ever cut."""
 
     SKIP = "skip"
-    """The next-best draw is asked; it may read more."""
+    """The RM abstains: another one is asked, which may read more. Where none reads all responses, those that are too
+    long have no reward, and the others theirs."""
     REFUSE = "refuse"
-    """The instance is an error; no other RM is asked."""
+    """The whole instance is an error; no other RM is asked."""
     CUT_PROMPT = "cut_prompt"
     """The prompt loses tokens on its left, all responses the same; as `skip` where that does not help."""
 
@@ -64,6 +66,13 @@ class Scorer(Admission, Protocol):
     def applies(self, instance: Instance) -> bool:
         """Return False if it is known beforehand that the scorer has nothing to say about an instance."""
 
+    @property
+    def counts_to(self) -> int | None:
+        """Tokens that it reads at most, where `readable` can count them and it abstains from more; else None."""
+
+    async def readable(self, instances: Sequence[Instance]) -> list[int]:
+        """Return how many responses of each instance it can read whole, where it counts; nothing is sent."""
+
     async def score(
         self, instances: Sequence[Instance], *, deadline: float, ticket: Ticket | None = None
     ) -> list[Scored | WorkerError]:
@@ -79,9 +88,10 @@ class Scorer(Admission, Protocol):
 
         Returns:
             Per instance, in order, what was made of it, or the error for which there is nothing: a
-            `WorkerRejectedError` for what the scorer refuses, an `AbstainedError` where it does not apply, another
-            `WorkerError` for all instances of a request that failed. Several may share one error object. Never raises
-            a `WorkerError`.
+            `WorkerRejectedError` for what the scorer refuses, an `AbstainedError` where it does not apply, a
+            `WorkerTooLongError` where it can read no response whole (where it can read others, a failure of that
+            response in `Scored`), another `WorkerError` for all instances of a request that failed. Several may share
+            one error object. Never raises a `WorkerError`.
         """
 
     def status(self) -> ScorerStatus:
@@ -127,7 +137,7 @@ class WorkerRejectedError(WorkerError):
 
 
 class WorkerTooLongError(WorkerRejectedError):
-    """The input has more tokens than the RM reads.
+    """The input has more tokens than the scorer reads: it abstains.
 
     Args:
         message: see `ServiceError`.
@@ -135,7 +145,7 @@ class WorkerTooLongError(WorkerRejectedError):
         final: no other RM shall be asked (`OverLong.REFUSE`).
     """
 
-    code = "worker_too_long"
+    code = TOO_LONG
 
     def __init__(self, message: str, *, details: Mapping[str, object] | None = None, final: bool = False) -> None:
         super().__init__(message, details=details)

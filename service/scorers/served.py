@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from router_core.records import Instance
@@ -127,6 +127,15 @@ class ServedScorer:
     def applies(self, instance: Instance) -> bool:
         """Return True unless the pool file bars the instance."""
         return self._admits is None or self._admits(instance)
+
+    @property
+    def counts_to(self) -> int | None:
+        """None: the servers count."""
+        return None
+
+    async def readable(self, instances: Sequence[Instance]) -> list[int]:
+        """Return the number of responses of each instance: nothing is known."""
+        return [len(instance.responses) for instance in instances]
 
     @property
     def unexpected_errors(self) -> int:

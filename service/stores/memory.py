@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from service.errors import ConflictError
 from service.stores.ids import check_run
 from service.stores.protocol import (
+    Activity,
     AuditedDecision,
     AuditProgress,
     AuditQueue,
@@ -77,6 +78,10 @@ class _Run:
     audited: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
     judged: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     acts: list[LogEntry] = field(default_factory=list)
+    counts: dict[str, float] = field(default_factory=dict)
+    newest: dict[bytes, int] = field(default_factory=dict)
+    newest_dies_ms: float = 0.0
+    points: dict[int, tuple[bytes, float]] = field(default_factory=dict)
 
 
 def _feedback_before(state: _Run, decision_id: str, now: int) -> bytes:
@@ -391,6 +396,43 @@ class MemoryStore:
         if state.scale is None or state.scale[0] <= position:
             state.scale = (position, data)
         state.scores = [e for e in state.scores if _parse_id(e.entry_id) >= _parse_id(trim_before)]
+
+    async def tell_activity(
+        self,
+        run: str,
+        counts: Mapping[str, float],
+        newest: Sequence[tuple[int, bytes]],
+        *,
+        keep: int,
+        seconds: float,
+    ) -> None:
+        """Add to the run's totals and newest decisions."""
+        state, now = self._run(run), self._now_ms()
+        for name, count in counts.items():
+            state.counts[name] = state.counts.get(name, 0.0) + count
+        standing = {**state.newest} if state.newest_dies_ms > now else {}
+        standing |= {decision: time_ms for time_ms, decision in newest}
+        order = sorted(standing, key=lambda decision: (standing[decision], decision))
+        state.newest = {decision: standing[decision] for decision in order[-keep:]}
+        state.newest_dies_ms = now + seconds * 1000
+
+    async def activity(self, run: str, *, newest: int) -> Activity:
+        """Return the run's totals and up to so many of its newest decisions."""
+        state = self._run(run)
+        alive = [*state.newest] if state.newest_dies_ms > self._now_ms() else []
+        return Activity({**state.counts}, alive[len(alive) - min(newest, len(alive)) :])
+
+    async def keep_point(self, run: str, slot: int, point: bytes, *, seconds: float) -> bytes:
+        """Keep a point unless the slot has one; return the one that stands."""
+        state, now = self._run(run), self._now_ms()
+        if slot not in state.points or state.points[slot][1] <= now:
+            state.points[slot] = (point, now + seconds * 1000)
+        return state.points[slot][0]
+
+    async def points(self, run: str, slots: Sequence[int]) -> list[bytes]:
+        """Return the points of these slots, without those that have none."""
+        state, now = self._run(run), self._now_ms()
+        return [state.points[slot][0] for slot in slots if slot in state.points and state.points[slot][1] > now]
 
     async def append_act(
         self, run: str, name: str, payload: bytes, value: bytes, *, identity: RunIdentity, expected: int | None = None

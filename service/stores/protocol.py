@@ -8,7 +8,7 @@ acknowledged.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -218,6 +218,14 @@ class ScoreLogPart:
     status: LogStatus
 
 
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What all gateways have told of a run's decisions: sums by name, and the newest ones, oldest first, verbatim."""
+
+    counts: Mapping[str, float]
+    newest: list[bytes]
+
+
 def lost_run(run: str) -> NotReadyError:
     """The refusal of feedback on a run that the store has lost, or that was opened again since."""
     return NotReadyError(
@@ -408,6 +416,34 @@ class Store(Protocol):
 
     async def save_scale(self, run: str, position: int, data: bytes, *, trim_before: str) -> None:
         """Keep the snapshot of the first `position` entries unless a newer one is kept; drop those before that id."""
+
+    async def tell_activity(
+        self,
+        run: str,
+        counts: Mapping[str, float],
+        newest: Sequence[tuple[int, bytes]],
+        *,
+        keep: int,
+        seconds: float,
+    ) -> None:
+        """Add to a run's totals and newest decisions, for people who watch it; nothing depends on them.
+
+        Args:
+            run: whose.
+            counts: by name, added to what stands.
+            newest: decisions, with the time in milliseconds by which they are ordered.
+            keep: how many of the newest are kept.
+            seconds: how long these are kept after the last one.
+        """
+
+    async def activity(self, run: str, *, newest: int) -> Activity:
+        """Return the totals of a run and up to `newest` of its newest decisions."""
+
+    async def keep_point(self, run: str, slot: int, point: bytes, *, seconds: float) -> bytes:
+        """Keep a point of the run's charts for so long unless the slot has one; return the one that stands."""
+
+    async def points(self, run: str, slots: Sequence[int]) -> list[bytes]:
+        """Return the points of these slots, in their order, without those that have none."""
 
     async def append_act(
         self, run: str, name: str, payload: bytes, value: bytes, *, identity: RunIdentity, expected: int | None = None

@@ -15,7 +15,7 @@ Keys of a run R. All share the hash tag {R}, so a run lives on one node of a clu
     rr:watched        since when gateways have watched this server, ms      some seconds after the last look; in a
                       cluster rr:{R}:watched                                 cluster the run's own
 
-and those of `service.stores.redis_scores`, `service.stores.redis_audits` and `service.stores.redis_acts`.
+and those of `service.stores.redis_scores`, `redis_audits`, `redis_acts` and `redis_activity`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from service.stores.protocol import (
     name_not_free,
 )
 from service.stores.records import check_reference, is_expired
+from service.stores.redis_activity import RedisActivity
 from service.stores.redis_acts import RedisActs
 from service.stores.redis_audits import RedisAudits
 from service.stores.redis_base import decision_value, run_prefix
@@ -57,7 +58,7 @@ RUNS_KEY = "rr:runs"
 """Set of the names of all runs; one that was refused or lost has a name here and nothing else."""
 
 
-class RedisStore(RedisActs, RedisAudits, RedisScores):
+class RedisStore(RedisActivity, RedisActs, RedisAudits, RedisScores):
     """`Store` on one Redis >= 7.0 or Valkey server, or on a cluster of them; arguments as `RedisBase`."""
 
     async def ping(self) -> None:

@@ -1,6 +1,7 @@
 """What the parts of the store on a Redis or Valkey server share: connections, scripts, keys, the refusal to save.
 
-`service.stores.redis.RedisStore` is made of the parts: `redis_scores`, `redis_audits`, `redis_acts`, and its own.
+`service.stores.redis.RedisStore` is made of the parts: `redis_scores`, `redis_audits`, `redis_acts`, `redis_activity`,
+and its own.
 """
 
 from __future__ import annotations

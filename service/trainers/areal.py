@@ -7,12 +7,13 @@ AReaL runs a function in a small pool of processes, one sample a call, waits 15 
 for a timeout but rejects the trajectory for an exception. So the deadline here is shorter than AReaL's, and it ends in
 an exception. That does not help a sample that waited in the pool's queue: AReaL's 15 s run there too. `RouterRewards`
 needs no pool: its samples await the gateway, many in one request, and one without a reward is left out of its group,
-which is what AReaL takes None for.
+which is what AReaL takes None for. What each scorer said goes to AReaL's statistics, beside its `reward`; a function of
+the pool cannot do that, since AReaL collects the statistics of its own process only.
 
 AReaL hands over the prompt as the policy's chat template made it. The messages are taken from the data set's column
 `messages` where there is one; else the usual templates are taken apart (`templated`). Options come from the environment
-(`REWARD_ROUTER_CLIENT_URL`, `REWARD_ROUTER_CLIENT_RUN`, …). Knows AReaL 1.0's calls; imports nothing of it. Called by
-AReaL, and by `areal_workflow`.
+(`REWARD_ROUTER_CLIENT_URL`, `REWARD_ROUTER_CLIENT_RUN`, …). Knows AReaL 1.0's calls; imports its
+statistics alone, when an episode ends. Called by AReaL, and by `areal_workflow`.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from service.trainers.client import AsyncRouterClient, RouterClient
 from service.trainers.coalesce import Coalescer
-from service.trainers.conversation import as_sent
+from service.trainers.conversation import as_sent, read_messages
 from service.trainers.options import ClientOptions, from_environment
-from service.trainers.samples import reference_text
-from service.trainers.templated import UNKNOWN, split_prompt
+from service.trainers.samples import Sample, reference_text, samples_of
+from service.trainers.templated import UNKNOWN, Split, split_prompt
 from service.trainers.values import FATAL_CODES, RewardItem, RouterRefusedError, RouterUnavailableError
-from service.trainers.verl import score_of, score_single
+from service.trainers.verl import score_of
 
 logger = logging.getLogger("reward_router")
 
@@ -111,7 +113,15 @@ def item_of(prompt: str, completion: str, columns: Mapping[str, Any]) -> RewardI
     reference = next((text for name in REFERENCES if (text := reference_text(columns.get(name)))), None)
     if messages is None and split.template == UNKNOWN:
         _warn_once()
-    return RewardItem(split.said if messages is None else as_sent(messages), (split.response,), reference=reference)
+    said = split.said if messages is None else as_sent([*messages, *_later_turns(messages, split)])
+    return RewardItem(said, (split.response,), reference=reference)
+
+
+def _later_turns(messages: Sequence[Mapping[str, Any]], split: Split) -> Sequence[Mapping[str, str]]:
+    """Return the prompt's turns that an episode has added to those of the data set, from its first answer on."""
+    answered = sum(message.role == "assistant" for message in read_messages(messages, "messages"))
+    answers = [index for index, turn in enumerate(split.messages) if turn["role"] == "assistant"]
+    return split.messages[answers[answered] :] if len(answers) > answered else ()
 
 
 @cache
@@ -140,7 +150,13 @@ class RouterRewards:
             raise ValueError("reward_fn: the rewards come from the gateway here; leave it out")
         # A function, since AReaL would load one that is named, and put it in the place of ours at the first episode.
         super().__init__(reward_fn=reward_fn, **workflow)  # type: ignore[call-arg]
-        self.async_reward_fn = AwaitedReward(from_environment(os.environ, **(reward_options or {})))
+        options = from_environment(os.environ, **(reward_options or {}))
+        self.async_reward_fn = AwaitedReward(options, self.record)
+
+    def record(self, sample: Sample) -> None:
+        """Add what each scorer said of a sample to AReaL's statistics, in the scope of its own `reward`."""
+        scope = import_module("areal.infra.workflow_context").stat_scope()
+        import_module("areal.utils.stats_tracker").get(scope).scalar(**sample.metrics())
 
     async def arun_episode(self, engine: Any, data: Any) -> Any:
         """Return the workflow's trajectory; None, with which AReaL leaves it out of its group, if it has no reward.
@@ -164,10 +180,12 @@ class AwaitedReward:
 
     Args:
         options: of the client.
+        record: is called with every sample that has a reward.
     """
 
-    def __init__(self, options: ClientOptions) -> None:
+    def __init__(self, options: ClientOptions, record: Callable[[Sample], None] = lambda sample: None) -> None:
         self.options = options
+        self._record = record
         self._coalescer = Coalescer(AsyncRouterClient(options))
 
     async def __call__(self, prompt: str, completions: str, *_: Any, **columns: Any) -> float:
@@ -177,8 +195,11 @@ class AwaitedReward:
             RouterUnavailableError: no reward before the deadline.
             RouterRefusedError: a final refusal.
         """
-        item = item_of(prompt, completions, columns)
-        return float((await score_single(self._coalescer, item))["score"])
+        result = await self._coalescer.reward(item_of(prompt, completions, columns))
+        reward = float(score_of(result)["score"])
+        [sample] = samples_of(result, 1)
+        self._record(sample)
+        return reward
 
     async def close(self) -> None:
         """Close the connections of this event loop."""

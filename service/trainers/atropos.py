@@ -22,13 +22,17 @@ logger = logging.getLogger("reward_router")
 
 
 async def score_group(
-    group: MutableMapping[str, Any], reference: str | None = None, **options: Any
+    group: MutableMapping[str, Any],
+    reference: str | None = None,
+    metrics: MutableMapping[str, list[float]] | None = None,
+    **options: Any,
 ) -> MutableMapping[str, Any] | None:
     """Return the group with its scores; None where a reward is missing.
 
     Args:
         group: Atropos' `ScoredDataGroup`; `messages` holds a conversation per member, all with the same prompt.
         reference: what a right answer looks like.
+        metrics: what each scorer said of each member is added to it, by name, for the environment's `wandb_log`.
         options: of the client; they win over the environment's `REWARD_ROUTER_CLIENT_…`.
 
     Raises:
@@ -36,6 +40,9 @@ async def score_group(
         ValueError: there are no messages, or the members begin with different prompts.
     """
     samples = await samples_of_group(group, reference, **options)
+    if metrics is not None:
+        for name, value in (entry for sample in samples for entry in sample.metrics().items()):
+            metrics.setdefault(name, []).append(value)
     missing = [sample for sample in samples if sample.reward is None]
     if missing:
         codes = Counter(sample.failure for sample in missing)
@@ -55,7 +62,7 @@ async def score_group(
 async def samples_of_group(
     group: MutableMapping[str, Any], reference: str | None = None, **options: Any
 ) -> list[Sample]:
-    """Return a sample per member, with its components; the arguments and errors are those of `score_group`."""
+    """Return a sample per member, with its decision; the arguments and errors are those of `score_group`."""
     conversations = group.get("messages")
     if not conversations:
         raise ValueError("the group holds no messages: give every member's conversation, prompt included")

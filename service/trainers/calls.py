@@ -54,6 +54,7 @@ class Calls:
         if options is not None and fields:
             raise ValueError(f"options and {sorted(fields)} were given: put the latter into the options")
         self._failing = False
+        self._reached = False
 
     def __reduce__(self) -> tuple[type[Self], tuple[ClientOptions]]:
         """Options alone: connections do not travel."""
@@ -62,15 +63,16 @@ class Calls:
     def _heard(self, send: Send, answer: Answer | Broken) -> Answer | Broken:
         """Return the answer; warn of the first of several tries that fail, and say when one succeeds again."""
         failure = why_again(answer)
+        self._reached = self._reached or isinstance(answer, Answer)
         if failure is not None and not self._failing:
-            left = max(send.deadline - time.monotonic(), 0.0)
-            logger.warning(
-                "the gateway at %s does not answer %s (%s): trying again for up to %.0f s",
-                self.options.url,
-                send.path,
-                failure,
-                left,
+            said = (
+                "the gateway at %s does not answer %s (%s): trying again for up to %.0f s"
+                if self._reached
+                else "nothing has ever answered at %s (%s, %s): is this the gateway's URL, and is the gateway running? "
+                "Trying again for up to %.0f s"
             )
+            left = max(send.deadline - time.monotonic(), 0.0)
+            logger.warning(said, self.options.url, send.path, failure, left)
         elif failure is None and self._failing:
             logger.warning("the gateway at %s answers again", self.options.url)
         self._failing = failure is not None

@@ -14,6 +14,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from service.trainers.recorded import ASKED, ASKED_AGAIN
 from service.trainers.shim import Sample, ScoredSample, ShimOptions, UrlProtocol
 from service.trainers.templated import RAW, Templates
 
@@ -60,6 +61,10 @@ PROTOCOL = UrlProtocol(
     example={
         "model": "model",
         "messages": ["<|im_start|>user\nWhat is 7 + 5?<|im_end|>\n<|im_start|>assistant\n12"],
+    },
+    recorded={
+        "a batch of two": {"model": "model", "messages": [f"{ASKED}12<|im_end|>\n", f"{ASKED}13<|im_end|>\n"]},
+        "templated text, several turns": {"model": "model", "messages": [f"{ASKED_AGAIN}24<|im_end|>\n"]},
     },
     patient=True,
 )

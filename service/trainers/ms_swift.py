@@ -6,7 +6,8 @@ Options come from the environment (`REWARD_ROUTER_CLIENT_URL`, `REWARD_ROUTER_CL
 plugin nothing of its own. Knows ms-swift 4's call, `await f(completions, messages=…, **columns) -> list[float | None]`;
 imports nothing of it until `register` is called. ms-swift adds up what its functions say of a row and passes over None,
 so that a row of which none says anything counts as a 0 beside the others of its group. So where one row of a group has
-no reward, the whole group is given None: all its rows weigh the same and teach nothing.
+no reward, the whole group is given None: all its rows weigh the same and teach nothing. Rollouts of several turns are
+one group by ms-swift's `prompt_id`: what they share is the prompt, and the turns after it are the responses.
 """
 
 from __future__ import annotations
@@ -72,12 +73,41 @@ class RouterORM:
         """
         if messages is None:
             raise ValueError("ms-swift gave no messages: this function needs the prompt, which they hold")
-        prompts = [split_messages(conversation)[0] for conversation in messages]
+        prompts: list[Any] = [split_messages(conversation)[0] for conversation in messages]
+        responses: list[Any] = list(completions)
+        for rows in _rows_of(columns.get("prompt_id"), len(prompts)):
+            shared = _shared_turns([messages[row] for row in rows])
+            if shared and any(prompts[row] != prompts[rows[0]] for row in rows):
+                for row in rows:
+                    prompts[row], responses[row] = list(messages[row][:shared]), list(messages[row][shared:])
         # ms-swift runs every step in an event loop of its own, which connections would not outlive.
         async with AsyncRouterClient(self.options) as client:
             options = RowOptions(on_missing=OnMissing.GROUP, reference=REFERENCE if REFERENCE in columns else None)
             reward = AsyncRouterReward(client=client, judge=self.judge, row_options=options)
-            return await reward(prompts, completions, **columns)
+            return await reward(prompts, responses, **columns)
+
+
+def _rows_of(prompt_ids: Sequence[Any] | None, count: int) -> list[list[int]]:
+    """Return the rows of each of ms-swift's prompts; none where it does not say which they are."""
+    if prompt_ids is None or len(prompt_ids) != count:
+        return []
+    found: dict[Any, list[int]] = {}
+    for row, prompt_id in enumerate(prompt_ids):
+        found.setdefault(prompt_id, []).append(row)
+    return list(found.values())
+
+
+def _shared_turns(conversations: Sequence[Sequence[Any]]) -> int:
+    """Return how many turns all of them begin with, up to an assistant's turn in each; 0 where there is no such place.
+
+    Rollouts of several turns differ from their first answer on; what they share is the prompt.
+    """
+    places = [
+        turn
+        for turn in range(1, min(map(len, conversations)))
+        if all(one[:turn] == conversations[0][:turn] and one[turn].get("role") == "assistant" for one in conversations)
+    ]
+    return max(places, default=0)
 
 
 def register(name: str = NAME, orm: type = RouterORM) -> None:

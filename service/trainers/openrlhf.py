@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from service.trainers.recorded import ASKED, ASKED_AGAIN
 from service.trainers.shim import Sample, ScoredSample, ShimOptions, UrlProtocol, reference_of
 from service.trainers.templated import RAW, Templates, response_start
 
@@ -103,4 +104,17 @@ PROTOCOL = UrlProtocol(
     read=read,
     write=write,
     example={"query": ["What is 7 + 5? 12"], "prompts": ["What is 7 + 5?"], "labels": ["12"]},
+    recorded={
+        "templated text, two samples": {
+            "query": [f"{ASKED}12<|im_end|>", f"{ASKED}13<|im_end|>"],
+            "prompts": [ASKED, ASKED],
+            "labels": ["12", "12"],
+        },
+        "templated text, several turns": {
+            "query": [f"{ASKED_AGAIN}24<|im_end|>"],
+            "prompts": [ASKED_AGAIN],
+            "labels": ["24"],
+        },
+        "an empty batch": {"query": [], "prompts": [], "labels": []},
+    },
 )

@@ -1,4 +1,4 @@
-"""Trainers that speak by URL: one record each, which drives the handler, its feedback route and the OpenAPI page.
+"""Trainers that speak by URL: one record each, which drives handler, feedback route, OpenAPI page and `check-trainer`.
 
 A new one is a module beside this with its request, its reply, `read`, `write` and a `PROTOCOL`, and a line in
 `PROTOCOLS`. Called by `service.handlers.trainers` and `service.handlers.openapi_trainers`.

@@ -125,6 +125,7 @@ class UrlProtocol:
         read: request, options and known chat templates to samples. Raises ValueError for what does not fit.
         write: samples with their rewards, the pool's names and options to the answer.
         example: of a body.
+        recorded: more bodies as the trainer sends them, by what they are; `reward-router check-trainer` replays them.
         reply_schema: JSON schema of an answer that is no struct.
         single: one sample per request; its feedback is one value instead of a list.
         patient: its client does not try again, so that the gateway does in its stead.
@@ -137,6 +138,7 @@ class UrlProtocol:
     read: Callable[[Any, ShimOptions, Templates], list[Sample]]
     write: Callable[[Sequence[ScoredSample], Sequence[str], ShimOptions], Any]
     example: Mapping[str, Any]
+    recorded: Mapping[str, Mapping[str, Any]]
     reply: type | None = None
     reply_schema: Mapping[str, Any] | None = None
     single: bool = False

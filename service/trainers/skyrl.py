@@ -55,8 +55,9 @@ class RouterRewards:
         self.sample: Sample | None = None
 
     def init(self, prompt: Any) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode with this prompt."""
-        self.prompt, self.said, self.turns, self.sample = prompt, [], 0, None
+        """Begin an episode with this prompt; SkyRL adds the episode's turns to the list that it gets back."""
+        self.prompt = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, str) else prompt
+        self.said, self.turns, self.sample = [], 0, None
         return prompt, {}
 
     def observe(self, action: str) -> list[dict[str, str]]:

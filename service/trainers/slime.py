@@ -16,6 +16,7 @@ from msgspec import Meta
 from service.trainers.chat_format import without_tails
 from service.trainers.chat_schema import Said
 from service.trainers.conversation import as_sent
+from service.trainers.recorded import ASKED_AGAIN, TOOLS, TURNS
 from service.trainers.shim import Sample, ScoredSample, ShimOptions, UrlProtocol, reference_of
 from service.trainers.templated import MESSAGES, RAW, Templates
 
@@ -70,6 +71,15 @@ PROTOCOL = UrlProtocol(
     read=read,
     write=write,
     example={"prompt": "What is 7 + 5?", "response": "12", "label": "12"},
+    recorded={
+        "templated text, several turns": {"prompt": ASKED_AGAIN, "response": "24<|im_end|>", "label": "24"},
+        "messages, several turns": {"prompt": TURNS, "response": "24", "label": ""},
+        "messages, calls of tools": {
+            "prompt": [{"role": "user", "content": "What is 7 + 5?"}, *TOOLS[:2]],
+            "response": "It is 12.",
+            "label": None,
+        },
+    },
     single=True,
     options={
         "reward_key": {

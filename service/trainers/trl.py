@@ -28,7 +28,14 @@ from service.trainers.rowwise import (
     plan,
     report_feedback,
 )
-from service.trainers.values import Feedback, FeedbackResult, RewardResult, RouterUnavailableError, Scored
+from service.trainers.values import (
+    Feedback,
+    FeedbackResult,
+    RewardResult,
+    RouterRefusedError,
+    RouterUnavailableError,
+    Scored,
+)
 
 NOT_COLUMNS = frozenset({"trainer_state", "log_extra", "log_metric", "environments", "completion_ids"})
 """Keyword arguments of TRL's that are no columns of the data set."""
@@ -102,12 +109,14 @@ class ComponentReward:
         self.router = router
         self.name = name
         self.__name__ = f"reward_router_{name}"
+        self._met = False
+        self._scorers: tuple[str, ...] | None = None
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """Return (n,) numbers of the batch's rows; None where the scorer said nothing.
 
         Raises:
-            ValueError: the router was not asked about as many rows just before.
+            ValueError: the router was not asked about as many rows just before, or nobody has that name.
         """
         rows = sum(len(group.rows) for group, _ in self.router.last)
         if rows != len(completions):
@@ -115,12 +124,42 @@ class ComponentReward:
                 f"{self.__name__}: the router was last asked about {rows} rows, and these are {len(completions)}: put "
                 "it behind its router in reward_funcs"
             )
+        if not self._met:
+            self._check_name()
         said: list[float | None] = [None] * rows
         for group, result in self.router.last:
             parts = (result.extra.get("components") or {}) if isinstance(result, Scored) else {}
             for row, value in zip(group.rows, parts.get(self.name, ()), strict=False):
                 said[row] = value
         return said
+
+    def _check_name(self) -> None:
+        """Compare the name with the last replies' components and the run's scorers, which are asked for once.
+
+        Raises:
+            ValueError: there is no such scorer, or it has answered and has no such part.
+        """
+        scored = [result for _, result in self.router.last if isinstance(result, Scored)]
+        told = {name for result in scored for name in result.extra.get("components") or {}}
+        self._met = self.name in told
+        if self._met or not scored:
+            return
+        if self._scorers is None:
+            self._scorers = self._ask_scorers(scored[0].run)
+        scorer = next((one for one in self._scorers if self.name == one or self.name.startswith(f"{one}.")), None)
+        if self._scorers and (scorer is None or scorer in told):
+            raise ValueError(
+                f"component({self.name!r}): there is none of that name. Scorers of run {scored[0].run!r}: "
+                f"{', '.join(self._scorers)}; components of the last replies: {', '.join(sorted(told))}"
+            )
+
+    def _ask_scorers(self, run: str) -> tuple[str, ...]:
+        """Return the run's scorers; none, with a warning, where the gateway does not tell them."""
+        try:
+            return tuple(one["model"] for one in self.router.client.posterior(run)["models"])
+        except (RouterRefusedError, RouterUnavailableError) as error:
+            logger.warning("component(%r) is in no reply yet, and the run's scorers are not told: %s", self.name, error)
+            return ()
 
 
 class RouterReward(_TrlReward):

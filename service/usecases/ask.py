@@ -214,7 +214,8 @@ def _able(
 
 def _told(arm: int, turn: int, outcome: Scored | WorkerError, seconds: float, price: float, chance: float) -> Told:
     if isinstance(outcome, WorkerError):
-        how = Outcome.ABSTAINED if isinstance(outcome, AbstainedError) else Outcome.FAILED
+        silent = isinstance(outcome, AbstainedError | WorkerTooLongError)
+        how = Outcome.ABSTAINED if silent else Outcome.FAILED
         return Told(Attempt(arm, turn, how, outcome.code, [], TIE, seconds, price, 0, chance), outcome)
     rewards, cut = outcome.rewards, outcome.prompt_tokens_cut
     answer = Attempt(arm, turn, Outcome.ANSWERED, "", rewards, verdict_of(rewards), seconds, price, cut, chance)
@@ -257,9 +258,10 @@ def _nothing_left(inquiry: Inquiry, arms: Sequence[Scorer]) -> ServiceError:
     if reasons == {AbstainedError.code}:
         return _nobody_applies(details)
     if inquiry.refusal is not None:
+        reasons.discard(AbstainedError.code)
         if reasons == {WorkerTooLongError.code}:
             return WorkerTooLongError(
-                f"too long for every reward model: {inquiry.refusal.message}", details=details, final=True
+                f"too long for every scorer that applies: {inquiry.refusal.message}", details=details, final=True
             )
         if reasons <= {WorkerTooLongError.code, WorkerRejectedError.code, UnreadableVerdictError.code}:
             return WorkerRejectedError(

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from router_core.attempts import Attempt, Outcome
+from router_core.attempts import TOO_LONG, Attempt, Outcome, reads_all
 from router_core.audits.schedule import Schedule
 from router_core.audits.signs import SIGNS, signs_of, words_of
 from router_core.policies import AskRest, answers_of
@@ -346,15 +346,20 @@ class Auditor:
         asked: list[int] = []
         for i, (case, made) in enumerate(zip(cases, attempts, strict=True)):
             before = next((it for it in made if it.arm == referee.arm), None) if referee.arm is not None else None
-            if before is not None and before.outcome is Outcome.ANSWERED:
+            if before is not None and before.outcome is Outcome.ANSWERED and reads_all(before):
                 opinions[i] = Opinion(referee.name, before.rewards, 0.0)
-            elif (before is None or before.outcome is not Outcome.ABSTAINED) and referee.scorer.applies(case.instance):
+            elif (
+                before is None or before.outcome not in (Outcome.ANSWERED, Outcome.ABSTAINED)
+            ) and referee.scorer.applies(case.instance):
                 asked.append(i)
         if not asked:
             return opinions
         outcomes = await self._score(referee.scorer, [cases[i].instance for i in asked])
         for i, outcome in zip(asked, outcomes, strict=True):
             if isinstance(outcome, Scored):
+                # Who has not read all responses cannot say which is the best.
+                if TOO_LONG in outcome.failures:
+                    continue
                 opinions[i] = Opinion(referee.name, outcome.rewards, referee.price)
             else:
                 opinions[i] = not isinstance(outcome, AbstainedError | WorkerRejectedError)

@@ -93,10 +93,11 @@ class Decided(Protocol):
 
 
 class ChosenAudits(NamedTuple):
-    """What was chosen of one run's decisions: their tasks, and how many decisions the schedule counts."""
+    """What was chosen of one run's decisions: their tasks, and how many decisions and groups the schedule counts."""
 
     tasks: list[AuditTask]
-    counted: int
+    decisions: int
+    groups: int
 
 
 class AuditChooser:
@@ -135,7 +136,7 @@ class AuditChooser:
             for one, probability in zip(several, probabilities, strict=True):
                 one.stored.inclusion = probability
             tasks = [self._task(one) for one in group if is_audited(one.decision_id, one.stored)]
-            out[name] = ChosenAudits(tasks, len(several) + standing.groups)
+            out[name] = ChosenAudits(tasks, len(several), standing.groups)
             standing.groups = 0
         return out
 
@@ -213,10 +214,16 @@ class AuditChooser:
         Raises:
             StoreUnavailableError: the store does not answer.
         """
-        progress = await self._store.save_audited(
-            run, records, chosen.tasks, counted=chosen.counted, seconds=TASK_SECONDS
-        )
-        standing = self._standings.get(run)
+        standing, counted = self._standings.get(run), chosen.decisions + chosen.groups
+        try:
+            progress = await self._store.save_audited(run, records, chosen.tasks, counted=counted, seconds=TASK_SECONDS)
+        except StoreUnavailableError:
+            if standing is not None:
+                # Their draws stand, and members will come; the decisions are not there.
+                standing.groups += chosen.groups
+                standing.count -= chosen.decisions
+                standing.progress = replace(standing.progress, t=standing.count - standing.start)
+            raise
         if standing is None:
             return
         if standing.restarted_at is not None:

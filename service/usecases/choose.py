@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.policies import Choices, Policy, draw_batch
+from router_core.policies import AllCalls, Choices, Policy, draw_batch
 from router_core.posterior import Posterior
 from router_core.prior import Prior
 from router_core.records import Instance
@@ -71,6 +71,8 @@ class _Waiting:
     future: asyncio.Future[Chosen]
     encoded: Encoded | None
     """The contexts, where they came over a network."""
+    readable: NDArray[np.int64] | None
+    """(B, K), responses that each arm can read whole; None where all are short, or the policy asks everybody."""
 
 
 class PassTimes:
@@ -134,8 +136,9 @@ class Chooser:
         loop, current = asyncio.get_running_loop(), run.current
         encoder = current.template.encoder
         encoded = await encoder.encode(instances) if isinstance(encoder, AwaitedEncoder) else None
+        readable = None if isinstance(policy, AllCalls) else await current.template.readable(instances)
         future: asyncio.Future[Chosen] = loop.create_future()
-        self._waiting.append(_Waiting(run, current, policy, instances, future, encoded))
+        self._waiting.append(_Waiting(run, current, policy, instances, future, encoded, readable))
         if not self._running and not self._scheduled:
             # Not at once: whoever else is ready in this turn of the loop joins the batch.
             self._scheduled = True
@@ -245,7 +248,9 @@ def _choose_all(batch: list[_Waiting]) -> list[Chosen]:
         multiplier = first.run.multiplier(first.policy)
         barred = current.template.barred([instance for waiting in alike for instance in waiting.instances])
         policy = first.policy.at(multiplier)
-        choices = draw_batch(policy, x[rows], _rows(offsets, rows), current.posterior, first.run.rng, barred)
+        choices = draw_batch(
+            policy, x[rows], _rows(offsets, rows), current.posterior, first.run.rng, barred, _readable(alike)
+        )
         parts = _split(choices, [len(waiting.instances) for waiting in alike])
         pieces.extend((current, part, multiplier) for part in parts)
         position += size
@@ -260,6 +265,20 @@ def _choose_all(batch: list[_Waiting]) -> list[Chosen]:
         out.append(Chosen(x[rows], own, choices, current.posterior, *seconds, current.template, multiplier))
         position = rows.stop
     return out
+
+
+def _readable(alike: Sequence[_Waiting]) -> NDArray[np.int64] | None:
+    """(B, K) of all of them; None where all are short. Where one is not, nothing is known of those that were short."""
+    if all(waiting.readable is None for waiting in alike):
+        return None
+    width = next(waiting.readable.shape[1] for waiting in alike if waiting.readable is not None)
+    parts = [
+        np.repeat([[len(one.responses)] for one in waiting.instances], width, axis=1)
+        if waiting.readable is None
+        else waiting.readable
+        for waiting in alike
+    ]
+    return np.concatenate(parts)
 
 
 def _contexts(batch: Sequence[_Waiting]) -> NDArray[np.float32]:

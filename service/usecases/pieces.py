@@ -8,7 +8,7 @@ nothing and asks nobody.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from router_core.policies import Policy
 from router_core.records import Instance
@@ -24,15 +24,17 @@ class Piece:
 
     Attributes:
         run: their run.
-        policy: who draws.
+        policy: who draws, as the run's pool was when the call came.
         indices: their places in the call.
         instances: what is scored, by place.
+        named: False if the policy is the run's own, which another one takes the place of where the pool changes.
     """
 
     run: Run
     policy: Policy
     indices: Sequence[int]
     instances: Sequence[Instance]
+    named: bool = True
 
 
 def divide(piece: Piece, places: Collection[int]) -> tuple[Piece, Piece]:
@@ -40,7 +42,7 @@ def divide(piece: Piece, places: Collection[int]) -> tuple[Piece, Piece]:
     at = [place for place in range(len(piece.instances)) if place in places]
     rest = [place for place in range(len(piece.instances)) if place not in places]
     first, second = (
-        Piece(piece.run, piece.policy, [piece.indices[i] for i in part], [piece.instances[i] for i in part])
+        replace(piece, indices=[piece.indices[i] for i in part], instances=[piece.instances[i] for i in part])
         for part in (at, rest)
     )
     return first, second
@@ -65,7 +67,7 @@ def cut(whole: Piece, responses: int) -> list[Piece]:
             held = 0
         held += len(instance.responses)
     return [
-        Piece(whole.run, whole.policy, whole.indices[start:end], whole.instances[start:end])
+        replace(whole, indices=whole.indices[start:end], instances=whole.instances[start:end])
         for start, end in zip(starts, [*starts[1:], len(whole.instances)], strict=True)
     ]
 

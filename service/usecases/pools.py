@@ -75,6 +75,9 @@ class PoolReply(BaseModel):
     changes: list[Change]
     applied: bool
     event_id: str | None = Field(description="The change's place in the log; null where nothing was changed.")
+    away: list[str] = Field(
+        default=[], description="New scorers that this gateway cannot ask now, each with the reason it was given."
+    )
 
 
 class Assembler(Protocol):
@@ -190,7 +193,14 @@ class PoolService:
                 continue  # Somebody else was first: look at what the pool is now.
             run.acknowledged = max(run.acknowledged, event_id, key=event_order)
             await self._caught_up(run, [event_id], patient=False)
-            return PoolReply(run=run.name, version=wanted.version, changes=changes, applied=True, event_id=event_id)
+            return PoolReply(
+                run=run.name,
+                version=wanted.version,
+                changes=changes,
+                applied=True,
+                event_id=event_id,
+                away=_away(run.template, [one.scorer for one in changes if one.action in ("add", "replace")]),
+            )
 
     def _check_reach(self, wanted: Specification, standing: Specification, access: Access) -> None:
         """Return if the change talks to nobody new: all runs share what this gateway reads and knows.
@@ -279,6 +289,19 @@ async def names_of(store: Store, run: str) -> tuple[str, ...]:
         return ()
     standing = standing_pool(check.identity.fingerprint, acts)
     return tuple(json.loads(check.identity.fingerprint)["pool"]) if standing is None else standing.names
+
+
+def _away(template: RunTemplate, names: Sequence[str | None]) -> list[str]:
+    """Return a sentence on each of these scorers that cannot be asked now."""
+    scorers = {template.pool[k]: template.arms[k] for k in template.asked}
+    found = []
+    for name in names:
+        scorer = scorers.get(name or "")
+        if scorer is not None and not scorer.available:
+            replicas = scorer.status().replicas
+            reasons = [f"{replica.url}: {replica.problem or 'no answer'}" for replica in replicas]
+            found.append(f"{name}: {'; '.join(reasons) or 'away'}")
+    return found
 
 
 def _specification(template: RunTemplate) -> Specification:

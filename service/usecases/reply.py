@@ -14,7 +14,16 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.attempts import Attempt, Outcome, answers, excluded, first_choice, passed_over, waited_seconds
+from router_core.attempts import (
+    TOO_LONG,
+    Attempt,
+    Outcome,
+    answers,
+    excluded,
+    first_choice,
+    reads_all,
+    waited_seconds,
+)
 from router_core.errors import UnknownScaleError
 from router_core.moments import ScoreScales
 from router_core.policies import AllCalls, Given, Policy, ScoreScale, answers_of, propensity_without
@@ -202,7 +211,7 @@ def _propensity(job: Job, given: Given, draw: StickyChoice) -> float:
     if job.multiplier:
         return _of_sequence(job, draw)
     assert given.arm is not None
-    gone = excluded(job.attempts, job.attempts[-1].turn)
+    gone = excluded(job.attempts, next(it.turn for it in reversed(job.attempts) if it.arm == given.arm))
     return _propensity_without(draw, gone, given.arm)
 
 
@@ -235,7 +244,7 @@ def reply_of(
     rewards = _told_rewards(raw if normalised is None else normalised)
     valid = [reward is not None for reward in rewards]
     ordered = sorted([reward for reward in rewards if reward is not None], reverse=True)
-    fallbacks = [] if len(attempts) == 1 else [Fallback(pool[it.arm], it.reason) for it in passed_over(attempts)]
+    fallbacks = [] if len(attempts) == 1 else _fallbacks(attempts, decision.arm, pool)
     cut = max([attempt.prompt_tokens_cut for attempt in attempts])
     return RewardReply(
         decision_id=job.decision_id,
@@ -267,8 +276,20 @@ def reply_of(
         sticky=msgspec.UNSET if job.followed is None else True,
         raw_rewards=msgspec.UNSET if normalised is None else _told_rewards(raw),
         scale_version=msgspec.UNSET if normalised is None else job.scale_version,
+        arm=decision.arm,
         beliefs=beliefs_of(job.chosen, job.row, job.followed) if job.explain else msgspec.UNSET,
     )
+
+
+def _fallbacks(attempts: Sequence[Attempt], arm: int | None, pool: tuple[str, ...]) -> list[Fallback]:
+    """Return who was wanted and gave no reward, or not to all responses where another one's reward was taken."""
+    told = [
+        it._replace(reason=TOO_LONG)
+        if it.outcome is Outcome.ANSWERED and not reads_all(it) and arm is not None and it.arm != arm
+        else it
+        for it in attempts
+    ]
+    return [Fallback(pool[it.arm], it.reason) for it in told if it.reason and it.outcome is not Outcome.ABSENT]
 
 
 def components_of(attempts: Sequence[Attempt], pool: tuple[str, ...]) -> dict[str, list[float | None]]:
@@ -290,7 +311,11 @@ def _told_rewards(rewards: Sequence[float | None]) -> list[float | None]:
 def _failures(rewards: Sequence[float | None], raw: Sequence[float], attempts: Sequence[Attempt]) -> list[str | None]:
     """Return per response why it has no reward; None where it has one. With a raw one, its scale is not known yet."""
     told = [answer.failures for answer in answers(attempts) if answer.failures]
-    lost = [attempt.reason for attempt in attempts if attempt.outcome in (Outcome.FAILED, Outcome.AWAY)]
+    lost = [
+        attempt.reason
+        for attempt in attempts
+        if attempt.outcome in (Outcome.FAILED, Outcome.AWAY) or attempt.reason == TOO_LONG
+    ]
 
     def why(index: int) -> str:
         codes = [failures[index] for failures in told if failures[index]]

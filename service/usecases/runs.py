@@ -57,6 +57,10 @@ logger = logging.getLogger(__name__)
 IDLE_SECONDS = 60.0
 """A run that no request has named for so long may be closed to make room; its next request opens it again."""
 
+CHARACTERS_PER_TOKEN = 3
+"""Texts of fewer characters per token that a scorer reads are not counted before the draw; written words have four or
+five. One that is too long all the same is found to be when its scorer is asked."""
+
 NAME_POLL_SECONDS = 0.5
 """How often an unused name that may not be taken yet is looked at: another gateway may claim it."""
 
@@ -232,6 +236,21 @@ class RunTemplate:
             return None if self._gone is None else np.broadcast_to(self._gone, (len(instances), len(self.arms)))
         barred = np.array([[arm.choosy and not arm.applies(instance) for arm in self.arms] for instance in instances])
         return barred if self._gone is None else barred | self._gone
+
+    async def readable(self, instances: Sequence[Instance]) -> NDArray[np.int64] | None:
+        """Return (B, K), responses that each scorer can read whole; None where all are short, or nobody counts.
+
+        Of a scorer that does not count it is taken that it reads as many as those that do, and one at least: it is
+        neither preferred to them nor passed over, but for those that can read nothing.
+        """
+        limits = {k: limit for k in self.asked if (limit := self.arms[k].counts_to) is not None}
+        if not limits or max(map(_longest, instances)) <= CHARACTERS_PER_TOKEN * min(limits.values()):
+            return None
+        told = await asyncio.gather(*(self.arms[k].readable(instances) for k in limits))
+        known = np.array(told, np.int64).T
+        out = np.repeat(np.maximum(known.max(axis=1, keepdims=True), 1), len(self.arms), axis=1)
+        out[:, list(limits)] = known
+        return out
 
     def terms(self, wish: Wish = NO_WISH) -> Terms:
         """Return the terms of a new run that is opened with that wish."""
@@ -750,3 +769,9 @@ def _terms_in(fingerprint: str) -> Terms | None:
         identity = json.loads(fingerprint)
         return Terms(PriorForm(identity["prior"]), Signal(identity["signal"]))
     return None
+
+
+def _longest(instance: Instance) -> int:
+    """Return the characters of the prompt and the longest response; one that is not ASCII counts as three."""
+    texts = [instance.prompt, max(instance.responses, key=len)]
+    return sum([len(text) if text.isascii() else 3 * len(text) for text in texts])

@@ -288,7 +288,8 @@ class RewardService:
                 refused.update(dict.fromkeys(indices, error))
                 continue
             instances = [read[i] for i in indices]
-            wholes.append(cut(Piece(found, chosen_policy, indices, instances), self._limits.piece_responses))
+            whole = Piece(found, chosen_policy, indices, instances, named=bool(policy_name))
+            wholes.append(cut(whole, self._limits.piece_responses))
         return wholes
 
     def _opened(self, name: str | None, policy: str | None, signal: Signal | None) -> tuple[Run, Policy] | None:
@@ -403,7 +404,7 @@ class RewardService:
         """
         run = piece.run
         # Of the pool as it is now; the piece may have waited.
-        policy = run.template.policy(piece.policy.name)
+        policy = run.template.policy(piece.policy.name) if piece.named else run.template.default_policy
         try:
             async with asyncio.timeout_at(deadline):
                 chosen = await self._chooser.choose(run, policy, piece.instances)

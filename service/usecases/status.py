@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from router_core.moments import ScoreScales
 from router_core.policies.bayesian import posterior_beliefs
 from service.encoders.protocol import AwaitedEncoder, ServerStatus
-from service.errors import NotReadyError, RunConflictError, ServiceError, StoreUnavailableError
+from service.errors import ArchivedError, NotReadyError, RunConflictError, ServiceError, StoreUnavailableError
 from service.keys.access import EVERYTHING, Access
 from service.scorers.status import ScorerStatus
 from service.stores.acts import is_archived
@@ -239,15 +239,15 @@ class StatusService:
         """The default run's name and version.
 
         Raises:
-            NotReadyError: its log is being replayed, its name belongs to another pool or checkpoint, its learner
-                stopped, no RM can be asked, or no server of the encoder.
+            NotReadyError: its log is being replayed, its name belongs to another pool or checkpoint, it is archived,
+                its learner stopped, no RM can be asked, or no server of the encoder.
             StoreUnavailableError: the store does not answer, and rewards are refused then.
         """
         try:
             run = await self._runs.open(None)
             # Ready means that a decision can be saved: a server that is full or read-only answers a ping too.
             await self._store.probe(run.name)
-        except RunConflictError as error:
+        except (ArchivedError, RunConflictError) as error:
             raise NotReadyError(error.message, details=error.details) from error
         except StoreUnavailableError:
             loaded = self._runs.runs.get(self._runs.default)

@@ -2,20 +2,22 @@
 
 One snapshot is made for all who watch a run, every `INTERVAL_SECONDS` and only while somebody does; viewers are
 bounded. A point for the charts is kept of the default run and of watched ones, so that a page that opens shows the
-past. Everything is this gateway's own view, but for what comes from the store: the log, audits, the report.
+past. Decisions and points are those of all gateways of the run, who tell them to the store (`history`), and so are the
+log, audits and the report; the workers' health is as this gateway sees it.
 
-Called by `handlers.console`; reads, and changes nothing.
+Called by `handlers.console`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -29,6 +31,7 @@ from router_core.records import TIE
 from service.errors import NotFoundError, OverCapacityError, ServiceError
 from service.keys.access import Access
 from service.schemas import AttemptReply
+from service.stores.acts import is_archived
 from service.stores.protocol import Store
 from service.usecases.audit_choice import is_audited, is_audited_run
 from service.usecases.history import Decided
@@ -43,7 +46,7 @@ INTERVAL_SECONDS = 2.0
 """Pause between two snapshots of a run that is watched."""
 
 POINT_SECONDS = 10.0
-"""Time between two points of the charts."""
+"""Time between two points of the charts. The first gateway that comes to it makes the point of all."""
 
 POINTS = 360
 """Points that are kept of a run: an hour."""
@@ -51,7 +54,11 @@ POINTS = 360
 REPORT_SECONDS = 15.0
 """Pause between two reports on audits, which take a second where there are thousands."""
 
+NAMES_SECONDS = 15.0
+"""Pause between two looks at which runs the store has."""
+
 _ENCODER = msgspec.json.Encoder()
+_PACKER = msgspec.msgpack.Encoder()
 
 
 class Point(msgspec.Struct):
@@ -76,11 +83,28 @@ class Point(msgspec.Struct):
     lag: int | None
 
 
+class Sample(msgspec.Struct):
+    """What a point is made of, as it is stored: `Point`, with the run's totals at that time."""
+
+    time_ms: int
+    decisions: int
+    price: float
+    asked: list[int]
+    means: list[float] | None
+    sds: list[float] | None
+    lag: int | None
+
+
+_NOTHING = Sample(0, 0, 0.0, [], None, None, None)
+
+
 class ArmState(msgspec.Struct):
-    """What is known of one arm: `ArmLearned`, the means of `Point`, and how often this gateway has asked it."""
+    """What is known of one arm: `ArmLearned`, the means of `Point`, and how often it was asked."""
 
     model: str
     price: float
+    retired: bool
+    on_probation: bool
     asked: int
     feedbacks: int
     mean_reward: float | None
@@ -159,13 +183,20 @@ class _Channel:
 
     def __init__(self) -> None:
         self.viewers = 0
-        self.points: deque[Point] = deque(maxlen=POINTS)
-        self.counted: tuple[int, float, list[int]] = (0, 0.0, [])
+        self.samples: deque[Sample] = deque(maxlen=POINTS)
+        self.past_read = False
+        self.slot = 0
         self.state = b""
         self.report = b""
         self.reported_version = -1
         self.reported_at = -math.inf
         self.changed = asyncio.Event()
+
+    @property
+    def points(self) -> list[Point]:
+        """The points of the charts, oldest first; the first one is of all that was before it."""
+        whole = self.samples if len(self.samples) == POINTS else [_NOTHING, *self.samples]
+        return [_point(before, now) for before, now in itertools.pairwise(whole)]
 
     def publish(self) -> None:
         """Wake everybody who waits for something new."""
@@ -212,12 +243,15 @@ class Watcher:
         self._point_seconds = point_seconds
         self._channels: dict[str, _Channel] = {}
         self._asked_for = asyncio.Event()
+        self._names: list[str] = []
+        self._named_at = -math.inf
 
     def forget(self, run: str) -> None:
         """Forget the past of a run that was closed; those who watch it are told that it is not open."""
         channel = self._channels.get(run)
         if channel is not None:
-            channel.points.clear()
+            channel.samples.clear()
+            channel.past_read = False
             channel.publish()
 
     async def frames(self, name: str | None, access: Callable[[], Access]) -> AsyncIterator[bytes]:
@@ -234,7 +268,8 @@ class Watcher:
         """
         name = (await self._runs.loaded(name, access())).name
         with self._seat(name) as channel:
-            yield _event("history", _ENCODER.encode([*channel.points]))
+            await self._read_past(name, channel)
+            yield _event("history", _ENCODER.encode(channel.points))
             state = report = runs = b""
             while True:
                 changed = channel.changed
@@ -242,7 +277,8 @@ class Watcher:
                 seen.check_run(name)
                 self._check_open(name)
                 # The only word of other runs, and so the only one that viewers do not share.
-                others = _event("runs", _ENCODER.encode(sorted(seen.seen(self._runs.runs))))
+                names = sorted(seen.seen({*self._names, *self._runs.runs}))
+                others = _event("runs", _ENCODER.encode(names))
                 if others != runs:
                     runs = others
                     yield runs
@@ -277,18 +313,24 @@ class Watcher:
             if not channel.viewers and name != self._runs.default:
                 self._channels.pop(name, None)
 
+    async def tell(self) -> None:
+        """Tell the store what this gateway has decided since the last time. What it cannot take now is told later."""
+        for name, run in list(self._runs.runs.items()):
+            with contextlib.suppress(ServiceError):
+                await run.history.tell(self._store, name)
+
     async def run_forever(self) -> None:
-        """Make snapshots and points until cancelled."""
-        loop, next_point = asyncio.get_running_loop(), 0.0
+        """Tell, and make snapshots and points, until cancelled."""
         self._channels.setdefault(self._runs.default, _Channel())
         while True:
             self._asked_for.clear()
+            await self.tell()
             watched = any(channel.viewers for channel in self._channels.values())
-            due = loop.time() >= next_point
-            if due:
-                next_point = loop.time() + self._point_seconds
+            if watched:
+                await self._renew_names()
             for name, channel in list(self._channels.items()):
                 run = self._runs.runs.get(name)
+                due = self._slot() != channel.slot
                 if run is not None and (due or channel.viewers):
                     try:
                         await self._renew(run, channel, due)
@@ -297,26 +339,70 @@ class Watcher:
             if watched:
                 await asyncio.sleep(self._interval)
             else:
-                # A first viewer need not wait for the next point.
+                # A first viewer need not wait.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._asked_for.wait(), max(next_point - loop.time(), 0.0))
+                    await asyncio.wait_for(self._asked_for.wait(), self._interval)
+
+    async def _renew_names(self) -> None:
+        """Look which runs the store has, without the archived ones; whoever chooses one opens it here."""
+        now = asyncio.get_running_loop().time()
+        if now - self._named_at < NAMES_SECONDS:
+            return
+        self._named_at = now
+        with contextlib.suppress(ServiceError):
+            names = await self._store.list_runs()
+            self._names = [name for name in names if not is_archived(await self._store.acts(name))]
+
+    def _slot(self) -> int:
+        """Number of the present point: all gateways count alike."""
+        return int(time.time() / self._point_seconds)
+
+    async def _read_past(self, name: str, channel: _Channel) -> None:
+        """Read the points that were made before this gateway watched the run."""
+        if channel.past_read:
+            return
+        slot = self._slot()
+        try:
+            kept = await self._store.points(name, range(slot - POINTS + 1, slot + 1))
+        except ServiceError:
+            return
+        if not channel.past_read:
+            channel.past_read = True
+            channel.samples.extend(_samples(kept))
 
     async def _renew(self, run: Run, channel: _Channel, due: bool) -> None:
         appended, waiting = await self._log_of(run)
+        newest = await run.history.read(self._store, run.name, newest=bool(channel.viewers))
         # Read once: the pool may change while beliefs are computed.
         current = run.current
         lag = None if appended is None else max(appended - current.posterior.count, 0)
-        newest = [*run.history.newest] if channel.viewers else []
+        # An arm may have come to the pool that this gateway has not folded yet.
+        newest = [one for one in newest if len(one.stored.offsets) <= len(current.template.pool)]
         beliefs = await asyncio.get_running_loop().run_in_executor(
             self._executor, _believed, current.posterior, [*run.recent], newest
         )
-        if due or not channel.points:
-            channel.points.append(_point(run, len(current.template.pool), channel, beliefs, lag))
+        if due:
+            await self._read_past(run.name, channel)
+            await self._take_sample(run, channel, _sample(run, len(current.template.pool), beliefs, lag))
         if channel.viewers:
             state = self._state(run, current, channel, newest, beliefs, lag, waiting)
             channel.state = _event("state", _ENCODER.encode(state))
             await self._renew_report(run, channel)
             channel.publish()
+
+    async def _take_sample(self, run: Run, channel: _Channel, made: Sample) -> None:
+        """Add the present point: the one that some gateway has made of it, else this one's."""
+        channel.slot = self._slot()
+        try:
+            kept = await self._store.keep_point(
+                run.name, channel.slot, _PACKER.encode(made), seconds=POINTS * self._point_seconds
+            )
+        except ServiceError:
+            found = [made]
+        else:
+            found = _samples([kept]) or [made]
+        if not channel.samples or found[0].time_ms > channel.samples[-1].time_ms:
+            channel.samples.extend(found)
 
     async def _log_of(self, run: Run) -> tuple[int | None, int | None]:
         """Return how long the log is and how many audits wait; None for what cannot be had."""
@@ -348,14 +434,17 @@ class Watcher:
         lag: int | None,
         waiting: int | None,
     ) -> RunState:
-        (posterior, template), history = current, run.history
-        statistics = posterior.statistics
-        rewards = statistics.mean_reward().tolist()
+        (posterior, template), totals = current, run.history.totals
+        statistics, waiting_arms = posterior.statistics, posterior.on_probation
+        # A referee that errs has its errors taken out, which may lead beyond either end.
+        rewards = np.clip(statistics.mean_reward(), 0.0, 1.0).tolist()
         arms = [
             ArmState(
                 model=model,
                 price=template.prices[k],
-                asked=history.asked[k],
+                retired=template.retired[k],
+                on_probation=waiting_arms is not None and bool(waiting_arms[k]),
+                asked=totals.asked.get(k, 0),
                 feedbacks=int(statistics.count[k]),
                 mean_reward=_number(rewards[k]),
                 alarms=int(posterior.watches[k].alarms),
@@ -364,9 +453,10 @@ class Watcher:
             )
             for k, model in enumerate(template.pool)
         ]
+        audits = template.audits
         workers = [
-            *(one.model_copy(update={"referee": False}) for one in self._status.models()),
-            *(one.model_copy(update={"referee": True}) for one in self._status.referees()),
+            *(template.arms[k].status() for k in template.asked),
+            *(one.status().model_copy(update={"referee": True}) for one in (audits.apart if audits else ())),
         ]
         return RunState(
             run=run.name,
@@ -378,8 +468,8 @@ class Watcher:
             ready=run.ready.is_set(),
             problem=run.failure or run.stalled,
             lag=lag,
-            decisions=history.decisions,
-            price=history.price / history.decisions if history.decisions else None,
+            decisions=totals.decisions,
+            price=totals.price / totals.decisions if totals.decisions else None,
             budgets=[Budget(name, pacer.budget, pacer.multiplier) for name, pacer in run.budgets.items()],
             audits=is_audited_run(run),
             audits_waiting=waiting,
@@ -389,10 +479,10 @@ class Watcher:
             encoder=[{"url": one.url, "up": one.up, "problem": one.problem} for one in self._status.encoder_servers()],
             store_problems=[*self._status.store_findings()],
             newest=[
-                _decision(decided, template.pool, beliefs.now_means[i], beliefs.now_sds[i])
+                _decision(decided, template.pool, beliefs.now_means[i], beliefs.now_sds[i], texts=self._texts)
                 for i, decided in enumerate(newest)
             ][::-1],
-            point=channel.points[-1] if channel.points else None,
+            point=_newest_point(channel.samples),
         )
 
 
@@ -421,30 +511,54 @@ def _believed(posterior: Posterior, recent: list[NDArray[np.float32]], newest: l
     )
 
 
-def _point(run: Run, arms: int, channel: _Channel, beliefs: _Beliefs, lag: int | None) -> Point:
-    """Return the run's point now, and remember up to where it counts."""
-    history = run.history
-    asked = [history.asked[k] for k in range(arms)]
-    decisions, price, before = channel.counted
-    channel.counted = (history.decisions, history.price, asked)
-    # A run that was closed and opened again counts anew; an arm that came to the pool was asked about nothing before.
-    count = history.decisions - decisions
-    if count < 0:
-        count, price, before = history.decisions, 0.0, []
-    before = [*before, *[0] * (len(asked) - len(before))]
-    return Point(
+def _sample(run: Run, arms: int, beliefs: _Beliefs, lag: int | None) -> Sample:
+    """Return what the run's point is made of now."""
+    totals = run.history.totals
+    return Sample(
         time_ms=int(time.time() * 1000),
-        decisions=count,
-        price=(history.price - price) / count if count else None,
-        asked=[(now - then) / count for now, then in zip(asked, before, strict=True)] if count else None,
+        decisions=totals.decisions,
+        price=totals.price,
+        asked=[totals.asked.get(k, 0) for k in range(arms)],
         means=beliefs.means,
         sds=beliefs.sds,
         lag=lag,
     )
 
 
-def _decision(decided: Decided, pool: tuple[str, ...], now_means: list[float], now_sds: list[float]) -> DecisionState:
-    stored, texts = decided.stored, decided.texts
+def _samples(kept: Sequence[bytes]) -> list[Sample]:
+    """Read samples that some gateway has made; those of another version of it are left out."""
+    found = []
+    for one in kept:
+        with contextlib.suppress(msgspec.DecodeError):
+            found.append(_UNPACKER.decode(one))
+    return found
+
+
+def _newest_point(samples: Sequence[Sample]) -> Point | None:
+    return _point(samples[-2] if len(samples) > 1 else _NOTHING, samples[-1]) if samples else None
+
+
+def _point(before: Sample, now: Sample) -> Point:
+    """Return the point between two samples."""
+    count = max(now.decisions - before.decisions, 0)
+    # An arm that came to the pool was asked about nothing before.
+    then = [*before.asked, *[0] * max(len(now.asked) - len(before.asked), 0)]
+    return Point(
+        time_ms=now.time_ms,
+        decisions=count,
+        price=(now.price - before.price) / count if count else None,
+        asked=[(one - other) / count for one, other in zip(now.asked, then, strict=False)] if count else None,
+        means=now.means,
+        sds=now.sds,
+        lag=now.lag,
+    )
+
+
+def _decision(
+    decided: Decided, pool: tuple[str, ...], now_means: list[float], now_sds: list[float], *, texts: bool
+) -> DecisionState:
+    # Another gateway may tell texts that this one may not show.
+    stored, shown = decided.stored, decided.texts if texts else None
     return DecisionState(
         decision_id=decided.decision_id,
         time_ms=stored.time_ms,
@@ -464,8 +578,8 @@ def _decision(decided: Decided, pool: tuple[str, ...], now_means: list[float], n
         attempts=told_attempts(stored.attempts, pool),
         audited=is_audited(decided.decision_id, stored),
         recorded=decided.recorded,
-        prompt=None if texts is None else texts.prompt,
-        responses=None if texts is None else texts.responses,
+        prompt=None if shown is None else shown.prompt,
+        responses=None if shown is None else shown.responses,
     )
 
 
@@ -476,3 +590,6 @@ def _number(value: float) -> float | None:
 
 def _event(kind: str, data: bytes) -> bytes:
     return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
+
+
+_UNPACKER = msgspec.msgpack.Decoder(Sample)

@@ -53,7 +53,7 @@ class _Text:
 
 
 def load_model(name: str, directory: Path, *, max_length: int | None = None, dtype: str = "float32") -> CpuModel:
-    """Load a reward model with one label and its tokenizer from a directory.
+    """Load a reward model, of one label or several, and its tokenizer from a directory.
 
     Args:
         name: under which it is served.
@@ -62,7 +62,7 @@ def load_model(name: str, directory: Path, *, max_length: int | None = None, dty
         dtype: torch's name of a floating type.
 
     Raises:
-        ConfigurationError: the directory cannot be loaded, or the model has not exactly one label.
+        ConfigurationError: the directory cannot be loaded.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -71,8 +71,6 @@ def load_model(name: str, directory: Path, *, max_length: int | None = None, dty
         )
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigurationError(f"model {name!r}: {directory} cannot be loaded: {error}") from error
-    if model.config.num_labels != 1:
-        raise ConfigurationError(f"model {name!r} has {model.config.num_labels} labels; a reward model has one")
     # Scoring reads each text once; a key-value cache would only be filled.
     model.config.use_cache = False
     own_limit = getattr(model.config, "max_position_embeddings", None)
@@ -120,7 +118,7 @@ class CpuBackend:
         self._models = tuple(
             ServedModel(model.name, root=model.name, max_model_len=model.max_length) for model in models
         )
-        self._inferring: ModelThread[_Text, float] = ModelThread("infer", _infer, threads=threads)
+        self._inferring: ModelThread[_Text, list[float]] = ModelThread("infer", _infer, threads=threads)
         self._tokenizing: ThreadPoolExecutor | None = None
 
     @property
@@ -147,7 +145,7 @@ class CpuBackend:
         loop = asyncio.get_running_loop()
         rows = await loop.run_in_executor(self._tokenizing, tokenize, loaded, contents, add_special_tokens)
         logits = await asyncio.gather(*[self._inferring.submit(_Text(loaded, ids)) for ids in rows])
-        return [Scored(logit, len(ids)) for logit, ids in zip(logits, rows, strict=True)]
+        return [Scored(first, len(ids), tuple(rest)) for (first, *rest), ids in zip(logits, rows, strict=True)]
 
     async def tokenize(
         self, model: str, content: Content, *, add_generation_prompt: bool, add_special_tokens: bool
@@ -157,10 +155,10 @@ class CpuBackend:
         )
 
 
-def _infer(jobs: Sequence[Job[_Text, float]]) -> None:
+def _infer(jobs: Sequence[Job[_Text, list[float]]]) -> None:
     """Score what waits, in batches of texts of like lengths and of one model."""
     for batch in batches([len(job.work.ids) for job in jobs]):
-        by_model: dict[str, list[Job[_Text, float]]] = {}
+        by_model: dict[str, list[Job[_Text, list[float]]]] = {}
         for index in batch:
             by_model.setdefault(jobs[index].work.model.name, []).append(jobs[index])
         for group in by_model.values():
@@ -202,8 +200,8 @@ def batches(lengths: Sequence[int]) -> list[list[int]]:
     return result
 
 
-def forward(loaded: CpuModel, rows: Sequence[Sequence[int]]) -> list[float]:
-    """The logits of some id lists in one forward pass, equal to transformers' of each list alone.
+def forward(loaded: CpuModel, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+    """The logits of some id lists, one per label, in one forward pass; equal to transformers' of each list alone.
 
     A model without a pad token cannot be batched by transformers, so its lists go one by one.
     """
@@ -217,7 +215,8 @@ def forward(loaded: CpuModel, rows: Sequence[Sequence[int]]) -> list[float]:
         mask[index, : len(row)] = 1
     with torch.inference_mode():
         logits = loaded.model(input_ids=ids, attention_mask=mask).logits
-    return [float(value) for value in logits[:, 0].float()]
+    told: list[list[float]] = logits.float().tolist()
+    return told
 
 
 def _ids(

@@ -7,6 +7,7 @@ Reads and checks requests, writes replies and errors in vLLM's words. What a tex
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -68,10 +69,21 @@ Content = str | list[int] | list[tuple[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """The raw logit of one content, and how many tokens it had."""
+    """The raw logit of one content, how many tokens it had, and the logits of the model's further labels."""
 
     logit: float
     prompt_tokens: int
+    others: tuple[float, ...] = ()
+
+    def probs(self, *, raw: bool) -> list[float]:
+        """Return what `/classify` says: logits, or as vLLM a sigmoid of one label and a softmax of several."""
+        logits = [self.logit, *self.others]
+        if raw:
+            return logits
+        if not self.others:
+            return [sigmoid(self.logit)]
+        weights = [math.exp(logit - max(logits)) for logit in logits]
+        return [weight / sum(weights) for weight in weights]
 
 
 class Backend(Protocol):
@@ -201,7 +213,7 @@ class WorkerApp:
             created=int(self._clock()),
             model=model,
             data=[
-                ClassifiedReply(index, "LABEL_0", [item.logit if raw else sigmoid(item.logit)])
+                ClassifiedReply(index, "LABEL_0", item.probs(raw=raw), 1 + len(item.others))
                 for index, item in enumerate(scored)
             ],
             usage=Usage(prompt_tokens=tokens, total_tokens=tokens),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.tables import ROOT
-from tests.support.fetch_trainers import SLIME, TRAINERS, trainer_named
+from tests.support.fetch_trainers import NEMO_RL, ROLL, SLIME, TRAINERS, trainer_named
 
 PAGES = ROOT / "docs/trainers"
 TESTS = ROOT / "tests/service/trainers"
@@ -26,8 +26,9 @@ FETCHED = {
     "Atropos": "atropos",
     "NeMo Gym": "nemo_gym",
 }
-READ = {"ROLL": "0af0fad"}
-"""Commits that were read, of what cannot be run."""
+FROM_SOURCE = {"slime": SLIME, "NeMo RL": NEMO_RL, "ROLL": ROLL}
+PAGE_OF = {"NeMo RL": "nemo-gym"}
+"""Trainers that share another's page."""
 SOURCES = {
     "TRL": [TESTS / "test_trl_trainers.py", SUPPORT / "trl_training.py"],
     "OpenRLHF": [TESTS / "test_real_clients.py", DOCS],
@@ -40,7 +41,8 @@ SOURCES = {
     "verifiers": [SUPPORT / "gym_scoring.py"],
     "Atropos": [SUPPORT / "gym_scoring.py"],
     "NeMo Gym": [SUPPORT / "gym_scoring.py"],
-    "ROLL": [TESTS / "test_batch_workers.py"],
+    "NeMo RL": [SUPPORT / "ray_scoring.py", PAGES / "nemo-gym.md"],
+    "ROLL": [SUPPORT / "ray_scoring.py"],
 }
 """Where a trainer's own names are called."""
 
@@ -58,16 +60,14 @@ def version_of(name: str) -> str:
     if name == "TRL":
         [version] = re.findall(r'"trl==([\w.]+)"', (ROOT / "pyproject.toml").read_text("utf-8"))
         return str(version)
-    if name == "slime":
-        return SLIME.commit[:7]
-    if name in READ:
-        return READ[name]
+    if name in FROM_SOURCE:
+        return FROM_SOURCE[name].commit[:7]
     return trainer_named(FETCHED[name]).version
 
 
 def stem_of(name: str) -> str:
     """The name of the trainer's page."""
-    return name.lower().replace(" ", "-")
+    return PAGE_OF.get(name) or name.lower().replace(" ", "-")
 
 
 def page_of(name: str) -> str:
@@ -87,7 +87,7 @@ def test_the_versions_are_the_tested_ones(name: str) -> None:
     version = version_of(name)
     assert rows()[name][0] == version
     short = version.rpartition(".")[0] if name == "TRL" else version
-    assert f"{'commit' if name in ('slime', *READ) else name} {short}" in page_of(name)
+    assert f"{'commit' if name in FROM_SOURCE else name} {short}" in page_of(name)
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -98,8 +98,10 @@ def test_what_is_said_to_run_is_called_by_the_tests(name: str) -> None:
     assert [word for word in said if word not in called] == []
 
 
-def test_slime_runs_once_it_was_fetched_from_its_repository() -> None:
-    assert rows()["slime"][2] == "after `make slime`"
+def test_sources_run_once_they_were_fetched_from_their_repositories() -> None:
+    assert rows()["slime"][2] == "after `make trainer-sources`"
+    for name in ("NeMo RL", "ROLL"):
+        assert rows()[name][2] == "after `make trainer-sources` and `make trainer-clients`"
 
 
 @pytest.mark.parametrize("name", FETCHED)

@@ -29,6 +29,10 @@ pytestmark = [
 ]
 
 
+HANG_SECONDS = 5
+"""Long enough for a busy machine not to be silent for so long."""
+
+
 class Crew:
     """`serve --workers 2`, and the pairs that its worker knows."""
 
@@ -60,13 +64,15 @@ class Crew:
 
 
 @pytest.fixture
-def crew(tmp_path: Path, own_valkey_server: ValkeyProcess) -> Iterator[Crew]:
+def crew(request: pytest.FixtureRequest, tmp_path: Path, own_valkey_server: ValkeyProcess) -> Iterator[Crew]:
+    """Two processes; a test's parameter is their `hang_seconds`."""
     pytest.importorskip("wordllama", reason="needs reward-router[embedded]")
     pairs = write_recorded_pairs(tmp_path / "pairs.jsonl", 24)
     with Services(tmp_path) as services:
         worker = services.worker(tmp_path / "pairs.jsonl")
         worker.wait_until_ready()
-        gateway = services.gateway("gateway", worker, own_valkey_server.url, workers=2, block_size=4, refresh_events=8)
+        settings = {"block_size": 4, "refresh_events": 8, "hang_seconds": getattr(request, "param", 30)}
+        gateway = services.gateway("gateway", worker, own_valkey_server.url, workers=2, **settings)
         gateway.wait_until_ready()
         yield Crew(gateway, pairs)
 
@@ -147,6 +153,33 @@ def test_a_killed_process_is_replaced_and_the_port_keeps_answering(crew: Crew) -
     while ask(crew.gateway.port, fresh, "/reward", crew.body(1))[0] != 200:
         assert time.monotonic() < until
     assert "gateway process left" in crew.gateway.log.read_text()
+
+
+@pytest.mark.parametrize("crew", [HANG_SECONDS], indirect=True)
+def test_a_process_that_hangs_is_killed_and_replaced(crew: Crew) -> None:
+    first, second = crew.both()
+    os.kill(first, signal.SIGSTOP)
+    pids = crew.both(without=first)
+    assert second in pids
+    log = crew.gateway.log.read_text()
+    assert f'"pid": {first}' in log
+    assert "gateway process hangs, was killed" in log
+    assert "gateway process left" in log
+
+
+@pytest.mark.parametrize("crew", [HANG_SECONDS], indirect=True)
+def test_processes_that_were_stopped_with_their_parent_live_on(crew: Crew) -> None:
+    pids = crew.both()
+    together = [crew.pid, *pids]
+    for pid in together:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(HANG_SECONDS + 1)
+    for pid in together:
+        os.kill(pid, signal.SIGCONT)
+    assert crew.both() == pids
+    time.sleep(1)
+    assert crew.both() == pids
+    assert "hangs" not in crew.gateway.log.read_text()
 
 
 async def test_a_signal_lets_both_answer_what_they_have_taken(crew: Crew) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -264,3 +265,16 @@ def test_the_recorded_evaluation_pairs_are_read_whole() -> None:
     assert len(accuracy) == 9
     assert accuracy["internlm2-1_8b-reward"] == pytest.approx(0.8131, abs=1e-4)
     assert len({p.group for p in pairs if p.subset.startswith("hep-")}) < 165
+
+
+def test_a_scorer_without_any_verdict_is_told(tmp_path: Path) -> None:
+    row = {"prompt": "p", "response_a": "x", "response_b": "y", "label": "a"}
+    judged = {"good": {"score_a": 1.0, "score_b": 0.0}, "silent": {"abstained": True}}
+    lines = [json.dumps(row | {"id": name, "rm": judged, "rm_missing": {"away": "refused"}}) for name in "12"]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    assert read_pairs(tmp_path / "pairs.jsonl").unheard == ("silent", "away")
+
+
+def test_a_pair_without_subset_counts_under_its_domain() -> None:
+    pair = LabelledPair("1", Instance("p", ("a", "b")), 0, {}, {}, domain="math")
+    assert (pair.part, replace(pair, subset="sums").part, replace(pair, domain="").part) == ("math", "sums", "(none)")

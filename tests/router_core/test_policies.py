@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from router_core.attempts import Attempt, Outcome
+from router_core.attempts import TOO_LONG, Attempt, Outcome
 from router_core.errors import NotFiniteError, ShapeMismatchError, UnknownPolicyError, UnknownScaleError
 from router_core.moments import Moments
 from router_core.policies import (
@@ -262,6 +262,28 @@ def test_the_one_rm_that_was_asked_is_the_reward_of_a_one_call_policy() -> None:
     for name in ("bayesian", "laser", "single:a", "random"):
         policy = make_policy(name, POOL)
         assert policy.conclude([Attempt(0, 0, Outcome.FAILED), answer], no_scale) == Given(1, [0.3, -0.2], 0)
+
+
+def test_the_answer_about_most_responses_is_the_reward() -> None:
+    few = Attempt(0, 0, Outcome.ANSWERED, rewards=[np.nan, 0.1, np.nan], failures=[TOO_LONG, "", TOO_LONG])
+    most = Attempt(1, 1, Outcome.ANSWERED, rewards=[0.3, 0.1, np.nan], verdict=0, failures=["", "", TOO_LONG])
+    other = Attempt(2, 2, Outcome.FAILED, "worker_timeout")
+    policy = make_policy("bayesian", POOL)
+    assert [*policy.next_arms([0, 1, 2], [few])] == [1]  # type: ignore[attr-defined]
+    assert [*policy.next_arms([0, 1, 2], [few, most])] == [2]  # type: ignore[attr-defined]
+    assert [*policy.next_arms([0, 1, 2], [few, most, other])] == []  # type: ignore[attr-defined]
+    assert policy.conclude([few, most, other], no_scale).arm == 1
+    late = Attempt(0, 0, Outcome.ANSWERED, rewards=[np.nan, 0.1, 0.2], verdict=2, failures=["rule_timeout", "", ""])
+    assert [*policy.next_arms([0, 1], [late])] == []  # type: ignore[attr-defined]
+
+
+def test_who_reads_fewer_is_not_drawn_but_alone() -> None:
+    one = Beliefs(np.array([[0.9, 0.5, -np.inf]]), np.zeros((1, 3)), np.array([[0.1, 0.1, 0.0]]))
+    kept = one.reading_most(np.array([[1, 2, 3]]))
+    assert kept.floors is not None
+    assert (kept.means.tolist(), kept.floors.tolist()) == ([[-np.inf, 0.5, -np.inf]], [[0.0, 0.1, 0.0]])
+    alone = Beliefs(np.array([[0.9, -np.inf, -np.inf]]), np.zeros((1, 3)))
+    assert alone.reading_most(np.array([[0, 2, 2]])).means.tolist() == [[0.9, -np.inf, -np.inf]]
 
 
 def no_scale(*_: object) -> ScoreScale:

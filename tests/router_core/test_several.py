@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_core.attempts import Attempt, Outcome
+from router_core.attempts import TOO_LONG, Attempt, Outcome
 from router_core.errors import UnknownPolicyError
 from router_core.policies import Given, make_policy
 from router_core.records import TIE, verdict_of
@@ -72,6 +72,18 @@ def test_a_part_that_is_missing_leaves_no_reward(name: str, outcome: Outcome) ->
 
 
 @pytest.mark.parametrize("name", ["sum:rule,rm", "min:rule,rm", "gate:rule,rm", "within:rule,rm"])
+def test_a_part_that_cannot_read_it_leaves_no_reward(name: str) -> None:
+    told = made(name, Attempt(0, 0, Outcome.ABSTAINED, TOO_LONG), said(1, 2.0, 4.0))
+    assert all(map(math.isnan, told.rewards))
+
+
+def test_a_gate_s_zero_is_final_however_long() -> None:
+    told = made("gate:rule,rm", said(0, 0.0, 1.0), Attempt(1, 1, Outcome.ABSTAINED, TOO_LONG))
+    assert told.rewards[0] == 0.0
+    assert math.isnan(told.rewards[1])
+
+
+@pytest.mark.parametrize("name", ["sum:rule,rm", "min:rule,rm", "gate:rule,rm", "within:rule,rm"])
 def test_a_response_without_one_part_alone_has_no_reward(name: str) -> None:
     told = made(name, said(0, 1.0, NAN, 1.0), said(1, 2.0, 4.0, 3.0))
     assert [math.isnan(reward) for reward in told.rewards] == [False, True, False]
@@ -87,6 +99,7 @@ def test_a_response_without_one_part_alone_has_no_reward(name: str) -> None:
         ([said(0, 0.0, NAN)], []),
         ([said(0, 1.0, NAN)], [1]),
         ([Attempt(0, 0, Outcome.ABSTAINED, "abstained")], [1]),
+        ([Attempt(0, 0, Outcome.ABSTAINED, TOO_LONG)], []),
         ([Attempt(0, 0, Outcome.FAILED, "worker_timeout")], [1]),
         ([Attempt(1, 0, Outcome.ABSENT), said(0, 1.0, 0.0)], [1]),
         ([said(0, 1.0, 0.0), said(1, 2.0, 4.0)], []),

@@ -2,9 +2,10 @@
 
 `python -m tests.support.areal_scoring --clients DIR --model DIR` prints one JSON line; the gateway is named by the
 environment, as for the function. DIR is filled by `make trainer-wheels`. What runs is AReaL's `RLVRWorkflow`, its
-`AsyncRewardWrapper` with its pool of processes, and its statistics; what generates is scripted, and the trajectories
-are not trained on. AReaL's top packages, which import schedulers and launchers for GPU clusters, are stubs, and so are
-its name service (it imports ray) and its packing of batches (it imports numba).
+`MultiTurnWorkflow` as our page extends it, its `AsyncRewardWrapper` with its pool of processes, and its statistics;
+what generates is scripted, and the trajectories are not trained on. AReaL's top packages, which import schedulers and
+launchers for GPU clusters, are stubs, and so are its name service (it imports ray) and its packing of batches (it
+imports numba).
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tests.support.trainer_clients import Anything
+from tests.support.trainer_clients import Anything, page_block
 
 PROMPTS = ["a b c", "d e f", "g h i"]
 RESPONSES = ["a b", "c d e f", "g"]
 WAYS = {
     "function": ("areal.workflow.rlvr.RLVRWorkflow", {"reward_fn": "service.trainers.areal.reward_fn"}),
     "workflow": ("service.trainers.areal_workflow.RouterWorkflow", {}),
+    "turns": ("__main__.RouterTurns", {"max_turns": 2, "turn_discount": 0.5}),
 }
 UNUSED = ("areal.utils.name_resolve", "areal.utils.seqpack")
 
@@ -68,22 +70,26 @@ async def episodes(way: str, model: str, column: str) -> dict[str, Any]:
     """Each prompt's reward, and what AReaL logs of them.
 
     Args:
-        way: `function`, AReaL's workflow with ours by name; `workflow`, ours.
+        way: `function`, AReaL's workflow with ours by name; `workflow`, ours; `turns`, AReaL's of several turns with
+            `RouterRewards` before it.
         model: folder of the tokenizer.
         column: in which the data set has the conversations; ours reads `messages`, else it takes the prompt's template
             apart.
+
+    The workflow of several turns knows its column by itself, and asks again where a reward is 0.
     """
     from areal.api.cli_args import GenerationHyperparameters
     from areal.utils import stats_tracker
     from areal.utils.dynamic_import import import_from_string
+    from areal.utils.hf_utils import load_hf_tokenizer
 
-    path, function = WAYS[way]
-    workflow = import_from_string(path)(
-        gconfig=GenerationHyperparameters(),
-        tokenizer=model,
-        data_extract_prompt_fn=lambda row: row[column],
-        **function,
-    )
+    if way == "turns":
+        exec(page_block("areal.md", "class RouterTurns"), globals())
+    path, given = WAYS[way]
+    words = {"tokenizer": load_hf_tokenizer(model)} if way == "turns" else {"tokenizer": model}
+    if way != "turns":
+        words["data_extract_prompt_fn"] = lambda row: row[column]
+    workflow = import_from_string(path)(gconfig=GenerationHyperparameters(), **words, **given)
     engine = Engine(workflow.tokenizer, dict(zip(PROMPTS, RESPONSES, strict=True)))
     rows = [{column: [{"role": "user", "content": prompt}], "answer": "x"} for prompt in PROMPTS]
     found = await asyncio.gather(*(workflow.arun_episode(engine, row) for row in rows), return_exceptions=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from router_core.attempts import TOO_LONG
 from router_core.records import Instance
 from service.scorers.admission import Ticket
 from service.scorers.protocol import (
@@ -14,6 +16,7 @@ from service.scorers.protocol import (
     WorkerError,
     WorkerRejectedError,
     WorkerTimeoutError,
+    WorkerTooLongError,
     WorkerUnavailableError,
 )
 from service.scorers.rm.client import VllmArm
@@ -28,7 +31,9 @@ class ScriptedArm:
         available: whether it can be asked; a scripted arm has no limit, so that it is reachable then.
         error: raised by every call when set.
         refuses: texts that it refuses; a call that holds one is refused whole, as by a real worker.
+        too_long: responses that it cannot read whole, as it finds when it is asked.
         only: the instances to which it applies; None for all.
+        counts_to: characters of a response that it reads at most, and knows beforehand; None for any number.
         gate: calls wait for it, until their deadline, when set.
         calls: the items of every call that reached it.
     """
@@ -41,6 +46,8 @@ class ScriptedArm:
         self.refuses: Callable[[str], bool] = lambda _: False
         self.only: Callable[[Instance], bool] | None = None
         self.gate: asyncio.Event | None = None
+        self.counts_to: int | None = None
+        self.too_long: Callable[[str], bool] = lambda _: False
         self.calls: list[list[tuple[str, str]]] = []
 
     @property
@@ -65,6 +72,9 @@ class ScriptedArm:
 
     def applies(self, instance: Instance) -> bool:
         return self.only is None or self.only(instance)
+
+    async def readable(self, instances: Sequence[Instance]) -> list[int]:
+        return [sum(len(response) <= (self.counts_to or 10**9) for response in one.responses) for one in instances]
 
     def slots(self) -> asyncio.Semaphore:
         """See `Admission.slots`; scripted calls take none."""
@@ -128,7 +138,11 @@ class ScriptedArm:
                 raise WorkerRejectedError(
                     f"RM {self.name!r} refused the input (400): the text is too long for the model"
                 )
-        return Scored([self.score_of(prompt, response) for prompt, response in items])
+        long = [self.too_long(response) for _, response in items]
+        if all(long):
+            raise WorkerTooLongError(f"RM {self.name!r}: more tokens than it reads")
+        rewards = [math.nan if no else self.score_of(*item) for no, item in zip(long, items, strict=True)]
+        return Scored(rewards, failures=[TOO_LONG if no else "" for no in long] if any(long) else ())
 
 
 Items = Sequence[tuple[str, str]]

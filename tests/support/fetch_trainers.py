@@ -1,10 +1,10 @@
-"""Fetches trainers' own code, for the tests that run it: `python -m tests.support.fetch_trainers light|all|slime`.
+"""Fetches trainers' own code, for the tests that run it: `python -m tests.support.fetch_trainers light|all|sources`.
 
 Knows which version of which trainer is tested, and what it needs to be imported; installs it with pip, without
 dependencies, into `.data/trainer-clients/NAME`, never into the environment. What is there in the right version is left
-alone. What cannot be fetched is said, and its tests are skipped: a missing network never fails a run. slime is not on
-PyPI: a few of its files come from its repository, by git. Called by the Makefile (`trainer-wheels`, `trainer-clients`,
-`slime`); read by the tests, for the folders and the versions.
+alone. What cannot be fetched is said, and its tests are skipped: a missing network never fails a run. slime, NeMo RL
+and ROLL are not on PyPI: their files come from their repositories, by git. Called by the Makefile (`trainer-wheels`,
+`trainer-clients`, `trainer-sources`); read by the tests, for the folders and the versions.
 """
 
 from __future__ import annotations
@@ -122,7 +122,14 @@ TRAINERS = (
         False,
         300,
     ),
-    Trainer("skyrl_gym", ("skyrl-gym==0.4.0", "omegaconf==2.4.0", "antlr4-python3-runtime==4.9.3"), True, 60),
+    Trainer(
+        "skyrl_gym",
+        ("skyrl-gym==0.4.0", "skyrl==0.4.0", "omegaconf==2.4.0", "antlr4-python3-runtime==4.9.3"),
+        True,
+        60,
+        # It asks for a Python newer than ours; what our tests run of it works on this one.
+        ("--ignore-requires-python",),
+    ),
     Trainer(
         "verifiers",
         (
@@ -210,8 +217,9 @@ class Source:
         name: of its folder.
         repository: what git fetches from.
         commit: which is tested, all 40 digits.
-        paths: files that are wanted.
+        paths: files and folders that are wanted.
         seconds: after which one step of fetching is given up.
+        requirements: what they import beside what `verl` has, pinned.
     """
 
     name: str
@@ -219,11 +227,12 @@ class Source:
     commit: str
     paths: tuple[str, ...]
     seconds: float
+    requirements: tuple[str, ...] = ()
 
     @property
     def stamp(self) -> str:
         """What the folder has when it is right."""
-        return "\n".join((self.commit, *self.paths)) + "\n"
+        return "\n".join((self.commit, *self.paths, *self.requirements)) + "\n"
 
 
 SLIME = Source(
@@ -234,6 +243,23 @@ SLIME = Source(
     60,
 )
 """`rm_hub`, which asks for rewards, and what it imports."""
+
+NEMO_RL = Source(
+    "nemo_rl",
+    "https://github.com/NVIDIA-NeMo/RL",
+    "7ea279abfbeb698b092856d0dab61e7cf39bc909",
+    ("LICENSE", "nemo_rl"),
+    120,
+)
+ROLL = Source(
+    "roll",
+    "https://github.com/alibaba/ROLL",
+    "8eb27cc2dc34c4d1310b169d9b86d339004d811a",
+    ("LICENSE", "roll"),
+    120,
+    ("more-itertools==11.2.1",),
+)
+SOURCES = (SLIME, NEMO_RL, ROLL)
 
 
 def trainer_named(name: str) -> Trainer:
@@ -258,16 +284,24 @@ def fetch(trainer: Trainer, folder: Path, pip_words: Sequence[str] = ()) -> str 
     Returns:
         Why it could not be had; None if it is there.
     """
-    return _put(trainer, folder, lambda coming: _install(trainer, coming, pip_words))
+    words = (*trainer.options, *pip_words)
+    return _put(trainer, folder, lambda coming: _pip(trainer.requirements, coming, trainer.seconds, words))
 
 
-def fetch_source(source: Source, folder: Path) -> str | None:
-    """Put the source's files into `folder/NAME`, where they are not there yet.
+def fetch_source(source: Source, folder: Path, pip_words: Sequence[str] = ()) -> str | None:
+    """Put the source's files into `folder/NAME`, where they are not there yet; the arguments are those of `fetch`.
 
     Returns:
         Why they could not be had; None if they are there.
     """
-    return _put(source, folder, lambda coming: _check_out(source, coming))
+
+    def get(coming: Path) -> str | None:
+        failure = _check_out(source, coming)
+        if failure is None and source.requirements:
+            failure = _pip(source.requirements, coming, source.seconds, pip_words)
+        return failure
+
+    return _put(source, folder, get)
 
 
 def _put(trainer: Trainer | Source, folder: Path, get: Callable[[Path], str | None]) -> str | None:
@@ -286,13 +320,13 @@ def _put(trainer: Trainer | Source, folder: Path, get: Callable[[Path], str | No
     return failure
 
 
-def _install(trainer: Trainer, target: Path, pip_words: Sequence[str]) -> str | None:
+def _pip(requirements: Sequence[str], target: Path, seconds: float, options: Sequence[str]) -> str | None:
     words = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
-    words += ["--no-compile", *IMPATIENT, "--target", str(target), *trainer.options, *pip_words, *trainer.requirements]
+    words += ["--no-compile", *IMPATIENT, "--target", str(target), *options, *requirements]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=trainer.seconds, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return f"pip took more than {trainer.seconds:g} s"
+        return f"pip took more than {seconds:g} s"
     if done.returncode == 0:
         return None
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
@@ -332,18 +366,21 @@ def _check_out(source: Source, target: Path) -> str | None:
 def main() -> None:
     """Fetch what is missing, and say what became of it."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("which", choices=["light", "all", "slime"])
+    parser.add_argument("which", choices=["light", "all", "sources"])
     parser.add_argument("--folder", type=Path, default=FOLDER)
-    parser.add_argument("--slime", default=SLIME.repository, help="repository that slime is fetched from")
+    parser.add_argument("--mirrors", default="", help="NAME=REPOSITORY …: where sources are fetched from instead")
     parser.add_argument("--pip-args", default="", help="more options of pip, as one word")
     given = parser.parse_args()
-    for trainer in () if given.which == "slime" else TRAINERS:
+    pip_words = shlex.split(given.pip_args)
+    for trainer in () if given.which == "sources" else TRAINERS:
         if (given.which == "light" and not trainer.light) or is_there(trainer, given.folder):
             continue
-        failure = fetch(trainer, given.folder, shlex.split(given.pip_args))
-        _say(trainer.requirements[0], failure)
-    if given.which != "light" and not is_there(SLIME, given.folder):
-        _say(f"slime at {SLIME.commit[:7]}", fetch_source(replace(SLIME, repository=given.slime), given.folder))
+        _say(trainer.requirements[0], fetch(trainer, given.folder, pip_words))
+    mirrors = dict(word.split("=", 1) for word in shlex.split(given.mirrors))
+    for source in () if given.which == "light" else SOURCES:
+        if not is_there(source, given.folder):
+            nearer = replace(source, repository=mirrors.get(source.name, source.repository))
+            _say(f"{source.name} at {source.commit[:7]}", fetch_source(nearer, given.folder, pip_words))
 
 
 def _say(what: str, failure: str | None) -> None:

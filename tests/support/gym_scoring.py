@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.abc
-import importlib.machinery
+import importlib
 import json
 import os
 import sys
+import tempfile
+import typing
 from collections.abc import Sequence
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
+import typing_extensions
+
 from tests.conftest import free_port
+from tests.support.stubs import Stubs
 
 APP = """
 from service.trainers.nemo_gym_server import RouterResourcesServer
@@ -31,36 +35,19 @@ RESPONSES = ["a b", "c d e f", "g"]
 REFUSED = "x" * 50
 """A response that the RM of the tests gives no reward."""
 PROMPT = [{"role": "user", "content": "Say something."}]
-REMOTE = frozenset({"prime_runs", "prime_sandboxes", "prime_tunnel"})
-
-
-class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds packages for remote sandboxes, with every name that is asked of them."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        """Return a package for the names of `REMOTE`."""
-        if name.split(".")[0] in REMOTE:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        """Return a module whose every name is an exception."""
-
-        class Stub(ModuleType):
-            def __getattr__(self, name: str) -> Any:
-                if name.startswith("__"):
-                    raise AttributeError(name)
-                return type(name, (Exception,), {})
-
-        return Stub(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Do nothing."""
+UNUSED_BY_SKYRL = (
+    "cloudpathlib",
+    "loguru",
+    "skyrl.backends.backend",
+    "skyrl.train.generators.skyrl_vlm_generator",
+)
+REMOTE = ("prime_runs", "prime_sandboxes", "prime_tunnel")
+"""Packages for remote sandboxes."""
 
 
 async def verifiers() -> Any:
     """`Task.score` with the plugged function, and a group in the `finalize` of an environment."""
-    sys.meta_path.insert(0, Stubs())
+    sys.meta_path.insert(0, Stubs(REMOTE))
     import verifiers.v1 as vf
     from verifiers.v1.graph import MessageNode
 
@@ -117,12 +104,73 @@ async def skyrl() -> Any:
         env.init(PROMPT)
         return [env.step(turn) for turn in turns], env.get_metrics()
 
+    generated = await skyrl_generated("asking")
     found = [await asyncio.to_thread(episode, "reward_router", [response]) for response in RESPONSES]
     turns, _ = await asyncio.to_thread(episode, "asking", ["a b", "c"])
     return {
         "rewards": [steps[-1]["reward"] for steps, _ in found],
         "metrics": [metrics for _, metrics in found],
         "turns": [[step["reward"], step["done"]] for step in turns],
+        "generated": generated,
+    }
+
+
+async def skyrl_generated(env_class: str) -> Any:
+    """Return the rewards and components of two turns by SkyRL's own `SkyRLGymGenerator`; its engine is scripted."""
+    # SkyRL's configuration is for Python 3.12, and so is the standard library's type that it is made of.
+    typing.TypedDict = typing_extensions.TypedDict  # type: ignore[assignment]
+    for name in ("accelerate", "transformers"):
+        importlib.import_module(name)
+    sys.meta_path.insert(0, Stubs(UNUSED_BY_SKYRL))
+    from skyrl.train.config import (  # type: ignore[import-not-found, unused-ignore]
+        GeneratorConfig,
+        SkyRLGymConfig,
+    )
+    from skyrl.train.generators.skyrl_gym_generator import (  # type: ignore[import-not-found, unused-ignore]
+        SkyRLGymGenerator,
+    )
+    from transformers import AutoTokenizer
+
+    from tests.support.trainer_processes import save_chatml_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_chatml_tokenizer(Path(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    class Engine:
+        """Says one turn after the other."""
+
+        model_name = "policy"
+
+        async def generate(self, input_batch: Any, model: str | None = None, **_: Any) -> Any:
+            [ids] = input_batch["prompt_token_ids"]
+            said = "c" if "And?" in tokenizer.decode(ids) else "a b"
+            tokens = [*tokenizer(said)["input_ids"], tokenizer.eos_token_id]
+            nothing = ("response_logprobs", "prompt_logprobs", "rollout_expert_indices", "rollout_sample_support")
+            return {
+                "responses": [said],
+                "response_ids": [tokens],
+                "stop_reasons": ["stop"],
+                **dict.fromkeys(nothing),
+            }
+
+        async def finish_session(self, session_id: str) -> None:
+            """Do nothing."""
+
+    config = GeneratorConfig(max_turns=2, max_input_length=4096, use_cache_salt=False)
+    generator = SkyRLGymGenerator(config, SkyRLGymConfig(max_env_workers=1), Engine(), tokenizer)
+    batch = {
+        "prompts": [PROMPT],
+        "env_classes": [env_class],
+        "env_extras": [{"reward_spec": {"ground_truth": "c d e f"}}],
+        "sampling_params": None,
+        "trajectory_ids": None,
+        "batch_metadata": None,
+    }
+    found = await generator.generate(batch)
+    return {
+        "rewards": found["rewards"],
+        "metrics": {name: value for name, value in found["rollout_metrics"].items() if "router" in name},
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.fetch_trainers import FOLDER, SLIME, is_there, trainer_named
+from tests.support.fetch_trainers import FOLDER, Source, is_there, trainer_named
 
 
 def client_folder(name: str) -> Path:
@@ -29,13 +30,21 @@ def client_folder(name: str) -> Path:
     return FOLDER / name
 
 
-def slime_folder() -> Path:
-    """Where slime's files lie; skips where they were not fetched."""
-    if not is_there(SLIME):
+def source_folder(source: Source) -> Path:
+    """Where a source's files lie; skips where they were not fetched."""
+    if not is_there(source):
         pytest.skip(
-            f"slime at {SLIME.commit[:7]} is not there: `make slime` fetches it where its repository can be reached"
+            f"{source.name} at {source.commit[:7]} is not there: `make trainer-sources` fetches it where its "
+            "repository can be reached"
         )
-    return FOLDER / SLIME.name
+    return FOLDER / source.name
+
+
+def page_block(page: str, words: str) -> str:
+    """The Python on a trainer's page that holds these words."""
+    text = (Path(__file__).resolve().parents[2] / "docs/trainers" / page).read_text("utf-8")
+    [found] = [one for one in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) if words in one]
+    return str(found)
 
 
 class Anything(ModuleType):

@@ -148,3 +148,11 @@ async def test_a_text_that_is_too_long_is_the_text_s_fault(chat_server: VllmServ
     long, well = await judged(judge, Instance("hi " * JUDGE_LENGTH, ("a", "b")), PAIR)
     assert isinstance(long, WorkerTooLongError)
     assert isinstance(well, Scored)
+
+
+async def test_one_response_too_long_is_left_out(chat_server: VllmServer) -> None:
+    judge = judge_for(chat_server)
+    (found,) = await judged(judge, Instance("Say hi.", ("hi", "hi " * JUDGE_LENGTH, "no")))
+    assert isinstance(found, Scored), found
+    assert [*found.failures] == ["", "too_long", ""]
+    assert found.rewards[0] == pytest.approx(-found.rewards[2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="needs reward-router[train]")
 
-from service.scorers.protocol import WorkerError, WorkerRejectedError
+from service.scorers.protocol import WorkerError, WorkerRejectedError, WorkerTooLongError
 from service.scorers.rm.client import ArmConfig, VllmArm
 from service.scorers.rm.probe import probe
 from service.scorers.rm.render import MessagesRendering, PlainTemplate, Rendering, TemplateRendering
@@ -90,10 +91,13 @@ async def test_an_over_long_text_fails_alone(arm: VllmArm, reference: Reference)
     assert len(reference.ids(*long[0])) > MAX_LENGTH
     # Registration tells the client the limit, which it uses where it counts tokens.
     await probe(arm, deadline=soon())
-    first, middle, last = await score_groups(arm, [good[:2], long, good[2:]], deadline=soon())
-    assert isinstance(middle, WorkerRejectedError)
-    assert middle.details["model"] == "rm"
-    for found, items in ((first, good[:2]), (last, good[2:])):
+    groups = [good[:2], long, long[:1], good[2:]]
+    first, part, none, last = await score_groups(arm, groups, deadline=soon())
+    assert isinstance(none, WorkerTooLongError)
+    assert none.details["model"] == "rm"
+    assert not isinstance(part, WorkerError), part
+    assert math.isnan(part[0])
+    for found, items in ((first, good[:2]), (part[1:], long[1:]), (last, good[2:])):
         assert not isinstance(found, WorkerError), found
         assert list(found) == pytest.approx(reference.rewards(items), abs=TOLERANCE)
 

@@ -99,9 +99,9 @@ export function Beliefs({ rows, caption, chosen, word = "doubt" }) {
           <line class="mean" x1=${x(row.after)} x2=${x(row.after)} y1="18" y2="28"/>`}
         ${row.draw != null && html`<circle cx=${x(row.draw)} cy="11" r="5"/>`}
       </svg></td>
-      <td class="num">${row.mean == null ? "never asked" : html`${number(row.mean)} <span class="muted">± ${number(row.sd)}</span>`}</td>
+      <td class="num">${row.mean == null ? "not asked here" : html`${number(row.mean)} <span class="muted">± ${number(row.sd)}</span>`}</td>
       ${drawn && html`<td class="num">${number(row.draw)}</td>`}
-      ${moved && html`<td class="num">${number(row.after)} <span class="muted">± ${number(row.afterSd)}</span></td>`}
+      ${moved && html`<td class="num">${row.after == null ? "–" : html`${number(row.after)} <span class="muted">± ${number(row.afterSd)}</span>`}</td>`}
       <td class="num">${percent(row.chance)}</td>
     </tr>`)}</tbody>
   </table><//>`;

@@ -30,7 +30,7 @@ export function Decisions({ state }) {
   const shown = list.map((one) => state.newest.find((now) => now.decision_id === one.decision_id) ?? one);
   return html`<section class="card">
     <div class="row between"><h2>Recent decisions</h2><button type="button" aria-pressed=${held != null} onClick=${() => setHeld(held ? null : state.newest)}>${held ? "Follow again" : "Hold the list"}</button></div>
-    <p class="muted">The newest ${state.newest.length} on this gateway. ${state.texts ? "Texts are shown from their beginnings." : html`Texts are not kept; the setting <code>console_texts</code> shows them.`}</p>
+    <p class="muted">The newest ${state.newest.length}. ${state.texts ? "Texts are shown from their beginnings." : html`Texts are not kept; the setting <code>console_texts</code> shows them.`}</p>
     ${!list.length && html`<${Note}>Nothing was decided yet. Send a request, or use “Try it”.<//>`}
     <ul class="decisions">${shown.map((one) => {
       const is = open === one.decision_id;

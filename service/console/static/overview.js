@@ -11,7 +11,7 @@ function Tiles({ state, report, points }) {
   const budget = state.budgets[0], last = points[points.length - 1];
   const right = report?.router.accuracy;
   return html`<dl class="tiles">
-    <${Tile} label="Decisions here" value=${count(state.decisions)} hint=${last ? `${count(last.decisions)} in the last 10 s` : "since the start"}/>
+    <${Tile} label="Decisions" value=${count(state.decisions)} hint=${points.length > 1 ? `${count(last.decisions)} in the last 10 s` : "since the run began"}/>
     <${Tile} label="Callers got the right one" value=${right ? percent(right.value) : "–"} hint=${right ? `${percent(right.low)} to ${percent(right.high)}, ${count(right.audits)} audits` : "needs audits"}/>
     <${Tile} label="Price per decision" value=${number(state.price)} hint=${budget ? `budget ${number(budget.budget)}, a call is worth it above ${budget.multiplier.toPrecision(2)}` : "in units of the cheapest"}/>
     <${Tile} label="Audits waiting" value=${state.audits ? count(state.audits_waiting) : "off"} hint=${state.audits ? "for a referee" : "none in the pool file"}/>
@@ -32,7 +32,12 @@ function Cell({ asked, estimate, best, index }) {
   </td>`;
 }
 
-function Matrix({ report }) {
+const ENOUGH_AUDITS = 10; // Fewer name nobody the best.
+
+// What became of a scorer's place in the pool, as a badge.
+const Place = ({ arm }) => (arm?.retired ? html` <span class="badge">retired</span>` : arm?.on_probation ? html` <span class="badge" title="asked of a bounded share until more is known of it">on probation</span>` : null);
+
+function Matrix({ report, state }) {
   const kinds = report.kinds.length > 1 ? report.kinds : [];
   const best = (pick) => Math.max(...report.scorers.map((one) => pick(one)?.value ?? -1));
   const columns = [
@@ -43,9 +48,9 @@ function Matrix({ report }) {
     <table class="matrix">
       <thead><tr><th scope="col">Scorer</th>${columns.map(({ name, share }) => html`<th scope="col"><span class="kind">${name}</span>${share != null && html` <span class="muted small">${percent(share)} of the texts</span>`}</th>`)}</tr></thead>
       <tbody>
-        ${report.scorers.map((one, index) => html`<tr><th scope="row"><${Swatch} index=${index}/>${one.model}
+        ${report.scorers.map((one, index) => html`<tr><th scope="row"><${Swatch} index=${index}/>${one.model}<${Place} arm=${state.arms[index]}/>
           ${one.fall >= 1 && html` <span class="badge bad">fell</span>`}${one.liked?.gamed && html` <span class="badge bad">gamed</span>`}</th>
-          ${columns.map((column) => html`<${Cell} key=${column.of} index=${index} asked=${column.asked(one)} estimate=${column.right(one)} best=${column.right(one) && column.right(one).value === column.top && report.scorers.length > 1}/>`)}</tr>`)}
+          ${columns.map((column) => html`<${Cell} key=${column.of} index=${index} asked=${column.asked(one)} estimate=${column.right(one)} best=${column.right(one)?.audits >= ENOUGH_AUDITS && column.right(one).value === column.top && report.scorers.length > 1}/>`)}</tr>`)}
         <tr class="router"><th scope="row">what callers got</th>${columns.map((column) => html`<${Cell} key=${column.of} asked=${null} estimate=${column.right(report.router)}/>`)}</tr>
       </tbody>
     </table><//>
@@ -91,7 +96,7 @@ function Live({ state, points, theme }) {
   const price = [{ label: "price", tone: "accent", values: rolling(points, (point) => point.price) }];
   if (state.budgets[0]) price.push({ label: "budget", tone: "muted", dash: true, values: points.map(() => state.budgets[0].budget) });
   const share = state.arms.map((arm, index) => ({ label: arm.model, tone: hue(index), values: rolling(points, (point) => point.asked[index] ?? 0) }));
-  return html`<h3>The last hour, on this gateway</h3><div class="charts">
+  return html`<h3>The last hour</h3><div class="charts">
     <${Chart} title="What each is expected to be worth" hint="posterior mean, ± one standard deviation, on recent texts" times=${times} series=${expected} format=${number} theme=${theme} empty="Nothing was asked yet."/>
     <${Chart} title="Who is asked" hint="share of the decisions, over 30 or more" times=${times} series=${share} range=${[0, 1]} theme=${theme}/>
     <${Chart} title="Price per decision" hint="in units of the cheapest scorer" times=${times} series=${price} format=${number} theme=${theme}/>
@@ -102,8 +107,8 @@ function Posterior({ state }) {
   const learns = state.signal === "preference" ? "Right in" : "Mean reward";
   return html`<${Scroll} label="What is known of each scorer"><table class="plain">
     <caption>What is known of each scorer</caption>
-    <thead><tr><th scope="col">Scorer</th><th scope="col" class="num">Price</th><th scope="col" class="num">Asked here</th><th scope="col" class="num">Feedbacks</th><th scope="col" class="num">${learns}</th><th scope="col" class="num">Expected now</th><th scope="col" class="num">Doubt</th><th scope="col" class="num">Found changed</th></tr></thead>
-    <tbody>${state.arms.map((arm, index) => html`<tr><th scope="row"><${Swatch} index=${index}/>${arm.model}</th><td class="num">${number(arm.price)}</td>
+    <thead><tr><th scope="col">Scorer</th><th scope="col" class="num">Price</th><th scope="col" class="num">Asked</th><th scope="col" class="num">Feedbacks</th><th scope="col" class="num">${learns}</th><th scope="col" class="num">Expected now</th><th scope="col" class="num">Doubt</th><th scope="col" class="num">Found changed</th></tr></thead>
+    <tbody>${state.arms.map((arm, index) => html`<tr><th scope="row"><${Swatch} index=${index}/>${arm.model}<${Place} arm=${arm}/></th><td class="num">${number(arm.price)}</td>
       <td class="num">${count(arm.asked)} <span class="muted">${state.decisions ? percent(arm.asked / state.decisions) : ""}</span></td><td class="num">${count(arm.feedbacks)}</td>
       <td class="num">${state.signal === "preference" ? percent(arm.mean_reward) : number(arm.mean_reward)}</td><td class="num">${number(arm.mean, 3)}</td><td class="num">± ${number(arm.sd, 3)}</td><td class="num">${arm.alarms ? html`<span class="badge bad">${arm.alarms}×</span>` : "–"}</td></tr>`)}</tbody>
   </table><//>`;
@@ -122,7 +127,7 @@ export function Overview({ state, report, points, theme }) {
   const audited = report && report.audits > 0;
   return html`<${Tiles} state=${state} report=${report} points=${points}/>
     <section class="card"><h2>Who is asked for what, and who is right</h2>
-      ${audited ? html`<${Matrix} report=${report}/><${Course} report=${report} theme=${theme}/><${Referees} report=${report}/>`
+      ${audited ? html`<${Matrix} report=${report} state=${state}/><${Course} report=${report} theme=${theme}/><${Referees} report=${report}/>`
         : state.audits ? html`<${Note}>No audit is done yet. Decisions are chosen as they come; ${count(state.audits_waiting)} wait for a referee.<//>`
         : html`<${Note}>Audits are off, so nobody says who is right but the feedback, and kinds of text are not told apart. Put <code>audit</code> into the pool file: <code>docs/audits.md</code>.<//>`}
     </section>

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.attempts import ASKED, Attempt, Outcome, answers, excluded, first_choice
+from router_core.attempts import ASKED, Attempt, Outcome, answers, excluded, first_choice, reads_all
 from router_core.combine import Answers, margins_of
 from router_core.ope import LoggedData, SequenceLog, available_propensities, numbered, one_reward_per_row, with_shadows
 from router_core.policies import propensity_without
@@ -259,8 +259,12 @@ def _tell_shadows(
     decision = event.decision
     if decision.shadows is None:
         return
+    # Who read a part of the responses is followed by others, as who failed.
+    partly = {answer.arm for answer in decision.heard if not reads_all(answer) and answer.arm != decision.arm}
+    rewards[[*partly]] = np.nan
     for arm, reward in event.learned:
-        rewards[arm] = reward
+        if arm not in partly:
+            rewards[arm] = reward
     failed = available & np.isnan(rewards)
     failed[_untold(decision.attempts, decision.shadows)] = False
     rewards[failed] = event.first_reward if first is None else first

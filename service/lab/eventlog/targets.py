@@ -31,7 +31,7 @@ from router_core.records import Signal
 from service.errors import ConfigurationError
 from service.lab.eventlog.load import EventLog, fold_events, sequence_log
 from service.lab.eventlog.record import Header
-from service.priors import build_prior
+from service.priors import build_prior, check_known
 from service.settings import Settings
 from service.usecases.decisions import StoredDecision
 
@@ -171,22 +171,30 @@ def _at_once(decision: StoredDecision) -> bool:
 
 
 def load_checkpoint(directory: Path | None, header: Header) -> Checkpoint | None:
-    """The run's checkpoint, restricted to its pool.
+    """The run's checkpoint with the arms of its pool; one that it does not know is an average one, as in a gateway.
 
     Raises:
         ConfigurationError: it is not the one that made the log's contexts.
     """
     if directory is None:
         return None
-    checkpoint = Checkpoint.load(directory).select_pool(header.pool)
+    loaded = Checkpoint.load(directory)
+    unknown = check_known(loaded, header.pool)
+    # Names and numbers as `Assembly` has them, so that the digest is the gateway's.
+    names = [f"{k}:{name}" if name in unknown else name for k, name in enumerate(header.pool)]
+    average = {name: loaded.column(None) for name in names if name not in header.pool}
+    known = [name for name in header.pool if name not in unknown]
+    checkpoint = loaded.select_pool(known).extended(average).select_pool(names)
     if str(header.fingerprint["origin"]).startswith("untrained:"):
         raise ConfigurationError(
             f"run {header.run!r} was served without a checkpoint, so that {directory} cannot read its contexts: leave "
             "--checkpoint out; `offline`, `softmax`, `stacked` and cascades have nothing to start from there"
         )
     if checkpoint.digest != header.fingerprint["origin"]:
+        strangers = f" (it knows nothing of {', '.join(unknown)})" if unknown else ""
         raise ConfigurationError(
-            f"checkpoint {directory} is not the one that run {header.run!r} was served with: the log's contexts come "
+            f"checkpoint {directory} is not the one that run {header.run!r} was served with"
+            f"{strangers}: the log's contexts come "
             "from another encoder, and it holds no texts to encode again. Give that checkpoint, or replay recorded "
             "pairs"
         )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from router_core.attempts import TOO_LONG
 from router_core.records import Instance
 from service.errors import ConfigurationError, NoWorkerError
 from service.lab.labelling.journal import Answer
@@ -136,7 +137,13 @@ class ModelAsker:
         """One call, once the RM is there; returns what must be asked again."""
         await self._until_available()
         loop = asyncio.get_running_loop()
-        asked = await self._without_hopeless(batch)
+        asked: list[_Work] = []
+        silent: list[_Work] = []
+        for item in await self._without_hopeless(batch):
+            (asked if self.arm.applies(item.instance) else silent).append(item)
+        if silent:
+            reason = f"{ABSTAINED}: it does not apply (`applies` of the pool file, or what its rubric requires)"
+            self.record([Answer(item.content, self.arm.name, reason=reason) for item in silent])
         if not asked:
             return []
         instances = [item.instance for item in asked]
@@ -209,6 +216,9 @@ class ModelAsker:
     def _answer(self, item: _Work, scored: Scored) -> Answer:
         """Return the scores; a reason where some response has none, since a row needs them all."""
         failures = sorted({code for code in scored.failures if code})
+        if failures == [TOO_LONG]:
+            reason = f"{REFUSED}: some response is longer than it reads"
+            return Answer(item.content, self.arm.name, reason=reason)
         if failures:
             reason = f"{FAILED}: no score of some response ({', '.join(failures)})"
             return Answer(item.content, self.arm.name, reason=reason)

@@ -45,6 +45,7 @@ class GatewayScorer:
     unexpected_errors = 0
     available = True
     reachable = True
+    counts_to: int | None = None
 
     def __init__(self, name: str, url: str, api_key: str | None, connections: int, run: str) -> None:
         self.name = name
@@ -60,6 +61,10 @@ class GatewayScorer:
     def applies(self, instance: Instance) -> bool:
         """Return True: the gateway says where a scorer does not apply."""
         return True
+
+    async def readable(self, instances: Sequence[Instance]) -> list[int]:
+        """Return the number of responses of each instance: the gateway says what is too long."""
+        return [len(instance.responses) for instance in instances]
 
     async def score(
         self, instances: Sequence[Instance], *, deadline: float, ticket: Ticket | None = None
@@ -114,8 +119,7 @@ def _outcome(result: dict[str, Any]) -> Scored | WorkerError:
     error = result.get("error")
     if error is None:
         rewards = [float("nan") if reward is None else float(reward) for reward in result["rewards"]]
-        lost = ["" if reward == reward else "failed" for reward in rewards]
-        return Scored(rewards, failures=lost if any(lost) else ())
+        return Scored(rewards, failures=[code or "" for code in result.get("failure") or ()])
     code, message = error["code"], error["message"]
     if code == AbstainedError.code:
         return AbstainedError(message)

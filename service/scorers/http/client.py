@@ -16,6 +16,7 @@ from typing import Final
 
 import msgspec
 
+from router_core.attempts import TOO_LONG
 from router_core.records import Instance
 from router_core.turns import words_of
 from service.scorers.admission import Ticket
@@ -41,6 +42,7 @@ from service.scorers.protocol import (
     WorkerInputError,
     WorkerRejectedError,
     WorkerTimeoutError,
+    WorkerTooLongError,
     WorkerUnavailableError,
 )
 from service.scorers.requests import Monitor
@@ -48,6 +50,7 @@ from service.scorers.served import ServedConfig, ServedScorer
 from service.scorers.status import ScorerStatus
 from service.scorers.transport.exchange import ATTEMPT_SHARE, AnswerError
 from service.scorers.transport.replica import Replica
+from service.scorers.wire import says_too_long
 
 REPLY_SHARE: Final = 0.8
 """Share of an attempt's time that the server is given; the rest is for the way back."""
@@ -95,7 +98,9 @@ class ScoreDialogue:
         return True
 
     def refusal(self, message: str, details: dict[str, object], status: int, body: bytes) -> WorkerRejectedError:
-        """Return the error of a refusal."""
+        """Return the error of a refusal, which may blame the length of the input."""
+        if says_too_long(status, body):
+            return WorkerTooLongError(message, details=details)
         return WorkerRejectedError(message, details=details)
 
 
@@ -205,6 +210,8 @@ class HttpScorer(ServedScorer):
             code = stable_code(result.error.code)
             if code == TIMEOUT:
                 return WorkerTimeoutError(message, details=details)
+            if code == TOO_LONG:
+                return WorkerTooLongError(message, details=details)
             return WorkerInputError(message, details=details | {"failure": code})
         problem = value_problem(result)
         if problem is not None:

@@ -14,11 +14,12 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import numpy as np
 
+from router_core.attempts import TOO_LONG
 from router_core.records import Instance
 from router_core.tournament import choose_pairs, connects
 from service.scorers.admission import Ticket
@@ -33,6 +34,7 @@ from service.scorers.protocol import (
     UnreadableVerdictError,
     WorkerError,
     WorkerRejectedError,
+    WorkerTooLongError,
     WorkerUnavailableError,
 )
 from service.scorers.requests import Monitor
@@ -192,36 +194,64 @@ class JudgeScorer(ServedScorer):
         )
         failed = [grade for grade in grades if isinstance(grade, WorkerError)]
         if len(failed) == len(grades):
-            return failed[0]
+            # Another scorer may read what is too long; what is unreadable here is this judge's own.
+            return next((error for error in failed if not isinstance(error, WorkerTooLongError)), failed[0])
         rewards = [math.nan if isinstance(grade, WorkerError) else grade for grade in grades]
         codes = [grade.code if isinstance(grade, WorkerError) else "" for grade in grades]
         return Scored(rewards, failures=codes if failed else ())
 
     async def _compare(self, instance: Instance, deadline: float, slots: asyncio.Semaphore) -> Scored | WorkerError:
-        """Return strengths from comparisons; those that fail are left out while the others connect all responses."""
-        n = len(instance.responses)
-        pairs = choose_pairs(n, self.config.comparisons, _rng(instance))
-        asked = await asyncio.gather(
-            *(self._ask(instance, shown, deadline, slots) for i, j in pairs for shown in ((i, j), (j, i)))
-        )
-        comparisons: list[Comparison] = []
-        failed: list[WorkerError] = []
-        for pair, i_first, j_first in zip(pairs, asked[::2], asked[1::2], strict=True):
-            if isinstance(i_first, WorkerError):
-                failed.append(i_first)
-            elif isinstance(j_first, WorkerError):
-                failed.append(j_first)
-            else:
-                comparisons.append(Comparison(pair, i_first, j_first))
-        for comparison in comparisons:
-            self.tally.count(comparison)
+        """Return strengths from comparisons; those that fail are left out while the others connect all responses.
+
+        Where two responses are too long together, the longer one has no reward, and the others are compared.
+        """
+        left = [*range(len(instance.responses))]
+        made: dict[tuple[int, int], Comparison | WorkerError] = {}
+        while True:
+            n = len(left)
+            pairs = [(left[i], left[j]) for i, j in choose_pairs(n, self.config.comparisons, _rng(instance))]
+            among = [(i, j) for i, j in made if i in left and j in left]
+            if not connects(n, [(left.index(i), left.index(j)) for i, j in among]):
+                made |= await self._compared(instance, [pair for pair in pairs if pair not in made], deadline, slots)
+                among = [(i, j) for i, j in made if i in left and j in left]
+            refused = [(pair, it) for pair in among if isinstance(it := made[pair], WorkerTooLongError)]
+            if not refused:
+                break
+            longest = {max(pair, key=lambda place: len(instance.responses[place])) for pair, _ in refused}
+            left = [place for place in left if place not in longest]
+            if len(left) < 2:
+                return refused[0][1]
+        comparisons = [
+            replace(it, pair=(left.index(it.pair[0]), left.index(it.pair[1])))
+            for pair in among
+            if isinstance(it := made[pair], Comparison)
+        ]
+        failed = [it for pair in among if isinstance(it := made[pair], WorkerError)]
         if failed and not connects(n, [one.pair for one in comparisons]):
             return failed[0]
         if n > THREADED_RESPONSES:
             rewards = await asyncio.to_thread(rewards_of, n, comparisons)
         else:
             rewards = rewards_of(n, comparisons)
-        return Scored(rewards, components=components_of(n, comparisons))
+        return _placed(Scored(rewards, components=components_of(n, comparisons)), left, len(instance.responses))
+
+    async def _compared(
+        self, instance: Instance, pairs: Sequence[tuple[int, int]], deadline: float, slots: asyncio.Semaphore
+    ) -> dict[tuple[int, int], Comparison | WorkerError]:
+        """Compare each pair in both orders, and count what is seen of the judge."""
+        asked = await asyncio.gather(
+            *(self._ask(instance, shown, deadline, slots) for i, j in pairs for shown in ((i, j), (j, i)))
+        )
+        made: dict[tuple[int, int], Comparison | WorkerError] = {}
+        for pair, i_first, j_first in zip(pairs, asked[::2], asked[1::2], strict=True):
+            if isinstance(i_first, WorkerError):
+                made[pair] = i_first
+            elif isinstance(j_first, WorkerError):
+                made[pair] = j_first
+            else:
+                made[pair] = comparison = Comparison(pair, i_first, j_first)
+                self.tally.count(comparison)
+        return made
 
     async def _ask(
         self, instance: Instance, shown: Sequence[int], deadline: float, slots: asyncio.Semaphore
@@ -273,6 +303,22 @@ def _rng(instance: Instance) -> np.random.Generator:
     """The generator of an instance: the same texts are compared by the same pairs."""
     texts = json.dumps([instance.prompt, *instance.responses]).encode()
     return np.random.default_rng(int.from_bytes(hashlib.blake2b(texts, digest_size=8).digest(), "big"))
+
+
+def _placed(scored: Scored, places: Sequence[int], count: int) -> Scored:
+    """Return what some of `count` responses have, at their places; the others are too long, and have nothing."""
+    if len(places) == count:
+        return scored
+
+    def spread(values: Sequence[float]) -> list[float]:
+        placed = dict(zip(places, values, strict=True))
+        return [placed.get(place, math.nan) for place in range(count)]
+
+    return Scored(
+        spread(scored.rewards),
+        components={name: spread(values) for name, values in scored.components.items()},
+        failures=["" if place in places else TOO_LONG for place in range(count)],
+    )
 
 
 def _spread(scored: Scored, distinct: Sequence[str], responses: Sequence[str]) -> Scored:

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Final
+from typing import Final, TypeGuard
 
+from router_core.attempts import TOO_LONG
 from router_core.records import MAX_ABS_SCORE, Instance
 from service.errors import ConfigurationError
 from service.scorers.admission import Ticket
@@ -189,7 +190,7 @@ class VllmArm(ServedScorer):
             return [self._out()] * len(groups)
         distinct = [list(dict.fromkeys(group)) for group in groups]
         prepared = await self._prepare(distinct)
-        ready = [one for one in prepared if isinstance(one, Prepared)]
+        ready = [one for one in prepared if self._is_sent(one)]
         permits = slots or self.slots()
         answers = iter(
             await self._requester.ask_all(
@@ -199,10 +200,31 @@ class VllmArm(ServedScorer):
                 ask=lambda chunk: self._ask_chunk(chunk, deadline, permits),
             )
         )
-        outcomes = [next(answers) if isinstance(one, Prepared) else self._unsent(one) for one in prepared]
+        outcomes = [next(answers) if self._is_sent(one) else self._unsent(one) for one in prepared]
         return [
             outcome if isinstance(outcome, WorkerError) else _spread(outcome, once, group)
             for outcome, once, group in zip(outcomes, distinct, groups, strict=True)
+        ]
+
+    @property
+    def counts_to(self) -> int | None:
+        """See `Scorer.counts_to`."""
+        if self.config.over_long is OverLong.REFUSE or not self._rendering.counts_tokens:
+            return None
+        return self.max_model_len
+
+    async def readable(self, instances: Sequence[Instance]) -> list[int]:
+        """Count tokens; see `Scorer.readable`."""
+        if self.counts_to is None:
+            return await super().readable(instances)
+        prepared = await self._prepare([instance.items() for instance in instances])
+        return [
+            len(one.contents)
+            if isinstance(one, Prepared)
+            else 0
+            if isinstance(one, TooLongError)
+            else len(instance.responses)
+            for one, instance in zip(prepared, instances, strict=True)
         ]
 
     def status(self) -> ScorerStatus:
@@ -257,17 +279,15 @@ class VllmArm(ServedScorer):
 
     async def _ask_chunk(self, chunk: Sequence[Prepared], deadline: float, slots: asyncio.Semaphore) -> list[Scored]:
         items = [content for one in chunk for content in one.contents]
-        alone = len(chunk) == 1
-        parts = self._parts_of(items) if alone else [items]
-        if len(parts) > 1:
-            told = await self._ask_in_parts(parts, deadline, slots)
+        if len(chunk) == 1:
+            told = await self._ask_in_parts(self._parts_of(items), deadline, slots)
         else:
             async with slots:
-                told = await self._ask(items, deadline, alone=alone)
+                told = await self._ask(items, deadline, alone=False)
         ends = accumulate(len(one.contents) for one in chunk)
         spans = [(one, slice(end - len(one.contents), end)) for one, end in zip(chunk, ends, strict=True)]
         return [
-            Scored(told.rewards[span], one.prompt_tokens_cut, {name: part[span] for name, part in told.heads.items()})
+            _whole(Rewards(told.rewards[span], {name: part[span] for name, part in told.heads.items()}), one)
             for one, span in spans
         ]
 
@@ -288,22 +308,36 @@ class VllmArm(ServedScorer):
     async def _ask_in_parts(
         self, parts: Sequence[Sequence[Content]], deadline: float, slots: asyncio.Semaphore
     ) -> Rewards:
-        """More items than one request may hold; the first request that fails ends them all."""
+        """Ask about one instance, in as many requests as it takes. The first that fails ends them all, but what is too
+        long is searched for item by item: it has no reward (NaN), unless all are.
+        """
+        refused: list[WorkerTooLongError] = []
 
         async def ask(part: Sequence[Content]) -> Rewards:
-            async with slots:
-                return await self._ask(part, deadline, alone=True)
+            try:
+                async with slots:
+                    return await self._ask(part, deadline, alone=True)
+            except WorkerTooLongError as error:
+                if error.final:
+                    raise
+                if len(part) == 1:
+                    refused.append(error)
+                    return Rewards([math.nan], {})
+            return _joined(await asyncio.gather(*(ask([item]) for item in part)))
 
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                asked = [tasks.create_task(ask(part)) for part in parts]
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        told = [task.result() for task in asked]
-        return Rewards(
-            [reward for one in told for reward in one.rewards],
-            {name: [value for one in told for value in one.heads[name]] for name in told[0].heads},
-        )
+        if len(parts) == 1:
+            # Not in a task, which would begin later: others would find the RM free meanwhile.
+            told = await ask(parts[0])
+        else:
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    asked = [tasks.create_task(ask(part)) for part in parts]
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+            told = _joined([task.result() for task in asked])
+        if len(refused) == len(told.rewards):
+            raise refused[0]
+        return told
 
     async def _ask(self, items: Sequence[Content], deadline: float, *, alone: bool) -> Rewards:
         try:
@@ -313,8 +347,17 @@ class VllmArm(ServedScorer):
         except RenderError as error:
             raise self._unsent(error) from error
 
-    def _unsent(self, error: RenderError) -> WorkerRejectedError:
+    def _is_sent(self, one: Prepared | RenderError) -> TypeGuard[Prepared]:
+        """Return True if workers are asked about an instance: not if a part of it is too long, and that is refused."""
+        return isinstance(one, Prepared) and not (one.too_long and self.config.over_long is OverLong.REFUSE)
+
+    def _unsent(self, one: Prepared | RenderError) -> WorkerRejectedError:
         """The error of an instance that was not sent."""
+        limit = self.max_model_len
+        error = one
+        if isinstance(one, Prepared):
+            longest = max(one.too_long.values())
+            error = TooLongError(f"{longest} tokens are more than the {limit} that it reads", longest, limit or longest)
         if isinstance(error, TooLongError):
             return WorkerTooLongError(
                 f"RM {self.name!r}: {error}",
@@ -331,6 +374,36 @@ class VllmArm(ServedScorer):
         )
 
 
+def _joined(parts: Sequence[Rewards]) -> Rewards:
+    """Return the rewards of an instance's requests; heads are NaN where there is no reward."""
+    names = dict.fromkeys(name for part in parts for name in part.heads)
+    absent = {id(part): [math.nan] * len(part.rewards) for part in parts}
+    return Rewards(
+        [reward for part in parts for reward in part.rewards],
+        {name: [value for part in parts for value in part.heads.get(name, absent[id(part)])] for name in names},
+    )
+
+
+def _whole(told: Rewards, one: Prepared) -> Scored:
+    """Return what an RM made of an instance, with NaN and a code for each response that is too long."""
+    if not one.too_long and not any(map(math.isnan, told.rewards)):
+        return Scored(told.rewards, one.prompt_tokens_cut, told.heads)
+    count = len(one.contents) + len(one.too_long)
+    sent = [place for place in range(count) if place not in one.too_long]
+
+    def spread(values: Sequence[float]) -> list[float]:
+        placed = dict(zip(sent, values, strict=True))
+        return [placed.get(place, math.nan) for place in range(count)]
+
+    rewards = spread(told.rewards)
+    return Scored(
+        rewards,
+        one.prompt_tokens_cut,
+        {name: spread(part) for name, part in told.heads.items()},
+        [TOO_LONG if math.isnan(reward) else "" for reward in rewards],
+    )
+
+
 def _spread(scored: Scored, distinct: Sequence[Item], items: Sequence[Item]) -> Scored:
     """Return the rewards of the distinct items, given to each item."""
     if len(distinct) == len(items):
@@ -338,4 +411,5 @@ def _spread(scored: Scored, distinct: Sequence[Item], items: Sequence[Item]) -> 
     place = {item: index for index, item in enumerate(distinct)}
     order = [place[item] for item in items]
     components = {name: [part[index] for index in order] for name, part in scored.components.items()}
-    return Scored([scored.rewards[index] for index in order], scored.prompt_tokens_cut, components)
+    failures = [scored.failures[index] for index in order] if scored.failures else ()
+    return Scored([scored.rewards[index] for index in order], scored.prompt_tokens_cut, components, failures)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -86,14 +86,16 @@ class Prepared:
     """One instance, ready to be sent.
 
     Attributes:
-        contents: one per response.
+        contents: one per response that can be read whole.
         size: of all of them: tokens where they are known, else characters.
         prompt_tokens_cut: what the prompt lost on its left in each of them.
+        too_long: tokens of the responses that cannot be read whole, by their places in the group.
     """
 
     contents: tuple[Content, ...]
     size: int
     prompt_tokens_cut: int = 0
+    too_long: Mapping[int, int] = field(default_factory=dict)
 
 
 class Rendering(Protocol):
@@ -122,7 +124,8 @@ class Rendering(Protocol):
         Args:
             groups: (prompt, response) texts by instance.
             limit: tokens that the RM reads at most; None for unknown. Only where tokens are counted.
-            cut_prompt: cut what is longer at the left of its prompt; else it is a `TooLongError`.
+            cut_prompt: cut what is longer at the left of its prompt. An instance of which no response fits is a
+                `TooLongError`.
         """
 
     def body(self, model: str, contents: Sequence[Content], *, use_activation: bool | None = False) -> bytes:

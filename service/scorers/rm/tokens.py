@@ -131,34 +131,41 @@ class TokenRendering:
         limit: int | None,
         cut_prompt: bool,
     ) -> Prepared:
-        """The group's ids within the limit.
+        """The ids of the responses that the limit lets in.
 
         Raises:
-            TooLongError: they cannot be brought there.
+            TooLongError: there is none.
         """
-        longest = max(map(len, ids))
+        lengths = [len(one) for one in ids]
+        longest = max(lengths)
         if longest == 0:
             raise RenderError("the text has no tokens")
         if limit is None or longest <= limit:
-            return Prepared(tuple(ids), sum(map(len, ids)))
-        if not cut_prompt:
-            raise TooLongError(f"{longest} tokens are more than the {limit} that it reads", longest, limit)
-        excess = longest - limit
-        cut = [
-            self._without(prompt, response, text, excess) for (prompt, response), text in zip(group, texts, strict=True)
-        ]
-        if any(one is None for one in cut):
-            raise TooLongError(
-                f"{longest} tokens are more than the {limit} that it reads, and cutting the prompt does not make room: "
-                "a response is never cut",
-                longest,
-                limit,
-            )
-        fitted = [one for one in cut if one is not None]
+            return Prepared(tuple(ids), sum(lengths))
+
+        def shortened(place: int, excess: int) -> list[int] | None:
+            return self._without(*group[place], texts[place], excess) if excess > 0 else ids[place]
+
+        kept = {place: one for place, one in enumerate(ids) if lengths[place] <= limit}
+        if cut_prompt:
+            able = [place for place, size in enumerate(lengths) if shortened(place, size - limit) is not None]
+            kept = {}
+            while able and not kept:
+                # All responses lose the same of their prompt.
+                excess = max(lengths[place] for place in able) - limit
+                cut = {place: shortened(place, excess) for place in able}
+                kept = {place: one for place, one in cut.items() if one is not None}
+                if len(kept) < len(able):
+                    kept = {}
+                    able.remove(max(able, key=lambda place: lengths[place]))
+        if not kept:
+            tail = ", and cutting the prompt does not make room: a response is never cut" if cut_prompt else ""
+            raise TooLongError(f"{longest} tokens are more than the {limit} that it reads{tail}", longest, limit)
         return Prepared(
-            tuple(fitted),
-            sum(map(len, fitted)),
-            max(len(before) - len(after) for before, after in zip(ids, fitted, strict=True)),
+            tuple(kept.values()),
+            sum(map(len, kept.values())),
+            max(lengths[place] - len(one) for place, one in kept.items()),
+            {place: size for place, size in enumerate(lengths) if place not in kept},
         )
 
     def _without(self, prompt: Said, response: Said, text: str, excess: int) -> list[int] | None:

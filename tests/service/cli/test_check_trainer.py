@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 from service.cli import app
 from service.lab.trainer_conformance import recordings
 from service.trainers.protocols import PROTOCOLS
+from service.trainers.shim import UrlProtocol
 from tests.conftest import ValkeyProcess, free_port
+from tests.docs.tables import ROOT
 from tests.support.live import LiveGateway, live_gateway
 
 
@@ -35,6 +37,19 @@ def test_a_gateway_without_its_models_fails_all_but_the_empty_batch(valkey_serve
     assert result.exit_code == 1
     assert f"1 of {len(recordings())} requests would work" in result.output
     assert "status 503" in result.output
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda one: one.trainer)
+def test_every_protocol_is_replayed_in_all_its_shapes(protocol: UrlProtocol) -> None:
+    of_it = [one for one in recordings() if one.path == protocol.path]
+    assert {one.trainer for one in of_it} == {protocol.trainer}
+    assert {"its example", "templated text, several turns"} < {one.what for one in of_it}
+
+
+def test_every_trainer_with_a_page_is_named() -> None:
+    named = ", ".join(one.trainer for one in recordings())
+    pages = {path.stem for path in (ROOT / "docs/trainers").glob("*.md")} - {"index"}
+    assert {page for page in pages if page.replace("-", " ") not in named.lower().replace("-", " ")} == set()
 
 
 def test_nobody_at_the_address_is_said() -> None:

@@ -29,6 +29,8 @@ def test_a_new_key_works_and_is_nowhere_but_on_standard_output(tmp_path: Path) -
     assert access.meter is not None
     assert key not in path.read_text("utf-8")
     assert key not in run(path, "list")
+    made = CliRunner().invoke(app, ["keys", "new", "other", "--file", str(tmp_path / "other.json")])
+    assert "need a key with --scope read" in made.stderr
     (listed,) = json.loads(run(path, "list", "--json"))
     assert (listed["name"], listed["limits"]) == ("dpo", {"instances_per_minute": 60})
 

@@ -127,7 +127,7 @@ def test_a_real_transformer_scores_what_fits_and_refuses_the_rest(tmp_path: Path
     pool = pool_file(tmp_path, {"tiny": place(cpu_app([directory], threads=1), told=True)})
     out = tmp_path / "out.jsonl"
     done = summary(label(bare(tmp_path, pairs), pool, out, "--json", "-"))
-    assert (done["models"]["tiny"]["scored"], done["models"]["tiny"]["missing"]) == (5, {"refused (400)": 1})
+    assert (done["models"]["tiny"]["scored"], done["models"]["tiny"]["missing"]) == (5, {"refused": 1})
     for found, expected in zip(load_pairs(out)[1:], label_pairs(pairs[1:], [directory]), strict=True):
         assert found.scores["tiny"] == pytest.approx(expected.scores["tiny"], abs=1e-4)
 
@@ -164,6 +164,24 @@ def test_judges_and_rules_are_asked_like_reward_models(tmp_path: Path, place: Pl
     assert all(reason.startswith("refused (abstained)") for reason in fruit["rm_missing"].values())
     assert set(fruit["rm_missing"]) == {"sums", "key"}
     assert done["models"]["judge"]["scored"] == 2
+
+
+def test_a_scorer_is_asked_only_where_it_applies(tmp_path: Path, place: Place) -> None:
+    worker = ScriptedWorker()
+    data, out, pool = tmp_path / "bare.jsonl", tmp_path / "labelled.jsonl", tmp_path / "pool.yaml"
+    row = {"response_a": "a", "response_b": "bb", "label": "a", "rm": {}}
+    facts = [{"metadata": {"task": task}} for task in ("math", "chat")]
+    data.write_text(
+        "".join(json.dumps({"id": f"{i}", "prompt": f"question {i}", **row, **facts[i]}) + "\n" for i in (0, 1))
+    )
+    entry = {"name": "rm", "urls": [place(worker)], "applies": {"metadata.task": "math"}}
+    pool.write_text(yaml.safe_dump({"models": [entry]}))
+    done = summary(label(data, pool, out, "--json", "-"))
+    assert (done["models"]["rm"]["scored"], done["models"]["rm"]["missing"]) == (1, {"refused (abstained)": 1})
+    maths, chat = (json.loads(line) for line in out.read_text().splitlines())
+    assert "score_a" in maths["rm"]["rm"]
+    assert chat["rm"]["rm"] == {"abstained": True}
+    assert sorted(prompts_asked(worker)) == ["question 0\na", "question 0\nbb"]
 
 
 def test_a_model_that_is_added_later_is_the_only_one_that_is_asked(tmp_path: Path, place: Place) -> None:

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from service.cli.encoder_launch import EncoderPlan, encoder_start
-from service.cli.launch import WorkerStart, plan_workers, snapshot, start_workers
+from service.cli.launch import LARGEST_CPU_BYTES, WorkerStart, plan_workers, snapshot, start_workers
 from service.cli.processes import ProcessGroup
 from service.cli.supervise import Supervisor
 from service.cli.up import port_sequence
@@ -361,3 +361,21 @@ def test_a_rule_is_started_as_a_worker_with_its_bounds() -> None:
     assert " ".join(start.command).partition(words)[1] == words
     bounds = ("--processes", "2", "--rule-seconds", "0.5", "--memory-mb", "256", "--options", '{"max": 5}')
     assert start.command[-len(bounds) :] == bounds
+
+
+def test_a_large_model_without_vllm_is_refused_and_a_middling_one_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.cli.launch.find_vllm", lambda _: None)
+    for size, told in ((1 << 20, None), (1 << 30, "1.1 GB of weights"), (16 << 30, "17.2 GB of weights")):
+        with (tmp_path / "model.safetensors").open("wb") as file:
+            file.truncate(size)
+        pool = PoolFile(models=(ModelEntry(name="rm", path=tmp_path),))
+        if size > LARGEST_CPU_BYTES:
+            with pytest.raises(ConfigurationError, match=f"'rm' has {told} and vLLM is not installed here"):
+                plan_workers(pool, port_sequence(0))
+            pool = pool.model_copy(update={"worker": "cpu"})
+            told = None
+        (start,) = plan_workers(pool, port_sequence(0))
+        assert (start.note is None) == (told is None)
+        assert told is None or told in str(start.note)

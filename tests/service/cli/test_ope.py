@@ -23,11 +23,12 @@ from router_core.posterior import fold, start
 from router_core.prior import Hyperparameters
 from router_core.records import Instance
 from service.cli import app
+from service.cli.ope import _remarks
 from service.errors import ConfigurationError
 from service.lab.estimates import evaluate_log, judge, recommended
 from service.lab.eventlog.export import export_log
 from service.lab.eventlog.load import fold_events, load_log, logged_data
-from service.lab.eventlog.targets import Targets
+from service.lab.eventlog.targets import Targets, load_checkpoint
 from service.scorers.protocol import AbstainedError
 from service.stores.redis import RedisStore
 from tests.support.arms import ScriptedArm
@@ -249,3 +250,21 @@ def test_weights_that_are_off_are_warned_of_and_snips_is_recommended() -> None:
     assert verdict.estimates["ips"].mean_weight == pytest.approx(2 * first.mean())
     assert "mean weight 0.67 where 1 is expected" in verdict.warnings[0]
     assert recommended(verdict.estimates["snips"])[0] == "snips"
+
+
+def test_a_remark_on_several_policies_is_made_once() -> None:
+    row = {"recommended": None, "why": None, "problem": None, "warnings": ["beware"]}
+    assert _remarks({"a": row, "b": row, "c": {**row, "warnings": []}}) == ["a, b: beware"]
+    assert _remarks({"a": row, "b": row}) == ["every policy: beware"]
+
+
+def test_a_checkpoint_that_misses_a_scorer_of_the_run_is_taken(valkey_server: ValkeyProcess, tmp_path: Path) -> None:
+    checkpoint().select_pool(POOL[:2]).save(tmp_path / "two")
+    out = tmp_path / "log.jsonl"
+    make_log(valkey_server.url, out, 40, policy="random", checkpoint=tmp_path / "two", encoder=small_encoder())
+    done = ope(out, "--policies", "offline,single:rm-c", "--checkpoint", tmp_path / "two", "--json", "-")
+    assert done.exit_code == 0, done.exception
+    assert json.loads(done.stdout)["policies"]["offline"]["snips"]["value"] == 1.0
+    checkpoint(seed=1).select_pool(POOL[:2]).save(tmp_path / "other")
+    with pytest.raises(ConfigurationError, match=r"\(it knows nothing of rm-c\)"):
+        load_checkpoint(tmp_path / "other", load_log(out).header)

@@ -48,6 +48,7 @@ def test_a_pool_file_is_compared_and_applied(valkey_server: ValkeyProcess, tmp_p
         done = command("apply", file, "--expect", "0", *where)
         assert done.exit_code == 0, done.output
         assert "applied as event" in done.output
+        assert "cannot be asked" not in done.output
         same = command("diff", file, *where)
         assert (same.exit_code, "nothing to change" in same.output) == (0, True)
         shown = command("show", *where).output
@@ -55,3 +56,8 @@ def test_a_pool_file_is_compared_and_applied(valkey_server: ValkeyProcess, tmp_p
             assert words in shown
         arms = json.loads(command("show", "--json", *where).stdout)["arms"]
         assert [arm["name"] for arm in arms] == ["rm-a", "rm-b", "rm-c", "rm-d"]
+        text = file.read_text()
+        file.write_text(text.replace("rm-d", "rm-e"))
+        wrong = command("apply", file, *where)
+        assert wrong.exit_code == 0, wrong.output
+        assert f"rm-e: {url}: serves rm-d, not 'rm-e'" in wrong.output

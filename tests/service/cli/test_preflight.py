@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from router_core.checkpoint import WEIGHTS_FILE
 from service.cli import app
 from service.cli.preflight import check_start
 from service.errors import ConfigurationError
@@ -24,7 +25,7 @@ def test_a_checkpoint_of_other_scorers_is_said_before_anything_starts(tmp_path: 
     (tmp_path / "pool.yaml").write_text("models: [{name: stranger, urls: ['http://127.0.0.1:1']}]")
     words = ["up", "--pool", str(tmp_path / "pool.yaml"), "--checkpoint", str(tmp_path / "checkpoint"), "--dry-run"]
     done = CliRunner().invoke(app, [*words, "--data-dir", str(tmp_path / "data")])
-    assert "does not fit the pool (stranger)" in str(done.exception)
+    assert (done.exit_code, "does not fit the pool (stranger)" in done.output) == (1, True)
     assert not (tmp_path / "data").exists()
 
 
@@ -63,7 +64,9 @@ def _up(folder: Path, *words: str) -> str:
     """Error of `up`, or what it printed."""
     given = ["up", "--pool", str(folder / "pool.yaml"), "--data-dir", str(folder / "data"), "--run", "mine", *words]
     done = CliRunner().invoke(app, given)
-    return str(done.exception) if done.exception is not None else f"fits\n{done.output}"
+    if "--dry-run" in words:
+        return f"{'fits' if 'FAILS  settings' not in done.output else 'fails'}\n{done.output}"
+    return str(done.exception)
 
 
 def test_another_pool_than_the_runs_is_said_before_anything_starts(kept: Path) -> None:
@@ -92,3 +95,12 @@ def test_a_dry_run_finds_settings_that_exclude_each_other(tmp_path: Path, monkey
     monkeypatch.setenv("REWARD_ROUTER_PRIOR", "calibrated")
     assert "a checkpoint holds, and none is given" in _up(tmp_path, "--dry-run")
     assert not (tmp_path / "data").exists()
+
+
+def test_a_missing_checkpoint_is_called_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="nowhere: there is no such directory"):
+        check_start(_pool(tmp_path, "a"), tmp_path / "nowhere", None)
+    checkpoint().save(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / WEIGHTS_FILE).unlink()
+    with pytest.raises(ConfigurationError, match=f"the file {WEIGHTS_FILE} is missing"):
+        check_start(_pool(tmp_path, "a"), tmp_path / "checkpoint", None)

@@ -103,6 +103,18 @@ async def test_an_archived_run_is_closed_and_comes_back(valkey_server: ValkeyPro
         assert (await gateway.learned(3, run))["version"] == 3
 
 
+async def test_a_gateway_of_an_archived_run_is_not_ready(valkey_server: ValkeyProcess) -> None:
+    async with open_gateway(valkey_server.url) as gateway:
+        done = await asyncio.to_thread(command, "archive", gateway.run, "--store", valkey_server.url)
+        assert done.exit_code == 0, done.output
+
+        async def told() -> bool:
+            answer = await gateway.client.get("/readyz")
+            return answer.status == 503 and "is archived" in answer.error["message"]
+
+        await until(told, "not ready")
+
+
 async def test_only_an_archived_run_is_deleted_and_that_is_kept(
     valkey_server: ValkeyProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,3 +166,12 @@ def test_the_accuracy_is_told_beside_the_best_single_and_majority(data: Path, tm
     # Each of the two RMs is right on half of the pairs, and they are never right together.
     assert "on the same 40 pairs the best single RM (a) has 0.500, majority vote 0.500" in said
     assert "![calibration of each RM](calibration.png)" in (tmp_path / "checkpoint" / "README.md").read_text()
+
+
+def test_too_few_pairs_are_refused_with_how_many_one_needs(data: Path, tmp_path: Path) -> None:
+    lines = data.read_text().splitlines()
+    (tmp_path / "five.jsonl").write_text("\n".join(lines[:5]))
+    assert "5 pairs are too few to learn from: give at least 16; four reward models" in refused(
+        tmp_path / "five.jsonl", "--out", tmp_path / "checkpoint"
+    )
+    assert not (tmp_path / "checkpoint").exists()

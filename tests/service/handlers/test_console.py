@@ -11,7 +11,7 @@ import pytest
 
 from service.console import STATIC, console_files
 from tests.support.events import watch
-from tests.support.gateway import open_gateway, pair
+from tests.support.gateway import fresh_run, open_gateway, pair
 from tests.support.live import LiveGateway, live_gateway
 from tests.support.processes import fetch
 from tests.support.rules import call
@@ -180,6 +180,8 @@ async def test_the_report_says_who_was_asked(valkey_server: ValkeyProcess) -> No
 def test_the_stream_follows_a_pool_that_changes(valkey_server: ValkeyProcess) -> None:
     with live_gateway(valkey_server.url, models=("rm-a", "rm-b")) as gateway:
         send(gateway, 2)
+        other = fresh_run()
+        send(gateway, 1, run=other)
         with watch(gateway.url + "/events") as stream:
             assert len(stream.next("state")["arms"]) == 2
             entries = [{"name": "rm-a"}, {"name": "rm-b"}, {"name": "rm-d", "urls": ["http://127.0.0.1:9"]}]
@@ -187,6 +189,58 @@ def test_the_stream_follows_a_pool_that_changes(valkey_server: ValkeyProcess) ->
             assert status == 200, document
             while len((state := stream.next("state"))["arms"]) == 2:
                 pass
+            with watch(f"{gateway.url}/events?run={other}") as beside:
+                assert [one["name"] for one in beside.next("state")["workers"]] == ["rm-a", "rm-b"]
+            call(f"{gateway.url}/admin/pool", {"pool": {"models": entries[1:]}})
+            while not (last := stream.next("state"))["arms"][0]["retired"]:
+                pass
     assert [arm["model"] for arm in state["arms"]] == ["rm-a", "rm-b", "rm-d"]
+    assert [(arm["retired"], arm["on_probation"]) for arm in last["arms"]] == [
+        (True, False),
+        (False, False),
+        (False, True),
+    ]
     assert [len(one["means"]) for one in state["newest"]] == [2, 2]
     assert [len(one["now_means"]) for one in state["newest"]] == [3, 3]
+
+
+def test_every_gateway_shows_what_all_have_decided(valkey_server: ValkeyProcess) -> None:
+    run = fresh_run()
+    with (
+        live_gateway(valkey_server.url, run=run, console_texts=True) as one,
+        live_gateway(valkey_server.url, run=run) as other,
+    ):
+        made = {reply["decision_id"] for reply in send(one, 3, policy="single:rm-a")}
+        made |= {reply["decision_id"] for reply in send(other, 2, policy="single:rm-b")}
+        shown = []
+        for gateway in (one, other):
+            with watch(gateway.url + "/events") as stream:
+                while (state := stream.next("state"))["decisions"] < 5:
+                    pass
+                shown.append(state)
+    for state in shown:
+        assert (state["decisions"], state["price"]) == (5, 1.0)
+        assert [arm["asked"] for arm in state["arms"]] == [3, 2, 0]
+        assert {decision["decision_id"] for decision in state["newest"]} == made
+    assert sum(decision["prompt"] is not None for decision in shown[0]["newest"]) == 3
+    assert all(decision["prompt"] is None for decision in shown[1]["newest"])
+
+
+def test_runs_that_only_another_gateway_has_open_can_be_chosen(valkey_server: ValkeyProcess) -> None:
+    with live_gateway(valkey_server.url) as one, live_gateway(valkey_server.url) as other:
+        send(one)
+        with watch(other.url + "/events") as stream:
+            while one.run not in stream.next("runs"):
+                pass
+        with watch(f"{other.url}/events?run={one.run}") as stream:
+            assert stream.next("state")["decisions"] == 1
+
+
+def test_a_new_gateway_counts_on_and_shows_the_same_past(valkey_server: ValkeyProcess) -> None:
+    run = fresh_run()
+    with live_gateway(valkey_server.url, run=run) as gateway:
+        send(gateway, 4)
+    with live_gateway(valkey_server.url, run=run) as gateway, watch(gateway.url + "/events") as stream:
+        state = stream.next("state")
+    assert state["decisions"] == 4
+    assert len(state["newest"]) == 4

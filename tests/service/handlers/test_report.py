@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from typer.testing import CliRunner
 
 from service.cli import app
+from service.cli.report import show
+from service.usecases.report import Estimate, KindRecord, RefereeRecord, RunReport, ScorerRecord
 from tests.support.gateway import open_gateway, pair
 from tests.support.live import live_gateway
 from tests.support.processes import fetch
@@ -17,6 +21,7 @@ from tests.support.rules import call
 if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
 
+KINDS = ("python, function, list", "capital, country, population", "rest")
 EVERY = {"referee": "rm-c", "rate": 1.0, "schedule": "even"}
 
 
@@ -80,3 +85,38 @@ async def test_a_run_without_audits_has_an_empty_report(valkey_server: ValkeyPro
     async with open_gateway(valkey_server.url) as gateway:
         report = (await gateway.client.get("/report")).json
     assert (report["audits"], report["referees"], report["scorers"][0]["accuracy"]) == (0, [], None)
+
+
+def test_the_report_finds_the_only_run_and_names_several(valkey_url: str) -> None:
+    with live_gateway(valkey_url) as gateway:
+        call(f"{gateway.url}/reward", pair())
+        words = ["report", "--url", gateway.url]
+        assert f"run {gateway.run}: 0 audits" in CliRunner().invoke(app, words).stdout
+        call(f"{gateway.url}/reward", {**pair(), "run": f"{gateway.run}-2"})
+        assert f"{gateway.run}, {gateway.run}-2" in str(CliRunner().invoke(app, words).exception)
+
+
+def test_the_report_keeps_names_whole_on_80_columns() -> None:
+    names = ["skywork-reward-v2-llama-3.2-3b", "grm-gemma2-2b-rewardmodel-ft"]
+    estimate = Estimate(value=0.812, low=0.61, high=0.98, audits=9)
+    records = [
+        ScorerRecord.model_construct(
+            model=name, accuracy=estimate, against_gold=estimate, over_time=[0.8, None], fall=0.0, follows={},
+            kinds=dict.fromkeys(KINDS, estimate), liked=None,
+        )
+        for name in (*names, "router")
+    ]  # fmt: skip
+    kinds = [KindRecord(kind=kind, audits=3, share=0.3) for kind in KINDS]
+    referee = RefereeRecord(
+        referee="a-judge-with-a-long-name-of-its-own", audits=9, ties=0, trust=0.9, judged=3, accuracy=estimate,
+        scorers=0.8, teaches=True,
+    )  # fmt: skip
+    found = RunReport.model_construct(
+        run="r", audits=9, waiting=0, scorers=records[:2], router=records[2], kinds=kinds, referees=[referee]
+    )
+    out = io.StringIO()
+    show(found, Console(file=out, width=80))
+    lines = out.getvalue().splitlines()
+    for name in names:
+        assert sum(name in line for line in lines) == 1 + len(KINDS)
+    assert max(len(line) for line in lines if line.startswith(("│", "┃"))) <= 80

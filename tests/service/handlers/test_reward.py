@@ -78,6 +78,7 @@ async def test_a_reply_says_what_was_asked_and_what_came_back(gateway: Gateway) 
         "fallbacks": [],
         "components": {reply["model"]: expected},
         "valid": [True, True],
+        "arm": [arm.name for arm in gateway.arms].index(reply["model"]),
     }
     assert set(reply["timings"]) == {"encode_ms", "draw_ms", "worker_ms", "store_ms", "total_ms"}
     assert all(value >= 0 for value in reply["timings"].values())

@@ -53,6 +53,22 @@ async def test_openrlhf_the_prompt_is_cut_off_the_query(gateway: Gateway) -> Non
     assert reply["rewards"] == reply["scores"] == [9.0]
 
 
+async def test_the_index_is_of_the_scorer_that_was_asked(gateway: Gateway) -> None:
+    first = gateway.arms[0]
+    first.gate = asyncio.Event()
+    call = asyncio.create_task(gateway.client.ok(f"/get_reward?policy=single:{first.name}", BODIES["/get_reward"]))
+
+    async def under_way() -> bool:
+        return bool(first.calls)
+
+    await until(under_way, "asked")
+    others = [{"name": arm.name} for arm in gateway.arms[1:]]
+    pool = {"models": [{"name": first.name, "model": "other/weights"}, *others]}
+    await gateway.client.ok("/admin/pool", {"pool": pool})
+    first.gate.set()
+    assert (await call)["extra_logs"]["rm_index"] == [0.0]
+
+
 async def test_openrlhf_logs_are_numbers_and_the_rm_an_index(gateway: Gateway) -> None:
     reply = await gateway.client.ok("/get_reward", BODIES["/get_reward"])
     logs = reply["extra_logs"]

@@ -24,6 +24,7 @@ from service.trainers.areal import (
     reward_fn,
 )
 from service.trainers.options import ClientOptions, from_environment
+from service.trainers.samples import Sample
 from service.trainers.values import RouterRefusedError, RouterUnavailableError
 from tests.conftest import ValkeyProcess, free_port
 from tests.support.gateway import fresh_run
@@ -99,11 +100,30 @@ def test_areals_own_workflow_gets_the_rewards(way: str, column: str, gateway: Li
     found = areal([*words, "--model", save_chatml_tokenizer(tmp_path)], environment)
     assert found["rewards"] == [3.0, 7.0, 1.0]  # the lengths of "a b", "c d e f" and "g"
     assert found["logged"]["rollout/reward"] == pytest.approx(11 / 3)
+    # A function of AReaL's pool of processes has no place for components: its statistics are of one process.
+    components = {"rollout/reward_router/rm-long": 11 / 3, "rollout/reward_router/propensity": 1.0}
+    ours = {name: value for name, value in found["logged"].items() if "router" in name and "__" not in name}
+    assert ours == (pytest.approx(components) if way == "workflow" else {})
     assert sorted(call for calls in gateway.arms[0].calls[asked:] for call in calls) == [
         ("a b c", "a b"),
         ("d e f", "c d e f"),
         ("g h i", "g"),
     ]
+
+
+@pytest.mark.slow
+def test_areals_several_turns_reach_the_scorer(
+    gateway: LiveGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway.arms[0], "score_of", lambda prompt, _: float("Assistant:" in prompt))
+    words = ["--clients", client_folder("areal"), "--way", "turns", "--model", save_chatml_tokenizer(tmp_path)]
+    environment = {"REWARD_ROUTER_CLIENT_URL": gateway.url, "REWARD_ROUTER_CLIENT_RUN": fresh_run()}
+    found = areal(words, {**environment, "REWARD_ROUTER_CLIENT_POLICY": "single:rm-long"})
+    assert found["rewards"] == [0.5] * 3  # the second turn's, discounted by AReaL
+    assert found["logged"]["rollout/num_turns"] == 2
+    [*_, (prompt, response)] = [call for calls in gateway.arms[0].calls for call in calls if call[1] == "g"]
+    assert prompt.startswith("User: g h i\n\nAssistant: g\n\nUser: Your answer is either wrong")
+    assert response == "g"
 
 
 @pytest.mark.slow
@@ -143,6 +163,9 @@ class Workflow:
 
 class Routed(RouterRewards, Workflow):
     """As a user makes a workflow of his own."""
+
+    def record(self, sample: Sample) -> None:
+        """Add nothing: there is no AReaL here."""
 
 
 async def test_a_trajectory_without_a_reward_is_left_out_of_its_group(

@@ -1,31 +1,43 @@
-"""ROLL's worker and NeMo RL's environment against a running gateway; the frameworks' bases are stand-ins."""
+"""ROLL's worker and NeMo RL's environment against a running gateway.
+
+By the frameworks' own code where `make trainer-sources` and `make trainer-clients` have fetched it; and always on
+stand-ins of their bases.
+"""
 
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 
-from service.trainers.nemo_rl import samples_of_logs
+from service.trainers.nemo_rl import component_rewards, samples_of_logs
 from service.trainers.options import PREFIX
 from service.trainers.roll import samples_of_batch
-from service.trainers.samples import samples_of
+from service.trainers.samples import Sample, samples_of
 from service.trainers.values import Missing, RouterRefusedError, RouterUnavailableError, Scored
 from tests.conftest import ValkeyProcess, free_port
+from tests.support.arms import ScriptedArm
+from tests.support.fetch_trainers import FOLDER, NEMO_RL, ROLL, Source
 from tests.support.gateway import fresh_run
 from tests.support.live import LiveGateway, live_gateway
-from tests.support.trainer_processes import opinionated_arms
+from tests.support.ray_scoring import REFUSED
+from tests.support.trainer_clients import client_folder, source_folder
+from tests.support.trainer_processes import opinionated_arms, result_of, run_module
 
 TEXTS = ["a b", "c d e f", "g"]
 
 
 @pytest.fixture(scope="module")
 def gateway(valkey_server: ValkeyProcess) -> Iterator[LiveGateway]:
-    with live_gateway(valkey_server.url, arms=opinionated_arms()) as running:
+    [long, *others] = opinionated_arms()
+    picky = ScriptedArm("rm-long", lambda prompt, text: math.nan if text == REFUSED else long.score_of(prompt, text))
+    with live_gateway(valkey_server.url, arms=[picky, *others]) as running:
         yield running
 
 
@@ -37,10 +49,44 @@ def told(gateway: LiveGateway, monkeypatch: pytest.MonkeyPatch) -> LiveGateway:
     return gateway
 
 
+def scored(source: Source, url: str, folder: Path) -> Any:
+    """What the framework's own code got."""
+    client_folder("verl")
+    source_folder(source)
+    words = [source.name, "--clients", FOLDER, "--folder", folder]
+    environment = {PREFIX + "URL": url, PREFIX + "RUN": fresh_run(), PREFIX + "POLICY": "single:rm-long"}
+    return result_of(run_module("tests.support.ray_scoring", words, environment))
+
+
+@pytest.mark.slow
+def test_nemo_rls_rollouts_ask_our_environment(gateway: LiveGateway, tmp_path: Path) -> None:
+    found = scored(NEMO_RL, gateway.url, tmp_path)
+    assert found["rewards"] == [3.0, 7.0, 1.0]
+    assert found["ended"] == [True] * 3
+    assert found["means"]["reward_router/rm-long"] == pytest.approx(11 / 3)
+    assert found["components"]["reward/rm-long"] == [3.0, 7.0, 1.0]
+    assert found["components"]["reward/rm-short"] == [-3.0, -7.0, -1.0]
+    # NeMo RL tries the one again on another shard, and the other a few times, and then skips the prompt.
+    [away, refused] = found["away"], found["refused"]
+    assert (away[0], refused[0]) == ("infra", "data")
+    assert "gave nothing" in away[1]
+    assert "rm-long gave no reward" in refused[1]
+
+
+@pytest.mark.slow
+def test_rolls_scheduler_asks_our_worker(gateway: LiveGateway, tmp_path: Path) -> None:
+    found = scored(ROLL, gateway.url, tmp_path)
+    assert found["rewards"] == [3.0, 7.0, 1.0]
+    assert found["metrics"]["reward_router/rm-long"] == pytest.approx(11 / 3)
+    assert found["prompts"] == [[[3.0, 7.0, 1.0]], ["aborted"]]
+    assert found["validated"] == ["aborted", "RouterUnavailableError"]
+
+
 def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **names: Any) -> None:
     parts = name.split(".")
     for depth in range(1, len(parts) + 1):
         module = ModuleType(".".join(parts[:depth]))
+        module.__path__ = []
         if depth == len(parts):
             module.__dict__.update(names)
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -119,9 +165,16 @@ def test_nemo_rls_environment_ends_each_episode(told: LiveGateway, monkeypatch: 
 
     names = {"EnvironmentInterface": object, "EnvironmentReturn": EnvironmentReturn}
     stand_in(monkeypatch, "ray", remote=lambda cls: cls)
+    registry: dict[str, str] = {}
+    executables = SimpleNamespace(SYSTEM="python")
     stand_in(monkeypatch, "nemo_rl.environments.interfaces", **names)
+    actors, clusters = "nemo_rl.distributed.ray_actor_environment_registry", "nemo_rl.distributed.virtual_cluster"
+    stand_in(monkeypatch, actors, ACTOR_ENVIRONMENT_REGISTRY=registry)
+    stand_in(monkeypatch, clusters, PY_EXECUTABLES=executables)
     module = importlib.import_module("service.trainers.nemo_rl_env")
     monkeypatch.delitem(sys.modules, "service.trainers.nemo_rl_env")
+    # NeMo RL refuses an actor that is not here.
+    assert registry == {"service.trainers.nemo_rl_env.RouterEnvironment": "python"}
     environment = module.RouterEnvironment({"policy": "single:rm-short"})
     asked = {"role": "user", "content": "p", "token_ids": [1]}
     logs = [[asked, {"role": "assistant", "content": text}] for text in TEXTS]
@@ -131,6 +184,18 @@ def test_nemo_rls_environment_ends_each_episode(told: LiveGateway, monkeypatch: 
     assert found.answers == TEXTS
     _, metrics = environment.global_post_process_and_metrics({})
     assert metrics["reward_router/rm-short"] == pytest.approx(-11 / 3)
+    # Releases without NeMo RL's kinds of failures get our own error.
+    with pytest.raises(RouterUnavailableError, match="rm-long gave no reward"):
+        module.RouterEnvironment({"policy": "single:rm-long"}).step(
+            [[asked, {"role": "assistant", "content": REFUSED}]], [None]
+        )
+
+
+def test_a_component_that_was_not_asked_for_names_the_policy() -> None:
+    samples = [Sample(1.0, components={"rm-a": 1.0, "rm-b": 2.0}), Sample(1.0, components={"rm-a": 1.0})]
+    assert component_rewards(samples[:1]) == {"reward/rm-a": [1.0], "reward/rm-b": [2.0]}
+    with pytest.raises(ValueError, match=r"'rm-b' was not asked .* `majority`"):
+        component_rewards(samples)
 
 
 def test_a_log_without_a_reward_raises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -547,3 +547,11 @@ def test_the_first_failed_try_is_warned_of_once(caplog: pytest.LogCaptureFixture
     assert "http://router:8080 does not answer /posterior (HTTP 503" in first
     assert "trying again for up to 60 s" in first
     assert last == "the gateway at http://router:8080 answers again"
+
+
+def test_an_address_where_nothing_ever_answered_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with RouterClient(url=url, deadline_seconds=0.3) as client, pytest.raises(RouterUnavailableError):
+        client.posterior()
+    (said,) = (record.getMessage() for record in caplog.records if record.name == "reward_router")
+    assert said.startswith(f"nothing has ever answered at {url} (/posterior, ConnectError")

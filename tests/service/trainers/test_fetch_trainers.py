@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fetch_trainers import SLIME, STAMP, TRAINERS, Source, Trainer, fetch, fetch_source, is_there
+from tests.support.fetch_trainers import SOURCES, STAMP, TRAINERS, Source, Trainer, fetch, fetch_source, is_there
 
 ROOT = Path(__file__).resolve().parents[3]
 TOY = Trainer("toy", ("toytrainer==1.0",), light=True, seconds=60)
@@ -120,6 +120,16 @@ def test_a_source_that_cannot_be_had_says_why(source: Source, tmp_path: Path) ->
     assert list((tmp_path / "clients").iterdir()) == []
 
 
-def test_slime_is_pinned_to_a_commit() -> None:
-    assert re.fullmatch(r"[0-9a-f]{40}", SLIME.commit)
-    assert "LICENSE" in SLIME.paths
+def test_what_a_source_needs_comes_by_pip(source: Source, shelf: list[str], tmp_path: Path) -> None:
+    needy = dataclasses.replace(source, requirements=("toytrainer==1.0",))
+    assert fetch_source(needy, tmp_path / "clients", shelf) is None
+    assert (tmp_path / "clients/toy/toytrainer.py").is_file()
+    assert (tmp_path / "clients/toy/wanted.py").is_file()
+    assert not is_there(source, tmp_path / "clients")
+
+
+def test_sources_are_pinned_to_a_commit() -> None:
+    for source in SOURCES:
+        assert re.fullmatch(r"[0-9a-f]{40}", source.commit)
+        assert "LICENSE" in source.paths
+        assert all("==" in requirement for requirement in source.requirements)

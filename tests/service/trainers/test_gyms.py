@@ -72,6 +72,9 @@ def test_skyrl_steps_through_single_and_several_turns(gateway: LiveGateway) -> N
     [first, last] = found["turns"]
     assert first == [0.0, False]
     assert last[1] is True
+    # SkyRL's generator scores the end of an episode, once: the responses are "a b", what was asked, and "c".
+    assert [sum(rewards) for rewards in found["generated"]["rewards"]] == [found["turns"][1][0]]
+    assert found["generated"]["metrics"]
 
 
 @pytest.mark.slow

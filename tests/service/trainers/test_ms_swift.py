@@ -52,6 +52,18 @@ def test_each_step_may_have_an_event_loop_of_its_own_and_feedback_arrives(gatewa
     assert gateway.until(3, run)["version"] == 3
 
 
+async def test_rollouts_of_several_turns_are_one_group(gateway: LiveGateway) -> None:
+    ask, more = {"role": "user", "content": "a b c"}, {"role": "user", "content": "Sure?"}
+    turns = [
+        [ask, {"role": "assistant", "content": text}, more, {"role": "assistant", "content": "y"}] for text in "ab"
+    ]
+    run, before = fresh_run(), len(gateway.arms[0].calls)
+    function = RouterORM(options=ClientOptions(url=gateway.url, run=run, policy="single:rm-long"))
+    await function(["y", "y"], messages=turns, prompt_id=["p", "p"])
+    [[(first, _), (second, _)]] = gateway.arms[0].calls[before:]
+    assert first == second == "a b c"
+
+
 async def test_rows_without_a_reward_are_none(caplog: pytest.LogCaptureFixture) -> None:
     function = RouterORM(options=ClientOptions(url=f"http://127.0.0.1:{free_port()}", deadline_seconds=0.3))
     assert await function(["a b", "a b c d"], messages=ROWS) == [None, None]

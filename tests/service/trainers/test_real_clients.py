@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.arms import ScriptedArm
+from tests.support.fetch_trainers import SLIME
 from tests.support.gateway import until
 from tests.support.live import LiveGateway, live_gateway
-from tests.support.trainer_clients import ImpatientAsyncio, client_folder, loaded, slime_folder
+from tests.support.trainer_clients import ImpatientAsyncio, client_folder, loaded, source_folder
 
 if TYPE_CHECKING:
     from tests.conftest import ValkeyProcess
@@ -220,7 +221,7 @@ async def rm_hub() -> Any:
     pytest.importorskip("torch")
     helpers = ("deepscaler", "f1", "gpqa", "math_dapo_utils", "math_utils")
     stubs = ["slime.utils.http_utils", *(f"slime.rollout.rm_hub.{helper}" for helper in helpers)]
-    with loaded(slime_folder(), "slime.rollout.rm_hub", anything=stubs) as module:
+    with loaded(source_folder(SLIME), "slime.rollout.rm_hub", anything=stubs) as module:
         module.asyncio = ImpatientAsyncio()
         yield module
         if module._shared_session is not None:

@@ -121,14 +121,23 @@ def test_a_wrong_policy_stops_the_training(options: ClientOptions) -> None:
 
 def test_a_component_is_a_reward_function_of_its_own(options: ClientOptions) -> None:
     reward = RouterReward(options)
-    said, silent = reward.component("rm-long"), reward.component("somebody")
+    said, silent = reward.component("rm-long"), reward.component("rm-short")
     with reward.client:
         rewards = reward(["p", "q", "p", "q"], TEXTS, log_metric=lambda *_: None)
-    assert said(["p", "q", "p", "q"], TEXTS) == rewards == [1.0, 2.0, 3.0, 4.0]
-    assert silent(["p", "q", "p", "q"], TEXTS) == [None] * 4
+        assert said(["p", "q", "p", "q"], TEXTS) == rewards == [1.0, 2.0, 3.0, 4.0]
+        assert silent(["p", "q", "p", "q"], TEXTS) == [None] * 4
     assert said.__name__ == "reward_router_rm-long"
     with pytest.raises(ValueError, match="behind its router"):
         said(["p"], TEXTS[:1])
+
+
+@pytest.mark.parametrize("name", ["rm-lnog", "rm-long.helpful"])
+def test_a_component_of_nobody_names_the_known_ones(options: ClientOptions, name: str) -> None:
+    reward = RouterReward(options)
+    with reward.client:
+        reward(PROMPTS, TEXTS, log_metric=lambda *_: None)
+        with pytest.raises(ValueError, match=r"Scorers of run .*rm-long"):
+            reward.component(name)(PROMPTS, TEXTS)
 
 
 def test_functions_can_be_pickled_and_have_a_name(options: ClientOptions) -> None:
@@ -158,7 +167,7 @@ def test_a_null_among_rewards_stays_none() -> None:
     assert stopped.value.code == "worker_rejected"
 
 
-@pytest.mark.parametrize("code", ["no_worker", "unavailable", "worker_rejected", "worker_too_long", "validation"])
+@pytest.mark.parametrize("code", ["no_worker", "unavailable", "worker_rejected", "too_long", "validation"])
 def test_a_code_that_is_about_one_instance_is_none(code: str) -> None:
     assert plan(["p"], ["a"], RowOptions()).finish([Missing(code, "because")]) == [None]
 

@@ -307,6 +307,16 @@ async def test_an_rm_that_is_away_leaves_the_others_to_learn(gateway: Gateway) -
     assert (event.arm, event.credit, event.shadows) == (0, 0.0, ())
 
 
+async def test_a_referee_that_read_a_part_has_no_opinion(valkey_server: ValkeyProcess) -> None:
+    async with open_gateway(valkey_server.url, audit={**EVERY, "referee": "rm-b"}) as gateway:
+        gateway.arm("rm-b").too_long = lambda response: response != "12"
+        for policy in ("single:rm-a", "single:rm-b"):
+            reply = await gateway.client.ok("/reward", {**sum_of(0), "policy": policy})
+        assert reply["failure"] == [None, "too_long"]
+        await counted(gateway, abstained=2.0)
+        assert gateway.events() == []
+
+
 async def test_a_shadow_leaves_what_is_audited_to_the_audit(valkey_server: ValkeyProcess, rule_url: str) -> None:
     async with open_gateway(valkey_server.url, audit=EVERY, referees=sums(rule_url), shadow_rate=1.0) as gateway:
         await gateway.client.ok("/reward", sum_of(0))

@@ -24,6 +24,7 @@ from service.usecases.runs import Current, Run, RunTemplate
 
 POLICY = make_policy("random", ("a", "b", "c"))
 PAIR = Instance("prompt", ("one", "two"))
+LONG = Instance("prompt", ("one", "two" * 1000))
 
 
 class RecordingEncoder:
@@ -46,7 +47,12 @@ class RecordingEncoder:
 def run_with(encoder: RecordingEncoder) -> Run:
     """What the chooser reads of a run."""
     prior = no_prior(3, 4)
-    template = SimpleNamespace(encoder=encoder, barred=lambda instances: None)
+
+    async def readable(instances: Sequence[Instance]) -> np.ndarray | None:
+        # Arm a reads one response of an instance that is long.
+        return None if LONG not in instances else np.array([[1 if one is LONG else 2, 2, 2] for one in instances])
+
+    template = SimpleNamespace(encoder=encoder, barred=lambda instances: None, readable=readable)
     state = SimpleNamespace(
         template=template,
         current=Current(start(prior), cast(RunTemplate, template)),
@@ -104,6 +110,18 @@ async def test_requests_that_come_while_a_pass_is_under_way_share_the_next() -> 
         release.set()
         await asyncio.gather(first, *later)
     assert [size for _, size in encoder.passes] == [1, 3]
+
+
+@pytest.mark.parametrize(("policy", "shares"), [("random", [0.0, 0.5, 0.5]), ("majority", [1 / 3] * 3)])
+async def test_who_reads_less_is_not_drawn(policy: str, shares: list[float]) -> None:
+    run = run_with(RecordingEncoder())
+    several = make_policy(policy, ("a", "b", "c"))
+    async with chooser() as subject:
+        short, long = await asyncio.gather(
+            subject.choose(run, several, [PAIR]), subject.choose(run, several, [PAIR, LONG])
+        )
+    assert short.choices.propensities == pytest.approx(np.full((1, 3), 1 / 3), abs=1e-3)
+    assert long.choices.propensities == pytest.approx(np.array([[1 / 3] * 3, shares]), abs=1e-3)
 
 
 @pytest.mark.parametrize("inline_seconds", [0.0, 60.0])

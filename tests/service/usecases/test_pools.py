@@ -12,6 +12,7 @@ import pytest
 from router_core.pools import PROBATION_SHARE
 from service.keys.access import Scope
 from service.keys.file import KeyFile, entry_of, new_key, write_key_file
+from service.specification import Change
 from tests.service.scorers.worker_servers import ScriptedWorker
 from tests.support.gateway import Gateway, fresh_run, open_gateway, pair
 
@@ -262,6 +263,9 @@ async def test_the_audit_rate_changes_in_a_live_run(valkey_server: ValkeyProcess
         await apply(gateway, models(*THREE), fields={"audit": {**audit, "rate": 0.0}})
         later = await gateway.client.ok("/reward", pair(2))
         assert gateway.decision(later["decision_id"]).inclusion == 0.0
+        (change,) = (await apply(gateway, models(*THREE)))["changes"]
+        ended = str(Change.model_validate(change))
+        assert ended == "audits end (they had rate 0.0; referee rm-c; schedule even)"
 
 
 async def test_a_referee_stays_where_it_was_unless_the_file_says(valkey_server: ValkeyProcess, fourth: str) -> None:

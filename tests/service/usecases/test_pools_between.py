@@ -13,11 +13,13 @@ import msgspec
 import pytest
 
 from service import gateway as parts
-from service.errors import NotFoundError
+from service.errors import NotFoundError, ServiceError, StoreUnavailableError
 from service.keys.access import EVERYTHING
 from service.pool import PoolFile
 from service.schemas import PoolRequest, RewardRequest
 from service.settings import Settings
+from service.stores.memory import MemoryStore
+from service.stores.protocol import Store
 from service.stores.redis import RedisStore
 from service.usecases import watch
 from service.usecases.decisions import encode_decision, event_of
@@ -41,12 +43,14 @@ def four(serve: Serve) -> list[dict[str, Any]]:
 
 
 @asynccontextmanager
-async def open_parts(server_url: str) -> AsyncIterator[parts.Gateway]:
+async def open_parts(
+    server_url: str, store: Store | None = None, audit: dict[str, Any] | None = None, **more: Any
+) -> AsyncIterator[parts.Gateway]:
     """The parts of a gateway of three scripted reward models, started."""
-    settings = Settings(store_url=server_url, run=fresh_run(), seed=0, new_run_wait_seconds=0)
-    pool = PoolFile.model_validate({"models": [{"name": name} for name in THREE]})
+    settings = Settings(store_url=server_url, run=fresh_run(), seed=0, new_run_wait_seconds=0, **more)
+    pool = PoolFile.model_validate({"models": [{"name": name} for name in THREE], "audit": audit})
     arms = [ScriptedArm(name) for name in THREE]
-    gateway = parts.build_gateway(settings, pool, encoder=small_encoder(), arms=arms)
+    gateway = parts.build_gateway(settings, pool, encoder=small_encoder(), arms=arms, store=store)
     await gateway.start()
     try:
         yield gateway
@@ -155,7 +159,7 @@ async def test_a_run_that_comes_back_asks_again(valkey_server: ValkeyProcess, fo
         assert (await gateway.scorer.score(request)).model == "rm-d"
         gateway.runs.close(other)
         for later in (0.0, 1000.0):
-            await gateway.assembly.roster.let_go(gateway.used(), time.monotonic() + later)
+            await gateway.let_go(time.monotonic() + later)
         await gateway.runs.get(other)
         assert (await gateway.scorer.score(request)).model == "rm-d"
 
@@ -194,3 +198,64 @@ async def test_audits_are_shown_by_gateways_without_the_run(
         assert response.status == 200, response.body
         assert set(response.json[0]["verdicts"]) == {*THREE, "rm-d"}
         assert (await two.client.get(f"/audits?run={fresh_run()}")).json == []
+
+
+async def test_pieces_that_wait_take_the_new_default_policy(valkey_server: ValkeyProcess) -> None:
+    async with open_parts(valkey_server.url, policy="single:rm-b", batch_piece_responses=2) as gateway:
+        run = await gateway.runs.get(None)
+        (asked,) = [arm for arm in run.template.arms if arm.name == "rm-b"]
+        assert isinstance(asked, ScriptedArm)
+        asked.gate = asyncio.Event()
+        requests = [RewardRequest(f"p{index}", ["r", "longer"]) for index in range(10)]
+        call = asyncio.create_task(gateway.scorer.score_many(requests))
+
+        async def under_way() -> bool:
+            return bool(asked.calls)
+
+        await until(under_way, "asked")
+        pool = {"models": [{"name": "rm-a"}, {"name": "rm-c"}], "routing": {"policy": "single:rm-a"}}
+        await gateway.pools.apply(PoolRequest(pool=pool))
+        asked.gate.set()
+        results = await call
+        replies = [one for one in results if not isinstance(one, ServiceError)]
+        assert len(replies) == len(requests), results
+        assert {reply.model for reply in replies} == {"rm-a", "rm-b"}
+        (named,) = await gateway.scorer.score_many([RewardRequest("p", ["r", "longer"])], policy="single:rm-c")
+        assert not isinstance(named, ServiceError)
+
+
+async def test_pools_that_nobody_has_any_more_are_forgotten(valkey_server: ValkeyProcess) -> None:
+    async with open_parts(valkey_server.url) as gateway:
+        run = await gateway.runs.get(None)
+        for price in (2.0, 3.0, 4.0):
+            models = [{"name": "rm-a", "price": price}, {"name": "rm-b"}, {"name": "rm-c"}]
+            await gateway.pools.apply(PoolRequest(pool={"models": models}))
+        await gateway.let_go(time.monotonic())
+        kept = [*gateway.assembly._templates.values()]
+        assert {id(one) for one in kept} == {id(run.template), id(gateway.runs.template)}
+        assert (await gateway.scorer.score(RewardRequest("p", ["r", "longer"]))).rewards
+
+
+class FailingStore(MemoryStore):
+    """Saves no decisions that are audited while `fails`."""
+
+    fails = False
+
+    async def save_audited(self, *args: Any, **more: Any) -> Any:
+        if self.fails:
+            raise StoreUnavailableError("away", where="here")
+        return await super().save_audited(*args, **more)
+
+
+async def test_groups_of_a_failed_save_are_counted_with_the_next(valkey_server: ValkeyProcess) -> None:
+    store = FailingStore(window_seconds=60)
+    async with open_parts(valkey_server.url, store, EVERY, on_store_unavailable="answer") as gateway:
+        run = (await gateway.runs.get(None)).name
+        store.fails = True
+        await gateway.scorer.score(RewardRequest("single", ["one"]))
+        await gateway.scorer.score(RewardRequest("pair", ["one", "two"]))
+        store.fails = False
+        await gateway.scorer.score(RewardRequest("another pair", ["one", "two"]))
+        assert (await store.audit_progress(run)).count == 2
+        standing = gateway.audits._standings[run]
+        assert (standing.count, standing.progress.t) == (2, 2)

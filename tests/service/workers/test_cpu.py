@@ -203,7 +203,7 @@ def test_a_padded_batch_equals_one_by_one_whatever_the_pad_token(tmp_path: Path,
     rows = [[1, 9, 40, 7], [1, 5], [2, 0, 7, 9, 33, 2], [8, 2, 2], [7] * 30]
     with torch.inference_mode():
         alone = [float(loaded.model(input_ids=torch.tensor([row])).logits[0, 0]) for row in rows]
-    assert forward(loaded, rows) == pytest.approx(alone, abs=TOLERANCE)
+    assert [logit for (logit,) in forward(loaded, rows)] == pytest.approx(alone, abs=TOLERANCE)
 
 
 async def test_a_regression_model_gives_raw_rewards_whatever_the_request_says(tmp_path: Path) -> None:
@@ -215,9 +215,25 @@ async def test_a_regression_model_gives_raw_rewards_whatever_the_request_says(tm
     running.join()
 
 
+async def test_a_model_of_several_labels_gives_all(tmp_path: Path) -> None:
+    made = build(tmp_path / "three", num_labels=3)
+    running = RunningWorker(cpu_app({"tiny": made}))
+    answers = [
+        (await classify(running.url, input=["the lazy dog", "a fox"], use_activation=flag))[1]["data"][0]
+        for flag in (False, True)
+    ]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(made).eval()
+    ids = transformers.AutoTokenizer.from_pretrained(made)("the lazy dog", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        logits = model(input_ids=ids).logits[0]
+    assert [one["num_classes"] for one in answers] == [3, 3]
+    assert answers[0]["probs"] == pytest.approx(logits.tolist(), abs=TOLERANCE)
+    assert answers[1]["probs"] == pytest.approx(logits.softmax(-1).tolist(), abs=TOLERANCE)
+    running.stop(force=False)
+    running.join()
+
+
 def test_models_that_are_no_reward_models_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="2 labels"):
-        cpu_app([build(tmp_path / "two", num_labels=2)])
     with pytest.raises(ConfigurationError, match="cannot be loaded"):
         cpu_app([tmp_path / "nothing"])
     with pytest.raises(ConfigurationError, match="at least one model"):

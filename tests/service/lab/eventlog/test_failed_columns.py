@@ -111,6 +111,24 @@ async def test_an_rm_that_failed_for_some_texts_is_the_first_choice_of_those_row
     assert data.reward.tolist() == [float(event.decision.arm != C) for event in log.events]
 
 
+async def test_who_read_a_part_earns_what_was_taken_instead(valkey_server: ValkeyProcess, tmp_path: Path) -> None:
+    async with open_gateway(valkey_server.url, policy="random", shadow_rate=1.0) as gateway:
+        gateway.arm("rm-a").too_long = lambda response: response == "bbb"
+        gateway.arm("rm-c").score_of = lambda _, response: -float(len(response))
+        for index in range(24):
+            group = {"prompt": f"question {index}", "responses": ["a", "bbb", "cccc"]}
+            reply = await gateway.client.ok("/reward", group)
+            await shadow_of(gateway, reply["decision_id"])
+            await gateway.client.ok("/feedback", {"decision_id": reply["decision_id"], "preferred": 2})
+        log = await exported(gateway, tmp_path / "log.parquet")
+    data = logged_data(log)
+    assert {event.decision.arm for event in log.events} == {B, C}
+    assert set(data.arm.tolist()) == {A, B, C}
+    # It would have put both that it read in the right order, and nobody was given that.
+    assert data.rewards[:, A].tolist() == [float(event.decision.arm == B) for event in log.events]
+    assert (data.rewards[:, B].tolist(), data.rewards[:, C].tolist()) == ([1.0] * 24, [0.0] * 24)
+
+
 async def test_estimates_count_what_the_fallback_earned(valkey_server: ValkeyProcess, tmp_path: Path) -> None:
     """300 even draws of a run whose draws are the same each time. rm-a first: half the texts fall to rm-b or rm-c."""
     async with open_gateway(valkey_server.url, run="failed-columns", policy="random") as gateway:

@@ -39,6 +39,9 @@ class FakeArm:
     in_flight: int = 0
     most_in_flight: int = 0
 
+    def applies(self, instance: Instance) -> bool:
+        return True
+
     async def score(self, instances: Sequence[Instance], *, deadline: float) -> list[Scored | WorkerError]:
         self.calls.append([instance.prompt for instance in instances])
         self.in_flight += 1

@@ -24,6 +24,7 @@ from service.scorers.protocol import (
     WorkerInputError,
     WorkerRejectedError,
     WorkerTimeoutError,
+    WorkerTooLongError,
     WorkerUnavailableError,
 )
 from service.scorers.registry import build_scorer
@@ -117,12 +118,13 @@ async def test_each_result_is_the_outcome_of_its_item(service: Service, url: str
         "skip": {"abstain": "no reference"},
         "fail": {"error": {"code": "rule_error", "message": "it raised"}},
         "late": {"error": {"code": "timeout", "message": "no time"}},
+        "long": {"error": {"code": "too_long", "message": "9000 tokens"}},
         "none": {"rewards": [None, None]},
         "huge": {"rewards": [1e9, 0.0]},
     }
     service.say = lambda item: results.get(item["responses"][0], {"rewards": [0.0, 1.0]})
     told = await scored(url, *(one(name, "x") for name in [*results, "fine"]))
-    part, code, skip, fail, late, none, huge, fine = told
+    part, code, skip, fail, late, long, none, huge, fine = told
     assert isinstance(part, Scored)
     assert math.isnan(part.rewards[0])
     assert part.rewards[1] == 2.0
@@ -130,11 +132,16 @@ async def test_each_result_is_the_outcome_of_its_item(service: Service, url: str
     assert math.isnan(part.components["style"][0])
     assert isinstance(code, Scored)
     assert code.failures == ("failed", "")
-    assert [type(error) for error in (skip, fail, late, none, huge)] == [
-        AbstainedError, WorkerInputError, WorkerTimeoutError, WorkerInputError, WorkerInputError,
+    assert [type(error) for error in (skip, fail, late, long, none, huge)] == [
+        AbstainedError, WorkerInputError, WorkerTimeoutError, WorkerTooLongError, WorkerInputError, WorkerInputError,
     ]  # fmt: skip
     assert fine == Scored([0.0, 1.0])
     assert len(service.requests) == 1
+
+
+async def test_a_refusal_may_blame_the_length(service: Service, url: str) -> None:
+    service.answer = lambda request: (413, {"detail": "too large"}, {})
+    assert [type(error) for error in await scored(url, one("a"))] == [WorkerTooLongError]
 
 
 async def test_equal_responses_have_one_reward_whatever_the_service_says(service: Service, url: str) -> None:

@@ -328,6 +328,46 @@ async def test_a_text_that_is_too_long_is_said_to_be(serve: Serve) -> None:
     assert isinstance(await failure(judge_for(serve(server))), WorkerTooLongError)
 
 
+def short_of(server: ScriptedJudge, characters: int) -> None:
+    """Make it refuse requests whose responses have more characters together."""
+    refusal = (400, {"error": {"message": "maximum context length is 4096 tokens", "code": 400}})
+    usual = server.answer
+    server.answer = lambda request: (
+        refusal if sum(map(len, responses_of(request))) > characters else usual and usual(request)
+    )
+
+
+@pytest.mark.parametrize("comparisons", [100, 6])
+async def test_one_response_too_long_leaves_the_others_compared(serve: Serve, comparisons: int) -> None:
+    server = ScriptedJudge()
+    short_of(server, 40)
+    responses = ("a", "a" * 50, "aa", "aaa", "aaaa", "a" * 60, "aaaaa")
+    judge = judge_for(serve(server), comparisons=comparisons)
+    found = await scored(judge, Instance("p", responses))
+    assert [*found.failures] == ["", "too_long", "", "", "", "too_long", ""]
+    assert [math.isnan(reward) for reward in found.rewards] == [code != "" for code in found.failures]
+    others = [reward for reward in found.rewards if reward == reward]
+    assert others == sorted(others)
+    assert sum(others) == pytest.approx(0.0, abs=1e-6)
+    assert math.isnan(found.components[SHOWN_FIRST][1])
+    assert all(replica.failures == 0 for replica in judge.status().replicas)
+
+
+async def test_two_that_are_too_long_together_abstain(serve: Serve) -> None:
+    server = ScriptedJudge()
+    short_of(server, 40)
+    assert isinstance(await failure(judge_for(serve(server)), Instance("p", ("a", "a" * 50))), WorkerTooLongError)
+
+
+async def test_a_grade_too_long_is_that_response_s(serve: Serve) -> None:
+    server = ScriptedJudge()
+    server.answer = lambda request: (200, completion("7", {"7": 1.0}))
+    short_of(server, 40)
+    found = await scored(judge_for(serve(server), mode=Mode.POINTWISE), Instance("p", ("a", "a" * 50)))
+    assert [*found.failures] == ["", "too_long"]
+    assert found.rewards[0] == pytest.approx(7.0)
+
+
 async def test_requests_in_flight_are_bounded(serve: Serve) -> None:
     server = ScriptedJudge()
     server.delay = 0.01

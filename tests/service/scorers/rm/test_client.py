@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 from service.errors import ConfigurationError
 from service.scorers.protocol import (
+    Scored,
+    WorkerError,
     WorkerProtocolError,
     WorkerRejectedError,
     WorkerTimeoutError,
@@ -134,7 +137,8 @@ async def test_a_refusal_quotes_the_worker_and_is_not_retried(serve: Serve, stat
     with pytest.raises(WorkerRejectedError, match="maximum context length is 9 tokens") as caught:
         await score_items(arm, PAIR, deadline=soon())
     assert caught.value.details["worker_status"] == status
-    assert len(first.requests) + len(second.requests) == 1
+    # What is too long is looked for among the items.
+    assert len(first.requests) + len(second.requests) == (3 if status in (400, 413, 422) else 1)
     assert all(snapshot.failures == 0 for snapshot in arm.snapshots())
     await arm.close()
 
@@ -402,22 +406,42 @@ async def test_a_cancelled_call_frees_its_place_and_blames_nobody(serve: Serve) 
     await arm.close()
 
 
-async def test_one_refused_chunk_ends_the_whole_batch_with_its_reason(serve: Serve) -> None:
+@pytest.mark.parametrize("rendering", [TEMPLATE, MessagesRendering()])
+async def test_an_item_too_long_leaves_the_others_their_rewards(serve: Serve, rendering: Rendering) -> None:
     worker = ScriptedWorker()
     worker.answer = picky(worker)
+    arm = arm_for(serve(worker), rendering=rendering, items_per_request=4)
+    items = [*PAIR, ("p", "ccc"), ("p", "bad"), ("p", "a"), ("p", "eeeee")]
+    whole = [*PAIR, ("p", "ccc"), ("p", "dddd"), ("p", "eeeee")]
+    (found,), (fine,) = [await arm.score_groups([group], deadline=soon()) for group in (items, whole)]
+    assert isinstance(found, Scored)
+    assert isinstance(fine, Scored)
+    told = dict(zip(whole, fine.rewards, strict=True))
+    assert [found.rewards[at] for at in (0, 1, 2, 4, 5)] == [told[items[at]] for at in (0, 1, 2, 4, 5)]
+    assert math.isnan(found.rewards[3])
+    assert found.failures == ["", "", "", "too_long", "", ""]
+    assert all(snapshot.failures == 0 for snapshot in arm.snapshots())
+    await arm.close()
+
+
+async def test_an_item_refused_otherwise_ends_its_instance(serve: Serve) -> None:
+    worker = ScriptedWorker()
+    worker.answer = picky(worker, words="out of vocabulary")
     arm = arm_for(serve(worker), rendering=TEMPLATE, items_per_request=2)
-    with pytest.raises(WorkerRejectedError, match="item is too long"):
+    with pytest.raises(WorkerRejectedError, match="out of vocabulary"):
         await score_items(arm, [*PAIR * 3, ("p", "bad")], deadline=soon())
     await arm.close()
 
 
-def picky(worker: ScriptedWorker, status: int = 400, word: str = "bad") -> Callable[[Json], tuple[int, Any]]:
-    """Refuses requests that hold the word."""
+def picky(
+    worker: ScriptedWorker, status: int = 400, word: str = "bad", words: str = ""
+) -> Callable[[Json], tuple[int, Any]]:
+    """Refuses requests that hold the word; for their length, or in words of its own."""
 
     def answer(request: Json) -> tuple[int, Any]:
         texts = request["input"] if "input" in request else [request["messages"][-1]["content"]]
         if any(word in text for text in texts):
-            return status, error("item is too long", status, param="input_tokens")
+            return status, error(words, status) if words else error("item is too long", status, param="input_tokens")
         return worker.lengths(request)
 
     return answer
@@ -453,8 +477,14 @@ async def test_only_the_refused_groups_are_without_rewards(serve: Serve, renderi
     worker.answer = picky(worker)
     arm = arm_for(serve(worker), rendering=rendering, items_per_request=16)
     groups = groups_of(20, frozenset(bad))
-    outcomes = await score_groups(arm, groups, deadline=soon())
-    assert {number for number, outcome in enumerate(outcomes) if isinstance(outcome, WorkerRejectedError)} == bad
+    found = await arm.score_groups(groups, deadline=soon())
+    outcomes = [one if isinstance(one, WorkerError) else one.rewards for one in found]
+    for number in bad:
+        # The bad item is the last one of its group.
+        if len(groups[number]) == 1:
+            assert isinstance(outcomes[number], WorkerRejectedError)
+        else:
+            assert [reward == reward for reward in outcomes[number]] == [True] * (len(groups[number]) - 1) + [False]
     for number in set(range(20)) - bad:
         wanted = [float(len(response)) for _, response in groups[number]]
         assert outcomes[number] == (expected(groups[number]) if rendering is TEMPLATE else wanted)
@@ -470,7 +500,7 @@ async def test_one_refused_group_halves_its_own_request_alone(serve: Serve) -> N
     await score_groups(arm, groups, deadline=soon())
     clean = [request for request in worker.requests if len(request["input"]) == 16 and not has_bad(request)]
     assert len(clean) == 1
-    assert len(worker.requests) == 1 + (1 + 2 * 3)
+    assert len(worker.requests) == 1 + (1 + 2 * 3) + 2
     await arm.close()
 
 

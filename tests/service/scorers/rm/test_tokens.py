@@ -115,8 +115,28 @@ def test_cutting_takes_the_left_of_the_prompt_and_nothing_else(prompt: str, room
 
 def test_a_response_that_alone_is_too_long_is_never_cut() -> None:
     with pytest.raises(TooLongError, match="a response is never cut") as caught:
-        fitted(byte_rendering(), [("p", "x"), ("p", "y" * 200)], 100)
+        fitted(byte_rendering(), [("p", "z" * 150), ("p", "y" * 200)], 100)
     assert (caught.value.limit, caught.value.tokens > 200) == (100, True)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_responses_that_fit_are_kept(cut: bool) -> None:
+    group = [("p", "y" * 200), ("p", "x"), ("p", "zz"), ("p", "w" * 300)]
+    prepared = fitted(byte_rendering(), group, 100, cut=cut)
+    assert [text_of(one) for one in prepared.contents] == [
+        f"<s><user>p</s><assistant>{response}</s>" for response in ("x", "zz")
+    ]
+    shell = len(fitted(byte_rendering(), [("p", "")], 100).contents[0])
+    assert prepared.too_long == {0: shell + 200, 3: shell + 300}
+    assert prepared.prompt_tokens_cut == 0
+
+
+def test_the_prompt_is_cut_for_those_that_fit() -> None:
+    shell = len(fitted(byte_rendering(), [("", "")], 100).contents[0])
+    prepared = fitted(byte_rendering(), [("p" * 50, "x" * 40), ("p" * 50, "y" * 200), ("p" * 50, "z")], shell + 60)
+    assert [*prepared.too_long] == [1]
+    assert prepared.prompt_tokens_cut == 50 + 40 - 60
+    assert [len(one) for one in prepared.contents] == [shell + 60, shell + 60 - 39]
 
 
 def test_of_a_character_of_two_tokens_no_half_is_left() -> None:
@@ -439,4 +459,4 @@ def test_a_pool_file_says_how_lengths_are_treated(tmp_path: Path) -> None:
 def test_a_refusal_for_length_is_a_refusal() -> None:
     assert issubclass(WorkerTooLongError, WorkerRejectedError)
     assert issubclass(WorkerTooLongError, WorkerError)
-    assert (WorkerTooLongError.status, WorkerTooLongError.code) == (422, "worker_too_long")
+    assert (WorkerTooLongError.status, WorkerTooLongError.code) == (422, "too_long")
