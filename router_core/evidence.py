@@ -28,12 +28,12 @@ def log_evidence(gram: Array, information: Array, grid: Array = LAMBDA_GRID) -> 
     log p = ½ Σᵢ [log λ/(λ + gᵢ) + (qᵢᵀb)²/(λ + gᵢ)] (Bishop 2006, eq. 3.86, in the eigenbasis of G).
 
     Args:
-        gram: (..., d, d), symmetric positive semi-definite.
-        information: (..., d).
+        gram: (..., W, W), symmetric positive semi-definite.
+        information: (..., W).
         grid: (L,) positive.
 
     Returns:
-        (..., L). Cost O(d³) per matrix.
+        (..., L). Cost O(W³) per matrix.
 
     >>> log_evidence(np.array([[8.0]]), np.array([0.0]), np.array([1.0, 8.0])).round(3)  # trust the prior
     array([-1.099, -0.347])
@@ -53,8 +53,8 @@ def most_probable_precision(grams: Array, informations: Array) -> float:
     measured, and is worse: docs/experiments.md.)
 
     Args:
-        grams: (K, d, d).
-        informations: (K, d).
+        grams: (K, W, W).
+        informations: (K, W).
     """
     return float(LAMBDA_GRID[log_evidence(grams, informations).sum(axis=0).argmax()])
 
@@ -70,8 +70,8 @@ def level_precisions(grams: Array, informations: Array, precision: float) -> Arr
     No arm's level depends on what other arms did: one that keeps its promise makes no other certain.
 
     Args:
-        grams: (K, d, d), of the data alone.
-        informations: (K, d).
+        grams: (K, W, W), of the data alone.
+        informations: (K, W).
         precision: λ of the other weights.
 
     Returns:

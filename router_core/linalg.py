@@ -17,10 +17,10 @@ def inverse_spd(matrix: Array) -> Array:
     """Invert a symmetric positive definite matrix.
 
     Args:
-        matrix: (d, d) float64, symmetric.
+        matrix: (W, W) float64, symmetric.
 
     Returns:
-        (d, d) float64, exactly symmetric.
+        (W, W) float64, exactly symmetric.
 
     Raises:
         NotFiniteError: the matrix holds NaN or infinity.
@@ -46,11 +46,11 @@ def inverse_spd(matrix: Array) -> Array:
 
 
 def inverse_residual(precision: Array, covariance: Array) -> float:
-    """Largest absolute entry of ΛΣ − I: how far Σ has drifted from Λ⁻¹. O(d³).
+    """Largest absolute entry of ΛΣ − I: how far Σ has drifted from Λ⁻¹. O(W³).
 
     Args:
-        precision: (d, d) float64.
-        covariance: (d, d) float64.
+        precision: (W, W) float64.
+        covariance: (W, W) float64.
     """
     product = precision @ covariance
     product[np.diag_indices_from(product)] -= 1.0
@@ -58,10 +58,10 @@ def inverse_residual(precision: Array, covariance: Array) -> float:
 
 
 def inverse_probe(precision: Array, covariance: Array) -> float:
-    """Largest absolute entry of (ΛΣ − I)p for the fixed unit vector p = 1/√d: an O(d²) estimate of the drift.
+    """Largest absolute entry of (ΛΣ − I)p for the fixed unit vector p = 1/√W: an O(W²) estimate of the drift.
 
     Deterministic, so that every replica takes the same decision from it.
     """
-    d = precision.shape[0]
-    probe = np.full(d, 1.0 / np.sqrt(d))
+    W = precision.shape[0]
+    probe = np.full(W, 1.0 / np.sqrt(W))
     return float(np.abs(precision @ (covariance @ probe) - probe).max())

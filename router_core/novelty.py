@@ -73,7 +73,7 @@ class Landmarks:
         """True where the fifth nearest landmark is farther than the radius. O(L q), the same bits in any batch.
 
         Args:
-            x: (dim,) a context, whose last 1 + q columns are a multiple of [1; position].
+            x: (d,) a context, whose last 1 + q columns are a multiple of [1; position].
         """
         q = self.positions.shape[1]
         if not x[-q - 1] > 0:

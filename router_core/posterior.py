@@ -10,12 +10,12 @@ equals fold(s, a + b) wherever the log is cut, because floating-point sums are g
   as one event of the log;
 * with `Hyperparameters.adapt`, λ₀ is chosen anew at the events 8, 16, 32 and every `block_size`-th one of the log, and
   at every audit, for all arms at once: the value of `evidence.LAMBDA_GRID` that makes what was observed most probable;
-  O(K d³). While the log's contexts are unlike the prior's landmarks it is drawn down to `lambda_novel`
+  O(K W³). While the log's contexts are unlike the prior's landmarks it is drawn down to `lambda_novel`
   (`router_core.novelty`). An arm whose own data say that it is better or worse than promised gets a smaller precision
   of its first weight, its level;
 * with `Hyperparameters.alarm_rate`, an event after which an arm's rewards contradict the posterior too much resets the
   arm to its prior, with the λ₀ that the run started from (`router_core.changes`);
-* a discount γ < 1 falls at every `block_size`-th event of the log, for all arms at once, and inverts each Λ: O(K d³);
+* a discount γ < 1 falls at every `block_size`-th event of the log, for all arms at once, and inverts each Λ: O(K W³);
 * Σ's drift from Λ⁻¹ is probed at each block, and Σ inverted afresh at once when it exceeds `drift_tolerance`;
 * a change of the pool (`router_core.pools`) counts as one event: it adds arms at their prior, and from its position on
   it says who is asked, and with which γ and v. An arm that was retired keeps its place and its posterior.
@@ -61,7 +61,7 @@ class FoldSettings:
         block_size: m, events per block.
         refresh_events: events of the log between two inversions of Λ; a multiple of `block_size`. Snapshots are taken
             there.
-        drift_tolerance: largest |ΛΣp − p| (p = 1/√d) at a block's end before Σ is inverted afresh.
+        drift_tolerance: largest |ΛΣp − p| (p = 1/√W) at a block's end before Σ is inverted afresh.
         first_adaptation: events until λ₀ adapts for the first time; then whenever their number has doubled, and once
             there are `block_size` at every block's end.
     """
@@ -96,15 +96,15 @@ class ArmPosterior:
     """One arm: Gaussian over weights after its last block, and the tail of t events since.
 
     Attributes:
-        precision: (d, d) Λ.
-        information: (d,) b.
-        covariance: (d, d) Σ.
-        covariance32: (d, d) float32 copy of Σ, for draws.
-        mean: (d,) μ with the tail applied.
-        settled: (d,) μ at the last block.
-        contexts: (t, d) the tail's x.
+        precision: (W, W) Λ.
+        information: (W,) b.
+        covariance: (W, W) Σ.
+        covariance32: (W, W) float32 copy of Σ, for draws.
+        mean: (W,) μ with the tail applied.
+        settled: (W,) μ at the last block.
+        contexts: (t, W) the tail's x.
         targets: (t,) the tail's reward minus offset.
-        corrections: (t, d) rows w with Σ_now = Σ − Σ_rows w wᵀ.
+        corrections: (t, W) rows w with Σ_now = Σ − Σ_rows w wᵀ.
     """
 
     precision: Array
@@ -118,7 +118,7 @@ class ArmPosterior:
     corrections: Array
 
     def variance(self, x: Array) -> float:
-        """xᵀΣ_now x in float64: the reference that draws are tested against. x: (d,)."""
+        """xᵀΣ_now x in float64: the reference that draws are tested against. x: (W,)."""
         return float(x @ self.covariance @ x - np.square(self.corrections @ x).sum())
 
 
@@ -133,7 +133,7 @@ class Posterior:
         arms: one per RM, in pool order.
         statistics: running statistics per arm.
         drift: largest |ΛΣ − I| over the arms, measured at the last inversion, before it.
-        precisions: (K, d) diagonal of each arm's prior precision now; `prior.hyper.lambda0` unless it adapts.
+        precisions: (K, W) diagonal of each arm's prior precision now; `prior.hyper.lambda0` unless it adapts.
         tally: contexts met and how many of them were novel; empty unless `Prior.watches_novelty`.
         watches: (K,) what tells that an arm has changed; as at the start unless `Hyperparameters.alarm_rate`.
         referees: what gold has said of each referee, by name; those of whom it has said anything.
@@ -176,9 +176,9 @@ class Posterior:
         return waiting if waiting.any() else None
 
     @property
-    def dim(self) -> int:
-        """d."""
-        return self.prior.d
+    def n_weights(self) -> int:
+        """W."""
+        return self.prior.n_weights
 
     @property
     def at_refresh(self) -> bool:
@@ -187,7 +187,7 @@ class Posterior:
 
     @property
     def means(self) -> Array:
-        """μ of every arm, (K, d). Stacked once."""
+        """μ of every arm, (K, W). Stacked once."""
         if not self._means:
             self._means.append(np.stack([arm.mean for arm in self.arms]))
         return self._means[0]
@@ -256,11 +256,11 @@ def start(prior: Prior, settings: FoldSettings | None = None) -> Posterior:
         prior: the run's prior.
         settings: where the log is cut.
     """
-    d, lambda0 = prior.d, prior.hyper.lambda0
-    precision, covariance = np.eye(d) * lambda0, np.eye(d) / lambda0
+    W, lambda0 = prior.n_weights, prior.hyper.lambda0
+    precision, covariance = np.eye(W) * lambda0, np.eye(W) / lambda0
     arms = tuple(_arm(precision, lambda0 * mean, covariance, mean.copy()) for mean in prior.means)
     statistics = SignalStatistics.empty(prior.n_arms)
-    precisions, watches = np.full((prior.n_arms, d), lambda0), (Watch(),) * prior.n_arms
+    precisions, watches = np.full((prior.n_arms, W), lambda0), (Watch(),) * prior.n_arms
     return Posterior(prior, settings or FoldSettings(), 0, arms, statistics, precisions, watches=watches)
 
 
@@ -286,10 +286,10 @@ def restore(
         prior: the run's prior.
         settings: where the log is cut.
         count: the position, a positive multiple of `refresh_events`.
-        precision: K arrays (d, d).
-        information: (K, d).
+        precision: K arrays (W, W).
+        information: (K, W).
         statistics: running statistics at the position.
-        precisions: (K, d) diagonals of the arms' prior precisions at the position.
+        precisions: (K, W) diagonals of the arms' prior precisions at the position.
         drift: as it was measured there.
         tally: of novel contexts up to there.
         watches: (K,) as they were there.
@@ -300,14 +300,16 @@ def restore(
     Raises:
         ShapeMismatchError: `count` is no refresh position, or the arrays do not fit the prior.
     """
-    k, d = prior.n_arms, prior.d
+    K, W = prior.n_arms, prior.n_weights
     if count <= 0 or count % settings.refresh_events:
         raise ShapeMismatchError(
             f"snapshot at event {count} with refresh every {settings.refresh_events}: it was made with other fold "
             "settings"
         )
-    if len(precision) != k or information.shape != (k, d) or any(p.shape != (d, d) for p in precision):
-        raise ShapeMismatchError(f"snapshot arrays do not fit K={k}, d={d}: the pool or the checkpoint was changed")
+    if len(precision) != K or information.shape != (K, W) or any(p.shape != (W, W) for p in precision):
+        raise ShapeMismatchError(
+            f"snapshot arrays do not fit {K} arms of {W} weights: the pool or the checkpoint was changed"
+        )
     arms = []
     for lam, b in zip(precision, information, strict=True):
         covariance = inverse_spd(lam)
@@ -334,7 +336,7 @@ def fold(state: Posterior, events: Sequence[Event | PoolChange | Mark]) -> Poste
 
     The same for every arm in `event.shadows`, with its own credit and offset. A referee's verdict counts ω events with
     the reward r' (`audits.referee`). One event costs one matrix-vector
-    product per arm it moves, O(d²); a block of m events one rank-m update, O(m d²).
+    product per arm it moves, O(W²); a block of m events one rank-m update, O(m W²).
 
     Args:
         state: what was learned so far; not changed.
@@ -369,20 +371,20 @@ def _changed(state: Posterior, change: PoolChange) -> Posterior:
         ShapeMismatchError: the change takes arms away, or moves what earlier arms started from.
     """
     prior, K = change.prior, state.n_arms
-    if prior.n_arms < K or prior.d != state.dim or not np.array_equal(prior.means[:K], state.prior.means):
+    if prior.n_arms < K or prior.n_weights != state.n_weights or not np.array_equal(prior.means[:K], state.prior.means):
         raise ShapeMismatchError(
-            f"a change of the pool has a prior of {prior.n_arms} arms over {prior.d} weights, the run one of {K} over "
-            f"{state.dim}: a change only adds arms behind those that are there"
+            f"a change of the pool has a prior of {prior.n_arms} arms over {prior.n_weights} weights, the run one of "
+            f"{K} over {state.n_weights}: a change only adds arms behind those that are there"
         )
     added, lambda0 = prior.n_arms - K, prior.hyper.lambda0
-    precision, covariance = np.eye(state.dim) * lambda0, np.eye(state.dim) / lambda0
+    precision, covariance = np.eye(state.n_weights) * lambda0, np.eye(state.n_weights) / lambda0
     arms = [_arm(precision, lambda0 * mean, covariance, mean.copy()) for mean in prior.means[K:]]
     return replace(
         state,
         prior=prior,
         arms=(*state.arms, *arms),
         statistics=state.statistics.extended(added),
-        precisions=np.concatenate([state.precisions, np.full((added, state.dim), lambda0)]),
+        precisions=np.concatenate([state.precisions, np.full((added, state.n_weights), lambda0)]),
         watches=(*state.watches, *[Watch()] * added),
         pool=change.state,
         _means=[],
@@ -398,7 +400,7 @@ def events_to_refresh(state: Posterior) -> int:
 
 def _arm(precision: Array, information: Array, covariance: Array, mean: Array) -> ArmPosterior:
     """An arm with an empty tail."""
-    d = len(mean)
+    W = len(mean)
     return ArmPosterior(
         precision,
         information,
@@ -406,9 +408,9 @@ def _arm(precision: Array, information: Array, covariance: Array, mean: Array) -
         covariance.astype(np.float32),
         mean,
         mean,
-        np.empty((0, d)),
+        np.empty((0, W)),
         np.empty(0),
-        np.empty((0, d)),
+        np.empty((0, W)),
     )
 
 
@@ -549,10 +551,10 @@ class _Folding:
         return self._touched[k]
 
     def _check(self, event: Event, x: NDArray[np.float32]) -> None:
-        if x.shape != (self._state.prior.dim,):
+        if x.shape != (self._state.prior.d,):
             raise ShapeMismatchError(
                 f"event {event.decision_id!r} has a context of {x.shape[0]} numbers, the prior one of "
-                f"{self._state.prior.dim}"
+                f"{self._state.prior.d}"
             )
         if not NO_ARM <= event.arm < self._state.n_arms:
             raise ShapeMismatchError(f"event {event.decision_id!r} asked arm {event.arm} of {self._state.n_arms}")
@@ -619,7 +621,7 @@ class _ArmFolding:
     """
 
     def __init__(self, arm: ArmPosterior, k: int, state: Posterior) -> None:
-        m, d = state.settings.block_size, state.dim
+        m, W = state.settings.block_size, state.n_weights
         self._sigma2 = state.prior.hyper.sigma2
         self._hyper = state.prior.hyper
         self._prior_mean = state.prior.means[k]
@@ -628,7 +630,7 @@ class _ArmFolding:
         self._covariance32: NDArray[np.float32] | None = arm.covariance32
         self._mean, self._settled = arm.mean.copy(), arm.settled
         self._rows = self._corrected = len(arm.targets)
-        self._contexts, self._targets, self._corrections = np.empty((m, d)), np.empty(m), np.empty((m, d))
+        self._contexts, self._targets, self._corrections = np.empty((m, W)), np.empty(m), np.empty((m, W))
         self._contexts[: self._rows] = arm.contexts
         self._targets[: self._rows] = arm.targets
         self._corrections[: self._rows] = arm.corrections
@@ -649,8 +651,8 @@ class _ArmFolding:
 
     def reset(self) -> None:
         """Forget everything but the prior."""
-        d, lambda0 = len(self._mean), self._hyper.lambda0
-        self._precision, self._covariance = np.eye(d) * lambda0, np.eye(d) / lambda0
+        W, lambda0 = len(self._mean), self._hyper.lambda0
+        self._precision, self._covariance = np.eye(W) * lambda0, np.eye(W) / lambda0
         self._information = lambda0 * self._prior_mean
         self._settle()
 
@@ -679,7 +681,7 @@ class _ArmFolding:
         gains = x @ self._covariance
         inner = gains @ x.T
         inner[np.diag_indices_from(inner)] += self._sigma2
-        # A general solve with d right-hand sides takes several times as long as this product.
+        # A general solve with W right-hand sides takes several times as long as this product.
         half = np.linalg.inv(np.linalg.cholesky(inner)) @ gains
         covariance = half.T @ half
         np.subtract(self._covariance, covariance, out=covariance)

@@ -123,12 +123,12 @@ class Prior:
 
     Attributes:
         form: which of the forms.
-        means: (K, d) float64, prior mean of each arm's weights.
+        means: (K, W) float64, prior mean of each arm's weights.
         hyper: the scalars.
         offset: o(x), or None for a constant one.
         constant_offset: the offset where `offset` is None.
-        first: the posterior reads the columns first … first + d of x; the offsets may read them all.
-        width: columns of x; by default first + d.
+        first: the posterior reads the columns first … first + W of x; the offsets may read them all.
+        d: columns of x, read by the posterior or not; by default first + W.
         landmarks: where the offline stage's pairs lie, or None where that is not known.
     """
 
@@ -138,18 +138,18 @@ class Prior:
     offset: Offset | None = None
     constant_offset: float = 0.0
     first: int = 0
-    width: int = 0
+    d: int = 0
     landmarks: Landmarks | None = None
 
     def __post_init__(self) -> None:
         if self.means.ndim != 2 or 0 in self.means.shape:
-            raise ShapeMismatchError(f"prior means have shape {self.means.shape}: give (K, d) with K, d >= 1")
+            raise ShapeMismatchError(f"prior means have shape {self.means.shape}: give (K, W) with K, W >= 1")
         if not np.isfinite(self.means).all():
             raise NotFiniteError("prior means hold NaN or infinity: train the checkpoint again")
-        if self.first < 0 or (self.width and self.width < self.first + self.d):
-            raise ShapeMismatchError(
-                f"the posterior reads columns {self.first} to {self.first + self.d} of contexts with {self.width}"
-            )
+        end = self.first + self.n_weights
+        object.__setattr__(self, "d", self.d or end)
+        if self.first < 0 or self.d < end:
+            raise ShapeMismatchError(f"the posterior reads columns {self.first} to {end} of contexts with {self.d}")
 
     @property
     def loss_scale(self) -> LossScale:
@@ -167,28 +167,23 @@ class Prior:
         return int(self.means.shape[0])
 
     @property
-    def d(self) -> int:
-        """Weights per arm: columns of x that the posterior reads."""
+    def n_weights(self) -> int:
+        """W, weights per arm: columns of x that the posterior reads."""
         return int(self.means.shape[1])
 
-    @property
-    def dim(self) -> int:
-        """Columns of x, read by the posterior or not."""
-        return self.width or self.first + self.d
-
     def learned(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The columns that the posterior reads: (B, dim) to (B, d), or (dim,) to (d,)."""
-        return x if self.d == x.shape[-1] else x[..., self.first : self.first + self.d]
+        """The columns that the posterior reads: (B, d) to (B, W), or (d,) to (W,)."""
+        return x if self.n_weights == x.shape[-1] else x[..., self.first : self.first + self.n_weights]
 
-    def reading(self, first: int, width: int) -> Prior:
-        """The same prior over the columns first … first + d of contexts with `width` columns."""
-        return replace(self, first=first, width=width)
+    def reading(self, first: int, d: int) -> Prior:
+        """The same prior over the columns first … first + W of contexts with d columns."""
+        return replace(self, first=first, d=d)
 
     def offsets(self, x: NDArray[np.float32]) -> Array:
         """o_k(x) for a batch.
 
         Args:
-            x: (B, dim) float32 contexts.
+            x: (B, d) float32 contexts.
 
         Returns:
             (B, K) float64.
@@ -202,7 +197,7 @@ def paper_prior(bt_embeddings: NDArray[np.floating], hyper: Hyperparameters = PA
     """The paper's prior: mean_k = e_k / ‖e_k‖, Λ₀ = λ₀I (arXiv 2510.02850, online stage).
 
     Args:
-        bt_embeddings: (K, d), the offline stage's Bradley-Terry embedding of each RM; rows are normalised here.
+        bt_embeddings: (K, W), the offline stage's Bradley-Terry embedding of each RM; rows are normalised here.
         hyper: the scalars.
 
     Raises:
@@ -217,7 +212,7 @@ def paper_prior(bt_embeddings: NDArray[np.floating], hyper: Hyperparameters = PA
 
 def calibrated_prior(
     n_arms: int,
-    dim: int,
+    n_weights: int,
     offset: Offset,
     hyper: Hyperparameters = CALIBRATED_HYPERPARAMETERS,
     landmarks: Landmarks | None = None,
@@ -226,36 +221,36 @@ def calibrated_prior(
 
     Args:
         n_arms: K.
-        dim: d.
+        n_weights: W.
         offset: x (B, d) -> (B, K) probabilities.
         hyper: the scalars.
         landmarks: where the pairs lie that the offsets were learned from.
     """
-    means = np.zeros((n_arms, dim))
+    means = np.zeros((n_arms, n_weights))
     return Prior(PriorForm.CALIBRATED, means, hyper, offset=offset, landmarks=landmarks)
 
 
-def no_prior(n_arms: int, dim: int, hyper: Hyperparameters = NONE_HYPERPARAMETERS) -> Prior:
+def no_prior(n_arms: int, n_weights: int, hyper: Hyperparameters = NONE_HYPERPARAMETERS) -> Prior:
     """Nothing known of any arm: zero mean around an even chance (the paper's row "w/o offline").
 
     Args:
         n_arms: K.
-        dim: d.
+        n_weights: W.
         hyper: the scalars.
     """
-    return Prior(PriorForm.NONE, np.zeros((n_arms, dim)), hyper, constant_offset=0.5)
+    return Prior(PriorForm.NONE, np.zeros((n_arms, n_weights)), hyper, constant_offset=0.5)
 
 
-def linucb_prior(n_arms: int, dim: int) -> Prior:
+def linucb_prior(n_arms: int, n_weights: int) -> Prior:
     """LinUCB's start, A_k = I and b_k = 0, as LASER has it (arXiv 2410.01735); losses are scaled by their quantiles.
 
     Args:
         n_arms: K.
-        dim: d.
+        n_weights: W.
     """
     return Prior(
         PriorForm.LINUCB,
-        np.zeros((n_arms, dim)),
+        np.zeros((n_arms, n_weights)),
         LINUCB_HYPERPARAMETERS,
         constant_offset=0.0,
     )

@@ -141,7 +141,7 @@ class Assembly:
         routing = specification.routing
         settings = self._settings.model_copy(update={"v": routing.v, "gamma": routing.gamma})
         checkpoint = self._checkpoint_of(specification)
-        return build_prior(settings, checkpoint, len(specification.arms), self._encoder.dim, *terms)
+        return build_prior(settings, checkpoint, len(specification.arms), self._encoder.d, *terms)
 
     def template(self, specification: Specification) -> RunTemplate:
         """Return the template of a pool, the same one for equal specifications.
@@ -166,7 +166,7 @@ class Assembly:
         checkpoint = self._checkpoint_of(specification)
         arms = [self.roster.scorer(arm.entry, specification.pool, arm.changed_ms) for arm in specification.arms]
         began = self._began(specification)
-        origin = f"untrained:{self._encoder.spec}:{self._encoder.dim}" if began is None else began.digest
+        origin = f"untrained:{self._encoder.spec}:{self._encoder.d}" if began is None else began.digest
         unchanged = not specification.version and (began is None or self._knows_all(specification))
         scale = self._scale_of(specification)
         first = self._score_scale or (None if began is None else began.scores)

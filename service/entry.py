@@ -13,15 +13,20 @@ def main() -> None:
     try:
         from service.cli import main as run
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("service", "router_core"):
-            raise
-        sys.exit(_missing(error.name or "a package"))
+        sys.exit(missing(error))
     run()
 
 
-def _missing(package: str) -> int:
+def missing(error: ModuleNotFoundError) -> int:
+    """Say on standard error what to install, and return the exit status.
+
+    Raises:
+        ModuleNotFoundError: what is missing is a part of our own.
+    """
+    if (error.name or "").split(".")[0] in ("service", "router_core"):
+        raise error
     sys.stderr.write(
-        f"error: reward-router needs {package!r}, which the light installation for trainers lacks: "
+        f"error: reward-router needs {error.name or 'a package'!r}, which the light installation for trainers lacks: "
         "pip install 'reward-router[server]', or 'reward-router[embedded]' with a store and an encoder of its own\n"
     )
     return 2

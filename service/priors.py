@@ -57,7 +57,7 @@ def build_prior(
     settings: Settings,
     checkpoint: Checkpoint | None,
     n_arms: int,
-    dim: int,
+    d: int,
     form: PriorForm | None = None,
     signal: Signal | None = None,
 ) -> Prior:
@@ -70,18 +70,18 @@ def build_prior(
         ConfigurationError: a prior form that needs a checkpoint, without one.
     """
     form = form or form_of(settings, checkpoint)
-    first, d = (0, dim) if checkpoint is None else checkpoint.columns(form)
-    return _prior_of_form(settings, checkpoint, n_arms, d, form, signal or settings.signal).reading(first, dim)
+    first, n_weights = (0, d) if checkpoint is None else checkpoint.columns(form)
+    return _prior_of_form(settings, checkpoint, n_arms, n_weights, form, signal or settings.signal).reading(first, d)
 
 
 def _prior_of_form(
-    settings: Settings, checkpoint: Checkpoint | None, n_arms: int, d: int, form: PriorForm, signal: Signal
+    settings: Settings, checkpoint: Checkpoint | None, n_arms: int, n_weights: int, form: PriorForm, signal: Signal
 ) -> Prior:
-    """Over the d columns of a context that a posterior of this form reads."""
+    """Return the prior over the columns of a context that a posterior of this form reads."""
     if form is PriorForm.LINUCB:
-        return linucb_prior(n_arms, d)
+        return linucb_prior(n_arms, n_weights)
     if form is PriorForm.NONE:
-        return no_prior(n_arms, d, _overridden(NONE_HYPERPARAMETERS, settings))
+        return no_prior(n_arms, n_weights, _overridden(NONE_HYPERPARAMETERS, settings))
     if checkpoint is None:
         raise ConfigurationError(
             f"prior is {form.value!r}, which a checkpoint holds, and none is given: train one (`reward-router train`) "
@@ -91,7 +91,7 @@ def _prior_of_form(
         return paper_prior(checkpoint.bt_embeddings, _overridden(PAPER_HYPERPARAMETERS, settings))
     learned = CALIBRATED_LOSS_HYPERPARAMETERS if signal is Signal.LOSS else checkpoint.hyperparameters
     hyper = _overridden(learned, settings)
-    return calibrated_prior(n_arms, d, checkpoint.class_probabilities, hyper, checkpoint.landmarks)
+    return calibrated_prior(n_arms, n_weights, checkpoint.class_probabilities, hyper, checkpoint.landmarks)
 
 
 def form_of(settings: Settings, checkpoint: Checkpoint | None) -> PriorForm:

@@ -216,10 +216,12 @@ def priors_of(
         joining: one more arm, of which nothing is known: its offsets are the others' mean.
     """
 
+    settings = read_settings(prior="auto", signal=signal)
+
     def prior(form: str | None) -> Prior:
         named = None if form is None else PriorForm(form)
         K = len(checkpoint.pool)
-        built = build_prior(read_settings(prior="auto", signal=signal), checkpoint, K, checkpoint.d, named)
+        built = build_prior(settings, checkpoint, K, checkpoint.d, named)
         if form is not None:
             published = named is not PriorForm.PAPER or not paper
             return built if published else replace(built, hyper=replace(built.hyper, **dict(paper)))
@@ -228,7 +230,7 @@ def priors_of(
             return _joined(changed)
         if not variant.features:
             return changed
-        return replace(changed, means=np.zeros((K, checkpoint.fuse.learned)), first=0, width=checkpoint.d)
+        return replace(changed, means=np.zeros((K, checkpoint.fuse.learned)), first=0, d=checkpoint.d)
 
     return prior
 
@@ -240,7 +242,7 @@ def _joined(prior: Prior) -> Prior:
         known = prior.offsets(x)
         return np.hstack([known, known.mean(axis=1, keepdims=True)])
 
-    return replace(prior, means=np.zeros((prior.n_arms + 1, prior.d)), offset=offset)
+    return replace(prior, means=np.zeros((prior.n_arms + 1, prior.n_weights)), offset=offset)
 
 
 def _prepared(

@@ -163,7 +163,7 @@ class Fuse:
         return self.learned + (0 if self.kernel is None else self.kernel.weights.shape[1])
 
     @property
-    def dim(self) -> int:
+    def d(self) -> int:
         """Columns of x."""
         return self.features + (0 if self.context is None else 1 + self.context.shape[1])
 
@@ -200,7 +200,7 @@ class Fuse:
             z: (B, 2 * input_dim) float32, finite but for unknown deviations.
 
         Returns:
-            (B, dim) float32; f and c of a row have norm 1 each.
+            (B, d) float32; f and c of a row have norm 1 each.
 
         Raises:
             ShapeMismatchError: z has another width.
@@ -268,9 +268,9 @@ class PairEncoder:
         return self._backbone.spec
 
     @property
-    def dim(self) -> int:
+    def d(self) -> int:
         """Columns of x."""
-        return self._fuse.dim
+        return self._fuse.d
 
     def encode(self, instances: Sequence[Instance]) -> NDArray[np.float32]:
         """Contexts of the instances.

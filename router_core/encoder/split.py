@@ -95,9 +95,9 @@ class SplitEncoder:
             )
 
     @property
-    def dim(self) -> int:
-        """d, columns of x."""
-        return self._fuse.dim
+    def d(self) -> int:
+        """Columns of x."""
+        return self._fuse.d
 
     @property
     def state_dim(self) -> int:

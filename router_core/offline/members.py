@@ -44,7 +44,7 @@ class TrainConfig:
     """Settings of the offline fit; what was compared by grouped cross-validation is in docs/experiments.md.
 
     Fields:
-        d: directions kept of the members' outputs beside those that the heads read.
+        directions: directions kept of the members' outputs beside those that the heads read.
         context: directions of the low-rank context that the online stage learns over; small, because it explores them.
         members: independent fits side by side; their mean logits route.
         kind_members: how many of them read kinds of texts instead of directions; 0 fits no kinds.
@@ -68,7 +68,7 @@ class TrainConfig:
         level: prior deviation of the calibration's level (`calibrate.fit_calibration`); 0 for none.
     """
 
-    d: int = 8
+    directions: int = 8
     context: int = 8
     members: int = 6
     kind_members: int = 3
@@ -254,8 +254,8 @@ class MembersFit:
         """The averaged weights as a fuse and the heads of a checkpoint.
 
         The members side by side are M·m columns of which few directions matter. The rotation keeps those that a head
-        reads, so that no score changes by it, and the `d` leading ones of what is left (uncentred, so that the constant
-        part stays), so that features keep their norm.
+        reads, so that no score changes by it, and the `directions` leading ones of what is left (uncentred, so that the
+        constant part stays), so that features keep their norm.
         """
         c, average = self._config, {name: value.numpy().copy() for name, value in self._average.items()}
         average["w1"] *= self._network.reads.numpy()
@@ -273,7 +273,7 @@ class MembersFit:
         arms = share * (average["arms"] / np.linalg.norm(average["arms"], axis=1, keepdims=True)).reshape(-1, K)
         weights = share * average["cls_weight"].reshape(-1, K)
         u = fuse.standardise(z)
-        rotation = spanning(fuse.members_of(u).astype(np.float64), np.hstack([arms, weights]), c.d)
+        rotation = spanning(fuse.members_of(u).astype(np.float64), np.hstack([arms, weights]), c.directions)
         heads = {
             "bt_embeddings": np.ascontiguousarray((rotation.T @ arms).T, dtype=np.float32),
             "cls_weight": np.ascontiguousarray(SCORE_SCALE * (rotation.T @ weights).T, dtype=np.float32),

@@ -245,7 +245,7 @@ def learned_votes(
 def context_landmarks(
     pairs: Sequence[LabelledPair], x: NDArray[np.float32], fuse: Fuse, rng: np.random.Generator
 ) -> Landmarks | None:
-    """Where the pairs lie, from their contexts x (N, dim); None without a low-rank context, or with too few pairs."""
+    """Where the pairs lie, from their contexts x (N, d); None without a low-rank context, or with too few pairs."""
     if fuse.context is None:
         return None
     return fit_landmarks(x[:, fuse.features :], [pair.group for pair in pairs], rng)

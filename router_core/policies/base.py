@@ -123,8 +123,8 @@ class Policy(Protocol):
         """Return whom to ask about one instance."""
 
 
-class OneCall(AskBest):
-    """The half of `Policy` that all policies share which ask the best draw."""
+class FixedCalls:
+    """The half of `Policy` that policies share whose number of calls is fixed: the policy is its own plan."""
 
     __slots__ = ()
 
@@ -132,38 +132,30 @@ class OneCall(AskBest):
     one_arm_per_batch: bool = False
 
     def pacer(self) -> Pacer | None:
-        """Return None: the number of calls is fixed."""
+        """Return None: there is no budget to keep."""
         return None
 
     def at(self, multiplier: float | None) -> Self:
         """Return itself: price does not matter."""
         return self
 
-    def plan_for(self, view: View) -> Plan:
+    def plan_for(self, view: View) -> Self:
         """Return itself: the plan is the same for every instance."""
         return self
 
 
-class AllCalls(AskAll):
-    """The half of `Policy` that all policies share which ask every RM: what is asked depends on nothing learned."""
+class OneCall(FixedCalls, AskBest):
+    """What policies share that ask the best draw."""
+
+    __slots__ = ()
+
+
+class AllCalls(FixedCalls, AskAll):
+    """What policies share that ask every RM: what is asked depends on nothing learned."""
 
     __slots__ = ()
 
     name: str
-    prior: PriorForm | None = None
-    one_arm_per_batch: bool = False
-
-    def pacer(self) -> Pacer | None:
-        """Return None: the number of calls is fixed."""
-        return None
-
-    def at(self, multiplier: float | None) -> Self:
-        """Return itself: price does not matter."""
-        return self
-
-    def plan_for(self, view: View) -> Plan:
-        """Return itself: the plan is the same for every instance."""
-        return self
 
     def beliefs(self, x: NDArray[np.float32], offsets: Array, posterior: Posterior) -> Beliefs:
         """The same of every arm: the order of asking does not matter."""

@@ -46,7 +46,7 @@ def posterior_beliefs(x: NDArray[np.float32], offsets: Array, posterior: Posteri
     u is the share of the events that spoke of some arms only (`Posterior.partial`): where audits speak of all, nothing
     is learned by asking, and u v and the floors u ε fall to 0.
 
-    One GEMM per arm for the batch, (B, d) by (d, d); one matrix-vector product per arm for one instance.
+    One GEMM per arm for the batch, (B, W) by (W, W); one matrix-vector product per arm for one instance.
     """
     means, sds = posterior_moments(x, offsets, posterior)
     hyper = posterior.prior.hyper
@@ -121,7 +121,7 @@ def floors_of(means: Array, events: Array, floor: float) -> Array:
 
 
 def _variance(arm: ArmPosterior, x: NDArray[np.float32], precise: Array) -> float:
-    """xᵀΣ_now x of one context: x (d,) in float32, and the same in float64."""
+    """xᵀΣ_now x of one context: x (W,) in float32, and the same in float64."""
     variance = float(arm.covariance32.dot(x).dot(x))
     if len(arm.corrections):
         along = arm.corrections.dot(precise)

@@ -30,16 +30,16 @@ class DuelingBandit:
 
     calls = 2
 
-    def __init__(self, d: int, n_arms: int, rng: np.random.Generator) -> None:
+    def __init__(self, n_weights: int, n_arms: int, rng: np.random.Generator) -> None:
         """Start each chain at a draw of the prior, N(0, temperature/ridge).
 
         Args:
-            d: columns of a context.
+            n_weights: columns of a context that it reads.
             n_arms: K.
             rng: of the Langevin noise.
         """
         self._rng = rng
-        self._theta = rng.standard_normal((2, n_arms, d + 1)) * (TEMPERATURE / RIDGE) ** 0.5
+        self._theta = rng.standard_normal((2, n_arms, n_weights + 1)) * (TEMPERATURE / RIDGE) ** 0.5
         self._contexts: list[Array] = []
         self._offsets: list[Array] = []
         self._duels: list[tuple[int, ...]] = []

@@ -44,7 +44,7 @@ class Learner(Protocol):
         """Return the arms to ask, `calls` of them, perhaps one twice.
 
         Args:
-            x: (d,) context.
+            x: (W,) the columns of a context that the prior's posterior reads.
             offsets: (K,) of the prior.
         """
 
@@ -55,7 +55,7 @@ class Learner(Protocol):
 LEARNERS: Mapping[str, Callable[[int, int, np.random.Generator], Learner]] = MappingProxyType(
     {"neural": NeuralThompson, "dueling": DuelingBandit}
 )
-"""By name, from d, K and a generator."""
+"""By name, from W, K and a generator."""
 
 FORMS: Mapping[str, PriorForm | None] = MappingProxyType({"": None, "none": PriorForm.NONE})
 

@@ -26,23 +26,23 @@ class NeuralThompson:
 
     calls = 1
 
-    def __init__(self, d: int, n_arms: int, rng: np.random.Generator) -> None:
+    def __init__(self, n_weights: int, n_arms: int, rng: np.random.Generator) -> None:
         """Start with f = 0: the output layer's two halves cancel each other (section 3 of the paper).
 
         Args:
-            d: columns of a context.
+            n_weights: columns of a context that it reads.
             n_arms: K.
             rng: of the start, the draws and the batches.
         """
         self._rng = rng
         half = HIDDEN // 2
-        first = rng.standard_normal((half, d + 1)) * (2.0 / (d + 1)) ** 0.5
+        first = rng.standard_normal((half, n_weights + 1)) * (2.0 / (n_weights + 1)) ** 0.5
         last = rng.standard_normal((n_arms, half)) / HIDDEN**0.5
         self._weights = [np.vstack([first, first]), np.hstack([last, -last])]
         self._start = [weight.copy() for weight in self._weights]
         self._moments = [(np.zeros_like(weight), np.zeros_like(weight)) for weight in self._weights]
         # U: of the first layer per arm, since an arm's gradient passes through its own output weights.
-        self._precision = [np.full((n_arms, HIDDEN, d + 1), RIDGE), np.full((n_arms, HIDDEN), RIDGE)]
+        self._precision = [np.full((n_arms, HIDDEN, n_weights + 1), RIDGE), np.full((n_arms, HIDDEN), RIDGE)]
         self._updates = 0
         self._contexts: list[Array] = []
         self._arms: list[int] = []
@@ -69,7 +69,7 @@ class NeuralThompson:
             self._step(self._rng.integers(0, len(self._arms), size=min(BATCH, len(self._arms))))
 
     def _gradients(self, context: Array) -> tuple[Array, Array, Array]:
-        """Of every f_k: by the output weights (m,), by the first layer (K, m, d + 1); and the hidden units (m,)."""
+        """Gradients of every f_k by the output weights (m,) and by the first layer (K, m, W + 1); hidden units (m,)."""
         before = self._weights[0] @ context
         hidden: Array = np.maximum(before, 0.0)
         inner = (self._weights[1] * (before > 0))[:, :, None] * context

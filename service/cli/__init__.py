@@ -1,47 +1,84 @@
-"""The command line `reward-router`: one file per command, composed here. The only part that may import the offline
-stage.
+"""The command line `reward-router`: one file per command, imported when the command is asked for.
+
+The only part of `service` besides `lab` that may import the offline stage.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import UserDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperGroup
+from typer.main import get_group
 
 from router_core.errors import RouterCoreError
-from service.cli import (
-    acts,
-    audit,
-    check_scorer,
-    check_trainer,
-    convert,
-    demo,
-    encoder,
-    evaluate,
-    export,
-    frontier,
-    keys,
-    label,
-    manifests,
-    models,
-    ope,
-    pin,
-    pool,
-    replay,
-    report,
-    runs,
-    serve,
-    train,
-    up,
-    worker,
-)
+from service.entry import missing
 from service.errors import ServiceError
+
+COMMANDS = (
+    "demo",
+    "up",
+    "serve",
+    "worker",
+    "check-scorer",
+    "check-trainer",
+    "manifests",
+    "pin",
+    "encoder",
+    "keys",
+    "train",
+    "convert",
+    "label",
+    "evaluate",
+    "frontier",
+    "replay",
+    "models",
+    "pool",
+    "runs",
+    "acts",
+    "audit",
+    "report",
+    "export",
+    "ope",
+)
+"""In the order of the help. Each has a file of its name, which holds a function of its name, or an `app` of several."""
+
+
+class _Commands(UserDict[str, Any]):
+    """The commands by name, None until one is asked for."""
+
+    def __getitem__(self, name: str) -> Any:
+        if self.data[name] is None:
+            self.data[name] = _load(name)
+        return self.data[name]
+
+
+class _Group(TyperGroup):
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.commands = _Commands(dict.fromkeys(COMMANDS))
+
+
+def _load(name: str) -> Any:
+    file = name.replace("-", "_")
+    try:
+        module = import_module(f"{__name__}.{file}")
+    except ModuleNotFoundError as error:
+        sys.exit(missing(error))
+    shelf = typer.Typer(rich_markup_mode="rich")
+    if hasattr(module, "app"):
+        shelf.add_typer(module.app, name=name)
+    else:
+        shelf.command(name)(getattr(module, file))
+    return get_group(shelf).commands[name]
 
 
 def _print_version(asked: bool) -> None:
@@ -52,6 +89,7 @@ def _print_version(asked: bool) -> None:
 
 app = typer.Typer(
     name="reward-router",
+    cls=_Group,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -70,32 +108,6 @@ def options(
     ] = False,
 ) -> None:
     """Take the options that stand before a command."""
-
-
-app.command("demo")(demo.demo)
-app.command("up")(up.up)
-app.command("serve")(serve.serve)
-app.command("worker")(worker.worker)
-app.command("check-scorer")(check_scorer.check_scorer)
-app.command("check-trainer")(check_trainer.check_trainer)
-app.command("manifests")(manifests.manifests)
-app.command("pin")(pin.pin)
-app.add_typer(encoder.app, name="encoder")
-app.add_typer(keys.app, name="keys")
-app.command("train")(train.train)
-app.command("convert")(convert.convert)
-app.command("label")(label.label)
-app.command("evaluate")(evaluate.evaluate)
-app.command("frontier")(frontier.frontier)
-app.command("replay")(replay.replay)
-app.command("models")(models.models)
-app.add_typer(pool.app, name="pool")
-app.add_typer(runs.app, name="runs")
-app.command("acts")(acts.acts)
-app.command("audit")(audit.audit)
-app.command("report")(report.report)
-app.command("export")(export.export)
-app.command("ope")(ope.ope)
 
 
 def main() -> None:

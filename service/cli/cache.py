@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="Encodings of transformer encoders (default: ~/.cache/reward-router).", show_default=False),
+]
+UseCache = Annotated[bool, typer.Option("--use-cache/--no-cache", help="Keep encodings for the next time.")]
 
 
 def encodings_directory(given: Path | None, *, use: bool = True) -> Path | None:

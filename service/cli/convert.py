@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from service.cli.json_option import JsonOut, publish
 from service.errors import ConfigurationError
 from service.lab.convert.convert import Account, convert_file
 from service.lab.convert.reading import READABLE
@@ -17,9 +17,7 @@ from service.lab.convert.reading import READABLE
 def convert(
     data: Annotated[Path, typer.Argument(metavar="FILE", help=f"{READABLE}.", show_default=False)],
     out: Annotated[Path, typer.Option(help="JSON Lines to write; replaced if it exists.", show_default=False)],
-    json_out: Annotated[
-        Path | None, typer.Option("--json", help="Write what was done to this file; `-` for standard output.")
-    ] = None,
+    json_out: JsonOut = None,
 ) -> None:
     """Make labelled pairs of preference data: chosen and rejected, hh-rlhf, UltraFeedback, HelpSteer, Arena and others.
 
@@ -39,12 +37,7 @@ def convert(
         "taken": {name: {"rows": rows, "meaning": meaning} for name, (meaning, rows) in account.taken.items()},
         "left_out": dict(account.left_out.most_common()),
     }
-    if json_out is not None and str(json_out) == "-":
-        typer.echo(json.dumps(document))
-        return
-    if json_out is not None:
-        json_out.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    _tell(account, out)
+    publish(document, json_out, lambda: _tell(account, out))
 
 
 def _tell(account: Account, out: Path) -> None:

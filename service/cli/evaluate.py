@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,10 @@ from router_core.dataset import pairs_digest, pool_names
 from router_core.encoder.base import Backbone
 from router_core.encoder.registry import load_backbone, load_checkpoint_backbone
 from router_core.records import LabelledPair
-from service.cli.cache import encodings_directory
+from service.cli.cache import Cache, UseCache, encodings_directory
 from service.cli.data import DataReader, SkipBadRows, parse_pool
 from service.cli.evaluate_output import print_table
+from service.cli.json_option import JsonOut, publish
 from service.cli.prices import Price, parse_prices
 from service.errors import ConfigurationError
 
@@ -95,14 +95,9 @@ def evaluate(
     ] = True,
     seeds: Annotated[int, typer.Option(min=1, help="Fits per router; its figures are their means.")] = 1,
     folds: Annotated[int, typer.Option(min=2, help="Folds where there is no --test.")] = 5,
-    cache: Annotated[
-        Path | None,
-        typer.Option(help="Encodings of transformer encoders (default: ~/.cache/reward-router).", show_default=False),
-    ] = None,
-    use_cache: Annotated[bool, typer.Option("--use-cache/--no-cache", help="Keep encodings for the next time.")] = True,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures to this file; `-` for standard output.")
-    ] = None,
+    cache: Cache = None,
+    use_cache: UseCache = True,
+    json_out: JsonOut = None,
     skip_bad_rows: SkipBadRows = False,
 ) -> None:
     """How often is the asked RM right? Every RM, majority, UWO, random and our offline routers, per subset and in all.
@@ -123,15 +118,7 @@ def evaluate(
         task = _task(reader.pairs(train), judged, pool, encoder, seeds, folds, no_cls, ablations, encodings)
         task = dataclasses.replace(task, policies=wanted, prices=parse_prices(price, task.pool))
         document = _judge_fits(task, notes)
-    text = json.dumps(document, indent=1, default=str)
-    if json_out is not None and str(json_out) == "-":
-        typer.echo(text)
-        reader.tell()
-        return
-    if json_out is not None:
-        json_out.parent.mkdir(parents=True, exist_ok=True)
-        json_out.write_text(text + "\n", "utf-8")
-    print_table(document, Console())
+    publish(document, json_out, lambda: print_table(document, Console()))
     reader.tell()
 
 

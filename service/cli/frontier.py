@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,8 +16,9 @@ from rich.table import Table
 from router_core.dataset import grouped_folds, pairs_digest, pool_names
 from router_core.encoder.registry import load_backbone
 from router_core.replay.table import complete_pairs
-from service.cli.cache import encodings_directory
+from service.cli.cache import Cache, UseCache, encodings_directory
 from service.cli.data import DataReader, SkipBadRows, parse_pool
+from service.cli.json_option import JsonOut, publish
 from service.cli.prices import Price, parse_prices
 from service.errors import ConfigurationError
 from service.lab.eventlog.load import load_log
@@ -52,14 +52,9 @@ def frontier(
     price: Price = None,
     seeds: Annotated[int, typer.Option(min=1, help="Fits per fold; figures are their means.")] = 1,
     folds: Annotated[int, typer.Option(min=2, help="Grouped folds.")] = 5,
-    cache: Annotated[
-        Path | None,
-        typer.Option(help="Encodings of transformer encoders (default: ~/.cache/reward-router).", show_default=False),
-    ] = None,
-    use_cache: Annotated[bool, typer.Option("--use-cache/--no-cache", help="Keep encodings for the next time.")] = True,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures to this file; `-` for standard output.")
-    ] = None,
+    cache: Cache = None,
+    use_cache: UseCache = True,
+    json_out: JsonOut = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the picture: a path that ends in .png, .pdf or .svg.")] = None,
     skip_bad_rows: SkipBadRows = False,
 ) -> None:
@@ -144,13 +139,7 @@ def _publish(document: dict[str, Any], points: Sequence[Point], json_out: Path |
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
         plot_frontier(points, plot, _title(document))
-    if json_out is not None and str(json_out) == "-":
-        typer.echo(json.dumps(document, indent=1))
-        return
-    if json_out is not None:
-        json_out.parent.mkdir(parents=True, exist_ok=True)
-        json_out.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    Console().print(_table(document))
+    publish(document, json_out, lambda: Console().print(_table(document)))
 
 
 def _title(document: dict[str, Any]) -> str:

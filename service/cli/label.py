@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 import time
@@ -31,6 +30,7 @@ from router_core.records import Instance
 from router_core.rows import Row
 from service.cli.data import DataReader, SkipBadRows, parse_pool
 from service.cli.fitting import fitting_table
+from service.cli.json_option import JsonOut, publish
 from service.cli.key_option import key_option
 from service.cli.processes import interruptible
 from service.errors import ConfigurationError, ServiceError
@@ -71,9 +71,7 @@ def label(
     patience: Annotated[float, typer.Option(min=0.0, help="Seconds that a worker may be away.")] = 120.0,
     retry_missing: Annotated[bool, typer.Option("--retry-missing", help="Ask again what an RM refused.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Ask everything again, also what is known.")] = False,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", help="Write the summary to this file; `-` for standard output.")
-    ] = None,
+    json_out: JsonOut = None,
     skip_bad_rows: SkipBadRows = False,
 ) -> None:
     """Ask the reward models of a running pool for the scores of each pair's responses.
@@ -97,12 +95,7 @@ def label(
         write_atomically(out, labelled_lines(known, list(wanted)))
         journal.remove()
     summary = {"out": str(out), "seconds": seconds, **summarise(known, {name: len(wanted[name]) for name in wanted})}
-    if json_out is not None and str(json_out) == "-":
-        typer.echo(json.dumps(summary))
-    else:
-        if json_out is not None:
-            json_out.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
-        _show(summary, Console())
+    publish(summary, json_out, lambda: _show(summary, Console()))
     reader.tell()
     failed = _failed(summary)
     if failed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from router_core.combine import CASCADE, STACKED, budget_of
 from router_core.policies import make_policy
 from service.cli.data import parse_pool
 from service.cli.fitting import fitting_table
+from service.cli.json_option import JsonOut, publish
 from service.lab.estimates import ESTIMATORS, evaluate_log
 from service.lab.eventlog.load import load_log
 from service.lab.eventlog.targets import SOFTMAX, load_checkpoint, temperature_of
@@ -40,9 +40,7 @@ def ope(
     learn_share: Annotated[
         float, typer.Option(min=0.05, max=0.95, help="For `bayesian`: share of the log that it learns from.")
     ] = 0.5,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures to this file; `-` for standard output.")
-    ] = None,
+    json_out: JsonOut = None,
 ) -> None:
     """Off-policy evaluation: mean reward that each policy would have had on the logged instances.
 
@@ -54,12 +52,7 @@ def ope(
     figures = evaluate_log(
         events, names, load_checkpoint(checkpoint, events.header), clip=clip, learn_share=learn_share
     )
-    if json_out is not None and str(json_out) == "-":
-        typer.echo(json.dumps(figures))
-        return
-    if json_out is not None:
-        json_out.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
-    print_figures(figures)
+    publish(figures, json_out, lambda: print_figures(figures))
 
 
 def print_figures(figures: dict[str, Any], console: Console | None = None) -> None:

@@ -37,11 +37,12 @@ from router_core.replay import (
 )
 from router_core.replay import replay as replay_in_process
 from router_core.replay.plot import plot_curves
-from service.cli.cache import encodings_directory
+from service.cli.cache import Cache, UseCache, encodings_directory
 from service.cli.data import DataReader, SkipBadRows, parse_pool
+from service.cli.json_option import JsonOut, publish
 from service.cli.key_option import key_option
 from service.cli.prices import Price, parse_prices
-from service.cli.replay_output import curves_json, describe, gaps_sentence, headline, publish
+from service.cli.replay_output import curves_json, describe, gaps_sentence, headline, print_report
 from service.errors import ConfigurationError
 from service.lab.replaying.over_http import replay_over_http
 from service.lab.replaying.parts import Options, Part, choose_parts, streamed
@@ -120,19 +121,15 @@ def replay(
     loss_separation: Annotated[
         float, typer.Option(help="Signal loss: how far right and wrong verdicts are apart, in standard deviations.")
     ] = SimulatedLoss().separation,
-    cache: Annotated[
-        Path | None, typer.Option(help="Directory of stored encodings (default: ~/.cache/reward-router).")
-    ] = None,
-    use_cache: Annotated[bool, typer.Option("--use-cache/--no-cache", help="Keep encodings for the next time.")] = True,
+    cache: Cache = None,
+    use_cache: UseCache = True,
     url: Annotated[
         str | None, typer.Option(help="Replay through this running gateway, over HTTP with feedback.")
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="With --url: requests in flight.")] = 4,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many pairs.")] = None,
     api_key: Annotated[str | None, key_option("With --url: API key.")] = None,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures to this file; `-` for standard output.")
-    ] = None,
+    json_out: JsonOut = None,
     curve_out: Annotated[
         Path | None, typer.Option("--curve", help="Draw accuracy and regret along the stream into this .png.")
     ] = None,
@@ -195,7 +192,7 @@ def replay(
     }
     if curve_out is not None:
         plot_curves(curves, curve_out, headline(figures))
-    publish(figures, json_out)
+    publish(figures, json_out, lambda: print_report(figures))
     reader.tell()
 
 

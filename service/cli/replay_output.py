@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
 
 from router_core.records import Signal
@@ -81,17 +78,6 @@ def headline(figures: Mapping[str, Any]) -> str:
     words += [f"delay {scenario['delay']}"] if scenario["delay"] != "0" else []
     words += [f"{scenario['missing']:.0%} without feedback"] if scenario["missing"] else []
     return ", ".join(words)
-
-
-def publish(figures: dict[str, Any], json_out: Path | None) -> None:
-    """JSON alone on standard output for `-`; else the table, and the JSON where a file was named."""
-    if json_out is not None and str(json_out) == "-":
-        typer.echo(json.dumps(figures))
-        return
-    if json_out is not None:
-        json_out.parent.mkdir(parents=True, exist_ok=True)
-        json_out.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
-    print_report(figures)
 
 
 def print_report(figures: Mapping[str, Any], console: Console | None = None) -> None:

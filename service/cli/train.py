@@ -24,7 +24,7 @@ from router_core.encoder.base import Backbone
 from router_core.offline.consensus import Consensus, estimate, with_answers
 from router_core.prior import PriorForm
 from router_core.records import LabelledPair
-from service.cli.cache import encodings_directory
+from service.cli.cache import Cache, UseCache, encodings_directory
 from service.cli.data import DataReader, SkipBadRows, parse_pool
 from service.errors import ConfigurationError
 
@@ -94,11 +94,8 @@ def train(
         ),
     ] = True,
     seed: Annotated[int, typer.Option(min=0, help="Of every random choice.")] = 0,
-    cache: Annotated[
-        Path | None,
-        typer.Option(help="Encodings of transformers (default: ~/.cache/reward-router).", show_default=False),
-    ] = None,
-    use_cache: Annotated[bool, typer.Option("--use-cache/--no-cache", help="Keep encodings for the next time.")] = True,
+    cache: Cache = None,
+    use_cache: UseCache = True,
     device: Annotated[str, typer.Option(help="Where transformers run, as torch names it: cpu, cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a sentence.")] = False,
     skip_bad_rows: SkipBadRows = False,

@@ -73,7 +73,7 @@ class AwaitedEncoder(ABC):
 
     @property
     @abstractmethod
-    def dim(self) -> int:
+    def d(self) -> int:
         """Columns of x."""
 
     @abstractmethod

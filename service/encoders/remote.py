@@ -82,8 +82,8 @@ class RemoteEncoder(AwaitedEncoder):
         return self._split.spec
 
     @property
-    def dim(self) -> int:
-        return self._split.dim
+    def d(self) -> int:
+        return self._split.d
 
     @property
     def available(self) -> bool:

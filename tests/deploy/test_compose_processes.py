@@ -22,7 +22,7 @@ pytest.importorskip("dockerfile_parse", reason="needs reward-router[dev]")
 pytest.importorskip("torch", reason="the demo's reward models need reward-router[train]")
 pytest.importorskip("wordllama", reason="the demo's encoder needs reward-router[server]")
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 FIRST_SECONDS = 900.0
 """The demo's reward models are trained in it, on a machine that may be busy."""

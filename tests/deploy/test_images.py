@@ -30,7 +30,7 @@ def _missing() -> str:
     return ""
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(_missing()), reason=_missing() or "-")]
+pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(_missing()), reason=_missing() or "-")]
 
 LARGEST_GATEWAY = 300e6
 """Bytes of all files of the gateway's image."""

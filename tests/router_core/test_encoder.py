@@ -95,9 +95,9 @@ def test_a_batch_of_mixed_group_sizes_equals_one_by_one(static: Backbone) -> Non
     instances = [Instance("p", ("a b", "c")), Instance("q", ("x",)), Instance("p", ("1", "2 3", "four"))]
     batch = encoder.encode(instances)
     assert batch.dtype == np.float32
-    assert batch.shape == (3, encoder.dim)
+    assert batch.shape == (3, encoder.d)
     np.testing.assert_allclose(batch, np.concatenate([encoder.encode([one]) for one in instances]), atol=1e-6)
-    assert encoder.encode([]).shape == (0, encoder.dim)
+    assert encoder.encode([]).shape == (0, encoder.d)
 
 
 def test_an_instance_without_response_is_named() -> None:
@@ -148,7 +148,7 @@ def test_members_features_and_context_by_hand() -> None:
         rotation=np.eye(4, 3, dtype=np.float32),
         context=2 * one,
     )
-    assert (fuse.members, fuse.features, fuse.dim) == (2, 3, 5)
+    assert (fuse.members, fuse.features, fuse.d) == (2, 3, 5)
     x = fuse.apply(np.array([[0.5, 7.0]], dtype=np.float32))[0]
     h = np.tanh(0.5)
     # The first member is normalise([h, 1]), the second normalise([0, tanh 1]) = [0, 1]; the rotation drops the last.
@@ -164,7 +164,7 @@ def test_what_a_kernel_says_stands_between_features_and_context() -> None:
     anchors = np.array([[0, 0], [3, 4]], dtype=np.float32)
     kernel = Kernel(np.ones(2, dtype=np.float32), anchors, np.array([[1, 0, 2], [0, 1, 0]], dtype=np.float32))
     fuse = replace(plain, projection=np.eye(2, dtype=np.float32), kernel=kernel)
-    assert (fuse.learned, fuse.features, fuse.dim) == (2, 5, 7)
+    assert (fuse.learned, fuse.features, fuse.d) == (2, 5, 7)
     z = np.array([[3, 4], [0, 0]], dtype=np.float32)
     x = fuse.apply(z)
     near, far = 1.0, np.exp(-5.0)

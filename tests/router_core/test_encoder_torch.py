@@ -149,7 +149,7 @@ def test_batches_are_by_length_and_bounded() -> None:
     assert batches_by_length([], 100) == []
 
 
-@pytest.mark.slow  # 10 s of loading, twice: a real model of 135M weights
+@pytest.mark.long  # 10 s of loading, twice: a real model of 135M weights
 def test_a_model_from_a_gguf_file_can_be_saved_and_is_the_same(tmp_path: Path) -> None:
     try:
         smollm = load_backbone("smollm2-135m")

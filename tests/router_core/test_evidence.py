@@ -145,5 +145,5 @@ def test_a_posterior_reads_its_own_columns_of_a_longer_context() -> None:
     ]
     narrow_state = fold(start(prior(), SETTINGS), events)
     wide_state = fold(start(prior().reading(2, 6), SETTINGS), wide)
-    assert (wide_state.dim, wide_state.prior.dim) == (3, 6)
+    assert (wide_state.n_weights, wide_state.prior.d) == (3, 6)
     assert wide_state.digest() == narrow_state.digest()

@@ -37,7 +37,7 @@ from router_core.records import TIE, Instance, LabelledPair  # noqa: E402
 
 RB9_DEV = Path(os.environ.get("RB9_DEV", Path(__file__).parents[2] / "../shared/data/rb9_dev.jsonl"))
 K4 = ("internlm2-1_8b-reward", "GRM-Gemma-2B-rewardmodel-ft", "FsfairX-LLaMA3-RM-v0.1", "RM-Mistral-7B")
-FAST = TrainConfig(max_epochs=8, folds=2, d=4, hidden=8)
+FAST = TrainConfig(max_epochs=8, folds=2, directions=4, hidden=8)
 
 
 def two_domains(n: int = 240, seed: int = 0) -> list[LabelledPair]:

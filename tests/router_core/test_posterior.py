@@ -22,9 +22,9 @@ SMALL = FoldSettings(block_size=4, refresh_events=12)
 
 def regression(prior: Prior, events: list[Event], arm: int) -> tuple[np.ndarray, np.ndarray]:
     """Posterior mean and covariance of one arm by solving the normal equations of all its events at once."""
-    x = np.array([context_of(e) for e in events if e.arm == arm]).reshape(-1, prior.dim)
+    x = np.array([context_of(e) for e in events if e.arm == arm]).reshape(-1, prior.n_weights)
     targets = np.array([e.credit - e.offset for e in events if e.arm == arm and e.credit is not None])
-    lam = prior.hyper.lambda0 * np.eye(prior.dim) + x.T @ x / prior.hyper.sigma2
+    lam = prior.hyper.lambda0 * np.eye(prior.n_weights) + x.T @ x / prior.hyper.sigma2
     b = prior.hyper.lambda0 * prior.means[arm] + x.T @ targets / prior.hyper.sigma2
     covariance = np.linalg.inv(lam)
     return covariance @ b, covariance

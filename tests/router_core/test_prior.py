@@ -55,7 +55,7 @@ def test_hyperparameters_outside_their_domain_are_refused(field: str, value: flo
 
 
 def test_means_must_be_a_finite_matrix() -> None:
-    with pytest.raises(ShapeMismatchError, match="give \\(K, d\\)"):
+    with pytest.raises(ShapeMismatchError, match="give \\(K, W\\)"):
         Prior(PriorForm.NONE, np.zeros(3), Hyperparameters(1.0, 1.0, 1.0))
     with pytest.raises(NotFiniteError):
         Prior(PriorForm.NONE, np.full((1, 2), np.inf), Hyperparameters(1.0, 1.0, 1.0))

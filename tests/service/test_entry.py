@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 BLOCKED = """
 import sys
 class Refuse:
@@ -12,22 +14,22 @@ class Refuse:
         if name.split(".")[0] == {package!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Refuse())
-sys.argv = ["reward-router", "models", "--help"]
+sys.argv = ["reward-router", {command!r}, "--help"]
 from service.entry import main
 main()
 """
 
 
-def run_without(package: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", BLOCKED.format(package=package)], capture_output=True, text=True, timeout=60, check=False
-    )
+def run_without(package: str, command: str = "models") -> subprocess.CompletedProcess[str]:
+    source = BLOCKED.format(package=package, command=command)
+    return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_light_installation_is_told_what_to_install() -> None:
-    done = run_without("typer")
+@pytest.mark.parametrize(("package", "command"), [("typer", "models"), ("yaml", "serve")])
+def test_a_light_installation_is_told_what_to_install(package: str, command: str) -> None:
+    done = run_without(package, command)
     assert done.returncode == 2
-    assert "'typer'" in done.stderr
+    assert f"'{package}'" in done.stderr
     assert "pip install 'reward-router[server]'" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -42,3 +44,8 @@ def test_a_missing_part_of_our_own_is_no_matter_of_installation() -> None:
     done = run_without("router_core")
     assert done.returncode == 1
     assert "No module named 'router_core" in done.stderr
+
+
+def test_a_command_imports_no_other_commands_packages() -> None:
+    done = run_without("fastapi", "worker")
+    assert done.returncode == 0, done.stderr

@@ -96,6 +96,7 @@ async def test_replicas_and_an_exported_log_come_to_the_same_posterior(
         assert folded.tally.met == folded.tally.novel == 70.0
         assert folded.digest() != one.folded(run, prior_of(lambda_novel=0.0)).digest()
         assert (there["novel_share"], there["lambda0"]) == (1.0, folded.lambda0)
+        assert there["dim"] == made.d > folded.n_weights
     store = RedisStore(url, window_seconds=60)
     try:
         await export_log(store, run, tmp_path / "log.parquet")

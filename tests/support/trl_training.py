@@ -106,6 +106,15 @@ def pair_trainer(kind: str, options: dict[str, Any], model: str, folder: str, st
     return trainer, reward
 
 
+def warm() -> None:
+    """Import what every kind needs."""
+    import datasets  # noqa: F401
+    import trl.experimental.online_dpo
+
+    # These load their trainers when they are asked for.
+    _ = trl.GRPOTrainer, trl.RLOOTrainer, trl.experimental.online_dpo.OnlineDPOTrainer
+
+
 def main() -> None:
     """Train, and print what is worth a check."""
     parser = argparse.ArgumentParser()

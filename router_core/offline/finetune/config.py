@@ -36,7 +36,7 @@ class FinetuneConfig:
         precision: of the passes; weights and optimiser stay in fp32.
         validation_fraction: share of the pairs, by whole groups, that choose the stopping point and the calibration.
         evaluations_per_epoch, patience: stop after `patience` looks at the held-out loss without a new lowest.
-        d, context, hidden, dropout: of the fuse, as in `TrainConfig`.
+        features, context, hidden, dropout: of the fuse, as in `TrainConfig`.
         standardise_pairs: training pairs from which each column's mean and deviation are taken before the first step.
         gradient_checkpointing: compute activations twice instead of keeping them.
         save_every: optimiser steps between two states from which a run can be resumed.
@@ -65,7 +65,7 @@ class FinetuneConfig:
     validation_fraction: float = 0.2
     evaluations_per_epoch: int = 2
     patience: int = 3
-    d: int = 16
+    features: int = 16
     context: int = 8
     hidden: int = 64
     dropout: float = 0.1
@@ -88,7 +88,7 @@ class FinetuneConfig:
             "lora_rank",
             "evaluations_per_epoch",
             "patience",
-            "d",
+            "features",
             "context",
             "hidden",
         )

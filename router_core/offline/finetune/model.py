@@ -117,9 +117,9 @@ class RoutingModel(nn.Module):
         self.register_buffer("shift", torch.zeros(p))
         self.register_buffer("scale", torch.ones(p))
         self.w1, self.b1 = gaussian(p, config.hidden), nn.Parameter(torch.zeros(config.hidden))
-        self.w2, self.b2 = gaussian(config.hidden, config.d), nn.Parameter(torch.zeros(config.d))
-        self.arms = gaussian(config.d, K)
-        self.cls_weight = nn.Parameter(torch.zeros(config.d, K))
+        self.w2, self.b2 = gaussian(config.hidden, config.features), nn.Parameter(torch.zeros(config.features))
+        self.arms = gaussian(config.features, K)
+        self.cls_weight = nn.Parameter(torch.zeros(config.features, K))
         self.cls_bias = nn.Parameter(torch.logit(base_rates).float())
         self.to(backbone.device)
 

@@ -125,7 +125,7 @@ def logged_data(log: EventLog, rows: slice = slice(None)) -> LoggedData:
     contexts = np.frombuffer(b"".join([decision.x for decision in decisions]), "<f4")
     return LoggedData(
         log.header.pool,
-        contexts.reshape(len(chosen), log.header.dim),
+        contexts.reshape(len(chosen), log.header.d),
         arm,
         asked,
         available,

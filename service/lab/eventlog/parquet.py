@@ -77,7 +77,7 @@ def arrow_schema(header: Header) -> Any:
         pa.field("arm", pa.int32()),
         pa.field("model", name),
         pa.field("n", pa.int32(), nullable=False),
-        pa.field("x", pa.list_(pa.float32(), header.dim), nullable=False),
+        pa.field("x", pa.list_(pa.float32(), header.d), nullable=False),
         pa.field("offsets", doubles, nullable=False),
         pa.field("verdict", pa.int32(), nullable=False),
         pa.field("rewards", doubles, nullable=False),
@@ -136,9 +136,9 @@ def record_batch(events: Sequence[LoggedEvent], header: Header) -> Any:
         ConfigurationError: a context of another length than the run's.
     """
     contexts = np.frombuffer(b"".join([event.decision.x for event in events]), "<f4")
-    if contexts.size != len(events) * header.dim:
+    if contexts.size != len(events) * header.d:
         raise ConfigurationError(
-            f"run {header.run!r} holds contexts of another length than d = {header.dim}: its store is damaged"
+            f"run {header.run!r} holds contexts of another length than d = {header.d}: its store is damaged"
         )
     columns: dict[str, Any] = {name: [getattr(event.decision, name) for event in events] for name in _PLAIN}
     columns |= {
@@ -147,7 +147,7 @@ def record_batch(events: Sequence[LoggedEvent], header: Header) -> Any:
         "feedback_time_ms": [event.feedback_time_ms for event in events],
         "run": [header.run] * len(events),
         "model": [model_of(header.pool, event.decision.arm) for event in events],
-        "x": pa.FixedSizeListArray.from_arrays(pa.array(contexts), header.dim),
+        "x": pa.FixedSizeListArray.from_arrays(pa.array(contexts), header.d),
         "attempts": [_rows(event.decision.attempts) for event in events],
         "shadows": [None if event.decision.shadows is None else _rows(event.decision.shadows) for event in events],
         "audit": [None if it is None else msgspec.structs.asdict(it) for it in (e.decision.audit for e in events)],

@@ -66,8 +66,8 @@ class Header:
         return frozenset(before[-1]["asked"] if before else range(len(self.fingerprint["pool"])))
 
     @property
-    def dim(self) -> int:
-        """d, the length of a context."""
+    def d(self) -> int:
+        """The length of a context."""
         return int(self.fingerprint["d"])
 
     @property

@@ -131,7 +131,7 @@ class Targets:
             raise ConfigurationError(
                 f"policy {name!r} starts from the prior {form.value!r}, which a checkpoint holds: give --checkpoint"
             )
-        return build_prior(Settings.model_validate(given), self._checkpoint, len(header.pool), header.dim, form)
+        return build_prior(Settings.model_validate(given), self._checkpoint, len(header.pool), header.d, form)
 
 
 def logged_prices(log: EventLog) -> Array:

@@ -254,10 +254,10 @@ def _dealer() -> np.random.Generator:
     return np.random.default_rng(SPLIT_SEED)
 
 
-def _priors_of(checkpoint: Checkpoint | None, n_arms: int, dim: int, signal: Signal) -> Callable[[str | None], Prior]:
+def _priors_of(checkpoint: Checkpoint | None, n_arms: int, d: int, signal: Signal) -> Callable[[str | None], Prior]:
     def prior(form: str | None) -> Prior:
         named = None if form is None else PriorForm(form)
-        return build_prior(read_settings(prior="auto", signal=signal), checkpoint, n_arms, dim, named)
+        return build_prior(read_settings(prior="auto", signal=signal), checkpoint, n_arms, d, named)
 
     return prior
 

@@ -5,11 +5,9 @@ Called by `service.scorers.registry` for the kinds `http` and `rule`.
 
 from __future__ import annotations
 
-import numpy as np
-
-from service.errors import ConfigurationError
+from service.scorers.building import checking, require_urls
 from service.scorers.entry import ScorerEntry
-from service.scorers.health import HealthPolicy, ReplicaMonitor
+from service.scorers.health import ReplicaMonitor
 from service.scorers.http.client import HttpConfig, HttpScorer
 from service.settings import Settings
 
@@ -20,15 +18,8 @@ def build_http_scorer(entry: ScorerEntry, settings: Settings) -> HttpScorer:
     Raises:
         ConfigurationError: no `urls`, or one of them or the key cannot be used.
     """
-    if not entry.urls:
-        raise ConfigurationError(
-            f"{entry.kind} {entry.name!r} has no `urls` in the pool file: say where it is served, or let "
-            "`reward-router up` start it"
-        )
+    require_urls(entry.kind, entry.name, entry.urls)
     timeout = entry.timeout_seconds or settings.worker_timeout_seconds
-    # Each has a seed of its own, so that the scorers of a pool are not checked all at once.
-    seed = None if settings.seed is None else [settings.seed, *entry.name.encode()]
-    policy = HealthPolicy(settings.health_interval_seconds, timeout)
     return HttpScorer(
         HttpConfig(
             name=entry.name,
@@ -42,5 +33,5 @@ def build_http_scorer(entry: ScorerEntry, settings: Settings) -> HttpScorer:
             api_key=entry.key(),
             applies=entry.admits if entry.choosy else None,
         ),
-        monitor=lambda scorer: ReplicaMonitor([scorer], policy, np.random.default_rng(seed)),
+        monitor=lambda scorer: ReplicaMonitor([scorer], *checking(entry.name, settings, timeout)),
     )

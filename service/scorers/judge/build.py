@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-import numpy as np
-
-from service.errors import ConfigurationError
-from service.scorers.health import HealthPolicy, ReplicaMonitor
+from service.scorers.building import checking, require_urls
+from service.scorers.health import ReplicaMonitor
 from service.scorers.judge.client import JudgeConfig, JudgeScorer
 from service.scorers.judge.dialogue import ChatOptions
 from service.scorers.judge.entry import JudgeEntry
@@ -25,15 +23,8 @@ def build_judge(entry: JudgeEntry, settings: Settings) -> JudgeScorer:
     Raises:
         ConfigurationError: no `urls`, or the rubric, a URL or the key cannot be used.
     """
-    if not entry.urls:
-        raise ConfigurationError(
-            f"judge {entry.name!r} has no `urls` in the pool file: say where it is served, or let `reward-router up` "
-            "start it"
-        )
+    require_urls("judge", entry.name, entry.urls)
     timeout = entry.timeout_seconds or TIMEOUT_SECONDS
-    # Each has a seed of its own, so that the scorers of a pool are not checked all at once.
-    seed = None if settings.seed is None else [settings.seed, *entry.name.encode()]
-    policy = HealthPolicy(settings.health_interval_seconds, timeout)
     return JudgeScorer(
         JudgeConfig(
             name=entry.name,
@@ -53,5 +44,5 @@ def build_judge(entry: JudgeEntry, settings: Settings) -> JudgeScorer:
             api_key=entry.key(),
             applies=entry.admits if entry.choosy else None,
         ),
-        monitor=lambda judge: ReplicaMonitor([JudgeChecks(judge)], policy, np.random.default_rng(seed)),
+        monitor=lambda judge: ReplicaMonitor([JudgeChecks(judge)], *checking(entry.name, settings, timeout)),
     )

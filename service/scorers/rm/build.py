@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 
-import numpy as np
-
 from service.errors import ConfigurationError
 from service.pool import ModelEntry
+from service.scorers.building import checking, require_urls
 from service.scorers.protocol import OverLong
 from service.scorers.rm.answers import Heads
 from service.scorers.rm.client import TOKENS_PER_REQUEST, ArmConfig, VllmArm
-from service.scorers.rm.health import HealthMonitor, HealthPolicy
+from service.scorers.rm.health import HealthMonitor
 from service.scorers.rm.render import Rendering, load_rendering
 from service.settings import Settings
 
@@ -32,11 +31,7 @@ def build_reward_model(
     Raises:
         ConfigurationError: no `urls`, or a chat template, tokenizer or URL that cannot be used.
     """
-    if not model.urls:
-        raise ConfigurationError(
-            f"model {model.name!r} has no `urls` in the pool file: say where it is served, or let "
-            "`reward-router up` start it"
-        )
+    require_urls("model", model.name, model.urls)
     try:
         rendering, fallback = _load_rendering(model)
     except (ValueError, OSError) as error:
@@ -69,10 +64,7 @@ def build_reward_model(
 
 
 def _monitor(arm: VllmArm, settings: Settings) -> HealthMonitor:
-    policy = HealthPolicy(settings.health_interval_seconds, settings.worker_timeout_seconds)
-    # Each has a seed of its own, so that the scorers of a pool are not checked all at once.
-    seed = None if settings.seed is None else [settings.seed, *arm.name.encode()]
-    return HealthMonitor([arm], policy, np.random.default_rng(seed))
+    return HealthMonitor([arm], *checking(arm.name, settings, settings.worker_timeout_seconds))
 
 
 def _load_rendering(model: ModelEntry) -> tuple[Rendering, Rendering | None]:

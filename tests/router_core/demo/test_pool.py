@@ -163,7 +163,7 @@ def test_a_short_training_makes_a_model_that_knows_its_domain(tmp_path: Path) ->
     assert report_pool(labelled).overall["rm"] > 0.75
 
 
-@pytest.mark.slow
+@pytest.mark.long  # trains the demo's models
 def test_the_real_pool_leaves_room_for_a_router(tmp_path: Path) -> None:
     """500 unseen pairs per domain: a share near 0.9 has a standard error of 0.013, one near 0.6 of 0.022."""
     models = make_demo_pool(tmp_path, seed=0)

@@ -22,7 +22,7 @@ from router_core.offline.calibrate import (  # noqa: E402
 from router_core.offline.train import TrainConfig, fit, pair_features  # noqa: E402
 from tests.support.offline import POOL, two_domains  # noqa: E402
 
-FAST = TrainConfig(max_epochs=6, folds=2, d=2, context=2, members=2, member_dim=4, hidden=8)
+FAST = TrainConfig(max_epochs=6, folds=2, directions=2, context=2, members=2, member_dim=4, hidden=8)
 
 
 def hard_and_easy(n: int = 2000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +117,7 @@ def test_the_figure_has_a_panel_for_every_model(K: int) -> None:
 
 def test_a_model_that_was_never_asked_among_the_held_out_has_no_figures() -> None:
     alone = np.column_stack([CORRECTNESS[:, 0], np.full(4, np.nan)])
-    text = card(checkpoint(), pairs(), pairs(), PROBABILITIES, alone, PROBABILITIES, replace(TrainConfig(), d=3))
+    text = card(checkpoint(), pairs(), pairs(), PROBABILITIES, alone, PROBABILITIES, TrainConfig(directions=3))
     assert lines(text, "| se\\|cond | 0 | – |")
 
 

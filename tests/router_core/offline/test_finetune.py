@@ -25,7 +25,14 @@ from tests.support.transformers_dirs import save_transformer  # noqa: E402
 
 POOL = ("coder", "talker")
 QUICK = FinetuneConfig(
-    epochs=2, learning_rate=1e-3, pairs_per_step=8, d=4, hidden=8, batch_tokens=256, standardise_pairs=16, save_every=3
+    epochs=2,
+    learning_rate=1e-3,
+    pairs_per_step=8,
+    features=4,
+    hidden=8,
+    batch_tokens=256,
+    standardise_pairs=16,
+    save_every=3,
 )
 
 

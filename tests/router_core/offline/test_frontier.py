@@ -16,7 +16,7 @@ from router_core.offline.frontier import Point, frontier, undominated
 from router_core.offline.train import TrainConfig, pair_features
 from tests.support.offline import POOL, two_domains
 
-FAST = TrainConfig(max_epochs=10, folds=2, d=4, hidden=8)
+FAST = TrainConfig(max_epochs=10, folds=2, directions=4, hidden=8)
 SURFACE = SurfaceBackbone()
 
 

@@ -33,7 +33,7 @@ from router_core.prior import PriorForm
 from router_core.records import Instance, LabelledPair, verdict_of
 from tests.support.offline import POOL, two_domains
 
-FAST = TrainConfig(max_epochs=8, folds=2, d=4, hidden=8)
+FAST = TrainConfig(max_epochs=8, folds=2, directions=4, hidden=8)
 SURFACE = SurfaceBackbone()
 
 

@@ -16,7 +16,7 @@ from router_core.offline.train import TrainConfig, fit, pair_features  # noqa: E
 from router_core.prior import CALIBRATED_HYPERPARAMETERS, PriorForm  # noqa: E402
 from tests.support.offline import POOL, two_domains  # noqa: E402
 
-FAST = TrainConfig(max_epochs=6, folds=2, d=2, context=2, members=2, member_dim=4, hidden=8)
+FAST = TrainConfig(max_epochs=6, folds=2, directions=2, context=2, members=2, member_dim=4, hidden=8)
 NEAR = replace(FAST, kernel_from=160, max_epochs=20)
 """For pairs enough that routing surely gains, without which there is no kernel."""
 

@@ -29,10 +29,11 @@ def test_every_trainer_gets_its_rewards(gateway: LiveGateway) -> None:
     assert all(f"{one.trainer}: its example" in result.output for one in PROTOCOLS)
 
 
-def test_a_gateway_without_its_models_fails_all_but_the_empty_batch(gateway: LiveGateway) -> None:
-    for arm in gateway.arms:
-        arm.available = False
-    result = CliRunner().invoke(app, ["check-trainer", gateway.url])
+def test_a_gateway_without_its_models_fails_all_but_the_empty_batch(valkey_server: ValkeyProcess) -> None:
+    with live_gateway(valkey_server.url, trainer_patience_seconds=0) as gateway:
+        for arm in gateway.arms:
+            arm.available = False
+        result = CliRunner().invoke(app, ["check-trainer", gateway.url])
     assert result.exit_code == 1
     assert f"1 of {len(recordings())} requests would work" in result.output
     assert "status 503" in result.output

@@ -24,7 +24,7 @@ from service.cli import app
 from tests.support.offline import POOL, two_domains
 
 TRAIN, TEST = two_domains(120), two_domains(60, seed=1)
-FAST = TrainConfig(max_epochs=12, folds=2, d=4, hidden=8)
+FAST = TrainConfig(max_epochs=12, folds=2, directions=4, hidden=8)
 
 
 @pytest.fixture(autouse=True)

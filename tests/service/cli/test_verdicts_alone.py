@@ -17,7 +17,7 @@ from router_core.offline.table import TrainConfig
 from service.cli import app
 from tests.support.offline import two_domains
 
-FAST = TrainConfig(max_epochs=8, folds=2, d=4, hidden=8)
+FAST = TrainConfig(max_epochs=8, folds=2, directions=4, hidden=8)
 PAIRS = [replace(pair, scores={}) for pair in two_domains(80)]
 
 

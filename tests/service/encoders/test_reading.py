@@ -103,7 +103,7 @@ from service.encoders.load import RemoteOptions, load_remote_encoder
 encoder = load_remote_encoder(
     "vllm:http://127.0.0.1:9", None, Path({str(exported.directory)!r}), RemoteOptions(1.0, 1.0, None, 0)
 )
-print(encoder.dim)
+print(encoder.d)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

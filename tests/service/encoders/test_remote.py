@@ -120,7 +120,7 @@ def local(exported: Exported) -> PairEncoder:
 async def test_contexts_equal_those_of_the_encoder_in_this_process(exported: Exported, serve: Serve) -> None:
     async with remote(exported, serve(exported.app())) as encoder:
         assert encoder.available
-        assert (encoder.spec, encoder.dim) == (local(exported).spec, local(exported).dim)
+        assert (encoder.spec, encoder.d) == (local(exported).spec, local(exported).d)
         encoded = await encoder.encode(INSTANCES)
     np.testing.assert_allclose(encoded.x, local(exported).encode(INSTANCES), rtol=0, atol=TOLERANCE)
     assert encoded.seconds > 0
@@ -193,7 +193,7 @@ async def test_a_request_never_holds_more_texts_than_it_may(exported: Exported, 
     assert sum(len(request.input) for request in server.requests) == 2 + 1 + 4 + 2 + 10
     expected = local(exported).encode([*INSTANCES, INSTANCES[0]])
     np.testing.assert_allclose(np.concatenate([part.x for part in parts]), expected, rtol=0, atol=TOLERANCE)
-    assert big.x.shape == (1, encoder.dim)
+    assert big.x.shape == (1, encoder.d)
 
 
 async def test_one_who_gives_up_spoils_nothing_for_the_others(exported: Exported, serve: Serve) -> None:
@@ -227,7 +227,7 @@ async def test_another_server_answers_where_one_cannot(exported: Exported, serve
     broken.answer = lambda *_: (500, {"error": {"message": "no", "type": "x", "code": 500}})
     async with remote(exported, serve(broken), serve(exported.app()), monitored=False) as encoder:
         for _ in range(4):
-            assert (await encoder.encode([INSTANCES[0]])).x.shape == (1, encoder.dim)
+            assert (await encoder.encode([INSTANCES[0]])).x.shape == (1, encoder.d)
     assert broken.requests
 
 
@@ -364,7 +364,7 @@ async def test_a_server_that_comes_back_is_probed_and_asked_again(exported: Expo
             await encoder.encode(INSTANCES)
         server.answer = None
         await until(lambda: encoder.available, "the server is admitted")
-        assert (await encoder.encode(INSTANCES)).x.shape == (3, encoder.dim)
+        assert (await encoder.encode(INSTANCES)).x.shape == (3, encoder.d)
 
 
 async def test_another_model_in_a_servers_place_gets_no_traffic(

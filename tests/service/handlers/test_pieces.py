@@ -34,7 +34,7 @@ class SteppedEncoder(AwaitedEncoder):
     """
 
     spec = "stepped"
-    dim = DIM
+    d = DIM
     available = True
 
     def __init__(self, before: Callable[[int], Awaitable[None]]) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from tests.conftest import ValkeyProcess
 from tests.support.live import LiveGateway, live_gateway
-from tests.support.trainer_processes import opinionated_arms, result_of, run_module, save_policy
+from tests.support.trainer_processes import opinionated_arms, result_of, save_policy
+from tests.support.warm_process import WarmProcess
 
 pytest.importorskip("trl", reason="needs trl")
 
@@ -22,6 +23,12 @@ MODULE = "tests.support.trl_training"
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_policy(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def trl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmProcess]:
+    with WarmProcess(MODULE, tmp_path_factory.mktemp("trl")) as process:
+        yield process
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +59,10 @@ def arguments(kind: str, gateway: LiveGateway, run: str, policy: Path) -> list[o
 
 @pytest.mark.parametrize("kind", ["grpo", "grpo-async", "grpo-chat", "rloo"])
 def test_group_trainers_get_rewards_and_their_feedback_moves_the_posterior(
-    kind: str, preference_gateway: LiveGateway, policy: Path
+    kind: str, trl: WarmProcess, preference_gateway: LiveGateway, policy: Path
 ) -> None:
     run = f"{preference_gateway.run}-{kind}"
-    found = result_of(run_module(MODULE, arguments(kind, preference_gateway, run, policy)))
+    found = result_of(trl.run(arguments(kind, preference_gateway, run, policy)))
     logged = [entry for entry in found["log"] if "rewards/reward_router/mean" in entry]
     assert len(logged) == 3
     assert all(entry["reward_router/missing"] == 0 for entry in logged)
@@ -66,9 +73,11 @@ def test_group_trainers_get_rewards_and_their_feedback_moves_the_posterior(
 
 
 @pytest.mark.parametrize("kind", ["online-dpo", "online-dpo-ipo", "online-dpo-penalty"])
-def test_online_dpo_sends_the_losses_that_the_trainer_had(kind: str, loss_gateway: LiveGateway, policy: Path) -> None:
+def test_online_dpo_sends_the_losses_that_the_trainer_had(
+    kind: str, trl: WarmProcess, loss_gateway: LiveGateway, policy: Path
+) -> None:
     run = f"{loss_gateway.run}-{kind}"
-    found = result_of(run_module(MODULE, arguments(kind, loss_gateway, run, policy)))
+    found = result_of(trl.run(arguments(kind, loss_gateway, run, policy)))
     assert_means_are_the_losses(found["steps"])
     counts = found["counts"]
     assert counts["declined"] == counts["dropped"] == 0
@@ -85,9 +94,11 @@ def assert_means_are_the_losses(steps: list[dict[str, Any]]) -> None:
         assert sum(step["pairs"]) / 4 == pytest.approx(step["loss"], abs=1e-5)
 
 
-def test_a_pair_without_a_reward_is_taken_out_of_online_dpo(refusing_gateway: LiveGateway, policy: Path) -> None:
+def test_a_pair_without_a_reward_is_taken_out_of_online_dpo(
+    trl: WarmProcess, refusing_gateway: LiveGateway, policy: Path
+) -> None:
     run = f"{refusing_gateway.run}-refused"
-    found = result_of(run_module(MODULE, arguments("online-dpo", refusing_gateway, run, policy)))
+    found = result_of(trl.run(arguments("online-dpo", refusing_gateway, run, policy)))
     assert_means_are_the_losses(found["steps"])
     assert found["counts"]["dropped"] == 3  # one of the four prompts in each of three steps
     for step in found["steps"]:
@@ -97,18 +108,20 @@ def test_a_pair_without_a_reward_is_taken_out_of_online_dpo(refusing_gateway: Li
 
 
 def test_online_dpo_without_the_mixin_stops_rather_than_train_on_a_false_zero(
-    refusing_gateway: LiveGateway, policy: Path
+    trl: WarmProcess, refusing_gateway: LiveGateway, policy: Path
 ) -> None:
     run = f"{refusing_gateway.run}-plain"
-    done = run_module(MODULE, arguments("online-dpo-plain", refusing_gateway, run, policy))
+    done = trl.run(arguments("online-dpo-plain", refusing_gateway, run, policy))
     assert done.returncode == 1
     assert "2 of 8 rewards are missing" in done.stderr
     assert "would take None for a 0" in done.stderr
 
 
-def test_grpo_leaves_out_what_has_no_reward_and_goes_on(refusing_gateway: LiveGateway, policy: Path) -> None:
+def test_grpo_leaves_out_what_has_no_reward_and_goes_on(
+    trl: WarmProcess, refusing_gateway: LiveGateway, policy: Path
+) -> None:
     run = f"{refusing_gateway.run}-grpo"
-    done = run_module(MODULE, [*arguments("grpo-quiet", refusing_gateway, run, policy), "--steps", "4"])
+    done = trl.run([*arguments("grpo-quiet", refusing_gateway, run, policy), "--steps", "4"])
     found = result_of(done)
     missing = [entry["reward_router/missing"] for entry in found["log"] if "reward_router/missing" in entry]
     assert len(missing) == 4

@@ -30,7 +30,7 @@ LONG = Instance("prompt", ("one", "two" * 1000))
 class RecordingEncoder:
     """Unit vectors; remembers in which thread and how many instances each pass was."""
 
-    dim = 4
+    d = 4
     spec = "recording"
 
     def __init__(self, before: Callable[[], None] = lambda: None) -> None:

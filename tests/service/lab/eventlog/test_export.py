@@ -83,7 +83,7 @@ async def test_a_file_holds_every_event_exactly(
         row.reward == float(row.decision.verdict == row.feedback.value) for row in rows if row.reward is not None
     )
     header = read_header(tmp_path / name)
-    assert (header.run, header.pool, header.dim) == (gateway.run, ("rm-a", "rm-b", "rm-c"), 8)
+    assert (header.run, header.pool, header.d) == (gateway.run, ("rm-a", "rm-b", "rm-c"), 8)
     assert (header.first_position, header.exact_rewards) == (0, True)
 
 

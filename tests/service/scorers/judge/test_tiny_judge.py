@@ -1,4 +1,4 @@
-"""The demo's judge: what its chat template leaves of a message, and (slow) its verdicts, also on responses that beg."""
+"""The demo's judge: what its chat template leaves of a message, and (long) its verdicts, also on responses that beg."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def beg(pair: LabelledPair, words: str) -> Instance:
     return Instance(pair.instance.prompt, tuple(responses))
 
 
-@pytest.mark.slow
+@pytest.mark.long  # trains the demo's judge
 async def test_verdicts_mean_something_and_begging_does_not(tmp_path: Path, serve: Serve) -> None:
     from service.workers.generating import GeneratingApp, load_generating_model
 
