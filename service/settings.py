@@ -323,8 +323,9 @@ class Settings(BaseSettings):
         keyed = bool(self.api_keys) or self.keys_file is not None
         if self.host not in ("127.0.0.1", "::1", "localhost") and not keyed and not self.allow_unauthenticated:
             raise ValueError(
-                f"host is {self.host}: listening beyond loopback needs an API key (api_keys or keys_file), or "
-                "allow_unauthenticated"
+                f"host is {self.host}: listening beyond loopback needs API keys: `reward-router keys new NAME --file "
+                "keys.json` and REWARD_ROUTER_KEYS_FILE=keys.json, or a key in REWARD_ROUTER_API_KEYS; or else "
+                "REWARD_ROUTER_ALLOW_UNAUTHENTICATED=true"
             )
         return self
 

@@ -118,8 +118,19 @@ def port_check(given: int | None, host: str, *, moves: bool) -> Check:
     return Check(f"{warning}, or what is free then") if moves else Check(f"port of {host}", f"{warning}: give --port")
 
 
-def directory_check(path: Path) -> Check:
-    """Return the check that the data directory can be written."""
+def directory_check(path: Path, *, free: bool) -> Check:
+    """Return the check that the data directory can be written.
+
+    Args:
+        path: the directory.
+        free: its embedded store must not be another process's.
+    """
+    owner = EmbeddedStore(store_directory(path)).owner() if free else None
+    if owner is not None:
+        return Check(
+            f"data directory {path}",
+            f"process {owner} has its store: end that process (an earlier `up`?), or give another --data-dir",
+        )
     there = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
     if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
         return Check(f"data directory {path} can be written")

@@ -29,6 +29,9 @@ STOP_SECONDS = 15.0
 USUAL_PORT = 8080
 """Port of a gateway where none is given."""
 
+MAX_PORT = 65535
+"""The last port that TCP has."""
+
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Asks our own children, for whom no proxy of the environment is meant."""
 
@@ -260,9 +263,11 @@ def gateway_port(given: int | None, host: str) -> tuple[int, str | None]:
         host: address that it will listen on.
 
     Raises:
-        ConfigurationError: the given port is taken.
+        ConfigurationError: the given port is taken, or is none.
     """
     wanted = USUAL_PORT if given is None else given
+    if not 0 <= wanted <= MAX_PORT:
+        raise ConfigurationError(f"--port {given}: a port is a number from 0 (any) to {MAX_PORT}")
     port = free_port(wanted, host)
     if port == wanted or wanted == 0:
         return port, None

@@ -153,7 +153,7 @@ def up(
 
     def checked() -> Preflight:
         return check_start(
-            wanted, checkpoint, run, signal=signal, store_url=store, data_dir=data_dir,
+            wanted, checkpoint, run, signal=signal, store_url=store, data_dir=data_dir, host=host,
             encoder=None if encoder == SERVED else encoder,
         )  # fmt: skip
 
@@ -164,7 +164,7 @@ def up(
 
     warn_moving(wanted, given)
     if dry_run:
-        own = [port_check(port, host, moves=True), directory_check(data_dir)]
+        own = [port_check(port, host, moves=True), directory_check(data_dir, free=store == EMBEDDED)]
         if encoder is not None and encoder.startswith(REMOTE_ENCODER):
             own.append(encoder_check(encoder))
         _show_dry(wanted, checked, planned, own, port_sequence(worker_port))

@@ -61,6 +61,7 @@ HANDOVER_SECONDS = 10.0
 MAX_SOCKET_PATH = 100
 """Longest path of a Unix socket, in bytes; the kernel's limits are 104 (macOS) and 108 (Linux)."""
 
+_LOCK = "owner.lock"
 _LOG_LINES = 15
 
 _log = logging.getLogger(__name__)
@@ -187,6 +188,17 @@ class EmbeddedStore:
             return f"redis://:{self._password}@127.0.0.1:{self._port}/0"
         return f"unix://{quote(str(self._socket_path))}"
 
+    def owner(self) -> str | None:
+        """Return the id of the process that owns the directory, this one or another; None where it is free."""
+        try:
+            with (self.data_dir / _LOCK).open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return (self.data_dir / _LOCK).read_text(errors="replace").strip() or "?"
+        except OSError:
+            return None
+        return None
+
     @property
     def pid(self) -> int | None:
         """Process id of the server while it runs."""
@@ -213,7 +225,7 @@ class EmbeddedStore:
         binary = self._binary or find_server_binary()
         try:
             self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = _take_lock(self.data_dir / "owner.lock")
+            self._lock = _take_lock(self.data_dir / _LOCK)
         except OSError as error:
             raise ConfigurationError(f"the store's directory {self.data_dir} cannot be used: {error}") from error
         self._stopping.clear()

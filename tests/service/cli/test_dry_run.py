@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from service.cli import app
+from service.stores.embedded import EmbeddedStore
 from tests.service.scorers.worker_servers import ScriptedWorker, Serve
 
 POOL = """
@@ -49,3 +51,32 @@ def test_a_dry_run_of_what_is_well_leaves_with_zero(tmp_path: Path, serve: Serve
     for command in ("up", "serve"):
         done = CliRunner().invoke(app, [command, *words, "--dry-run"])
         assert (done.exit_code, "FAILS" in done.output) == (0, False), done.output
+
+
+POOL_OF_ONE = "models: [{name: sums, kind: rule, builtin: math}]"
+
+
+def test_a_dry_run_names_who_has_the_store(tmp_path: Path) -> None:
+    (tmp_path / "pool.yaml").write_text(POOL_OF_ONE)
+    words = ["up", "--pool", str(tmp_path / "pool.yaml"), "--data-dir", str(tmp_path / "data"), "--port", "0"]
+    with EmbeddedStore(tmp_path / "data" / "store"):
+        done = CliRunner().invoke(app, [*words, "--dry-run"])
+    assert f"process {os.getpid()} has its store" in done.output
+    assert done.exit_code == 1
+
+
+def test_a_dry_run_misses_the_keys_of_an_open_address(tmp_path: Path) -> None:
+    (tmp_path / "pool.yaml").write_text(POOL_OF_ONE)
+    words = ["up", "--pool", str(tmp_path / "pool.yaml"), "--data-dir", str(tmp_path / "data"), "--port", "0"]
+    done = CliRunner().invoke(app, [*words, "--host", "0.0.0.0", "--dry-run"])
+    assert "REWARD_ROUTER_KEYS_FILE" in done.output
+    assert done.exit_code == 1
+
+
+@pytest.mark.parametrize("port", ["99999", "-1"])
+def test_a_port_that_is_none_is_a_sentence(port: str, tmp_path: Path) -> None:
+    (tmp_path / "pool.yaml").write_text(POOL_OF_ONE)
+    words = ["up", "--pool", str(tmp_path / "pool.yaml"), "--data-dir", str(tmp_path / "data"), "--port", port]
+    done = CliRunner().invoke(app, [*words, "--dry-run"])
+    assert "a port is a number from 0 (any) to 65535" in done.output
+    assert done.exit_code == 1
