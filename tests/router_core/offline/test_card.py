@@ -56,7 +56,7 @@ def test_the_figures_are_those_of_the_held_out_predictions() -> None:
     assert lines(text, "| **all**")[0].startswith("| **all** | 4 | **0.625** |")
     assert lines(text, "| code | 2 | **0.500**")
     assert lines(text, "| chat | 1 | **0.500** | 0.")[0].endswith("| first | 0.500 | 0.500 |")
-    assert lines(text, "| (none named) | 1 | **1.000**")
+    assert lines(text, "| (none) | 1 | **1.000**")
     assert lines(text, "| first | 4 | 0.625 | 0.600 |")
     assert lines(text, "| se\\|cond | 3 | 0.667 | 0.500 |")
     assert lines(text, "| seed | 7 |")
