@@ -476,7 +476,7 @@ def _read(source: Path) -> tuple[bytes, dict[str, Any]]:
         metadata = json.loads((source / METADATA_FILE).read_bytes())
     except FileNotFoundError as error:
         name = Path(str(error.filename)).name
-        missing = f"the file {name} is missing" if source.is_dir() else "there is no such directory"
+        missing = f"it lacks the file {name}" if source.is_dir() else "the directory does not exist"
         raise CheckpointError(
             f"checkpoint {source}: {missing}; correct the path, or train one "
             "(`reward-router train PAIRS --out DIRECTORY`)"

@@ -132,7 +132,7 @@ class FixedCalls:
     one_arm_per_batch: bool = False
 
     def pacer(self) -> Pacer | None:
-        """Return None: there is no budget to keep."""
+        """Return None, since the number of calls is fixed and needs no pacing."""
         return None
 
     def at(self, multiplier: float | None) -> Self:

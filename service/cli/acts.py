@@ -65,7 +65,7 @@ def requests_in(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a gateway's log of acts; a request is one row, with its status or `not answered`.
 
     Raises:
-        ConfigurationError: it is no such log.
+        ConfigurationError: the file cannot be read, or a line is not an act.
     """
     rows: list[dict[str, Any]] = []
     asked: dict[tuple[object, ...], list[dict[str, Any]]] = {}
@@ -79,7 +79,7 @@ def requests_in(path: Path) -> list[dict[str, Any]]:
             row = _row(record)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigurationError(
-                f"{path}, line {number} is no line of a log of acts: give the file that acts_file names"
+                f"{path}, line {number} is not an act in JSON: give the file that acts_file names"
             ) from error
         who = (record.get("key"), record.get("method"), record.get("path"), record.get("query"))
         if record["act"] == ANSWERED and asked.get(who):

@@ -98,7 +98,7 @@ def _rows_of(prompt_ids: Sequence[Any] | None, count: int) -> list[list[int]]:
 
 
 def _shared_turns(conversations: Sequence[Sequence[Any]]) -> int:
-    """Return how many turns all of them begin with, up to an assistant's turn in each; 0 where there is no such place.
+    """Return the number of leading turns that all conversations share and that an assistant's turn follows; 0 if none.
 
     Rollouts of several turns differ from their first answer on; what they share is the prompt.
     """

@@ -137,7 +137,7 @@ class ComponentReward:
         """Compare the name with the last replies' components and the run's scorers, which are asked for once.
 
         Raises:
-            ValueError: there is no such scorer, or it has answered and has no such part.
+            ValueError: the run has no scorer of that name, or the scorer answered without a component of that name.
         """
         scored = [result for _, result in self.router.last if isinstance(result, Scored)]
         told = {name for result in scored for name in result.extra.get("components") or {}}

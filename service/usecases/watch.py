@@ -351,7 +351,7 @@ class Watcher:
                     await asyncio.wait_for(self._asked_for.wait(), self._interval)
 
     async def _renew_names(self) -> None:
-        """Look which runs the store has, without the archived ones; whoever chooses one opens it here."""
+        """Read the names of the runs that are not archived, at most once in `NAMES_SECONDS`."""
         now = asyncio.get_running_loop().time()
         if now - self._named_at < NAMES_SECONDS:
             return

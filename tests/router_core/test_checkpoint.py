@@ -112,7 +112,7 @@ def test_one_altered_value_is_noticed(tmp_path: Path, file: str) -> None:
 
 
 def test_a_missing_file_a_broken_json_and_a_newer_format_each_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="there is no such directory; correct the path, or train one"):
+    with pytest.raises(CheckpointError, match="the directory does not exist; correct the path, or train one"):
         Checkpoint.load(tmp_path / "absent")
     make().save(tmp_path / "ckpt")
     metadata = tmp_path / "ckpt" / METADATA_FILE

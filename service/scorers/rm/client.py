@@ -375,7 +375,7 @@ class VllmArm(ServedScorer):
 
 
 def _joined(parts: Sequence[Rewards]) -> Rewards:
-    """Return the rewards of an instance's requests; heads are NaN where there is no reward."""
+    """Join the rewards of an instance's requests, in order; a head that a request lacks is NaN for its responses."""
     names = dict.fromkeys(name for part in parts for name in part.heads)
     absent = {id(part): [math.nan] * len(part.rewards) for part in parts}
     return Rewards(

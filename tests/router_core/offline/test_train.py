@@ -18,7 +18,7 @@ from tests.support.offline import POOL, two_domains  # noqa: E402
 
 FAST = TrainConfig(max_epochs=6, folds=2, directions=2, context=2, members=2, member_dim=4, hidden=8)
 NEAR = replace(FAST, kernel_from=160, max_epochs=20)
-"""For pairs enough that routing surely gains, without which there is no kernel."""
+"""Settings with which routing surely beats the best RM on the test pairs, so that the fit has a kernel."""
 
 
 def test_the_online_stage_gets_the_settings_of_the_replays() -> None:

@@ -35,8 +35,14 @@ def test_every_fault_has_its_line_and_nothing_starts(command: str, tmp_path: Pat
     lines = [line for line in done.output.splitlines() if line.startswith("# ")]
     failed = [line for line in lines if line.startswith("# FAILS")]
     remedies = {
-        "up": ("none: there is no such directory", "end it, or give", "away: http", "lost: ", "rules.py: no such file"),
-        "serve": ("none: there is no such directory", "end it, or give", "away: http", "name its servers"),
+        "up": (
+            "none: the directory does not exist",
+            "end it, or give",
+            "away: http",
+            "lost: ",
+            "rules.py: no such file",
+        ),
+        "serve": ("none: the directory does not exist", "end it, or give", "away: http", "name its servers"),
     }[command]
     for words in remedies:
         assert any(words in line for line in failed), (words, lines)

@@ -98,9 +98,9 @@ def test_a_dry_run_finds_settings_that_exclude_each_other(tmp_path: Path, monkey
 
 
 def test_a_missing_checkpoint_is_called_missing(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="nowhere: there is no such directory"):
+    with pytest.raises(ConfigurationError, match="nowhere: the directory does not exist"):
         check_start(_pool(tmp_path, "a"), tmp_path / "nowhere", None)
     checkpoint().save(tmp_path / "checkpoint")
     (tmp_path / "checkpoint" / WEIGHTS_FILE).unlink()
-    with pytest.raises(ConfigurationError, match=f"the file {WEIGHTS_FILE} is missing"):
+    with pytest.raises(ConfigurationError, match=f"it lacks the file {WEIGHTS_FILE}"):
         check_start(_pool(tmp_path, "a"), tmp_path / "checkpoint", None)
