@@ -47,9 +47,9 @@ def acts(
             found += [{"run": name, **told(entry)} for entry in await opened.acts(name)]
         return found
 
-    rows = [one for one in with_store(store, data_dir, read) if run in (None, one["run"])]
-    if run is None:
-        rows += [row for path in file or () for row in requests_in(path)]
+    # A request stands before what it did in the same millisecond: sorting keeps this order.
+    rows = [] if run is not None else [row for path in file or () for row in requests_in(path)]
+    rows += [one for one in with_store(store, data_dir, read) if run in (None, one["run"])]
     rows.sort(key=lambda row: row["time_ms"])
     if as_json:
         typer.echo(json.dumps(rows))

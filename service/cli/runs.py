@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import msgspec
 import typer
 from rich.console import Console
 
@@ -21,7 +22,7 @@ from service.cli.export import running_store
 from service.cli.fitting import fitting_table
 from service.cli.key_option import key_option
 from service.cli.store_option import store_option
-from service.errors import ConfigurationError
+from service.errors import ConfigurationError, ServiceError
 from service.lab.client import GatewayClient
 from service.lab.runfile import known, read_header, read_run, write_run
 from service.settings import read_settings
@@ -34,6 +35,7 @@ from service.stores.acts import (
     POOL,
     PREFIX,
     UNARCHIVE,
+    Note,
     is_archived,
     note,
     read_note,
@@ -134,10 +136,16 @@ def log(run: Run, store: StoreUrl = None, data_dir: DataDir = None, as_json: AsJ
 
 
 def told(entry: LogEntry) -> dict[str, Any]:
-    """Return an act on a run as a row: `event`, `time_ms`, `act`, `by`, `about`."""
-    said = read_note(entry)
-    act = entry.value.removeprefix(PREFIX).decode()
-    about = f"version {decode(entry.payload).version}" if entry.value == POOL else said.about
+    """Return an act on a run as a row: `event`, `time_ms`, `act`, `by`, `about`.
+
+    A damaged act, or one of another program, is a row too, with the time of its entry; `about` says why it is not read.
+    """
+    act = entry.value.removeprefix(PREFIX).decode(errors="replace")
+    try:
+        said = read_note(entry)
+        about = f"version {decode(entry.payload).version}" if entry.value == POOL else said.about
+    except (msgspec.MsgspecError, UnicodeDecodeError, ServiceError) as error:
+        said, about = Note(int(entry.event_id.partition("-")[0])), f"cannot be read: {error}"
     return {"event": entry.event_id, "time_ms": said.time_ms, "act": act, "by": said.by, "about": about}
 
 

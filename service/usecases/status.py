@@ -7,13 +7,21 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 
+import msgspec
 import numpy as np
 from pydantic import BaseModel, Field
 
 from router_core.moments import ScoreScales
 from router_core.policies.bayesian import posterior_beliefs
 from service.encoders.protocol import AwaitedEncoder, ServerStatus
-from service.errors import ArchivedError, NotReadyError, RunConflictError, ServiceError, StoreUnavailableError
+from service.errors import (
+    ArchivedError,
+    NotReadyError,
+    RunConflictError,
+    ServiceError,
+    StoreUnavailableError,
+    ValidationError,
+)
 from service.keys.access import EVERYTHING, Access
 from service.scorers.status import ScorerStatus
 from service.stores.acts import is_archived
@@ -84,12 +92,10 @@ async def stored_runs(store: Store, names: Sequence[str]) -> list[RunStatus]:
         if check.identity is None:
             continue
         try:
-            identity = json.loads(check.identity.fingerprint)
-        except ValueError:
+            identity, standing = json.loads(check.identity.fingerprint), standing_pool(check.identity.fingerprint, acts)
+        except (ValueError, msgspec.MsgspecError, ValidationError):
             # Of another program, or another time: it is there, and no more is known of it.
             identity, standing = {}, None
-        else:
-            standing = standing_pool(check.identity.fingerprint, acts)
         pool = identity.get("pool") or () if standing is None else [arm.name for arm in standing.asked]
         found.append(
             RunStatus(

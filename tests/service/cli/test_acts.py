@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ from typer.testing import CliRunner
 from service.cli import app
 from service.cli.acts import requests_in
 from service.errors import ConfigurationError
+from service.stores.acts import ARCHIVE, DELETE, POOL, note
+from service.stores.redis import RedisStore
+from service.usecases.status import stored_runs
 from tests.support.gateway import open_gateway, pair
 
 if TYPE_CHECKING:
@@ -31,17 +35,39 @@ async def test_requests_and_acts_on_runs_stand_in_one_list(valkey_server: Valkey
     words = ["acts", "--store", url, "--file", str(path)]
     whole = await asyncio.to_thread(CliRunner().invoke, app, [*words, "--json"])
     ours = [row for row in json.loads(whole.stdout) if row["run"] in ("", gateway.run)]
-    assert [(row["act"], row.get("status")) for row in ours] == [
+    assert [row["time_ms"] for row in ours] == sorted(row["time_ms"] for row in ours)
+    requests, on_runs = ([row for row in ours if ("status" in row) is asked] for asked in (True, False))
+    assert [(row["act"], row["status"]) for row in requests] == [
         ("POST /admin/pool", "200"),
-        ("pool", None),
         ("POST /admin/pool", "422"),
-        ("archive", None),
     ]
-    assert ours[0]["by"] == ours[1]["by"]
+    assert [row["act"] for row in on_runs] == ["pool", "archive"]
+    assert ours[0] == requests[0]
+    assert requests[0]["by"] == on_runs[0]["by"]
     alone = await asyncio.to_thread(CliRunner().invoke, app, [*words, "--run", gateway.run, "--json"])
     assert [row["act"] for row in json.loads(alone.stdout)] == ["pool", "archive"]
     shown = await asyncio.to_thread(CliRunner().invoke, app, words)
     assert "archive" in shown.stdout
+
+
+async def test_an_act_that_cannot_be_read_hides_no_other(valkey_server: ValkeyProcess) -> None:
+    store = RedisStore(valkey_server.url, window_seconds=60)
+    run = f"foreign-{uuid.uuid4()}"
+    identity = await store.open_run(run, b'{"pool": ["rm-a"]}')
+    await store.append_act(run, "change", b"\xffgarbage", POOL, identity=identity)
+    await store.append_act(run, "run", note("ops"), ARCHIVE, identity=identity)
+    await store.note(run, b"\xffgarbage", DELETE)
+    words = ["acts", "--store", valkey_server.url, "--run", run, "--json"]
+    done = await asyncio.to_thread(CliRunner().invoke, app, words)
+    listed = await stored_runs(store, [run])
+    await store.close()
+    rows = json.loads(done.stdout)
+    assert {(row["act"], row["by"], "cannot be read" in row["about"]) for row in rows} == {
+        ("pool", "", True),
+        ("archive", "ops", False),
+        ("delete", "", True),
+    }
+    assert [one.run for one in listed] == [run]
 
 
 def test_a_request_that_was_not_answered_says_so(tmp_path: Path) -> None:
